@@ -1,0 +1,22 @@
+"""Statistics of attention: what each head looks at, how much of it, and how widely."""
+
+from sparse_attn.analysis.density import density, support_counts
+from sparse_attn.analysis.record import record_attention
+from sparse_attn.analysis.roles import (
+    entropy,
+    mean_per_head,
+    monotonicity,
+    offset_weight,
+    strongest_at_offset,
+)
+
+__all__ = [
+    "density",
+    "entropy",
+    "mean_per_head",
+    "monotonicity",
+    "offset_weight",
+    "record_attention",
+    "strongest_at_offset",
+    "support_counts",
+]

@@ -1,0 +1,160 @@
+"""What a head does: how widely it looks, at which relative position, and whether it scans its keys in order.
+
+Each statistic gives one value per query (or per sequence), NaN where it has no value, so that a data set of
+many batches can be averaged exactly; `mean_per_head` averages one batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_attn.analysis.density import full_visible
+
+__all__ = ["entropy", "mean_per_head", "monotonicity", "offset_weight", "strongest_at_offset"]
+
+
+def mean_per_head(values: Tensor) -> Tensor:
+    """Average of a statistic per head, over sequences and queries that have a value.
+
+    Args:
+        values: (N, H, L) or (H, L), as the statistics of this module give them; NaN marks "no value".
+
+    Returns:
+        (H,); NaN for a head without any value.
+
+    Example:
+        >>> mean_per_head(torch.tensor([[0.5, 1.0, float("nan")], [0.0, 0.0, 3.0]]))
+        tensor([0.7500, 1.0000])
+    """
+    if values.dim() not in (2, 3):
+        raise ValueError(f"values must have the shape (N, H, L) or (H, L), got {tuple(values.shape)}")
+    mean: Tensor = values.nanmean(dim=[dim for dim in range(values.dim()) if dim != values.dim() - 2])
+    return mean
+
+
+def entropy(weights: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Shannon entropy of each query's weights, - Σ p log p, in nats.
+
+    Args:
+        weights: attention weights of each head, (N, H, L, S) or (H, L, S).
+        visible: True where a query may see a key; broadcasts against `weights`. None: everywhere.
+
+    Returns:
+        (N, H, L) or (H, L), from 0 (one key) to log S (all keys alike); NaN for a query that sees no key.
+
+    Raises:
+        TypeError: if `weights` is not floating point or `visible` is not bool.
+        ValueError: if the shapes do not fit.
+
+    Example:
+        >>> entropy(torch.tensor([[[1.0, 0.0], [0.5, 0.5]]]))
+        tensor([[0.0000, 0.6931]])
+    """
+    pairs = full_visible(weights, visible)
+    per_query = torch.special.entr(weights).masked_fill(~pairs, 0.0).sum(dim=-1)
+    return per_query.masked_fill(~pairs.any(dim=-1), torch.nan)
+
+
+def offset_weight(weights: Tensor, offset: int, visible: Tensor | None = None) -> Tensor:
+    """Weight that each query gives to the key at its own position plus `offset`, in self-attention.
+
+    Averaged over a data set this is the confidence of a positional head.
+
+    Args:
+        weights: attention weights of each head, (N, H, L, S) or (H, L, S).
+        offset: -1 is the previous position, 0 the query's own, 1 the next.
+        visible: True where a query may see a key; broadcasts against `weights`. None: everywhere.
+
+    Returns:
+        (N, H, L) or (H, L); NaN for a query that does not see that position.
+
+    Raises:
+        TypeError: if `weights` is not floating point or `visible` is not bool.
+        ValueError: if the shapes do not fit.
+
+    Example:
+        >>> offset_weight(torch.tensor([[[0.5, 0.5], [0.75, 0.25]]]), offset=-1)
+        tensor([[   nan, 0.7500]])
+
+    Reference:
+        Correia, Niculae & Martins 2019, "Adaptively Sparse Transformers", section 5.2.
+    """
+    pairs = full_visible(weights, visible)
+    keys = torch.arange(weights.shape[-2], device=weights.device) + offset
+    inside = (keys >= 0) & (keys < weights.shape[-1])
+    index = keys.clamp(0, weights.shape[-1] - 1).expand(weights.shape[:-1]).unsqueeze(-1)
+    seen = pairs.gather(-1, index).squeeze(-1) & inside
+    return weights.gather(-1, index).squeeze(-1).masked_fill(~seen, torch.nan)
+
+
+def strongest_at_offset(weights: Tensor, offset: int, visible: Tensor | None = None) -> Tensor:
+    """Whether the key at the query's own position plus `offset` gets the largest weight (1) or not (0).
+
+    A head is positional when this holds for at least 90 % of the queries.
+
+    Args:
+        weights: attention weights of each head, (N, H, L, S) or (H, L, S).
+        offset: -1 is the previous position, 0 the query's own, 1 the next.
+        visible: True where a query may see a key; broadcasts against `weights`. None: everywhere.
+
+    Returns:
+        (N, H, L) or (H, L); a tie for the largest weight counts; NaN for a query that does not see that
+        position.
+
+    Raises:
+        TypeError: if `weights` is not floating point or `visible` is not bool.
+        ValueError: if the shapes do not fit.
+
+    Example:
+        >>> strongest_at_offset(torch.tensor([[[0.6, 0.4], [0.75, 0.25]]]), offset=0)
+        tensor([[1., 0.]])
+
+    Reference:
+        Voita et al. 2019, "Analyzing Multi-Head Self-Attention", section 5.1.
+    """
+    there = offset_weight(weights, offset, visible)
+    largest = weights.masked_fill(~full_visible(weights, visible), -torch.inf).amax(dim=-1)
+    return (there == largest).to(weights.dtype).masked_fill(there.isnan(), torch.nan)
+
+
+def monotonicity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
+    """How steadily a head moves forward over its keys while the queries move forward.
+
+    Pearson's correlation, within one sequence, of the query's position l and the mean position of its
+    weights, c_l = Σ_s p_ls s / Σ_s p_ls: 1 for a head that scans the keys in order, 0 for one that stays where it is.
+
+    Args:
+        weights: attention weights of each head, (N, H, L, S) or (H, L, S).
+        visible: True where a query may see a key; broadcasts against `weights`. None: everywhere.
+
+    Returns:
+        (N, H, 1) or (H, 1), one value per sequence, -1 to 1; 0 when the centre never moves; NaN with fewer
+        than two queries that see a key.
+
+    Raises:
+        TypeError: if `weights` is not floating point or `visible` is not bool.
+        ValueError: if the shapes do not fit.
+
+    Example:
+        >>> monotonicity(torch.eye(4).unsqueeze(0))
+        tensor([[1.]])
+    """
+    pairs = full_visible(weights, visible)
+    used = torch.where(pairs, weights, 0.0).to(torch.promote_types(weights.dtype, torch.float32))
+    key_positions = torch.arange(weights.shape[-1], dtype=used.dtype, device=used.device)
+    query_positions = torch.arange(weights.shape[-2], dtype=used.dtype, device=used.device)
+    mass = used.sum(dim=-1)
+    real = mass > 0
+    count = real.sum(dim=-1, keepdim=True)
+    centre = (used @ key_positions) / mass.where(real, 1.0)
+
+    def deviation(x: Tensor) -> Tensor:
+        return (x - (x * real).sum(dim=-1, keepdim=True) / count.clamp(min=1)) * real
+
+    dx, dy = deviation(query_positions.expand_as(centre)), deviation(centre)
+    # A centre that wanders by less than this is standing still: what is left is rounding, not direction.
+    moves = dy.abs().amax(dim=-1, keepdim=True) > 1e-4
+    spread = (dx.norm(dim=-1, keepdim=True) * dy.norm(dim=-1, keepdim=True)).where(moves, 1.0)
+    correlation = ((dx * dy).sum(dim=-1, keepdim=True) / spread).where(moves, 0.0)
+    return correlation.masked_fill(count < 2, torch.nan).to(weights.dtype)

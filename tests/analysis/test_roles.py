@@ -1,0 +1,86 @@
+import math
+
+import pytest
+import torch
+
+from sparse_attn.analysis import entropy, mean_per_head, monotonicity, offset_weight, strongest_at_offset
+
+N, H, L, S = 2, 3, 5, 7
+
+
+def shifted(offset: int, length: int = L) -> torch.Tensor:
+    """One head (1, length, length) that puts 0.75 on the position at `offset`, 0.25 on the first."""
+    weights = torch.zeros(1, length, length)
+    for query in range(length):
+        weights[0, query, min(max(query + offset, 0), length - 1)] += 0.75
+        weights[0, query, 0] += 0.25
+    return weights
+
+
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+def test_a_positional_head_is_found_at_its_offset(offset: int) -> None:
+    weights = shifted(offset)
+    for other in (-1, 0, 1):
+        share = mean_per_head(strongest_at_offset(weights, other))
+        # the clamped end of the word is the query's own position
+        assert share.item() == pytest.approx(1.0 if other == offset else (1 / L if other == 0 else 0.0))
+    assert mean_per_head(offset_weight(weights, offset)).item() == pytest.approx(
+        0.75 + 0.25 / (L - abs(offset)) * (offset <= 0)
+    )
+
+
+def test_queries_without_that_position_have_no_value() -> None:
+    weights = torch.rand(N, H, L, L).softmax(-1)
+    previous = offset_weight(weights, -1)
+    assert previous.shape == (N, H, L)
+    assert previous[..., 0].isnan().all()
+    torch.testing.assert_close(previous[..., 1:], weights.diagonal(offset=-1, dim1=-2, dim2=-1))
+    causal = torch.ones(L, L, dtype=torch.bool).tril()
+    assert offset_weight(weights, 1, causal).isnan().all()
+    assert strongest_at_offset(weights, 1, causal).isnan().all()
+
+
+def test_an_invisible_key_is_never_the_strongest() -> None:
+    weights = torch.tensor([[[0.1, 0.9], [0.4, 0.6]]])
+    causal = torch.ones(2, 2, dtype=torch.bool).tril()
+    assert strongest_at_offset(weights, 0, causal).tolist() == [[1.0, 1.0]]
+
+
+def test_entropy_by_hand() -> None:
+    weights = torch.zeros(1, 3, 4)
+    weights[0, 0, 2] = 1.0
+    weights[0, 1, :] = 0.25
+    visible = torch.tensor([[True], [True], [False]])
+    values = entropy(weights, visible)
+    torch.testing.assert_close(values, torch.tensor([[0.0, math.log(4), math.nan]]), equal_nan=True)
+    torch.testing.assert_close(mean_per_head(values), torch.tensor([math.log(4) / 2]))
+
+
+def test_monotonicity_by_hand() -> None:
+    scans = torch.eye(L, S)
+    scans[L - 1] = 0.0  # a padded query
+    stays = torch.zeros(L, S)
+    stays[:, 3] = 1.0
+    back = torch.eye(L, S).flip(0)
+    weights = torch.stack([scans, stays, back])
+    assert monotonicity(weights).flatten().tolist() == pytest.approx([1.0, 0.0, -1.0])
+    batch = torch.stack([weights, weights])
+    visible = torch.ones(2, 1, L, S, dtype=torch.bool)
+    visible[1, :, 1:] = False  # the second word has one query only
+    values = monotonicity(batch, visible)
+    assert values.shape == (2, 3, 1)
+    assert values[1].isnan().all()
+    assert mean_per_head(values).tolist() == pytest.approx([1.0, 0.0, -1.0])
+
+
+def test_monotonicity_is_pearson_of_the_centre() -> None:
+    weights = torch.rand(H, L, S).softmax(-1)
+    centre = (weights * torch.arange(S)).sum(-1)
+    for head in range(H):
+        oracle = torch.corrcoef(torch.stack([torch.arange(L).float(), centre[head]]))[0, 1]
+        torch.testing.assert_close(monotonicity(weights)[head, 0], oracle)
+
+
+def test_mean_per_head_refuses_other_shapes() -> None:
+    with pytest.raises(ValueError, match=r"\(N, H, L\) or \(H, L\), got \(5,\)"):
+        mean_per_head(torch.zeros(5))
