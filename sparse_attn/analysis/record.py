@@ -20,10 +20,10 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Record the weights of every attention layer in `model` while the context is open.
 
     Every `nn.MultiheadAttention` in the model, subclasses included, is asked for the weights of each head;
-    the model itself still gets what it asked for. Weights are as the layer returns them (in training mode after
-    dropout), detached. A layer that is called several times leaves its last call; a layer found under several
-    names is recorded under the first. When the context closes, also by an exception, nothing is left on the
-    model; the recorded tensors stay in the dict.
+    the model itself still gets what it asked for. Weights are as the layer returns them (in training mode
+    after dropout), detached. A layer that is called several times leaves its last call; a layer found under
+    several names is recorded under the first. When the context closes, also by an exception, nothing is left
+    on the model; the recorded tensors stay in the dict.
 
     While the context is open, torch's fused inference path for transformer encoders is switched off in the
     whole process (`torch.backends.mha.set_fastpath_enabled`): it never calls the attention layer.
@@ -93,7 +93,7 @@ def _record_layer(
             return output, None
         return output, weights.mean(dim=-3) if asked["average"] else weights
 
-    # Last to change the arguments, first to see the result: the user's own hooks see what the caller asked for.
+    # Last to change the arguments, first to see the result: the user's own hooks see what was asked for.
     before = layer.register_forward_pre_hook(ask_for_weights, with_kwargs=True)
     stack.callback(before.remove)
     after = layer.register_forward_hook(take_weights, with_kwargs=True, prepend=True)

@@ -29,8 +29,7 @@ def mean_per_head(values: Tensor) -> Tensor:
     """
     if values.dim() not in (2, 3):
         raise ValueError(f"values must have the shape (N, H, L) or (H, L), got {tuple(values.shape)}")
-    mean: Tensor = values.nanmean(dim=[dim for dim in range(values.dim()) if dim != values.dim() - 2])
-    return mean
+    return values.nanmean(dim=[dim for dim in range(values.dim()) if dim != values.dim() - 2])
 
 
 def entropy(weights: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -52,7 +51,8 @@ def entropy(weights: Tensor, visible: Tensor | None = None) -> Tensor:
         tensor([[0.0000, 0.6931]])
     """
     pairs = full_visible(weights, visible)
-    per_query = torch.special.entr(weights).masked_fill(~pairs, 0.0).sum(dim=-1)
+    terms: Tensor = torch.special.entr(weights)
+    per_query = terms.masked_fill(~pairs, 0.0).sum(dim=-1)
     return per_query.masked_fill(~pairs.any(dim=-1), torch.nan)
 
 
@@ -122,7 +122,8 @@ def monotonicity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
     """How steadily a head moves forward over its keys while the queries move forward.
 
     Pearson's correlation, within one sequence, of the query's position l and the mean position of its
-    weights, c_l = Σ_s p_ls s / Σ_s p_ls: 1 for a head that scans the keys in order, 0 for one that stays where it is.
+    weights, c_l = Σ_s p_ls s / Σ_s p_ls: 1 for a head that scans the keys in order, 0 for one that stays
+    where it is.
 
     Args:
         weights: attention weights of each head, (N, H, L, S) or (H, L, S).
@@ -150,11 +151,12 @@ def monotonicity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
     centre = (used @ key_positions) / mass.where(real, 1.0)
 
     def deviation(x: Tensor) -> Tensor:
-        return (x - (x * real).sum(dim=-1, keepdim=True) / count.clamp(min=1)) * real
+        mean = (x * real).sum(dim=-1, keepdim=True) / count.clamp(min=1)
+        return (x - mean) * real
 
     dx, dy = deviation(query_positions.expand_as(centre)), deviation(centre)
     # A centre that wanders by less than this is standing still: what is left is rounding, not direction.
-    moves = dy.abs().amax(dim=-1, keepdim=True) > 1e-4
+    moves: Tensor = dy.abs().amax(dim=-1, keepdim=True) > 1e-4
     spread = (dx.norm(dim=-1, keepdim=True) * dy.norm(dim=-1, keepdim=True)).where(moves, 1.0)
-    correlation = ((dx * dy).sum(dim=-1, keepdim=True) / spread).where(moves, 0.0)
+    correlation: Tensor = ((dx * dy).sum(dim=-1, keepdim=True) / spread).where(moves, 0.0)
     return correlation.masked_fill(count < 2, torch.nan).to(weights.dtype)
