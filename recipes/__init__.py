@@ -1,0 +1,1 @@
+"""Training, evaluation and inspection of sparse-attention models on real data."""

@@ -1,0 +1,1 @@
+"""Sequence to sequence: words to pronunciations, or any pairs of short strings."""

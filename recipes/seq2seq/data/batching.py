@@ -1,0 +1,155 @@
+"""Batches of similar length that depend on (seed, epoch) alone, and a loader that resumes within an epoch."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from recipes.seq2seq.tokenizer import BOS, PAD
+
+# Sorting within random pools of this many batches keeps padding low without fixing which examples meet.
+POOL = 100
+
+
+class Row(NamedTuple):
+    """One example as ids (both sides end in ``EOS``), with its texts where they are needed for scoring."""
+
+    source_ids: list[int]
+    target_ids: list[int]
+    source: str | None = None
+    references: list[list[str]] | None = None
+
+
+class BatchByLength(Sampler[list[int]]):
+    """Batches of indices whose examples are about equally long.
+
+    With ``shuffle`` the examples are shuffled, sorted by length within pools of ``POOL`` batches, cut into
+    batches, and all batches shuffled: any first part of an epoch is a fair sample. Without it the examples
+    are sorted by length. Every example comes exactly once per epoch; the order is a function of ``seed`` and
+    the epoch alone.
+
+    Args:
+        lengths: Length of each example, or a (source, target) pair of lengths to sort by.
+        batch_size: Examples in a batch; the remainder forms a smaller one.
+        shuffle: Whether the order is random.
+        seed: Chooses the random order together with the epoch.
+
+    Raises:
+        ValueError: If ``batch_size`` is below 1.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int] | Sequence[tuple[int, int]], batch_size: int, *, shuffle: bool, seed: int
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+        self._skip = (0, 0)
+
+    @property
+    def sampler(self) -> BatchByLength:
+        """Itself: Lightning sets the epoch of ``loader.batch_sampler.sampler``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next pass."""
+        self.epoch = epoch
+
+    def skip(self, epoch: int, batches: int) -> None:
+        """Selects ``epoch`` and leaves out its first ``batches``, once, unless another epoch is set first."""
+        self.epoch = epoch
+        self._skip = (epoch, batches)
+
+    @property
+    def skipped(self) -> int:
+        """How many batches the next pass leaves out."""
+        return self._skip[1] if self._skip[0] == self.epoch else 0
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """One pass; a generator, so that an epoch set after ``iter()`` counts, which is when Lightning sets it."""
+        skipped, self._skip = self.skipped, (0, 0)
+        yield from itertools.islice(self._batches(), skipped, None)
+
+    def _batches(self) -> Iterator[list[int]]:
+        order = list(range(len(self.lengths)))
+        if not self.shuffle:
+            yield from self._cut(sorted(order, key=self.lengths.__getitem__))
+            return
+        # A string seed is hashed, so neighbouring seeds and epochs give unrelated orders.
+        rng = random.Random(f"{self.seed}/{self.epoch}")
+        rng.shuffle(order)
+        size = POOL * self.batch_size
+        pools = (order[start : start + size] for start in range(0, len(order), size))
+        batches = [batch for pool in pools for batch in self._cut(sorted(pool, key=self.lengths.__getitem__))]
+        rng.shuffle(batches)
+        yield from batches
+
+    def _cut(self, order: list[int]) -> Iterator[list[int]]:
+        return (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
+
+
+def pad(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Id lists as one (N, longest) tensor, filled up with ``PAD`` on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[PAD] * (longest - len(row))] for row in rows], dtype=torch.long)
+
+
+def collate(rows: Sequence[Row]) -> dict[str, Any]:
+    """A batch for teacher forcing: ``source``, ``target_in`` (from BOS on), ``target_out`` (up to EOS).
+
+    Rows that carry their texts add ``sources`` and tokenised ``references`` in the order of the rows.
+    """
+    batch: dict[str, Any] = {
+        "source": pad([row.source_ids for row in rows]),
+        "target_in": pad([[BOS, *row.target_ids[:-1]] for row in rows]),
+        "target_out": pad([row.target_ids for row in rows]),
+    }
+    if rows[0].references is not None:
+        batch["sources"] = [row.source for row in rows]
+        batch["references"] = [row.references for row in rows]
+    return batch
+
+
+class ResumableLoader(DataLoader[Row]):
+    """A loader over ``BatchByLength`` that continues where a checkpoint was written.
+
+    Lightning stores ``state_dict()`` with the training loop and hands it back before the first batch of a
+    resumed run. The position holds for its own epoch only: a checkpoint written at the end of an epoch skips
+    nothing in the next.
+    """
+
+    _served = (0, 0)  # epoch, and how many of its batches were handed out
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch and how many of its batches were handed out."""
+        return {"epoch": self._served[0], "batches": self._served[1]}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Makes the next pass over that epoch begin after those batches."""
+        self._served = (state["epoch"], state["batches"])
+        self._sampler.skip(*self._served)
+
+    @property
+    def _sampler(self) -> BatchByLength:
+        return cast(BatchByLength, self.batch_sampler)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        """One pass, or what is left of an interrupted one."""
+        epoch, skipped = self._sampler.epoch, self._sampler.skipped
+        for served, batch in enumerate(super().__iter__(), start=skipped + 1):
+            self._served = (epoch, served)
+            yield batch

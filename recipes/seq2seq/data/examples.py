@@ -1,0 +1,78 @@
+"""What every data set is: examples in three splits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Which words a limit keeps never depends on the seed of a run: runs with different seeds see the same words.
+SUBSET_SEED = 2020
+
+
+@dataclass(frozen=True)
+class Example:
+    """A source text and every target text that counts as right."""
+
+    source: str
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The examples to train on, to choose by and to report."""
+
+    train: list[Example]
+    val: list[Example]
+    test: list[Example]
+
+
+def pairs(examples: Sequence[Example]) -> list[tuple[str, str]]:
+    """Every (source, reference) pair: what a model is trained on."""
+    return [(example.source, reference) for example in examples for reference in example.references]
+
+
+def check_count(name: str, value: int) -> None:
+    """Refuses anything but whole numbers from 1 upwards.
+
+    Raises:
+        TypeError: If ``value`` is not a whole number.
+        ValueError: If ``value`` is below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_optional_count(name: str, value: int | None) -> None:
+    """Does the same for a limit, where ``None`` means no limit."""
+    if value is not None:
+        check_count(name, value)
+
+
+def subset(examples: list[Example], count: int | None) -> list[Example]:
+    """``count`` examples drawn with a fixed seed, in their original order; all of them for ``None``.
+
+    A smaller subset lies within every larger one. A count above the number of examples keeps them all.
+
+    Raises:
+        TypeError: If ``count`` is not a whole number.
+        ValueError: If ``count`` is below 1.
+    """
+    check_optional_count("limit", count)
+    if count is None or count >= len(examples):
+        return examples
+    order = list(range(len(examples)))
+    random.Random(SUBSET_SEED).shuffle(order)
+    return [examples[index] for index in sorted(order[:count])]
+
+
+def limit_splits(splits: Splits, limit: int | None) -> Splits:
+    """Keeps ``limit`` training examples and the same share (at least one) of the other two splits."""
+    train = subset(splits.train, limit)
+    if train is splits.train:
+        return splits
+    share = len(train) / len(splits.train)
+    val, test = (subset(part, max(1, round(share * len(part)))) for part in (splits.val, splits.test))
+    return Splits(train, val, test)
