@@ -1,0 +1,1 @@
+"""What a training does beside learning: checkpoints, curves, and lines or bars on the terminal."""

@@ -1,0 +1,68 @@
+"""The command ``sparse-attn``: finds the command and leaves the rest to it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from difflib import get_close_matches
+from importlib.util import find_spec
+
+from sparse_attn import __version__
+
+COMMANDS = {
+    "train": "train a model and print its error rates and the α of every head",
+    "evaluate": "error rates of a trained model",
+    "predict": "outputs of a trained model for words from a file or standard input",
+    "inspect": "α and attention density of every head of a trained model, as tables and plots",
+}
+USAGE = """\
+usage: sparse-attn COMMAND [key=value ...]
+
+{commands}
+
+examples
+  sparse-attn train                                          words to phones on CMUdict, no download
+  sparse-attn train model.attention=softmax trainer.max_epochs=2
+  sparse-attn train -m model.attention=softmax,entmax15,adaptive
+  sparse-attn train resume=runs/DATE_TIME                    continue an interrupted training
+  sparse-attn evaluate run=runs/DATE_TIME
+  echo attention | sparse-attn predict run=runs/DATE_TIME
+  sparse-attn inspect run=runs/DATE_TIME
+
+sparse-attn COMMAND -h lists the keys of a command; sparse-attn --version prints the version.
+"""
+_NEEDED = ("lightning", "hydra", "rich", "rapidfuzz")
+
+
+def usage() -> str:
+    """What ``sparse-attn -h`` prints."""
+    return USAGE.format(commands="\n".join(f"  {name:<9} {purpose}" for name, purpose in COMMANDS.items()))
+
+
+def main() -> None:
+    """Runs ``sparse-attn COMMAND ...``.
+
+    Raises:
+        SystemExit: Always, unless the command succeeds.
+    """
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(f"sparse-attn {__version__}")
+        return
+    command, *rest = arguments
+    if command not in COMMANDS:
+        close = get_close_matches(command, COMMANDS, n=1)
+        question = f", did you mean {close[0]!r}?" if close else ""
+        _refuse(f"unknown command {command!r}{question}; allowed: {', '.join(COMMANDS)}, -h, --version")
+    if any(find_spec(package) is None for package in _NEEDED):
+        _refuse(f'{command} needs packages that are not installed; run: pip install "sparse-attn[recipes]"')
+    sys.argv = [f"sparse-attn {command}", *rest]
+    importlib.import_module(f"recipes.{command}").main()
+
+
+def _refuse(message: str) -> None:
+    print(f"sparse-attn: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,224 @@
+"""How every command starts: Hydra composes the configuration, and a wrong input becomes one line.
+
+Hydra's own report of an error is several lines with the program's internals in between. ``run_hydra`` asks Hydra for
+the bare exception instead, turns what a user can put right into one line on standard error (exit status 2), lets an
+interruption say how to go on (130), and leaves anything unexpected, a bug, to Python's traceback.
+``SPARSE_ATTN_TRACEBACK=1`` shows the traceback of every error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+WRONG_INPUT, INTERRUPTED = 2, 130
+
+# What a value that has no default stands for, in the message that asks for it.
+MANDATORY = {
+    "data.path": "DIR, the folder of the data files",
+    "data.language": "CODE, the language of the data files such as hun",
+    "run": "DIR, the run folder of a training",
+}
+_HELP, _MULTIRUN = ("--help", "-h"), ("--multirun", "-m")
+_OTHER_FLAGS = (
+    "--hydra-help --version --cfg -c --resolve --package -p --run -r --shell-completion -sc --config-path -cp "
+    "--config-name -cn --config-dir -cd --experimental-rerun --info -i"
+)
+_FLAGS = (*_HELP, *_MULTIRUN, *_OTHER_FLAGS.split())
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with a message that says what is left and how to go on."""
+
+
+def config_dir() -> Path:
+    """The folder of the YAML files: packed beside this file in a wheel, at the top of a checkout."""
+    here = Path(__file__).resolve().parent
+    packed = here / "_configs"
+    return packed if packed.is_dir() else here.parent / "configs"
+
+
+def config_groups() -> list[str]:
+    """Names of the config groups, such as ``model`` in ``model=small``."""
+    return sorted(path.name for path in config_dir().iterdir() if path.is_dir() and path.name != "hydra")
+
+
+def is_multirun(arguments: Sequence[str]) -> bool:
+    """Whether the command line asks for several runs."""
+    return any(argument in _MULTIRUN for argument in arguments)
+
+
+def run_hydra(
+    name: str,
+    task: Callable[[DictConfig], Any],
+    *,
+    arguments: Sequence[str] | None = None,
+    config: Path | None = None,
+) -> None:
+    """Composes the configuration of a command and calls ``task`` with it, once or, with ``-m``, for every combination.
+
+    Args:
+        name: The command; ``configs/{name}.yaml`` is its configuration.
+        task: What to do with the composed configuration.
+        arguments: The command line after the command; that of this process if not given.
+        config: Another YAML file to compose from, such as the one in a run folder.
+
+    Raises:
+        SystemExit: 2 after a wrong input and 130 after an interruption, each told in one line on standard error.
+    """
+    # A relative config path does not survive being called as a console script.
+    folder, config_name = (config.parent, config.stem) if config else (config_dir(), name)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with _arguments([f"sparse-attn {name}", *arguments]), reported(name):
+        _check_flags(arguments)
+        main = hydra.main(config_path=str(folder.resolve()), config_name=config_name, version_base="1.3")
+        try:
+            main(_through_hydra(task))()
+        except _TaskError as carrier:
+            raise carrier.error from carrier.error.__cause__
+
+
+@contextlib.contextmanager
+def reported(name: str) -> Any:
+    """Turns errors of the block that a user can put right into one line and an exit status.
+
+    Raises:
+        SystemExit: In place of such an error or of an interruption.
+    """
+    # Hydra then raises its errors instead of printing them.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        _stop(name, error, str(error) or "stopped", INTERRUPTED)
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        _stop(name, error, message, WRONG_INPUT)
+
+
+def _stop(name: str, error: BaseException, message: str, status: int) -> NoReturn:
+    if os.environ.get("SPARSE_ATTN_TRACEBACK") == "1":
+        raise error
+    print(f"sparse-attn {name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+class _TaskError(BaseException):
+    """Carries an error of the task through Hydra, which would announce an ``Exception`` with a line of its own."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _through_hydra(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    @functools.wraps(task)
+    def carried(cfg: DictConfig) -> Any:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        try:
+            return task(cfg)
+        except Exception as error:
+            # Hydra made the folder before the task could look at its input.
+            if folder != Path.cwd():
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise _TaskError(error) from error
+
+    return carried
+
+
+@contextlib.contextmanager
+def _arguments(argv: list[str]) -> Any:
+    """Hydra reads the command line of the process only."""
+    before, sys.argv = sys.argv, argv
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _check_flags(arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag.startswith("-") and flag not in _FLAGS:
+            raise ValueError(f"unknown option {argument!r}; allowed: {', '.join(_FLAGS)} and key=value")
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell the user, or ``None`` for a bug."""
+    if isinstance(error, HydraException):
+        return _composition_message(error)
+    if isinstance(error, OmegaConfBaseException):
+        # Reading a key that does not exist is a mistake of the program; Hydra has already refused those of the user.
+        return None if isinstance(error, ConfigAttributeError | ConfigKeyError) else _config_message(error)
+    if isinstance(error, OSError) or (isinstance(error, ValueError | TypeError) and _is_raised(error)):
+        return str(error)
+    return None
+
+
+def _is_raised(error: Exception) -> bool:
+    """Whether a ``raise`` statement made the error: one that Python itself or compiled code made is a bug."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _composition_message(error: HydraException) -> str:
+    cause = error.__cause__
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        return f"unknown {group} {option!r}{_allowed(option, error.options)}"
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return _config_message(cause)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} is not of the form key=value: {str(error).partition('See https')[0]}"
+    return str(error)
+
+
+def _config_message(error: OmegaConfBaseException) -> str:
+    if isinstance(error, MissingMandatoryValue):
+        return _missing(error.full_key or str(error.key))
+    if isinstance(error, InterpolationToMissingValueError):
+        return _missing(str(error).partition("Missing mandatory value:")[2].split()[0])
+    if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        key = error.full_key or str(error.key)
+        level, _, last = key.rpartition(".")
+        if not isinstance(error.parent_node, DictConfig):
+            return f"{key!r} cannot be set: {level} is a value, not a group of keys"
+        names = [str(name) for name in error.parent_node if name != "hydra"]
+        if not level:
+            names = sorted({*names, *config_groups()})
+        return f"unknown key {key!r}{_allowed(last, names, level)}"
+    return str(error).splitlines()[0]
+
+
+def _missing(key: str) -> str:
+    return f"{key} has no value; give it as {key}={MANDATORY.get(key, 'VALUE')}"
+
+
+def _allowed(name: str, options: Sequence[str], level: str = "") -> str:
+    close = get_close_matches(name, options, n=1)
+    question = f", did you mean {close[0]!r}?" if close else ""
+    return f"{question}; allowed{f' in {level}' if level else ''}: {', '.join(options) or 'nothing'}"

