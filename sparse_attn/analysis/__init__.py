@@ -3,18 +3,22 @@
 from sparse_attn.analysis.density import density, support_counts
 from sparse_attn.analysis.record import record_attention
 from sparse_attn.analysis.roles import (
+    ROLE_THRESHOLD,
     entropy,
     mean_per_head,
     monotonicity,
+    name_roles,
     offset_weight,
     strongest_at_offset,
 )
 
 __all__ = [
+    "ROLE_THRESHOLD",
     "density",
     "entropy",
     "mean_per_head",
     "monotonicity",
+    "name_roles",
     "offset_weight",
     "record_attention",
     "strongest_at_offset",

@@ -6,12 +6,25 @@ many batches can be averaged exactly; `mean_per_head` averages one batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from sparse_attn.analysis.density import full_visible
 
-__all__ = ["entropy", "mean_per_head", "monotonicity", "offset_weight", "strongest_at_offset"]
+__all__ = [
+    "ROLE_THRESHOLD",
+    "entropy",
+    "mean_per_head",
+    "monotonicity",
+    "name_roles",
+    "offset_weight",
+    "strongest_at_offset",
+]
+
+# The share from which Voita et al. 2019 call a head positional.
+ROLE_THRESHOLD = 0.9
 
 
 def mean_per_head(values: Tensor) -> Tensor:
@@ -32,15 +45,17 @@ def mean_per_head(values: Tensor) -> Tensor:
     return values.nanmean(dim=[dim for dim in range(values.dim()) if dim != values.dim() - 2])
 
 
-def entropy(weights: Tensor, visible: Tensor | None = None) -> Tensor:
+def entropy(weights: Tensor, visible: Tensor | None = None, *, relative: bool = False) -> Tensor:
     """Shannon entropy of each query's weights, - Σ p log p, in nats.
 
     Args:
         weights: attention weights of each head, (N, H, L, S) or (H, L, S).
         visible: True where a query may see a key; broadcasts against `weights`. None: everywhere.
+        relative: divide by log S, the entropy of a query that looks at all its S visible keys alike.
 
     Returns:
-        (N, H, L) or (H, L), from 0 (one key) to log S (all keys alike); NaN for a query that sees no key.
+        (N, H, L) or (H, L), from 0 (one key) to log S (all keys alike), or to 1 if relative; NaN for a query
+        that sees no key, or only one if relative.
 
     Raises:
         TypeError: if `weights` is not floating point or `visible` is not bool.
@@ -53,7 +68,10 @@ def entropy(weights: Tensor, visible: Tensor | None = None) -> Tensor:
     pairs = full_visible(weights, visible)
     terms: Tensor = torch.special.entr(weights)
     per_query = terms.masked_fill(~pairs, 0.0).sum(dim=-1)
-    return per_query.masked_fill(~pairs.any(dim=-1), torch.nan)
+    visible_keys = pairs.sum(dim=-1)
+    if relative:
+        return (per_query / visible_keys.log()).masked_fill(visible_keys < 2, torch.nan)
+    return per_query.masked_fill(visible_keys < 1, torch.nan)
 
 
 def offset_weight(weights: Tensor, offset: int, visible: Tensor | None = None) -> Tensor:
@@ -160,3 +178,30 @@ def monotonicity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
     spread = (dx.norm(dim=-1, keepdim=True) * dy.norm(dim=-1, keepdim=True)).where(moves, 1.0)
     correlation: Tensor = ((dx * dy).sum(dim=-1, keepdim=True) / spread).where(moves, 0.0)
     return correlation.masked_fill(count < 2, torch.nan).to(weights.dtype)
+
+
+def name_roles(shares: Mapping[str, Tensor], threshold: float = ROLE_THRESHOLD) -> list[str]:
+    """Name each head after its largest share, if that reaches the threshold.
+
+    Args:
+        shares: for each role a head may have, how far each head has it, (H,), from 0 to 1: the mean of
+            `strongest_at_offset` for "previous" or "next", `monotonicity` for "monotone", relative `entropy`
+            for "diffuse". NaN counts as 0.
+        threshold: the smallest share that earns the name; the default is that of Voita et al. 2019.
+
+    Returns:
+        A name for every head, "mixed" where no share reaches the threshold.
+
+    Raises:
+        ValueError: if there is no share at all.
+
+    Example:
+        >>> name_roles({"previous": torch.tensor([0.97, 0.1]), "next": torch.tensor([0.01, 0.6])})
+        ['previous', 'mixed']
+    """
+    if not shares:
+        raise ValueError("shares must hold at least one role, got none")
+    names = list(shares)
+    largest, index = torch.stack([shares[name].nan_to_num(0.0) for name in names]).max(dim=0)
+    named = zip((largest >= threshold).tolist(), index.tolist(), strict=True)
+    return [names[best] if reached else "mixed" for reached, best in named]

@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from sparse_attn.analysis import entropy, mean_per_head, monotonicity, offset_weight, strongest_at_offset
+from sparse_attn.analysis import (
+    entropy,
+    mean_per_head,
+    monotonicity,
+    name_roles,
+    offset_weight,
+    strongest_at_offset,
+)
 
 N, H, L, S = 2, 3, 5, 7
 
@@ -54,6 +61,25 @@ def test_entropy_by_hand() -> None:
     values = entropy(weights, visible)
     torch.testing.assert_close(values, torch.tensor([[0.0, math.log(4), math.nan]]), equal_nan=True)
     torch.testing.assert_close(mean_per_head(values), torch.tensor([math.log(4) / 2]))
+
+
+def test_relative_entropy_is_one_for_a_head_that_looks_everywhere() -> None:
+    visible = torch.ones(L, L, dtype=torch.bool).tril()
+    weights = torch.zeros(1, L, L).masked_fill(~visible, -torch.inf).softmax(-1)
+    values = entropy(weights, visible, relative=True)
+    torch.testing.assert_close(values, torch.tensor([[math.nan, 1.0, 1.0, 1.0, 1.0]]), equal_nan=True)
+
+
+def test_roles_are_named_from_the_largest_share() -> None:
+    shares = {
+        "previous": torch.tensor([0.95, 0.9, 0.2, math.nan]),
+        "next": torch.tensor([0.91, 0.1, 0.8, math.nan]),
+        "diffuse": torch.tensor([0.1, 0.1, 0.1, 0.99]),
+    }
+    assert name_roles(shares) == ["previous", "previous", "mixed", "diffuse"]
+    assert name_roles(shares, threshold=0.8) == ["previous", "previous", "next", "diffuse"]
+    with pytest.raises(ValueError, match="at least one role"):
+        name_roles({})
 
 
 def test_monotonicity_by_hand() -> None:
