@@ -1,0 +1,60 @@
+# `make` lists the commands. Each creates what it needs: the virtual environment, then a pinned install into it.
+#   PYTHON  the interpreter the environment is made from, 3.10 or newer
+#   VENV    where the environment lies
+#   ARGS    passed on to the command: make train ARGS="model.attention=softmax"
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN     := $(VENV)/bin
+INSTALL  = $(BIN)/python -m pip install --constraint constraints.txt
+
+# Two processes share the machine in `make test`; waiting threads must not spin on the cores the other one needs.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help train test lint format format-check types wheel wheel-check clean
+
+help:           ## list these commands
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
+
+train: $(VENV)/.installed-recipes  ## train the default model on CMUdict and show alpha per head
+	$(BIN)/sparse-attn train $(ARGS)
+
+test: $(VENV)/.installed-dev       ## run the tests
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.installed-dev       ## check the code with ruff
+	$(BIN)/ruff check
+
+format: $(VENV)/.installed-dev     ## format the code and apply ruff's safe fixes
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+format-check: $(VENV)/.installed-dev  ## say which files are not formatted
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.installed-dev      ## check the types with mypy
+	$(BIN)/mypy
+
+wheel: $(VENV)/.installed-dev      ## build the source distribution, and the wheel from it, into dist/
+	$(BIN)/python -m build
+
+wheel-check: $(VENV)/.installed-dev  ## build the wheel, install it into an empty environment and use it there
+	scripts/check_wheel.sh $(BIN)/python
+
+clean:          ## remove builds and caches; the environment and the runs stay
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# Made anew only when the project's metadata or a pin has changed. `pip` is the last file a new environment gets: one
+# whose creation was interrupted is made again.
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-recipes: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) --editable ".[recipes]"
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) --editable ".[dev]"
+	@touch $@ $(VENV)/.installed-recipes

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Build the wheel, install it into an empty environment, and walk through its commands in an empty folder.
+# Usage: check_wheel.sh PYTHON   (an interpreter that has the package `build`)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=$(realpath --no-symlinks "$1")
+constraints=$PWD/constraints.txt
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+step() { printf '\n--- %s\n' "$*"; }
+
+step "build"
+"$python" -m build --outdir "$work/dist" . >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
+wheel=$(echo "$work"/dist/*.whl)
+"$python" - "$wheel" <<'PYTHON'
+import sys, zipfile
+names = set(zipfile.ZipFile(sys.argv[1]).namelist())
+needed = {"sparse_attn/py.typed", "recipes/py.typed", "recipes/_configs/train.yaml"}
+stray = {name for name in names if name.split("/")[0] in {"tests", "scripts", "configs"}}
+if needed - names or stray:
+    sys.exit(f"wrong contents of the wheel: missing {sorted(needed - names)}, out of place {sorted(stray)}")
+print(f"{len(names)} files, the configs among them")
+PYTHON
+
+step "install into an empty environment"
+"$python" -m venv "$work/venv"
+"$work/venv/bin/python" -m pip install --quiet --constraint "$constraints" "$wheel[recipes]"
+
+mkdir "$work/empty"
+cd "$work/empty"
+export PATH="$work/venv/bin:$PATH"
+unset PYTHONPATH
+
+step "sparse-attn -h"
+sparse-attn -h
+
+step "sparse-attn train"
+sparse-attn train data.limit=200 trainer.max_epochs=1 hydra.run.dir=run
+
+step "sparse-attn evaluate"
+sparse-attn evaluate run=run
+
+step "sparse-attn predict"
+printf 'attention\nsparse\n' | sparse-attn predict run=run
+
+step "sparse-attn inspect"
+sparse-attn inspect run=run

@@ -1,0 +1,40 @@
+"""What every test starts from: one thread, a fixed seed, and no memory that happens to hold zeros."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+# Tests are small and run in several processes: threads inside them only wait for one another.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill floating tensors of `torch.empty` with NaN, so that a value nobody has written cannot pass a test."""
+
+    def filled(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(create)
+        def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = create(*args, **kwargs)
+            if tensor.is_floating_point():
+                with torch.no_grad():
+                    tensor.fill_(float("nan"))
+            return tensor
+
+        return wrapper
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, filled(getattr(torch, name)))
