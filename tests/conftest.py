@@ -23,7 +23,7 @@ def fixed_seed() -> None:
 
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill floating tensors of `torch.empty` with NaN, so that a value nobody has written cannot pass a test."""
+    """Fill floating tensors of `torch.empty` with NaN: a value that nobody has written cannot pass a test."""
 
     def filled(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(create)
