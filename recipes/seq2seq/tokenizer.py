@@ -12,6 +12,16 @@ SPLITS = ("characters", "spaces")
 NORMALIZATIONS = ("NFC", "NFD", "none")
 
 
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuses a value that is not among the allowed ones.
+
+    Raises:
+        ValueError: If ``value`` is not in ``allowed``.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
 class Tokenizer:
     """Splits text into characters or at spaces and numbers the tokens.
 
@@ -37,12 +47,8 @@ class Tokenizer:
     """
 
     def __init__(self, symbols: Sequence[str], *, split: str, normalization: str = "NFC") -> None:
-        if split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-        if normalization not in NORMALIZATIONS:
-            raise ValueError(
-                f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {normalization!r}"
-            )
+        check_choice("split", split, SPLITS)
+        check_choice("normalization", normalization, NORMALIZATIONS)
         if list(symbols) != sorted(set(symbols)):
             raise ValueError("symbols must be sorted and distinct, got them unsorted or repeated")
         if special := sorted(set(symbols) & set(SPECIALS)):

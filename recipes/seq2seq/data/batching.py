@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Sampler
 
 from recipes.seq2seq.tokenizer import BOS, PAD
 
-# Sorting within random pools of this many batches keeps padding low without fixing which examples meet.
-POOL = 100
+# Sorted within random pools of this many batches, 95 % of the source positions of CMUdict are letters (57 %
+# unsorted), and the 57 batches of a SIGMORPHON language still differ from epoch to epoch.
+POOL = 20
 
 
 class Row(NamedTuple):
@@ -80,7 +81,7 @@ class BatchByLength(Sampler[list[int]]):
         return -(-len(self.lengths) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """One pass; a generator, so that an epoch set after ``iter()`` counts, which is when Lightning sets it."""
+        """One pass. A generator, because Lightning calls ``iter()`` first and sets the epoch afterwards."""
         skipped, self._skip = self.skipped, (0, 0)
         yield from itertools.islice(self._batches(), skipped, None)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from recipes.seq2seq.data.examples import Example, Splits, limit_splits
+from recipes.seq2seq.data.examples import Example, Splits, check_optional_count, limit_splits
 
 _ALTERNATIVE = re.compile(r"\(\d+\)$")  # the dictionary lists a second pronunciation of "read" as "read(2)"
 _STRESS = re.compile(r"\d")
@@ -77,6 +77,7 @@ def load_cmudict(limit: int | None = None) -> Splits:
     Reference:
         https://github.com/cmusphinx/g2p-seq2seq
     """
+    check_optional_count("limit", limit)
     with dictionary_file().open(encoding="utf-8") as lines:
         examples = parse_dictionary(lines)
     splits = Splits(train=[], val=[], test=[])

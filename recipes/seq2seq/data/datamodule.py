@@ -21,7 +21,7 @@ from recipes.seq2seq.data.examples import (
     subset,
 )
 from recipes.seq2seq.data.tsv import load_tsv
-from recipes.seq2seq.tokenizer import Tokenizer
+from recipes.seq2seq.tokenizer import NORMALIZATIONS, SPLITS, Tokenizer, check_choice
 
 NAMES = ("cmudict", "tsv")
 
@@ -81,13 +81,15 @@ class Seq2SeqData(L.LightningDataModule):
         super().__init__()
         files = {"train": train, "val": val, "test": test}
         self.files = {key: path for key, path in files.items() if path is not None}
+        check_choice("data name", name, NAMES)
+        check_choice("source_split", source_split, SPLITS)
+        check_choice("target_split", target_split, SPLITS)
+        check_choice("normalization", normalization, NORMALIZATIONS)
         _check_files(name, self.files)
         check_count("batch_size", batch_size)
         check_count("eval_batch_size", eval_batch_size)
         check_optional_count("limit", limit)
         check_optional_count("eval_limit", eval_limit)
-        for split in (source_split, target_split):  # refuses an unknown value before any file is read
-            Tokenizer([], split=split, normalization=normalization)
         self.name = name
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -156,8 +158,6 @@ class Seq2SeqData(L.LightningDataModule):
 
 
 def _check_files(name: str, files: dict[str, str]) -> None:
-    if name not in NAMES:
-        raise ValueError(f"data name must be one of {', '.join(NAMES)}, got {name!r}")
     if name == "cmudict" and files:
         raise ValueError(f"data name 'cmudict' takes no files (name 'tsv' does), got {', '.join(files)}")
     if name == "tsv" and len(files) < 3:
@@ -172,6 +172,6 @@ def _loader(rows: list[Row], batch_size: int, *, shuffle: bool, seed: int) -> Re
         cast(Dataset[Row], rows),
         batch_sampler=BatchByLength(lengths, batch_size, shuffle=shuffle, seed=seed),
         collate_fn=collate,
-        # Without its own generator every pass would draw from the global one and so change what dropout drops.
-        generator=torch.Generator().manual_seed(seed),
+        # Without a generator of its own every pass would draw from the global one and change dropout.
+        generator=torch.Generator(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 
 from recipes.seq2seq.data.examples import Example, Splits
@@ -38,12 +39,13 @@ def read_pairs(path: str | Path) -> list[Example]:
 def _parse(line: str, place: str) -> Example:
     fields = [field.strip() for field in line.split("\t")]
     if len(fields) != 2:
+        tabs = len(fields) - 1
         raise ValueError(
-            f"{place}: a line must be source<TAB>target with one tab, got {len(fields) - 1} in {line!r}"
+            f"{place}: a line must be source<TAB>target, got {tabs} tabs in {reprlib.repr(line)}"
         )
     for side, field in zip(("source", "target"), fields, strict=True):
         if not field:
-            raise ValueError(f"{place}: the {side} must not be empty, got {line!r}")
+            raise ValueError(f"{place}: the {side} must not be empty, got {reprlib.repr(line)}")
     return Example(fields[0], (fields[1],))
 
 

@@ -1,0 +1,205 @@
+import itertools
+import random
+
+import pytest
+import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.fabric.utilities.types import _Stateful
+
+from recipes.seq2seq.data import batching
+from recipes.seq2seq.data.batching import BatchByLength, ResumableLoader, Row, collate, pad
+from recipes.seq2seq.tokenizer import BOS, EOS, PAD
+
+
+def random_lengths(count, seed=0):
+    rng = random.Random(seed)
+    return [(rng.randint(2, 23), rng.randint(2, 19)) for _ in range(count)]
+
+
+def make_loader(count=103, batch_size=7, seed=0):
+    lengths = random_lengths(count)
+    # The first id tells the rows apart.
+    rows = [Row([100 + i, *[5] * (s - 2), EOS], [4] * (t - 1) + [EOS]) for i, (s, t) in enumerate(lengths)]
+    sampler = BatchByLength(lengths, batch_size, shuffle=True, seed=seed)
+    return ResumableLoader(rows, batch_sampler=sampler, collate_fn=collate, generator=torch.Generator())
+
+
+def members(batches):
+    return [batch["source"][:, 0].tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("count", "batch_size"), [(1, 7), (7, 7), (103, 7), (1009, 11)])
+def test_every_example_comes_once(count, batch_size, shuffle):
+    batches = BatchByLength(random_lengths(count), batch_size, shuffle=shuffle, seed=3)
+    got = list(batches)
+    assert sorted(itertools.chain(*got)) == list(range(count))
+    assert len(got) == len(batches)
+    assert sorted(map(len, got))[1:] == [batch_size] * (len(got) - 1)
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    def order(seed, epoch):
+        batches = BatchByLength(random_lengths(103), 7, shuffle=True, seed=seed)
+        batches.set_epoch(epoch)
+        return list(batches)
+
+    assert order(0, 0) == order(0, 0)
+    orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(first != second for first, second in itertools.combinations(orders, 2))
+
+
+def test_repeated_passes_of_one_epoch_are_equal():
+    batches = BatchByLength(random_lengths(103), 7, shuffle=True, seed=0)
+    assert list(batches) == list(batches)
+
+
+def test_which_examples_meet_changes_between_epochs():
+    batches = BatchByLength(random_lengths(2003), 7, shuffle=True, seed=0)
+    first = {frozenset(batch) for batch in batches}
+    batches.set_epoch(1)
+    assert len(first & {frozenset(batch) for batch in batches}) < 0.05 * len(first)
+
+
+def test_shuffled_batches_are_alike_in_length():
+    lengths = random_lengths(2003)
+
+    def padding(groups):
+        return sum(len(group) * max(lengths[i][0] for i in group) for group in groups) - sum(
+            s for s, _ in lengths
+        )
+
+    unsorted = [range(start, min(start + 7, 2003)) for start in range(0, 2003, 7)]
+    assert padding(BatchByLength(lengths, 7, shuffle=True, seed=0)) < 0.2 * padding(unsorted)
+
+
+def test_any_first_part_of_an_epoch_is_a_fair_sample():
+    """Lightning may cut an epoch short: the first tenth must hold all lengths alike."""
+    lengths = random_lengths(2003)
+    batches = BatchByLength(lengths, 7, shuffle=True, seed=0)
+    totals, counts = 0, [0] * len(lengths)
+    for epoch in range(200):
+        batches.set_epoch(epoch)
+        for batch in itertools.islice(batches, len(batches) // 10):
+            totals += len(batch)
+            for index in batch:
+                counts[index] += 1
+    drawn = sum(count * source for count, (source, _) in zip(counts, lengths, strict=True)) / totals
+    assert drawn == pytest.approx(sum(source for source, _ in lengths) / len(lengths), rel=0.02)
+    assert min(counts) > 5  # 20 expected for each
+
+
+def test_without_shuffling_examples_are_sorted_by_source_then_target():
+    lengths = random_lengths(103)
+    batches = BatchByLength(lengths, 7, shuffle=False, seed=0)
+    got = [lengths[index] for batch in batches for index in batch]
+    assert got == sorted(lengths)
+    before = list(batches)
+    batches.set_epoch(5)
+    assert list(batches) == before
+
+
+def test_pools_do_not_leak_into_each_other(monkeypatch):
+    """With one batch a pool the lengths of a batch are as mixed as the data."""
+    monkeypatch.setattr(batching, "POOL", 1)
+    lengths = [(index, 2) for index in range(700)]
+    spread = [max(batch) - min(batch) for batch in BatchByLength(lengths, 7, shuffle=True, seed=0)]
+    assert sum(spread) / len(spread) > 350
+
+
+def test_a_batch_size_of_zero_is_refused():
+    with pytest.raises(ValueError, match=r"^batch_size must be at least 1, got 0$"):
+        BatchByLength([1], 0, shuffle=True, seed=0)
+
+
+def test_lightning_sets_the_epoch():
+    loader = make_loader()
+    first = members(loader)
+    _set_sampler_epoch(loader, 1)
+    second = members(loader)
+    assert first != second
+    _set_sampler_epoch(loader, 0)
+    assert members(loader) == first
+
+
+def test_an_epoch_set_after_iter_counts():
+    """The order in which Lightning does it when a run starts or resumes."""
+    loader, expected = make_loader(), make_loader()
+    _set_sampler_epoch(expected, 3)
+    batches = iter(loader)
+    _set_sampler_epoch(loader, 3)
+    assert members(batches) == members(expected)
+
+
+def test_loading_neither_reads_nor_changes_the_global_random_state():
+    torch.manual_seed(1)
+    random.seed(1)
+    first = members(make_loader())
+    torch.manual_seed(2)
+    random.seed(2)
+    before, before_python = torch.get_rng_state(), random.getstate()
+    assert members(make_loader()) == first
+    assert torch.equal(torch.get_rng_state(), before)
+    assert random.getstate() == before_python
+
+
+@pytest.mark.parametrize("done", [0, 1, 6, 14])
+def test_a_resumed_loader_gives_the_rest_of_the_epoch_and_then_whole_ones(done):
+    loader = make_loader()
+    _set_sampler_epoch(loader, 2)
+    running = iter(loader)
+    for _ in range(done):
+        next(running)
+    state = loader.state_dict()
+    expected = members(running)
+    _set_sampler_epoch(loader, 3)
+    following = members(loader)
+
+    resumed = make_loader()
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    batches = iter(resumed)
+    _set_sampler_epoch(resumed, 2)
+    assert members(batches) == expected
+    assert resumed.state_dict() == loader.state_dict() | {"epoch": 2}
+    _set_sampler_epoch(resumed, 3)
+    assert members(resumed) == following
+
+
+def test_a_state_from_the_end_of_an_epoch_skips_nothing_in_the_next():
+    loader = make_loader()
+    for _ in itertools.islice(loader, 9):  # an epoch that Lightning cut short
+        pass
+    resumed = make_loader()
+    resumed.load_state_dict(loader.state_dict())
+    _set_sampler_epoch(resumed, 1)
+    expected = make_loader()
+    _set_sampler_epoch(expected, 1)
+    assert members(resumed) == members(expected)
+
+
+def test_lightning_sees_that_the_loader_can_resume():
+    loader = make_loader()
+    assert isinstance(loader, _Stateful)
+    assert all(type(value) is int for value in loader.state_dict().values())
+
+
+def test_rows_are_padded_to_the_longest():
+    padded = pad([[5, EOS], [6, 7, 8, EOS], [EOS]])
+    assert padded.dtype == torch.long
+    assert padded.tolist() == [[5, EOS, PAD, PAD], [6, 7, 8, EOS], [EOS, PAD, PAD, PAD]]
+
+
+def test_targets_are_shifted_by_the_start():
+    batch = collate([Row([9, EOS], [5, 6, 7, EOS]), Row([9, 8, EOS], [5, EOS])])
+    assert batch.keys() == {"source", "target_in", "target_out"}
+    assert batch["source"].tolist() == [[9, EOS, PAD], [9, 8, EOS]]
+    assert batch["target_in"].tolist() == [[BOS, 5, 6, 7], [BOS, 5, PAD, PAD]]
+    assert batch["target_out"].tolist() == [[5, 6, 7, EOS], [5, EOS, PAD, PAD]]
+
+
+def test_texts_travel_with_their_rows():
+    rows = [Row([9, EOS], [5, EOS], "b", [["B"], ["P"]]), Row([8, EOS], [6, EOS], "a", [["A"]])]
+    batch = collate(rows)
+    assert batch["sources"] == ["b", "a"]
+    assert batch["references"] == [[["B"], ["P"]], [["A"]]]

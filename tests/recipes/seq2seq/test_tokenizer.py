@@ -1,0 +1,121 @@
+import json
+import unicodedata
+
+import pytest
+
+from recipes.seq2seq.tokenizer import BOS, EOS, PAD, SPECIALS, UNK, Tokenizer
+
+
+def test_ids_follow_the_four_special_ones_in_sorted_order():
+    tokenizer = Tokenizer.fit(["cab", "bad"], split="characters", normalization="NFC")
+    assert tokenizer.symbols == ["a", "b", "c", "d"]
+    assert len(tokenizer) == 8
+    assert tokenizer.encode("dab") == [7, 4, 5, EOS]
+
+
+def test_tokens_at_spaces_ignore_repeated_and_outer_spaces():
+    tokenizer = Tokenizer.fit([" t͡s  a "], split="spaces", normalization="NFC")
+    assert tokenizer.symbols == ["a", "t͡s"]
+    assert tokenizer.join(tokenizer.tokenize("a  t͡s")) == "a t͡s"
+
+
+def test_a_space_inside_a_word_is_a_character():
+    tokenizer = Tokenizer.fit(["ba ba"], split="characters", normalization="NFC")
+    assert tokenizer.symbols == [" ", "a", "b"]
+    assert tokenizer.tokenize("ab ab") == ["a", "b", " ", "a", "b"]
+    assert tokenizer.unknown("ab ab") == []
+
+
+@pytest.mark.parametrize(("normalization", "tokens"), [("NFC", 2), ("NFD", 6), ("none", 2)])
+def test_korean_syllables_come_apart_under_nfd_only(normalization, tokens):
+    word = unicodedata.normalize("NFC", "한글")
+    tokenizer = Tokenizer.fit([word], split="characters", normalization=normalization)
+    assert len(tokenizer.tokenize(word)) == tokens
+
+
+def test_nfd_reads_a_syllable_never_seen_whole():
+    seen = ["학", "간"]  # h-a-k and k-a-n, of which h-a-n is made
+    composed = Tokenizer.fit(seen, split="characters", normalization="NFC")
+    decomposed = Tokenizer.fit(seen, split="characters", normalization="NFD")
+    assert composed.unknown("한") == ["한"]
+    assert decomposed.unknown("한") == []
+
+
+def test_both_spellings_of_an_accent_are_one_token_unless_normalisation_is_off():
+    spellings = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
+    assert len(Tokenizer.fit(spellings, split="spaces", normalization="NFC").symbols) == 1
+    assert len(Tokenizer.fit(spellings, split="spaces", normalization="none").symbols) == 2
+
+
+@pytest.mark.parametrize("normalization", ["NFC", "NFD"])
+def test_join_writes_composed_text(normalization):
+    word = unicodedata.normalize("NFC", "한글 é")
+    tokenizer = Tokenizer.fit([word], split="characters", normalization=normalization)
+    assert tokenizer.join(tokenizer.decode(tokenizer.encode(word))) == word
+
+
+def test_join_leaves_text_alone_without_normalisation():
+    word = unicodedata.normalize("NFD", "é")
+    tokenizer = Tokenizer.fit([word], split="characters", normalization="none")
+    assert tokenizer.join(tokenizer.tokenize(word)) == word
+
+
+def test_unknown_tokens_are_encoded_and_named_in_order():
+    tokenizer = Tokenizer.fit(["ab"], split="characters", normalization="NFC")
+    assert tokenizer.encode("zaxz") == [UNK, 4, UNK, UNK, EOS]
+    assert tokenizer.unknown("zaxz") == ["z", "x"]
+
+
+def test_decode_stops_at_the_first_end_and_skips_padding_and_start():
+    tokenizer = Tokenizer.fit(["ab"], split="characters", normalization="NFC")
+    assert tokenizer.decode([BOS, 4, PAD, UNK, 5, EOS, 4, 999]) == ["a", "<unk>", "b"]
+    assert tokenizer.decode([5, 4]) == ["b", "a"]
+
+
+@pytest.mark.parametrize("index", [-1, 6])
+def test_decode_refuses_an_id_outside_the_vocabulary(index):
+    tokenizer = Tokenizer.fit(["ab"], split="characters", normalization="NFC")
+    with pytest.raises(ValueError, match=rf"^token ids must lie in 0\.\.5, got {index}$"):
+        tokenizer.decode([index])
+
+
+def test_text_that_spells_a_special_token_is_unknown():
+    tokenizer = Tokenizer.fit(["a <pad> <eos>"], split="spaces", normalization="NFC")
+    assert tokenizer.symbols == ["a"]
+    assert tokenizer.encode("<pad> a <eos>") == [UNK, 4, UNK, EOS]
+
+
+def test_state_is_plain_and_restores():
+    tokenizer = Tokenizer.fit(["한글 b"], split="characters", normalization="NFD")
+    state = json.loads(json.dumps(tokenizer.state()))
+    restored = Tokenizer(**state)
+    assert restored.encode("글 한x") == tokenizer.encode("글 한x")
+    assert restored.state() == tokenizer.state()
+    state["symbols"].clear()
+    assert len(restored) > len(SPECIALS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"symbols": [], "split": "words"}, "split must be one of characters, spaces, got 'words'"),
+        (
+            {"symbols": [], "split": "spaces", "normalization": "nfc"},
+            "normalization must be one of NFC, NFD, none, got 'nfc'",
+        ),
+        (
+            {"symbols": ["b", "a"], "split": "spaces"},
+            "symbols must be sorted and distinct, got them unsorted",
+        ),
+        (
+            {"symbols": ["a", "a"], "split": "spaces"},
+            "symbols must be sorted and distinct, got them unsorted",
+        ),
+        ({"symbols": ["<eos>"], "split": "spaces"}, "symbols must not hold the special tokens, got <eos>"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError) as error:
+        Tokenizer(**arguments)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
