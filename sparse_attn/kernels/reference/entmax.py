@@ -1,0 +1,147 @@
+"""α-entmax of the last dimension and its gradients, in plain torch.
+
+Everything is written in ``a = α - 1`` and in the form
+
+    p_i = [1 + a (z_i - σ)]_+^(1/a),    Σ p_i = 1,
+
+which tends to ``exp(z_i - σ)`` as ``a -> 0`` without cancelling. ``u = p^(1 - a)`` is ``-dp/dσ`` on the support.
+Inputs are float32 or float64; ``a`` is a number or a tensor that broadcasts with size 1 in the last dimension.
+
+Reference: Peters, Niculae & Martins 2019 (ACL), eq. 10 for the mapping and Prop. 2 for its Jacobian; Correia, Niculae &
+Martins 2019 (EMNLP), Prop. 1 for the gradient in α, here in a form that does not divide by ``a``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_MAX_SWEEPS = 100
+
+
+def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
+    """The probabilities ``p``; entries at or below ``lowest`` are masked, and a row of nothing else is all zeros."""
+    top = scores.amax(-1, keepdim=True)
+    empty = top <= lowest
+    if isinstance(a, float) and a == 0.0:
+        return torch.softmax(scores, -1).masked_fill(empty, 0.0)
+    # The maximum goes first, so that every z is at most 0 and nothing overflows.
+    z = (scores - top.masked_fill(empty, 0.0)).masked_fill_(scores <= lowest, -math.inf)
+    if isinstance(a, Tensor):
+        # A head at α = 1 takes an ``a`` so small that log1p(t) / a is z - σ to the last bit.
+        tiny = torch.finfo(z.dtype).eps * 1e-3
+        a = torch.where(a.abs() < tiny, tiny, a)
+        steep = bool((a > 1).any())
+    else:
+        steep = a > 1
+    p = _solve_bracketed(z, a) if steep else _solve_newton(z, a)
+    total = p.sum(-1, keepdim=True)
+    return p.div_(total.masked_fill_(total == 0.0, 1.0))
+
+
+def _solve_newton(z: Tensor, a: float | Tensor) -> Tensor:
+    """``p`` by Newton's method on the norm ``(Σ p)^a = 1``, for ``α <= 2``.
+
+    The norm is convex (concave for α < 1) in σ, so the iterates climb from ``σ = max z = 0`` to the root and never
+    pass it. At α = 1 the first step lands on ``logsumexp(z)``.
+    """
+    sigma = torch.zeros_like(z[..., :1])
+    # Near α = 2 the support shrinks until the last step, so no larger a step may count as the end.
+    tolerance = 4 * torch.finfo(z.dtype).eps
+    for _ in range(_MAX_SWEEPS):
+        p, u = _power(z, sigma, a)
+        step = _norm_step(p.sum(-1, keepdim=True), u.sum(-1, keepdim=True), a)
+        sigma += step
+        if not bool((step > tolerance * (1 + sigma)).any()):
+            break
+    return _power(z, sigma, a)[0]
+
+
+def _solve_bracketed(z: Tensor, a: float | Tensor) -> Tensor:
+    """``p`` by Newton's method inside a bracket with bisection as the fall-back, for any α.
+
+    For α > 2 the slope is infinite where an entry enters the support, so a short step proves nothing: what is asked
+    is that the sum be 1, or the bracket empty. The same slope makes a large error of p out of a rounding of σ: hence
+    float64 inside.
+    """
+    dtype, z = z.dtype, z.double()
+    a = a.double() if isinstance(a, Tensor) else a
+    eps = torch.finfo(torch.float64).eps
+    low = torch.zeros_like(z[..., :1])
+    log_size = torch.full_like(low, math.log(z.shape[-1]))
+    high = -torch.expm1(-a * log_size) / a
+    high = high + eps * high  # the bound is attained by a flat row
+    sigma, error_before = low, torch.full_like(low, math.inf)
+    for _ in range(_MAX_SWEEPS):
+        p, u = _power(z, sigma, a)
+        total = p.sum(-1, keepdim=True)
+        low, high = torch.where(total >= 1, sigma, low), torch.where(total < 1, sigma, high)
+        error = (total - 1).abs()
+        open_rows = (error > 2 * eps) & (high - low > eps * high)
+        if not bool(open_rows.any()):
+            break
+        newton = sigma + _norm_step(total, u.sum(-1, keepdim=True), a)
+        good = (newton > low) & (newton < high) & (error <= error_before / 2)
+        sigma = torch.where(open_rows, torch.where(good, newton, (low + high) / 2), sigma)
+        error_before = error
+    return p.to(dtype)
+
+
+def _power(z: Tensor, sigma: Tensor, a: float | Tensor) -> tuple[Tensor, Tensor]:
+    """``p`` and ``u`` at a given σ; α = 2 and 1.5 need neither exp nor log."""
+    if isinstance(a, float) and a == 1.0:
+        p = (z - (sigma - 1)).clamp_(min=0.0)
+        return p, (p > 0).to(p.dtype)
+    if isinstance(a, float) and a == 0.5:
+        u = (z - (sigma - 2)).mul_(0.5).clamp_(min=0.0)
+        return u * u, u
+    t = (z - sigma).mul_(a).clamp_(min=-1.0)
+    p = torch.log1p(t).div_(a).exp_()
+    # Outside the support 1 + t is 0 and so is p; the floor only keeps 0 / 0 away.
+    return p, p / t.add_(1.0).clamp_(min=torch.finfo(p.dtype).tiny)
+
+
+def _norm_step(total: Tensor, slope: Tensor, a: float | Tensor) -> Tensor:
+    """Newton's step ``(S - S^(1-a)) / (a U)``, exact as ``a -> 0``; no step for rows without support or with NaN."""
+    step = -total * torch.expm1(-a * total.log()) / (a * slope)
+    return torch.nan_to_num_(step, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def entmax_backward(
+    p: Tensor, a: float | Tensor, grad: Tensor, *, with_alpha: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient for the scores, and one for α per row ``(..., 1)`` when asked; itself differentiable.
+
+    ``dz = u ∘ (g - δ)``, ``δ = Σ u g / Σ u``; ``dα = [Y D - B - a (Y A - H B)] / U`` with ``D = Σ p g``, ``A = Σ p ℓ g``,
+    ``B = Σ p y g``, ``H = Σ p ℓ``, ``Y = Σ p y``, ``ℓ = log p`` and ``y = ℓ² φ₂(-a ℓ)``.
+    """
+    outside = p == 0  # not ``~(p > 0)``: a row of NaN keeps its NaN
+    log_p = torch.where(outside, 1.0, p).log()
+    u = p if isinstance(a, float) and a == 0.0 else torch.where(outside, 0.0, torch.exp((1 - a) * log_p))
+    total = u.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+    centred = grad - (u * grad).sum(-1, keepdim=True) / total
+    grad_scores = u * centred
+    if not with_alpha:
+        return grad_scores, None
+    y = log_p.square() * _phi2(-a * log_p)
+    weighted = p * centred  # Σ dp/dα = 0, so the centred gradient serves and loses fewer digits
+    d = weighted.sum(-1, keepdim=True)
+    a_sum = (weighted * log_p).sum(-1, keepdim=True)
+    b = (weighted * y).sum(-1, keepdim=True)
+    h = (p * log_p).sum(-1, keepdim=True)
+    y_mean = (p * y).sum(-1, keepdim=True)
+    return grad_scores, (y_mean * d - b - a * (y_mean * a_sum - h * b)) / total
+
+
+def _phi2(x: Tensor) -> Tensor:
+    """``(eˣ - 1 - x) / x²``, by its series where the difference would cancel."""
+    small = x.abs() < 0.5
+    near = torch.where(small, x, 0.0)
+    terms = 9 if x.dtype == torch.float32 else 15
+    series = torch.full_like(x, 1.0 / math.factorial(terms + 2))
+    for n in range(terms - 1, -1, -1):
+        series = series * near + 1.0 / math.factorial(n + 2)
+    far = torch.where(small, 1.0, x)
+    return torch.where(small, series, (torch.expm1(far) - far) / far.square())

@@ -1,0 +1,118 @@
+"""Every mask convention into one internal form: ``True`` = take part, or a float that is added to the scores.
+
+``nn.MultiheadAttention`` says ``True`` = masked here; ``scaled_dot_product_attention`` says ``True`` = take part. Both
+know additive float masks. The internal form is the second, broadcastable to scores (N, H, L, S).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+
+def causal_mask(queries: int, keys: int, device: torch.device | None = None, *, offset: int = 0) -> Tensor:
+    """A boolean (L, S) mask: query ``i`` sees the keys up to ``i + offset``.
+
+    ``offset = 0`` aligns top-left, as ``scaled_dot_product_attention`` does; ``S - L`` aligns bottom-right, for
+    queries at the end of cached keys.
+
+    Example:
+        >>> causal_mask(2, 3, offset=1).int()
+        tensor([[1, 1, 0],
+                [1, 1, 1]], dtype=torch.int32)
+    """
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(offset)
+
+
+def apply_mask(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """Scores (..., L, S) with an internal-form mask applied.
+
+    Raises:
+        TypeError: The mask is neither boolean nor floating.
+        ValueError: It does not broadcast to the scores.
+    """
+    if attn_mask is None:
+        return scores
+    if isinstance(attn_mask, CausalBias):
+        lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
+        offset = attn_mask.seq_len_kv - attn_mask.seq_len_q if lower_right else 0
+        attn_mask = causal_mask(attn_mask.seq_len_q, attn_mask.seq_len_kv, scores.device, offset=offset)
+    check_mask_dtype(attn_mask, "attn_mask")
+    sizes = zip(reversed(attn_mask.shape), reversed(scores.shape), strict=False)
+    if attn_mask.dim() > scores.dim() or any(size not in (1, full) for size, full in sizes):
+        raise ValueError(
+            f"attn_mask must broadcast to the scores {tuple(scores.shape)}, got shape {tuple(attn_mask.shape)}"
+        )
+    if attn_mask.dtype == torch.bool:
+        return scores.masked_fill(~attn_mask, -math.inf)
+    return scores + attn_mask.to(scores.dtype)
+
+
+def merge_multihead_masks(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, *, batch: int, heads: int, queries: int, keys: int
+) -> Tensor | None:
+    """``nn.MultiheadAttention``'s two masks (``True`` = masked, float = added) as one in the internal form.
+
+    Args:
+        attn_mask: (L, S) or (N * H, L, S).
+        key_padding_mask: (N, S).
+        batch: N.
+        heads: H.
+        queries: L.
+        keys: S.
+
+    Returns:
+        A mask broadcastable to (N, H, L, S): boolean when both are, float when one of them is; None without masks.
+
+    Raises:
+        TypeError: A mask is neither boolean nor floating.
+        ValueError: A mask has another shape.
+    """
+    merged: Tensor | None = None
+    if attn_mask is not None:
+        check_mask_dtype(attn_mask, "attn_mask")
+        shapes = ((queries, keys), (batch * heads, queries, keys))
+        if tuple(attn_mask.shape) not in shapes:
+            raise ValueError(
+                f"attn_mask must have shape (L, S) = {shapes[0]} or (N * num_heads, L, S) = {shapes[1]}, "
+                f"got {tuple(attn_mask.shape)}"
+            )
+        merged = _to_internal(attn_mask)
+        if merged.dim() == 3:
+            merged = merged.view(batch, heads, queries, keys)
+    if key_padding_mask is not None:
+        check_mask_dtype(key_padding_mask, "key_padding_mask")
+        if tuple(key_padding_mask.shape) != (batch, keys):
+            raise ValueError(
+                f"key_padding_mask must have shape (N, S) = {(batch, keys)}, got {tuple(key_padding_mask.shape)}"
+            )
+        padding = _to_internal(key_padding_mask).view(batch, 1, 1, keys)
+        merged = padding if merged is None else _combine(merged, padding)
+    return merged
+
+
+def check_mask_dtype(mask: Tensor, name: str) -> None:
+    """Raise unless the mask is boolean or floating."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name} must be boolean or floating, got {mask.dtype}")
+
+
+def _to_internal(mask: Tensor) -> Tensor:
+    return ~mask if mask.dtype == torch.bool else mask
+
+
+def _combine(first: Tensor, second: Tensor) -> Tensor:
+    if first.dtype == torch.bool and second.dtype == torch.bool:
+        return first & second
+    return _additive(first, second.dtype) + _additive(second, first.dtype)
+
+
+def _additive(mask: Tensor, other: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=other, device=mask.device).masked_fill(~mask, -math.inf)

@@ -1,0 +1,134 @@
+"""Multi-head attention that learns, per head, how sparse to be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_attn.nn.alpha import bounded_alpha, initial_alpha
+from sparse_attn.nn.multihead import SparseMultiheadAttention
+from sparse_attn.ops.attention import Mapping, entmax_mapping
+
+
+class AdaptiveSparseMultiheadAttention(SparseMultiheadAttention):
+    """``nn.MultiheadAttention`` with α-entmax in the place of softmax and one learnt α per head.
+
+    ::
+
+        query ─ linear ─┐
+        key ─── linear ─┴─ scores (N, H, L, S) ─ α-entmax, α (H,) ─ weights ─┐
+        value ─ linear ──────────────────────────────────────────────────────┴─ heads ─ out_proj
+
+    Args:
+        embed_dim: As in ``nn.MultiheadAttention``, like everything up to ``dtype``.
+        num_heads: Number of heads H, a divisor of ``embed_dim``.
+        dropout: Probability that a weight is dropped in training.
+        bias: Biases on the projections.
+        add_bias_kv: A learnt extra key and value.
+        add_zero_attn: An extra key and value of zeros.
+        kdim: Size of the keys; ``embed_dim`` by default.
+        vdim: Size of the values; ``embed_dim`` by default.
+        batch_first: (N, L, E) instead of (L, N, E).
+        device: Of the parameters.
+        dtype: Of the parameters; α is kept in float32 or wider, since in bfloat16 no optimizer step would move it.
+        alpha_init: The initial α: a number, or one per head.
+        alpha_range: The closed interval that α stays in; α = 1 is softmax, 2 is sparsemax.
+        learn_alpha: Whether α is a parameter. If not, the state dict is that of ``nn.MultiheadAttention``.
+
+    Attributes:
+        alpha: (H,) the current α per head, differentiable when learnt.
+        raw_alpha: (H,) the parameter behind it, or None. A state dict without it (a dense checkpoint) loads and keeps
+            the initial α.
+
+    Raises:
+        ValueError: ``embed_dim`` is no multiple of ``num_heads``; ``alpha_init`` lies outside ``alpha_range``, or that
+            outside ``(0, inf)``.
+
+    Shape:
+        As in ``nn.MultiheadAttention``; see :meth:`forward`.
+
+    Example:
+        >>> layer = AdaptiveSparseMultiheadAttention(16, num_heads=2, batch_first=True)
+        >>> x = torch.randn(3, 5, 16)
+        >>> output, weights = layer(x, x, x)
+        >>> output.shape, weights.shape, layer.alpha.detach()
+        (torch.Size([3, 5, 16]), torch.Size([3, 5, 5]), tensor([1.5000, 1.5000]))
+
+    Reference:
+        Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers", section 3.
+    """
+
+    raw_alpha: nn.Parameter | None
+
+    def __init__(  # noqa: PLR0913 - the arguments of nn.MultiheadAttention
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        alpha_init: float | Sequence[float] | Tensor = 1.5,
+        alpha_range: tuple[float, float] = (1.0, 2.0),
+        learn_alpha: bool = True,
+    ) -> None:
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        alpha = initial_alpha(alpha_init, alpha_range, num_heads)
+        self.alpha_range = (float(alpha_range[0]), float(alpha_range[1]))
+        self.alpha_init = tuple(alpha.tolist())
+        if learn_alpha:
+            wide = torch.promote_types(self.out_proj.weight.dtype, torch.float32)
+            self.raw_alpha = nn.Parameter(alpha.to(self.out_proj.weight.device, wide))
+        else:
+            self.register_parameter("raw_alpha", None)
+
+    @property
+    def alpha(self) -> Tensor:
+        """(H,) the current α per head."""
+        if self.raw_alpha is not None:
+            return bounded_alpha(self.raw_alpha, self.alpha_range)
+        return torch.tensor(self.alpha_init, device=self.out_proj.weight.device)
+
+    def mapping(self) -> Mapping:
+        """α-entmax over the keys; one fixed α for all heads goes as a number, which is faster."""
+        if self.raw_alpha is None and len(set(self.alpha_init)) == 1:
+            return entmax_mapping(self.alpha_init[0], self.num_heads)
+        return entmax_mapping(self.alpha, self.num_heads)
+
+    def extra_repr(self) -> str:
+        """The α arguments, as given."""
+        learnt = self.raw_alpha is not None
+        inits = set(self.alpha_init)
+        init = self.alpha_init[0] if len(inits) == 1 else self.alpha_init
+        return f"alpha_init={init}, alpha_range={self.alpha_range}, learn_alpha={learnt}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.raw_alpha is not None:
+            state_dict.setdefault(prefix + "raw_alpha", self.raw_alpha.detach())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def alpha_per_head(model: nn.Module) -> dict[str, Tensor]:
+    """The current α of every head of every α-entmax layer in a model.
+
+    Returns:
+        ``{layer name: (num_heads,) tensor}`` in the order of ``model.named_modules()``, detached; empty without such layers.
+
+    Example:
+        >>> model = nn.Sequential(AdaptiveSparseMultiheadAttention(8, 2, alpha_init=[1.25, 1.75]))
+        >>> alpha_per_head(model)
+        {'0': tensor([1.2500, 1.7500])}
+    """
+    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, AdaptiveSparseMultiheadAttention))
+    return {name: layer.alpha.detach() for name, layer in layers}

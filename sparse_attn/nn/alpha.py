@@ -1,0 +1,66 @@
+"""α as a bounded parameter that is never stuck: α itself is learnt, its gradient projected at the bounds.
+
+A sigmoid reaches neither bound, and near one its gradient vanishes; the projected gradient is exact inside, and on a
+bound lets pass whatever points back inside. An optimizer's momentum may carry the parameter a little past a bound: what
+the layer uses is the clamped value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Bounded(torch.autograd.Function):
+    @staticmethod
+    def forward(raw: Tensor, low: float, high: float) -> Tensor:
+        return raw.clamp(low, high)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, float], output: Tensor) -> None:
+        raw, ctx.low, ctx.high = inputs
+        ctx.save_for_backward(raw)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (raw,) = ctx.saved_tensors
+        (grad,) = grads
+        outwards = ((raw <= ctx.low) & (grad > 0)) | ((raw >= ctx.high) & (grad < 0))
+        return grad.masked_fill(outwards, 0.0), None, None
+
+
+def bounded_alpha(raw: Tensor, alpha_range: tuple[float, float]) -> Tensor:
+    """``raw`` clamped to the range; descent along its gradient never leaves the range and is never stuck on a bound.
+
+    Example:
+        >>> raw = torch.tensor([1.0, 1.0, 1.5], requires_grad=True)
+        >>> bounded_alpha(raw, (1.0, 2.0)).backward(torch.tensor([-3.0, 3.0, 3.0]))
+        >>> raw.grad
+        tensor([-3.,  0.,  3.])
+
+    Reference:
+        Bertsekas 1976, "On the Goldstein-Levitin-Polyak gradient projection method", for the projection; Correia,
+        Niculae & Martins 2019 (EMNLP), section 3.2, for the sigmoid it takes the place of.
+    """
+    return _Bounded.apply(raw, *alpha_range)
+
+
+def initial_alpha(
+    alpha_init: float | Sequence[float] | Tensor, alpha_range: tuple[float, float], num_heads: int
+) -> Tensor:
+    """``(num_heads,)`` initial values in float64, checked against the range."""
+    low, high = (float(bound) for bound in alpha_range)
+    if not 0 < low < high < float("inf"):
+        raise ValueError(f"alpha_range must be (low, high) with 0 < low < high < inf, got {tuple(alpha_range)}")
+    alpha = torch.as_tensor(alpha_init, dtype=torch.float64).detach()
+    if tuple(alpha.shape) not in ((), (num_heads,)):
+        raise ValueError(
+            f"alpha_init must be a number or one per head ({num_heads},), got shape {tuple(alpha.shape)}"
+        )
+    wrong = ~((alpha >= low) & (alpha <= high))
+    if bool(wrong.any()):
+        raise ValueError(f"alpha_init must be in alpha_range [{low:g}, {high:g}], got {alpha[wrong][0].item():g}")
+    return alpha.expand(num_heads).clone()

@@ -1,0 +1,80 @@
+"""Multi-head attention of every query to its k best keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sparse_attn.nn.multihead import SparseMultiheadAttention
+from sparse_attn.ops.attention import Mapping, Normalizer, normalizer_alpha, topk_mapping
+from sparse_attn.ops.checks import check_k
+
+
+class TopKMultiheadAttention(SparseMultiheadAttention):
+    """``nn.MultiheadAttention`` in which a query attends to its ``k`` best keys only, or to all where it sees fewer.
+
+    Args:
+        embed_dim: As in ``nn.MultiheadAttention``, like everything up to ``dtype``.
+        num_heads: Number of heads H, a divisor of ``embed_dim``.
+        dropout: Probability that a weight is dropped in training.
+        bias: Biases on the projections.
+        add_bias_kv: A learnt extra key and value.
+        add_zero_attn: An extra key and value of zeros.
+        kdim: Size of the keys; ``embed_dim`` by default.
+        vdim: Size of the values; ``embed_dim`` by default.
+        batch_first: (N, L, E) instead of (L, N, E).
+        device: Of the parameters.
+        dtype: Of the parameters.
+        k: How many keys a query keeps, at least 1. Ties go to the lowest index.
+        normalizer: What turns the kept scores into weights: "softmax" or "sparsemax".
+
+    Raises:
+        TypeError: ``k`` is not an int.
+        ValueError: ``k`` is below 1, ``normalizer`` is unknown, or ``embed_dim`` is no multiple of ``num_heads``.
+
+    Shape:
+        As in ``nn.MultiheadAttention``; see :meth:`forward`.
+
+    Example:
+        >>> layer = TopKMultiheadAttention(16, num_heads=2, k=2, batch_first=True)
+        >>> x = torch.randn(3, 5, 16)
+        >>> (layer(x, x, x, average_attn_weights=False)[1] > 0).sum(-1).unique()
+        tensor([2])
+
+    Reference:
+        Zhao et al. 2019, "Explicit Sparse Transformer", section 3.
+    """
+
+    def __init__(  # noqa: PLR0913 - the arguments of nn.MultiheadAttention
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        k: int,
+        normalizer: Normalizer = "softmax",
+    ) -> None:
+        check_k(k)
+        normalizer_alpha(normalizer)
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        self.k = k
+        self.normalizer = normalizer
+
+    def mapping(self) -> Mapping:
+        """Softmax or sparsemax over the k best keys."""
+        return topk_mapping(self.k, normalizer_alpha(self.normalizer))
+
+    def extra_repr(self) -> str:
+        """The top-k arguments, as given."""
+        return f"k={self.k}, normalizer={self.normalizer!r}"

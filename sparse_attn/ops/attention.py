@@ -1,0 +1,192 @@
+"""Attention with a sparse mapping in the place of softmax; signatures of ``scaled_dot_product_attention``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_attn.masks import apply_mask, causal_mask
+from sparse_attn.ops.checks import check_alpha, check_k
+from sparse_attn.ops.entmax import entmax
+from sparse_attn.ops.topk import topk_entmax
+
+Normalizer = Literal["softmax", "sparsemax"]
+Mapping = Callable[[Tensor], Tensor]
+
+_ALPHA_OF = {"softmax": 1.0, "sparsemax": 2.0}
+
+
+def entmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: float | Tensor = 1.5,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """α-entmax attention: ``entmax(scale * query @ key^T + mask, alpha) @ value``.
+
+    Args:
+        query: (..., H, L, D).
+        key: (..., H, S, D).
+        value: (..., H, S, Dv).
+        alpha: A number or (H,), in ``(0, inf)``; 1 is softmax attention.
+        attn_mask: Broadcastable to (..., H, L, S): boolean, ``True`` = take part, or floating, added to the scores.
+        dropout_p: Probability that a weight is dropped; applied whenever it is above 0, as in torch's function.
+        is_causal: Query ``i`` sees the keys up to ``i`` (aligned top-left). Not together with ``attn_mask``.
+        scale: Factor of the scores; ``1 / sqrt(D)`` by default.
+        enable_gqa: Key and value may have fewer heads, a divisor of the query's.
+
+    Returns:
+        (..., H, L, Dv). A query that sees nothing gets zeros.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: Shapes that do not fit, α or ``dropout_p`` outside its range.
+
+    Example:
+        >>> query, key, value = torch.randn(3, 2, 4, 5, 8).unbind()
+        >>> entmax_attention(query, key, value, alpha=torch.tensor([1.0, 1.5, 2.0, 1.2])).shape
+        torch.Size([2, 4, 5, 8])
+
+    Reference:
+        Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers", section 3.
+    """
+    mapping = entmax_mapping(alpha, query.shape[-3] if query.dim() > 2 else 1)
+    return attend(query, key, value, mapping, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
+
+
+def topk_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k: int,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    normalizer: Normalizer = "softmax",
+) -> Tensor:
+    """Attention of every query to its ``k`` best keys, or to all where it sees fewer.
+
+    Args:
+        query: (..., H, L, D).
+        key: (..., H, S, D).
+        value: (..., H, S, Dv).
+        k: How many keys a query keeps, at least 1. Ties go to the lowest index.
+        attn_mask: As in :func:`entmax_attention`.
+        dropout_p: As in :func:`entmax_attention`.
+        is_causal: As in :func:`entmax_attention`.
+        scale: As in :func:`entmax_attention`.
+        enable_gqa: As in :func:`entmax_attention`.
+        normalizer: What turns the kept scores into weights.
+
+    Returns:
+        (..., H, L, Dv). A query that sees nothing gets zeros.
+
+    Raises:
+        TypeError: A wrong dtype, or ``k`` is not an int.
+        ValueError: Shapes that do not fit, ``k`` below 1, an unknown ``normalizer``.
+
+    Example:
+        >>> query, key, value = torch.randn(3, 2, 4, 5, 8).unbind()
+        >>> topk_attention(query, key, value, k=2).shape
+        torch.Size([2, 4, 5, 8])
+
+    Reference:
+        Zhao et al. 2019, "Explicit Sparse Transformer", section 3.
+    """
+    mapping = topk_mapping(k, normalizer_alpha(normalizer))
+    return attend(query, key, value, mapping, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
+
+
+def entmax_mapping(alpha: float | Tensor, heads: int) -> Mapping:
+    """Scores (..., H, L, S) to weights, with one α or one per head."""
+    check_alpha(alpha)
+    return partial(entmax, alpha=_per_head(alpha, heads))
+
+
+def topk_mapping(k: int, alpha: float | Tensor = 1.0, heads: int = 1) -> Mapping:
+    """Scores (..., H, L, S) to weights on the ``k`` best keys, all of them where there are fewer."""
+    check_k(k)
+    check_alpha(alpha)
+    alpha = _per_head(alpha, heads)
+    return lambda scores: topk_entmax(scores, min(k, scores.shape[-1]), alpha)
+
+
+def normalizer_alpha(normalizer: str) -> float:
+    """The α that a top-k normalizer's name stands for."""
+    if normalizer not in _ALPHA_OF:
+        raise ValueError(f"normalizer must be one of {', '.join(_ALPHA_OF)}, got {normalizer!r}")
+    return _ALPHA_OF[normalizer]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mapping: Mapping,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The output and the weights (after dropout) of attention with any mapping; arguments as in the public functions."""
+    _check_shapes(query, key, value, enable_gqa)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
+    if is_causal and attn_mask is not None:
+        raise ValueError("attn_mask must be None when is_causal=True, got both; put the causal part into the mask")
+    if enable_gqa:
+        group = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
+    if is_causal:
+        attn_mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
+    scores = (query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)) @ key.transpose(-2, -1)
+    weights = mapping(apply_mask(scores, attn_mask))
+    if dropout_p > 0.0:
+        weights = F.dropout(weights, dropout_p)
+    return weights.to(value.dtype) @ value, weights
+
+
+def _per_head(alpha: float | Tensor, heads: int) -> float | Tensor:
+    if not isinstance(alpha, Tensor) or alpha.dim() == 0:
+        return alpha
+    if tuple(alpha.shape) != (heads,):
+        raise ValueError(f"alpha must be a number or have shape (H,) = ({heads},), got {tuple(alpha.shape)}")
+    return alpha.view(-1, 1, 1)
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    shapes = f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if not (query.dim() == key.dim() == value.dim() >= 2):
+        raise ValueError(f"query, key and value must have the same number of dimensions, at least 2; {shapes}")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key must have the same last size D; {shapes}")
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"key and value must have the same length S; {shapes}")
+    if query.device != key.device or query.device != value.device:
+        devices = f"{query.device}, {key.device} and {value.device}"
+        raise ValueError(f"query, key and value must be on one device, got {devices}")
+    if enable_gqa:
+        if query.dim() < 3 or query.shape[-3] % key.shape[-3] or key.shape[-3] != value.shape[-3]:
+            raise ValueError(f"key and value must have the same number of heads, a divisor of the query's; {shapes}")
+    else:
+        try:
+            torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        except RuntimeError as error:
+            raise ValueError(f"batch and head sizes must broadcast; {shapes}") from error
