@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.nn.alpha import bounded_alpha, initial_alpha
+from sparse_attn.nn.alpha import bounded_alpha, check_alpha_range, initial_alpha
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.ops.attention import Mapping, entmax_mapping
 
@@ -35,8 +35,9 @@ class AdaptiveSparseMultiheadAttention(SparseMultiheadAttention):
         device: Of the parameters.
         dtype: Of the parameters; α is kept in float32 or wider, since in bfloat16 no optimizer step would move it.
         alpha_init: The initial α: a number, or one per head.
-        alpha_range: The closed interval that α stays in; α = 1 is softmax, 2 is sparsemax.
-        learn_alpha: Whether α is a parameter. If not, the state dict is that of ``nn.MultiheadAttention``.
+        alpha_range: The closed interval that a learnt α stays in; α = 1 is softmax, 2 is sparsemax.
+        learn_alpha: Whether α is a parameter. If not, it may be any in ``(0, inf)``, and the state dict is that of
+            ``nn.MultiheadAttention``.
 
     Attributes:
         alpha: (H,) the current α per head, differentiable when learnt.
@@ -84,8 +85,8 @@ class AdaptiveSparseMultiheadAttention(SparseMultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        alpha = initial_alpha(alpha_init, alpha_range, num_heads)
-        self.alpha_range = (float(alpha_range[0]), float(alpha_range[1]))
+        self.alpha_range = check_alpha_range(alpha_range)
+        alpha = initial_alpha(alpha_init, self.alpha_range if learn_alpha else None, num_heads)
         self.alpha_init = tuple(alpha.tolist())
         if learn_alpha:
             wide = torch.promote_types(self.out_proj.weight.dtype, torch.float32)

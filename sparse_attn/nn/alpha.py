@@ -7,11 +7,14 @@ the layer uses is the clamped value.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sparse_attn.ops.checks import check_alpha
 
 
 class _Bounded(torch.autograd.Function):
@@ -48,18 +51,25 @@ def bounded_alpha(raw: Tensor, alpha_range: tuple[float, float]) -> Tensor:
     return _Bounded.apply(raw, *alpha_range)
 
 
-def initial_alpha(
-    alpha_init: float | Sequence[float] | Tensor, alpha_range: tuple[float, float], num_heads: int
-) -> Tensor:
-    """``(num_heads,)`` initial values in float64, checked against the range."""
+def check_alpha_range(alpha_range: tuple[float, float]) -> tuple[float, float]:
+    """The range as two floats, ``0 < low < high < inf``."""
     low, high = (float(bound) for bound in alpha_range)
-    if not 0 < low < high < float("inf"):
+    if not 0 < low < high < math.inf:
         raise ValueError(f"alpha_range must be (low, high) with 0 < low < high < inf, got {tuple(alpha_range)}")
+    return low, high
+
+
+def initial_alpha(
+    alpha_init: float | Sequence[float] | Tensor, alpha_range: tuple[float, float] | None, num_heads: int
+) -> Tensor:
+    """``(num_heads,)`` initial values in float64, checked against the range, or ``(0, inf)`` without one."""
     alpha = torch.as_tensor(alpha_init, dtype=torch.float64).detach()
     if tuple(alpha.shape) not in ((), (num_heads,)):
         raise ValueError(
             f"alpha_init must be a number or one per head ({num_heads},), got shape {tuple(alpha.shape)}"
         )
+    check_alpha(alpha, "alpha_init")
+    low, high = alpha_range or (0.0, math.inf)
     wrong = ~((alpha >= low) & (alpha <= high))
     if bool(wrong.any()):
         raise ValueError(f"alpha_init must be in alpha_range [{low:g}, {high:g}], got {alpha[wrong][0].item():g}")

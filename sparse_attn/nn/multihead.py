@@ -118,11 +118,11 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         output = self.out_proj(rearrange(output, "n h l d -> n l (h d)"))
         if batched and not self.batch_first:
             output = output.transpose(0, 1)
-        if average_attn_weights:
-            weights = weights.mean(1)
         if not batched:
             output, weights = output[0], weights[0]
-        return output, weights if need_weights else None
+        if not need_weights:
+            return output, None
+        return output, weights.mean(-3) if average_attn_weights else weights
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether the input is batched; raises where shapes do not fit."""
