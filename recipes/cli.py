@@ -7,8 +7,6 @@ import sys
 from difflib import get_close_matches
 from importlib.util import find_spec
 
-from sparse_attn import __version__
-
 COMMANDS = {
     "train": "train a model and print its error rates and the α of every head",
     "evaluate": "error rates of a trained model",
@@ -50,6 +48,9 @@ def main() -> None:
         print(usage(), end="")
         sys.exit(0 if arguments else 2)
     if arguments[0] == "--version":
+        # Takes seconds, as it imports torch: the help should not wait for it.
+        from sparse_attn import __version__
+
         print(f"sparse-attn {__version__}")
         return
     command, *rest = arguments

@@ -119,8 +119,20 @@ def start_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> Non
         raise FileExistsError(
             f"{folder} already holds a run; continue it with resume={folder} or choose another hydra.run.dir"
         ) from None
-    (folder / OVERRIDES).write_text(OmegaConf.to_yaml(OmegaConf.create(list(overrides))), encoding="utf-8")
+    OmegaConf.save(OmegaConf.create(list(overrides)), folder / OVERRIDES)
     write_json(folder / VERSIONS, versions())
+
+
+def continue_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Brings the record up to date when a run goes on: with what was overridden now, and the versions of now."""
+    settings = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    settings.resume = None
+    OmegaConf.save(settings, folder / CONFIG)
+    new = [change for change in overrides if not change.startswith(("resume=", "paths.output_dir="))]
+    OmegaConf.save(OmegaConf.create([*OmegaConf.load(folder / OVERRIDES), *new]), folder / OVERRIDES)
+    before = json.loads((folder / VERSIONS).read_text(encoding="utf-8"))
+    resumed = [*before.pop("resumed", []), versions()]
+    write_json(folder / VERSIONS, {**before, "resumed": resumed})
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -128,9 +140,9 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def versions() -> dict[str, str | None]:
+def versions() -> dict[str, Any]:
     """What the results of a run depend on besides its configuration."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)

@@ -1,0 +1,68 @@
+"""Whether the values of a config section fit the function that takes them."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Collection, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+
+
+def check_arguments(
+    function: Callable[..., Any], section: str, arguments: Mapping[str, Any], *, reserved: Collection[str] = ()
+) -> None:
+    """Checks names and types of keyword arguments against the signature of ``function``.
+
+    A config file has no types of its own: without this check, text in the place of a number fails deep inside.
+
+    Args:
+        function: What will be called; a class stands for its constructor.
+        section: Name of the config section, for the message.
+        arguments: What the section holds.
+        reserved: Arguments that are not for the section to give.
+
+    Raises:
+        ValueError: If ``function`` has no argument of a name.
+        TypeError: If a value does not have the annotated type.
+
+    Example:
+        >>> def area(*, width: int, height: float = 1.0) -> float: ...
+        >>> check_arguments(area, "shape", {"width": "wide"})
+        Traceback (most recent call last):
+            ...
+        TypeError: shape.width must be a whole number, got 'wide'
+    """
+    allowed = [name for name in inspect.signature(function).parameters if name not in reserved]
+    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    for name, value in arguments.items():
+        if name not in allowed:
+            close = get_close_matches(str(name), allowed, n=1)
+            question = f", did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown key '{section}.{name}'{question}; allowed: {', '.join(allowed)}")
+        if name in hints and not _fits(value, hints[name]):
+            raise TypeError(f"{section}.{name} must be {' or '.join(_describe(hints[name]))}, got {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, options = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in options)
+    if origin is Literal:
+        return value in options
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    if origin is not None:
+        return isinstance(value, origin)
+    return isinstance(value, hint) if inspect.isclass(hint) else True
+
+
+def _describe(hint: Any) -> Sequence[str]:
+    origin, options = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return list(dict.fromkeys(word for option in options for word in _describe(option)))
+    if origin is Literal:
+        return [repr(option) for option in options]
+    return [_WORDS.get(hint, getattr(hint, "__name__", str(hint)))]

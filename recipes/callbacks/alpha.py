@@ -1,0 +1,51 @@
+"""The course of α over a training."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from recipes.run import ALPHA
+from recipes.seq2seq.task import Seq2SeqTask
+from sparse_attn import alpha_per_head
+
+COLUMNS = ("step", "layer", "head", "alpha")
+
+
+class AlphaCourse(L.Callback):
+    """Writes α of every head to ``alpha.csv`` and TensorBoard, at the start and as often as the trainer logs.
+
+    Args:
+        folder: The run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / ALPHA
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes the values a new run starts from."""
+        if trainer.global_step == 0:
+            with self.file.open("w", encoding="utf-8", newline="") as lines:
+                csv.writer(lines).writerow(COLUMNS)
+            self._write(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Writes the values after an update."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0 or trainer.is_last_batch:
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        step = trainer.global_step
+        boards = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        with self.file.open("a", encoding="utf-8", newline="") as lines:
+            rows = csv.writer(lines)
+            for layer, alphas in alpha_per_head(cast(Seq2SeqTask, pl_module).model).items():
+                for head, alpha in enumerate(alphas.tolist()):
+                    rows.writerow((step, layer, head, f"{alpha:.6f}"))
+                    for board in boards:
+                        board.add_scalar(f"alpha/{layer}/head{head}", alpha, step)

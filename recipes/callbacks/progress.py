@@ -1,0 +1,77 @@
+"""What a training shows while it runs: one line per epoch, and on a terminal a bar below them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+
+from recipes.seq2seq.task import Seq2SeqTask
+from sparse_attn import alpha_per_head
+
+
+def progress() -> L.Callback:
+    """A bar if a person watches, plain lines if the output goes to a file or another program."""
+    return EpochBar() if sys.stdout.isatty() else EpochLines()
+
+
+class EpochLines(L.Callback):
+    """Prints one line at the end of every epoch."""
+
+    _start = 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock."""
+        self._start = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the line."""
+        print(epoch_line(trainer, cast(Seq2SeqTask, pl_module), time.monotonic() - self._start), flush=True)
+
+
+class EpochBar(RichProgressBar):
+    """The bar of Lightning, and above it the line of every finished epoch."""
+
+    _start = 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock and the bar."""
+        self._start = time.monotonic()
+        super().on_train_epoch_start(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the line and completes the bar."""
+        line = epoch_line(trainer, cast(Seq2SeqTask, pl_module), time.monotonic() - self._start)
+        if self.progress is not None:
+            self.progress.console.print(line, highlight=False)
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """The loss of the last step and the scores of the last validation."""
+        shown = {"train/loss_step": "loss", "val/per": "PER", "val/wer": "WER"}
+        metrics = super().get_metrics(trainer, pl_module)
+        return {label: metrics[name] for name, label in shown.items() if name in metrics}
+
+
+def epoch_line(trainer: L.Trainer, task: Seq2SeqTask, seconds: float) -> str:
+    """Where the training stands: losses, error rates in percent, and the mean of all α."""
+    metrics = trainer.callback_metrics
+    parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", f"step {trainer.global_step}"]
+    for label, name, form in (
+        ("train loss", "train/loss_epoch", ".3f"),
+        ("val loss", "val/loss", ".3f"),
+        ("PER", "val/per", ".2f"),
+        ("WER", "val/wer", ".2f"),
+    ):
+        if name in metrics:
+            parts.append(f"{label} {metrics[name].item():{form}}")
+    if alphas := list(alpha_per_head(task.model).values()):
+        parts.append(f"mean α {torch.cat(alphas).mean().item():.3f}")
+    return "  ".join([*parts, f"{seconds:.1f} s"])

@@ -1,0 +1,180 @@
+"""What Lightning trains: the model with its loss, its optimizer and its error rates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recipes.seq2seq.data.batching import pad
+from recipes.seq2seq.decode import greedy_decode
+from recipes.seq2seq.model import Seq2SeqTransformer
+from recipes.seq2seq.scores import Scores
+from recipes.seq2seq.tokenizer import PAD, Tokenizer
+
+
+class Seq2SeqTask(L.LightningModule):
+    """A ``Seq2SeqTransformer`` under teacher forcing, with AdamW, a linear warm-up and a linear decay to zero.
+
+    Every argument is plain data, so that a checkpoint holds nothing else and loads under
+    ``torch.load(weights_only=True)``.
+
+    Args:
+        source_tokenizer: Arguments of the source ``Tokenizer``, as its ``state()`` gives them.
+        target_tokenizer: The same for the target.
+        model: Arguments of ``Seq2SeqTransformer`` besides the sizes of the vocabularies.
+        learning_rate: Highest learning rate of the weights, reached after the warm-up.
+        alpha_learning_rate: The same for the parameters that hold α.
+        weight_decay: Decay of the weight matrices; biases, norms and α have none.
+        warmup_steps: Steps of the linear rise.
+        max_steps: Steps of the whole schedule; those of the trainer if ``None``.
+        label_smoothing: Probability spread evenly over the wrong tokens of the training targets.
+        max_length: Longest output in tokens.
+        seed: Chooses the dropout of every epoch, whatever was drawn before it.
+
+    Raises:
+        ValueError: If a number is outside its range, or the model refuses its arguments.
+    """
+
+    def __init__(
+        self,
+        *,
+        source_tokenizer: dict[str, Any],
+        target_tokenizer: dict[str, Any],
+        model: dict[str, Any],
+        learning_rate: float = 2e-3,
+        alpha_learning_rate: float = 1e-2,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 200,
+        max_steps: int | None = None,
+        label_smoothing: float = 0.1,
+        max_length: int = 64,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, rate in {"learning_rate": learning_rate, "alpha_learning_rate": alpha_learning_rate}.items():
+            if not rate > 0:
+                raise ValueError(f"{name} must be above 0, got {rate}")
+        for name, value in {"weight_decay": weight_decay, "warmup_steps": warmup_steps}.items():
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        # The tokenizers are long and say nothing on a dashboard.
+        self.save_hyperparameters(logger=False)
+        self.source_tokenizer = Tokenizer(**source_tokenizer)
+        self.target_tokenizer = Tokenizer(**target_tokenizer)
+        self.model = Seq2SeqTransformer(len(self.source_tokenizer), len(self.target_tokenizer), **model)
+        self._scores = Scores()
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        """Logits of the next target token, see ``Seq2SeqTransformer``."""
+        logits: Tensor = self.model(source, target)
+        return logits
+
+    def on_train_epoch_start(self) -> None:
+        """Makes dropout a function of the seed and the epoch, so that a resumed run goes on as if never stopped."""
+        torch.manual_seed((self.hparams["seed"] << 20) + self.current_epoch)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Cross-entropy of the target tokens, padding left out."""
+        logits = self(batch["source"], batch["target_in"])
+        loss = F.cross_entropy(
+            logits.flatten(0, 1),
+            batch["target_out"].flatten(),
+            ignore_index=PAD,
+            label_smoothing=self.hparams["label_smoothing"],
+        )
+        size = len(batch["source"])
+        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=size)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Stops a training that has diverged while the checkpoint of the epoch before is still there.
+
+        Raises:
+            ValueError: If the mean loss of the epoch is not a finite number.
+        """
+        loss = self.trainer.callback_metrics["train/loss_epoch"]
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the training loss must be finite, got {loss.item()} in epoch {self.current_epoch + 1}; "
+                f"a learning rate below {self.hparams['learning_rate']} may help"
+            )
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the scores of the validation before."""
+        self._scores = Scores()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Predicts the words of a batch and scores them."""
+        self.score_batch(batch, self._scores)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs ``val/loss``, ``val/per`` and ``val/wer``."""
+        for name, value in self._scores.metrics().items():
+            self.log(f"val/{name}", value, prog_bar=name != "loss")
+
+    def score_batch(self, batch: dict[str, Any], scores: Scores) -> None:
+        """Adds the words of an evaluation batch to ``scores``; its tensors are on the device of the task."""
+        source, target = batch["source"], batch["target_out"]
+        logits = self(source, batch["target_in"])
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=PAD, reduction="sum")
+        scores.loss_sum += loss.item()
+        scores.tokens += int((target != PAD).sum())
+        scores.sources += batch["sources"]
+        scores.predictions += self._decode(source)
+        scores.references += batch["references"]
+
+    @torch.no_grad()
+    def predict_words(self, words: Sequence[str], *, batch_size: int = 512) -> list[list[str]]:
+        """The target tokens of each word; source tokens never seen in training are read as unknown."""
+        predictions: list[list[str]] = []
+        for start in range(0, len(words), batch_size):
+            rows = [self.source_tokenizer.encode(word) for word in words[start : start + batch_size]]
+            predictions += self._decode(pad(rows).to(self.device))
+        return predictions
+
+    def _decode(self, source: Tensor) -> list[list[str]]:
+        rows = greedy_decode(self.model, source, max_length=self.hparams["max_length"])
+        return [self.target_tokenizer.decode(row) for row in rows]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW in three groups, and the schedule of each of its steps."""
+        total = self.hparams["max_steps"] or int(self.trainer.estimated_stepping_batches)
+        optimizer = torch.optim.AdamW(
+            self.parameter_groups(), lr=self.hparams["learning_rate"], betas=(0.9, 0.98), eps=1e-9
+        )
+        warmup = self.hparams["warmup_steps"]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, warmup, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Weight matrices; biases and norms, which do not decay; α, which has a learning rate of its own."""
+        groups: dict[str, list[nn.Parameter]] = {"weights": [], "biases": [], "alpha": []}
+        for name, parameter in self.model.named_parameters():
+            kind = "alpha" if name.endswith("raw_alpha") else "weights" if parameter.ndim > 1 else "biases"
+            groups[kind].append(parameter)
+        settings: dict[str, dict[str, float]] = {
+            "weights": {"weight_decay": self.hparams["weight_decay"]},
+            "biases": {"weight_decay": 0.0},
+            "alpha": {"weight_decay": 0.0, "lr": self.hparams["alpha_learning_rate"]},
+        }
+        return [{"params": groups[kind], **settings[kind]} for kind in groups if groups[kind]]
+
+
+def rate_factor(step: int, warmup: int, total: int) -> float:
+    """Share of the highest learning rate at a step (from 0): a linear rise, then a linear fall to almost zero.
+
+    Example:
+        >>> [rate_factor(step, 2, 6) for step in range(7)]
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    rise = (step + 1) / max(1, warmup)
+    fall = (total - step) / max(1, total - warmup)
+    return max(0.0, min(1.0, rise, fall))
