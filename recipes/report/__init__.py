@@ -1,0 +1,17 @@
+"""What a trained model's attention heads do: measured, in tables, in pictures, and as one HTML file.
+
+The pictures and the page (`recipes.report.write`) are imported by whoever draws them: matplotlib is slow to load.
+"""
+
+from recipes.report.measure import LayerHeads, attention_density, measure_heads, top_k_per_layer
+from recipes.report.tables import alpha_table, rates_table, roles_table
+
+__all__ = [
+    "LayerHeads",
+    "alpha_table",
+    "attention_density",
+    "measure_heads",
+    "rates_table",
+    "roles_table",
+    "top_k_per_layer",
+]

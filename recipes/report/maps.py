@@ -1,0 +1,164 @@
+"""The attention of one word, head by head, with exact zeros told apart from small weights."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from torch import Tensor
+
+from recipes.report.measure import KINDS, Kind, record_batch
+from recipes.report.tables import setting
+from recipes.seq2seq.tokenizer import BOS
+
+NEVER_VISIBLE = "#bdbdbd"
+# The smallest non-zero weight is already blue; exactly zero is left white.
+NON_ZERO = LinearSegmentedColormap.from_list(
+    "non-zero", matplotlib.colormaps["Blues"](np.linspace(0.3, 1.0, 256))
+)
+LONGEST_NICE_WORD = 8
+HEADS_PER_ROW = 4
+AXES_MEAN: dict[Kind, str] = {
+    "encoder": "letter × letter",
+    "decoder": "symbol read × symbol read",
+    "cross": "symbol written × letter",
+}
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """What one layer does with one word: weights (H, L, S), visible (L, S), what the positions stand for."""
+
+    layer: str
+    kind: Kind
+    weights: Tensor
+    visible: Tensor
+    queries: list[str]
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class WordMaps:
+    """One word, what the model made of it, and the attention of its layers."""
+
+    word: str
+    prediction: str
+    layers: list[AttentionMap]
+
+
+def choose_word(words: Iterable[str]) -> str:
+    """The first of the longest words that still make a readable picture."""
+    return max(words, key=lambda word: (len(word) <= LONGEST_NICE_WORD, min(len(word), LONGEST_NICE_WORD)))
+
+
+def word_maps(task: Any, word: str) -> WordMaps:
+    """Predict one word and record the attention of the last layer of each kind.
+
+    Args:
+        task: a `Seq2SeqTask` in evaluation mode.
+        word: what to predict.
+    """
+    source, target = task.source_tokenizer, task.target_tokenizer
+    predicted = task.predict_words([word])[0]
+    source_ids, target_ids = source.encode(word), target.encode(target.join(predicted))
+    device = next(task.model.parameters()).device
+    recorded = record_batch(
+        task.model,
+        torch.tensor([source_ids], device=device),
+        torch.tensor([[BOS, *target_ids[:-1]]], device=device),
+    )
+    inputs = [*source.tokenize(word), "<eos>"]
+    read, written = ["<bos>", *predicted], [*predicted, "<eos>"]
+    axes: dict[Kind, tuple[list[str], list[str]]] = {
+        "encoder": (inputs, inputs),
+        "decoder": (read, read),
+        "cross": (written, inputs),
+    }
+    last = {layer.kind: layer for layer in recorded}
+    maps = [
+        AttentionMap(
+            last[kind].name, kind, last[kind].weights[0].cpu(), last[kind].visible[0, 0].cpu(), *axes[kind]
+        )
+        for kind in KINDS
+        if kind in last
+    ]
+    return WordMaps(word, target.join(predicted), maps)
+
+
+def attention_figure(sample: WordMaps, alpha: Mapping[str, Tensor], top_k: Mapping[str, int]) -> Figure:
+    """A panel for each head, the heads of a layer side by side; exact zeros are white."""
+    heads = max(len(layer.weights) for layer in sample.layers)
+    columns = min(heads, HEADS_PER_ROW)
+    lines = [
+        (layer, range(first, min(first + columns, len(layer.weights))))
+        for layer in sample.layers
+        for first in range(0, len(layer.weights), columns)
+    ]
+    longest = max(max(layer.weights.shape[1:]) for layer in sample.layers)
+    side = min(max(1.8, 0.17 * longest), 4.0)
+    size = (1.9 + columns * (side + 0.15), 1.2 + len(lines) * (side + 0.6))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(lines), columns, squeeze=False)
+    for panel in panels.flat:
+        panel.set_visible(False)
+    for row, (layer, shown) in zip(panels, lines, strict=True):
+        for panel, head in zip(row, shown, strict=False):
+            image = _draw_head(panel, layer, head, setting(layer.layer, head, alpha, top_k))
+            panel.tick_params(labelleft=head == shown[0])
+        row[0].set_ylabel(f"{layer.layer}\n{AXES_MEAN[layer.kind]}", fontsize=8)
+    bar = figure.colorbar(image, ax=panels, label="attention weight", shrink=0.5, aspect=30)
+    bar.ax.tick_params(labelsize=8)
+    written = " ".join(map(printable, sample.prediction.split(" ")))
+    figure.suptitle(
+        f"{printable(sample.word)} → {written}\nwhite: exactly 0, grey: never visible", fontsize=10
+    )
+    return figure
+
+
+def _draw_head(panel: Axes, layer: AttentionMap, head: int, sparsity: str) -> Any:
+    weights, visible = layer.weights[head].numpy(), layer.visible.numpy()
+    panel.set_visible(True)
+    panel.imshow(np.where(visible, np.nan, 1.0), cmap=ListedColormap([NEVER_VISIBLE]))
+    image = panel.imshow(
+        np.where(visible & (weights != 0), weights, np.nan), vmin=0.0, vmax=1.0, cmap=NON_ZERO
+    )
+    zeros = 100 * (weights == 0)[visible].mean()
+    sparsity = sparsity if sparsity.startswith("k") else f"α {sparsity}"
+    panel.set_title(f"head {head} · {sparsity} · {zeros:.0f}% zero", fontsize=8)
+    panel.set_xticks(range(len(layer.keys)), [printable(key) for key in layer.keys], fontsize=7)
+    panel.set_yticks(range(len(layer.queries)), [printable(query) for query in layer.queries], fontsize=7)
+    for label in panel.get_xticklabels():
+        label.set_rotation(0 if len(label.get_text()) <= 2 else 90)
+    panel.tick_params(length=0)
+    return image
+
+
+def printable(text: str) -> str:
+    """Text as the figure's font can show it.
+
+    A mark alone gets a carrier, a character without a glyph is shown by its number.
+
+    Example:
+        >>> printable(" "), printable("한")
+        ('␣', 'U+D55C')
+    """
+    if text == " ":
+        return "␣"
+    known = _characters()
+    shown = "".join(char if ord(char) in known else f"U+{ord(char):04X}" for char in text)
+    return f"◌{shown}" if shown and unicodedata.combining(shown[0]) else shown
+
+
+@cache
+def _characters() -> frozenset[int]:
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())

@@ -1,0 +1,187 @@
+"""What the attention heads of a trained model do on evaluation data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recipes.seq2seq.tokenizer import PAD
+from sparse_attn import TopKMultiheadAttention
+from sparse_attn.analysis import (
+    entropy,
+    monotonicity,
+    name_roles,
+    offset_weight,
+    record_attention,
+    strongest_at_offset,
+    support_counts,
+)
+
+Kind = Literal["encoder", "decoder", "cross"]
+KINDS: tuple[Kind, ...] = ("encoder", "decoder", "cross")
+OFFSETS = {"previous": -1, "self": 0, "next": 1}
+
+
+@dataclass(frozen=True)
+class LayerHeads:
+    """One attention layer, measured: every tensor has one value per head.
+
+    Attributes:
+        kind: "encoder" and "decoder" self-attention, "cross" from decoder to encoder.
+        density: share of the visible pairs with a non-zero weight.
+        entropy: mean entropy of a query's weights, in nats.
+        shares: how far a head has each role it may have, 0 to 1 (`sparse_attn.analysis.name_roles`).
+        offset_weights: mean weight on the previous, own and next position; empty for cross-attention.
+        roles: the name of each head's role.
+    """
+
+    kind: Kind
+    density: Tensor
+    entropy: Tensor
+    shares: dict[str, Tensor]
+    offset_weights: dict[str, Tensor]
+    roles: list[str]
+
+
+class RecordedLayer(NamedTuple):
+    """The weights (N, H, L, S) of one layer for one batch, and which pairs were visible (N, 1, L, S)."""
+
+    name: str
+    kind: Kind
+    weights: Tensor
+    visible: Tensor
+
+
+def layer_kind(name: str) -> Kind:
+    """The kind of an attention layer, from its name in `Seq2SeqTransformer`."""
+    if "cross" in name:
+        return "cross"
+    return "encoder" if name.startswith("encoder.") else "decoder"
+
+
+def top_k_per_layer(model: nn.Module) -> dict[str, int]:
+    """Layer name -> k, of every top-k layer."""
+    return {
+        name: module.k for name, module in model.named_modules() if isinstance(module, TopKMultiheadAttention)
+    }
+
+
+def record_batch(model: nn.Module, source: Tensor, target: Tensor) -> list[RecordedLayer]:
+    """Run the model once with teacher forcing and return what each attention layer did.
+
+    Visible are real queries and real keys only, never padding; in the decoder, positions up to the query's.
+
+    Args:
+        model: a `Seq2SeqTransformer`, in evaluation mode.
+        source: token ids (N, S), 0 is padding.
+        target: decoder input ids (N, T), 0 is padding.
+    """
+    with torch.no_grad(), record_attention(model) as recorded:
+        model(source, target)
+    source_real, target_real = source != PAD, target != PAD
+    causal = torch.ones(target.shape[1], target.shape[1], dtype=torch.bool, device=target.device).tril()
+    visible: dict[Kind, Tensor] = {
+        "encoder": source_real[:, None, :, None] & source_real[:, None, None, :],
+        "decoder": target_real[:, None, :, None] & target_real[:, None, None, :] & causal,
+        "cross": target_real[:, None, :, None] & source_real[:, None, None, :],
+    }
+    return [
+        RecordedLayer(name, layer_kind(name), weights, visible[layer_kind(name)])
+        for name, weights in recorded.items()
+    ]
+
+
+def attention_density(task: Any, loader: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
+    """Attention density of every head over the batches of a loader.
+
+    Args:
+        task: a `Seq2SeqTask`, or anything with a `Seq2SeqTransformer` as `model`; its mode is left as it was.
+        loader: batches with `source` and `target_in`.
+
+    Returns:
+        Layer name -> (H,): the share of visible pairs of real positions with a non-zero weight.
+
+    Raises:
+        ValueError: if the loader has no batch.
+    """
+    used: dict[str, Tensor] = {}
+    pairs: dict[str, Tensor] = {}
+    for layer in _recorded_layers(task.model, loader):
+        counts = support_counts(layer.weights, layer.visible)
+        used[layer.name] = used.get(layer.name, 0) + counts[0].cpu()
+        pairs[layer.name] = pairs.get(layer.name, 0) + counts[1].cpu()
+    return {name: used[name] / pairs[name] for name in used}
+
+
+def measure_heads(task: Any, loader: Iterable[dict[str, Any]]) -> dict[str, LayerHeads]:
+    """Density, entropy, positional shares and role of every head over the batches of a loader.
+
+    Args:
+        task: a `Seq2SeqTask`, or anything with a `Seq2SeqTransformer` as `model`; its mode is left as it was.
+        loader: batches with `source` and `target_in`.
+
+    Returns:
+        Layer name -> what its heads do, in the order of the model.
+
+    Raises:
+        ValueError: if the loader has no batch.
+    """
+    sums: dict[tuple[str, str], Tensor] = {}
+    counts: dict[tuple[str, str], Tensor] = {}
+    kinds: dict[str, Kind] = {}
+    for layer in _recorded_layers(task.model, loader):
+        kinds[layer.name] = layer.kind
+        for statistic, (total, count) in _statistics(layer).items():
+            key = (layer.name, statistic)
+            sums[key] = sums.get(key, 0) + total.double().cpu()
+            counts[key] = counts.get(key, 0) + count.cpu()
+    return {
+        name: _layer_heads(kind, {key[1]: sums[key] / counts[key] for key in sums if key[0] == name})
+        for name, kind in kinds.items()
+    }
+
+
+def _recorded_layers(model: nn.Module, loader: Iterable[dict[str, Any]]) -> Iterator[RecordedLayer]:
+    device = next(model.parameters()).device
+    was_training = model.training
+    empty = True
+    model.eval()
+    try:
+        for batch in loader:
+            empty = False
+            yield from record_batch(model, batch["source"].to(device), batch["target_in"].to(device))
+    finally:
+        model.train(was_training)
+    if empty:
+        raise ValueError("attention is measured on at least one batch, got a loader without any")
+
+
+def _statistics(layer: RecordedLayer) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sum and count per head of each statistic of one batch."""
+    weights, visible = layer.weights, layer.visible
+    values = {"entropy": entropy(weights, visible), "diffuse": entropy(weights, visible, relative=True)}
+    if layer.kind == "cross":
+        values["monotone"] = monotonicity(weights, visible)
+    for role, offset in OFFSETS.items():
+        # A decoder never sees its next position, and in cross-attention positions of two texts do not match.
+        if layer.kind == "encoder" or (layer.kind == "decoder" and offset <= 0):
+            values[role] = strongest_at_offset(weights, offset, visible)
+            values[f"weight {role}"] = offset_weight(weights, offset, visible)
+    sums = {name: (v.nansum(dim=(0, 2)), v.isfinite().sum(dim=(0, 2))) for name, v in values.items()}
+    return {"density": support_counts(weights, visible), **sums}
+
+
+def _layer_heads(kind: Kind, means: dict[str, Tensor]) -> LayerHeads:
+    shares = {name: means[name] for name in (*OFFSETS, "monotone", "diffuse") if name in means}
+    return LayerHeads(
+        kind=kind,
+        density=means["density"],
+        entropy=means["entropy"],
+        shares=shares,
+        offset_weights={name: means[f"weight {name}"] for name in OFFSETS if f"weight {name}" in means},
+        roles=name_roles(shares),
+    )

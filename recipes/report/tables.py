@@ -1,0 +1,167 @@
+"""Tables of the attention heads, for a terminal of 80 columns and as rows for a file."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.table import Table
+from torch import Tensor
+
+from recipes.report.measure import LayerHeads
+
+# So many heads fit beside the longest layer name.
+HEADS_PER_LINE = 8
+SPLIT_NAMES = {"val": "validation", "test": "test"}
+ROLES_EXPLAINED = (
+    "previous, self, next: for at least 90% of the positions the largest weight is on that position; "
+    "monotone: moves forward over the input as the output grows (correlation at least 0.9); "
+    "diffuse: looks almost evenly at everything (at least 90% of the largest possible entropy); "
+    "mixed: none of these."
+)
+
+
+def percent(share: float) -> str:
+    """A share as a percentage of at most four characters.
+
+    Example:
+        >>> [percent(share) for share in (1.0, 0.418, 0.0372)]
+        ['100%', '42%', '3.7%']
+    """
+    return f"{100 * share:.1f}%" if 100 * share < 9.95 else f"{100 * share:.0f}%"
+
+
+def setting(layer: str, head: int, alpha: Mapping[str, Tensor], top_k: Mapping[str, int]) -> str:
+    """How sparse a head is set: its α, or k=... for top-k attention."""
+    if layer in alpha:
+        return f"{float(alpha[layer][head]):.2f}"
+    return f"k={top_k[layer]}" if layer in top_k else "-"
+
+
+def alpha_table(
+    alpha: Mapping[str, Tensor],
+    density: Mapping[str, Tensor],
+    *,
+    top_k: Mapping[str, int] | None = None,
+    compared: Mapping[str, Tensor] | None = None,
+    compared_name: str = "softmax",
+) -> Table:
+    """α and attention density of every head: a line of each per layer, heads as columns.
+
+    Args:
+        alpha: layer name -> (H,), learnt or fixed.
+        density: layer name -> (H,), shares between 0 and 1; its order is that of the table.
+        top_k: layer name -> k, of layers without α.
+        compared: density of the same layers in another run, for a third line.
+        compared_name: what to call that run.
+
+    Raises:
+        ValueError: if `compared` does not have the same layers and heads.
+    """
+    if compared is not None:
+        _check_same_heads(density, compared, compared_name)
+    columns = min(HEADS_PER_LINE, max(len(values) for values in density.values()))
+    table = Table(
+        title="α and attention density of every head",
+        caption="Upper line: α. Density: share of the visible\npositions with a non-zero weight.",
+        caption_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("layer", no_wrap=True)
+    for head in range(columns):
+        table.add_column(f"head {head}" if columns <= 6 else str(head), justify="right", no_wrap=True)
+    for layer, values in density.items():
+        for first in range(0, len(values), HEADS_PER_LINE):
+            heads = range(first, min(first + HEADS_PER_LINE, len(values)))
+            label = layer if len(values) <= HEADS_PER_LINE else f"{layer} {heads[0]}-{heads[-1]}"
+            table.add_row(label, *(setting(layer, head, alpha, top_k or {}) for head in heads), style="bold")
+            table.add_row("  density", *(percent(float(values[head])) for head in heads))
+            if compared is not None:
+                other = (percent(float(compared[layer][head])) for head in heads)
+                table.add_row(f"  density, {compared_name}"[:32], *other, style="dim")
+    table.add_row("softmax, for comparison", *["1.00"] * columns, style="dim")
+    table.add_row("  density", *["100%"] * columns, style="dim")
+    return table
+
+
+def roles_table(heads: Mapping[str, LayerHeads]) -> Table:
+    """Which heads of each layer have which role."""
+    table = Table(
+        title="Head roles",
+        caption=ROLES_EXPLAINED,
+        caption_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("layer", no_wrap=True)
+    table.add_column("role: heads")
+    for layer, measured in heads.items():
+        by_role: dict[str, list[str]] = {}
+        for head, role in enumerate(measured.roles):
+            by_role.setdefault(role, []).append(str(head))
+        table.add_row(layer, "; ".join(f"{role}: {' '.join(numbers)}" for role, numbers in by_role.items()))
+    return table
+
+
+def rates_table(rates: Mapping[str, Mapping[str, float]], words: Mapping[str, int]) -> Table:
+    """Phone and word error rate and loss of each split.
+
+    Args:
+        rates: "val" or "test" -> "per" and "wer" in percent, "loss" in nats per token.
+        words: how many words each split has.
+    """
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("", "PER %", "WER %", "loss", "words"):
+        table.add_column(column, justify="right" if column else "left")
+    for split, found in rates.items():
+        numbers = (f"{found['per']:.2f}", f"{found['wer']:.2f}", f"{found['loss']:.3f}", f"{words[split]:,}")
+        table.add_row(SPLIT_NAMES[split], *numbers)
+    return table
+
+
+def head_rows(
+    heads: Mapping[str, LayerHeads], alpha: Mapping[str, Tensor], top_k: Mapping[str, int]
+) -> list[dict[str, str]]:
+    """One row per head: what `heads.csv` and the report hold; empty where a column has no meaning."""
+    rows = []
+    for layer, measured in heads.items():
+        for head, role in enumerate(measured.roles):
+            offsets = {name: f"{float(values[head]):.4f}" for name, values in measured.offset_weights.items()}
+            monotone = measured.shares.get("monotone")
+            rows.append(
+                {
+                    "layer": layer,
+                    "kind": measured.kind,
+                    "head": str(head),
+                    "alpha": f"{float(alpha[layer][head]):.4f}" if layer in alpha else "",
+                    "k": str(top_k.get(layer, "")),
+                    "density": f"{float(measured.density[head]):.4f}",
+                    "entropy": f"{float(measured.entropy[head]):.4f}",
+                    "role": role,
+                    **{f"weight_{name}": offsets.get(name, "") for name in ("previous", "self", "next")},
+                    "monotonicity": "" if monotone is None else f"{float(monotone[head]):.4f}",
+                }
+            )
+    return rows
+
+
+def write_rows(rows: list[dict[str, str]], file: Path) -> None:
+    """Writes rows as comma-separated values."""
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _check_same_heads(density: Mapping[str, Tensor], compared: Mapping[str, Tensor], name: str) -> None:
+    for layer in {**density, **compared}:
+        ours, theirs = (len(run[layer]) if layer in run else 0 for run in (density, compared))
+        if ours != theirs:
+            raise ValueError(
+                f"only runs with the same layers and heads can be compared: {layer} has {ours} heads here "
+                f"and {theirs} in {name}"
+            )

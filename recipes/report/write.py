@@ -1,0 +1,161 @@
+"""The report of a run: pictures, a file of rows, and a page that holds them all."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from recipes.report import html
+from recipes.report.maps import WordMaps, attention_figure
+from recipes.report.measure import LayerHeads
+from recipes.report.plots import alpha_course, heat_map, save
+from recipes.report.tables import ROLES_EXPLAINED, head_rows, percent, setting, write_rows
+from recipes.run import ALPHA, RESULTS, Run
+
+FOLDER = "report"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a report tells about a run.
+
+    Attributes:
+        run: the run.
+        heads: layer name -> what its heads do on validation data.
+        alpha: layer name -> (H,), of layers that have an α.
+        top_k: layer name -> k, of top-k layers.
+        words: number of validation words that were measured.
+        sample: the attention of one word.
+        compared: name -> density of the same layers in another run.
+    """
+
+    run: Run
+    heads: Mapping[str, LayerHeads]
+    alpha: Mapping[str, Tensor]
+    top_k: Mapping[str, int]
+    words: int
+    sample: WordMaps
+    compared: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+def write_report(report: Report) -> list[Path]:
+    """Write the report into the run folder, over an earlier one.
+
+    Returns:
+        The files: report.html, alpha.png, alpha_course.png (if the run recorded α), attention.png, heads.csv.
+    """
+    folder = report.run.folder / FOLDER
+    folder.mkdir(exist_ok=True)
+    density = {layer: measured.density for layer, measured in report.heads.items()}
+    page, heat, course, attention, heads = (
+        folder / name
+        for name in ("report.html", "alpha.png", "alpha_course.png", "attention.png", "heads.csv")
+    )
+    save(heat_map(report.alpha, density, report.top_k), heat)
+    rows = read_course(report.run.folder / ALPHA)
+    if rows:
+        save(alpha_course(rows), course)
+    save(attention_figure(report.sample, report.alpha, report.top_k), attention)
+    write_rows(head_rows(report.heads, report.alpha, report.top_k), heads)
+    page.write_text(_page(report, heat, course if rows else None, attention), encoding="utf-8")
+    return [page, heat, *([course] if rows else []), attention, heads]
+
+
+def read_course(file: Path) -> list[tuple[int, str, int, float]]:
+    """The rows (step, layer, head, α) of a run's alpha.csv; none if there is no such file.
+
+    Raises:
+        ValueError: if a line cannot be read.
+    """
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as stream:
+        rows = []
+        reader = csv.DictReader(stream)
+        for row in reader:
+            try:
+                rows.append((int(row["step"]), row["layer"], int(row["head"]), float(row["alpha"])))
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(
+                    f"{file}:{reader.line_num}: a line must be step,layer,head,alpha, got {row}"
+                ) from None
+    return rows
+
+
+def _page(report: Report, heat: Path, course: Path | None, attention: Path) -> str:
+    run = report.run
+    prediction = f"{report.sample.word} → {report.sample.prediction}"
+    sections = [
+        ("Results", html.table(_results(run.folder / RESULTS))),
+        (
+            "α and attention density of every head",
+            html.paragraph(
+                "Density is the share of the visible pairs of positions with a non-zero weight, measured "
+                f"on {report.words:,} validation words. Softmax is α = 1 with a density of 100%, sparsemax α = 2."
+            )
+            + html.picture(heat, "heat map of α and density, layers by heads"),
+        ),
+        (
+            "Course of α over training",
+            html.picture(course, "α of each head by training step")
+            if course
+            else html.paragraph("This run recorded no α."),
+        ),
+        (
+            f"Attention for one word: {prediction}",
+            html.paragraph("The last layer of each kind. White weights are exactly zero.")
+            + html.picture(attention, f"attention weights for {prediction}"),
+        ),
+        ("Heads in numbers", html.table(_heads(report)) + html.paragraph(f"Roles. {ROLES_EXPLAINED}")),
+        ("Configuration", html.folded("config.yaml", OmegaConf.to_yaml(run.config))),
+    ]
+    return html.page(f"sparse-attn run {run.folder.name}", sections)
+
+
+def _heads(report: Report) -> list[dict[str, str]]:
+    rows = []
+    for layer, measured in report.heads.items():
+        for head, role in enumerate(measured.roles):
+            others = {
+                f"density, {name}": percent(float(density[layer][head]))
+                for name, density in report.compared.items()
+            }
+            weights = {
+                f"weight on {name}": f"{float(values[head]):.2f}"
+                for name, values in measured.offset_weights.items()
+            }
+            rows.append(
+                {
+                    "layer": layer,
+                    "head": str(head),
+                    "α": setting(layer, head, report.alpha, report.top_k),
+                    "density": percent(float(measured.density[head])),
+                    "density, softmax": "100%",
+                    **others,
+                    "entropy, nats": f"{float(measured.entropy[head]):.2f}",
+                    **{
+                        f"weight on {name}": weights.get(f"weight on {name}", "")
+                        for name in ("previous", "self", "next")
+                    },
+                    "role": role,
+                }
+            )
+    return rows
+
+
+def _results(file: Path) -> list[dict[str, str]]:
+    """The results of the training, a row for each; none if it was interrupted before the end."""
+    if not file.is_file():
+        return []
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return [
+        {"result": name, "value": f"{value:.4g}" if isinstance(value, float) else str(value)}
+        for name, value in content.items()
+    ]
