@@ -166,6 +166,14 @@ def test_a_resumed_loader_gives_the_rest_of_the_epoch_and_then_whole_ones(done):
     assert members(resumed) == following
 
 
+def test_batches_are_skipped_once():
+    """A second pass over the same epoch, as in a notebook, is a whole one."""
+    loader, expected = make_loader(), members(make_loader())
+    loader.load_state_dict({"epoch": 0, "batches": 4})
+    assert members(loader) == expected[4:]
+    assert members(loader) == expected
+
+
 def test_a_state_from_the_end_of_an_epoch_skips_nothing_in_the_next():
     loader = make_loader()
     for _ in itertools.islice(loader, 9):  # an epoch that Lightning cut short

@@ -127,7 +127,9 @@ def test_seed_and_epoch_give_the_order_whatever_the_global_state(files):
     torch.manual_seed(1)
     zero = first_batch(0)
     torch.manual_seed(2)
+    before = torch.get_rng_state()
     assert first_batch(0) == zero
+    assert torch.equal(torch.get_rng_state(), before)
     assert first_batch(1) != zero
 
 

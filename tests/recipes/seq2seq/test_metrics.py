@@ -50,6 +50,7 @@ def test_more_errors_than_tokens_exceed_a_hundred_percent():
 def test_the_closest_reference_counts():
     references = [[["D", "AA", "G"], ["D", "AO", "G", "Z"], ["D", "AO", "G"]]]
     assert error_rates([["D", "AO", "G"]], references) == {"wer": 0.0, "per": 0.0}
+    assert error_rates([["a", "b", "c", "x"]], [[["a", "b"], ["a", "b", "c", "d"]]])["per"] == 25.0
 
 
 def test_of_equally_close_references_the_first_gives_the_length():
