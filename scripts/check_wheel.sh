@@ -24,14 +24,21 @@ if needed - names or stray:
 print(f"{len(names)} files, the configs among them")
 PYTHON
 
-step "install into an empty environment"
+step "install the core into an empty environment"
 "$python" -m venv "$work/venv"
-"$work/venv/bin/python" -m pip install --quiet --constraint "$constraints" "$wheel[recipes]"
-
-mkdir "$work/empty"
-cd "$work/empty"
 export PATH="$work/venv/bin:$PATH"
 unset PYTHONPATH
+python -m pip install --quiet --constraint "$constraints" "$wheel"
+mkdir "$work/empty"
+cd "$work/empty"
+python -c "import sparse_attn; print('sparse_attn', sparse_attn.__version__)"
+if sparse-attn train; then
+    echo "sparse-attn train must refuse to run without the extra [recipes]" >&2
+    exit 1
+fi
+
+step "install the extra [recipes]"
+python -m pip install --quiet --constraint "$constraints" "$wheel[recipes]"
 
 step "sparse-attn -h"
 sparse-attn -h
