@@ -1,6 +1,6 @@
 """What a trained model's attention heads do: measured, in tables, in pictures, and as one HTML file.
 
-The pictures and the page (`recipes.report.write`) are imported by whoever draws them: matplotlib is slow to load.
+The pictures and the page (`recipes.report.write`) are imported where they are drawn: matplotlib loads slowly.
 """
 
 from recipes.report.measure import LayerHeads, attention_density, measure_heads, top_k_per_layer

@@ -34,16 +34,18 @@ class LayerHeads:
         kind: "encoder" and "decoder" self-attention, "cross" from decoder to encoder.
         density: share of the visible pairs with a non-zero weight.
         entropy: mean entropy of a query's weights, in nats.
-        shares: how far a head has each role it may have, 0 to 1 (`sparse_attn.analysis.name_roles`).
-        offset_weights: mean weight on the previous, own and next position; empty for cross-attention.
-        roles: the name of each head's role.
+        weight: mean weight on the "previous", "self" and "next" position; none for cross-attention.
+        strongest: share of the positions whose largest weight is there; none for cross-attention.
+        monotonicity: how steadily the head moves forward over the input; only of cross-attention.
+        roles: the name of each head's role (`sparse_attn.analysis.name_roles`).
     """
 
     kind: Kind
     density: Tensor
     entropy: Tensor
-    shares: dict[str, Tensor]
-    offset_weights: dict[str, Tensor]
+    weight: dict[str, Tensor]
+    strongest: dict[str, Tensor]
+    monotonicity: Tensor | None
     roles: list[str]
 
 
@@ -71,7 +73,7 @@ def top_k_per_layer(model: nn.Module) -> dict[str, int]:
 
 
 def record_batch(model: nn.Module, source: Tensor, target: Tensor) -> list[RecordedLayer]:
-    """Run the model once with teacher forcing and return what each attention layer did.
+    """Run the model once with teacher forcing and return what each attention layer did, kind by kind.
 
     Visible are real queries and real keys only, never padding; in the decoder, positions up to the query's.
 
@@ -89,10 +91,11 @@ def record_batch(model: nn.Module, source: Tensor, target: Tensor) -> list[Recor
         "decoder": target_real[:, None, :, None] & target_real[:, None, None, :] & causal,
         "cross": target_real[:, None, :, None] & source_real[:, None, None, :],
     }
-    return [
+    layers = [
         RecordedLayer(name, layer_kind(name), weights, visible[layer_kind(name)])
         for name, weights in recorded.items()
     ]
+    return sorted(layers, key=lambda layer: KINDS.index(layer.kind))
 
 
 def attention_density(task: Any, loader: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
@@ -125,7 +128,7 @@ def measure_heads(task: Any, loader: Iterable[dict[str, Any]]) -> dict[str, Laye
         loader: batches with `source` and `target_in`.
 
     Returns:
-        Layer name -> what its heads do, in the order of the model.
+        Layer name -> what its heads do; encoder, decoder, cross-attention, layer by layer.
 
     Raises:
         ValueError: if the loader has no batch.
@@ -166,22 +169,27 @@ def _statistics(layer: RecordedLayer) -> dict[str, tuple[Tensor, Tensor]]:
     values = {"entropy": entropy(weights, visible), "diffuse": entropy(weights, visible, relative=True)}
     if layer.kind == "cross":
         values["monotone"] = monotonicity(weights, visible)
-    for role, offset in OFFSETS.items():
+    for position, offset in OFFSETS.items():
         # A decoder never sees its next position, and in cross-attention positions of two texts do not match.
         if layer.kind == "encoder" or (layer.kind == "decoder" and offset <= 0):
-            values[role] = strongest_at_offset(weights, offset, visible)
-            values[f"weight {role}"] = offset_weight(weights, offset, visible)
+            values[f"weight {position}"] = offset_weight(weights, offset, visible)
+            values[f"strongest {position}"] = strongest_at_offset(weights, offset, visible)
     sums = {name: (v.nansum(dim=(0, 2)), v.isfinite().sum(dim=(0, 2))) for name, v in values.items()}
     return {"density": support_counts(weights, visible), **sums}
 
 
 def _layer_heads(kind: Kind, means: dict[str, Tensor]) -> LayerHeads:
-    shares = {name: means[name] for name in (*OFFSETS, "monotone", "diffuse") if name in means}
+    weight, strongest = (
+        {position: means[f"{what} {position}"] for position in OFFSETS if f"{what} {position}" in means}
+        for what in ("weight", "strongest")
+    )
+    others: dict[str, Tensor] = {name: means[name] for name in ("monotone", "diffuse") if name in means}
     return LayerHeads(
         kind=kind,
         density=means["density"],
         entropy=means["entropy"],
-        shares=shares,
-        offset_weights={name: means[f"weight {name}"] for name in OFFSETS if f"weight {name}" in means},
-        roles=name_roles(shares),
+        weight=weight,
+        strongest=strongest,
+        monotonicity=means.get("monotone"),
+        roles=name_roles({**weight, **others}),
     )

@@ -9,17 +9,18 @@ from pathlib import Path
 from rich.table import Table
 from torch import Tensor
 
-from recipes.report.measure import LayerHeads
+from recipes.report.measure import OFFSETS, LayerHeads
+from sparse_attn.analysis import ROLE_THRESHOLDS
 
 # So many heads fit beside the longest layer name.
 HEADS_PER_LINE = 8
+LONGEST_NAME = len("decoder.layers.0.cross_attention")
 SPLIT_NAMES = {"val": "validation", "test": "test"}
 ROLES_EXPLAINED = (
-    "previous, self, next: for at least 90% of the positions the largest weight is on that position; "
-    "monotone: moves forward over the input as the output grows (correlation at least 0.9); "
-    "diffuse: looks almost evenly at everything (at least 90% of the largest possible entropy); "
-    "mixed: none of these."
-)
+    "previous, self, next: at least {previous:.0%} of the weight is on that position; monotone: moves "
+    "forward over the input as the output grows (correlation at least {monotone}); diffuse: looks almost "
+    "evenly at everything (at least {diffuse:.0%} of the largest possible entropy); mixed: none of these."
+).format(**ROLE_THRESHOLDS)
 
 
 def percent(share: float) -> str:
@@ -44,8 +45,7 @@ def alpha_table(
     density: Mapping[str, Tensor],
     *,
     top_k: Mapping[str, int] | None = None,
-    compared: Mapping[str, Tensor] | None = None,
-    compared_name: str = "softmax",
+    compared: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Table:
     """α and attention density of every head: a line of each per layer, heads as columns.
 
@@ -53,17 +53,18 @@ def alpha_table(
         alpha: layer name -> (H,), learnt or fixed.
         density: layer name -> (H,), shares between 0 and 1; its order is that of the table.
         top_k: layer name -> k, of layers without α.
-        compared: density of the same layers in another run, for a third line.
-        compared_name: what to call that run.
+        compared: name -> density of the same layers in another run, a line more for each.
 
     Raises:
-        ValueError: if `compared` does not have the same layers and heads.
+        ValueError: if a compared run does not have the same layers and heads.
     """
-    if compared is not None:
-        _check_same_heads(density, compared, compared_name)
+    compared = compared or {}
+    for name, other in compared.items():
+        _check_same_heads(density, other, name)
     columns = min(HEADS_PER_LINE, max(len(values) for values in density.values()))
     table = Table(
         title="α and attention density of every head",
+        title_justify="left",
         caption="Upper line: α. Density: share of the visible\npositions with a non-zero weight.",
         caption_justify="left",
         box=None,
@@ -79,9 +80,9 @@ def alpha_table(
             label = layer if len(values) <= HEADS_PER_LINE else f"{layer} {heads[0]}-{heads[-1]}"
             table.add_row(label, *(setting(layer, head, alpha, top_k or {}) for head in heads), style="bold")
             table.add_row("  density", *(percent(float(values[head])) for head in heads))
-            if compared is not None:
-                other = (percent(float(compared[layer][head])) for head in heads)
-                table.add_row(f"  density, {compared_name}"[:32], *other, style="dim")
+            for name, other in compared.items():
+                shares = (percent(float(other[layer][head])) for head in heads)
+                table.add_row(f"  {name}"[:LONGEST_NAME], *shares, style="dim")
     table.add_row("softmax, for comparison", *["1.00"] * columns, style="dim")
     table.add_row("  density", *["100%"] * columns, style="dim")
     return table
@@ -89,14 +90,7 @@ def alpha_table(
 
 def roles_table(heads: Mapping[str, LayerHeads]) -> Table:
     """Which heads of each layer have which role."""
-    table = Table(
-        title="Head roles",
-        caption=ROLES_EXPLAINED,
-        caption_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
+    table = Table(title="head roles", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("layer", no_wrap=True)
     table.add_column("role: heads")
     for layer, measured in heads.items():
@@ -130,20 +124,23 @@ def head_rows(
     rows = []
     for layer, measured in heads.items():
         for head, role in enumerate(measured.roles):
-            offsets = {name: f"{float(values[head]):.4f}" for name, values in measured.offset_weights.items()}
-            monotone = measured.shares.get("monotone")
+            numbers: dict[str, Tensor | None] = {"density": measured.density, "entropy": measured.entropy}
+            for position in OFFSETS:
+                numbers[f"weight_{position}"] = measured.weight.get(position)
+                numbers[f"strongest_{position}"] = measured.strongest.get(position)
+            numbers["monotonicity"] = measured.monotonicity
             rows.append(
                 {
                     "layer": layer,
                     "kind": measured.kind,
                     "head": str(head),
+                    "role": role,
                     "alpha": f"{float(alpha[layer][head]):.4f}" if layer in alpha else "",
                     "k": str(top_k.get(layer, "")),
-                    "density": f"{float(measured.density[head]):.4f}",
-                    "entropy": f"{float(measured.entropy[head]):.4f}",
-                    "role": role,
-                    **{f"weight_{name}": offsets.get(name, "") for name in ("previous", "self", "next")},
-                    "monotonicity": "" if monotone is None else f"{float(monotone[head]):.4f}",
+                    **{
+                        name: "" if values is None else f"{float(values[head]):.4f}"
+                        for name, values in numbers.items()
+                    },
                 }
             )
     return rows

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recipes.report import html
 from recipes.report.maps import WordMaps, attention_figure
-from recipes.report.measure import LayerHeads
+from recipes.report.measure import OFFSETS, LayerHeads
 from recipes.report.plots import alpha_course, heat_map, save
 from recipes.report.tables import ROLES_EXPLAINED, head_rows, percent, setting, write_rows
 from recipes.run import ALPHA, RESULTS, Run
@@ -97,8 +97,8 @@ def _page(report: Report, heat: Path, course: Path | None, attention: Path) -> s
         (
             "α and attention density of every head",
             html.paragraph(
-                "Density is the share of the visible pairs of positions with a non-zero weight, measured "
-                f"on {report.words:,} validation words. Softmax is α = 1 with a density of 100%, sparsemax α = 2."
+                "Density is the share of the visible pairs of positions with a non-zero weight, measured on "
+                f"{report.words:,} validation words. Softmax: α = 1 and a density of 100%; sparsemax: α = 2."
             )
             + html.picture(heat, "heat map of α and density, layers by heads"),
         ),
@@ -128,8 +128,10 @@ def _heads(report: Report) -> list[dict[str, str]]:
                 for name, density in report.compared.items()
             }
             weights = {
-                f"weight on {name}": f"{float(values[head]):.2f}"
-                for name, values in measured.offset_weights.items()
+                f"weight on {position}": f"{float(measured.weight[position][head]):.2f}"
+                if position in measured.weight
+                else ""
+                for position in OFFSETS
             }
             rows.append(
                 {
@@ -140,10 +142,7 @@ def _heads(report: Report) -> list[dict[str, str]]:
                     "density, softmax": "100%",
                     **others,
                     "entropy, nats": f"{float(measured.entropy[head]):.2f}",
-                    **{
-                        f"weight on {name}": weights.get(f"weight on {name}", "")
-                        for name in ("previous", "self", "next")
-                    },
+                    **weights,
                     "role": role,
                 }
             )

@@ -3,7 +3,7 @@
 from sparse_attn.analysis.density import density, support_counts
 from sparse_attn.analysis.record import record_attention
 from sparse_attn.analysis.roles import (
-    ROLE_THRESHOLD,
+    ROLE_THRESHOLDS,
     entropy,
     mean_per_head,
     monotonicity,
@@ -13,7 +13,7 @@ from sparse_attn.analysis.roles import (
 )
 
 __all__ = [
-    "ROLE_THRESHOLD",
+    "ROLE_THRESHOLDS",
     "density",
     "entropy",
     "mean_per_head",

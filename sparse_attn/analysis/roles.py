@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_attn.analysis.density import full_visible
 
 __all__ = [
-    "ROLE_THRESHOLD",
+    "ROLE_THRESHOLDS",
     "entropy",
     "mean_per_head",
     "monotonicity",
@@ -23,8 +23,7 @@ __all__ = [
     "strongest_at_offset",
 ]
 
-# The share from which Voita et al. 2019 call a head positional.
-ROLE_THRESHOLD = 0.9
+ROLE_THRESHOLDS = {"previous": 0.5, "self": 0.5, "next": 0.5, "monotone": 0.8, "diffuse": 0.9}
 
 
 def mean_per_head(values: Tensor) -> Tensor:
@@ -109,7 +108,7 @@ def offset_weight(weights: Tensor, offset: int, visible: Tensor | None = None) -
 def strongest_at_offset(weights: Tensor, offset: int, visible: Tensor | None = None) -> Tensor:
     """Whether the key at the query's own position plus `offset` gets the largest weight (1) or not (0).
 
-    A head is positional when this holds for at least 90 % of the queries.
+    Voita et al. call a head positional when this holds for at least 90 % of the queries.
 
     Args:
         weights: attention weights of each head, (N, H, L, S) or (H, L, S).
@@ -180,28 +179,35 @@ def monotonicity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
     return correlation.masked_fill(count < 2, torch.nan).to(weights.dtype)
 
 
-def name_roles(shares: Mapping[str, Tensor], threshold: float = ROLE_THRESHOLD) -> list[str]:
-    """Name each head after its largest share, if that reaches the threshold.
+def name_roles(shares: Mapping[str, Tensor], thresholds: Mapping[str, float] = ROLE_THRESHOLDS) -> list[str]:
+    """Name each head after the role it has most of, if it has enough of it.
+
+    With the default thresholds a head is "previous", "self" or "next" when at least half of its weight is on
+    that position, "monotone" when it scans its keys in order, and "diffuse" when it looks almost evenly at
+    everything.
 
     Args:
-        shares: for each role a head may have, how far each head has it, (H,), from 0 to 1: the mean of
-            `strongest_at_offset` for "previous" or "next", `monotonicity` for "monotone", relative `entropy`
-            for "diffuse". NaN counts as 0.
-        threshold: the smallest share that earns the name; the default is that of Voita et al. 2019.
+        shares: for each role, how far each head has it, (H,), 1 at most: the mean `offset_weight` for
+            "previous", "self" and "next", `monotonicity` for "monotone", relative `entropy` for "diffuse".
+            NaN counts as 0.
+        thresholds: the smallest share that earns each name.
 
     Returns:
-        A name for every head, "mixed" where no share reaches the threshold.
+        A name for every head, "mixed" where no share reaches its threshold; of several the one that exceeds
+        its threshold by the largest factor.
 
     Raises:
-        ValueError: if there is no share at all.
+        ValueError: if there is no share at all, or no threshold for one.
 
     Example:
-        >>> name_roles({"previous": torch.tensor([0.97, 0.1]), "next": torch.tensor([0.01, 0.6])})
+        >>> name_roles({"previous": torch.tensor([0.97, 0.1]), "next": torch.tensor([0.01, 0.4])})
         ['previous', 'mixed']
     """
-    if not shares:
-        raise ValueError("shares must hold at least one role, got none")
+    if not shares or not shares.keys() <= thresholds.keys():
+        roles, got = ", ".join(thresholds), ", ".join(shares) or "none"
+        raise ValueError(f"shares must be of the roles {roles}, got {got}")
     names = list(shares)
-    largest, index = torch.stack([shares[name].nan_to_num(0.0) for name in names]).max(dim=0)
-    named = zip((largest >= threshold).tolist(), index.tolist(), strict=True)
+    ratios = torch.stack([shares[name].nan_to_num(0.0) / thresholds[name] for name in names])
+    largest, index = ratios.max(dim=0)
+    named = zip((largest >= 1).tolist(), index.tolist(), strict=True)
     return [names[best] if reached else "mixed" for reached, best in named]

@@ -70,16 +70,21 @@ def test_relative_entropy_is_one_for_a_head_that_looks_everywhere() -> None:
     torch.testing.assert_close(values, torch.tensor([[math.nan, 1.0, 1.0, 1.0, 1.0]]), equal_nan=True)
 
 
-def test_roles_are_named_from_the_largest_share() -> None:
+def test_a_head_is_named_after_what_exceeds_its_threshold_most() -> None:
     shares = {
-        "previous": torch.tensor([0.95, 0.9, 0.2, math.nan]),
-        "next": torch.tensor([0.91, 0.1, 0.8, math.nan]),
-        "diffuse": torch.tensor([0.1, 0.1, 0.1, 0.99]),
+        "previous": torch.tensor([0.8, 0.5, 0.2, math.nan, 0.6]),
+        "next": torch.tensor([0.6, 0.1, 0.4, math.nan, 0.1]),
+        "diffuse": torch.tensor([0.1, 0.1, 0.89, 0.99, 0.99]),
     }
-    assert name_roles(shares) == ["previous", "previous", "mixed", "diffuse"]
-    assert name_roles(shares, threshold=0.8) == ["previous", "previous", "next", "diffuse"]
-    with pytest.raises(ValueError, match="at least one role"):
-        name_roles({})
+    assert name_roles(shares) == ["previous", "previous", "mixed", "diffuse", "previous"]
+    easier = {"previous": 0.5, "next": 0.3, "diffuse": 1.0}
+    assert name_roles(shares, easier) == ["next", "previous", "next", "mixed", "previous"]
+
+
+@pytest.mark.parametrize(("shares", "got"), [({}, "none"), ({"first": torch.ones(H)}, "first")])
+def test_roles_need_shares_with_a_threshold(shares: dict[str, torch.Tensor], got: str) -> None:
+    with pytest.raises(ValueError, match=f"previous, self, next, monotone, diffuse, got {got}"):
+        name_roles(shares)
 
 
 def test_monotonicity_by_hand() -> None:

@@ -1,0 +1,113 @@
+"""Score a trained model: ``sparse-attn evaluate run=DIR`` or ``python -m recipes.evaluate``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from recipes.launch import run_hydra
+from recipes.report import rates_table
+from recipes.run import Run, load_run, write_json
+from recipes.seq2seq.data import Seq2SeqData
+from recipes.seq2seq.scores import score
+from recipes.seq2seq.task import Seq2SeqTask
+
+EVALUATION = "evaluation.json"
+SPLITS = {"val": ("val",), "test": ("test",), "both": ("val", "test")}
+# Stands in the config for "what the run was trained with", where null is a value of its own (no limit).
+AS_TRAINED = "as_trained"
+DATA_KEYS = ("name", "train", "val", "test", "limit", "eval_batch_size")
+
+
+def evaluate(cfg: DictConfig) -> dict[str, float]:
+    """Scores a checkpoint of a run, prints phone and word error rates and keeps them in the run folder.
+
+    Args:
+        cfg: ``configs/evaluate.yaml`` as composed by Hydra.
+
+    Returns:
+        ``val/loss``, ``val/per``, ``val/wer``, ``val/words`` and the same for ``test``; those asked for.
+
+    Raises:
+        FileNotFoundError: If the run, its checkpoint or a data file is missing.
+        ValueError: If the split is unknown, or the data or the checkpoint cannot be read.
+    """
+    splits = _splits(cfg.split)
+    run = load_run(cfg.run, cfg.checkpoint)
+    section = data_section(run, OmegaConf.to_container(cfg.data), splits)  # type: ignore[arg-type]
+    data = evaluation_data(section, run.task)
+    console = Console(highlight=False)
+    rates, words = {}, {}
+    for split in splits:
+        with console.status(f"scoring the {split} words"):
+            scores = score(run.task, data.full_val_dataloader() if split == "val" else data.test_dataloader())
+        rates[split], words[split] = scores.metrics(), len(scores.sources)
+    results = {f"{split}/{name}": value for split, found in rates.items() for name, value in found.items()}
+    results.update({f"{split}/words": count for split, count in words.items()})
+    write_json(run.folder / EVALUATION, {"checkpoint": cfg.checkpoint, "data": section, **results})
+    console.print(rates_table(rates, words))
+    console.print(f"\nwritten to {run.folder / EVALUATION}", soft_wrap=True)
+    return results
+
+
+def data_section(run: Run, given: dict[str, Any], splits: tuple[str, ...]) -> dict[str, Any]:
+    """What to evaluate on: the data of the run, with the keys that were given in their place.
+
+    A file that is given is read whole, unless a limit is given too, whatever data the run was trained on.
+    Files of splits that are not asked for need not be there.
+
+    Args:
+        run: The run.
+        given: The ``data`` section of the command; ``as_trained`` keeps what the run has.
+        splits: The splits to evaluate, ``val`` and ``test``.
+
+    Raises:
+        ValueError: If there is no file for a split.
+    """
+    given = {key: value for key, value in given.items() if value != AS_TRAINED}
+    trained = {key: run.config.data[key] for key in DATA_KEYS if key in run.config.data}
+    files = [key for key in ("train", "val", "test") if given.get(key) is not None]
+    section = {**trained, **({"name": "tsv", "limit": None} if files else {}), **given}
+    if section["name"] != "tsv":
+        return section
+    for split in splits:
+        if section.get(split) is None:
+            raise ValueError(
+                f"no {split} file: the run was trained on {trained['name']}, got "
+                f"{', '.join(f'data.{key}' for key in files) or 'data.name=tsv'}; "
+                f"give data.{split}=FILE or split={'test' if split == 'val' else 'val'}"
+            )
+    if section.get("limit") is None:
+        # Only a limit needs the training words: it keeps the same share of the others.
+        section.update({key: section[splits[0]] for key in ("train", "val", "test") if key not in splits})
+    return section
+
+
+def evaluation_data(section: dict[str, Any], task: Seq2SeqTask) -> Seq2SeqData:
+    """Loaders that encode with the vocabularies of a trained model.
+
+    Args:
+        section: Arguments of ``Seq2SeqData``, from ``data_section``.
+        task: The trained model.
+    """
+    data = Seq2SeqData(**section)
+    data.use_tokenizers(task.source_tokenizer, task.target_tokenizer)
+    data.setup()
+    return data
+
+
+def _splits(split: Any) -> tuple[str, ...]:
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    return SPLITS[split]
+
+
+def main() -> None:
+    """Runs ``sparse-attn evaluate``."""
+    run_hydra("evaluate", evaluate)
+
+
+if __name__ == "__main__":
+    main()

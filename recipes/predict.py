@@ -1,0 +1,140 @@
+"""Outputs of a trained model: ``sparse-attn predict run=DIR [input=FILE]`` or ``python -m recipes.predict``.
+
+Words come one a line from a file or standard input; every line gives one line ``word<TAB>prediction``,
+an empty line an empty one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from omegaconf import DictConfig
+
+from recipes.launch import run_hydra
+from recipes.run import load_run
+from recipes.seq2seq.task import Seq2SeqTask
+
+BATCH_LINES = 512
+
+
+def predict(cfg: DictConfig) -> dict[str, int]:
+    """Reads words, prints a line for each, and warns on standard error of characters never seen in training.
+
+    Args:
+        cfg: ``configs/predict.yaml`` as composed by Hydra.
+
+    Returns:
+        ``lines`` read, and of these ``unknown`` with a character the model has never seen.
+
+    Raises:
+        FileNotFoundError: If the run, its checkpoint, the input or the folder of the output is missing.
+        ValueError: If the input is empty, not UTF-8 or holds a tab, or the checkpoint cannot be read.
+    """
+    counts = {"lines": 0, "unknown": 0}
+    with contextlib.ExitStack() as stack:
+        source, name = _open_input(cfg.input, stack)
+        task = load_run(cfg.run, cfg.checkpoint).task
+        lines = read_words(source, name)
+        if cfg.input is not None:
+            # A mistake in a file is told before the first line is printed.
+            lines = iter(list(lines))
+        # A person at a terminal waits for the answer to each line.
+        size = BATCH_LINES
+        if source.isatty():
+            size = 1
+            print("reading words from the terminal, one a line; end with Ctrl-D", file=sys.stderr)
+        target = _open_output(cfg.output, cfg.input, stack)
+        with _closed_pipe_is_no_error(target):
+            while batch := list(itertools.islice(lines, size)):
+                _warn(task, batch, counts)
+                words = [word for _, word in batch if word]
+                predictions = iter(task.predict_words(words)) if words else iter(())
+                for _, word in batch:
+                    text = f"{word}\t{task.target_tokenizer.join(next(predictions))}" if word else ""
+                    target.write(f"{text}\n")
+                target.flush()
+    return counts
+
+
+def read_words(source: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
+    """Line numbers and words, without the white space around them; an empty word for a blank line.
+
+    Args:
+        source: Lines of UTF-8 text.
+        name: What to call the source in a message.
+
+    Raises:
+        ValueError: If there is no line at all, one is not UTF-8, or one holds a tab.
+    """
+    number = 0
+    for number, line in enumerate(source, start=1):
+        try:
+            word = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name} must be UTF-8 text, got byte 0x{line[error.start]:02x} in line {number}"
+            ) from None
+        if "\t" in word:
+            raise ValueError(f"{name}, line {number}: a line must be one word without a tab, got {word!r}")
+        yield number, word
+    if number == 0:
+        raise ValueError(f"{name} must hold at least one line, got nothing")
+
+
+def _warn(task: Seq2SeqTask, batch: list[tuple[int, str]], counts: dict[str, int]) -> None:
+    for number, word in batch:
+        counts["lines"] += 1
+        if unknown := task.source_tokenizer.unknown(word):
+            counts["unknown"] += 1
+            tokens = ", ".join(f'"{token}"' if token.isprintable() else ascii(token) for token in unknown)
+            print(
+                f'line {number}: "{word}": never seen in training: {tokens}; read as <unk>', file=sys.stderr
+            )
+
+
+def _open_input(path: str | None, stack: contextlib.ExitStack) -> tuple[BinaryIO, str]:
+    if path is None:
+        return sys.stdin.buffer, "standard input"
+    try:
+        return stack.enter_context(Path(path).expanduser().open("rb")), str(path)
+    except OSError as error:
+        raise FileNotFoundError(f"cannot read the input file {str(path)!r}: {error.strerror}") from None
+
+
+def _open_output(path: str | None, source: str | None, stack: contextlib.ExitStack) -> TextIO:
+    if path is None:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(encoding="utf-8")
+        return sys.stdout
+    file = Path(path).expanduser()
+    if source is not None and file.exists() and file.samefile(Path(source).expanduser()):
+        raise ValueError(f"output must be another file than input, got {str(path)!r} for both")
+    try:
+        return stack.enter_context(file.open("w", encoding="utf-8", newline="\n"))
+    except OSError as error:
+        raise FileNotFoundError(f"cannot write the output file {str(path)!r}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _closed_pipe_is_no_error(target: Any) -> Iterator[None]:
+    """The reader of a pipe, such as ``head``, may have had enough."""
+    try:
+        yield
+    except BrokenPipeError:
+        # Python flushes standard output once more when it exits, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), target.fileno())
+
+
+def main() -> None:
+    """Runs ``sparse-attn predict``."""
+    run_hydra("predict", predict)
+
+
+if __name__ == "__main__":
+    main()
