@@ -1,42 +1,252 @@
+"""A pre-norm encoder-decoder transformer in plain torch, each of its three attentions of a kind of its own."""
+
 from __future__ import annotations
+
+import math
+
 import torch
-from torch import nn, Tensor
-from sparse_attn import AdaptiveSparseMultiheadAttention as A, TopKMultiheadAttention as T
-ATTENTION_KINDS = ("softmax", "entmax15", "sparsemax", "entmax", "adaptive", "topk")
-def make(kind, dim, heads, dropout, alpha, k):
-    if kind not in ATTENTION_KINDS: raise ValueError(f"attention must be one of {ATTENTION_KINDS}, got {kind!r}")
-    if kind=="topk": return T(dim, heads, dropout=dropout, batch_first=True, k=k)
-    fixed={"softmax":1.0,"entmax15":1.5,"sparsemax":2.0}.get(kind, alpha)
-    return A(dim, heads, dropout=dropout, batch_first=True, alpha_init=fixed, learn_alpha=kind=="adaptive")
-class Layer(nn.Module):
-    def __init__(s, dim, heads, ff, dropout, sk, ck, alpha, k):
-        super().__init__()
-        s.self_attention=make(sk,dim,heads,dropout,alpha,k); s.n1=nn.LayerNorm(dim)
-        if ck: s.cross_attention=make(ck,dim,heads,dropout,alpha,k); s.n2=nn.LayerNorm(dim)
-        s.cross=bool(ck)
-        s.ff=nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim,ff), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ff,dim)); s.d=nn.Dropout(dropout)
-    def forward(s,x,pad,causal=None,mem=None,mpad=None):
-        h=s.n1(x); x=x+s.d(s.self_attention(h,h,h,key_padding_mask=pad,attn_mask=causal,need_weights=False)[0])
-        if s.cross: x=x+s.d(s.cross_attention(s.n2(x),mem,mem,key_padding_mask=mpad,need_weights=False)[0])
-        return x+s.d(s.ff(x))
-class Stack(nn.Module):
-    def __init__(s, layers): super().__init__(); s.layers=nn.ModuleList(layers)
+from torch import Tensor, nn
+
+from recipes.seq2seq.attention import make_attention
+from recipes.seq2seq.tokenizer import PAD
+from sparse_attn import KVCache
+
+
 class Seq2SeqTransformer(nn.Module):
-    def __init__(self, source_size: int, target_size: int, *, dim: int=128, num_heads: int=4, ff_dim: int=512, encoder_layers: int=2, decoder_layers: int=2, dropout: float=0.1,
-                 encoder_attention: str="adaptive", decoder_attention: str="adaptive", cross_attention: str="adaptive", alpha: float=1.5, k: int=4):
+    """Encoder, decoder, cross-attention; token ids in, logits out.
+
+    Args:
+        source_size: Number of source token ids; 0 is padding.
+        target_size: Number of target token ids; 0 is padding.
+        dim: Embedding size, a multiple of ``num_heads``.
+        num_heads: Heads of every attention.
+        ff_dim: Width of the feed-forward blocks.
+        encoder_layers: Number of encoder layers.
+        decoder_layers: Number of decoder layers.
+        dropout: On embeddings, attention weights, feed-forward activations and residual branches.
+        encoder_attention: Kind of the encoder's self-attention; see :func:`recipes.seq2seq.attention.make_attention`.
+        decoder_attention: Kind of the decoder's self-attention.
+        cross_attention: Kind of the decoder's attention to the encoder's output.
+        alpha: The fixed α of "entmax", the initial one of "adaptive".
+        k: Keys kept by "topk".
+
+    Raises:
+        ValueError: An argument outside its range, named with what is allowed.
+
+    Shape:
+        ``source`` (N, S), ``target`` (N, T) -> (N, T, target_size).
+
+    Example:
+        >>> model = Seq2SeqTransformer(11, 13, dim=16, num_heads=2, ff_dim=32)
+        >>> source, target = torch.randint(1, 11, (3, 7)), torch.randint(1, 13, (3, 5))
+        >>> model(source, target).shape
+        torch.Size([3, 5, 13])
+
+    Reference:
+        Vaswani et al. 2017, "Attention Is All You Need"; pre-norm after Xiong et al. 2020 (ICML).
+    """
+
+    def __init__(
+        self,
+        source_size: int,
+        target_size: int,
+        *,
+        dim: int = 128,
+        num_heads: int = 4,
+        ff_dim: int = 512,
+        encoder_layers: int = 2,
+        decoder_layers: int = 2,
+        dropout: float = 0.1,
+        encoder_attention: str = "adaptive",
+        decoder_attention: str = "adaptive",
+        cross_attention: str = "adaptive",
+        alpha: float = 1.5,
+        k: int = 4,
+    ) -> None:
         super().__init__()
-        a=(alpha,k)
-        self.se=nn.Embedding(source_size,dim); self.te=nn.Embedding(target_size,dim); self.pos=nn.Embedding(200,dim)
-        self.encoder=Stack([Layer(dim,num_heads,ff_dim,dropout,encoder_attention,None,*a) for _ in range(encoder_layers)])
-        self.decoder=Stack([Layer(dim,num_heads,ff_dim,dropout,decoder_attention,cross_attention,*a) for _ in range(decoder_layers)])
-        self.out=nn.Linear(dim,target_size); self.ne=nn.LayerNorm(dim); self.nd=nn.LayerNorm(dim); self.drop=nn.Dropout(dropout)
-        for e in (self.se,self.te,self.pos): nn.init.normal_(e.weight,std=dim**-0.5)
-    def encode(self,s):
-        x=self.drop(self.se(s)+self.pos.weight[:s.shape[1]])
-        for l in self.encoder.layers: x=l(x,s==0)
-        return self.ne(x)
-    def forward(self,s,t):
-        m=self.encode(s); x=self.drop(self.te(t)+self.pos.weight[:t.shape[1]])
-        c=torch.ones(t.shape[1],t.shape[1],dtype=torch.bool,device=t.device).triu(1)
-        for l in self.decoder.layers: x=l(x,t==0,c,m,s==0)
-        return self.out(self.nd(x))
+        counts = {"dim": dim, "ff_dim": ff_dim, "encoder_layers": encoder_layers, "decoder_layers": decoder_layers}
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads, got dim={dim} and num_heads={num_heads}")
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout must be in [0, 1], got {dropout}")
+
+        def attention(kind: str) -> nn.MultiheadAttention:
+            return make_attention(kind, dim, num_heads, dropout=dropout, alpha=alpha, k=k)
+
+        def feed_forward() -> nn.Sequential:
+            return nn.Sequential(nn.Linear(dim, ff_dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ff_dim, dim))
+
+        self.source_embedding = Embedding(source_size, dim, dropout)
+        self.target_embedding = Embedding(target_size, dim, dropout)
+        self.encoder = Encoder(
+            [EncoderLayer(attention(encoder_attention), feed_forward(), dropout) for _ in range(encoder_layers)], dim
+        )
+        self.decoder = Decoder(
+            [
+                DecoderLayer(attention(decoder_attention), attention(cross_attention), feed_forward(), dropout)
+                for _ in range(decoder_layers)
+            ],
+            dim,
+        )
+        self.output = nn.Linear(dim, target_size)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        """Logits of each next target token, given the target so far (teacher forcing).
+
+        Args:
+            source: (N, S) ids, 0 = padding.
+            target: (N, T) ids, beginning-of-sequence first, 0 = padding on the right.
+
+        Returns:
+            (N, T, target_size) logits.
+        """
+        return self.decode(target, self.encode(source), source == PAD)
+
+    def encode(self, source: Tensor) -> Tensor:
+        """The encoder's output (N, S, dim) for source ids (N, S)."""
+        return self.encoder(self.source_embedding(source), source == PAD)
+
+    def decode(
+        self, target: Tensor, memory: Tensor, source_padding: Tensor, caches: list[LayerCache] | None = None
+    ) -> Tensor:
+        """Logits for target ids, given the encoder's output.
+
+        Args:
+            target: (N, T) ids; with caches, only those after the cached positions.
+            memory: (N, S, dim), what :meth:`encode` gave.
+            source_padding: (N, S), True = padding.
+            caches: What :meth:`new_caches` gave, extended in place; None to attend over ``target`` alone.
+
+        Returns:
+            (N, T, target_size) logits.
+        """
+        start = len(caches[0].self_attention) if caches else 0
+        hidden = self.decoder(self.target_embedding(target, start), memory, source_padding, caches)
+        return self.output(hidden)
+
+    def new_caches(self) -> list[LayerCache]:
+        """Empty caches, one per decoder layer, for :meth:`decode`."""
+        return [LayerCache() for _ in self.decoder.layers]
+
+
+class LayerCache:
+    """Keys and values of one decoder layer: past target positions, and the encoder's output."""
+
+    def __init__(self) -> None:
+        self.self_attention = KVCache()
+        self.cross_attention = KVCache(static=True)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these batch rows."""
+        self.self_attention.select(rows)
+        self.cross_attention.select(rows)
+
+
+class Embedding(nn.Module):
+    """Token embeddings with sinusoidal positions, of any length."""
+
+    def __init__(self, size: int, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(size, dim, padding_idx=PAD)
+        nn.init.normal_(self.tokens.weight, std=dim**-0.5)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, ids: Tensor, start: int = 0) -> Tensor:
+        """(N, T) ids at positions ``start``, ``start + 1``, ... -> (N, T, dim)."""
+        dim = self.tokens.embedding_dim
+        embedded = self.tokens(ids) * math.sqrt(dim)
+        return self.dropout(embedded + sinusoids(start, ids.shape[1], dim, ids.device).to(embedded.dtype))
+
+
+def sinusoids(start: int, length: int, dim: int, device: torch.device | None = None) -> Tensor:
+    """(length, dim) position encodings: sines in the first half, cosines in the second (Vaswani et al. 2017, 3.5)."""
+    position = torch.arange(start, start + length, device=device)[:, None]
+    half = (dim + 1) // 2
+    angle = position * torch.exp(torch.arange(half, device=device) * (-math.log(10000.0) / half))
+    return torch.cat([angle.sin(), angle.cos()], -1)[:, :dim]
+
+
+class Encoder(nn.Module):
+    """Layers, then a final norm."""
+
+    def __init__(self, layers: list[EncoderLayer], dim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        """(N, S, dim) -> (N, S, dim)."""
+        for layer in self.layers:
+            x = layer(x, padding)
+        return self.norm(x)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and a feed-forward block, each normalised before and added after."""
+
+    def __init__(self, self_attention: nn.MultiheadAttention, feed_forward: nn.Module, dropout: float) -> None:
+        super().__init__()
+        dim = self_attention.embed_dim
+        self.self_attention = self_attention
+        self.feed_forward = feed_forward
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        """(N, S, dim) -> (N, S, dim); ``padding`` (N, S) marks the keys that nobody may see."""
+        y = self.attention_norm(x)
+        x = x + self.dropout(self.self_attention(y, y, y, key_padding_mask=padding, need_weights=False)[0])
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class Decoder(nn.Module):
+    """Layers, then a final norm."""
+
+    def __init__(self, layers: list[DecoderLayer], dim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(
+        self, x: Tensor, memory: Tensor, source_padding: Tensor, caches: list[LayerCache] | None = None
+    ) -> Tensor:
+        """(N, T, dim) -> (N, T, dim)."""
+        for index, layer in enumerate(self.layers):
+            x = layer(x, memory, source_padding, caches[index] if caches else None)
+        return self.norm(x)
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention to the encoder, a feed-forward block; each normalised before, added after."""
+
+    def __init__(
+        self,
+        self_attention: nn.MultiheadAttention,
+        cross_attention: nn.MultiheadAttention,
+        feed_forward: nn.Module,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        dim = self_attention.embed_dim
+        self.self_attention = self_attention
+        self.cross_attention = cross_attention
+        self.feed_forward = feed_forward
+        self.self_norm, self.cross_norm, self.feed_forward_norm = (nn.LayerNorm(dim) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, memory: Tensor, source_padding: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """(N, T, dim) -> (N, T, dim). Target padding is on the right, where the causal mask hides it."""
+        y = self.self_norm(x)
+        self_cache = cache.self_attention if cache else None
+        y = self.self_attention(y, y, y, need_weights=False, is_causal=True, cache=self_cache)[0]
+        x = x + self.dropout(y)
+        cross_cache = cache.cross_attention if cache else None
+        y = self.cross_norm(x)
+        y = self.cross_attention(
+            y, memory, memory, key_padding_mask=source_padding, need_weights=False, cache=cross_cache
+        )[0]
+        x = x + self.dropout(y)
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
