@@ -12,11 +12,16 @@ _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 
 def check_arguments(
-    function: Callable[..., Any], section: str, arguments: Mapping[str, Any], *, reserved: Collection[str] = ()
+    function: Callable[..., Any],
+    section: str,
+    arguments: Mapping[str, Any],
+    *,
+    reserved: Collection[str] = (),
 ) -> None:
     """Checks names and types of keyword arguments against the signature of ``function``.
 
-    A config file has no types of its own: without this check, text in the place of a number fails deep inside.
+    A config file has no types of its own: without this check, text in the place of a number fails somewhere deep
+    inside.
 
     Args:
         function: What will be called; a class stands for its constructor.

@@ -1,8 +1,8 @@
 """How every command starts: Hydra composes the configuration, and a wrong input becomes one line.
 
-Hydra's own report of an error is several lines with the program's internals in between. ``run_hydra`` asks Hydra for
-the bare exception instead, turns what a user can put right into one line on standard error (exit status 2), lets an
-interruption say how to go on (130), and leaves anything unexpected, a bug, to Python's traceback.
+Hydra's own report of an error is several lines with the program's internals in between. ``run_hydra`` asks Hydra
+for the bare exception instead, turns what a user can put right into one line on standard error (exit status 2), lets
+an interruption say how to go on (130), and leaves anything unexpected, a bug, to Python's traceback.
 ``SPARSE_ATTN_TRACEBACK=1`` shows the traceback of every error.
 """
 
@@ -40,8 +40,8 @@ MANDATORY = {
 }
 _HELP, _MULTIRUN = ("--help", "-h"), ("--multirun", "-m")
 _OTHER_FLAGS = (
-    "--hydra-help --version --cfg -c --resolve --package -p --run -r --shell-completion -sc --config-path -cp "
-    "--config-name -cn --config-dir -cd --experimental-rerun --info -i"
+    "--hydra-help --version --cfg -c --resolve --package -p --run -r --shell-completion -sc --config-path "
+    "-cp --config-name -cn --config-dir -cd --experimental-rerun --info -i"
 )
 _FLAGS = (*_HELP, *_MULTIRUN, *_OTHER_FLAGS.split())
 
@@ -74,7 +74,7 @@ def run_hydra(
     arguments: Sequence[str] | None = None,
     config: Path | None = None,
 ) -> None:
-    """Composes the configuration of a command and calls ``task`` with it, once or, with ``-m``, for every combination.
+    """Composes the configuration of a command and calls ``task`` with it; with ``-m``, for every combination.
 
     Args:
         name: The command; ``configs/{name}.yaml`` is its configuration.
@@ -83,7 +83,7 @@ def run_hydra(
         config: Another YAML file to compose from, such as the one in a run folder.
 
     Raises:
-        SystemExit: 2 after a wrong input and 130 after an interruption, each told in one line on standard error.
+        SystemExit: 2 after a wrong input, 130 after an interruption, each told in one line on standard error.
     """
     # A relative config path does not survive being called as a console script.
     folder, config_name = (config.parent, config.stem) if config else (config_dir(), name)
@@ -125,7 +125,7 @@ def _stop(name: str, error: BaseException, message: str, status: int) -> NoRetur
 
 
 class _TaskError(BaseException):
-    """Carries an error of the task through Hydra, which would announce an ``Exception`` with a line of its own."""
+    """Carries an error of the task through Hydra, which announces an ``Exception`` with a line of its own."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(error)
@@ -170,7 +170,7 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, HydraException):
         return _composition_message(error)
     if isinstance(error, OmegaConfBaseException):
-        # Reading a key that does not exist is a mistake of the program; Hydra has already refused those of the user.
+        # Reading a key that does not exist is a mistake of the program: Hydra has refused those of the user.
         return None if isinstance(error, ConfigAttributeError | ConfigKeyError) else _config_message(error)
     if isinstance(error, OSError) or (isinstance(error, ValueError | TypeError) and _is_raised(error)):
         return str(error)

