@@ -20,8 +20,8 @@ def check_arguments(
 ) -> None:
     """Checks names and types of keyword arguments against the signature of ``function``.
 
-    A config file has no types of its own: without this check, text in the place of a number fails somewhere deep
-    inside.
+    A config file has no types of its own: without this check, text in the place of a number fails somewhere
+    deep inside.
 
     Args:
         function: What will be called; a class stands for its constructor.

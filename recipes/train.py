@@ -1,8 +1,8 @@
 """Train a model: ``sparse-attn train`` or ``python -m recipes.train``.
 
-The way through it: the configuration becomes data, model and trainer, all checked before anything is written; the
-run folder is begun, or continued from its last checkpoint; the best checkpoint is scored on all validation and test
-words.
+The way through it: the configuration becomes data, model and trainer, all checked before anything is written;
+the run folder is begun, or continued from its last checkpoint; the best checkpoint is scored on all
+validation and test words.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from recipes.run import METRICS
 class MetricsCsv(Logger):
     """Writes ``metrics.csv``: one row per step, one column per metric, empty where a step has no value.
 
-    Lightning's own logger deletes the file it finds; this one goes on with it. ``step`` counts finished updates.
+    Lightning's own logger deletes the file it finds; this one goes on with it. ``step`` counts finished
+    updates.
 
     Args:
         save_dir: The run folder.
