@@ -93,9 +93,7 @@ def _warn(task: Seq2SeqTask, batch: list[tuple[int, str]], counts: dict[str, int
         if unknown := task.source_tokenizer.unknown(word):
             counts["unknown"] += 1
             tokens = ", ".join(f'"{token}"' if token.isprintable() else ascii(token) for token in unknown)
-            print(
-                f'line {number}: "{word}": never seen in training: {tokens}; read as <unk>', file=sys.stderr
-            )
+            print(f'line {number}: "{word}": never seen in training: {tokens}; read as <unk>', file=sys.stderr)
 
 
 def _open_input(path: str | None, stack: contextlib.ExitStack) -> tuple[BinaryIO, str]:

@@ -45,13 +45,8 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     if not rows:
         return paragraph("nothing here")
     header = "".join(f"<th>{escape(key)}</th>" for key in rows[0])
-    body = "\n".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row.values())}</tr>" for row in rows
-    )
-    return (
-        f'<div class="wide"><table>\n<thead><tr>{header}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody>\n</table></div>"
-    )
+    body = "\n".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row.values())}</tr>" for row in rows)
+    return f'<div class="wide"><table>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
 def picture(file: Path, description: str) -> str:

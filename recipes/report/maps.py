@@ -23,9 +23,7 @@ from recipes.seq2seq.tokenizer import BOS
 
 NEVER_VISIBLE = "#bdbdbd"
 # The smallest non-zero weight is already blue; exactly zero is left white.
-NON_ZERO = LinearSegmentedColormap.from_list(
-    "non-zero", matplotlib.colormaps["Blues"](np.linspace(0.3, 1.0, 256))
-)
+NON_ZERO = LinearSegmentedColormap.from_list("non-zero", matplotlib.colormaps["Blues"](np.linspace(0.3, 1.0, 256)))
 LONGEST_NICE_WORD = 8
 HEADS_PER_ROW = 4
 AXES_MEAN: dict[Kind, str] = {
@@ -67,7 +65,12 @@ def word_maps(task: Any, word: str) -> WordMaps:
     Args:
         task: a `Seq2SeqTask` in evaluation mode.
         word: what to predict.
+
+    Raises:
+        ValueError: if the word is empty.
     """
+    if not word:
+        raise ValueError(f"word must hold at least one character, got {word!r}")
     source, target = task.source_tokenizer, task.target_tokenizer
     predicted = task.predict_words([word])[0]
     source_ids, target_ids = source.encode(word), target.encode(target.join(predicted))
@@ -86,9 +89,7 @@ def word_maps(task: Any, word: str) -> WordMaps:
     }
     last = {layer.kind: layer for layer in recorded}
     maps = [
-        AttentionMap(
-            last[kind].name, kind, last[kind].weights[0].cpu(), last[kind].visible[0, 0].cpu(), *axes[kind]
-        )
+        AttentionMap(last[kind].name, kind, last[kind].weights[0].cpu(), last[kind].visible[0, 0].cpu(), *axes[kind])
         for kind in KINDS
         if kind in last
     ]
@@ -119,9 +120,7 @@ def attention_figure(sample: WordMaps, alpha: Mapping[str, Tensor], top_k: Mappi
     bar = figure.colorbar(image, ax=panels, label="attention weight", shrink=0.5, aspect=30)
     bar.ax.tick_params(labelsize=8)
     written = " ".join(map(printable, sample.prediction.split(" ")))
-    figure.suptitle(
-        f"{printable(sample.word)} → {written}\nwhite: exactly 0, grey: never visible", fontsize=10
-    )
+    figure.suptitle(f"{printable(sample.word)} → {written}\nwhite: exactly 0, grey: never visible", fontsize=10)
     return figure
 
 
@@ -129,9 +128,7 @@ def _draw_head(panel: Axes, layer: AttentionMap, head: int, sparsity: str) -> An
     weights, visible = layer.weights[head].numpy(), layer.visible.numpy()
     panel.set_visible(True)
     panel.imshow(np.where(visible, np.nan, 1.0), cmap=ListedColormap([NEVER_VISIBLE]))
-    image = panel.imshow(
-        np.where(visible & (weights != 0), weights, np.nan), vmin=0.0, vmax=1.0, cmap=NON_ZERO
-    )
+    image = panel.imshow(np.where(visible & (weights != 0), weights, np.nan), vmin=0.0, vmax=1.0, cmap=NON_ZERO)
     zeros = 100 * (weights == 0)[visible].mean()
     sparsity = sparsity if sparsity.startswith("k") else f"α {sparsity}"
     panel.set_title(f"head {head} · {sparsity} · {zeros:.0f}% zero", fontsize=8)

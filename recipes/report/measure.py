@@ -67,9 +67,7 @@ def layer_kind(name: str) -> Kind:
 
 def top_k_per_layer(model: nn.Module) -> dict[str, int]:
     """Layer name -> k, of every top-k layer."""
-    return {
-        name: module.k for name, module in model.named_modules() if isinstance(module, TopKMultiheadAttention)
-    }
+    return {name: module.k for name, module in model.named_modules() if isinstance(module, TopKMultiheadAttention)}
 
 
 def record_batch(model: nn.Module, source: Tensor, target: Tensor) -> list[RecordedLayer]:
@@ -92,8 +90,7 @@ def record_batch(model: nn.Module, source: Tensor, target: Tensor) -> list[Recor
         "cross": target_real[:, None, :, None] & source_real[:, None, None, :],
     }
     layers = [
-        RecordedLayer(name, layer_kind(name), weights, visible[layer_kind(name)])
-        for name, weights in recorded.items()
+        RecordedLayer(name, layer_kind(name), weights, visible[layer_kind(name)]) for name, weights in recorded.items()
     ]
     return sorted(layers, key=lambda layer: KINDS.index(layer.kind))
 
@@ -143,7 +140,7 @@ def measure_heads(task: Any, loader: Iterable[dict[str, Any]]) -> dict[str, Laye
             sums[key] = sums.get(key, 0) + total.double().cpu()
             counts[key] = counts.get(key, 0) + count.cpu()
     return {
-        name: _layer_heads(kind, {key[1]: sums[key] / counts[key] for key in sums if key[0] == name})
+        name: _layer_heads(kind, {key[1]: (sums[key] / counts[key]).float() for key in sums if key[0] == name})
         for name, kind in kinds.items()
     }
 

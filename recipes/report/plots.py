@@ -66,9 +66,7 @@ def _cells(axes: Axes, values: np.ndarray, labels: np.ndarray, low: float, high:
     image = axes.imshow(values, vmin=low, vmax=high, cmap=colours, aspect="auto")
     for (row, head), label in np.ndenumerate(labels):
         bright = np.isnan(values[row, head]) or (values[row, head] - low) / (high - low) > 0.6
-        axes.text(
-            head, row, label, ha="center", va="center", fontsize=8, color="black" if bright else "white"
-        )
+        axes.text(head, row, label, ha="center", va="center", fontsize=8, color="black" if bright else "white")
     axes.set_xticks(range(values.shape[1]))
     axes.set_yticks(range(values.shape[0]))
     axes.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
@@ -106,9 +104,7 @@ def alpha_course(rows: Sequence[tuple[int, str, int, float]]) -> Figure:
     most_heads = max(axes.flat, key=lambda panel: len(panel.lines))
     figure.suptitle("α of every head during training", fontsize=11)
     labelled = most_heads.get_legend_handles_labels()
-    figure.legend(
-        *labelled, loc="outside upper center", ncols=min(len(labelled[1]), 8), fontsize=9, frameon=False
-    )
+    figure.legend(*labelled, loc="outside upper center", ncols=min(len(labelled[1]), 8), fontsize=9, frameon=False)
     return figure
 
 

@@ -138,8 +138,7 @@ def head_rows(
                     "alpha": f"{float(alpha[layer][head]):.4f}" if layer in alpha else "",
                     "k": str(top_k.get(layer, "")),
                     **{
-                        name: "" if values is None else f"{float(values[head]):.4f}"
-                        for name, values in numbers.items()
+                        name: "" if values is None else f"{float(values[head]):.4f}" for name, values in numbers.items()
                     },
                 }
             )

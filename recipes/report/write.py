@@ -55,8 +55,7 @@ def write_report(report: Report) -> list[Path]:
     folder.mkdir(exist_ok=True)
     density = {layer: measured.density for layer, measured in report.heads.items()}
     page, heat, course, attention, heads = (
-        folder / name
-        for name in ("report.html", "alpha.png", "alpha_course.png", "attention.png", "heads.csv")
+        folder / name for name in ("report.html", "alpha.png", "alpha_course.png", "attention.png", "heads.csv")
     )
     save(heat_map(report.alpha, density, report.top_k), heat)
     rows = read_course(report.run.folder / ALPHA)
@@ -83,9 +82,7 @@ def read_course(file: Path) -> list[tuple[int, str, int, float]]:
             try:
                 rows.append((int(row["step"]), row["layer"], int(row["head"]), float(row["alpha"])))
             except (KeyError, TypeError, ValueError):
-                raise ValueError(
-                    f"{file}:{reader.line_num}: a line must be step,layer,head,alpha, got {row}"
-                ) from None
+                raise ValueError(f"{file}:{reader.line_num}: a line must be step,layer,head,alpha, got {row}") from None
     return rows
 
 
@@ -124,8 +121,7 @@ def _heads(report: Report) -> list[dict[str, str]]:
     for layer, measured in report.heads.items():
         for head, role in enumerate(measured.roles):
             others = {
-                f"density, {name}": percent(float(density[layer][head]))
-                for name, density in report.compared.items()
+                f"density, {name}": percent(float(density[layer][head])) for name, density in report.compared.items()
             }
             weights = {
                 f"weight on {position}": f"{float(measured.weight[position][head]):.2f}"

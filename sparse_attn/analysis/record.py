@@ -45,9 +45,7 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         >>> {name: tuple(w.shape) for name, w in weights.items()}
         {'self_attn': (3, 2, 5, 5)}
     """
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
-    }
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
     if not layers:
         raise ValueError(
             f"record_attention needs a model with nn.MultiheadAttention layers, got {type(model).__name__}"
@@ -64,9 +62,7 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         yield recorded
 
 
-def _record_layer(
-    name: str, layer: nn.MultiheadAttention, recorded: dict[str, Tensor], stack: ExitStack
-) -> None:
+def _record_layer(name: str, layer: nn.MultiheadAttention, recorded: dict[str, Tensor], stack: ExitStack) -> None:
     """Hook one layer; `stack` takes the hooks away again."""
     asked = {"weights": True, "average": True}
 

@@ -54,8 +54,6 @@ def test_nothing_visible_is_nan() -> None:
         (torch.ones(H, L, S), torch.ones(S, L, dtype=torch.bool), ValueError, r"\(3, 5, 7\), got \(7, 5\)"),
     ],
 )
-def test_wrong_input(
-    weights: torch.Tensor, visible: torch.Tensor, error: type[Exception], message: str
-) -> None:
+def test_wrong_input(weights: torch.Tensor, visible: torch.Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         density(weights, visible)

@@ -61,9 +61,7 @@ def test_the_caller_gets_what_it_asked_for(by_position: bool, need_weights: bool
     def call() -> tuple[Tensor, Tensor | None]:
         if by_position:
             return layer(query, key, key, padding, need_weights, None, average, False)
-        return layer(
-            query, key, key, key_padding_mask=padding, need_weights=need_weights, average_attn_weights=average
-        )
+        return layer(query, key, key, key_padding_mask=padding, need_weights=need_weights, average_attn_weights=average)
 
     output, alone = call()
     with record_attention(layer) as weights:
@@ -76,9 +74,7 @@ def test_the_caller_gets_what_it_asked_for(by_position: bool, need_weights: bool
     assert (weights[""][1, :, :, 3:] == 0).all()
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The PyTorch API of nested tensors:UserWarning"
-)  # torch's own encoder warns
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # torch's own encoder warns
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_fused_encoder_path_is_off_only_inside(padded: bool) -> None:
     layer = nn.TransformerEncoderLayer(E, H, dim_feedforward=16, batch_first=True)
