@@ -52,7 +52,13 @@ def apply_mask(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
 
 
 def merge_multihead_masks(
-    attn_mask: Tensor | None, key_padding_mask: Tensor | None, *, batch: int, heads: int, queries: int, keys: int
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    *,
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
 ) -> Tensor | None:
     """``nn.MultiheadAttention``'s two masks (``True`` = masked, float = added) as one in the internal form.
 

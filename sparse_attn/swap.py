@@ -29,12 +29,12 @@ def replace_attention(
             ``nn.MultiheadAttention`` are left alone: they may compute something else.
         layer: What to put in their place.
         filter_fn: Called with each layer's name and module; only where it returns True is the layer replaced.
-        **layer_kwargs: Keyword arguments of ``layer`` beyond those of ``nn.MultiheadAttention``: ``alpha_init=1.0`` keeps
-            a dense model's function, ``k=8`` is asked for by ``TopKMultiheadAttention``.
+        **layer_kwargs: Keyword arguments of ``layer`` beyond those of ``nn.MultiheadAttention``: ``alpha_init=1.0``
+            keeps a dense model's function, ``k=8`` is asked for by ``TopKMultiheadAttention``.
 
     Returns:
-        ``{name: new layer}``; a layer shared between places is replaced once and everywhere, under its first name. Empty
-        where all that matches is sparse already.
+        ``{name: new layer}``; a layer shared between places is replaced once and everywhere, under its first name.
+        Empty where all that matches is sparse already.
 
     Raises:
         TypeError: ``layer`` is not one of our multi-head layers, or does not take ``layer_kwargs``.
@@ -55,12 +55,14 @@ def replace_attention(
     }
     if not matches:
         where = "" if filter_fn is None else " that filter_fn accepts"
-        raise ValueError(f"model must hold at least one nn.MultiheadAttention{where}, got none in {type(model).__name__}")
+        raise ValueError(
+            f"model must hold at least one nn.MultiheadAttention{where}, got none in {type(model).__name__}"
+        )
     dense = {name: module for name, module in matches.items() if not isinstance(module, SparseMultiheadAttention)}
     if "" in dense:
         raise ValueError(
-            "model must be a module that holds nn.MultiheadAttention layers, got one itself, which cannot be replaced in "
-            f"place; build {layer.__name__} with its arguments and load its state dict"
+            "model must be a module that holds nn.MultiheadAttention layers, got one itself, which cannot be replaced "
+            f"in place; build {layer.__name__} with its arguments and load its state dict"
         )
     new = {name: _like(module, layer, layer_kwargs) for name, module in dense.items()}
 

@@ -64,7 +64,12 @@ class Seq2SeqTransformer(nn.Module):
         k: int = 4,
     ) -> None:
         super().__init__()
-        counts = {"dim": dim, "ff_dim": ff_dim, "encoder_layers": encoder_layers, "decoder_layers": decoder_layers}
+        counts = {
+            "dim": dim,
+            "ff_dim": ff_dim,
+            "encoder_layers": encoder_layers,
+            "decoder_layers": decoder_layers,
+        }
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
@@ -82,7 +87,8 @@ class Seq2SeqTransformer(nn.Module):
         self.source_embedding = Embedding(source_size, dim, dropout)
         self.target_embedding = Embedding(target_size, dim, dropout)
         self.encoder = Encoder(
-            [EncoderLayer(attention(encoder_attention), feed_forward(), dropout) for _ in range(encoder_layers)], dim
+            [EncoderLayer(attention(encoder_attention), feed_forward(), dropout) for _ in range(encoder_layers)],
+            dim,
         )
         self.decoder = Decoder(
             [

@@ -48,7 +48,7 @@ class Seq2SeqTask(L.LightningModule):
         target_tokenizer: dict[str, Any],
         model: dict[str, Any],
         learning_rate: float = 2e-3,
-        alpha_learning_rate: float = 1e-2,
+        alpha_learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         warmup_steps: int = 200,
         max_steps: int | None = None,
@@ -85,7 +85,11 @@ class Seq2SeqTask(L.LightningModule):
         torch.manual_seed((self.hparams["seed"] << 20) + self.current_epoch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Cross-entropy of the target tokens, padding left out."""
+        """Cross-entropy of the target tokens, padding left out.
+
+        Raises:
+            ValueError: If it is not a finite number: the training has diverged.
+        """
         logits = self(batch["source"], batch["target_in"])
         loss = F.cross_entropy(
             logits.flatten(0, 1),
@@ -93,22 +97,14 @@ class Seq2SeqTask(L.LightningModule):
             ignore_index=PAD,
             label_smoothing=self.hparams["label_smoothing"],
         )
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the training loss must be finite, got {loss.item()} at step {self.global_step + 1}; "
+                f"a learning_rate below {self.hparams['learning_rate']} may help"
+            )
         size = len(batch["source"])
         self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=size)
         return loss
-
-    def on_train_epoch_end(self) -> None:
-        """Stops a training that has diverged while the checkpoint of the epoch before is still there.
-
-        Raises:
-            ValueError: If the mean loss of the epoch is not a finite number.
-        """
-        loss = self.trainer.callback_metrics["train/loss_epoch"]
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the training loss must be finite, got {loss.item()} in epoch {self.current_epoch + 1}; "
-                f"a learning rate below {self.hparams['learning_rate']} may help"
-            )
 
     def on_validation_epoch_start(self) -> None:
         """Forgets the scores of the validation before."""
@@ -127,9 +123,7 @@ class Seq2SeqTask(L.LightningModule):
         """Adds the words of an evaluation batch to ``scores``; its tensors are on the device of the task."""
         source, target = batch["source"], batch["target_out"]
         logits = self(source, batch["target_in"])
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).float(), target.flatten(), ignore_index=PAD, reduction="sum"
-        )
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=PAD, reduction="sum")
         scores.loss_sum += loss.item()
         scores.tokens += int((target != PAD).sum())
         scores.sources += batch["sources"]

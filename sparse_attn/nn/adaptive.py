@@ -64,7 +64,7 @@ class AdaptiveSparseMultiheadAttention(SparseMultiheadAttention):
 
     raw_alpha: nn.Parameter | None
 
-    def __init__(  # noqa: PLR0913 - the arguments of nn.MultiheadAttention
+    def __init__(
         self,
         embed_dim: int,
         num_heads: int,
@@ -83,7 +83,17 @@ class AdaptiveSparseMultiheadAttention(SparseMultiheadAttention):
         learn_alpha: bool = True,
     ) -> None:
         super().__init__(
-            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
         )
         self.alpha_range = check_alpha_range(alpha_range)
         alpha = initial_alpha(alpha_init, self.alpha_range if learn_alpha else None, num_heads)
@@ -124,7 +134,8 @@ def alpha_per_head(model: nn.Module) -> dict[str, Tensor]:
     """The current α of every head of every α-entmax layer in a model.
 
     Returns:
-        ``{layer name: (num_heads,) tensor}`` in the order of ``model.named_modules()``, detached; empty without such layers.
+        ``{layer name: (num_heads,) tensor}`` in the order of ``model.named_modules()``, detached; empty without
+        such layers.
 
     Example:
         >>> model = nn.Sequential(AdaptiveSparseMultiheadAttention(8, 2, alpha_init=[1.25, 1.75]))

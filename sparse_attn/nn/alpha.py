@@ -65,9 +65,7 @@ def initial_alpha(
     """``(num_heads,)`` initial values in float64, checked against the range, or ``(0, inf)`` without one."""
     alpha = torch.as_tensor(alpha_init, dtype=torch.float64).detach()
     if tuple(alpha.shape) not in ((), (num_heads,)):
-        raise ValueError(
-            f"alpha_init must be a number or one per head ({num_heads},), got shape {tuple(alpha.shape)}"
-        )
+        raise ValueError(f"alpha_init must be a number or one per head ({num_heads},), got shape {tuple(alpha.shape)}")
     check_alpha(alpha, "alpha_init")
     low, high = alpha_range or (0.0, math.inf)
     wrong = ~((alpha >= low) & (alpha <= high))

@@ -9,8 +9,8 @@ from torch import Tensor
 class KVCache:
     """Projected keys and values of one attention layer.
 
-    Pass one object per layer as ``cache=`` at every step. Self-attention appends what it is given; with ``static=True``,
-    for cross-attention, the keys and values of the first call serve all later ones, whose ``key`` and ``value``
+    Pass one object per layer as ``cache=`` at every step. Self-attention appends what it is given;
+    with ``static=True``, for cross-attention, the keys and values of the first call serve all later ones, whose ``key`` and ``value``
     arguments are not looked at again.
 
     Args:

@@ -47,7 +47,17 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout must be in [0, 1], got {dropout}")
         super().__init__(
-            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
         )
         # nn.TransformerEncoderLayer asks this attribute whether it may call its fused softmax kernel in eval mode
         # instead of our forward. Which projections there are, ``in_proj_weight`` itself tells.
@@ -63,7 +73,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         """The function from scores (N, H, L, S) to weights."""
         raise NotImplementedError
 
-    def forward(  # noqa: PLR0913 - the signature of nn.MultiheadAttention
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -106,9 +116,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
                 key_padding_mask = key_padding_mask[None]
         q, k, v = self._project(query, key, value, batch_first=self.batch_first or not batched, cache=cache)
         (batch, heads, queries, _), keys = q.shape, k.shape[-2]
-        mask = merge_multihead_masks(
-            attn_mask, key_padding_mask, batch=batch, heads=heads, queries=queries, keys=keys
-        )
+        mask = merge_multihead_masks(attn_mask, key_padding_mask, batch=batch, heads=heads, queries=queries, keys=keys)
         if is_causal and attn_mask is None:
             causal = causal_mask(queries, keys, q.device, offset=0 if cache is None else keys - queries)
             mask = causal if mask is None else _both(causal, mask)
@@ -133,7 +141,9 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             raise ValueError(f"query, key and value must all be 3-D (batched) or all 2-D (unbatched); {shapes}")
         sizes = (self.embed_dim, self.kdim, self.vdim)
         if (query.shape[-1], key.shape[-1], value.shape[-1]) != sizes:
-            raise ValueError(f"query, key and value must have the last sizes (embed_dim, kdim, vdim) = {sizes}; {shapes}")
+            raise ValueError(
+                f"query, key and value must have the last sizes (embed_dim, kdim, vdim) = {sizes}; {shapes}"
+            )
         if key.shape[:-1] != value.shape[:-1]:
             raise ValueError(f"key and value must have the same batch and length; {shapes}")
         batch_axis = 0 if self.batch_first else 1
@@ -170,9 +180,11 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
     def _extend_keys(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Add the keys that belong to the layer, which every query sees: ``bias_k`` and the zero key."""
         extra = []
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             biases = (self.bias_k, self.bias_v)
-            extra.append([rearrange(b, "1 1 (h d) -> 1 h 1 d", h=self.num_heads).expand(len(k), -1, -1, -1) for b in biases])
+            extra.append(
+                [rearrange(b, "1 1 (h d) -> 1 h 1 d", h=self.num_heads).expand(len(k), -1, -1, -1) for b in biases]
+            )
         if self.add_zero_attn:
             extra.append([torch.zeros_like(k[..., :1, :]), torch.zeros_like(v[..., :1, :])])
         for extra_k, extra_v in extra:

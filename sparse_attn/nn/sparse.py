@@ -64,7 +64,12 @@ class SparseAttention(nn.Module):
             self.alpha = 1.0 if alpha is None else alpha
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> Tensor:
         """Attend.
 
@@ -72,8 +77,8 @@ class SparseAttention(nn.Module):
             query: (N, L, E) or (N, H, L, D).
             key: (N, S, E) or (N, H, S, D).
             value: (N, S, E) or (N, H, S, D).
-            attn_mask: Broadcastable to the scores; True = take part (as in ``scaled_dot_product_attention``), or a float
-                added to them.
+            attn_mask: Broadcastable to the scores; True = take part (as in ``scaled_dot_product_attention``), or a
+                float added to them.
             is_causal: Query ``i`` sees the keys up to ``i``. Not together with ``attn_mask``.
 
         Returns:
@@ -82,10 +87,8 @@ class SparseAttention(nn.Module):
         if query.dim() not in (3, 4):
             raise ValueError(f"query must be (N, L, E) or (N, H, L, D), got shape {tuple(query.shape)}")
         heads = query.shape[-3] if query.dim() == 4 else 1
-        if self.k is None:
-            mapping = entmax_mapping(self.alpha, heads)
-        else:
-            mapping = topk_mapping(self.k, self.alpha, heads)
+        alpha = self.alpha
+        mapping = entmax_mapping(alpha, heads) if self.k is None else topk_mapping(self.k, alpha, heads)
         dropout_p = self.dropout if self.training else 0.0
         return attend(query, key, value, mapping, attn_mask, dropout_p, is_causal, scale=self.scale)[0]
 

@@ -46,7 +46,7 @@ class TopKMultiheadAttention(SparseMultiheadAttention):
         Zhao et al. 2019, "Explicit Sparse Transformer", section 3.
     """
 
-    def __init__(  # noqa: PLR0913 - the arguments of nn.MultiheadAttention
+    def __init__(
         self,
         embed_dim: int,
         num_heads: int,
@@ -66,7 +66,17 @@ class TopKMultiheadAttention(SparseMultiheadAttention):
         check_k(k)
         normalizer_alpha(normalizer)
         super().__init__(
-            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
         )
         self.k = k
         self.normalizer = normalizer

@@ -145,7 +145,7 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The output and the weights (after dropout) of attention with any mapping; arguments as in the public functions."""
+    """The output and the weights (after dropout) of attention with any mapping; arguments as in the public ones."""
     _check_shapes(query, key, value, enable_gqa)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")

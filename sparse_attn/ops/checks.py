@@ -70,5 +70,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
-    """The input's dtype; under autocast float32, as ``torch.softmax`` does."""
-    return compute_dtype(x) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    """The input's dtype; under autocast whatever ``torch.softmax`` returns there, which differs between devices."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.softmax(x.new_zeros(1), -1).dtype

@@ -14,7 +14,7 @@ def topk_softmax(x: Tensor, k: int, dim: int = -1) -> Tensor:
 
     Args:
         x: Scores of any floating dtype; masked entries as in :func:`sparse_attn.entmax`.
-        k: How many scores to keep, from 1 to the size of ``dim``. Ties go to the lowest index, so never more than ``k``.
+        k: How many scores to keep, from 1 to the size of ``dim``. Ties go to the lowest index: never more.
         dim: The dimension that sums to one.
 
     Returns:

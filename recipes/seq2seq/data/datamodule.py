@@ -119,9 +119,7 @@ class Seq2SeqData(L.LightningDataModule):
         """Every training pair once per epoch, shuffled by (seed, epoch), resumable within an epoch."""
         self.setup()
         encode_source, encode_target = self.source_tokenizer.encode, self.target_tokenizer.encode
-        rows = [
-            Row(encode_source(source), encode_target(target)) for source, target in pairs(self.splits.train)
-        ]
+        rows = [Row(encode_source(source), encode_target(target)) for source, target in pairs(self.splits.train)]
         return _loader(rows, self.batch_size, shuffle=True, seed=self.seed)
 
     def val_dataloader(self) -> ResumableLoader:
@@ -161,9 +159,7 @@ def _check_files(name: str, files: dict[str, str]) -> None:
     if name == "cmudict" and files:
         raise ValueError(f"data name 'cmudict' takes no files (name 'tsv' does), got {', '.join(files)}")
     if name == "tsv" and len(files) < 3:
-        raise ValueError(
-            f"data name 'tsv' needs the files train, val and test, got {', '.join(files) or 'none'}"
-        )
+        raise ValueError(f"data name 'tsv' needs the files train, val and test, got {', '.join(files) or 'none'}")
 
 
 def _loader(rows: list[Row], batch_size: int, *, shuffle: bool, seed: int) -> ResumableLoader:

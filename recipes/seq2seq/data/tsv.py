@@ -27,9 +27,7 @@ def read_pairs(path: str | Path) -> list[Example]:
         raise FileNotFoundError(f"cannot read the data file {path}: {error.strerror}") from None
     # Not splitlines(): it also breaks at characters such as U+2028 that may stand inside a text.
     examples = [
-        _parse(line, f"{path}:{number}")
-        for number, line in enumerate(text.split("\n"), start=1)
-        if line.strip(" ")
+        _parse(line, f"{path}:{number}") for number, line in enumerate(text.split("\n"), start=1) if line.strip(" ")
     ]
     if not examples:
         raise ValueError(f"{path} must hold at least one source<TAB>target line, got an empty file")
@@ -40,9 +38,7 @@ def _parse(line: str, place: str) -> Example:
     fields = [field.strip() for field in line.split("\t")]
     if len(fields) != 2:
         tabs = len(fields) - 1
-        raise ValueError(
-            f"{place}: a line must be source<TAB>target, got {tabs} tabs in {reprlib.repr(line)}"
-        )
+        raise ValueError(f"{place}: a line must be source<TAB>target, got {tabs} tabs in {reprlib.repr(line)}")
     for side, field in zip(("source", "target"), fields, strict=True):
         if not field:
             raise ValueError(f"{place}: the {side} must not be empty, got {reprlib.repr(line)}")

@@ -114,8 +114,8 @@ def entmax_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient for the scores, and one for α per row ``(..., 1)`` when asked; itself differentiable.
 
-    ``dz = u ∘ (g - δ)``, ``δ = Σ u g / Σ u``; ``dα = [Y D - B - a (Y A - H B)] / U`` with ``D = Σ p g``, ``A = Σ p ℓ g``,
-    ``B = Σ p y g``, ``H = Σ p ℓ``, ``Y = Σ p y``, ``ℓ = log p`` and ``y = ℓ² φ₂(-a ℓ)``.
+    ``dz = u ∘ (g - δ)``, ``δ = Σ u g / Σ u``; ``dα = [Y D - B - a (Y A - H B)] / U`` with ``D = Σ p g``,
+    ``A = Σ p ℓ g``, ``B = Σ p y g``, ``H = Σ p ℓ``, ``Y = Σ p y``, ``ℓ = log p`` and ``y = ℓ² φ₂(-a ℓ)``.
     """
     outside = p == 0  # not ``~(p > 0)``: a row of NaN keeps its NaN
     log_p = torch.where(outside, 1.0, p).log()

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sparse_attn import entmax, sparse_softmax, sparsemax, topk_softmax
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 11])
+@pytest.mark.parametrize(("mapping", "alpha"), [(topk_softmax, 1.0), (sparse_softmax, 2.0)])
+def test_keeps_the_k_largest_and_normalises_them_alone(mapping, alpha, k):
+    x = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
+    p = mapping(x, k)
+    kth = x.sort(-1, descending=True).values[:, k - 1 : k]
+    expected = entmax(x.masked_fill(x < kth, -math.inf), alpha)
+    torch.testing.assert_close(p, expected)
+    upstream = torch.randn_like(p)
+    got, wanted = (torch.autograd.grad(y, x, upstream)[0] for y in (p, expected))
+    torch.testing.assert_close(got, wanted)
+    assert torch.autograd.gradcheck(lambda x: mapping(x, k), (x,))
+
+
+def test_ties_go_to_the_lowest_index():
+    assert topk_softmax(torch.tensor([1.0, 3.0, 3.0, 3.0]), 2).tolist() == [0, 0.5, 0.5, 0]
+    assert sparse_softmax(torch.zeros(1000), 3).nonzero().flatten().tolist() == [0, 1, 2]
+
+
+def test_the_whole_row_is_the_dense_map():
+    x = torch.randn(3, 13)
+    assert torch.equal(topk_softmax(x, 13), entmax(x, 1.0))
+    assert torch.equal(sparse_softmax(x, 13), sparsemax(x))
+
+
+def test_sparsemax_itself_where_its_support_is_small_enough():
+    x = torch.randn(7, 101) * 5
+    assert ((sparsemax(x) > 0).sum(-1) <= 10).all()
+    torch.testing.assert_close(sparse_softmax(x, 10), sparsemax(x))
+
+
+def test_documented_examples_of_zeta():
+    for x, k, dim in (
+        (torch.tensor([[1.0, 2, 3, 4, 5]]), 3, -1),
+        (torch.randn(10, 1000), 50, -1),
+        (torch.tensor([2.0, 1.5, 0.1, -1.0, 3.2, 0.7]), 3, -1),
+        (torch.randn(4, 2), 2, 0),
+    ):
+        p = sparse_softmax(x, k, dim)
+        assert ((p > 0).sum(dim) <= k).all()
+        torch.testing.assert_close(p.sum(dim), torch.ones_like(p.sum(dim)))
+
+
+def test_masked_entries_are_never_kept():
+    x = torch.tensor([[1.0, -math.inf, 2.0], [-math.inf] * 3])
+    assert topk_softmax(x, 3)[0, 1] == 0
+    assert topk_softmax(x[:, :2], 2)[0].tolist() == [1, 0]
+    assert (topk_softmax(x, 2)[1] == 0).all() and (sparse_softmax(x, 2)[1] == 0).all()
+
+
+def test_half_precision_and_dim():
+    x = torch.randn(3, 5, 7).bfloat16()
+    p = topk_softmax(x, 2, dim=1)
+    assert p.dtype == torch.bfloat16
+    assert torch.equal(p, topk_softmax(x.float(), 2, dim=1).bfloat16())
+    assert ((p > 0).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize("k", [0, -1, 8])
+@pytest.mark.parametrize("mapping", [topk_softmax, sparse_softmax])
+def test_k_outside_its_range(mapping, k):
+    with pytest.raises(ValueError, match=rf"k must be at least 1 and at most 7, the size of dim, got {k}"):
+        mapping(torch.randn(2, 7), k)
+
+
+def test_k_of_another_type():
+    for k in (2.0, True, "2"):
+        with pytest.raises(TypeError, match=f"k must be an int, got {type(k).__name__}"):
+            topk_softmax(torch.randn(2, 7), k)
