@@ -109,7 +109,9 @@ class AdaptiveSparseMultiheadAttention(SparseMultiheadAttention):
         """(H,) the current α per head."""
         if self.raw_alpha is not None:
             return bounded_alpha(self.raw_alpha, self.alpha_range)
-        return torch.tensor(self.alpha_init, device=self.out_proj.weight.device)
+        weight = next(self.parameters())  # not that of out_proj: what a user has put there need not have one
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return torch.tensor(self.alpha_init, dtype=dtype, device=weight.device)
 
     def mapping(self) -> Mapping:
         """α-entmax over the keys; one fixed α for all heads goes as a number, which is faster."""

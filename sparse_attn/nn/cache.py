@@ -9,9 +9,9 @@ from torch import Tensor
 class KVCache:
     """Projected keys and values of one attention layer.
 
-    Pass one object per layer as ``cache=`` at every step. Self-attention appends what it is given;
-    with ``static=True``, for cross-attention, the keys and values of the first call serve all later ones, whose ``key`` and ``value``
-    arguments are not looked at again.
+    Pass one object per layer as ``cache=`` at every step. Self-attention appends what it is given; with ``static=True``,
+    for cross-attention, the keys and values of the first call serve all later ones, which do not use their ``key`` and
+    ``value`` arguments.
 
     Args:
         static: Fill once instead of appending.

@@ -96,7 +96,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             need_weights: Also return the weights.
             attn_mask: (L, S) or (N * num_heads, L, S): True = masked, or a float added to the scores.
             average_attn_weights: Weights averaged over the heads, or one map per head.
-            is_causal: Without ``attn_mask``, query ``i`` sees the keys up to ``i`` (with a cache, up to its own position).
+            is_causal: Without ``attn_mask``, query ``i`` sees the keys up to ``i``; with a cache, up to its own position.
             cache: Past keys and values, extended in place by this call; masks then span all S keys, past ones included.
 
         Returns:
@@ -113,6 +113,9 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             query, key, value = (query[None],) * 3 if packed else (query[None], key[None], value[None])
             if key_padding_mask is not None:
                 check_mask_dtype(key_padding_mask, "key_padding_mask")
+                if key_padding_mask.dim() != 1:
+                    shape = tuple(key_padding_mask.shape)
+                    raise ValueError(f"key_padding_mask must be 1-D (S,) for unbatched input, got shape {shape}")
                 key_padding_mask = key_padding_mask[None]
         q, k, v = self._project(query, key, value, batch_first=self.batch_first or not batched, cache=cache)
         (batch, heads, queries, _), keys = q.shape, k.shape[-2]
@@ -165,13 +168,13 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         def split(x: Tensor) -> Tensor:
             return rearrange(x, pattern, h=self.num_heads)
 
+        if cache is not None and cache.complete and cache.key is not None and cache.value is not None:
+            return split(F.linear(query, weights[0], biases[0])), cache.key, cache.value
         if self.in_proj_weight is not None and query is key and key is value:
             projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)
             q, k, v = (split(x) for x in projected.chunk(3, -1))
         else:
             q = split(F.linear(query, weights[0], biases[0]))
-            if cache is not None and cache.key is not None and cache.value is not None and cache.complete:
-                return q, cache.key, cache.value
             k, v = (split(F.linear(x, weights[i], biases[i])) for i, x in ((1, key), (2, value)))
         if cache is not None:
             k, v = cache.append(k, v)
