@@ -97,9 +97,7 @@ def build_trainer(section: dict[str, Any], loggers: list[Logger], folder: Path) 
     }
     callbacks = [shown, AlphaCourse(folder), BestAndLast(folder)]
     try:
-        return L.Trainer(
-            **{**defaults, **section}, default_root_dir=folder, logger=loggers, callbacks=callbacks
-        )
+        return L.Trainer(**{**defaults, **section}, default_root_dir=folder, logger=loggers, callbacks=callbacks)
     except (MisconfigurationException, ValueError, TypeError) as error:
         hardware = {key: section[key] for key in ("accelerator", "devices", "precision") if key in section}
         raise ValueError(f"trainer: {error} Got {hardware}") from error

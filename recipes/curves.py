@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,8 @@ def read_rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes rows, ``step`` and ``epoch`` first; an interruption leaves a whole file, old or new."""
-    names = {name for row in rows for name in row}
-    columns = sorted(names, key=lambda name: (name != "step", name != "epoch", name))
+def write_rows(file: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Writes rows, empty where a row has no value; an interruption leaves a whole file, old or new."""
     unfinished = file.with_suffix(".tmp")
     with unfinished.open("w", encoding="utf-8", newline="") as lines:
         writer = csv.DictWriter(lines, columns)
@@ -30,6 +29,5 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
 
 def drop_rows_after(file: Path, step: int) -> None:
     """Removes what was written after a step: a resumed run will write it again."""
-    if file.exists():
-        rows = read_rows(file)
-        write_rows(file, [row for row in rows if int(row["step"]) <= step])
+    if rows := read_rows(file):
+        write_rows(file, [row for row in rows if int(row["step"]) <= step], list(rows[0]))

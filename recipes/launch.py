@@ -205,11 +205,11 @@ def _config_message(error: OmegaConfBaseException) -> str:
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         key = error.full_key or str(error.key)
         level, _, last = key.rpartition(".")
-        if not isinstance(error.parent_node, DictConfig):
-            return f"{key!r} cannot be set: {level} is a value, not a group of keys"
-        names = [str(name) for name in error.parent_node if name != "hydra"]
+        names = [str(name) for name in error.parent_node or () if name != "hydra"]
         if not level:
             names = sorted({*names, *config_groups()})
+        elif not names:
+            return f"{key!r} cannot be set: {level} is a value, not a group of keys"
         return f"unknown key {key!r}{_allowed(last, names, level)}"
     return str(error).splitlines()[0]
 

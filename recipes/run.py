@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -100,13 +99,12 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: If the file is cut short, damaged or no checkpoint of this program.
     """
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
-        size = file.stat().st_size
-        raise ValueError(
-            f"checkpoint {file} ({size} bytes) cannot be read: it is cut short or damaged"
-        ) from error
+    with file.open("rb") as content:
+        try:
+            state = torch.load(content, map_location="cpu", weights_only=True)
+        except Exception as error:  # each kind of damage surfaces as another exception
+            size = file.stat().st_size
+            raise ValueError(f"checkpoint {file} ({size} bytes) cannot be read: it is cut short or damaged") from error
     if not isinstance(state, dict) or not {"state_dict", "hyper_parameters"} <= state.keys():
         raise ValueError(f"{file} must be a checkpoint of sparse-attn train, got other data")
     return state
@@ -176,8 +174,6 @@ def git_commit(folder: Path) -> str | None:
         # An installed copy may lie inside a checkout of something else.
         if not git("ls-files", Path(__file__).name):
             return None
-        return git("rev-parse", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -25,9 +25,7 @@ EXAMPLES = 10
 def headline(folder: Path, data: Seq2SeqData, task: Seq2SeqTask, trainer: L.Trainer, step: int) -> str:
     """What is trained on what, where, and from which step on."""
     splits = data.splits
-    words = (
-        f"{len(splits.train):,} training, {len(splits.val):,} validation and {len(splits.test):,} test words"
-    )
+    words = f"{len(splits.train):,} training, {len(splits.val):,} validation and {len(splits.test):,} test words"
     weights = sum(parameter.numel() for parameter in task.parameters())
     device = trainer.strategy.root_device.type
     start = f", going on after step {step}" if step else ""
@@ -71,9 +69,7 @@ def conclude(
     console.print()
     console.print(rates_table(rates, {split: len(found.sources) for split, found in scores.items()}))
     place = shlex.quote(short_path(folder))
-    console.print(
-        f"\n{results['seconds']:.0f} s; look into it: sparse-attn inspect run={place}", soft_wrap=True
-    )
+    console.print(f"\n{results['seconds']:.0f} s; look into it: sparse-attn inspect run={place}", soft_wrap=True)
     return results
 
 

@@ -55,4 +55,6 @@ class MetricsCsv(Logger):
     def save(self) -> None:
         """Writes the table."""
         if self._rows:
-            write_rows(self.file, [self._rows[step] for step in sorted(self._rows)])
+            names = {name for row in self._rows.values() for name in row}
+            columns = sorted(names, key=lambda name: (name != "step", name != "epoch", name))
+            write_rows(self.file, [self._rows[step] for step in sorted(self._rows)], columns)

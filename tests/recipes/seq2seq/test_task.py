@@ -1,0 +1,128 @@
+"""The Lightning module: loss, groups of parameters, schedule, prediction."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from recipes.seq2seq.scores import Scores, score
+from recipes.seq2seq.task import Seq2SeqTask, rate_factor
+from recipes.seq2seq.tokenizer import Tokenizer
+
+SOURCE = Tokenizer.fit(["abcde"], split="characters", normalization="NFC")
+TARGET = Tokenizer.fit(["A B C"], split="spaces", normalization="NFC")
+MODEL = {"dim": 12, "num_heads": 3, "ff_dim": 20, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0}
+
+
+def make_task(**arguments) -> Seq2SeqTask:
+    arguments = {"model": MODEL, "max_length": 5, **arguments}
+    return Seq2SeqTask(source_tokenizer=SOURCE.state(), target_tokenizer=TARGET.state(), **arguments)
+
+
+BATCH = {
+    "source": torch.tensor([[4, 5, 2, 0], [6, 7, 8, 2]]),
+    "target_in": torch.tensor([[1, 4, 0], [1, 5, 6]]),
+    "target_out": torch.tensor([[4, 2, 0], [5, 6, 2]]),
+    "sources": ["ab", "cde"],
+    "references": [[["A"]], [["B", "C"], ["B"]]],
+}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_training_loss_is_the_mean_over_real_tokens(smoothing, monkeypatch):
+    task = make_task(label_smoothing=smoothing)
+    monkeypatch.setattr(task, "log", lambda *_, **__: None)  # there is no trainer to log to
+    loss = task.training_step(BATCH, 0)
+    logits = task.model(BATCH["source"], BATCH["target_in"])
+    log = F.log_softmax(logits, -1)
+    right = log.gather(-1, BATCH["target_out"][..., None])[..., 0]
+    each = -((1 - smoothing) * right + smoothing * log.mean(-1))
+    torch.testing.assert_close(loss, each[BATCH["target_out"] != 0].mean())
+
+
+def test_alpha_has_its_own_rate_and_only_matrices_decay():
+    task = make_task(alpha_learning_rate=0.5, weight_decay=0.25)
+    names = {id(parameter): name for name, parameter in task.named_parameters()}
+    groups = task.parameter_groups()
+    found = [{names[id(parameter)] for parameter in group["params"]} for group in groups]
+    assert sum(map(len, found)) == len(names)
+    weights, biases, alpha = found
+    assert alpha and all(name.endswith("raw_alpha") for name in alpha)
+    assert not any(name.endswith("raw_alpha") for name in weights | biases)
+    assert all(task.get_parameter(name).ndim == 1 for name in biases)
+    assert any("norm" in name for name in biases)
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.0, 0.0]
+    assert groups[2]["lr"] == 0.5
+
+
+def test_a_model_without_alpha_has_no_group_for_it():
+    kinds = dict.fromkeys(("encoder_attention", "decoder_attention", "cross_attention"), "softmax")
+    assert len(make_task(model={**MODEL, **kinds}).parameter_groups()) == 2
+
+
+def test_every_group_follows_the_schedule():
+    task = make_task(learning_rate=0.25, alpha_learning_rate=0.5, warmup_steps=2, max_steps=6)
+    configured = task.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(7):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    factors = [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert rates == [[0.25 * factor, 0.25 * factor, 0.5 * factor] for factor in factors]
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.98)] * 3
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 5), (5, 5), (9, 5), (3, 1)])
+def test_schedule_stays_between_zero_and_one(warmup, total):
+    factors = [rate_factor(step, warmup, total) for step in range(total)]
+    assert all(0 < factor <= 1 for factor in factors)
+    assert rate_factor(total, warmup, total) == 0 or warmup >= total
+
+
+def test_predictions_do_not_depend_on_the_batch():
+    task = make_task().eval()
+    words = ["a", "edcba", "bb", "", "zz"]
+    together = task.predict_words(words, batch_size=2)
+    assert together == [task.predict_words([word])[0] for word in words]
+    assert all(set(tokens) <= {"A", "B", "C", "<unk>"} and len(tokens) <= 5 for tokens in together)
+
+
+def test_scores(monkeypatch):
+    task = make_task().train()
+    monkeypatch.setattr(task, "_decode", lambda source: [["A"], ["B"]])
+    scores = score(task, [BATCH])
+    assert task.training
+    logits = task.model(BATCH["source"], BATCH["target_in"])
+    expected = F.cross_entropy(logits.flatten(0, 1), BATCH["target_out"].flatten(), ignore_index=0)
+    assert scores.metrics() == {"loss": pytest.approx(expected.item()), "per": 0.0, "wer": 0.0}
+    assert scores.sources == ["ab", "cde"]
+
+
+def test_no_words_no_scores():
+    with pytest.raises(ValueError, match="at least one word"):
+        Scores().metrics()
+
+
+def test_hyper_parameters_are_plain_data(tmp_path):
+    task = make_task()
+    torch.save(dict(task.hparams), tmp_path / "x")
+    again = Seq2SeqTask(**torch.load(tmp_path / "x", weights_only=True))
+    assert again.state_dict().keys() == task.state_dict().keys()
+    assert again.target_tokenizer.symbols == ["A", "B", "C"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"alpha_learning_rate": -1.0}, "alpha_learning_rate must be above 0, got -1.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\), got 1.0"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_task(**arguments)

@@ -1,0 +1,199 @@
+"""The command line as a user meets it: help, typing mistakes, Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+from recipes import cli
+from recipes.launch import Interrupted, reported, run_hydra
+from recipes.train import main as train_main
+from recipes.train import train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Runs a command line in this process in an empty folder; gives exit status, output and error output."""
+
+    def run(*arguments: str, main: Callable[[], None] = cli.main) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["sparse-attn", *arguments])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        capsys.readouterr()
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+def one_line(text: str) -> str:
+    assert text.count("\n") == 1, text
+    assert text.endswith("\n")
+    return text
+
+
+def test_help_names_every_command(command):
+    status, output, _ = command("-h")
+    assert status == 0
+    for name in ("train", "evaluate", "predict", "inspect"):
+        assert f"\n  {name} " in output
+    assert output == command("--help")[1]
+
+
+def test_no_command_shows_the_help_and_fails(command):
+    status, output, _ = command()
+    assert (status, output) == (2, cli.usage())
+
+
+def test_version(command):
+    from sparse_attn import __version__
+
+    assert command("--version")[:2] == (0, f"sparse-attn {__version__}\n")
+
+
+def test_unknown_command_is_one_line(command):
+    status, output, error = command("trian")
+    assert (status, output) == (2, "")
+    assert one_line(error).startswith("sparse-attn: unknown command 'trian', did you mean 'train'?; allowed: ")
+
+
+def test_missing_extra_names_what_to_install(command, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    status, _, error = command("train")
+    assert status == 2
+    assert 'pip install "sparse-attn[recipes]"' in one_line(error)
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_train_help_lists_groups_and_keys(command, flag):
+    status, output, error = command("train", flag)
+    assert (status, error) == (0, "")
+    assert "model.attention=KIND" in output
+    assert "experiment: characters, g2p2020" in output
+    assert "alpha_learning_rate: " in output
+    assert "Hydra" not in output
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("experiment=g2p2021", "unknown experiment 'g2p2021', did you mean 'g2p2020'?; allowed: characters, "),
+        ("model=huge", "unknown model 'huge'; allowed: base, small"),
+        ("seeds=1", "unknown key 'seeds', did you mean 'seed'?; allowed: data, experiment, logger, "),
+        ("trainer.epochs=1", "unknown key 'trainer.epochs', did you mean 'max_epochs'?; allowed in trainer: "),
+        ("seed.x=1", "'seed.x' cannot be set: seed is a value, not a group of keys"),
+        ("seed", "'seed' is not of the form key=value"),
+        ("seed=[1", "'seed=[1' is not of the form key=value"),
+        ("--sweep", "unknown option '--sweep'; allowed: --help, "),
+        ("data=tsv", "data.path has no value; give it as data.path=DIR, the folder of the data files"),
+        ("+speed=1", "unknown key 'speed'; allowed: seed, resume, data, "),
+        ("seed=-1", "seed must be a whole number from 0 to 4294967295, got -1"),
+        ("resume=nowhere", "no run folder 'nowhere'; give the folder a training has printed"),
+        ("resume=.", "'.' is not a run folder: it has no config.yaml"),
+    ],
+)  # fmt: skip
+def test_wrong_argument_of_train_is_one_line(command, tmp_path, argument, message):
+    status, output, error = command("train", argument)
+    assert (status, output) == (2, "")
+    assert one_line(error).startswith(f"sparse-attn train: {message}")
+    assert not list(tmp_path.glob("runs/*")), "a wrong input leaves no run folder"
+
+
+def test_missing_language_asks_for_it(command):
+    _, _, error = command("train", "experiment=g2p2020", "data.path=x")
+    assert "data.language has no value; give it as data.language=CODE" in one_line(error)
+
+
+def test_python_m_is_the_same_program(command):
+    status, _, error = command("foo=1", main=train_main)
+    assert status == 2
+    assert one_line(error).startswith("sparse-attn train: unknown key 'foo'; allowed: ")
+
+
+def report(error: BaseException) -> None:
+    with reported("train"):
+        raise error
+
+
+def test_a_bug_shows_itself():
+    with pytest.raises(RuntimeError, match="shapes"):
+        report(RuntimeError("shapes"))
+    with pytest.raises(ValueError, match="invalid literal"), reported("train"):
+        int("three")  # not raised on purpose: nobody has checked this input
+    with pytest.raises(TypeError), reported("train"):
+        train()  # type: ignore[call-arg]
+
+
+def test_a_message_of_several_lines_becomes_one(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        report(FileNotFoundError("no\n  such file"))
+    assert capsys.readouterr().err == "sparse-attn train: no such file\n"
+
+
+def test_traceback_on_demand(monkeypatch):
+    monkeypatch.setenv("SPARSE_ATTN_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="k must be"):
+        report(ValueError("k must be at least 1, got 0"))
+
+
+def test_interruption_says_how_to_go_on(capsys):
+    with pytest.raises(SystemExit, match="130"):
+        report(Interrupted("stopped; to go on: sparse-attn train resume=DIR"))
+    assert capsys.readouterr().err == "sparse-attn train: stopped; to go on: sparse-attn train resume=DIR\n"
+
+
+def test_an_error_within_the_task_is_the_only_line(command, capsys):
+    def failing(cfg: DictConfig) -> None:
+        raise ValueError(f"seed {cfg.seed} is no good")
+
+    status, output, error = command(main=lambda: run_hydra("train", failing))
+    assert (status, output, error) == (2, "", "sparse-attn train: seed 0 is no good\n")
+
+
+def test_multirun_runs_every_combination_in_folders_of_one_sweep(command, tmp_path):
+    seen = []
+
+    def task(cfg: DictConfig) -> None:
+        seen.append((cfg.model.cross_attention, Path(cfg.paths.output_dir)))
+
+    arguments = ["-m", "model.attention=softmax,topk", "hydra.sweep.dir=sweep"]
+    assert command(main=lambda: run_hydra("train", task, arguments=arguments)) == (0, "", "")
+    assert seen == [("softmax", tmp_path / "sweep" / "0"), ("topk", tmp_path / "sweep" / "1")]
+
+
+def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(tiny_arguments, tmp_path):
+    """The one test of the real thing: a process of its own, and a real signal."""
+    arguments = tiny_arguments("trainer.max_epochs=10000", "hydra.run.dir=a run")
+    arguments.remove(next(argument for argument in arguments if argument.startswith("paths.output_dir=")))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recipes.train", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "a run/checkpoints/last.ckpt").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert error == (
+        "sparse-attn train: stopped; the checkpoint of the last finished epoch is kept, "
+        "to go on: sparse-attn train resume='a run'\n"
+    )
+    assert "epoch 1/10000  step 5  train loss " in output

@@ -1,0 +1,106 @@
+"""Every YAML file composes, says how it is launched, and fits what it configures."""
+
+import inspect
+import re
+import shlex
+
+import lightning as L
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from recipes.bind import check_arguments
+from recipes.build import _SHORTHANDS, SECTIONS
+from recipes.launch import config_dir, config_groups
+from recipes.seq2seq.attention import ATTENTION_KINDS
+from recipes.seq2seq.data import Seq2SeqData
+from recipes.seq2seq.model import Seq2SeqTransformer
+from recipes.seq2seq.task import Seq2SeqTask
+
+FILES = sorted(config_dir().rglob("*.yaml"))
+COMMANDS = ("train", "evaluate", "predict", "inspect")
+OPTIONS = [
+    f"{group}={file.stem}" for group in config_groups() for file in sorted((config_dir() / group).glob("*.yaml"))
+]
+
+
+def composed(command: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose(command, list(overrides))
+
+
+def name(file) -> str:
+    return str(file.relative_to(config_dir()))
+
+
+def test_there_are_configs():
+    assert {name(file) for file in FILES} >= {f"{command}.yaml" for command in COMMANDS}
+    assert set(config_groups()) == {"data", "experiment", "logger", "model", "paths", "trainer"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_every_file_begins_with_the_command_that_launches_it(file):
+    lines = file.read_text(encoding="utf-8").splitlines()
+    first = lines[1] if lines[0] == "# @package _global_" else lines[0]
+    command = re.fullmatch(r"# sparse-attn (\w+)(.*)", first)
+    assert command, first
+    optional = re.sub(r"\[.*?\]", "", command[2])
+    overrides = [argument for argument in shlex.split(optional) if not argument.startswith("hydra.run.dir=")]
+    assert composed(command[1], *overrides)
+    group = file.parent.name
+    if group in config_groups() and group not in ("paths", "trainer"):
+        assert f"{group}={file.stem}" in first
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_self_comes_first_so_that_groups_and_experiments_win(command):
+    assert OmegaConf.load(config_dir() / f"{command}.yaml").defaults[0] == "_self_"
+
+
+@pytest.mark.parametrize("option", [None, *OPTIONS])
+def test_every_key_binds_to_what_it_configures(option):
+    cfg = composed("train", *([option] if option else []))
+    assert set(cfg) == set(SECTIONS)
+    for key in ("path", "language"):
+        if key in cfg.data.keys():  # noqa: SIM118 - "in" itself looks for a value
+            cfg.data[key] = "x"
+    cfg.paths.output_dir = "x"  # which Hydra knows only in a run
+    settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    for section, function in {"data": Seq2SeqData, "model": Seq2SeqTransformer}.items():
+        check_arguments(
+            function, section, {k: v for k, v in settings[section].items() if k not in _SHORTHANDS[section]}
+        )
+    for section in ("optimizer", "loss"):
+        check_arguments(Seq2SeqTask, section, settings[section])
+    check_arguments(L.Trainer, "trainer", settings["trainer"])
+    for node in settings["logger"].values():
+        inspect.signature(get_class(node.pop("_target_"))).bind(save_dir="x", **node)
+
+
+def test_config_and_signature_have_the_same_defaults():
+    cfg = composed("train")
+    for section, function in {"optimizer": Seq2SeqTask, "loss": Seq2SeqTask, "model": Seq2SeqTransformer}.items():
+        defaults = {key: p.default for key, p in inspect.signature(function).parameters.items()}
+        for key, value in cfg[section].items():
+            if key not in _SHORTHANDS.get(section, ()):
+                assert value == defaults[key], f"{section}.{key}"
+
+
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+def test_attention_sets_all_three_and_each_can_differ(kind):
+    model = composed("train", f"model.attention={kind}", "model.cross_attention=softmax").model
+    assert (model.encoder_attention, model.decoder_attention, model.cross_attention) == (kind, kind, "softmax")
+
+
+def test_shared_task_files_are_read_as_they_are():
+    data = composed("train", "experiment=g2p2020", "data.path=/x y", "data.language=kor").data
+    assert (data.train, data.val, data.test) == tuple(
+        f"/x y/{split}/kor_{split}.tsv" for split in ("train", "dev", "test")
+    )
+    assert data.normalization == "NFD"
+
+
+def test_seed_reaches_the_data():
+    assert composed("train", "seed=0").data.seed == 0
+    assert composed("train", "seed=11").data.seed == 11

@@ -1,0 +1,128 @@
+"""An interrupted training that goes on is the training that was never interrupted."""
+
+import json
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from recipes.launch import Interrupted
+from recipes.resume import resume_arguments
+from recipes.run import read_checkpoint
+from recipes.seq2seq.task import Seq2SeqTask
+from recipes.train import train
+
+
+def resumed_config(folder, *overrides):
+    """What ``sparse-attn train resume=FOLDER ...`` composes."""
+    arguments, config = resume_arguments([f"resume={folder}", *overrides])
+    with initialize_config_dir(str(config.parent), version_base="1.3"):
+        return compose(config.stem, [argument for argument in arguments if not argument.startswith("hydra")])
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Lets Ctrl-C come in the middle of a training step."""
+    step = Seq2SeqTask.training_step
+
+    def at(when: int) -> None:
+        def interrupted(self, *arguments):
+            if self.global_step == when:
+                raise KeyboardInterrupt
+            return step(self, *arguments)
+
+        monkeypatch.setattr(Seq2SeqTask, "training_step", interrupted)
+
+    return at
+
+
+def test_interrupted_and_resumed_equals_never_interrupted(tiny_config, tmp_path, interrupt, monkeypatch):
+    epochs = ("trainer.max_epochs=3", "model.dropout=0.3")
+    straight = train(tiny_config(*epochs, f"paths.output_dir={tmp_path / 'straight'}"))
+
+    with monkeypatch.context() as patch:
+        interrupt(7)
+        with pytest.raises(Interrupted) as stop:
+            train(tiny_config(*epochs))
+        patch.undo()
+    folder = tmp_path / "run"
+    assert str(stop.value).endswith(f"to go on: sparse-attn train resume={folder}")
+    assert read_checkpoint(folder / "checkpoints/last.ckpt")["global_step"] == 5
+    assert "\n7,1.0" in (folder / "metrics.csv").read_text(), "steps after the checkpoint were logged and come again"
+    monkeypatch.undo()
+    torch.rand(3)
+    resumed = train(resumed_config(folder))
+
+    for name in ("metrics.csv", "alpha.csv"):
+        assert (folder / name).read_text() == (tmp_path / "straight" / name).read_text()
+    weights = [read_checkpoint(tmp_path / run / "checkpoints/last.ckpt") for run in ("run", "straight")]
+    for key, tensor in weights[0]["state_dict"].items():
+        assert torch.equal(tensor, weights[1]["state_dict"][key]), key
+    assert {**resumed, "seconds": 0} == {**straight, "seconds": 0}
+
+
+def test_before_the_first_checkpoint_there_is_nothing_to_go_on_from(tiny_config, tmp_path, interrupt):
+    interrupt(2)
+    with pytest.raises(Interrupted, match=r"stopped before the end of the first epoch: .*run has no checkpoint"):
+        train(tiny_config())
+    with pytest.raises(FileNotFoundError, match="has no checkpoint 'last'; checkpoints there: none"):
+        resumed_config(tmp_path / "run")
+
+
+def test_a_finished_run_can_be_prolonged_with_its_own_configuration(tiny_config, tmp_path):
+    train(tiny_config("trainer.max_epochs=1", "model.attention=sparsemax"))
+    folder = tmp_path / "run"
+    before = (folder / "metrics.csv").read_text()
+    train(resumed_config(folder, "trainer.max_epochs=2"))
+    assert (folder / "metrics.csv").read_text().startswith(before)
+    assert read_checkpoint(folder / "checkpoints/last.ckpt")["global_step"] == 10
+    config = OmegaConf.load(folder / "config.yaml")
+    assert (config.trainer.max_epochs, config.model.attention, config.resume) == (2, "sparsemax", None)
+    versions = json.loads((folder / "versions.json").read_text())
+    assert [record["torch"] for record in versions["resumed"]] == [versions["torch"]]
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(tiny_config, tmp_path):
+    train(tiny_config("trainer.max_epochs=1"))
+    best = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["callbacks"]["BestAndLast"]["best"]
+    moved = (tmp_path / "run").rename(tmp_path / "it's = moved")
+    train(resumed_config(moved, "trainer.max_epochs=2"))
+    assert not (tmp_path / "run").exists()
+    assert read_checkpoint(moved / "checkpoints/last.ckpt")["callbacks"]["BestAndLast"]["best"] <= best
+
+
+def test_best_score_is_remembered(tiny_config, tmp_path, monkeypatch):
+    rates = iter([10.0, 10.0, 10.0, 20.0])  # the quick check of each epoch, then the two final scores
+    monkeypatch.setattr("recipes.seq2seq.scores.error_rates", lambda *_: {"per": next(rates, 99.0), "wer": 50.0})
+    train(tiny_config("trainer.max_epochs=1"))
+    train(resumed_config(tmp_path / "run", "trainer.max_epochs=2"))
+    assert read_checkpoint(tmp_path / "run/checkpoints/best.ckpt")["global_step"] == 5
+
+
+@pytest.mark.parametrize("arguments", [[], ["seed=1"], ["resume=null", "-m"], ["resume="]])
+def test_without_resume_nothing_changes(arguments):
+    assert resume_arguments(arguments) == (arguments, None)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("model=base", "'model=base' chooses a group; allowed are single keys such as trainer.max_epochs=8"),
+        ("+experiment=g2p2020", "chooses a group"),
+        ("hydra/launcher=basic", "chooses a group"),
+        ("-m", "cannot be combined with -m"),
+    ],
+)
+def test_what_resume_does_not_allow(argument, message):
+    with pytest.raises(ValueError, match=message):
+        resume_arguments(["resume=runs/x", argument])
+
+
+@pytest.mark.parametrize("kept", [0, 1, 1000, -1])
+def test_a_checkpoint_cut_short_is_named(tiny_config, tmp_path, kept):
+    train(tiny_config("trainer.max_epochs=1"))
+    file = tmp_path / "run/checkpoints/last.ckpt"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"last\.ckpt \(\d+ bytes\) cannot be read: it is cut short or damaged"):
+        resume_arguments([f"resume={tmp_path / 'run'}"])

