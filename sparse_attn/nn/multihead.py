@@ -163,6 +163,11 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         else:
             weights = list(self.in_proj_weight.chunk(3))
         biases = [None] * 3 if self.in_proj_bias is None else list(self.in_proj_bias.chunk(3))
+        batch = query.shape[0 if batch_first else 1]
+        if cache is not None and cache.key is not None and len(cache.key) != batch:
+            raise ValueError(
+                f"cache must hold as many batch rows as query, {batch}, got {len(cache.key)}; KVCache.select keeps rows"
+            )
         pattern = ("n l" if batch_first else "l n") + " (h d) -> n h l d"
 
         def split(x: Tensor) -> Tensor:

@@ -1,0 +1,256 @@
+"""α per head: what it does to the weights, how it is learnt, stored and reported."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparse_attn import AdaptiveSparseMultiheadAttention, alpha_per_head
+
+N, L, S, H, D = 2, 5, 7, 3, 11
+E = H * D
+ALPHAS = (1.0, 1.5, 2.0)
+
+
+def layer_of(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
+    return AdaptiveSparseMultiheadAttention(E, H, **{"batch_first": True, **kwargs})
+
+
+def bisected_entmax(z: Tensor, alpha: float) -> Tensor:
+    """α-entmax of the last dimension by bisection on the threshold of its textbook form."""
+    if alpha == 1.0:
+        return z.softmax(-1)
+    z = (alpha - 1) * z
+    low, high = z.amax(-1, keepdim=True) - 1, z.amax(-1, keepdim=True)
+    for _ in range(60):
+        middle = (low + high) / 2
+        enough = (z - middle).clamp(min=0).pow(1 / (alpha - 1)).sum(-1, keepdim=True) >= 1
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return (z - low).clamp(min=0).pow(1 / (alpha - 1))
+
+
+def by_hand(
+    layer: AdaptiveSparseMultiheadAttention, query: Tensor, memory: Tensor, alphas: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Output (N, L, E) and weights (N, H, L, S), one batch row and one head at a time."""
+    assert layer.in_proj_weight is not None
+    weight, bias = layer.in_proj_weight.detach(), layer.in_proj_bias.detach()
+    q, k, v = (
+        x @ weight[i * E : (i + 1) * E].T + bias[i * E : (i + 1) * E] for i, x in enumerate((query, memory, memory))
+    )
+    rows, maps = [], []
+    for n in range(N):
+        heads = []
+        for h, alpha in enumerate(alphas):
+            part = slice(h * D, (h + 1) * D)
+            weights = bisected_entmax(q[n, :, part] @ k[n, :, part].T / math.sqrt(D), alpha)
+            maps.append(weights)
+            heads.append(weights @ v[n, :, part])
+        rows.append(torch.cat(heads, -1))
+    output = torch.stack(rows) @ layer.out_proj.weight.detach().T + layer.out_proj.bias.detach()
+    return output, torch.stack(maps).view(N, H, L, S)
+
+
+@pytest.mark.parametrize("learn_alpha", [True, False])
+@pytest.mark.parametrize("alphas", [(1.5, 1.5, 1.5), ALPHAS, (1.1, 1.9, 1.3)])
+def test_every_head_has_the_weights_of_its_alpha(alphas: tuple[float, ...], learn_alpha: bool) -> None:
+    layer = layer_of(alpha_init=alphas, learn_alpha=learn_alpha, dtype=torch.float64)
+    nn.init.normal_(layer.in_proj_bias)
+    nn.init.normal_(layer.out_proj.bias)
+    query, memory = 3 * torch.randn(N, L, E, dtype=torch.float64), 3 * torch.randn(N, S, E, dtype=torch.float64)
+    output, weights = layer(query, memory, memory, average_attn_weights=False)
+    expected_output, expected_weights = by_hand(layer, query, memory, alphas)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(output, expected_output, rtol=1e-9, atol=1e-9)
+    for head, alpha in enumerate(alphas):
+        if alpha == 1.0:
+            assert bool((weights[:, head] > 0).all())
+        if alpha >= 1.5:
+            assert bool((weights[:, head] == 0).any())
+
+
+@pytest.mark.parametrize("alphas", [(1.5, 1.5, 1.5), (1.2, 1.5, 1.9)])
+def test_gradients_are_those_of_finite_differences(alphas: tuple[float, ...]) -> None:
+    layer = layer_of(alpha_init=alphas, dtype=torch.float64)
+    query = torch.randn(N, L, E, dtype=torch.float64)
+    memory = torch.randn(N, S, E, dtype=torch.float64)
+
+    def run(query: Tensor, raw_alpha: Tensor, in_proj_weight: Tensor) -> Tensor:
+        parameters = {"raw_alpha": raw_alpha, "in_proj_weight": in_proj_weight}
+        output, _ = torch.func.functional_call(layer, parameters, (query, memory, memory))
+        return output
+
+    assert layer.raw_alpha is not None and layer.in_proj_weight is not None
+    leaves = (query.requires_grad_(), layer.raw_alpha, layer.in_proj_weight)
+    # Along one random direction: a full Jacobian of some 3000 parameters would take a minute.
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("make_optimizer", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize(("start", "target"), [(1.0, 1.6), (2.0, 1.3), (1.0, 2.0), (2.0, 1.0), (1.4, 1.0)])
+def test_alpha_learns_off_a_bound_and_onto_it_and_never_beyond(
+    start: float, target: float, make_optimizer: type[torch.optim.Optimizer]
+) -> None:
+    layer = layer_of(alpha_init=start, dtype=torch.float64).requires_grad_(False)
+    assert layer.raw_alpha is not None
+    layer.raw_alpha.requires_grad_()
+    teacher = copy.deepcopy(layer)
+    nn.init.constant_(teacher.raw_alpha, target)
+    x = 3 * torch.randn(N, S, E, dtype=torch.float64)
+    with torch.no_grad():
+        expected = teacher(x, x, x, average_attn_weights=False)[1]
+    optimizer = make_optimizer([layer.raw_alpha], lr=0.3 if make_optimizer is torch.optim.SGD else 0.05)
+    for _ in range(150):
+        optimizer.zero_grad()
+        weights = layer(x, x, x, average_attn_weights=False)[1]
+        (weights - expected).square().sum().backward()
+        optimizer.step()
+        assert bool(((layer.alpha >= 1.0) & (layer.alpha <= 2.0)).all())
+    torch.testing.assert_close(layer.alpha.detach(), torch.full((H,), target).double(), rtol=0, atol=0.03)
+
+
+def test_on_a_bound_only_the_gradient_that_points_inside_is_left() -> None:
+    layer = layer_of(alpha_init=(1.0, 2.0, 1.5))
+    grads = []
+    for sign in (1.0, -1.0):
+        (grad,) = torch.autograd.grad(sign * layer.alpha.sum(), [layer.raw_alpha])
+        grads.append(grad.tolist())
+    assert grads == [[0.0, 1.0, 1.0], [-1.0, 0.0, -1.0]]  # descent goes against the gradient
+
+
+def test_a_parameter_pushed_past_a_bound_is_used_at_the_bound_and_comes_back() -> None:
+    layer = layer_of(alpha_range=(1.25, 1.75))
+    nn.init.constant_(layer.raw_alpha, 1.9)
+    assert layer.alpha.tolist() == [1.75] * H
+    layer.alpha.sum().backward()
+    assert layer.raw_alpha is not None and layer.raw_alpha.grad is not None
+    assert layer.raw_alpha.grad.tolist() == [1.0] * H
+
+
+def test_a_frozen_alpha_stays_while_the_rest_learns() -> None:
+    layer = layer_of()
+    assert layer.raw_alpha is not None
+    layer.raw_alpha.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
+    before = layer.in_proj_weight.detach().clone()
+    x = torch.randn(N, S, E)
+    layer(x, x, x)[0].square().sum().backward()
+    optimizer.step()
+    assert layer.raw_alpha.grad is None
+    assert layer.alpha.tolist() == [1.5] * H
+    assert bool((layer.in_proj_weight != before).any())
+
+
+@pytest.mark.parametrize("alpha_init", [(1.0, 1.5, 2.0), [1.0, 1.5, 2.0], torch.tensor([1.0, 1.5, 2.0])], ids=str)
+@pytest.mark.parametrize("learn_alpha", [True, False])
+def test_initial_alpha_per_head(alpha_init: Sequence[float] | Tensor, learn_alpha: bool) -> None:
+    assert layer_of(alpha_init=alpha_init, learn_alpha=learn_alpha).alpha.tolist() == [1.0, 1.5, 2.0]
+
+
+def test_a_fixed_alpha_may_lie_outside_the_range_and_has_torchs_state_dict() -> None:
+    layer = layer_of(alpha_init=3.0, learn_alpha=False)
+    assert layer.alpha.tolist() == [3.0] * H
+    assert layer.raw_alpha is None
+    dense = nn.MultiheadAttention(E, H)
+    assert list(layer.state_dict()) == list(dense.state_dict())
+    layer.load_state_dict(dense.state_dict(), strict=True)
+    dense.load_state_dict(layer.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_dense_state_dict_loads_strictly_and_keeps_the_initial_alpha(assign: bool) -> None:
+    model = nn.ModuleDict({"attention": layer_of(alpha_init=(1.1, 1.2, 1.3))})
+    dense = nn.ModuleDict({"attention": nn.MultiheadAttention(E, H)}).state_dict()
+    names = list(dense)
+    result = model.load_state_dict(dense, strict=True, assign=assign)
+    assert not result.missing_keys and not result.unexpected_keys
+    assert list(dense) == names  # the caller's dict is not touched
+    torch.testing.assert_close(alpha_per_head(model)["attention"], torch.tensor([1.1, 1.2, 1.3]))
+    torch.testing.assert_close(model["attention"].in_proj_weight, dense["attention.in_proj_weight"])
+    assert isinstance(model["attention"].raw_alpha, nn.Parameter)
+
+
+def test_its_own_state_dict_carries_alpha() -> None:
+    trained, fresh = layer_of(alpha_init=(1.1, 1.2, 1.3)), layer_of()
+    assert list(trained.state_dict()) == [*fresh.state_dict()]
+    assert "raw_alpha" in trained.state_dict()
+    fresh.load_state_dict(trained.state_dict())
+    torch.testing.assert_close(fresh.alpha, trained.alpha, rtol=0, atol=0)
+    incomplete = trained.state_dict()
+    del incomplete["out_proj.bias"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"out_proj.bias\""):
+        fresh.load_state_dict(incomplete)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_alpha_stays_float32_and_learns(dtype: torch.dtype) -> None:
+    layer = layer_of(dtype=dtype)
+    assert layer.raw_alpha is not None
+    assert (layer.in_proj_weight.dtype, layer.raw_alpha.dtype, layer.alpha.dtype) == (dtype, *[torch.float32] * 2)
+    x = torch.randn(N, S, E, dtype=dtype, requires_grad=True)
+    output, weights = layer(x, x, x)
+    assert (output.dtype, weights.dtype) == (dtype, dtype)
+    output.float().square().sum().backward()
+    for parameter in (x, *layer.parameters()):
+        assert parameter.grad is not None and parameter.grad.dtype == parameter.dtype
+        assert bool(parameter.grad.isfinite().all()) and bool(parameter.grad.any())
+
+    exact = layer_of(dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    expected = exact(*[x.detach().double()] * 3)
+    torch.testing.assert_close((output.double(), weights.double()), expected, rtol=0.05, atol=0.02)
+
+
+def test_alpha_in_float64_has_all_its_digits() -> None:
+    for learn_alpha in (True, False):
+        layer = layer_of(alpha_init=(1.1, 1.2, 1.3), learn_alpha=learn_alpha, dtype=torch.float64)
+        assert layer.alpha.dtype == torch.float64
+        assert layer.alpha.tolist() == [1.1, 1.2, 1.3]
+
+
+def test_alpha_per_head_names_every_entmax_layer() -> None:
+    model = nn.ModuleDict(
+        {
+            "learnt": layer_of(alpha_init=(1.1, 1.2, 1.3)),
+            "dense": nn.MultiheadAttention(E, H),
+            "inner": nn.Sequential(layer_of(alpha_init=2.0, learn_alpha=False)),
+        }
+    )
+    found = alpha_per_head(model)
+    assert list(found) == ["learnt", "inner.0"]
+    torch.testing.assert_close(found["learnt"], torch.tensor([1.1, 1.2, 1.3]))
+    torch.testing.assert_close(found["inner.0"], torch.full((H,), 2.0))
+    assert not any(alpha.requires_grad for alpha in found.values())
+    assert alpha_per_head(nn.Linear(2, 3)) == {}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"alpha_init": 2.5}, r"alpha_init must be in alpha_range \[1, 2\], got 2.5"),
+        ({"alpha_init": 0.5}, r"alpha_init must be in alpha_range \[1, 2\], got 0.5"),
+        ({"alpha_init": (1.0, 1.5, 2.25)}, r"alpha_init must be in alpha_range \[1, 2\], got 2.25"),
+        ({"alpha_init": 1.0, "alpha_range": (1.25, 1.75)}, r"alpha_range \[1.25, 1.75\], got 1"),
+        ({"alpha_init": 0.0, "learn_alpha": False}, r"alpha_init must be in \(0, inf\), got 0"),
+        ({"alpha_init": math.inf, "learn_alpha": False}, r"alpha_init must be in \(0, inf\), got inf"),
+        ({"alpha_init": math.nan}, r"alpha_init must be in \(0, inf\), got nan"),
+        ({"alpha_init": (1.5, 1.5)}, r"alpha_init must be a number or one per head \(3,\), got shape \(2,\)"),
+        ({"alpha_range": (2.0, 1.0)}, r"0 < low < high < inf, got \(2.0, 1.0\)"),
+        ({"alpha_range": (0.0, 2.0)}, r"0 < low < high < inf, got \(0.0, 2.0\)"),
+        ({"alpha_range": (1.0, math.inf)}, r"0 < low < high < inf, got \(1.0, inf\)"),
+    ],
+)
+def test_an_alpha_outside_its_range_is_named(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        layer_of(**kwargs)
+
+
+def test_repr_shows_the_alpha_arguments() -> None:
+    assert "alpha_init=1.25, alpha_range=(1.0, 2.0), learn_alpha=True" in repr(layer_of(alpha_init=1.25))
+    assert "alpha_init=(1.0, 1.5, 2.0)" in repr(layer_of(alpha_init=(1.0, 1.5, 2.0)))

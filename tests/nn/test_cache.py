@@ -1,0 +1,153 @@
+"""Decoding step by step, with keys and values kept, gives what the full pass gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_attn import AdaptiveSparseMultiheadAttention, KVCache, TopKMultiheadAttention
+from sparse_attn.nn.multihead import SparseMultiheadAttention
+
+N, T, S, H, E = 3, 5, 7, 2, 22
+F64 = {"dtype": torch.float64, "batch_first": True}
+LAYERS: dict[str, Callable[..., SparseMultiheadAttention]] = {
+    "softmax": lambda **kwargs: AdaptiveSparseMultiheadAttention(E, H, alpha_init=1.0, **{**F64, **kwargs}),
+    "adaptive": lambda **kwargs: AdaptiveSparseMultiheadAttention(E, H, alpha_init=(1.3, 2.0), **{**F64, **kwargs}),
+    "topk": lambda **kwargs: TopKMultiheadAttention(E, H, k=2, **{**F64, **kwargs}),
+}
+
+
+def padding(length: int) -> Tensor:
+    mask = torch.zeros(N, length, dtype=torch.bool)
+    mask[1, 1:3] = True
+    return mask
+
+
+def by_steps(layer: SparseMultiheadAttention, x: Tensor, sizes: list[int], mask: Tensor | None = None) -> list[Any]:
+    """Outputs and weights of the causal pass over (N, T, E) in blocks of the given sizes."""
+    cache, start, outcomes = KVCache(), 0, []
+    for size in sizes:
+        block, start = x[:, start : start + size], start + size
+        seen = None if mask is None else mask[:, :start]
+        outcomes.append(
+            layer(block, block, block, key_padding_mask=seen, is_causal=True, average_attn_weights=False, cache=cache)
+        )
+        assert len(cache) == start
+    return outcomes
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "padding"])
+@pytest.mark.parametrize("sizes", [[1] * T, [2, 3], [1, 3, 1], [T]], ids=str)
+@pytest.mark.parametrize("extra", [{}, {"add_bias_kv": True, "add_zero_attn": True}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_self_attention_by_steps_is_the_full_pass(
+    kind: str, extra: dict[str, bool], sizes: list[int], masked: bool
+) -> None:
+    layer = LAYERS[kind](**extra)
+    x = torch.randn(N, T, E, dtype=torch.float64)
+    mask = padding(T) if masked else None
+    full, full_weights = layer(x, x, x, key_padding_mask=mask, is_causal=True, average_attn_weights=False)
+    outcomes = by_steps(layer, x, sizes, mask)
+    torch.testing.assert_close(torch.cat([output for output, _ in outcomes], 1), full, rtol=1e-9, atol=1e-12)
+    start = 0
+    for size, (_, weights) in zip(sizes, outcomes, strict=True):
+        end = start + size
+        torch.testing.assert_close(weights[..., :end], full_weights[..., start:end, :end], rtol=1e-9, atol=1e-12)
+        start = end
+
+
+def test_gradients_by_steps_are_those_of_the_full_pass() -> None:
+    # Inside the range: on a bound the gradient in α is projected once per call.
+    layer = AdaptiveSparseMultiheadAttention(E, H, alpha_init=(1.3, 1.8), **F64)
+    x = torch.randn(N, T, E, dtype=torch.float64)
+    upstream = torch.randn(N, T, E, dtype=torch.float64)
+    full = layer(x, x, x, is_causal=True)[0]
+    steps = torch.cat([output for output, _ in by_steps(layer, x, [1] * T)], 1)
+    parameters = list(layer.parameters())
+    expected = torch.autograd.grad(full, parameters, upstream)
+    torch.testing.assert_close(torch.autograd.grad(steps, parameters, upstream), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_without_is_causal_a_step_sees_all_that_is_cached() -> None:
+    layer = LAYERS["adaptive"]()
+    x = torch.randn(N, T, E, dtype=torch.float64)
+    cache = KVCache()
+    layer(x[:, :2], x[:, :2], x[:, :2], cache=cache)
+    last = x[:, 2:]
+    mask = torch.rand(len(last[0]), T) < 0.3
+    output = layer(last, last, last, attn_mask=mask, cache=cache)[0]
+    torch.testing.assert_close(output, layer(last, x, x, attn_mask=mask)[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_static_cross_attention_by_steps_is_the_full_pass(kind: str, batch_first: bool) -> None:
+    layer = LAYERS[kind](batch_first=batch_first, kdim=13, vdim=17)
+    length = 1 if batch_first else 0
+    x, key, value = (torch.randn(N, n, e, dtype=torch.float64) for n, e in ((T, E), (S, 13), (S, 17)))
+    if not batch_first:
+        x, key, value = x.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+    full = layer(x, key, value, key_padding_mask=padding(S))[0]
+    cache = KVCache(static=True)
+    assert not cache.complete
+    steps = []
+    for step, query in enumerate(x.split(1, length)):
+        # From the second step on, what is passed as key and value is not looked at.
+        memory = (key, value) if step == 0 else (torch.full_like(key, torch.nan), torch.full_like(value, torch.nan))
+        steps.append(layer(query, *memory, key_padding_mask=padding(S), cache=cache)[0])
+        assert cache.complete and len(cache) == S
+    torch.testing.assert_close(torch.cat(steps, length), full, rtol=1e-9, atol=1e-12)
+
+
+def test_a_filled_static_cache_serves_a_query_that_is_also_passed_as_the_key() -> None:
+    layer = LAYERS["adaptive"]()
+    memory, x = torch.randn(N, S, E, dtype=torch.float64), torch.randn(N, 1, E, dtype=torch.float64)
+    cache = KVCache(static=True)
+    expected = layer(x, memory, memory, cache=cache)
+    torch.testing.assert_close(layer(x, x, x, cache=cache), expected, rtol=0, atol=0)
+    assert len(cache) == S
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_select_keeps_rows_in_the_order_asked_for(static: bool) -> None:
+    layer = LAYERS["adaptive"]()
+    first, second = torch.randn(N, 2, E, dtype=torch.float64), torch.randn(N, 1, E, dtype=torch.float64)
+    rows = torch.tensor([2, 0, 2, 1])
+    expected = []
+    for row in rows.tolist():
+        cache = KVCache(static=static)
+        layer(first[row, None], first[row, None], first[row, None], cache=cache)
+        expected.append(layer(second[row, None], second[row, None], second[row, None], cache=cache)[0])
+    cache = KVCache(static=static)
+    cache.select(rows)  # an empty one has no rows yet
+    assert len(cache) == 0
+    layer(first, first, first, cache=cache)
+    cache.select(rows)
+    output = layer(*[second[rows]] * 3, cache=cache)[0]
+    torch.testing.assert_close(output, torch.cat(expected), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_rows_that_are_not_those_of_the_cache_are_named(batch_first: bool, static: bool) -> None:
+    layer = LAYERS["adaptive"](batch_first=batch_first)
+    cache = KVCache(static=static)
+    x = torch.randn(1, 1, E, dtype=torch.float64)
+    layer(x, x, x, cache=cache)
+    more = x.expand(N, 1, E) if batch_first else x.expand(1, N, E)
+    message = "cache must hold as many batch rows as query, 3, got 1; KVCache.select keeps rows"
+    with pytest.raises(ValueError, match=message):
+        layer(more, more, more, cache=cache)
+
+
+def test_the_masks_of_a_step_span_all_keys() -> None:
+    layer = LAYERS["adaptive"]()
+    cache = KVCache()
+    x = torch.randn(N, 1, E, dtype=torch.float64)
+    layer(x, x, x, cache=cache)
+    with pytest.raises(ValueError, match=r"key_padding_mask must have shape \(N, S\) = \(3, 2\), got \(3, 1\)"):
+        layer(x, x, x, key_padding_mask=torch.zeros(N, 1, dtype=torch.bool), cache=cache)

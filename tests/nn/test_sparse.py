@@ -1,0 +1,137 @@
+"""Attention without projections: top-k, entmax, or both."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from entmax import entmax_bisect
+from torch import Tensor, nn
+
+from sparse_attn import SparseAttention
+
+N, H, L, S, D = 2, 3, 5, 7, 11
+
+
+def inputs(*, heads: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    batch = (N, H) if heads else (N,)
+    return tuple(torch.randn(*batch, length, D, dtype=torch.float64) for length in (L, S, S))
+
+
+def keep_best(scores: Tensor, k: int | None) -> Tensor:
+    """Scores with all but the k best masked; without ties the k-th best is a threshold."""
+    if k is None:
+        return scores
+    return scores.masked_fill(scores < scores.sort(-1, descending=True).values[..., k - 1, None], -1e4)
+
+
+def expected_output(inputs: tuple[Tensor, Tensor, Tensor], k: int | None, alpha: float, scale: float) -> Tensor:
+    query, key, value = inputs
+    scores = keep_best(scale * query @ key.transpose(-2, -1), k)
+    weights = scores.softmax(-1) if alpha == 1 else entmax_bisect(scores, alpha, n_iter=100)
+    return weights @ value
+
+
+def test_the_example_of_the_contract() -> None:
+    queries, keys, values = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    assert SparseAttention(k=2)(queries, keys, values).shape == (2, 3, 5)
+
+
+@pytest.mark.parametrize("heads", [True, False])
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize(("k", "alpha"), [(3, None), (None, 1.5), (None, 1.0), (None, 1.3), (4, 1.5), (2, 2.0)])
+def test_output_is_that_of_the_formula(k: int | None, alpha: float | None, scale: float | None, heads: bool) -> None:
+    tensors = inputs(heads=heads)
+    output = SparseAttention(k=k, alpha=alpha, scale=scale)(*tensors)
+    expected = expected_output(tensors, k, 1.0 if alpha is None else alpha, scale or 1 / math.sqrt(D))
+    torch.testing.assert_close(output, expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("k", [None, 4])
+def test_one_alpha_per_head(k: int | None) -> None:
+    alphas = (1.0, 1.5, 2.0)
+    tensors = inputs()
+    output = SparseAttention(k=k, alpha=torch.tensor(alphas))(*tensors)
+    for head, alpha in enumerate(alphas):
+        one = tuple(x[:, head] for x in tensors)
+        expected = expected_output(one, k, alpha, 1 / math.sqrt(D))
+        torch.testing.assert_close(output[:, head], expected, rtol=1e-8, atol=1e-9)
+
+
+def test_a_parameter_is_learnt_and_a_tensor_is_a_buffer() -> None:
+    learnt = SparseAttention(alpha=nn.Parameter(torch.full((H,), 1.5)))
+    learnt(*inputs()).square().sum().backward()
+    assert [name for name, _ in learnt.named_parameters()] == ["alpha"]
+    assert isinstance(learnt.alpha, nn.Parameter) and learnt.alpha.grad is not None
+    assert bool((learnt.alpha.grad != 0).all())
+    fixed = SparseAttention(alpha=torch.full((H,), 1.5))
+    assert list(fixed.state_dict()) == ["alpha"] and not list(fixed.parameters())
+    assert not list(SparseAttention(k=2).state_dict())
+
+
+@pytest.mark.parametrize(
+    "attention", [SparseAttention(k=2), SparseAttention(alpha=1.5), SparseAttention(k=3, alpha=2.0)]
+)
+def test_a_mask_says_who_takes_part(attention: SparseAttention) -> None:
+    query, key, value = inputs()
+    short = attention(query, key[..., :4, :], value[..., :4, :])
+    visible = torch.arange(S) < 4
+    torch.testing.assert_close(attention(query, key, value, visible.expand(L, S)), short)
+    added = torch.zeros(S, dtype=torch.float64).masked_fill(~visible, -math.inf)
+    torch.testing.assert_close(attention(query, key, value, attn_mask=added.expand(L, S)), short)
+
+
+def test_is_causal_hides_what_comes_later() -> None:
+    attention = SparseAttention(k=2, alpha=1.5)
+    query, key, value = inputs()
+    output = attention(query, key, value, is_causal=True)
+    for i in range(L):
+        row = attention(query[..., i : i + 1, :], key[..., : i + 1, :], value[..., : i + 1, :])
+        torch.testing.assert_close(output[..., i : i + 1, :], row)
+
+
+def test_dropout_is_for_training_only() -> None:
+    attention = SparseAttention(alpha=1.0, dropout=0.5)
+    query, key, value = inputs()
+    ones = torch.ones_like(value)  # the output is then the sum of the weights
+    sums = attention(query, key, ones)[..., 0]
+    assert bool(((sums - 1).abs() > 1e-3).any())
+    torch.testing.assert_close(attention.eval()(query, key, ones)[..., 0], torch.ones(N, H, L).double())
+
+
+def test_copies_and_repr_keep_the_arguments() -> None:
+    attention = SparseAttention(k=3, alpha=torch.tensor([1.0, 1.5, 2.0]), scale=0.7)
+    tensors = inputs()
+    torch.testing.assert_close(copy.deepcopy(attention)(*tensors), attention(*tensors), rtol=0, atol=0)
+    assert repr(attention) == "SparseAttention(k=3, alpha=(3,), scale=0.7, dropout=0.0)"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({}, ValueError, r"must be given k \(an int of at least 1\), alpha \(in \(0, inf\)\) or both"),
+        ({"k": 0}, ValueError, "k must be at least 1, got 0"),
+        ({"k": 1.5}, TypeError, "k must be an int, got float"),
+        ({"alpha": 0.0}, ValueError, r"alpha must be in \(0, inf\), got 0.0"),
+        ({"alpha": torch.tensor([1.5, -1.0])}, ValueError, r"alpha must be in \(0, inf\), got -1"),
+        ({"alpha": "entmax"}, TypeError, "alpha must be a number or a floating tensor, got str"),
+        ({"k": 2, "dropout": 1.5}, ValueError, r"dropout must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_a_wrong_argument_is_named(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SparseAttention(**kwargs)
+
+
+def test_a_wrong_input_is_named() -> None:
+    attention = SparseAttention(k=2)
+    query, key, value = inputs()
+    with pytest.raises(ValueError, match=r"query must be \(N, L, E\) or \(N, H, L, D\), got shape \(5, 11\)"):
+        attention(query[0, 0], key[0, 0], value[0, 0])
+    with pytest.raises(ValueError, match=r"same last size D; got query \(2, 3, 5, 11\), key \(2, 3, 7, 5\)"):
+        attention(query, key[..., :5], value)
+    with pytest.raises(ValueError, match=r"alpha must be a number or have shape \(H,\) = \(3,\), got \(2,\)"):
+        SparseAttention(alpha=torch.tensor([1.5, 2.0]))(query, key, value)
