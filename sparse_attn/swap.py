@@ -71,9 +71,10 @@ def replace_attention(
         for child_name, child in list(parent._modules.items()):
             if id(child) in replacement:
                 parent._modules[child_name] = replacement[id(child)]
-        if isinstance(parent, nn.TransformerEncoder) and any(m in new.values() for m in parent.modules()):
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(m in new.values() for m in encoder.modules()):
             # It decided when it was built that nested tensors would do, which our layers do not take.
-            parent.use_nested_tensor = False
+            encoder.use_nested_tensor = False
     return new
 
 
@@ -81,6 +82,7 @@ def _like(
     old: nn.MultiheadAttention, layer: type[SparseMultiheadAttention], layer_kwargs: dict[str, Any]
 ) -> SparseMultiheadAttention:
     """A new layer with the arguments, the parameters and the out-projection of the old one."""
+    weight = next(old.parameters())  # not that of out_proj: what a user has put there need not have one
     with torch.random.fork_rng(devices=[]):  # the initial values are thrown away; the caller's random state is not ours
         new = layer(
             old.embed_dim,
@@ -92,11 +94,12 @@ def _like(
             kdim=old.kdim,
             vdim=old.vdim,
             batch_first=old.batch_first,
-            dtype=old.out_proj.weight.dtype,
+            dtype=weight.dtype,
             **layer_kwargs,
         )
-    new.to(old.out_proj.weight.device)
-    for name, parameter in old.named_parameters(recurse=False):
+    new.to(weight.device)
+    for name, parameter in old.named_parameters(recurse=False, remove_duplicate=False):
         setattr(new, name, parameter)
     new.out_proj = old.out_proj
-    return new.train(old.training)
+    new.training = old.training
+    return new
