@@ -94,6 +94,7 @@ def _like(
             kdim=old.kdim,
             vdim=old.vdim,
             batch_first=old.batch_first,
+            device="cpu",  # where the random state is that has just been put aside, whatever the default device
             dtype=weight.dtype,
             **layer_kwargs,
         )

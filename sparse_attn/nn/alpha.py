@@ -63,7 +63,7 @@ def initial_alpha(
     alpha_init: float | Sequence[float] | Tensor, alpha_range: tuple[float, float] | None, num_heads: int
 ) -> Tensor:
     """``(num_heads,)`` initial values in float64, checked against the range, or ``(0, inf)`` without one."""
-    alpha = torch.as_tensor(alpha_init, dtype=torch.float64).detach()
+    alpha = torch.as_tensor(alpha_init, dtype=torch.float64, device="cpu").detach()
     if tuple(alpha.shape) not in ((), (num_heads,)):
         raise ValueError(f"alpha_init must be a number or one per head ({num_heads},), got shape {tuple(alpha.shape)}")
     check_alpha(alpha, "alpha_init")

@@ -214,6 +214,19 @@ def test_alpha_in_float64_has_all_its_digits() -> None:
         assert layer.alpha.tolist() == [1.1, 1.2, 1.3]
 
 
+@pytest.mark.parametrize("learn_alpha", [True, False])
+def test_a_layer_can_be_built_on_a_device_without_memory(learn_alpha: bool) -> None:
+    with torch.device("meta"):
+        layer = layer_of(alpha_init=1.25, learn_alpha=learn_alpha)
+    assert {parameter.device.type for parameter in layer.parameters()} == {"meta"}
+    trained = layer_of(alpha_init=1.75)
+    state = trained.state_dict()
+    if not learn_alpha:
+        del state["raw_alpha"]
+    layer.load_state_dict(state, assign=True)
+    assert layer.alpha.tolist() == ([1.75] * H if learn_alpha else [1.25] * H)
+
+
 def test_alpha_per_head_names_every_entmax_layer() -> None:
     model = nn.ModuleDict(
         {
