@@ -9,7 +9,7 @@ from rich.console import Console
 
 from recipes.launch import run_hydra
 from recipes.report import rates_table
-from recipes.run import Run, load_run, write_json
+from recipes.run import Run, load_run, short_path, write_json
 from recipes.seq2seq.data import Seq2SeqData
 from recipes.seq2seq.scores import score
 from recipes.seq2seq.task import Seq2SeqTask
@@ -48,7 +48,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     results.update({f"{split}/words": count for split, count in words.items()})
     write_json(run.folder / EVALUATION, {"checkpoint": cfg.checkpoint, "data": section, **results})
     console.print(rates_table(rates, words))
-    console.print(f"\nwritten to {run.folder / EVALUATION}", soft_wrap=True)
+    console.print(f"\nwritten to {short_path(run.folder / EVALUATION)}", soft_wrap=True)
     return results
 
 

@@ -11,7 +11,7 @@ from recipes.report import alpha_table, attention_density, measure_heads, roles_
 from recipes.report.maps import choose_word, word_maps
 from recipes.report.tables import ROLES_EXPLAINED
 from recipes.report.write import Report, write_report
-from recipes.run import load_run
+from recipes.run import load_run, short_path
 from sparse_attn import alpha_per_head
 
 
@@ -58,7 +58,7 @@ def inspect(cfg: DictConfig) -> dict[str, list[float]]:
     console.print(ROLES_EXPLAINED, style="dim")
     console.print(f"\nmeasured on {report.words:,} validation words; written:")
     for file in write_report(report):
-        console.print(f"  {file}", soft_wrap=True)
+        console.print(f"  {short_path(file)}", soft_wrap=True)
     return {layer: values.tolist() for layer, values in density.items()}
 
 

@@ -42,8 +42,6 @@ def paragraph(text: str) -> str:
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
     """Rows with the same keys as a table; the keys of the first are the header."""
-    if not rows:
-        return paragraph("nothing here")
     header = "".join(f"<th>{escape(key)}</th>" for key in rows[0])
     body = "\n".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row.values())}</tr>" for row in rows)
     return f'<div class="wide"><table>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'

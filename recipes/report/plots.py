@@ -102,9 +102,16 @@ def alpha_course(rows: Sequence[tuple[int, str, int, float]]) -> Figure:
         first.set_ylabel("α")
         first.tick_params(labelleft=True)
     most_heads = max(axes.flat, key=lambda panel: len(panel.lines))
-    figure.suptitle("α of every head during training", fontsize=11)
-    labelled = most_heads.get_legend_handles_labels()
-    figure.legend(*labelled, loc="outside upper center", ncols=min(len(labelled[1]), 8), fontsize=9, frameon=False)
+    handles, labels = most_heads.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        title="α of every head during training",
+        loc="outside upper center",
+        ncols=min(len(labels), 8),
+        fontsize=9,
+        frameon=False,
+    )
     return figure
 
 

@@ -24,13 +24,16 @@ ROLES_EXPLAINED = (
 
 
 def percent(share: float) -> str:
-    """A share as a percentage of at most four characters.
+    """A share as a percentage of at most four characters; 100% is exactly all.
 
     Example:
-        >>> [percent(share) for share in (1.0, 0.418, 0.0372)]
-        ['100%', '42%', '3.7%']
+        >>> [percent(share) for share in (1.0, 0.999, 0.418, 0.0372)]
+        ['100%', '>99%', '42%', '3.7%']
     """
-    return f"{100 * share:.1f}%" if 100 * share < 9.95 else f"{100 * share:.0f}%"
+    points = 100 * share
+    if 99.5 <= points < 100:
+        return ">99%"
+    return f"{points:.1f}%" if points < 9.95 else f"{points:.0f}%"
 
 
 def setting(layer: str, head: int, alpha: Mapping[str, Tensor], top_k: Mapping[str, int]) -> str:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -16,7 +15,7 @@ from recipes.report import html
 from recipes.report.maps import WordMaps, attention_figure
 from recipes.report.measure import OFFSETS, LayerHeads
 from recipes.report.plots import alpha_course, heat_map, save
-from recipes.report.tables import ROLES_EXPLAINED, head_rows, percent, setting, write_rows
+from recipes.report.tables import ROLES_EXPLAINED, SPLIT_NAMES, head_rows, percent, setting, write_rows
 from recipes.run import ALPHA, RESULTS, Run
 
 FOLDER = "report"
@@ -90,7 +89,7 @@ def _page(report: Report, heat: Path, course: Path | None, attention: Path) -> s
     run = report.run
     prediction = f"{report.sample.word} → {report.sample.prediction}"
     sections = [
-        ("Results", html.table(_results(run.folder / RESULTS))),
+        ("Results", _results(run.folder / RESULTS)),
         (
             "α and attention density of every head",
             html.paragraph(
@@ -113,7 +112,7 @@ def _page(report: Report, heat: Path, course: Path | None, attention: Path) -> s
         ("Heads in numbers", html.table(_heads(report)) + html.paragraph(f"Roles. {ROLES_EXPLAINED}")),
         ("Configuration", html.folded("config.yaml", OmegaConf.to_yaml(run.config))),
     ]
-    return html.page(f"sparse-attn run {run.folder.name}", sections)
+    return html.page(f"sparse-attn run {run.folder.parent.name}/{run.folder.name}", sections)
 
 
 def _heads(report: Report) -> list[dict[str, str]]:
@@ -145,12 +144,18 @@ def _heads(report: Report) -> list[dict[str, str]]:
     return rows
 
 
-def _results(file: Path) -> list[dict[str, str]]:
-    """The results of the training, a row for each; none if it was interrupted before the end."""
+def _results(file: Path) -> str:
+    """The error rates that the training ended with."""
     if not file.is_file():
-        return []
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return [
-        {"result": name, "value": f"{value:.4g}" if isinstance(value, float) else str(value)}
-        for name, value in content.items()
+        return html.paragraph("None: the training was stopped before its end.")
+    content: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+    rows = [
+        {
+            "words": name,
+            "PER, %": f"{content[f'{split}/per']:.2f}",
+            "WER, %": f"{content[f'{split}/wer']:.2f}",
+            "loss, nats per token": f"{content[f'{split}/loss']:.3f}",
+        }
+        for split, name in SPLIT_NAMES.items()
     ]
+    return html.table(rows) + html.paragraph(f"The run took {content['seconds']:.0f} seconds.")

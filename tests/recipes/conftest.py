@@ -77,7 +77,9 @@ def run_folder(tmp_path: Path) -> Path:
         "eval_limit": 2,
     }
     OmegaConf.save({"data": data, "model": kinds}, folder / "config.yaml")
-    (folder / "results.json").write_text(json.dumps({"val/per": 12.5, "seconds": 3}), encoding="utf-8")
+    rates = {"per": 12.5, "wer": 30.25, "loss": 0.5}
+    results = {f"{split}/{name}": rate for split in ("val", "test") for name, rate in rates.items()} | {"seconds": 3.2}
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     alphas = {layer: alpha.tolist() for layer, alpha in alpha_per_head(task.model).items()}
     rows = [
         f"{step},{layer},{head},{alpha + 0.01 * step:.6f}\n"

@@ -85,7 +85,8 @@ def test_only_the_validation_words_are_needed(run_folder: Path) -> None:
     run_inspect(f"run={run_folder}")
     report = run_folder / "report"
     assert sorted(path.name for path in report.iterdir()) == [name for name in FILES if name != "alpha_course.png"]
-    assert "This run recorded no α." in (report / "report.html").read_text(encoding="utf-8")
+    page = (report / "report.html").read_text(encoding="utf-8")
+    assert "This run recorded no α." in page and "None: the training was stopped before its end." in page
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_roles_are_listed_by_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "text"), [(1, "100%"), (0.9949, "99%"), (0.0996, "10%"), (0.0994, "9.9%"), (0, "0.0%")]
+    ("share", "text"), [(1, "100%"), (0.9999, ">99%"), (0.9949, "99%"), (0.0996, "10%"), (0.0994, "9.9%"), (0, "0.0%")]
 )
 def test_percentages_have_at_most_four_characters(share: float, text: str) -> None:
     assert percent(share) == text
@@ -275,7 +275,6 @@ def test_the_page_needs_nothing_beside_it_and_escapes_what_it_shows(tmp_path: Pa
     parts = [
         html.paragraph("<script>alert(1)</script>"),
         html.table([{"a & b": "<td>", "c": "1"}]),
-        html.table([]),
         html.picture(image, 'a "quoted" <word>'),
         html.folded("config", "<x>: 1"),
     ]
@@ -293,8 +292,8 @@ def test_the_report_of_a_run_is_one_file(run_folder: Path) -> None:
     text = (run_folder / "report" / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert len(page.loaded) == 3 and all(source.startswith("data:image/png") for source in page.loaded)
-    assert "sparse-attn run finished" in text
-    assert "<td>val/per</td><td>12.5</td>" in text
+    assert f"sparse-attn run {run_folder.parent.name}/finished" in text
+    assert "<td>validation</td><td>12.50</td><td>30.25</td>" in text
     assert text.count("<td>100%</td>") >= 18 + 6  # softmax beside every head, and the softmax heads themselves
     assert "encoder_attention: adaptive" in text
 
