@@ -123,7 +123,8 @@ def topk_mapping(k: int, alpha: float | Tensor = 1.0, heads: int = 1) -> Mapping
     check_k(k)
     check_alpha(alpha)
     alpha = _per_head(alpha, heads)
-    return lambda scores: topk_entmax(scores, min(k, scores.shape[-1]), alpha)
+    # No keys at all are fewer than k, too.
+    return lambda scores: entmax(scores, alpha) if scores.shape[-1] <= k else topk_entmax(scores, k, alpha)
 
 
 def normalizer_alpha(normalizer: str) -> float:
