@@ -33,8 +33,14 @@ class BestAndLast(Checkpoint):
         score = trainer.callback_metrics.get(self.monitor)
         if score is None or score < self.best:
             self.best = math.inf if score is None else float(score)
-            trainer.save_checkpoint(self.folder / "best.ckpt")
-        trainer.save_checkpoint(self.folder / "last.ckpt")
+            self._save(trainer, "best.ckpt")
+        self._save(trainer, "last.ckpt")
+
+    def _save(self, trainer: L.Trainer, name: str) -> None:
+        """Saves beside and renames: an interruption leaves a whole checkpoint, old or new."""
+        unfinished = self.folder / f"{name}.tmp"
+        trainer.save_checkpoint(unfinished)
+        unfinished.replace(self.folder / name)
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far."""

@@ -147,7 +147,7 @@ class Seq2SeqTask(L.LightningModule):
         """AdamW in three groups, and the schedule of each of its steps."""
         total = self.hparams["max_steps"] or int(self.trainer.estimated_stepping_batches)
         optimizer = torch.optim.AdamW(
-            self.parameter_groups(), lr=self.hparams["learning_rate"], betas=(0.9, 0.98), eps=1e-9
+            self.parameter_groups(), lr=self.hparams["learning_rate"], betas=(0.9, 0.98), eps=1e-9, fused=True
         )
         warmup = self.hparams["warmup_steps"]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, warmup, total))
