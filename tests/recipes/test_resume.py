@@ -1,6 +1,7 @@
 """An interrupted training that goes on is the training that was never interrupted."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ def test_interrupted_and_resumed_equals_never_interrupted(tiny_config, tmp_path,
         with pytest.raises(Interrupted) as stop:
             train(tiny_config(*epochs))
         patch.undo()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "a second Ctrl-C is heard"
     folder = tmp_path / "run"
     assert str(stop.value).endswith(f"to go on: sparse-attn train resume={folder}")
     assert read_checkpoint(folder / "checkpoints/last.ckpt")["global_step"] == 5

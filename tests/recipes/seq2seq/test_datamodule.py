@@ -12,9 +12,7 @@ LETTERS = "abcdefghijk"
 
 def words(count, first=0):
     """Distinct words of 2 to 6 letters whose target spells them in capitals."""
-    made = (
-        "".join(letters) for length in range(2, 7) for letters in itertools.product(LETTERS, repeat=length)
-    )
+    made = ("".join(letters) for length in range(2, 7) for letters in itertools.product(LETTERS, repeat=length))
     picked = list(itertools.islice(made, first, first + 97 * count, 97))
     return "".join(f"{word}\t{' '.join(word.upper())}\n" for word in picked)
 
@@ -86,10 +84,7 @@ def test_evaluation_rows_keep_their_texts_and_all_references(cmudict):
         for row, source in enumerate(batch["sources"]):
             assert batch["source"][row].tolist()[: len(source) + 1] == cmudict.source_tokenizer.encode(source)
             assert batch["references"][row] == [reference.split() for reference in references[source]]
-            assert (
-                cmudict.target_tokenizer.decode(batch["target_out"][row].tolist())
-                == batch["references"][row][0]
-            )
+            assert cmudict.target_tokenizer.decode(batch["target_out"][row].tolist()) == batch["references"][row][0]
             several += len(batch["references"][row]) > 1
     assert several > 0
 

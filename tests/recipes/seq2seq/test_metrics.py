@@ -66,18 +66,14 @@ def test_per_agrees_with_torchmetrics(seed):
     texts = [[" ".join(rng.choices("abcd", k=rng.randint(1, 11))) for _ in range(53)] for _ in range(2)]
     predictions, references = ([text.split() for text in side] for side in texts)
     expected = 100 * WordErrorRate()(*texts).item()
-    assert error_rates(predictions, [[reference] for reference in references])["per"] == pytest.approx(
-        expected
-    )
+    assert error_rates(predictions, [[reference] for reference in references])["per"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_wer_agrees_with_torchmetrics_on_words_as_single_tokens(seed):
     rng = random.Random(seed)
     predictions, references = ([rng.choices("ab", k=3) for _ in range(47)] for _ in range(2))
-    expected = 100 * WordErrorRate()(
-        *(["".join(word) for word in side] for side in (predictions, references))
-    )
+    expected = 100 * WordErrorRate()(*(["".join(word) for word in side] for side in (predictions, references)))
     assert error_rates(predictions, [[word] for word in references])["wer"] == pytest.approx(expected.item())
 
 
