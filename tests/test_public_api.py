@@ -1,0 +1,120 @@
+"""The public names and the signatures that users rely on: both may grow, neither may change unnoticed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from inspect import Parameter, signature
+from types import ModuleType
+from typing import Any
+
+import pytest
+from torch import nn
+
+import sparse_attn
+import sparse_attn.nn
+import sparse_attn.ops
+
+NN = ["AdaptiveSparseMultiheadAttention", "KVCache", "SparseAttention", "TopKMultiheadAttention", "alpha_per_head"]
+OPS = ["entmax", "entmax15", "entmax_attention", "sparse_softmax", "sparsemax", "topk_attention", "topk_softmax"]
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [(sparse_attn, [*NN, *OPS, "replace_attention"]), (sparse_attn.nn, NN), (sparse_attn.ops, OPS)],
+    ids=["sparse_attn", "sparse_attn.nn", "sparse_attn.ops"],
+)
+def test_public_names(module: ModuleType, names: list[str]) -> None:
+    assert sorted(module.__all__) == sorted(names)
+    for name in names:
+        assert getattr(module, name) is getattr(sparse_attn, name)
+        assert inspect.getdoc(getattr(module, name))
+
+
+def test_the_version_is_a_string() -> None:
+    assert sparse_attn.__version__.count(".") == 2
+
+
+def arguments(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
+    """Name, kind and default of every parameter but `self`."""
+    parameters = signature(function).parameters.values()
+    return [(p.name, p.kind, p.default) for p in parameters if p.name != "self"]
+
+
+class Contract:
+    """The signatures of the contract, written as signatures."""
+
+    def sparsemax(self, x, dim=-1): ...
+    def entmax15(self, x, dim=-1): ...
+    def entmax(self, x, alpha=1.5, dim=-1): ...
+    def topk_softmax(self, x, k, dim=-1): ...
+    def sparse_softmax(self, x, k=3, dim=-1): ...
+    def entmax_attention(
+        self,
+        query,
+        key,
+        value,
+        alpha=1.5,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        *,
+        scale=None,
+        enable_gqa=False,
+    ): ...
+    def topk_attention(
+        self,
+        query,
+        key,
+        value,
+        k,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        *,
+        scale=None,
+        enable_gqa=False,
+        normalizer="softmax",
+    ): ...
+    def SparseAttention(self, k=None, *, alpha=None, scale=None, dropout=0.0): ...
+    def alpha_per_head(self, model): ...
+    def KVCache(self, *, static=False): ...
+    def replace_attention(
+        self, model, layer=sparse_attn.AdaptiveSparseMultiheadAttention, *, filter_fn=None, **layer_kwargs
+    ): ...
+
+
+@pytest.mark.parametrize("name", [name for name in vars(Contract) if not name.startswith("_")])
+def test_signature(name: str) -> None:
+    assert arguments(getattr(sparse_attn, name)) == arguments(getattr(Contract, name))
+
+
+@pytest.mark.parametrize(
+    ("layer", "own"),
+    [
+        (
+            sparse_attn.AdaptiveSparseMultiheadAttention,
+            {"alpha_init": 1.5, "alpha_range": (1.0, 2.0), "learn_alpha": True},
+        ),
+        (sparse_attn.TopKMultiheadAttention, {"k": Parameter.empty, "normalizer": "softmax"}),
+    ],
+)
+def test_layers_take_torchs_arguments_in_torchs_order_and_their_own_by_name(
+    layer: type[nn.MultiheadAttention], own: dict[str, Any]
+) -> None:
+    assert issubclass(layer, nn.MultiheadAttention)
+    keywords = [(name, Parameter.KEYWORD_ONLY, default) for name, default in own.items()]
+    assert arguments(layer.__init__) == arguments(nn.MultiheadAttention.__init__) + keywords
+    cache = [("cache", Parameter.KEYWORD_ONLY, None)]
+    assert arguments(layer.forward) == arguments(nn.MultiheadAttention.forward) + cache
+
+
+def test_forward_of_sparse_attention() -> None:
+    def forward(query, key, value, attn_mask=None, is_causal=False): ...
+
+    assert arguments(sparse_attn.SparseAttention.forward) == arguments(forward)
+
+
+def test_alpha_is_a_property_of_the_adaptive_layer_alone() -> None:
+    assert isinstance(vars(sparse_attn.AdaptiveSparseMultiheadAttention)["alpha"], property)
+    assert not hasattr(sparse_attn.TopKMultiheadAttention(6, 3, k=2), "alpha")
