@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
-import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +20,6 @@ def fit(trainer: L.Trainer, task: Seq2SeqTask, data: Seq2SeqData, checkpoint: Pa
     Raises:
         KeyboardInterrupt: After Ctrl-C.
     """
-    handler = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as error:
@@ -30,10 +27,6 @@ def fit(trainer: L.Trainer, task: Seq2SeqTask, data: Seq2SeqData, checkpoint: Pa
         if trainer.interrupted and type(error) is SystemExit:
             raise KeyboardInterrupt from None
         raise
-    finally:
-        # It also makes the process deaf to any further one.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
 
 
 @contextlib.contextmanager

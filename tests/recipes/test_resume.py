@@ -91,6 +91,7 @@ def test_a_run_that_was_moved_goes_on_where_it_is(tiny_config, tmp_path):
     moved = (tmp_path / "run").rename(tmp_path / "it's = moved")
     train(resumed_config(moved, "trainer.max_epochs=2"))
     assert not (tmp_path / "run").exists()
+    assert OmegaConf.load(moved / "config.yaml").paths.output_dir == str(moved)
     assert read_checkpoint(moved / "checkpoints/last.ckpt")["callbacks"]["BestAndLast"]["best"] <= best
 
 

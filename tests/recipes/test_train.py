@@ -9,7 +9,9 @@ from omegaconf import OmegaConf
 
 from recipes import run as run_module
 from recipes.curves import read_rows
-from recipes.run import load_run, read_checkpoint
+from recipes.run import Run, load_run, read_checkpoint
+from recipes.seq2seq.data import Seq2SeqData
+from recipes.seq2seq.scores import score
 from recipes.train import train
 
 LAYERS = (
@@ -17,6 +19,12 @@ LAYERS = (
     "decoder.layers.0.self_attention",
     "decoder.layers.0.cross_attention",
 )
+
+
+def data_of(run: Run) -> Seq2SeqData:
+    data = Seq2SeqData(**{key: value for key, value in run.config.data.items() if key != "path"})
+    data.setup()
+    return data
 
 
 def test_a_run_folder_holds_everything(tiny_config, tmp_path, capsys):
@@ -61,15 +69,10 @@ def test_a_run_folder_holds_everything(tiny_config, tmp_path, capsys):
 
 
 def test_results_are_those_of_the_best_checkpoint_on_all_words(tiny_config, tmp_path):
-    from recipes.seq2seq.data import Seq2SeqData
-    from recipes.seq2seq.scores import score
-
     cfg = tiny_config("data.eval_limit=3", "trainer.max_epochs=1")
     results = train(cfg)
     run = load_run(tmp_path / "run", "best")
-    section = {key: value for key, value in run.config.data.items() if key != "path"}
-    data = Seq2SeqData(**section)
-    data.setup()
+    data = data_of(run)
     for split, loader in {"val": data.full_val_dataloader(), "test": data.test_dataloader()}.items():
         scores = score(run.task, loader)
         assert len(scores.sources) == {"val": 7, "test": 11}[split]
@@ -80,11 +83,14 @@ def test_results_are_those_of_the_best_checkpoint_on_all_words(tiny_config, tmp_
 def test_best_is_the_epoch_with_the_lowest_error(tiny_config, tmp_path, monkeypatch):
     rates = iter([30.0, 20.0, 25.0])
     monkeypatch.setattr("recipes.seq2seq.scores.error_rates", lambda *_: {"per": next(rates, 1.0), "wer": 50.0})
-    train(tiny_config("trainer.max_epochs=3"))
-    steps = {
-        name: read_checkpoint(tmp_path / f"run/checkpoints/{name}.ckpt")["global_step"] for name in ("best", "last")
-    }
+    results = train(tiny_config("trainer.max_epochs=3"))
+    steps, losses = {}, {}
+    for name in ("best", "last"):
+        steps[name] = read_checkpoint(tmp_path / f"run/checkpoints/{name}.ckpt")["global_step"]
+        run = load_run(tmp_path / "run", name)
+        losses[name] = score(run.task, data_of(run).test_dataloader()).metrics()["loss"]
     assert steps == {"best": 10, "last": 15}
+    assert results["test/loss"] == losses["best"] != losses["last"]
 
 
 def test_same_seed_same_numbers_whatever_was_drawn_before(tiny_config, tmp_path):
