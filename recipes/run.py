@@ -51,8 +51,11 @@ def load_run(run: str | Path, checkpoint: str = "best") -> Run:
     """
     folder = run_folder(run)
     state = read_checkpoint(checkpoint_file(folder, checkpoint))
-    task = Seq2SeqTask(**state["hyper_parameters"])
-    task.load_state_dict(state["state_dict"])
+    try:
+        task = Seq2SeqTask(**state["hyper_parameters"])
+        task.load_state_dict(state["state_dict"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{checkpoint} checkpoint of {folder} must be one of this version's model: {error}") from error
     config = OmegaConf.load(folder / CONFIG)
     if not isinstance(config, DictConfig):
         raise ValueError(f"{folder / CONFIG} must hold keys and values, got {type(config).__name__}")

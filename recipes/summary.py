@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shlex
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lightning as L
@@ -57,7 +58,7 @@ def conclude(
     task.to(device)
     with console.status("scoring the best checkpoint on all validation and test words"):
         scores = {"val": score(task, data.full_val_dataloader()), "test": score(task, data.test_dataloader())}
-        density = attention_density(task, data.val_dataloader())
+        density = attention_density(task, data.full_val_dataloader())
     rates = {split: found.metrics() for split, found in scores.items()}
     results = {f"{split}/{name}": value for split, found in rates.items() for name, value in found.items()}
     results["seconds"] = time.monotonic() - begin
@@ -71,6 +72,27 @@ def conclude(
     place = shlex.quote(short_path(folder))
     console.print(f"\n{results['seconds']:.0f} s; look into it: sparse-attn inspect run={place}", soft_wrap=True)
     return results
+
+
+def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float]]]) -> None:
+    """Prints a row for each of several runs.
+
+    Args:
+        runs: The overrides and the results of each.
+    """
+    common = set.intersection(*(set(changes) for changes, _ in runs))
+    columns = {"validation PER %": "val/per", "WER %": "val/wer", "test PER %": "test/per", " WER %": "test/wer"}
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("run")
+    for column in (*columns, "seconds"):
+        table.add_column(column, justify="right")
+    for changes, results in runs:
+        name = " ".join(change for change in changes if change not in common) or "-"
+        rates = (f"{results[key]:.2f}" for key in columns.values())
+        table.add_row(name, *rates, f"{results['seconds']:.0f}")
+    console = Console(highlight=False)
+    console.print()
+    console.print(table)
 
 
 def _examples(scores: Scores, task: Seq2SeqTask) -> Table:

@@ -7,6 +7,7 @@ validation and test words.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from recipes.launch import Interrupted, reported, run_hydra
+from recipes.launch import Interrupted, is_multirun, reported, run_hydra
 from recipes.resume import resume_arguments
 
 
@@ -67,10 +68,23 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 
 def main() -> None:
-    """The command."""
+    """The command; several runs are compared at the end."""
     with reported("train"):
         arguments, config = resume_arguments(sys.argv[1:])
-    run_hydra("train", train, arguments=arguments, config=config)
+    finished: list[tuple[list[str], dict[str, float]]] = []
+
+    @functools.wraps(train)
+    def kept(cfg: DictConfig) -> None:
+        changes = list(HydraConfig.get().overrides.task)
+        if is_multirun(arguments):
+            print(f"\nrun {len(finished)}: {' '.join(changes)}", flush=True)
+        finished.append((changes, train(cfg)))
+
+    run_hydra("train", kept, arguments=arguments, config=config)
+    if is_multirun(arguments):
+        from recipes.summary import print_comparison
+
+        print_comparison(finished)
 
 
 if __name__ == "__main__":

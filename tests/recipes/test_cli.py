@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, typing mistakes, Ctrl-C."""
 
+import json
 import os
 import signal
 import subprocess
@@ -171,6 +172,20 @@ def test_multirun_runs_every_combination_in_folders_of_one_sweep(command, tmp_pa
     arguments = ["-m", "model.attention=softmax,topk", "hydra.sweep.dir=sweep"]
     assert command(main=lambda: run_hydra("train", task, arguments=arguments)) == (0, "", "")
     assert seen == [("softmax", tmp_path / "sweep" / "0"), ("topk", tmp_path / "sweep" / "1")]
+
+
+def test_several_runs_are_compared_at_the_end(command, tiny_arguments, tmp_path):
+    arguments = tiny_arguments("trainer.max_epochs=1", "model.attention=softmax,sparsemax", "hydra.sweep.dir=sweep")
+    arguments.remove(next(argument for argument in arguments if argument.startswith("paths.output_dir=")))
+    status, output, error = command("train", "-m", *arguments)
+    assert (status, error) == (0, "")
+    assert "run 1: " in output
+    *_, softmax, sparsemax = output.splitlines()
+    assert softmax.split()[0] == "model.attention=softmax"
+    assert sparsemax.split()[0] == "model.attention=sparsemax"
+    results = json.loads((tmp_path / "sweep/1/results.json").read_text())
+    rates = [f"{results[f'{split}/{name}']:.2f}" for split in ("val", "test") for name in ("per", "wer")]
+    assert sparsemax.split()[1:5] == rates
 
 
 def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(tiny_arguments, tmp_path):

@@ -44,6 +44,15 @@ def test_another_kind_of_checkpoint(tmp_path):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
+def test_a_checkpoint_of_another_model(run_folder):
+    file = run_folder / "checkpoints/best.ckpt"
+    state = read_checkpoint(file)
+    state["state_dict"].pop("model.output.bias")
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=r"(?s)must be one of this version's model: .*model\.output\.bias"):
+        load_run(run_folder)
+
+
 def test_a_checkpoint_that_would_run_code_is_not_loaded(tmp_path):
     torch.save({"state_dict": print, "hyper_parameters": {}}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match="cannot be read"):
