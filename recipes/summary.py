@@ -81,7 +81,7 @@ def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float]]]) 
         runs: The overrides and the results of each.
     """
     common = set.intersection(*(set(changes) for changes, _ in runs))
-    columns = {"validation PER %": "val/per", "WER %": "val/wer", "test PER %": "test/per", " WER %": "test/wer"}
+    columns = {"val PER": "val/per", "val WER": "val/wer", "test PER": "test/per", "test WER": "test/wer"}
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("run")
     for column in (*columns, "seconds"):
@@ -90,7 +90,9 @@ def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float]]]) 
         name = " ".join(change for change in changes if change not in common) or "-"
         rates = (f"{results[key]:.2f}" for key in columns.values())
         table.add_row(name, *rates, f"{results['seconds']:.0f}")
-    console = Console(highlight=False)
+    # Long overrides go beyond the edge of the terminal rather than being cut.
+    needed = Console(width=1000).measure(table).maximum
+    console = Console(highlight=False, width=max(Console().width, needed))
     console.print()
     console.print(table)
 
