@@ -1,0 +1,217 @@
+"""The seq2seq transformer: which attention is where, what padding and the future may touch, and the cached pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recipes.seq2seq.attention import ATTENTION_KINDS, make_attention
+from recipes.seq2seq.model import Seq2SeqTransformer, sinusoids
+from sparse_attn import AdaptiveSparseMultiheadAttention, TopKMultiheadAttention, alpha_per_head
+
+N, S, T, SOURCE, TARGET = 3, 7, 5, 11, 13
+PLACES = ("encoder_attention", "decoder_attention", "cross_attention")
+ALPHA = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": 1.25, "adaptive": 1.25}
+
+
+def model_of(kind: str | None = None, **kwargs: Any) -> Seq2SeqTransformer:
+    """A small float64 model in eval mode, with attention of one kind everywhere."""
+    kinds = {} if kind is None else dict.fromkeys(PLACES, kind)
+    sizes = {"dim": 22, "num_heads": 2, "ff_dim": 17, "alpha": 1.25, "k": 2}
+    return Seq2SeqTransformer(SOURCE, TARGET, **{**sizes, **kinds, **kwargs}).double().eval()
+
+
+def ids() -> tuple[Tensor, Tensor]:
+    """Source and target ids; the first row is as long as the batch, the others are padded."""
+    source, target = torch.randint(4, SOURCE, (N, S)), torch.randint(4, TARGET, (N, T))
+    target[:, 0] = 1
+    source[1, 4:] = source[2, 1:] = 0
+    target[1, 3:] = target[2, 2:] = 0
+    return source, target
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+def test_every_kind_in_every_place_builds_and_learns(kind: str, place: str) -> None:
+    model = model_of(**{place: kind}).train()
+    source, target = ids()
+    logits = model(source, target)
+    assert logits.shape == (N, T, TARGET)
+    logits[target != 0].square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
+        assert bool(parameter.grad.any()), name
+    name = {
+        "encoder_attention": "encoder.layers.{}.self_attention",
+        "decoder_attention": "decoder.layers.{}.self_attention",
+    }
+    chosen = [model.get_submodule(name.get(place, "decoder.layers.{}.cross_attention").format(i)) for i in (0, 1)]
+    for layer in chosen:
+        if kind == "topk":
+            assert isinstance(layer, TopKMultiheadAttention) and layer.k == 2
+        else:
+            assert isinstance(layer, AdaptiveSparseMultiheadAttention)
+            assert layer.alpha.tolist() == [ALPHA[kind]] * 2
+            assert (layer.raw_alpha is not None) == (kind == "adaptive")
+    others = {id(m) for m in model.modules() if isinstance(m, nn.MultiheadAttention)} - {id(m) for m in chosen}
+    assert len(others) == 4
+    assert (
+        sum(id(m) in others and getattr(m, "raw_alpha", None) is not None for m in model.modules()) == 4
+    )  # the default
+
+
+def test_attention_modules_have_the_names_that_reports_rely_on() -> None:
+    assert list(alpha_per_head(model_of(encoder_layers=1, decoder_layers=2))) == [
+        "encoder.layers.0.self_attention",
+        "decoder.layers.0.self_attention",
+        "decoder.layers.0.cross_attention",
+        "decoder.layers.1.self_attention",
+        "decoder.layers.1.cross_attention",
+    ]
+
+
+def test_make_attention_hands_on_its_arguments() -> None:
+    for kind in ATTENTION_KINDS:
+        layer = make_attention(kind, 22, 2, dropout=0.3)
+        assert (layer.embed_dim, layer.num_heads, layer.dropout, layer.batch_first) == (22, 2, 0.3, True)
+
+
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+def test_what_stands_at_padding_changes_no_real_output(kind: str) -> None:
+    model = model_of(kind)
+    source, target = ids()
+    expected = model(source, target)[target != 0]
+    with torch.no_grad():
+        for embedding in (model.source_embedding, model.target_embedding):
+            embedding.tokens.weight[0] = 100 * torch.randn(22)
+    torch.testing.assert_close(model(source, target)[target != 0], expected, rtol=0, atol=1e-12)
+    other = torch.where(target == 0, torch.randint_like(target, 4, TARGET), target)
+    torch.testing.assert_close(model(source, other)[target != 0], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+def test_more_padding_changes_no_real_output(kind: str) -> None:
+    model = model_of(kind)
+    source, target = ids()
+    expected = model(source, target)
+    longer = nn.functional.pad(source, (0, 3)), nn.functional.pad(target, (0, 2))
+    torch.testing.assert_close(model(*longer)[:, :T][target != 0], expected[target != 0], rtol=0, atol=1e-12)
+    for row in range(N):
+        alone = source[row][source[row] != 0][None], target[row][target[row] != 0][None]
+        real = expected[row][target[row] != 0][None]
+        torch.testing.assert_close(model(*alone), real, rtol=0, atol=1e-12)
+
+
+def test_a_row_of_nothing_but_padding_stays_finite_with_finite_gradients() -> None:
+    model = model_of().train()
+    source, target = ids()
+    source[1] = 0
+    logits = model(source, target)
+    logits.square().sum().backward()
+    assert bool(logits.isfinite().all())
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+def test_logits_depend_on_the_target_so_far_and_on_all_of_the_source(kind: str) -> None:
+    model = model_of(kind)
+    source, target = ids()
+    expected = model(source, target)
+    for i in range(1, T):
+        other = target.clone()
+        other[0, i:] = (other[0, i:] - 3) % 9 + 4
+        actual = model(source, other)
+        torch.testing.assert_close(actual[0, :i], expected[0, :i], rtol=0, atol=1e-12)
+        assert bool((actual[0, i] != expected[0, i]).any())
+    other = source.clone()
+    other[0, -1] = (other[0, -1] - 3) % 7 + 4
+    assert bool((model(other, target)[0] != expected[0]).any())
+
+
+def test_every_block_is_normalised_before_and_added_after() -> None:
+    model = model_of()
+    norms = [m for name, m in model.named_modules() if isinstance(m, nn.LayerNorm) and "layers" in name]
+    assert len(norms) == 2 * 2 + 2 * 3
+    for norm in norms:  # a norm on the way of the residual stream would now show
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    seen: list[tuple[Tensor, ...]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            nn.init.zeros_(module.out_proj.weight)
+            module.register_forward_pre_hook(lambda module, args: seen.append(args))
+        elif name.endswith("feed_forward"):
+            nn.init.zeros_(module[-1].weight)
+            nn.init.zeros_(module[-1].bias)
+    source, target = ids()
+    # With every branch at zero the stream goes straight through, to the final norm.
+    memory, x = model.source_embedding(source), model.target_embedding(target)
+    torch.testing.assert_close(model.encode(source), model.encoder.norm(memory))
+    torch.testing.assert_close(model(source, target), model.output(model.decoder.norm(x)))
+    # And each attention has been given the norm of the stream; the encoder ran twice.
+    encoder, decoder = model.encoder.layers, model.decoder.layers
+    queries = [encoder[0].attention_norm(memory), encoder[1].attention_norm(memory)] * 2
+    queries += [norm(x) for layer in decoder for norm in (layer.self_norm, layer.cross_norm)]
+    for args, query in zip(seen, queries, strict=True):
+        torch.testing.assert_close(args[0], query)
+    torch.testing.assert_close(seen[-1][1], model.encode(source))  # keys and values of cross-attention: the memory
+
+
+def by_steps(model: Seq2SeqTransformer, source: Tensor, target: Tensor, sizes: list[int]) -> Tensor:
+    memory, caches = model.encode(source), model.new_caches()
+    blocks = target.split(sizes, 1)
+    return torch.cat([model.decode(block, memory, source == 0, caches) for block in blocks], 1)
+
+
+@pytest.mark.parametrize("sizes", [[1] * T, [2, 3]], ids=str)
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+def test_decoding_by_steps_with_a_cache_is_the_full_pass(kind: str, sizes: list[int]) -> None:
+    model = model_of(kind)
+    source, target = ids()
+    real = target != 0
+    # The positions are float32 sines: their last bit may depend on how many are computed at once.
+    torch.testing.assert_close(
+        by_steps(model, source, target, sizes)[real], model(source, target)[real], rtol=0, atol=1e-6
+    )
+
+
+def test_positions_are_the_sines_and_cosines_of_the_paper() -> None:
+    for dim in (6, 7):
+        half = (dim + 1) // 2
+        for position, row in zip(range(3, 3 + T), sinusoids(3, T, dim), strict=True):
+            angles = [position / 10000 ** (i / half) for i in range(half)]
+            expected = torch.cat([torch.tensor(angles).sin(), torch.tensor(angles).cos()])[:dim]
+            torch.testing.assert_close(row, expected)
+
+
+def test_dropout_is_for_training_only() -> None:
+    model = model_of(dropout=0.5)
+    source, target = ids()
+    torch.testing.assert_close(model(source, target), model(source, target), rtol=0, atol=0)
+    model.train()
+    assert not torch.allclose(model(source, target), model(source, target))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"encoder_attention": "dense"}, "attention must be one of softmax, .*, adaptive, topk, got 'dense'"),
+        ({"cross_attention": "Softmax"}, "attention must be one of softmax, .*, adaptive, topk, got 'Softmax'"),
+        ({"dim": 22, "num_heads": 4}, "dim must be a multiple of num_heads, got dim=22 and num_heads=4"),
+        ({"num_heads": 0}, "dim must be a multiple of num_heads, got dim=22 and num_heads=0"),
+        ({"dim": 0}, "dim must be at least 1, got 0"),
+        ({"ff_dim": 0}, "ff_dim must be at least 1, got 0"),
+        ({"encoder_layers": 0}, "encoder_layers must be at least 1, got 0"),
+        ({"decoder_layers": -1}, "decoder_layers must be at least 1, got -1"),
+        ({"dropout": 1.5}, r"dropout must be in \[0, 1\], got 1.5"),
+        ({"alpha": 2.5}, r"alpha_init must be in alpha_range \[1, 2\], got 2.5"),
+        ({"encoder_attention": "entmax", "alpha": 0.0}, r"alpha_init must be in \(0, inf\), got 0"),
+        ({"decoder_attention": "topk", "k": 0}, "k must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_argument_is_named(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model_of(**kwargs)
