@@ -108,6 +108,10 @@ def reported(name: str) -> Any:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
+    except BrokenPipeError:
+        # The reader of a pipe, such as head, has had enough. Python would complain once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt as error:
         _stop(name, error, str(error) or "stopped", INTERRUPTED)
     except Exception as error:

@@ -54,8 +54,8 @@ class EpochBar(RichProgressBar):
         return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """The loss of the last step and the scores of the last validation."""
-        shown = {"train/loss_step": "loss", "val/per": "PER", "val/wer": "WER"}
+        """The loss of the last step and the error rate of the last validation."""
+        shown = {"train/loss_step": "loss", "val/per": "PER"}
         metrics = super().get_metrics(trainer, pl_module)
         return {label: metrics[name] for name, label in shown.items() if name in metrics}
 

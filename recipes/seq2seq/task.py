@@ -117,7 +117,7 @@ class Seq2SeqTask(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/loss``, ``val/per`` and ``val/wer``."""
         for name, value in self._scores.metrics().items():
-            self.log(f"val/{name}", value, prog_bar=name != "loss")
+            self.log(f"val/{name}", value, prog_bar=name == "per")
 
     def score_batch(self, batch: dict[str, Any], scores: Scores) -> None:
         """Adds the words of an evaluation batch to ``scores``; its tensors are on the device of the task."""
