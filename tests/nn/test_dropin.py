@@ -110,6 +110,7 @@ def test_trap_2_a_padded_batch_in_eval_mode_computes_what_was_trained(kind: str,
     chosen = {"the first layer": "0", "the last layer": "1"}.get(which, "")
     layer, kwargs = LAYERS[kind]
     replace_attention(encoder, layer, filter_fn=lambda name, _: chosen in name, **kwargs)
+    assert not encoder.use_nested_tensor
     padding = torch.zeros(N, S, dtype=torch.bool)
     padding[0, 2:] = padding[2, 4:] = True
     x = 3 * torch.randn(N, S, E)
