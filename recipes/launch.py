@@ -9,10 +9,11 @@ traceback. ``SPARSE_ATTN_TRACEBACK=1`` shows the traceback of every error.
 from __future__ import annotations
 
 import contextlib
-import dis
 import functools
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -31,6 +32,7 @@ from omegaconf.errors import (
 )
 
 WRONG_INPUT, INTERRUPTED = 2, 130
+_OURS = ("recipes", "sparse_attn", "__main__")
 
 # What a value that has no default stands for, in the message that asks for it.
 MANDATORY = {
@@ -88,11 +90,15 @@ def run_hydra(
     # A relative config path does not survive being called as a console script.
     folder, config_name = (config.parent, config.stem) if config else (config_dir(), name)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    with _arguments([f"sparse-attn {name}", *arguments]), reported(name):
+    with tempfile.TemporaryDirectory() as scratch, reported(name):
         _check_flags(arguments)
+        if name != "train" and is_multirun(arguments):
+            # The sweeper writes down what it ran; only a training has a folder for that.
+            arguments.append(f"hydra.sweep.dir={scratch}")
         main = hydra.main(config_path=str(folder.resolve()), config_name=config_name, version_base="1.3")
         try:
-            main(_through_hydra(task))()
+            with _arguments([f"sparse-attn {name}", *arguments]):
+                main(_through_hydra(task))()
         except _TaskError as carrier:
             raise carrier.error from carrier.error.__cause__
 
@@ -176,17 +182,17 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, OmegaConfBaseException):
         # Reading a key that does not exist is a mistake of the program: Hydra has refused those of the user.
         return None if isinstance(error, ConfigAttributeError | ConfigKeyError) else _config_message(error)
-    if isinstance(error, OSError) or (isinstance(error, ValueError | TypeError) and _is_raised(error)):
+    if isinstance(error, OSError) or (isinstance(error, ValueError | TypeError) and _is_ours(error)):
         return str(error)
     return None
 
 
-def _is_raised(error: Exception) -> bool:
-    """Whether a ``raise`` statement made the error: one that Python itself or compiled code made is a bug."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+def _is_ours(error: Exception) -> bool:
+    """Whether our own code raised the error; what torch or Lightning did not expect, nobody has checked: a bug."""
+    module = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__", "")
+    return module.partition(".")[0] in _OURS
 
 
 def _composition_message(error: HydraException) -> str:

@@ -19,7 +19,9 @@ def main(folders: list[str]) -> None:
     """Read and print."""
     found = sorted(file for folder in folders for file in Path(folder).rglob("results.json"))
     if not found:
-        sys.exit(f"FOLDER must hold at least one finished run (a results.json), got none in {', '.join(folders) or '-'}")
+        sys.exit(
+            f"FOLDER must hold at least one finished run (a results.json), got none in {', '.join(folders) or '-'}"
+        )
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for file in found:
         config = OmegaConf.load(file.parent / "config.yaml")

@@ -16,6 +16,7 @@ from recipes import cli
 from recipes.launch import Interrupted, reported, run_hydra
 from recipes.train import main as train_main
 from recipes.train import train
+from sparse_attn.ops.checks import check_k
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,11 +129,22 @@ def report(error: BaseException) -> None:
         raise error
 
 
+def check_k_in_a_command(k: int) -> None:
+    with reported("train"):
+        check_k(k)
+
+
+def test_what_our_code_raises_is_told(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        check_k_in_a_command(0)
+    assert capsys.readouterr().err == "sparse-attn train: k must be at least 1, got 0\n"
+
+
 def test_a_bug_shows_itself():
     with pytest.raises(RuntimeError, match="shapes"):
         report(RuntimeError("shapes"))
     with pytest.raises(ValueError, match="invalid literal"), reported("train"):
-        int("three")  # not raised on purpose: nobody has checked this input
+        int("three")  # not raised by our code: nobody has checked this input
     with pytest.raises(TypeError), reported("train"):
         train()  # type: ignore[call-arg]
 
@@ -146,7 +158,7 @@ def test_a_message_of_several_lines_becomes_one(capsys):
 def test_traceback_on_demand(monkeypatch):
     monkeypatch.setenv("SPARSE_ATTN_TRACEBACK", "1")
     with pytest.raises(ValueError, match="k must be"):
-        report(ValueError("k must be at least 1, got 0"))
+        check_k_in_a_command(0)
 
 
 def test_interruption_says_how_to_go_on(capsys):
@@ -157,10 +169,10 @@ def test_interruption_says_how_to_go_on(capsys):
 
 def test_an_error_within_the_task_is_the_only_line(command, capsys):
     def failing(cfg: DictConfig) -> None:
-        raise ValueError(f"seed {cfg.seed} is no good")
+        check_k(cfg.seed)
 
     status, output, error = command(main=lambda: run_hydra("train", failing))
-    assert (status, output, error) == (2, "", "sparse-attn train: seed 0 is no good\n")
+    assert (status, output, error) == (2, "", "sparse-attn train: k must be at least 1, got 0\n")
 
 
 def test_multirun_runs_every_combination_in_folders_of_one_sweep(command, tmp_path):
@@ -172,6 +184,13 @@ def test_multirun_runs_every_combination_in_folders_of_one_sweep(command, tmp_pa
     arguments = ["-m", "model.attention=softmax,topk", "hydra.sweep.dir=sweep"]
     assert command(main=lambda: run_hydra("train", task, arguments=arguments)) == (0, "", "")
     assert seen == [("softmax", tmp_path / "sweep" / "0"), ("topk", tmp_path / "sweep" / "1")]
+
+
+def test_several_runs_of_a_reading_command_leave_nothing_behind(command, tmp_path):
+    seen = []
+    status = command(main=lambda: run_hydra("inspect", lambda cfg: seen.append(cfg.run), arguments=["-m", "run=a,b"]))
+    assert status == (0, "", "") and seen == ["a", "b"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_several_runs_are_compared_at_the_end(command, tiny_arguments, tmp_path):
