@@ -2,7 +2,8 @@
 
 OMP_WAIT_POLICY=passive python scripts/benchmark.py [ROUNDS]
 
-Prints multiples of ``torch.softmax`` (forward / forward + backward, one thread, medians), then of a softmax training step.
+Prints multiples of ``torch.softmax`` (forward / forward + backward; one thread, medians), then of
+a softmax training step.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from torch import Tensor
 class KVCache:
     """Projected keys and values of one attention layer.
 
-    Pass one object per layer as ``cache=`` at every step. Self-attention appends what it is given; with ``static=True``,
+    Pass one object per layer as ``cache=`` at every step. Self-attention appends what it gets; with ``static=True``,
     for cross-attention, the keys and values of the first call serve all later ones, which do not use their ``key`` and
     ``value`` arguments.
 

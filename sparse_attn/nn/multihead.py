@@ -96,7 +96,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             need_weights: Also return the weights.
             attn_mask: (L, S) or (N * num_heads, L, S): True = masked, or a float added to the scores.
             average_attn_weights: Weights averaged over the heads, or one map per head.
-            is_causal: Without ``attn_mask``, query ``i`` sees the keys up to ``i``; with a cache, up to its own position.
+            is_causal: Without ``attn_mask``, query ``i`` sees keys up to ``i``; with a cache, up to its own position.
             cache: Past keys and values, extended in place by this call; masks then span all S keys, past ones included.
 
         Returns:

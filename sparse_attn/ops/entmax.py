@@ -35,7 +35,7 @@ class _Entmax(torch.autograd.Function):
 def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
     r"""α-entmax along ``dim``: dense below α = 1, softmax at 1, sparse above, sparsemax at 2.
 
-    .. math:: \operatorname{argmax}_{p \in \triangle} \langle p, x \rangle + \frac{1 - \sum p_i^\alpha}{\alpha(\alpha-1)}
+    .. math:: \operatorname{argmax}_{p \in \triangle} \langle p, x \rangle + \frac{1-\sum p_i^\alpha}{\alpha(\alpha-1)}
 
     Args:
         x: Scores of any floating dtype. ``-inf`` and the smallest finite number of the dtype are masked; a row with
