@@ -1,9 +1,10 @@
-"""What every test starts from: one thread, a fixed seed, and no memory that happens to hold zeros."""
+"""What every test starts from: one thread, a working Ctrl-C, a fixed seed, no memory that happens to hold zeros."""
 
 from __future__ import annotations
 
 import functools
 import random
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,10 @@ from torch import Tensor
 
 # Tests are small and run in several processes: threads inside them only wait for one another.
 torch.set_num_threads(1)
+
+# What a script starts in its background inherits an ignored Ctrl-C, and hands it on to the processes that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
