@@ -19,6 +19,10 @@ from sparse_attn import (
 N, L, S, H, E, F = 3, 5, 7, 2, 22, 13
 F64 = {"dtype": torch.float64}
 
+# Torch lists once which constructors follow a default device: here, while torch.empty is not yet patched by conftest.py.
+with torch.device("cpu"):
+    torch.empty(0)
+
 
 def encoder(layers: int = 2, **kwargs: Any) -> nn.TransformerEncoder:
     layer = nn.TransformerEncoderLayer(E, H, F, dropout=0.0, **{"batch_first": True, **kwargs})
@@ -103,6 +107,7 @@ def test_trap_8_the_new_layers_are_returned_by_name_and_are_in_the_model() -> No
         {"kdim": 13, "vdim": 17},
         {"batch_first": True, "dropout": 0.3},
         {"dtype": torch.bfloat16},
+        {"dtype": torch.float64},
         {"device": "meta"},
     ],
     ids=str,
@@ -117,7 +122,8 @@ def test_trap_8_the_parameters_are_the_very_objects_and_the_arguments_the_same(k
     raw_alpha = found.pop("attention.raw_alpha")
     assert list(found) == list(parameters)
     assert all(found[name] is parameter for name, parameter in parameters.items())
-    assert raw_alpha.device == new.out_proj.weight.device and raw_alpha.dtype == torch.float32
+    assert raw_alpha.device == new.out_proj.weight.device
+    assert raw_alpha.dtype == (torch.float64 if kwargs == F64 else torch.float32)
     assert new.out_proj is old.out_proj
     for name in ("embed_dim", "num_heads", "kdim", "vdim", "dropout", "batch_first", "add_zero_attn", "head_dim"):
         assert getattr(new, name) == getattr(old, name)
