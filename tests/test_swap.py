@@ -19,7 +19,7 @@ from sparse_attn import (
 N, L, S, H, E, F = 3, 5, 7, 2, 22, 13
 F64 = {"dtype": torch.float64}
 
-# Torch lists once which constructors follow a default device: here, while torch.empty is not yet patched by conftest.py.
+# Torch lists once which constructors follow a default device: here, before conftest.py patches torch.empty.
 with torch.device("cpu"):
     torch.empty(0)
 
