@@ -1,0 +1,43 @@
+"""The README's Python runs from top to bottom, and what its comments promise is what comes out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_blocks_run_in_order():
+    names: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 4
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def test_values_beside_the_operators_are_those_they_give():
+    import sparse_attn
+
+    names: dict[str, object] = {**vars(sparse_attn), "x": torch.tensor([-2.0, 0.0, 0.5])}
+    lines = re.findall(r"^(\w+\(x.*?\))\s+# tensor\((\[.*?\])\)", README, re.MULTILINE)
+    assert len(lines) >= 4
+    for call, values in lines:
+        torch.testing.assert_close(eval(call, names), torch.tensor(eval(values)), atol=5e-5, rtol=0)
+
+
+def test_commands_are_those_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "$(BIN)/sparse-attn train" in makefile and ".venv/bin/sparse-attn train" in README
+    assert "$(BIN)/python -m pytest -n 2" in makefile and ".venv/bin/python -m pytest -n 2" in README
+    for extra in ("recipes", "dev"):
+        assert f'--editable ".[{extra}]"' in makefile
+        assert f'-m pip install --constraint constraints.txt --editable ".[{extra}]"' in README
+
+
+def test_files_it_links_to_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
