@@ -48,7 +48,7 @@ def apply_mask(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
         )
     if attn_mask.dtype == torch.bool:
         return scores.masked_fill(~attn_mask, -math.inf)
-    return scores + attn_mask.to(scores.dtype)
+    return scores + _with_infinities(attn_mask).to(scores.dtype)
 
 
 def merge_multihead_masks(
@@ -109,7 +109,12 @@ def check_mask_dtype(mask: Tensor, name: str) -> None:
 
 
 def _to_internal(mask: Tensor) -> Tensor:
-    return ~mask if mask.dtype == torch.bool else mask
+    return ~mask if mask.dtype == torch.bool else _with_infinities(mask)
+
+
+def _with_infinities(mask: Tensor) -> Tensor:
+    """The smallest number of the mask's dtype as -inf: added to scores of a wider dtype it would mask nothing."""
+    return mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -math.inf)
 
 
 def _combine(first: Tensor, second: Tensor) -> Tensor:

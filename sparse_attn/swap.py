@@ -11,6 +11,17 @@ from torch import nn
 from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
 
 def replace_attention(
     model: nn.Module,
@@ -21,12 +32,15 @@ def replace_attention(
 ) -> dict[str, SparseMultiheadAttention]:
     """Replace every ``nn.MultiheadAttention`` in a model, in place, by a sparse layer with the very same parameters.
 
-    An optimizer made before keeps working on the projections; give it the new α parameters with
-    ``optimizer.add_param_group``. Everything is checked and built before anything is changed.
+    An optimizer made before keeps working on the projections; give it the new α parameters without weight decay, which
+    would pull them to their lower bound:
+    ``optimizer.add_param_group({"params": [m.raw_alpha for m in new.values()], "weight_decay": 0.0})``. Hooks on the
+    replaced layers stay. Everything is checked and built before anything is changed.
 
     Args:
         model: Any module that holds ``nn.MultiheadAttention`` layers, such as ``nn.TransformerEncoder``. Subclasses of
-            ``nn.MultiheadAttention`` are left alone: they may compute something else.
+            ``nn.MultiheadAttention`` (torch's parametrised layers are some) are left alone: they may compute
+            something else.
         layer: What to put in their place.
         filter_fn: Called with each layer's name and module; only where it returns True is the layer replaced.
         **layer_kwargs: Keyword arguments of ``layer`` beyond those of ``nn.MultiheadAttention``: ``alpha_init=1.0``
@@ -37,16 +51,23 @@ def replace_attention(
         Empty where all that matches is sparse already.
 
     Raises:
-        TypeError: ``layer`` is not one of our multi-head layers, or does not take ``layer_kwargs``.
-        ValueError: Nothing matched, the model itself is an ``nn.MultiheadAttention``, or ``layer`` refuses an argument.
+        TypeError: ``model`` is no module, ``layer`` is not one of our multi-head layers or does not take
+            ``layer_kwargs``.
+        ValueError: Nothing matched, the model itself is an ``nn.MultiheadAttention``, a layer has other parameters than
+            its own (it is pruned, say), or ``layer`` refuses an argument.
 
     Example:
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), num_layers=2)
         >>> list(replace_attention(model, alpha_init=1.0))
         ['layers.0.self_attn', 'layers.1.self_attn']
     """
-    if not (isinstance(layer, type) and issubclass(layer, SparseMultiheadAttention)):
-        raise TypeError(f"layer must be a subclass of SparseMultiheadAttention, got {layer!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if (
+        not (isinstance(layer, type) and issubclass(layer, SparseMultiheadAttention))
+        or layer is SparseMultiheadAttention
+    ):
+        raise TypeError(f"layer must be a subclass of SparseMultiheadAttention with a mapping, got {layer!r}")
     matches = {
         name: module
         for name, module in model.named_modules()
@@ -55,8 +76,10 @@ def replace_attention(
     }
     if not matches:
         where = "" if filter_fn is None else " that filter_fn accepts"
+        others = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+        got = f"only {', '.join(map(repr, others))}, which are refused or of a subclass" if others else "none"
         raise ValueError(
-            f"model must hold at least one nn.MultiheadAttention{where}, got none in {type(model).__name__}"
+            f"model must hold at least one nn.MultiheadAttention{where}, got {got} in {type(model).__name__}"
         )
     dense = {name: module for name, module in matches.items() if not isinstance(module, SparseMultiheadAttention)}
     if "" in dense:
@@ -64,7 +87,7 @@ def replace_attention(
             "model must be a module that holds nn.MultiheadAttention layers, got one itself, which cannot be replaced "
             f"in place; build {layer.__name__} with its arguments and load its state dict"
         )
-    new = {name: _like(module, layer, layer_kwargs) for name, module in dense.items()}
+    new = {name: _like(name, module, layer, layer_kwargs) for name, module in dense.items()}
 
     replacement = {id(module): new[name] for name, module in dense.items()}
     for parent in list(model.modules()):
@@ -79,7 +102,7 @@ def replace_attention(
 
 
 def _like(
-    old: nn.MultiheadAttention, layer: type[SparseMultiheadAttention], layer_kwargs: dict[str, Any]
+    name: str, old: nn.MultiheadAttention, layer: type[SparseMultiheadAttention], layer_kwargs: dict[str, Any]
 ) -> SparseMultiheadAttention:
     """A new layer with the arguments, the parameters and the out-projection of the old one."""
     weight = next(old.parameters())  # not that of out_proj: what a user has put there need not have one
@@ -99,8 +122,17 @@ def _like(
             **layer_kwargs,
         )
     new.to(weight.device)
-    for name, parameter in old.named_parameters(recurse=False, remove_duplicate=False):
-        setattr(new, name, parameter)
+    parameters = dict(old.named_parameters(recurse=False, remove_duplicate=False))
+    wanted = {key for key, _ in new.named_parameters(recurse=False)} - {"raw_alpha"}
+    if wanted != set(parameters):
+        raise ValueError(
+            f"layer {name!r} must have the parameters {sorted(wanted)} of nn.MultiheadAttention, "
+            f"got {sorted(parameters)}; take pruning or weight norm off first"
+        )
+    for key, parameter in parameters.items():
+        setattr(new, key, parameter)
     new.out_proj = old.out_proj
+    # The very dicts, so that the handles their owners keep still remove them.
+    new.__dict__.update({key: old.__dict__[key] for key in _HOOKS})
     new.training = old.training
     return new

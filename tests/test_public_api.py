@@ -21,13 +21,17 @@ OPS = ["entmax", "entmax15", "entmax_attention", "sparse_softmax", "sparsemax", 
 
 @pytest.mark.parametrize(
     ("module", "names"),
-    [(sparse_attn, [*NN, *OPS, "replace_attention"]), (sparse_attn.nn, NN), (sparse_attn.ops, OPS)],
+    [
+        (sparse_attn, [*NN, *OPS, "replace_attention"]),
+        (sparse_attn.nn, [*NN, "SparseMultiheadAttention"]),
+        (sparse_attn.ops, OPS),
+    ],
     ids=["sparse_attn", "sparse_attn.nn", "sparse_attn.ops"],
 )
 def test_public_names(module: ModuleType, names: list[str]) -> None:
     assert sorted(module.__all__) == sorted(names)
     for name in names:
-        assert getattr(module, name) is getattr(sparse_attn, name)
+        assert getattr(sparse_attn, name, getattr(module, name)) is getattr(module, name)
         assert inspect.getdoc(getattr(module, name))
 
 

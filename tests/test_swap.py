@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from sparse_attn import (
     AdaptiveSparseMultiheadAttention,
@@ -15,6 +16,7 @@ from sparse_attn import (
     alpha_per_head,
     replace_attention,
 )
+from sparse_attn.nn import SparseMultiheadAttention
 
 N, L, S, H, E, F = 3, 5, 7, 2, 22, 13
 F64 = {"dtype": torch.float64}
@@ -187,9 +189,13 @@ def test_trap_8_a_second_call_reaches_what_the_first_left_out() -> None:
         (
             {"layer": nn.MultiheadAttention},
             TypeError,
-            "layer must be a subclass of SparseMultiheadAttention, got <class",
+            "layer must be a subclass of SparseMultiheadAttention with a mapping, got <class",
         ),
-        ({"layer": "adaptive"}, TypeError, "layer must be a subclass of SparseMultiheadAttention, got 'adaptive'"),
+        (
+            {"layer": "adaptive"},
+            TypeError,
+            "layer must be a subclass of SparseMultiheadAttention with a mapping, got 'adaptive'",
+        ),
         ({"filter_fn": lambda name, _: "2" in name}, ValueError, "one nn.MultiheadAttention that filter_fn accepts"),
     ],
 )
@@ -299,3 +305,43 @@ def test_trap_8_a_swapped_model_saves_and_loads(tmp_path: Any) -> None:
     for name, alpha in alpha_per_head(fresh).items():
         assert isinstance(fresh.get_submodule(name), AdaptiveSparseMultiheadAttention)
         assert alpha.tolist() == [1.25, 1.75]
+
+
+def test_a_pruned_layer_is_refused_and_nothing_is_changed() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(E, H), nn.MultiheadAttention(E, H))
+    prune.random_unstructured(model[1], "in_proj_weight", 0.5)
+    before = list(model)
+    with pytest.raises(ValueError, match=r"layer '1' must have the parameters .*got .*in_proj_weight_orig.*pruning"):
+        replace_attention(model)
+    assert list(model) == before
+
+
+def test_hooks_on_the_layer_run_and_their_handles_remove_them() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(E, H))
+    calls: list[str] = []
+    handles = [
+        model[0].register_forward_hook(lambda *_: calls.append("forward")),
+        model[0].register_forward_pre_hook(lambda *_: calls.append("before"), with_kwargs=True),
+    ]
+    replace_attention(model)
+    x = torch.randn(2, 3, E)
+    model[0](x, x, x)
+    assert calls == ["before", "forward"]
+    for handle in handles:
+        handle.remove()
+    model[0](x, x, x)
+    assert len(calls) == 2
+
+
+def test_layers_of_a_subclass_are_named_when_there_is_nothing_else() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(E, H))
+    nn.utils.parametrizations.spectral_norm(model[0], "in_proj_weight")
+    with pytest.raises(ValueError, match="got only '0', which are refused or of a subclass"):
+        replace_attention(model)
+
+
+def test_what_is_no_module_or_has_no_mapping() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        replace_attention("model")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="with a mapping, got <class"):
+        replace_attention(nn.Sequential(nn.MultiheadAttention(E, H)), SparseMultiheadAttention)

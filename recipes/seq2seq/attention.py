@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparse_attn import AdaptiveSparseMultiheadAttention, TopKMultiheadAttention
-from sparse_attn.nn.multihead import SparseMultiheadAttention
+from sparse_attn.nn import SparseMultiheadAttention
 
 ATTENTION_KINDS = ("softmax", "entmax15", "sparsemax", "entmax", "adaptive", "topk")
 

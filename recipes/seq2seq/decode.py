@@ -14,7 +14,7 @@ def greedy_decode(model: Seq2SeqTransformer, source: Tensor, *, max_length: int)
     """The most probable next token at every step, until the end-of-sequence token or ``max_length`` tokens.
 
     Args:
-        model: Left in the mode (train or eval) it was in; decoding itself is done in eval mode.
+        model: Each module is left in the mode (train or eval) it was in; decoding itself is done in eval mode.
         source: (N, S) token ids, 0 = padding.
         max_length: Tokens at most, at least 1.
 
@@ -31,12 +31,13 @@ def greedy_decode(model: Seq2SeqTransformer, source: Tensor, *, max_length: int)
     """
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         return _decode(model, source, max_length)
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def _decode(model: Seq2SeqTransformer, source: Tensor, max_length: int) -> list[list[int]]:

@@ -7,9 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from recipes.seq2seq.attention import make_attention
+from recipes.seq2seq.attention import ATTENTION_KINDS, make_attention
 from recipes.seq2seq.tokenizer import PAD
 from sparse_attn import KVCache
+from sparse_attn.nn import SparseMultiheadAttention
+from sparse_attn.ops.checks import check_dropout
 
 
 class Seq2SeqTransformer(nn.Module):
@@ -65,6 +67,8 @@ class Seq2SeqTransformer(nn.Module):
     ) -> None:
         super().__init__()
         counts = {
+            "source_size": source_size,
+            "target_size": target_size,
             "dim": dim,
             "ff_dim": ff_dim,
             "encoder_layers": encoder_layers,
@@ -75,11 +79,14 @@ class Seq2SeqTransformer(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {count}")
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, got dim={dim} and num_heads={num_heads}")
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"dropout must be in [0, 1], got {dropout}")
+        check_dropout(dropout)
+        kinds = {"encoder": encoder_attention, "decoder": decoder_attention, "cross": cross_attention}
+        for place, kind in kinds.items():
+            if kind not in ATTENTION_KINDS:
+                raise ValueError(f"{place}_attention must be one of {', '.join(ATTENTION_KINDS)}, got {kind!r}")
 
-        def attention(kind: str) -> nn.MultiheadAttention:
-            return make_attention(kind, dim, num_heads, dropout=dropout, alpha=alpha, k=k)
+        def attention(place: str) -> SparseMultiheadAttention:
+            return make_attention(kinds[place], dim, num_heads, dropout=dropout, alpha=alpha, k=k)
 
         def feed_forward() -> nn.Sequential:
             return nn.Sequential(nn.Linear(dim, ff_dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ff_dim, dim))
@@ -87,12 +94,12 @@ class Seq2SeqTransformer(nn.Module):
         self.source_embedding = Embedding(source_size, dim, dropout)
         self.target_embedding = Embedding(target_size, dim, dropout)
         self.encoder = Encoder(
-            [EncoderLayer(attention(encoder_attention), feed_forward(), dropout) for _ in range(encoder_layers)],
+            [EncoderLayer(attention("encoder"), feed_forward(), dropout) for _ in range(encoder_layers)],
             dim,
         )
         self.decoder = Decoder(
             [
-                DecoderLayer(attention(decoder_attention), attention(cross_attention), feed_forward(), dropout)
+                DecoderLayer(attention("decoder"), attention("cross"), feed_forward(), dropout)
                 for _ in range(decoder_layers)
             ],
             dim,
@@ -158,6 +165,8 @@ class Embedding(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(size, dim, padding_idx=PAD)
         nn.init.normal_(self.tokens.weight, std=dim**-0.5)
+        with torch.no_grad():
+            self.tokens.weight[PAD] = 0.0
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, ids: Tensor, start: int = 0) -> Tensor:
@@ -193,7 +202,7 @@ class Encoder(nn.Module):
 class EncoderLayer(nn.Module):
     """Self-attention and a feed-forward block, each normalised before and added after."""
 
-    def __init__(self, self_attention: nn.MultiheadAttention, feed_forward: nn.Module, dropout: float) -> None:
+    def __init__(self, self_attention: SparseMultiheadAttention, feed_forward: nn.Module, dropout: float) -> None:
         super().__init__()
         dim = self_attention.embed_dim
         self.self_attention = self_attention
@@ -230,8 +239,8 @@ class DecoderLayer(nn.Module):
 
     def __init__(
         self,
-        self_attention: nn.MultiheadAttention,
-        cross_attention: nn.MultiheadAttention,
+        self_attention: SparseMultiheadAttention,
+        cross_attention: SparseMultiheadAttention,
         feed_forward: nn.Module,
         dropout: float,
     ) -> None:

@@ -2,6 +2,7 @@
 
 from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention, alpha_per_head
 from sparse_attn.nn.cache import KVCache
+from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.nn.sparse import SparseAttention
 from sparse_attn.nn.topk import TopKMultiheadAttention
 
@@ -9,6 +10,7 @@ __all__ = [
     "AdaptiveSparseMultiheadAttention",
     "KVCache",
     "SparseAttention",
+    "SparseMultiheadAttention",
     "TopKMultiheadAttention",
     "alpha_per_head",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparse_attn.nn.alpha import bounded_alpha, check_alpha_range, initial_alpha
 from sparse_attn.nn.multihead import SparseMultiheadAttention
-from sparse_attn.ops.attention import Mapping, entmax_mapping
+from sparse_attn.ops.attention import ScoreMapping, entmax_mapping
 
 
 class AdaptiveSparseMultiheadAttention(SparseMultiheadAttention):
@@ -33,7 +33,8 @@ class AdaptiveSparseMultiheadAttention(SparseMultiheadAttention):
         vdim: Size of the values; ``embed_dim`` by default.
         batch_first: (N, L, E) instead of (L, N, E).
         device: Of the parameters.
-        dtype: Of the parameters; α is kept in float32 or wider, since in bfloat16 no optimizer step would move it.
+        dtype: Of the parameters; α is kept in float32 or wider, also by ``.to`` and ``.half``, since in bfloat16 no
+            optimizer step would move it.
         alpha_init: The initial α: a number, or one per head.
         alpha_range: The closed interval that a learnt α stays in; α = 1 is softmax, 2 is sparsemax.
         learn_alpha: Whether α is a parameter. If not, it may be any in ``(0, inf)``, and the state dict is that of
@@ -42,7 +43,7 @@ class AdaptiveSparseMultiheadAttention(SparseMultiheadAttention):
     Attributes:
         alpha: (H,) the current α per head, differentiable when learnt.
         raw_alpha: (H,) the parameter behind it, or None. A state dict without it (a dense checkpoint) loads and keeps
-            the initial α.
+            the current α. Give it no weight decay, which would pull α to its lower bound and hold it there.
 
     Raises:
         ValueError: ``embed_dim`` is no multiple of ``num_heads``; ``alpha_init`` lies outside ``alpha_range``, or that
@@ -59,7 +60,7 @@ class AdaptiveSparseMultiheadAttention(SparseMultiheadAttention):
         (torch.Size([3, 5, 16]), torch.Size([3, 5, 5]), tensor([1.5000, 1.5000]))
 
     Reference:
-        Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers", section 3.
+        Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers".
     """
 
     raw_alpha: nn.Parameter | None
@@ -99,21 +100,38 @@ class AdaptiveSparseMultiheadAttention(SparseMultiheadAttention):
         alpha = initial_alpha(alpha_init, self.alpha_range if learn_alpha else None, num_heads)
         self.alpha_init = tuple(alpha.tolist())
         if learn_alpha:
-            wide = torch.promote_types(self.out_proj.weight.dtype, torch.float32)
-            self.raw_alpha = nn.Parameter(alpha.to(self.out_proj.weight.device, wide))
+            self.raw_alpha = nn.Parameter(self._initial_raw_alpha().to(self.out_proj.weight.device))
         else:
             self.register_parameter("raw_alpha", None)
+
+    def _initial_raw_alpha(self) -> Tensor:
+        weight = next(self.parameters())  # not that of out_proj: what a user has put there need not have one
+        return torch.tensor(self.alpha_init, dtype=torch.promote_types(weight.dtype, torch.float32), device="cpu")
+
+    def _reset_parameters(self) -> None:
+        super()._reset_parameters()
+        raw_alpha = getattr(self, "raw_alpha", None)  # torch's constructor calls this before there is one
+        if raw_alpha is not None:
+            with torch.no_grad():
+                raw_alpha.copy_(self._initial_raw_alpha())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptiveSparseMultiheadAttention:
+        if self.raw_alpha is None:
+            return super()._apply(fn, recurse)
+        before = self.raw_alpha.detach()
+        super()._apply(fn, recurse)
+        if self.raw_alpha.dtype in (torch.float16, torch.bfloat16):
+            self.raw_alpha.data = before.to(self.raw_alpha.device, torch.float32)
+        return self
 
     @property
     def alpha(self) -> Tensor:
         """(H,) the current α per head."""
         if self.raw_alpha is not None:
             return bounded_alpha(self.raw_alpha, self.alpha_range)
-        weight = next(self.parameters())  # not that of out_proj: what a user has put there need not have one
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return torch.tensor(self.alpha_init, dtype=dtype, device=weight.device)
+        return self._initial_raw_alpha().to(next(self.parameters()).device)
 
-    def mapping(self) -> Mapping:
+    def mapping(self) -> ScoreMapping:
         """α-entmax over the keys; one fixed α for all heads goes as a number, which is faster."""
         if self.raw_alpha is None and len(set(self.alpha_init)) == 1:
             return entmax_mapping(self.alpha_init[0], self.num_heads)
@@ -128,7 +146,8 @@ class AdaptiveSparseMultiheadAttention(SparseMultiheadAttention):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.raw_alpha is not None:
-            state_dict.setdefault(prefix + "raw_alpha", self.raw_alpha.detach())
+            current = self._initial_raw_alpha() if self.raw_alpha.is_meta else self.raw_alpha.detach()
+            state_dict.setdefault(prefix + "raw_alpha", current)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -1,8 +1,8 @@
-"""α as a bounded parameter that is never stuck: α itself is learnt, its gradient projected at the bounds.
+"""α as a bounded parameter: α itself is learnt, and its gradient projected at the bounds.
 
-A sigmoid reaches neither bound, and near one its gradient vanishes; the projected gradient is exact inside, and on a
-bound lets pass whatever points back inside. An optimizer's momentum may carry the parameter a little past a bound: what
-the layer uses is the clamped value.
+A sigmoid reaches neither bound, and near one its gradient vanishes. Here the gradient is exact inside, and on a bound
+lets pass whatever points back inside. An optimizer may still carry the parameter past a bound (by momentum, a large
+step or weight decay) and then has to bring it back the same way: what the layer uses meanwhile is the clamped value.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Bounded(torch.autograd.Function):
 
 
 def bounded_alpha(raw: Tensor, alpha_range: tuple[float, float]) -> Tensor:
-    """``raw`` clamped to the range; descent along its gradient never leaves the range and is never stuck on a bound.
+    """``raw`` clamped to the range; at or past a bound its gradient never points further out.
 
     Example:
         >>> raw = torch.tensor([1.0, 1.0, 1.5], requires_grad=True)
@@ -45,17 +45,19 @@ def bounded_alpha(raw: Tensor, alpha_range: tuple[float, float]) -> Tensor:
         tensor([-3.,  0.,  3.])
 
     Reference:
-        Bertsekas 1976, "On the Goldstein-Levitin-Polyak gradient projection method", for the projection; Correia,
-        Niculae & Martins 2019 (EMNLP), section 3.2, for the sigmoid it takes the place of.
+        Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers", for the sigmoid it replaces.
     """
     return _Bounded.apply(raw, *alpha_range)
 
 
 def check_alpha_range(alpha_range: tuple[float, float]) -> tuple[float, float]:
     """The range as two floats, ``0 < low < high < inf``."""
-    low, high = (float(bound) for bound in alpha_range)
+    try:
+        low, high = (float(bound) for bound in alpha_range)
+    except (TypeError, ValueError):
+        raise TypeError(f"alpha_range must be two numbers (low, high), got {alpha_range!r}") from None
     if not 0 < low < high < math.inf:
-        raise ValueError(f"alpha_range must be (low, high) with 0 < low < high < inf, got {tuple(alpha_range)}")
+        raise ValueError(f"alpha_range must be (low, high) with 0 < low < high < inf, got {(low, high)}")
     return low, high
 
 
@@ -63,7 +65,10 @@ def initial_alpha(
     alpha_init: float | Sequence[float] | Tensor, alpha_range: tuple[float, float] | None, num_heads: int
 ) -> Tensor:
     """``(num_heads,)`` initial values in float64, checked against the range, or ``(0, inf)`` without one."""
-    alpha = torch.as_tensor(alpha_init, dtype=torch.float64, device="cpu").detach()
+    try:
+        alpha = torch.as_tensor(alpha_init, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError):
+        raise TypeError(f"alpha_init must be a number or one per head, got {alpha_init!r}") from None
     if tuple(alpha.shape) not in ((), (num_heads,)):
         raise ValueError(f"alpha_init must be a number or one per head ({num_heads},), got shape {tuple(alpha.shape)}")
     check_alpha(alpha, "alpha_init")

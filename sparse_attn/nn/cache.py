@@ -42,10 +42,14 @@ class KVCache:
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add new positions and return all."""
-        if self.key is not None and self.value is not None:
-            key, value = torch.cat([self.key, key], -2), torch.cat([self.value, value], -2)
-        self.key, self.value = key, value
-        return key, value
+        self.key, self.value = self.joined(key, value)
+        return self.key, self.value
+
+    def joined(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`append` would return, without adding anything."""
+        if self.key is None or self.value is None:
+            return key, value
+        return torch.cat([self.key, key], -2), torch.cat([self.value, value], -2)
 
     def select(self, rows: Tensor) -> None:
         """Keep these batch rows, in this order: finished sentences leave, beams are reordered."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sparse_attn.masks import causal_mask, check_mask_dtype, merge_multihead_masks
 from sparse_attn.nn.cache import KVCache
-from sparse_attn.ops.attention import Mapping, attend
+from sparse_attn.ops.attention import ScoreMapping, attend
+from sparse_attn.ops.checks import check_dropout, check_floating
 
 
 class SparseMultiheadAttention(nn.MultiheadAttention):
@@ -39,13 +40,15 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        for name, count in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"{name} must be an int, got {count!r}")
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
             raise ValueError(
                 "embed_dim must be a positive multiple of num_heads, "
                 f"got embed_dim={embed_dim} and num_heads={num_heads}"
             )
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"dropout must be in [0, 1], got {dropout}")
+        check_dropout(dropout)
         super().__init__(
             embed_dim,
             num_heads,
@@ -69,7 +72,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         super()._reset_parameters()
         self._qkv_same_embed_dim = False
 
-    def mapping(self) -> Mapping:
+    def mapping(self) -> ScoreMapping:
         """The function from scores (N, H, L, S) to weights."""
         raise NotImplementedError
 
@@ -103,8 +106,9 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             The output, of the query's shape, and the weights, (N, L, S) or (N, H, L, S) (no N when unbatched), or None.
 
         Raises:
-            TypeError: Nested tensors; a mask that is neither boolean nor floating.
-            ValueError: Shapes that do not fit.
+            TypeError: Inputs that are nested or not floating; a mask that is neither boolean nor floating.
+            ValueError: Shapes that do not fit; ``is_causal`` with a static cache, which does not know where the
+                query stands.
         """
         batched = self._check_inputs(query, key, value)
         if not batched:
@@ -120,6 +124,10 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         q, k, v = self._project(query, key, value, batch_first=self.batch_first or not batched, cache=cache)
         (batch, heads, queries, _), keys = q.shape, k.shape[-2]
         mask = merge_multihead_masks(attn_mask, key_padding_mask, batch=batch, heads=heads, queries=queries, keys=keys)
+        if cache is not None:
+            if is_causal and cache.static:
+                raise ValueError("is_causal must be False with a static cache, got True")
+            cache.key, cache.value = k, v  # not before everything is checked: a refused call leaves the cache as it was
         if is_causal and attn_mask is None:
             causal = causal_mask(queries, keys, q.device, offset=0 if cache is None else keys - queries)
             mask = causal if mask is None else _both(causal, mask)
@@ -137,6 +145,8 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether the input is batched; raises where shapes do not fit."""
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            check_floating(x, name)
         if any(x.is_nested for x in (query, key, value)):
             raise TypeError("query, key and value must be dense tensors, got a nested tensor")
         shapes = f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
@@ -164,9 +174,10 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             weights = list(self.in_proj_weight.chunk(3))
         biases = [None] * 3 if self.in_proj_bias is None else list(self.in_proj_bias.chunk(3))
         batch = query.shape[0 if batch_first else 1]
-        if cache is not None and cache.key is not None and len(cache.key) != batch:
+        if cache is not None and cache.key is not None and cache.key.shape[:2] != (batch, self.num_heads):
             raise ValueError(
-                f"cache must hold as many batch rows as query, {batch}, got {len(cache.key)}; KVCache.select keeps rows"
+                f"cache must hold keys of (N, H) = {(batch, self.num_heads)}, got {tuple(cache.key.shape[:2])}; "
+                "give each layer its own, and keep rows with KVCache.select"
             )
         pattern = ("n l" if batch_first else "l n") + " (h d) -> n h l d"
 
@@ -182,7 +193,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             q = split(F.linear(query, weights[0], biases[0]))
             k, v = (split(F.linear(x, weights[i], biases[i])) for i, x in ((1, key), (2, value)))
         if cache is not None:
-            k, v = cache.append(k, v)
+            k, v = cache.joined(k, v)
         return q, k, v
 
     def _extend_keys(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -198,7 +209,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         for extra_k, extra_v in extra:
             k, v = torch.cat([k, extra_k], -2), torch.cat([v, extra_v], -2)
         if mask is not None and extra:
-            mask = F.pad(mask, (0, len(extra)), value=mask.dtype == torch.bool)
+            mask = F.pad(mask, (0, len(extra)), value=True if mask.dtype == torch.bool else 0.0)
         return k, v, mask
 
 

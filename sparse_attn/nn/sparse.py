@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from sparse_attn.ops.attention import attend, entmax_mapping, topk_mapping
-from sparse_attn.ops.checks import check_alpha, check_k
+from sparse_attn.ops.checks import check_alpha, check_dropout, check_k
 
 
 class SparseAttention(nn.Module):
@@ -14,7 +14,7 @@ class SparseAttention(nn.Module):
     Args:
         k: How many keys a query keeps, or None for all. Ties go to the lowest index.
         alpha: α of the weights, a number or a tensor (H,); softmax (1) by default when ``k`` is given. A parameter is
-            learnt, any other tensor is a buffer.
+            learnt, unbounded: keep it in ``(0, inf)``. Any other tensor is copied into a buffer.
         scale: Factor of the scores; ``1 / sqrt(E)`` by default.
         dropout: Probability that a weight is dropped in training.
 
@@ -53,13 +53,16 @@ class SparseAttention(nn.Module):
             check_k(k)
         if alpha is not None:
             check_alpha(alpha)
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"dropout must be in [0, 1], got {dropout}")
+        check_dropout(dropout)
         self.k = k
         self.scale = scale
         self.dropout = dropout
         if isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
-            self.register_buffer("alpha", alpha)
+            if alpha.requires_grad:
+                raise ValueError(
+                    "alpha must be a number, a parameter or a tensor without gradient, got one with gradient"
+                )
+            self.register_buffer("alpha", alpha.clone())
         else:
             self.alpha = 1.0 if alpha is None else alpha
 
@@ -93,6 +96,6 @@ class SparseAttention(nn.Module):
         return attend(query, key, value, mapping, attn_mask, dropout_p, is_causal, scale=self.scale)[0]
 
     def extra_repr(self) -> str:
-        """The arguments, as given."""
-        alpha = tuple(self.alpha.shape) if isinstance(self.alpha, Tensor) else self.alpha
+        """The arguments; of a tensor α its values."""
+        alpha = self.alpha.tolist() if isinstance(self.alpha, Tensor) else self.alpha
         return f"k={self.k}, alpha={alpha}, scale={self.scale}, dropout={self.dropout}"

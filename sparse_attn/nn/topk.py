@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sparse_attn.nn.multihead import SparseMultiheadAttention
-from sparse_attn.ops.attention import Mapping, Normalizer, normalizer_alpha, topk_mapping
+from sparse_attn.ops.attention import Normalizer, ScoreMapping, normalizer_alpha, topk_mapping
 from sparse_attn.ops.checks import check_k
 
 
@@ -43,7 +43,7 @@ class TopKMultiheadAttention(SparseMultiheadAttention):
         tensor([2])
 
     Reference:
-        Zhao et al. 2019, "Explicit Sparse Transformer", section 3.
+        Zhao et al. 2019, "Explicit Sparse Transformer".
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class TopKMultiheadAttention(SparseMultiheadAttention):
         self.k = k
         self.normalizer = normalizer
 
-    def mapping(self) -> Mapping:
+    def mapping(self) -> ScoreMapping:
         """Softmax or sparsemax over the k best keys."""
         return topk_mapping(self.k, normalizer_alpha(self.normalizer))
 

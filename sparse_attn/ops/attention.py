@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn.masks import apply_mask, causal_mask
-from sparse_attn.ops.checks import check_alpha, check_k
+from sparse_attn.ops.checks import check_dropout, check_floating, check_k
 from sparse_attn.ops.entmax import entmax
 from sparse_attn.ops.topk import topk_entmax
 
 Normalizer = Literal["softmax", "sparsemax"]
-Mapping = Callable[[Tensor], Tensor]
+ScoreMapping = Callable[[Tensor], Tensor]
 
 _ALPHA_OF = {"softmax": 1.0, "sparsemax": 2.0}
 
@@ -60,9 +60,9 @@ def entmax_attention(
         torch.Size([2, 4, 5, 8])
 
     Reference:
-        Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers", section 3.
+        Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers".
     """
-    mapping = entmax_mapping(alpha, query.shape[-3] if query.dim() > 2 else 1)
+    mapping = entmax_mapping(alpha, max(_heads(query), _heads(key)))
     return attend(query, key, value, mapping, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
 
 
@@ -106,22 +106,20 @@ def topk_attention(
         torch.Size([2, 4, 5, 8])
 
     Reference:
-        Zhao et al. 2019, "Explicit Sparse Transformer", section 3.
+        Zhao et al. 2019, "Explicit Sparse Transformer".
     """
     mapping = topk_mapping(k, normalizer_alpha(normalizer))
     return attend(query, key, value, mapping, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
 
 
-def entmax_mapping(alpha: float | Tensor, heads: int) -> Mapping:
+def entmax_mapping(alpha: float | Tensor, heads: int) -> ScoreMapping:
     """Scores (..., H, L, S) to weights, with one α or one per head."""
-    check_alpha(alpha)
     return partial(entmax, alpha=_per_head(alpha, heads))
 
 
-def topk_mapping(k: int, alpha: float | Tensor = 1.0, heads: int = 1) -> Mapping:
+def topk_mapping(k: int, alpha: float | Tensor = 1.0, heads: int = 1) -> ScoreMapping:
     """Scores (..., H, L, S) to weights on the ``k`` best keys, all of them where there are fewer."""
     check_k(k)
-    check_alpha(alpha)
     alpha = _per_head(alpha, heads)
     # No keys at all are fewer than k, too.
     return lambda scores: entmax(scores, alpha) if scores.shape[-1] <= k else topk_entmax(scores, k, alpha)
@@ -138,7 +136,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mapping: Mapping,
+    mapping: ScoreMapping,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -148,8 +146,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """The output and the weights (after dropout) of attention with any mapping; arguments as in the public ones."""
     _check_shapes(query, key, value, enable_gqa)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
+    check_dropout(dropout_p, "dropout_p")
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal=True, got both; put the causal part into the mask")
     if enable_gqa:
@@ -164,6 +161,10 @@ def attend(
     return weights.to(value.dtype) @ value, weights
 
 
+def _heads(x: Tensor) -> int:
+    return x.shape[-3] if x.dim() > 2 else 1
+
+
 def _per_head(alpha: float | Tensor, heads: int) -> float | Tensor:
     if not isinstance(alpha, Tensor) or alpha.dim() == 0:
         return alpha
@@ -173,6 +174,11 @@ def _per_head(alpha: float | Tensor, heads: int) -> float | Tensor:
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_floating(x, name)
+    dtypes = (query.dtype, key.dtype, value.dtype)
+    if len(set(dtypes)) > 1 and not torch.is_autocast_enabled(query.device.type):
+        raise TypeError(f"query, key and value must have one dtype, got {', '.join(map(str, dtypes))}")
     shapes = f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if not (query.dim() == key.dim() == value.dim() >= 2):
         raise ValueError(f"query, key and value must have the same number of dimensions, at least 2; {shapes}")
@@ -183,11 +189,12 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
     if query.device != key.device or query.device != value.device:
         devices = f"{query.device}, {key.device} and {value.device}"
         raise ValueError(f"query, key and value must be on one device, got {devices}")
-    if enable_gqa:
-        if query.dim() < 3 or query.shape[-3] % key.shape[-3] or key.shape[-3] != value.shape[-3]:
-            raise ValueError(f"key and value must have the same number of heads, a divisor of the query's; {shapes}")
-    else:
-        try:
-            torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-        except RuntimeError as error:
-            raise ValueError(f"batch and head sizes must broadcast; {shapes}") from error
+    if enable_gqa and (
+        query.dim() < 3 or not key.shape[-3] or query.shape[-3] % key.shape[-3] or key.shape[-3] != value.shape[-3]
+    ):
+        raise ValueError(f"key and value must have the same number of heads, a divisor of the query's; {shapes}")
+    axes = -3 if enable_gqa else -2
+    try:
+        torch.broadcast_shapes(query.shape[:axes], key.shape[:axes], value.shape[:axes])
+    except RuntimeError as error:
+        raise ValueError(f"batch and head sizes must broadcast; {shapes}") from error

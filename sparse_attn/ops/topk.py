@@ -30,7 +30,7 @@ def topk_softmax(x: Tensor, k: int, dim: int = -1) -> Tensor:
         tensor([0.0000, 0.5000, 0.0000, 0.5000])
 
     Reference:
-        Zhao et al. 2019, "Explicit Sparse Transformer", eq. 3, with ties broken.
+        Zhao et al. 2019, "Explicit Sparse Transformer", with ties broken.
     """
     return topk_entmax(x, k, 1.0, dim)
 

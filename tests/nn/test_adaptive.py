@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -266,3 +266,44 @@ def test_an_alpha_outside_its_range_is_named(kwargs: dict[str, Any], message: st
 def test_repr_shows_the_alpha_arguments() -> None:
     assert "alpha_init=1.25, alpha_range=(1.0, 2.0), learn_alpha=True" in repr(layer_of(alpha_init=1.25))
     assert "alpha_init=(1.0, 1.5, 2.0)" in repr(layer_of(alpha_init=(1.0, 1.5, 2.0)))
+
+
+@pytest.mark.parametrize("narrow", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()])
+def test_alpha_stays_float32_when_a_model_is_narrowed(narrow: Callable[[nn.Module], nn.Module]) -> None:
+    layer = AdaptiveSparseMultiheadAttention(8, 2, alpha_init=1.2345)
+    parameter = layer.raw_alpha
+    narrow(nn.Sequential(layer))
+    assert layer.raw_alpha is parameter
+    assert parameter.dtype == torch.float32 and parameter.tolist() == pytest.approx([1.2345] * 2, abs=1e-7)
+    assert layer.in_proj_weight.dtype in (torch.float16, torch.bfloat16)
+
+
+def test_a_layer_on_the_meta_device_takes_a_dense_checkpoint() -> None:
+    dense = nn.MultiheadAttention(8, 2)
+    with torch.device("meta"):
+        layer = AdaptiveSparseMultiheadAttention(8, 2, alpha_init=[1.25, 1.5], device="meta")
+    layer.load_state_dict(dense.state_dict(), assign=True)
+    assert layer.alpha.tolist() == [1.25, 1.5]
+
+
+def test_reset_parameters_begins_alpha_anew() -> None:
+    layer = AdaptiveSparseMultiheadAttention(8, 2, alpha_init=[1.25, 1.5])
+    with torch.no_grad():
+        layer.raw_alpha.fill_(math.nan)
+    layer._reset_parameters()
+    assert layer.alpha.tolist() == [1.25, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"alpha_range": (1.0, 1.5, 2.0)}, r"alpha_range must be two numbers \(low, high\), got \(1.0, 1.5, 2.0\)"),
+        ({"alpha_range": 2.0}, r"alpha_range must be two numbers \(low, high\), got 2.0"),
+        ({"alpha_init": "1.5"}, "alpha_init must be a number or one per head, got '1.5'"),
+        ({"dropout": "0.1"}, "dropout must be a number, got '0.1'"),
+        ({"num_heads": 2.0}, "num_heads must be an int, got 2.0"),
+    ],
+)
+def test_arguments_of_another_type(kwargs: dict[str, object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        AdaptiveSparseMultiheadAttention(**{"embed_dim": 8, "num_heads": 2, **kwargs})

@@ -139,7 +139,7 @@ def test_rows_that_are_not_those_of_the_cache_are_named(batch_first: bool, stati
     x = torch.randn(1, 1, E, dtype=torch.float64)
     layer(x, x, x, cache=cache)
     more = x.expand(N, 1, E) if batch_first else x.expand(1, N, E)
-    message = "cache must hold as many batch rows as query, 3, got 1; KVCache.select keeps rows"
+    message = r"cache must hold keys of \(N, H\) = \(3, \d+\), got \(1, \d+\); .* KVCache\.select"
     with pytest.raises(ValueError, match=message):
         layer(more, more, more, cache=cache)
 
@@ -151,3 +151,23 @@ def test_the_masks_of_a_step_span_all_keys() -> None:
     layer(x, x, x, cache=cache)
     with pytest.raises(ValueError, match=r"key_padding_mask must have shape \(N, S\) = \(3, 2\), got \(3, 1\)"):
         layer(x, x, x, key_padding_mask=torch.zeros(N, 1, dtype=torch.bool), cache=cache)
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was() -> None:
+    layer = AdaptiveSparseMultiheadAttention(8, 2, batch_first=True)
+    cache, x = KVCache(), torch.randn(2, 1, 8)
+    layer(x, x, x, cache=cache)
+    with pytest.raises(ValueError, match="key_padding_mask must have shape"):
+        layer(x, x, x, key_padding_mask=torch.zeros(2, 1, dtype=torch.bool), cache=cache)
+    assert len(cache) == 1
+
+
+def test_a_static_cache_is_not_causal_and_a_cache_belongs_to_one_layer() -> None:
+    layer = AdaptiveSparseMultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(2, 3, 8)
+    with pytest.raises(ValueError, match="is_causal must be False with a static cache"):
+        layer(x, x, x, is_causal=True, cache=KVCache(static=True))
+    cache = KVCache()
+    layer(x, x, x, cache=cache)
+    with pytest.raises(ValueError, match=r"\(N, H\) = \(2, 4\), got \(2, 2\); give each layer its own"):
+        AdaptiveSparseMultiheadAttention(8, 4, batch_first=True)(x, x, x, cache=cache)

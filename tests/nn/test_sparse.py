@@ -106,7 +106,7 @@ def test_copies_and_repr_keep_the_arguments() -> None:
     attention = SparseAttention(k=3, alpha=torch.tensor([1.0, 1.5, 2.0]), scale=0.7)
     tensors = inputs()
     torch.testing.assert_close(copy.deepcopy(attention)(*tensors), attention(*tensors), rtol=0, atol=0)
-    assert repr(attention) == "SparseAttention(k=3, alpha=(3,), scale=0.7, dropout=0.0)"
+    assert repr(attention) == "SparseAttention(k=3, alpha=[1.0, 1.5, 2.0], scale=0.7, dropout=0.0)"
 
 
 @pytest.mark.parametrize(
@@ -135,3 +135,12 @@ def test_a_wrong_input_is_named() -> None:
         attention(query, key[..., :5], value)
     with pytest.raises(ValueError, match=r"alpha must be a number or have shape \(H,\) = \(3,\), got \(2,\)"):
         SparseAttention(alpha=torch.tensor([1.5, 2.0]))(query, key, value)
+
+
+def test_a_tensor_is_copied_and_one_with_a_gradient_refused() -> None:
+    alpha = torch.tensor([1.5])
+    attention = SparseAttention(alpha=alpha)
+    alpha.fill_(2.0)
+    assert attention.alpha.tolist() == [1.5]
+    with pytest.raises(ValueError, match="alpha must be a number, a parameter or a tensor without gradient"):
+        SparseAttention(alpha=1 + torch.zeros(1, requires_grad=True).sigmoid())

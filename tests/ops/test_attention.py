@@ -291,3 +291,37 @@ def test_a_wrong_alpha_is_named(alpha: Any, error: type[Exception], message: str
 def test_a_wrong_k_or_normalizer_is_named(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         topk_attention(*inputs(), **kwargs)
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_the_smallest_number_of_the_masks_own_dtype_masks(
+    alpha: float, dtype: torch.dtype, mask_dtype: torch.dtype
+) -> None:
+    query, key, value = torch.full((1, 2, 3, 8), 10.0), torch.ones(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    mask = torch.zeros(3, 5, dtype=mask_dtype)
+    mask[1] = torch.finfo(mask_dtype).min
+    output = entmax_attention(query.to(dtype), key.to(dtype), value.to(dtype), alpha, mask)
+    assert (output[:, :, 1] == 0).all() and (output[:, :, [0, 2]] != 0).all()
+
+
+def test_inputs_that_are_not_floating_or_not_alike() -> None:
+    x = torch.randn(1, 2, 3, 8)
+    with pytest.raises(TypeError, match=r"key must have a floating dtype .*, got torch\.int64"):
+        entmax_attention(x, x.long(), x)
+    with pytest.raises(TypeError, match=r"must have one dtype, got torch\.float32, torch\.float64, torch\.float32"):
+        entmax_attention(x, x.double(), x)
+    with pytest.raises(ValueError, match="a divisor of the query's"):
+        entmax_attention(x, x[:, :0], x[:, :0], enable_gqa=True)
+    with pytest.raises(ValueError, match="must broadcast"):
+        entmax_attention(x.expand(3, -1, -1, -1), x.expand(2, -1, -1, -1), x.expand(2, -1, -1, -1), enable_gqa=True)
+
+
+def test_one_query_head_against_many_key_heads() -> None:
+    query, key, value = torch.randn(1, 1, 3, 8), torch.randn(1, 4, 5, 8), torch.randn(1, 4, 5, 8)
+    alpha = torch.tensor([1.0, 1.2, 1.5, 2.0])
+    together = entmax_attention(query, key, value, alpha)
+    for head in range(4):
+        alone = entmax_attention(query, key[:, [head]], value[:, [head]], alpha[head])
+        torch.testing.assert_close(together[:, [head]], alone)

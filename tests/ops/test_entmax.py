@@ -211,3 +211,30 @@ def test_wrong_input_is_named():
         entmax(x, "1.5")
     with pytest.raises(IndexError, match=r"dim must be in \[-4, 3\] .*, got 4"):
         entmax(x, dim=4)
+
+
+def test_every_axis_that_one_alpha_each_would_fit_is_shown():
+    with pytest.raises(ValueError, match=r"dim 0 use alpha.view\(-1, 1, 1, 1\); .* dim 1 use alpha.view\(-1, 1, 1\)"):
+        entmax(torch.randn(4, 4, 5, 5), torch.full((4,), 1.5))
+
+
+def test_an_empty_batch_leaves_alpha_a_gradient_of_zero():
+    alpha = torch.tensor(1.5, requires_grad=True)
+    y = entmax(torch.empty(0, 3, dtype=torch.bfloat16), alpha)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert alpha.grad is not None and alpha.grad.item() == 0
+
+
+def test_result_is_contiguous_as_that_of_softmax():
+    assert entmax(torch.randn(3, 5).T).is_contiguous() and entmax(torch.randn(3, 5), dim=0).is_contiguous()
+
+
+def test_steep_alpha_and_tiny_scores(oracle):
+    x = torch.randn(3, 129) * 1e-3
+    assert (entmax(x, 4.0) - oracle(x.double(), 4.0)).abs().max() <= 2e-7
+
+
+def test_float8_is_refused():
+    with pytest.raises(TypeError, match=r"bfloat16, float32, float64\), got torch.float8_e4m3fn"):
+        entmax(torch.zeros(3).to(torch.float8_e4m3fn))

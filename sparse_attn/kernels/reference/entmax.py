@@ -7,7 +7,7 @@ Everything is written in ``a = α - 1`` and in the form
 which tends to ``exp(z_i - σ)`` as ``a -> 0`` without cancelling. ``u = p^(1 - a)`` is ``-dp/dσ`` on the support.
 Inputs are float32 or float64; ``a`` is a number or a tensor that broadcasts with size 1 in the last dimension.
 
-Reference: Peters, Niculae & Martins 2019 (ACL), eq. 10 for the mapping and Prop. 2 for its Jacobian; Correia, Niculae &
+Reference: Peters, Niculae & Martins 2019 (ACL) for the mapping and its Jacobian; Correia, Niculae &
 Martins 2019 (EMNLP), Prop. 1 for the gradient in α, here in a form that does not divide by ``a``.
 """
 
@@ -23,6 +23,11 @@ _MAX_SWEEPS = 100
 
 def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
     """The probabilities ``p``; entries at or below ``lowest`` are masked, and a row of nothing else is all zeros."""
+    steep = bool((a > 1).any()) if isinstance(a, Tensor) else a > 1  # some α > 2
+    if steep and scores.dtype != torch.float64:
+        # Where an entry enters the support its slope is infinite then: a rounding of σ is a large error of p.
+        wide = a.double() if isinstance(a, Tensor) else a
+        return entmax_forward(scores.double(), wide, lowest).to(scores.dtype)
     top = scores.amax(-1, keepdim=True)
     empty = top <= lowest
     if isinstance(a, float) and a == 0.0:
@@ -33,9 +38,6 @@ def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
         # A head at α = 1 takes an ``a`` so small that log1p(t) / a is z - σ to the last bit.
         tiny = torch.finfo(z.dtype).eps * 1e-3
         a = torch.where(a.abs() < tiny, tiny, a)
-        steep = bool((a > 1).any())
-    else:
-        steep = a > 1
     p = _solve_bracketed(z, a) if steep else _solve_newton(z, a)
     total = p.sum(-1, keepdim=True)
     return p.div_(total.masked_fill_(total == 0.0, 1.0))
@@ -48,7 +50,7 @@ def _solve_newton(z: Tensor, a: float | Tensor) -> Tensor:
     pass it. At α = 1 the first step lands on ``logsumexp(z)``.
     """
     sigma = torch.zeros_like(z[..., :1])
-    # Near α = 2 the support shrinks until the last step, so no larger a step may count as the end.
+    # Only a step of rounding size is the end: near α = 2 a small one may still take entries out of the support.
     tolerance = 4 * torch.finfo(z.dtype).eps
     for _ in range(_MAX_SWEEPS):
         p, u = _power(z, sigma, a)
@@ -63,12 +65,9 @@ def _solve_bracketed(z: Tensor, a: float | Tensor) -> Tensor:
     """``p`` by Newton's method inside a bracket with bisection as the fall-back, for any α.
 
     For α > 2 the slope is infinite where an entry enters the support, so a short step proves nothing: what is asked
-    is that the sum be 1, or the bracket empty. The same slope makes a large error of p out of a rounding of σ: hence
-    float64 inside.
+    is that the sum be 1, or the bracket empty.
     """
-    dtype, z = z.dtype, z.double()
-    a = a.double() if isinstance(a, Tensor) else a
-    eps = torch.finfo(torch.float64).eps
+    eps = torch.finfo(z.dtype).eps
     low = torch.zeros_like(z[..., :1])
     log_size = torch.full_like(low, math.log(z.shape[-1]))
     high = -torch.expm1(-a * log_size) / a
@@ -86,7 +85,7 @@ def _solve_bracketed(z: Tensor, a: float | Tensor) -> Tensor:
         good = (newton > low) & (newton < high) & (error <= error_before / 2)
         sigma = torch.where(open_rows, torch.where(good, newton, (low + high) / 2), sigma)
         error_before = error
-    return p.to(dtype)
+    return p
 
 
 def _power(z: Tensor, sigma: Tensor, a: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -119,3 +119,10 @@ def test_no_words_give_no_output() -> None:
 def test_a_wrong_max_length_is_named(max_length: int) -> None:
     with pytest.raises(ValueError, match=f"max_length must be at least 1, got {max_length}"):
         greedy_decode(model_of(), words(), max_length=max_length)
+
+
+def test_each_module_keeps_its_own_mode() -> None:
+    model = Seq2SeqTransformer(11, 13, dim=16, num_heads=2, ff_dim=32).train()
+    model.encoder.eval()
+    greedy_decode(model, torch.randint(4, 11, (2, 3)), max_length=2)
+    assert model.training and model.decoder.training and not model.encoder.norm.training
