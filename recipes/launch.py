@@ -8,6 +8,7 @@ traceback. ``SPARSE_ATTN_TRACEBACK=1`` shows the traceback of every error.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import os
@@ -97,7 +98,7 @@ def run_hydra(
             arguments.append(f"hydra.sweep.dir={scratch}")
         main = hydra.main(config_path=str(folder.resolve()), config_name=config_name, version_base="1.3")
         try:
-            with _arguments([f"sparse-attn {name}", *arguments]):
+            with _arguments([f"sparse-attn {name}", *arguments]), _unchecked_help_texts():
                 main(_through_hydra(task))()
         except _TaskError as carrier:
             raise carrier.error from carrier.error.__cause__
@@ -166,6 +167,16 @@ def _arguments(argv: list[str]) -> Any:
         yield
     finally:
         sys.argv = before
+
+
+@contextlib.contextmanager
+def _unchecked_help_texts() -> Any:
+    """Python 3.14 checks the help text of every argument, and Hydra 1.3 has one that is no text."""
+    argparse.ArgumentParser._check_help = lambda parser, action: None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del argparse.ArgumentParser._check_help  # type: ignore[attr-defined]
 
 
 def _check_flags(arguments: Sequence[str]) -> None:

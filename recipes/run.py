@@ -162,6 +162,7 @@ def versions() -> dict[str, Any]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
+    found["torch"] = torch.__version__  # names the build, too: +cpu, +cu130
     found["git_commit"] = git_commit(Path(__file__).parent)
     return found
 

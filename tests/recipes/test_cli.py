@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, typing mistakes, Ctrl-C."""
 
+import argparse
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import hydra
 import pytest
 from omegaconf import DictConfig
 
@@ -184,6 +186,29 @@ def test_multirun_runs_every_combination_in_folders_of_one_sweep(command, tmp_pa
     arguments = ["-m", "model.attention=softmax,topk", "hydra.sweep.dir=sweep"]
     assert command(main=lambda: run_hydra("train", task, arguments=arguments)) == (0, "", "")
     assert seen == [("softmax", tmp_path / "sweep" / "0"), ("topk", tmp_path / "sweep" / "1")]
+
+
+def test_argparse_of_python_3_14_takes_what_hydra_gives_it(command, monkeypatch):
+    def check_help(parser, action):
+        if action.help and hasattr(parser, "_get_formatter"):
+            try:
+                parser._get_formatter()._expand_help(action)
+            except (ValueError, TypeError, KeyError):
+                raise ValueError("badly formed help string") from None
+
+    def add_argument(container, *args, **kwargs):
+        action = before(container, *args, **kwargs)
+        container._check_help(action)
+        return action
+
+    before = argparse._ActionsContainer.add_argument
+    monkeypatch.setattr(argparse._ActionsContainer, "_check_help", check_help, raising=False)
+    monkeypatch.setattr(argparse._ActionsContainer, "add_argument", add_argument)
+    with pytest.raises(ValueError, match="badly formed help string"):
+        hydra._internal.utils.get_args_parser()
+    seen = []
+    assert command(main=lambda: run_hydra("train", lambda cfg: seen.append(cfg.seed), arguments=["seed=5"]))[0] == 0
+    assert seen == [5]
 
 
 def test_several_runs_of_a_reading_command_leave_nothing_behind(command, tmp_path):
