@@ -49,9 +49,11 @@ def predict(cfg: DictConfig) -> dict[str, int]:
         if source.isatty():
             size = 1
             print("reading words from the terminal, one a line; end with Ctrl-D", file=sys.stderr)
+        batch = list(itertools.islice(lines, size))
+        # Not before there is something to write: an earlier output outlives a wrong input.
         target = _open_output(cfg.output, cfg.input, stack)
         with _closed_pipe_is_no_error(target):
-            while batch := list(itertools.islice(lines, size)):
+            while batch:
                 _warn(task, batch, counts)
                 words = [word for _, word in batch if word]
                 predictions = iter(task.predict_words(words)) if words else iter(())
@@ -59,6 +61,7 @@ def predict(cfg: DictConfig) -> dict[str, int]:
                     text = f"{word}\t{task.target_tokenizer.join(next(predictions))}" if word else ""
                     target.write(f"{text}\n")
                 target.flush()
+                batch = list(itertools.islice(lines, size))
     return counts
 
 

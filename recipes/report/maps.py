@@ -19,6 +19,7 @@ from torch import Tensor
 
 from recipes.report.measure import KINDS, Kind, record_batch
 from recipes.report.tables import setting
+from recipes.seq2seq.decode import greedy_decode
 from recipes.seq2seq.tokenizer import BOS
 
 NEVER_VISIBLE = "#bdbdbd"
@@ -72,14 +73,11 @@ def word_maps(task: Any, word: str) -> WordMaps:
     if not word:
         raise ValueError(f"word must hold at least one character, got {word!r}")
     source, target = task.source_tokenizer, task.target_tokenizer
-    predicted = task.predict_words([word])[0]
-    source_ids, target_ids = source.encode(word), target.encode(target.join(predicted))
     device = next(task.model.parameters()).device
-    recorded = record_batch(
-        task.model,
-        torch.tensor([source_ids], device=device),
-        torch.tensor([[BOS, *target_ids[:-1]]], device=device),
-    )
+    source_ids = torch.tensor([source.encode(word)], device=device)
+    target_ids = greedy_decode(task.model, source_ids, max_length=task.hparams["max_length"])[0]
+    predicted = target.decode(target_ids)
+    recorded = record_batch(task.model, source_ids, torch.tensor([[BOS, *target_ids]], device=device))
     inputs = [*source.tokenize(word), "<eos>"]
     read, written = ["<bos>", *predicted], [*predicted, "<eos>"]
     axes: dict[Kind, tuple[list[str], list[str]]] = {

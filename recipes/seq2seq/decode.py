@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from recipes.seq2seq.model import Seq2SeqTransformer
-from recipes.seq2seq.tokenizer import BOS, EOS, PAD
+from recipes.seq2seq.tokenizer import BOS, EOS, PAD, UNK
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def greedy_decode(model: Seq2SeqTransformer, source: Tensor, *, max_length: int)
         max_length: Tokens at most, at least 1.
 
     Returns:
-        One list of target ids per row, without the special tokens that begin and end it.
+        One list of target ids per row, without special tokens.
 
     Raises:
         ValueError: ``max_length`` is below 1.
@@ -47,7 +47,7 @@ def _decode(model: Seq2SeqTransformer, source: Tensor, max_length: int) -> list[
     output = torch.full((len(source), max_length), EOS, device=source.device)
     for step in range(max_length):
         logits = model.decode(token, memory, padding, caches)[:, -1]
-        logits[:, [PAD, BOS]] = float("-inf")  # never a prediction
+        logits[:, [PAD, BOS, UNK]] = float("-inf")  # never a prediction
         token = logits.argmax(-1, keepdim=True)
         output[rows, step] = token[:, 0]
         going = (token[:, 0] != EOS).nonzero()[:, 0]

@@ -90,11 +90,13 @@ def test_wrong_input_is_one_line_and_nothing_is_printed(
 
 
 def test_empty_standard_input(
-    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     give_stdin(monkeypatch, b"")
+    (tmp_path / "out.txt").write_text("an earlier output")
     with pytest.raises(SystemExit):
-        run_predict(f"run={run_folder}")
+        run_predict(f"run={run_folder}", f"output={tmp_path / 'out.txt'}")
+    assert (tmp_path / "out.txt").read_text() == "an earlier output"
     assert capsys.readouterr().err == "sparse-attn predict: standard input must hold at least one line, got nothing\n"
 
 

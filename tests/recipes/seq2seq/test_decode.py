@@ -11,7 +11,7 @@ from torch import Tensor
 from recipes.seq2seq.attention import ATTENTION_KINDS
 from recipes.seq2seq.decode import greedy_decode
 from recipes.seq2seq.model import Seq2SeqTransformer
-from recipes.seq2seq.tokenizer import BOS, EOS, PAD
+from recipes.seq2seq.tokenizer import BOS, EOS, PAD, UNK
 
 N, S, SOURCE, TARGET, MAX_LENGTH = 7, 5, 11, 13, 9
 
@@ -40,7 +40,7 @@ def naive(model: Seq2SeqTransformer, source: Tensor, max_length: int) -> list[in
     target = [BOS]
     while len(target) <= max_length:
         logits = model(source[source != PAD][None], torch.tensor([target]))[0, -1]
-        logits[[PAD, BOS]] = -math.inf
+        logits[[PAD, BOS, UNK]] = -math.inf
         token = int(logits.argmax())
         if token == EOS:
             break
@@ -59,7 +59,7 @@ def test_a_batch_with_a_cache_writes_what_each_word_gets_alone_without(kind: str
             output = greedy_decode(model, source, max_length=MAX_LENGTH)
             assert output == [naive(model, row, MAX_LENGTH) for row in source]
         assert output == [greedy_decode(model, row[None], max_length=MAX_LENGTH)[0] for row in source]
-        assert not {PAD, BOS, EOS} & {token for row in output for token in row}
+        assert not {PAD, BOS, EOS, UNK} & {token for row in output for token in row}
         lengths.add(len({len(row) for row in output}))
     assert max(lengths) > 2  # rows have left a batch at different steps
 
@@ -85,9 +85,9 @@ def test_decoding_ends_when_all_words_have_ended() -> None:
 def test_padding_and_beginning_are_never_written() -> None:
     model = model_of(end_bias=-1e3)
     with torch.no_grad():
-        model.output.bias[[PAD, BOS]] = 1e3
+        model.output.bias[[PAD, BOS, UNK]] = 1e3
     output = greedy_decode(model, words(), max_length=MAX_LENGTH)
-    assert not {PAD, BOS} & {token for row in output for token in row}
+    assert not {PAD, BOS, UNK} & {token for row in output for token in row}
 
 
 @pytest.mark.parametrize("training", [True, False])
