@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from recipes.bind import check_arguments
 from recipes.callbacks.alpha import AlphaCourse
@@ -21,8 +22,10 @@ from recipes.seq2seq.model import Seq2SeqTransformer
 from recipes.seq2seq.task import Seq2SeqTask
 
 SECTIONS = ("seed", "resume", "data", "model", "optimizer", "loss", "trainer", "logger", "paths")
+_PLAIN = ("seed", "resume")
 # Keys of the config that only serve to write other keys.
 _SHORTHANDS = {"data": ("path", "language"), "model": ("attention",)}
+_FILES = ("path", "train", "val", "test")
 # An output may be a little longer than the longest one seen in training.
 EXTRA_LENGTH = 8
 
@@ -32,15 +35,53 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         MissingMandatoryValue: If a value without a default is not given.
-        ValueError: If there is a section that does not belong to it, or the seed is no seed.
+        TypeError: If a section is no group of keys.
+        ValueError: If a section is missing or does not belong to it, or the seed is no seed.
     """
-    settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    if unknown := [name for name in settings if name not in SECTIONS]:  # type: ignore[union-attr]
+    if unknown := [name for name in cfg if name not in SECTIONS]:
         raise ValueError(f"unknown key {unknown[0]!r}; allowed: {', '.join(SECTIONS)}")
-    seed = settings["seed"]  # type: ignore[index, call-overload]
+    if missing := [name for name in SECTIONS if name not in cfg]:
+        raise ValueError(f"the configuration needs {', '.join(SECTIONS)}, got none of {', '.join(missing)}")
+    for name in SECTIONS:
+        # No logger at all is a choice.
+        if name not in _PLAIN and not isinstance(cfg[name], DictConfig) and (name, cfg[name]) != ("logger", None):
+            raise TypeError(f"{name} must be a group of keys, got {cfg[name]!r}")
+    for name, node in (cfg.logger or {}).items():
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            raise TypeError(
+                f"logger.{name} must be a group of keys with _target_ (~logger.{name} drops it), got {node}"
+            )
+    settings: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
+        _without_unused(cfg), resolve=True, throw_on_missing=True
+    )
+    seed, folder = settings["seed"], settings["paths"].get("output_dir")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
-    return settings  # type: ignore[return-value]
+    if not isinstance(folder, str) or not folder:
+        raise TypeError(f"paths.output_dir must be a folder, got {folder!r}")
+    return settings
+
+
+def recorded(cfg: DictConfig) -> DictConfig:
+    """The configuration as a run folder keeps it: it means the same from every other folder."""
+    kept = _without_unused(cfg)
+    for key in _FILES:
+        if isinstance(file := kept.data.get(key), str):
+            kept.data[key] = str(Path(file).expanduser().absolute())
+    return kept
+
+
+def _without_unused(cfg: DictConfig) -> DictConfig:
+    """A copy without shorthands that have no value, if no other key refers to them."""
+    cfg = copy.deepcopy(cfg)
+    unused = [key for key in _SHORTHANDS["data"] if OmegaConf.is_missing(cfg.data, key)]
+    for key in cfg.data:
+        if key not in unused:
+            cfg.data[key]  # raises what asks for the missing value
+    with open_dict(cfg):
+        for key in unused:
+            del cfg.data[key]
+    return cfg
 
 
 def build_data(section: dict[str, Any]) -> Seq2SeqData:
@@ -84,6 +125,11 @@ def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Logger]:
 def build_trainer(section: dict[str, Any], loggers: list[Logger], folder: Path) -> L.Trainer:
     """The trainer of a config section, writing into the run folder."""
     check_arguments(L.Trainer, "trainer", section, reserved=("logger", "callbacks", "default_root_dir"))
+    devices = section.get("devices", 1)
+    one = len(devices) == 1 if isinstance(devices, list) else devices in (1, "1")
+    if not one or section.get("num_nodes", 1) != 1:
+        came = {key: section[key] for key in ("devices", "num_nodes") if key in section}
+        raise ValueError(f"trainer.devices must be 1, or a list of one such as [0], on one node, got {came}")
     # The learning rate needs an end to fall towards, and the run a checkpoint to score.
     for name in ("max_epochs", "limit_train_batches"):
         value = section.get(name, 1)
@@ -99,8 +145,13 @@ def build_trainer(section: dict[str, Any], loggers: list[Logger], folder: Path) 
     try:
         return L.Trainer(**{**defaults, **section}, default_root_dir=folder, logger=loggers, callbacks=callbacks)
     except (MisconfigurationException, ValueError, TypeError) as error:
-        hardware = {key: section[key] for key in ("accelerator", "devices", "precision") if key in section}
-        raise ValueError(f"trainer: {error} Got {hardware}") from error
+        about = [f"{key}={value}" for key, value in section.items() if _is_about(str(error), key, value)]
+        raise ValueError(f"trainer: {error}{' Got ' + ', '.join(about) if about else ''}") from error
+
+
+def _is_about(message: str, key: str, value: Any) -> bool:
+    """Whether a message of Lightning is about a setting, which it does not always name."""
+    return key in message or (isinstance(value, str) and value in message)
 
 
 def _without_shorthands(name: str, section: dict[str, Any]) -> dict[str, Any]:

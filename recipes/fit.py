@@ -1,4 +1,4 @@
-"""Lightning's training loop without its habits: no chatter, and Ctrl-C does not end the process."""
+"""Lightning's training loop without its habits: no chatter, and neither Ctrl-C nor SIGTERM ends the process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from recipes.seq2seq.data import Seq2SeqData
 from recipes.seq2seq.task import Seq2SeqTask
@@ -18,15 +19,18 @@ def fit(trainer: L.Trainer, task: Seq2SeqTask, data: Seq2SeqData, checkpoint: Pa
     """Trains from the start or from a checkpoint.
 
     Raises:
-        KeyboardInterrupt: After Ctrl-C.
+        KeyboardInterrupt: After Ctrl-C or SIGTERM.
+        ValueError: If the trainer's settings do not fit the data.
     """
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as error:
-        # Lightning answers Ctrl-C by leaving the process, which is not for a function to decide.
-        if trainer.interrupted and type(error) is SystemExit:
-            raise KeyboardInterrupt from None
+        # Lightning answers Ctrl-C and SIGTERM by leaving the process, the latter as if all were well.
+        if trainer.interrupted:
+            raise KeyboardInterrupt from error
         raise
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}") from error
 
 
 @contextlib.contextmanager

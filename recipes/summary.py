@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from recipes.report import alpha_table, attention_density, rates_table, top_k_per_layer
 from recipes.run import CHECKPOINTS, RESULTS, checkpoint_file, read_checkpoint, short_path, write_json
@@ -51,7 +52,7 @@ def conclude(
         task: The model, whose weights become those of the best checkpoint.
         data: Its data.
         device: Where to compute.
-        begin: ``time.monotonic()`` at the start of the run.
+        begin: ``time.monotonic()`` at the start of the run, less what sessions before a resumption took.
     """
     console = Console(highlight=False)
     task.load_state_dict(read_checkpoint(checkpoint_file(folder, "best"))["state_dict"])
@@ -70,7 +71,7 @@ def conclude(
     console.print()
     console.print(rates_table(rates, {split: len(found.sources) for split, found in scores.items()}))
     place = shlex.quote(short_path(folder))
-    console.print(f"\n{results['seconds']:.0f} s; look into it: sparse-attn inspect run={place}", soft_wrap=True)
+    console.print(Text(f"\n{results['seconds']:.0f} s; look into it: sparse-attn inspect run={place}"), soft_wrap=True)
     return results
 
 
@@ -89,7 +90,7 @@ def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float]]]) 
     for changes, results in runs:
         name = " ".join(change for change in changes if change not in common) or "-"
         rates = (f"{results[key]:.2f}" for key in columns.values())
-        table.add_row(name, *rates, f"{results['seconds']:.0f}")
+        table.add_row(Text(name), *rates, f"{results['seconds']:.0f}")
     # Long overrides go beyond the edge of the terminal rather than being cut.
     needed = Console(width=1000).measure(table).maximum
     console = Console(highlight=False, width=max(Console().width, needed))
@@ -106,6 +107,8 @@ def _examples(scores: Scores, task: Seq2SeqTask) -> Table:
     chosen = random.Random(0).sample(range(len(scores.sources)), min(EXAMPLES, len(scores.sources)))
     for index in sorted(chosen):
         prediction, references = scores.predictions[index], scores.references[index]
-        wrong = "" if prediction in references else "[red]✗[/red] "
-        table.add_row(scores.sources[index], f"{wrong}{join(prediction)}", " | ".join(map(join, references)))
+        wrong = "" if prediction in references else "✗ "
+        # Text, not str: square brackets and colons in the data are no markup.
+        shown = Text.assemble((wrong, "red"), join(prediction))
+        table.add_row(Text(scores.sources[index]), shown, Text(" | ".join(map(join, references))))
     return table

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from recipes.launch import Interrupted, is_multirun, reported, run_hydra
-from recipes.resume import resume_arguments
+from recipes.resume import check_continues, resume_arguments
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -27,11 +27,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
             ``resume`` names a run folder, the training there goes on.
 
     Returns:
-        ``val/loss``, ``val/per``, ``val/wer``, the same for ``test``, and ``seconds``.
+        ``val/loss``, ``val/per``, ``val/wer``, the same for ``test``, and ``seconds``, which counts the sessions
+        before a resumption up to their last checkpoint.
 
     Raises:
         FileNotFoundError: If a file or checkpoint is missing.
-        Interrupted: After Ctrl-C; the message says how to go on.
+        Interrupted: After Ctrl-C or SIGTERM; the message says how to go on.
         TypeError: If a value has the wrong type.
         ValueError: If a value or a file has a content that is not allowed.
     """
@@ -39,7 +40,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     # Here, because torch and Lightning take seconds to load: help and a mistyped key need not wait for them.
     import lightning as L
 
-    from recipes.build import build_data, build_loggers, build_task, build_trainer, resolved
+    from recipes.build import build_data, build_loggers, build_task, build_trainer, recorded, resolved
     from recipes.fit import fit, quiet
     from recipes.run import checkpoint_file, continue_record, read_checkpoint, start_record
     from recipes.summary import conclude, farewell, headline
@@ -47,18 +48,22 @@ def train(cfg: DictConfig) -> dict[str, float]:
     settings = resolved(cfg)
     folder = Path(settings["resume"] or settings["paths"]["output_dir"])
     last = checkpoint_file(folder, "last") if settings["resume"] else None
-    step = read_checkpoint(last)["global_step"] if last else 0
+    state = read_checkpoint(last) if last else None
+    step = state["global_step"] if state else 0
     with quiet():
         data = build_data(settings["data"])
         L.seed_everything(settings["seed"], verbose=False)
         task = build_task(settings, data)
         trainer = build_trainer(settings["trainer"], build_loggers(cfg, folder, step), folder)
+        if state:
+            check_continues(state, task.hparams, trainer.max_epochs or 0)
+            begin -= state["callbacks"]["BestAndLast"].get("seconds", 0.0)
         # Everything has been checked: only now does the run leave traces.
         overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
         if last:
-            continue_record(folder, cfg, overrides, step)
+            continue_record(folder, recorded(cfg), overrides, step)
         else:
-            start_record(folder, cfg, overrides)
+            start_record(folder, recorded(cfg), overrides)
         print(headline(folder, data, task, trainer, step), flush=True)
         try:
             fit(trainer, task, data, last)

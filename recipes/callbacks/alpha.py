@@ -25,6 +25,7 @@ class AlphaCourse(L.Callback):
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / ALPHA
+        self._written = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the values a new run starts from."""
@@ -32,11 +33,16 @@ class AlphaCourse(L.Callback):
             with self.file.open("w", encoding="utf-8", newline="") as lines:
                 csv.writer(lines).writerow(COLUMNS)
             self._write(trainer, pl_module)
+        self._written = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Writes the values after an update."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.global_step % every == 0 or trainer.is_last_batch:
+        # Batches whose gradients are accumulated share a step; log_every_n_steps=0 logs nothing in between.
+        if trainer.global_step != self._written and (
+            trainer.is_last_batch or (every and trainer.global_step % every == 0)
+        ):
+            self._written = trainer.global_step
             self._write(trainer, pl_module)
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

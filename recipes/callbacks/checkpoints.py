@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class BestAndLast(Checkpoint):
         self.folder = folder / CHECKPOINTS
         self.monitor = monitor
         self.best = math.inf
+        self.earlier = 0.0
+        self._begin = time.monotonic()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves; Lightning calls this after every other callback, when all metrics of the epoch are known."""
@@ -43,9 +46,10 @@ class BestAndLast(Checkpoint):
         unfinished.replace(self.folder / name)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score so far."""
-        return {"best": self.best}
+        """The best score so far, and how long the training took over all its sessions."""
+        return {"best": self.best, "seconds": self.earlier + time.monotonic() - self._begin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from the best score of the checkpoint."""
+        """Goes on from what the checkpoint has."""
         self.best = state_dict["best"]
+        self.earlier = state_dict.get("seconds", 0.0)

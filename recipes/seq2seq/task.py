@@ -66,6 +66,8 @@ class Seq2SeqTask(L.LightningModule):
         for name, value in {"weight_decay": weight_decay, "warmup_steps": warmup_steps}.items():
             if not value >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
+        if max_steps is not None and max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1 or null, got {max_steps}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
         # The tokenizers are long and say nothing on a dashboard.
@@ -145,9 +147,13 @@ class Seq2SeqTask(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW in three groups, and the schedule of each of its steps."""
-        total = self.hparams["max_steps"] or int(self.trainer.estimated_stepping_batches)
+        total = self.hparams["max_steps"]
+        if total is None:
+            total = int(self.trainer.estimated_stepping_batches)
+        # Under mixed precision the fused step would scale the gradients itself, after they have been clipped.
+        fused = self._trainer is None or "mixed" not in str(self._trainer.precision)
         optimizer = torch.optim.AdamW(
-            self.parameter_groups(), lr=self.hparams["learning_rate"], betas=(0.9, 0.98), eps=1e-9, fused=True
+            self.parameter_groups(), lr=self.hparams["learning_rate"], betas=(0.9, 0.98), eps=1e-9, fused=fused
         )
         warmup = self.hparams["warmup_steps"]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, warmup, total))

@@ -111,7 +111,10 @@ def test_without_resume_nothing_changes(arguments):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("model=base", "'model=base' chooses a group; allowed are single keys such as trainer.max_epochs=8"),
+        (
+            "model=base",
+            "'model=base' chooses a group; allowed are single keys of trainer and logger, such as trainer.m",
+        ),
         ("+experiment=g2p2020", "chooses a group"),
         ("hydra/launcher=basic", "chooses a group"),
         ("-m", "cannot be combined with -m"),
