@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import functools
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -41,12 +42,18 @@ MANDATORY = {
     "data.language": "CODE, the language of the data files such as hun",
     "run": "DIR, the run folder of a training",
 }
+# Values that are a path or a word, whatever they look like to Hydra: a number, a list, a function call.
+_TEXTS = (
+    "run compare input output word resume data.path data.train data.val data.test hydra.run.dir hydra.sweep.dir"
+).split()
+_QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
+_SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)")
 _HELP, _MULTIRUN = ("--help", "-h"), ("--multirun", "-m")
-_OTHER_FLAGS = (
-    "--hydra-help --version --cfg -c --resolve --package -p --run -r --shell-completion -sc --config-path "
-    "-cp --config-name -cn --config-dir -cd --experimental-rerun --info -i"
-)
-_FLAGS = (*_HELP, *_MULTIRUN, *_OTHER_FLAGS.split())
+# Of these, which say what to do instead of a single run, Hydra takes one.
+_MODES = (*_MULTIRUN, *"--run -r --cfg -c --info -i --shell-completion -sc".split())
+_WITH_VALUE = "--cfg -c --package -p --config-path -cp --config-name -cn --config-dir -cd --experimental-rerun".split()
+_INFOS = "all config defaults defaults-tree plugins searchpath".split()
+_FLAGS = tuple(dict.fromkeys([*_HELP, *_MODES, *_WITH_VALUE, "--resolve", "--hydra-help", "--version"]))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -92,16 +99,34 @@ def run_hydra(
     folder, config_name = (config.parent, config.stem) if config else (config_dir(), name)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with tempfile.TemporaryDirectory() as scratch, reported(name):
-        _check_flags(arguments)
-        if name != "train" and is_multirun(arguments):
+        flags, overrides = _split(arguments)
+        _check_flags(flags)
+        overrides = [_read_as_text(override, sweep=is_multirun(flags)) for override in overrides]
+        if name != "train" and is_multirun(flags):
             # The sweeper writes down what it ran; only a training has a folder for that.
-            arguments.append(f"hydra.sweep.dir={scratch}")
+            overrides.append(f"hydra.sweep.dir={quoted(scratch)}")
         main = hydra.main(config_path=str(folder.resolve()), config_name=config_name, version_base="1.3")
         try:
-            with _arguments([f"sparse-attn {name}", *arguments]), _unchecked_help_texts():
-                main(_through_hydra(task))()
+            # Its parser takes no override behind a flag that follows an override.
+            with _arguments([f"sparse-attn {name}", *overrides, *flags]), _unchecked_help_texts():
+                main(_through_hydra(task, _restart(name)))()
         except _TaskError as carrier:
             raise carrier.error from carrier.error.__cause__
+
+
+def quoted(text: str) -> str:
+    r"""Text as a value that Hydra and OmegaConf read as it is.
+
+    Example:
+        >>> quoted("it's = 1")
+        "'it\\'s = 1'"
+    """
+    if "${" in text:
+        # To OmegaConf a backslash is special in front of ${ and, in a text with ${, at the end.
+        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+        text = re.sub(r"(\\+)\Z", r"\1\1", text)
+    # To Hydra, in front of a quote.
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), text) + "'"
 
 
 @contextlib.contextmanager
@@ -122,7 +147,7 @@ def reported(name: str) -> Any:
     except KeyboardInterrupt as error:
         _stop(name, error, str(error) or "stopped", INTERRUPTED)
     except Exception as error:
-        message = _message(error)
+        message = _message(error, name)
         if message is None:
             raise
         _stop(name, error, message, WRONG_INPUT)
@@ -143,20 +168,31 @@ class _TaskError(BaseException):
         self.error = error
 
 
-def _through_hydra(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+def _through_hydra(task: Callable[[DictConfig], Any], restart: list[str]) -> Callable[[DictConfig], Any]:
     @functools.wraps(task)
     def carried(cfg: DictConfig) -> Any:
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
-            return task(cfg)
-        except Exception as error:
+            with _arguments(restart):
+                return task(cfg)
+        except BaseException as error:
             # Hydra made the folder before the task could look at its input.
             if folder != Path.cwd():
                 with contextlib.suppress(OSError):
                     folder.rmdir()
-            raise _TaskError(error) from error
+            if isinstance(error, Exception):
+                raise _TaskError(error) from error
+            raise
 
     return carried
+
+
+def _restart(name: str) -> list[str]:
+    """The command line that Lightning starts further processes with, one for each device."""
+    program, *arguments = sys.argv
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    # Without one it is the script sparse-attn, which needs the command; otherwise python -m recipes.NAME.
+    return [program, *([] if spec else [name]), *arguments]
 
 
 @contextlib.contextmanager
@@ -179,20 +215,50 @@ def _unchecked_help_texts() -> Any:
         del argparse.ArgumentParser._check_help  # type: ignore[attr-defined]
 
 
-def _check_flags(arguments: Sequence[str]) -> None:
-    for argument in arguments:
-        flag = argument.partition("=")[0]
-        if flag.startswith("-") and flag not in _FLAGS:
-            raise ValueError(f"unknown option {argument!r}; allowed: {', '.join(_FLAGS)} and key=value")
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags, each followed by its value if it takes one, and overrides."""
+    flags, overrides = [], []
+    rest = iter(arguments)
+    before = ""
+    for argument in rest:
+        is_value = before in _WITH_VALUE or (before in ("--info", "-i") and argument in _INFOS)
+        (flags if is_value or argument.startswith("-") else overrides).append(argument)
+        before = "" if is_value else argument
+    return flags, overrides
 
 
-def _message(error: Exception) -> str | None:
+def _check_flags(flags: Sequence[str]) -> None:
+    names = [flag.partition("=")[0] for flag in flags if flag.startswith("-")]
+    for flag, name in zip((flag for flag in flags if flag.startswith("-")), names, strict=True):
+        if name not in _FLAGS:
+            raise ValueError(f"unknown option {flag!r}; allowed: {', '.join(_FLAGS)} and key=value")
+    modes = [name for name in names if name in _MODES]
+    if len(modes) > 1:
+        raise ValueError(f"at most one of {', '.join(_MODES)} can be given, got {' '.join(modes)}")
+    if "--resolve" in names and not {"--cfg", "-c", *_HELP} & set(names):
+        raise ValueError(f"--resolve can only be given with --cfg or --help, got {' '.join(names)}")
+
+
+def _read_as_text(override: str, *, sweep: bool) -> str:
+    """Quotes the value of a key that is a path or a word; with ``sweep``, each of several after commas."""
+    key, equals, value = override.partition("=")
+    if not equals or key.lstrip("+") not in _TEXTS or (sweep and _SWEEP_FUNCTION.fullmatch(value)):
+        return override
+    values = re.findall(rf"(?:^|,)\s*((?:{_QUOTED})(?=\s*(?:,|$))|[^,]*)", value) if sweep else [value]
+    return f"{key}={','.join(_as_text(single) for single in values)}"
+
+
+def _as_text(value: str) -> str:
+    return value if value == "null" or re.fullmatch(_QUOTED, value, re.DOTALL) else quoted(value)
+
+
+def _message(error: Exception, name: str) -> str | None:
     """What to tell the user, or ``None`` for a bug."""
     if isinstance(error, HydraException):
-        return _composition_message(error)
+        return _composition_message(error, name)
     if isinstance(error, OmegaConfBaseException):
         # Reading a key that does not exist is a mistake of the program: Hydra has refused those of the user.
-        return None if isinstance(error, ConfigAttributeError | ConfigKeyError) else _config_message(error)
+        return None if isinstance(error, ConfigAttributeError | ConfigKeyError) else _config_message(error, name)
     if isinstance(error, OSError) or (isinstance(error, ValueError | TypeError) and _is_ours(error)):
         return str(error)
     return None
@@ -206,19 +272,19 @@ def _is_ours(error: Exception) -> bool:
     return module.partition(".")[0] in _OURS
 
 
-def _composition_message(error: HydraException) -> str:
+def _composition_message(error: HydraException, name: str) -> str:
     cause = error.__cause__
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         return f"unknown {group} {option!r}{_allowed(option, error.options)}"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        return _config_message(cause)
+        return _config_message(cause, name)
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} is not of the form key=value: {str(error).partition('See https')[0]}"
     return str(error)
 
 
-def _config_message(error: OmegaConfBaseException) -> str:
+def _config_message(error: OmegaConfBaseException, name: str) -> str:
     if isinstance(error, MissingMandatoryValue):
         return _missing(error.full_key or str(error.key))
     if isinstance(error, InterpolationToMissingValueError):
@@ -226,10 +292,10 @@ def _config_message(error: OmegaConfBaseException) -> str:
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         key = error.full_key or str(error.key)
         level, _, last = key.rpartition(".")
-        names = [str(name) for name in error.parent_node or () if name != "hydra"]
-        if not level:
+        names = [str(known) for known in error.parent_node or () if known != "hydra"]
+        if not level and name == "train":
             names = sorted({*names, *config_groups()})
-        elif not names:
+        elif level and not names:
             return f"{key!r} cannot be set: {level} is a value, not a group of keys"
         return f"unknown key {key!r}{_allowed(last, names, level)}"
     return str(error).splitlines()[0]
