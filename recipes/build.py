@@ -41,7 +41,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     if unknown := [name for name in cfg if name not in SECTIONS]:
         raise ValueError(f"unknown key {unknown[0]!r}; allowed: {', '.join(SECTIONS)}")
     if missing := [name for name in SECTIONS if name not in cfg]:
-        raise ValueError(f"the configuration needs {', '.join(SECTIONS)}, got none of {', '.join(missing)}")
+        raise ValueError(f"the configuration must have {', '.join(SECTIONS)}, got no {', '.join(missing)}")
     for name in SECTIONS:
         # No logger at all is a choice.
         if name not in _PLAIN and not isinstance(cfg[name], DictConfig) and (name, cfg[name]) != ("logger", None):

@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from recipes.launch import Interrupted, is_multirun, reported, run_hydra
+from recipes.launch import Interrupted, config_dir, config_groups, is_multirun, reported, run_hydra
 from recipes.resume import check_continues, resume_arguments
 
 
@@ -72,10 +73,24 @@ def train(cfg: DictConfig) -> dict[str, float]:
             raise Interrupted(farewell(folder)) from None
 
 
+def check_groups(arguments: Sequence[str]) -> None:
+    """Refuses ``GROUP=null``, on which Hydra fails with a traceback.
+
+    Raises:
+        ValueError: If a group is chosen to be nothing.
+    """
+    for argument in arguments:
+        group, _, option = argument.partition("=")
+        if option == "null" and group in config_groups():
+            options = sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
+            raise ValueError(f"{group} must be one of {', '.join(options)}, got null")
+
+
 def main() -> None:
     """The command; several runs are compared at the end."""
     with reported("train"):
         arguments, config = resume_arguments(sys.argv[1:])
+        check_groups(arguments)
     finished: list[tuple[list[str], dict[str, float]]] = []
 
     @functools.wraps(train)

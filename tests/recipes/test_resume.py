@@ -111,10 +111,12 @@ def test_without_resume_nothing_changes(arguments):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        (
-            "model=base",
-            "'model=base' chooses a group; allowed are single keys of trainer and logger, such as trainer.m",
-        ),
+        ("model=base", "'model=base' chooses a group; allowed are single keys of trainer and logger, such as trainer"),
+        ("model.attention=softmax", "'model.attention=softmax' would change what has been learnt; allowed are"),
+        ("data.path=x", "allowed are .*data.train, data.val, data.test"),
+        ("seed=1", "'seed=1' would change"),
+        ("optimizer.learning_rate=1", "would change"),
+        ("~loss.label_smoothing", "would change"),
         ("+experiment=g2p2020", "chooses a group"),
         ("hydra/launcher=basic", "chooses a group"),
         ("-m", "cannot be combined with -m"),
@@ -132,3 +134,83 @@ def test_a_checkpoint_cut_short_is_named(tiny_config, tmp_path, kept):
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"last\.ckpt \(\d+ bytes\) cannot be read: it is cut short or damaged"):
         resume_arguments([f"resume={tmp_path / 'run'}"])
+
+
+@pytest.mark.parametrize("arguments", [["--cfg", "job"], ["+trainer.min_epochs=1", "~logger.csv", "data.test=x"]])
+def test_what_resume_allows(run_folder, arguments):
+    composed, _ = resume_arguments([f"resume={run_folder}", *arguments])
+    assert composed[: len(arguments)] == arguments
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.dim", 16, "resume continues the model of the checkpoint: dim must be 8, got 16"),
+        ("trainer.max_epochs", 1, "trainer.max_epochs must be at least 2, the finished epochs, got 1"),
+        ("data.train", "other.tsv", "the source symbols of the checkpoint.* new symbols .*'x'.* missing "),
+    ],
+)
+def test_a_refused_change_leaves_the_run_as_it_was(tiny_config, tmp_path, key, value, message):
+    train(tiny_config())
+    folder = tmp_path / "run"
+    (tmp_path / "other.tsv").write_text("xy\tA B\n", encoding="utf-8")
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    cfg = resumed_config(folder)
+    OmegaConf.update(cfg, key, str(tmp_path / value) if key == "data.train" else value)
+    with pytest.raises(ValueError, match=message):
+        train(cfg)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("versions.json", "{"), ("versions.json", "[]"), ("overrides.yaml", "a: [")]
+)
+def test_a_damaged_record_is_refused_before_anything_is_changed(tiny_config, tmp_path, name, content):
+    train(tiny_config("trainer.max_epochs=1"))
+    folder = tmp_path / "run"
+    (folder / name).write_text(content, encoding="utf-8")
+    before = (folder / "config.yaml").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{name} must hold .*, got damaged or other content"):
+        train(resumed_config(folder, "trainer.max_epochs=2"))
+    assert (folder / "config.yaml").read_text(encoding="utf-8") == before
+
+
+def test_results_are_those_of_all_sessions(tiny_config, tmp_path, interrupt):
+    train(tiny_config("trainer.max_epochs=1"))
+    folder = tmp_path / "run"
+    last = folder / "checkpoints/last.ckpt"
+    state = read_checkpoint(last)
+    assert 0 < state["callbacks"]["BestAndLast"]["seconds"] < 60
+    state["callbacks"]["BestAndLast"]["seconds"] = 1000.0
+    torch.save(state, last)
+    interrupt(7)
+    with pytest.raises(Interrupted):
+        train(resumed_config(folder, "trainer.max_epochs=2"))
+    assert not (folder / "results.json").exists(), "they were those of the first epoch"
+    interrupt(-1)
+    assert 1000 < train(resumed_config(folder))["seconds"] < 1060
+
+
+def test_sigterm_is_an_interruption(tiny_config, tmp_path, monkeypatch):
+    step = Seq2SeqTask.training_step
+
+    def ended(self, *arguments):
+        if self.global_step == 7:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Seq2SeqTask, "training_step", ended)
+    with pytest.raises(Interrupted, match="to go on: sparse-attn train resume="):
+        train(tiny_config())
+
+
+def test_a_run_stopped_before_its_first_checkpoint_can_begin_again(tiny_config, tmp_path, interrupt):
+    interrupt(2)
+    with pytest.raises(Interrupted):
+        train(tiny_config("logger=default"))
+    interrupt(-1)
+    train(tiny_config("logger=default", "trainer.max_epochs=1", "seed=4"))
+    folder = tmp_path / "run"
+    assert OmegaConf.load(folder / "config.yaml").seed == 4
+    assert [line.split(",")[0] for line in (folder / "metrics.csv").read_text().splitlines()[1:]] == list("12345")
+    assert len(list((folder / "tensorboard").glob("events*"))) == 1

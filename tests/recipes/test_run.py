@@ -88,3 +88,10 @@ def test_rows_after_a_step_are_dropped(tmp_path):
     write_rows(file, [{"step": step, "a": 0.5} for step in (1, 3, 4)] + [{"step": 5, "b": 2}], ["step", "b", "a"])
     drop_rows_after(file, 3)
     assert read_rows(file) == [{"step": "1", "b": "", "a": "0.5"}, {"step": "3", "b": "", "a": "0.5"}]
+
+
+def test_a_config_of_something_else_stays(tmp_path):
+    (tmp_path / "config.yaml").write_text("mine: 1\n", encoding="utf-8")
+    with pytest.raises(FileExistsError, match=r"already holds a config\.yaml; choose another hydra\.run\.dir"):
+        start_record(tmp_path, OmegaConf.create({"seed": 5}), [])
+    assert (tmp_path / "config.yaml").read_text(encoding="utf-8") == "mine: 1\n"

@@ -6,13 +6,15 @@ import warnings
 import pytest
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError
 
 from recipes import run as run_module
 from recipes.curves import read_rows
 from recipes.run import Run, load_run, read_checkpoint
 from recipes.seq2seq.data import Seq2SeqData
 from recipes.seq2seq.scores import score
-from recipes.train import train
+from recipes.summary import print_comparison
+from recipes.train import check_groups, train
 
 LAYERS = (
     "encoder.layers.0.self_attention",
@@ -141,6 +143,7 @@ def test_all_loggers_write_into_the_run_folder(tiny_config, tmp_path):
         (["data.normalization=NFX"], "normalization must be one of NFC, NFD, none, got 'NFX'"),
         (["optimizer.learning_rate=fast"], "optimizer.learning_rate must be a number, got 'fast'"),
         (["optimizer.learning_rate=0"], "learning_rate must be above 0, got 0"),
+        (["optimizer.max_steps=0"], "max_steps must be at least 1 or null, got 0"),
         (["optimizer.weight_decay=-1"], "weight_decay must be at least 0, got -1"),
         (["loss.label_smoothing=1"], r"label_smoothing must lie in \[0, 1\), got 1"),
         (["trainer.max_epochs=many"], "trainer.max_epochs must be a whole number or null, got 'many'"),
@@ -148,6 +151,12 @@ def test_all_loggers_write_into_the_run_folder(tiny_config, tmp_path):
         (["+trainer.min_epoch=1"], "unknown key 'trainer.min_epoch', did you mean 'min_epochs'"),
         (["+trainer.logger=true"], "unknown key 'trainer.logger'"),
         (["trainer.accelerator=abacus"], "trainer: .*abacus"),
+        (["+trainer.val_check_interval=-3"], "trainer: (?!.*accelerator=).*val_check_interval=-3"),
+        (["trainer.devices=2"], r"trainer.devices must be 1, or a list of one such as \[0\], .*got .*2"),
+        (["~optimizer"], "the configuration must have seed, .*, got no optimizer"),
+        (["optimizer=null"], "optimizer must be a group of keys, got None"),
+        (["logger.csv=null"], r"logger.csv must be a group of keys with _target_ .*, got None"),
+        (["paths.output_dir=null"], "paths.output_dir must be a folder, got None"),
         (["seed=1.5"], "seed must be a whole number from 0 to 4294967295, got 1.5"),
     ],
 )
@@ -188,3 +197,61 @@ def test_training_is_quiet_and_leaves_warnings_as_they_were(tiny_config, capsys)
 
 def test_versions_name_the_commit_only_in_a_checkout(tmp_path):
     assert run_module.git_commit(tmp_path) is None
+
+
+def test_no_group_is_nothing():
+    check_groups(["logger=csv", "resume=null", "optimizer.max_steps=null"])
+    with pytest.raises(ValueError, match="logger must be one of csv, default, got null"):
+        check_groups(["logger=null"])
+
+
+def test_what_only_the_data_shows_to_be_wrong(tiny_config):
+    with pytest.raises(ValueError, match=r"trainer: .*limit_train_batches"):
+        train(tiny_config("trainer.limit_train_batches=0.001"))
+
+
+def test_files_are_recorded_so_that_they_are_found_from_elsewhere(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(tiny_config("data.path=.", "data.test=test.tsv", "trainer.max_epochs=1"))
+    monkeypatch.chdir(tmp_path.parent)
+    data = load_run(tmp_path / "run").config.data
+    assert (data.train, data.test) == (str(tmp_path / "train.tsv"), str(tmp_path / "test.tsv"))
+
+
+def test_three_files_need_no_folder(tiny_config, tmp_path):
+    files = [f"data.{split}={tmp_path / split}.tsv" for split in ("train", "val", "test")]
+    train(tiny_config("data.path=???", *files, "trainer.max_epochs=1"))
+    assert "path" not in load_run(tmp_path / "run").config.data
+    with pytest.raises(InterpolationToMissingValueError, match=r"data\.path"):
+        train(tiny_config("data.path=???", *files[:2]))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_precisions_train(tiny_config, precision):
+    train(tiny_config(f"trainer.precision={precision}", "trainer.max_epochs=1"))
+
+
+def test_a_step_of_several_batches_has_one_alpha(tiny_config, tmp_path):
+    train(tiny_config("+trainer.accumulate_grad_batches=2", "model.attention=adaptive"))
+    rows = [(row["step"], row["layer"], row["head"]) for row in read_rows(tmp_path / "run/alpha.csv")]
+    assert len(rows) == len(set(rows)) == 7 * 6
+
+
+def test_nothing_is_logged_between_epochs_if_so_asked(tiny_config, tmp_path):
+    train(tiny_config("trainer.log_every_n_steps=0"))
+    assert {row["step"] for row in read_rows(tmp_path / "run/alpha.csv")} == {"0", "5", "10"}
+
+
+def test_data_is_no_markup(tiny_config, tmp_path, capsys):
+    folder = tmp_path / "moved [b] run"
+    cfg = tiny_config(f"paths.output_dir='{folder}'", "trainer.max_epochs=1")
+    lines = [f"a{number}\t[/b] [red] :smile:\n" for number in range(10)]
+    for split in ("train", "val", "test"):
+        (tmp_path / f"{split}.tsv").write_text("".join(lines), encoding="utf-8")
+    train(cfg)
+    shown = capsys.readouterr().out
+    assert "[/b] [red] :smile:" in shown
+    assert f"inspect run='{folder}'" in shown
+    rates = {f"{split}/{name}": 1.0 for split in ("val", "test") for name in ("per", "wer")} | {"seconds": 1.0}
+    print_comparison([(["a=[/b]"], rates), ([], rates)])
+    assert "a=[/b]" in capsys.readouterr().out
