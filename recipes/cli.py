@@ -44,27 +44,41 @@ def main() -> None:
     Raises:
         SystemExit: Always, unless the command succeeds.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        # A terminal may have no α. Standard error replaces such characters anyway.
+        sys.stdout.reconfigure(errors="replace")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage(), end="")
         sys.exit(0 if arguments else 2)
-    if arguments[0] == "--version":
+    try:
+        _start(*arguments)
+    except KeyboardInterrupt:
+        # While torch is being imported, which takes seconds; later the command has its own answer.
+        if os.environ.get("SPARSE_ATTN_TRACEBACK") == "1":
+            raise
+        _refuse(f"sparse-attn {arguments[0]}: stopped", status=130)
+
+
+def _start(command: str, *rest: str) -> None:
+    if command == "--version":
         # Takes seconds, as it imports torch: the help should not wait for it.
         from sparse_attn import __version__
 
         print(f"sparse-attn {__version__}")
         return
-    command, *rest = arguments
     if command not in COMMANDS:
         close = get_close_matches(command, COMMANDS, n=1)
         question = f", did you mean {close[0]!r}?" if close else ""
-        _refuse(f"unknown command {command!r}{question}; allowed: {', '.join(COMMANDS)}, -h, --version")
+        _refuse(f"sparse-attn: unknown command {command!r}{question}; allowed: {', '.join(COMMANDS)}, -h, --version")
     if any(find_spec(package) is None for package in _NEEDED):
-        _refuse(f'{command} needs packages that are not installed; run: pip install "sparse-attn[recipes]"')
-    sys.argv = [f"sparse-attn {command}", *rest]
+        _refuse(
+            f'sparse-attn: {command} needs packages that are not installed; run: pip install "sparse-attn[recipes]"'
+        )
+    sys.argv = [sys.argv[0], *rest]
     importlib.import_module(f"recipes.{command}").main()
 
 
-def _refuse(message: str) -> None:
-    print(f"sparse-attn: {message}", file=sys.stderr)
-    sys.exit(2)
+def _refuse(message: str, status: int = 2) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(status)

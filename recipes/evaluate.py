@@ -48,7 +48,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     results.update({f"{split}/words": count for split, count in words.items()})
     write_json(run.folder / EVALUATION, {"checkpoint": cfg.checkpoint, "data": section, **results})
     console.print(rates_table(rates, words))
-    console.print(f"\nwritten to {short_path(run.folder / EVALUATION)}", soft_wrap=True)
+    console.print(f"\nwritten to {short_path(run.folder / EVALUATION)}", markup=False, soft_wrap=True)
     return results
 
 

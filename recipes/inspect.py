@@ -58,7 +58,7 @@ def inspect(cfg: DictConfig) -> dict[str, list[float]]:
     console.print(ROLES_EXPLAINED, style="dim")
     console.print(f"\nmeasured on {report.words:,} validation words; written:")
     for file in write_report(report):
-        console.print(f"  {short_path(file)}", soft_wrap=True)
+        console.print(f"  {short_path(file)}", markup=False, soft_wrap=True)
     return {layer: values.tolist() for layer, values in density.items()}
 
 

@@ -43,16 +43,40 @@ MANDATORY = {
     "run": "DIR, the run folder of a training",
 }
 # Values that are a path or a word, whatever they look like to Hydra: a number, a list, a function call.
-_TEXTS = (
-    "run compare input output word resume data.path data.train data.val data.test hydra.run.dir hydra.sweep.dir"
-).split()
+_TEXTS = [
+    "run",
+    "compare",
+    "input",
+    "output",
+    "word",
+    "resume",
+    "data.path",
+    "data.train",
+    "data.val",
+    "data.test",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+]
 _QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 _SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)")
+_NEEDED_GROUPS = ("data", "model", "paths", "trainer")
 _HELP, _MULTIRUN = ("--help", "-h"), ("--multirun", "-m")
 # Of these, which say what to do instead of a single run, Hydra takes one.
-_MODES = (*_MULTIRUN, *"--run -r --cfg -c --info -i --shell-completion -sc".split())
-_WITH_VALUE = "--cfg -c --package -p --config-path -cp --config-name -cn --config-dir -cd --experimental-rerun".split()
-_INFOS = "all config defaults defaults-tree plugins searchpath".split()
+_MODES = (*_MULTIRUN, "--run", "-r", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+_WITH_VALUE = [
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--config-dir",
+    "-cd",
+    "--experimental-rerun",
+]
+_INFOS = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
 _FLAGS = tuple(dict.fromkeys([*_HELP, *_MODES, *_WITH_VALUE, "--resolve", "--hydra-help", "--version"]))
 
 
@@ -101,6 +125,7 @@ def run_hydra(
     with tempfile.TemporaryDirectory() as scratch, reported(name):
         flags, overrides = _split(arguments)
         _check_flags(flags)
+        _check_deletions(overrides)
         overrides = [_read_as_text(override, sweep=is_multirun(flags)) for override in overrides]
         if name != "train" and is_multirun(flags):
             # The sweeper writes down what it ran; only a training has a folder for that.
@@ -121,11 +146,8 @@ def quoted(text: str) -> str:
         >>> quoted("it's = 1")
         "'it\\'s = 1'"
     """
-    if "${" in text:
-        # To OmegaConf a backslash is special in front of ${ and, in a text with ${, at the end.
-        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-        text = re.sub(r"(\\+)\Z", r"\1\1", text)
-    # To Hydra, in front of a quote.
+    # A backslash is special in front of ${ to OmegaConf, in front of a quote to Hydra.
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), text) + "'"
 
 
@@ -217,7 +239,8 @@ def _unchecked_help_texts() -> Any:
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Flags, each followed by its value if it takes one, and overrides."""
-    flags, overrides = [], []
+    flags: list[str] = []
+    overrides: list[str] = []
     rest = iter(arguments)
     before = ""
     for argument in rest:
@@ -237,6 +260,13 @@ def _check_flags(flags: Sequence[str]) -> None:
         raise ValueError(f"at most one of {', '.join(_MODES)} can be given, got {' '.join(modes)}")
     if "--resolve" in names and not {"--cfg", "-c", *_HELP} & set(names):
         raise ValueError(f"--resolve can only be given with --cfg or --help, got {' '.join(names)}")
+
+
+def _check_deletions(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        group = override.partition("=")[0].removeprefix("~")
+        if override.startswith("~") and group in _NEEDED_GROUPS:
+            raise ValueError(f"{group} cannot be left out, got {override!r}; choose one with {group}=NAME")
 
 
 def _read_as_text(override: str, *, sweep: bool) -> str:
