@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.launch import config_groups, is_multirun
+from recipes.launch import config_groups, is_multirun, quoted
 
 # The rest of the configuration has shaped the weights and the optimizer in the checkpoint.
 _ALLOWED = ("trainer.", "logger.", "hydra.")
@@ -89,13 +89,3 @@ def check_continues(state: Mapping[str, Any], settings: Mapping[str, Any], max_e
 
 def _is_group(key: str) -> bool:
     return "/" in key or "@" in key or key in config_groups()
-
-
-def quoted(text: str) -> str:
-    r"""Text as a value that Hydra reads as it is.
-
-    Example:
-        >>> quoted("it's = 1")
-        "'it\\'s = 1'"
-    """
-    return "'" + text.replace("'", "\\'") + "'"

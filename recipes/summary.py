@@ -39,7 +39,10 @@ def farewell(folder: Path) -> str:
     if (folder / CHECKPOINTS / "last.ckpt").exists():
         command = f"sparse-attn train resume={shlex.quote(short_path(folder))}"
         return f"stopped; the checkpoint of the last finished epoch is kept, to go on: {command}"
-    return f"stopped before the end of the first epoch: {short_path(folder)} has no checkpoint to go on from"
+    return (
+        f"stopped before the end of the first epoch: {short_path(folder)} has no checkpoint to go on from; "
+        "the same command begins again"
+    )
 
 
 def conclude(
