@@ -130,11 +130,12 @@ def run_hydra(
         if name != "train" and is_multirun(flags):
             # The sweeper writes down what it ran; only a training has a folder for that.
             overrides.append(f"hydra.sweep.dir={quoted(scratch)}")
+        restart = _restart(name)
         main = hydra.main(config_path=str(folder.resolve()), config_name=config_name, version_base="1.3")
         try:
             # Its parser takes no override behind a flag that follows an override.
             with _arguments([f"sparse-attn {name}", *overrides, *flags]), _unchecked_help_texts():
-                main(_through_hydra(task, _restart(name)))()
+                main(_through_hydra(task, restart))()
         except _TaskError as carrier:
             raise carrier.error from carrier.error.__cause__
 
