@@ -21,8 +21,8 @@ from recipes.seq2seq.data import Seq2SeqData
 from recipes.seq2seq.model import Seq2SeqTransformer
 from recipes.seq2seq.task import Seq2SeqTask
 
-SECTIONS = ("seed", "resume", "data", "model", "optimizer", "loss", "trainer", "logger", "paths")
-_PLAIN = ("seed", "resume")
+SECTIONS = ("seed", "resume", "threads", "data", "model", "optimizer", "loss", "trainer", "logger", "paths")
+_PLAIN = ("seed", "resume", "threads")
 # Keys of the config that only serve to write other keys.
 _SHORTHANDS = {"data": ("path", "language"), "model": ("attention",)}
 _FILES = ("path", "train", "val", "test")
@@ -57,6 +57,9 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     seed, folder = settings["seed"], settings["paths"].get("output_dir")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
+    threads = settings["threads"]
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+        raise ValueError(f"threads must be a whole number of at least 1, or null for all cores, got {threads!r}")
     if not isinstance(folder, str) or not folder:
         raise TypeError(f"paths.output_dir must be a folder, got {folder!r}")
     return settings

@@ -40,6 +40,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     begin = time.monotonic()
     # Here, because torch and Lightning take seconds to load: help and a mistyped key need not wait for them.
     import lightning as L
+    import torch
 
     from recipes.build import build_data, build_loggers, build_task, build_trainer, recorded, resolved
     from recipes.fit import fit, quiet
@@ -47,6 +48,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from recipes.summary import conclude, farewell, headline
 
     settings = resolved(cfg)
+    if settings["threads"] is not None:
+        torch.set_num_threads(settings["threads"])
     folder = Path(settings["resume"] or settings["paths"]["output_dir"])
     last = checkpoint_file(folder, "last") if settings["resume"] else None
     state = read_checkpoint(last) if last else None
