@@ -11,7 +11,7 @@ from recipes.seq2seq.attention import ATTENTION_KINDS, make_attention
 from recipes.seq2seq.tokenizer import PAD
 from sparse_attn import KVCache
 from sparse_attn.nn import SparseMultiheadAttention
-from sparse_attn.ops.checks import check_dropout
+from sparse_attn.ops.checks import check_alpha, check_dropout, check_k
 
 
 class Seq2SeqTransformer(nn.Module):
@@ -84,6 +84,11 @@ class Seq2SeqTransformer(nn.Module):
         for place, kind in kinds.items():
             if kind not in ATTENTION_KINDS:
                 raise ValueError(f"{place}_attention must be one of {', '.join(ATTENTION_KINDS)}, got {kind!r}")
+
+        check_alpha(alpha)
+        if "adaptive" in kinds.values() and not 1.0 <= alpha <= 2.0:
+            raise ValueError(f"alpha must be in [1, 2], where adaptive attention learns it, got {alpha}")
+        check_k(k)
 
         def attention(place: str) -> SparseMultiheadAttention:
             return make_attention(kinds[place], dim, num_heads, dropout=dropout, alpha=alpha, k=k)

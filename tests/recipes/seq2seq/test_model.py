@@ -207,9 +207,10 @@ def test_dropout_is_for_training_only() -> None:
         ({"encoder_layers": 0}, "encoder_layers must be at least 1, got 0"),
         ({"decoder_layers": -1}, "decoder_layers must be at least 1, got -1"),
         ({"dropout": 1.5}, r"dropout must be in \[0, 1\], got 1.5"),
-        ({"alpha": 2.5}, r"alpha_init must be in alpha_range \[1, 2\], got 2.5"),
-        ({"encoder_attention": "entmax", "alpha": 0.0}, r"alpha_init must be in \(0, inf\), got 0"),
+        ({"alpha": 2.5}, r"alpha must be in \[1, 2\], where adaptive attention learns it, got 2.5"),
+        ({"encoder_attention": "entmax", "alpha": 0.0}, r"alpha must be in \(0, inf\), got 0"),
         ({"decoder_attention": "topk", "k": 0}, "k must be at least 1, got 0"),
+        ({"k": 0}, "k must be at least 1, got 0"),
     ],
 )
 def test_a_wrong_argument_is_named(kwargs: dict[str, Any], message: str) -> None:
