@@ -102,7 +102,7 @@ def test_train_help_lists_groups_and_keys(command, flag):
         ("seed=[1", "'seed=[1' is not of the form key=value"),
         ("--sweep", "unknown option '--sweep'; allowed: --help, "),
         ("data=tsv", "data.path has no value; give it as data.path=DIR, the folder of the data files"),
-        ("+speed=1", "unknown key 'speed'; allowed: seed, resume, data, "),
+        ("+speed=1", "unknown key 'speed'; allowed: seed, resume, threads, data, "),
         ("seed=-1", "seed must be a whole number from 0 to 4294967295, got -1"),
         ("resume=nowhere", "no run folder 'nowhere'; give the folder a training has printed"),
         ("resume=.", "'.' is not a run folder: it has no config.yaml"),
