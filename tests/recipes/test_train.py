@@ -134,7 +134,7 @@ def test_all_loggers_write_into_the_run_folder(tiny_config, tmp_path):
         (["model.attention=soft"], "softmax, entmax15, sparsemax, entmax, adaptive, topk, got 'soft'"),
         (["model.attention=topk", "model.k=0"], "k must be at least 1, got 0"),
         (["model.dim=9"], "dim must be a multiple of num_heads, got dim=9 and num_heads=2"),
-        (["model.alpha=2.5"], r"\[1, 2\], got 2.5"),
+        (["model.alpha=2.5"], r"alpha must be in \[1, 2\], .* got 2.5"),
         (["model.dropout=1.5"], "got 1.5"),
         (["model.dim=wide"], "model.dim must be a whole number, got 'wide'"),
         (["+model.width=3"], "unknown key 'model.width'; allowed: dim, "),

@@ -1,15 +1,14 @@
-"""Batches of similar length that depend on (seed, epoch) alone, and a loader that resumes within an epoch."""
+"""Batches of similar length that depend on (seed, epoch) alone."""
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from recipes.seq2seq.tokenizer import BOS, PAD
 
@@ -55,7 +54,6 @@ class BatchByLength(Sampler[list[int]]):
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = 0
-        self._skip = (0, 0)
 
     @property
     def sampler(self) -> BatchByLength:
@@ -66,26 +64,12 @@ class BatchByLength(Sampler[list[int]]):
         """Chooses the order of the next pass."""
         self.epoch = epoch
 
-    def skip(self, epoch: int, batches: int) -> None:
-        """Selects ``epoch`` and leaves out its first ``batches``, once, unless another epoch is set first."""
-        self.epoch = epoch
-        self._skip = (epoch, batches)
-
-    @property
-    def skipped(self) -> int:
-        """How many batches the next pass leaves out."""
-        return self._skip[1] if self._skip[0] == self.epoch else 0
-
     def __len__(self) -> int:
         """Batches per epoch."""
         return -(-len(self.lengths) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         """One pass. A generator, because Lightning calls ``iter()`` first and sets the epoch afterwards."""
-        skipped, self._skip = self.skipped, (0, 0)
-        yield from itertools.islice(self._batches(), skipped, None)
-
-    def _batches(self) -> Iterator[list[int]]:
         order = list(range(len(self.lengths)))
         if not self.shuffle:
             yield from self._cut(sorted(order, key=self.lengths.__getitem__))
@@ -123,34 +107,3 @@ def collate(rows: Sequence[Row]) -> dict[str, Any]:
         batch["sources"] = [row.source for row in rows]
         batch["references"] = [row.references for row in rows]
     return batch
-
-
-class ResumableLoader(DataLoader[Row]):
-    """A loader over ``BatchByLength`` that continues where a checkpoint was written.
-
-    Lightning stores ``state_dict()`` with the training loop and hands it back before the first batch of a
-    resumed run. The position holds for its own epoch only: a checkpoint written at the end of an epoch skips
-    nothing in the next.
-    """
-
-    _served = (0, 0)  # epoch, and how many of its batches were handed out
-
-    def state_dict(self) -> dict[str, int]:
-        """The epoch and how many of its batches were handed out."""
-        return {"epoch": self._served[0], "batches": self._served[1]}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Makes the next pass over that epoch begin after those batches."""
-        self._served = (state["epoch"], state["batches"])
-        self._sampler.skip(*self._served)
-
-    @property
-    def _sampler(self) -> BatchByLength:
-        return cast(BatchByLength, self.batch_sampler)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        """One pass, or what is left of an interrupted one."""
-        epoch, skipped = self._sampler.epoch, self._sampler.skipped
-        for served, batch in enumerate(super().__iter__(), start=skipped + 1):
-            self._served = (epoch, served)
-            yield batch

@@ -7,9 +7,9 @@ from typing import cast
 
 import lightning as L
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from recipes.seq2seq.data.batching import BatchByLength, ResumableLoader, Row, collate
+from recipes.seq2seq.data.batching import BatchByLength, Row, collate
 from recipes.seq2seq.data.cmudict import load_cmudict
 from recipes.seq2seq.data.examples import (
     Example,
@@ -115,24 +115,24 @@ class Seq2SeqData(L.LightningDataModule):
                 for texts, split in ((sources, self.source_split), (targets, self.target_split))
             )
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Every training pair once per epoch, shuffled by (seed, epoch), resumable within an epoch."""
+    def train_dataloader(self) -> DataLoader[Row]:
+        """Every training pair once per epoch, shuffled by (seed, epoch)."""
         self.setup()
         encode_source, encode_target = self.source_tokenizer.encode, self.target_tokenizer.encode
         rows = [Row(encode_source(source), encode_target(target)) for source, target in pairs(self.splits.train)]
         return _loader(rows, self.batch_size, shuffle=True, seed=self.seed)
 
-    def val_dataloader(self) -> ResumableLoader:
+    def val_dataloader(self) -> DataLoader[Row]:
         """The validation words, at most ``eval_limit``."""
         self.setup()
         return self._eval_dataloader(subset(self.splits.val, self.eval_limit))
 
-    def full_val_dataloader(self) -> ResumableLoader:
+    def full_val_dataloader(self) -> DataLoader[Row]:
         """All validation words."""
         self.setup()
         return self._eval_dataloader(self.splits.val)
 
-    def test_dataloader(self) -> ResumableLoader:
+    def test_dataloader(self) -> DataLoader[Row]:
         """All test words."""
         self.setup()
         return self._eval_dataloader(self.splits.test)
@@ -142,7 +142,7 @@ class Seq2SeqData(L.LightningDataModule):
             return load_cmudict(self.limit)
         return limit_splits(load_tsv(**self.files), self.limit)
 
-    def _eval_dataloader(self, examples: Sequence[Example]) -> ResumableLoader:
+    def _eval_dataloader(self, examples: Sequence[Example]) -> DataLoader[Row]:
         rows = [
             Row(
                 self.source_tokenizer.encode(example.source),
@@ -162,9 +162,9 @@ def _check_files(name: str, files: dict[str, str]) -> None:
         raise ValueError(f"data name 'tsv' needs the files train, val and test, got {', '.join(files) or 'none'}")
 
 
-def _loader(rows: list[Row], batch_size: int, *, shuffle: bool, seed: int) -> ResumableLoader:
+def _loader(rows: list[Row], batch_size: int, *, shuffle: bool, seed: int) -> DataLoader[Row]:
     lengths = [(len(row.source_ids), len(row.target_ids)) for row in rows]
-    return ResumableLoader(
+    return DataLoader(
         cast(Dataset[Row], rows),
         batch_sampler=BatchByLength(lengths, batch_size, shuffle=shuffle, seed=seed),
         collate_fn=collate,

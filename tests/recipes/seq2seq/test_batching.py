@@ -4,10 +4,10 @@ import random
 import pytest
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
-from lightning.fabric.utilities.types import _Stateful
+from torch.utils.data import DataLoader
 
 from recipes.seq2seq.data import batching
-from recipes.seq2seq.data.batching import BatchByLength, ResumableLoader, Row, collate, pad
+from recipes.seq2seq.data.batching import BatchByLength, Row, collate, pad
 from recipes.seq2seq.tokenizer import BOS, EOS, PAD
 
 
@@ -21,7 +21,7 @@ def make_loader(count=103, batch_size=7, seed=0):
     # The first id tells the rows apart.
     rows = [Row([100 + i, *[5] * (s - 2), EOS], [4] * (t - 1) + [EOS]) for i, (s, t) in enumerate(lengths)]
     sampler = BatchByLength(lengths, batch_size, shuffle=True, seed=seed)
-    return ResumableLoader(rows, batch_sampler=sampler, collate_fn=collate, generator=torch.Generator())
+    return DataLoader(rows, batch_sampler=sampler, collate_fn=collate, generator=torch.Generator())
 
 
 def members(batches):
@@ -139,55 +139,6 @@ def test_loading_neither_reads_nor_changes_the_global_random_state():
     assert members(make_loader()) == first
     assert torch.equal(torch.get_rng_state(), before)
     assert random.getstate() == before_python
-
-
-@pytest.mark.parametrize("done", [0, 1, 6, 14])
-def test_a_resumed_loader_gives_the_rest_of_the_epoch_and_then_whole_ones(done):
-    loader = make_loader()
-    _set_sampler_epoch(loader, 2)
-    running = iter(loader)
-    for _ in range(done):
-        next(running)
-    state = loader.state_dict()
-    expected = members(running)
-    _set_sampler_epoch(loader, 3)
-    following = members(loader)
-
-    resumed = make_loader()
-    resumed.load_state_dict(state)
-    assert resumed.state_dict() == state
-    batches = iter(resumed)
-    _set_sampler_epoch(resumed, 2)
-    assert members(batches) == expected
-    assert resumed.state_dict() == loader.state_dict() | {"epoch": 2}
-    _set_sampler_epoch(resumed, 3)
-    assert members(resumed) == following
-
-
-def test_batches_are_skipped_once():
-    """A second pass over the same epoch, as in a notebook, is a whole one."""
-    loader, expected = make_loader(), members(make_loader())
-    loader.load_state_dict({"epoch": 0, "batches": 4})
-    assert members(loader) == expected[4:]
-    assert members(loader) == expected
-
-
-def test_a_state_from_the_end_of_an_epoch_skips_nothing_in_the_next():
-    loader = make_loader()
-    for _ in itertools.islice(loader, 9):  # an epoch that Lightning cut short
-        pass
-    resumed = make_loader()
-    resumed.load_state_dict(loader.state_dict())
-    _set_sampler_epoch(resumed, 1)
-    expected = make_loader()
-    _set_sampler_epoch(expected, 1)
-    assert members(resumed) == members(expected)
-
-
-def test_lightning_sees_that_the_loader_can_resume():
-    loader = make_loader()
-    assert isinstance(loader, _Stateful)
-    assert all(type(value) is int for value in loader.state_dict().values())
 
 
 def test_rows_are_padded_to_the_longest():
