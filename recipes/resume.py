@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.launch import config_groups, is_multirun, quoted
+from recipes.arguments import is_multirun, quoted
+from recipes.launch import config_groups
 
 # The rest of the configuration has shaped the weights and the optimizer in the checkpoint.
 _ALLOWED = ("trainer.", "logger.", "hydra.")

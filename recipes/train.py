@@ -16,7 +16,8 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from recipes.launch import Interrupted, config_dir, config_groups, is_multirun, reported, run_hydra
+from recipes.arguments import is_multirun
+from recipes.launch import Interrupted, config_dir, config_groups, reported, run_hydra
 from recipes.resume import check_continues, resume_arguments
 
 

@@ -12,7 +12,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from recipes.launch import config_dir, quoted
+from recipes.arguments import quoted
+from recipes.launch import config_dir
 from recipes.seq2seq.task import Seq2SeqTask
 from recipes.seq2seq.tokenizer import Tokenizer
 from sparse_attn import alpha_per_head

@@ -13,7 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from recipes import cli, evaluate, inspect
-from recipes.launch import quoted, run_hydra
+from recipes.arguments import quoted
+from recipes.launch import run_hydra
 
 ROOT = Path(__file__).parents[2]
 ODD = (

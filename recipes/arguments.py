@@ -1,0 +1,107 @@
+"""The command line before Hydra reads it: flags anywhere, and paths and words as they are typed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+# Values that are a path or a word, whatever they look like to Hydra: a number, a list, a function call.
+_TEXTS = [
+    "run",
+    "compare",
+    "input",
+    "output",
+    "word",
+    "resume",
+    "data.path",
+    "data.train",
+    "data.val",
+    "data.test",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+]
+_QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
+_SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)")
+_NEEDED_GROUPS = ("data", "model", "paths", "trainer")
+_HELP, _MULTIRUN = ("--help", "-h"), ("--multirun", "-m")
+# Of these, which say what to do instead of a single run, Hydra takes one.
+_MODES = (*_MULTIRUN, "--run", "-r", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+_WITH_VALUE = [
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--config-dir",
+    "-cd",
+    "--experimental-rerun",
+]
+_INFOS = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
+_FLAGS = tuple(dict.fromkeys([*_HELP, *_MODES, *_WITH_VALUE, "--resolve", "--hydra-help", "--version"]))
+
+
+def is_multirun(arguments: Sequence[str]) -> bool:
+    """Whether the command line asks for several runs."""
+    return any(argument in _MULTIRUN for argument in arguments)
+
+
+def quoted(text: str) -> str:
+    r"""Text as a value that Hydra and OmegaConf read as it is.
+
+    Example:
+        >>> quoted("it's = 1")
+        "'it\\'s = 1'"
+    """
+    # A backslash is special in front of ${ to OmegaConf, in front of a quote to Hydra.
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), text) + "'"
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags, each followed by its value if it takes one, and overrides."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    rest = iter(arguments)
+    before = ""
+    for argument in rest:
+        is_value = before in _WITH_VALUE or (before in ("--info", "-i") and argument in _INFOS)
+        (flags if is_value or argument.startswith("-") else overrides).append(argument)
+        before = "" if is_value else argument
+    return flags, overrides
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """Raise where Hydra would answer with a usage message of many lines."""
+    names = [flag.partition("=")[0] for flag in flags if flag.startswith("-")]
+    for flag, name in zip((flag for flag in flags if flag.startswith("-")), names, strict=True):
+        if name not in _FLAGS:
+            raise ValueError(f"unknown option {flag!r}; allowed: {', '.join(_FLAGS)} and key=value")
+    modes = [name for name in names if name in _MODES]
+    if len(modes) > 1:
+        raise ValueError(f"at most one of {', '.join(_MODES)} can be given, got {' '.join(modes)}")
+    if "--resolve" in names and not {"--cfg", "-c", *_HELP} & set(names):
+        raise ValueError(f"--resolve can only be given with --cfg or --help, got {' '.join(names)}")
+
+
+def check_deletions(overrides: Sequence[str]) -> None:
+    """Raise where a group is dropped that nothing works without."""
+    for override in overrides:
+        group = override.partition("=")[0].removeprefix("~")
+        if override.startswith("~") and group in _NEEDED_GROUPS:
+            raise ValueError(f"{group} cannot be left out, got {override!r}; choose one with {group}=NAME")
+
+
+def read_as_text(override: str, *, sweep: bool) -> str:
+    """Quotes the value of a key that is a path or a word; with ``sweep``, each of several after commas."""
+    key, equals, value = override.partition("=")
+    if not equals or key.lstrip("+") not in _TEXTS or (sweep and _SWEEP_FUNCTION.fullmatch(value)):
+        return override
+    values = re.findall(rf"(?:^|,)\s*((?:{_QUOTED})(?=\s*(?:,|$))|[^,]*)", value) if sweep else [value]
+    return f"{key}={','.join(_as_text(single) for single in values)}"
+
+
+def _as_text(value: str) -> str:
+    return value if value == "null" or re.fullmatch(_QUOTED, value, re.DOTALL) else quoted(value)
