@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -50,7 +50,7 @@ def load_run(run: str | Path, checkpoint: str = "best") -> Run:
 
     Raises:
         FileNotFoundError: If there is no such folder, it is not one of a run, or it has no such checkpoint.
-        ValueError: If the checkpoint is cut short or damaged.
+        ValueError: If the checkpoint is cut short or damaged, or the configuration is.
     """
     folder = run_folder(run)
     state = read_checkpoint(checkpoint_file(folder, checkpoint))
@@ -59,9 +59,9 @@ def load_run(run: str | Path, checkpoint: str = "best") -> Run:
         task.load_state_dict(state["state_dict"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{checkpoint} checkpoint of {folder} must be one of this version's model: {error}") from error
-    config = OmegaConf.load(folder / CONFIG)
-    if not isinstance(config, DictConfig):
-        raise ValueError(f"{folder / CONFIG} must hold keys and values, got {type(config).__name__}")
+    config = _read_yaml(folder / CONFIG)
+    if not isinstance(config, DictConfig) or "data" not in config:
+        raise ValueError(f"{folder / CONFIG} must hold the configuration of a run, got damaged or other content")
     return Run(folder, config, task.eval())
 
 
@@ -162,13 +162,17 @@ def continue_record(folder: Path, cfg: DictConfig, overrides: Sequence[str], ste
 
 
 def _recorded_overrides(file: Path) -> list[Any]:
-    try:
-        found = OmegaConf.to_container(OmegaConf.load(file))
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException):
-        found = None
-    if not isinstance(found, list):
+    found = _read_yaml(file)
+    if not isinstance(found, ListConfig):
         raise ValueError(f"{file} must hold a list of overrides, got damaged or other content")
-    return found
+    return list(found)
+
+
+def _read_yaml(file: Path) -> DictConfig | ListConfig | None:
+    try:
+        return OmegaConf.load(file)
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException):
+        return None
 
 
 def _recorded_versions(file: Path) -> dict[str, Any]:

@@ -53,6 +53,13 @@ def test_a_checkpoint_of_another_model(run_folder):
         load_run(run_folder)
 
 
+@pytest.mark.parametrize("content", [b"", b"data: [", b"- a list", b"\xff\xfe\x00"])
+def test_a_damaged_configuration(run_folder, content):
+    (run_folder / "config.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.yaml must hold the configuration of a run, got damaged or other"):
+        load_run(run_folder)
+
+
 def test_a_checkpoint_that_would_run_code_is_not_loaded(tmp_path):
     torch.save({"state_dict": print, "hyper_parameters": {}}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match="cannot be read"):
