@@ -1,5 +1,14 @@
-"""Layers: drop-ins for ``nn.MultiheadAttention`` and attention without projections."""
+"""Layers: drop-ins for ``nn.MultiheadAttention``, attention without projections, the mappings as modules."""
 
+from sparse_attn.nn.activations import (
+    BudgetSparsemax,
+    Entmax,
+    Entmax15,
+    Normmax,
+    Sparsemax,
+    SparseSoftmax,
+    TopkSoftmax,
+)
 from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention, alpha_per_head
 from sparse_attn.nn.cache import KVCache
 from sparse_attn.nn.multihead import SparseMultiheadAttention
@@ -8,9 +17,16 @@ from sparse_attn.nn.topk import TopKMultiheadAttention
 
 __all__ = [
     "AdaptiveSparseMultiheadAttention",
+    "BudgetSparsemax",
+    "Entmax",
+    "Entmax15",
     "KVCache",
+    "Normmax",
     "SparseAttention",
     "SparseMultiheadAttention",
+    "SparseSoftmax",
+    "Sparsemax",
     "TopKMultiheadAttention",
+    "TopkSoftmax",
     "alpha_per_head",
 ]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.nn.alpha import bounded_alpha, check_alpha_range, initial_alpha
+from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_alpha_range, initial_alpha
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.ops.attention import ScoreMapping, entmax_mapping
 
 
-class AdaptiveSparseMultiheadAttention(SparseMultiheadAttention):
+class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
     """``nn.MultiheadAttention`` with α-entmax in the place of softmax and one learnt α per head.
 
     ::
@@ -114,15 +114,6 @@ class AdaptiveSparseMultiheadAttention(SparseMultiheadAttention):
         if raw_alpha is not None:
             with torch.no_grad():
                 raw_alpha.copy_(self._initial_raw_alpha())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptiveSparseMultiheadAttention:
-        if self.raw_alpha is None:
-            return super()._apply(fn, recurse)
-        before = self.raw_alpha.detach()
-        super()._apply(fn, recurse)
-        if self.raw_alpha.dtype in (torch.float16, torch.bfloat16):
-            self.raw_alpha.data = before.to(self.raw_alpha.device, torch.float32)
-        return self
 
     @property
     def alpha(self) -> Tensor:

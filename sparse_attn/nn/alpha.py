@@ -8,13 +8,16 @@ step or weight decay) and then has to bring it back the same way: what the layer
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparse_attn.ops.checks import check_alpha
+from sparse_attn.checks import check_alpha
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class _Bounded(torch.autograd.Function):
@@ -72,8 +75,85 @@ def initial_alpha(
     if tuple(alpha.shape) not in ((), (num_heads,)):
         raise ValueError(f"alpha_init must be a number or one per head ({num_heads},), got shape {tuple(alpha.shape)}")
     check_alpha(alpha, "alpha_init")
-    low, high = alpha_range or (0.0, math.inf)
+    if alpha_range is not None:
+        check_inside(alpha, alpha_range, "alpha_init")
+    return alpha.expand(num_heads).clone()
+
+
+def check_inside(alpha: Tensor, alpha_range: tuple[float, float], name: str) -> None:
+    """Raise unless every α lies in the closed range."""
+    low, high = alpha_range
     wrong = ~((alpha >= low) & (alpha <= high))
     if bool(wrong.any()):
-        raise ValueError(f"alpha_init must be in alpha_range [{low:g}, {high:g}], got {alpha[wrong][0].item():g}")
-    return alpha.expand(num_heads).clone()
+        raise ValueError(f"{name} must be in alpha_range [{low:g}, {high:g}], got {alpha[wrong].flatten()[0].item():g}")
+
+
+class WideAlpha(nn.Module):
+    """A module whose ``raw_alpha`` stays in float32 or wider, also by ``.to`` and ``.half``.
+
+    In bfloat16 the step between two numbers at 1.5 is 0.008: no optimizer step would move α.
+    """
+
+    raw_alpha: Tensor | None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self.raw_alpha is None:
+            return super()._apply(fn, recurse)
+        before = self.raw_alpha.detach()
+        super()._apply(fn, recurse)
+        if self.raw_alpha.dtype in (torch.float16, torch.bfloat16):
+            self.raw_alpha.data = before.to(self.raw_alpha.device, torch.float32)
+        return self
+
+
+class HoldsAlpha(WideAlpha):
+    """A module with one α argument: a number, a buffer, or a learnt parameter inside ``alpha_range``.
+
+    Args:
+        alpha: A number or a floating tensor. A parameter is learnt, any other tensor is copied into a buffer.
+        learn_alpha: Learn it, whatever it is.
+        alpha_range: The closed interval that a learnt α stays in.
+    """
+
+    def __init__(self, alpha: float | Tensor, *, learn_alpha: bool, alpha_range: tuple[float, float]) -> None:
+        super().__init__()
+        check_alpha(alpha)
+        self.alpha_range = check_alpha_range(alpha_range)
+        self.learn_alpha = learn_alpha or isinstance(alpha, nn.Parameter)
+        if self.learn_alpha:
+            check_inside(torch.as_tensor(alpha), self.alpha_range, "alpha")
+            if not isinstance(alpha, nn.Parameter):
+                alpha = nn.Parameter(torch.as_tensor(alpha).detach().clone())
+        if isinstance(alpha, Tensor):
+            hold(self, "raw_alpha", alpha)
+        else:
+            self.raw_alpha, self._number = None, float(alpha)
+
+    @property
+    def alpha(self) -> float | Tensor:
+        """The current α."""
+        if self.raw_alpha is None:
+            return self._number
+        return bounded_alpha(self.raw_alpha, self.alpha_range) if self.learn_alpha else self.raw_alpha
+
+    def extra_repr(self) -> str:
+        """The α arguments; of a tensor its values."""
+        alpha = self._number if self.raw_alpha is None else shown(self.raw_alpha)
+        return f"alpha={alpha}" + (f", learn_alpha=True, alpha_range={self.alpha_range}" if self.learn_alpha else "")
+
+
+def hold(module: nn.Module, name: str, value: float | Tensor) -> None:
+    """Set a number, register a parameter, or register a copy of any other tensor as a buffer."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        if value.requires_grad:
+            raise ValueError(
+                f"{name} must be a number, a parameter or a tensor without gradient, got one with gradient"
+            )
+        module.register_buffer(name, value.clone())
+    else:
+        setattr(module, name, value)
+
+
+def shown(value: float | Tensor) -> object:
+    """A number, or the values of a tensor, for ``extra_repr``."""
+    return value.tolist() if isinstance(value, Tensor) else value

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from sparse_attn.checks import check_dropout, check_floating
 from sparse_attn.masks import causal_mask, check_mask_dtype, merge_multihead_masks
 from sparse_attn.nn.cache import KVCache
 from sparse_attn.ops.attention import ScoreMapping, attend
-from sparse_attn.ops.checks import check_dropout, check_floating
 
 
 class SparseMultiheadAttention(nn.MultiheadAttention):

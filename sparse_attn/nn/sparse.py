@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from sparse_attn.checks import check_alpha, check_dropout, check_k
+from sparse_attn.nn.alpha import hold, shown
 from sparse_attn.ops.attention import attend, entmax_mapping, topk_mapping
-from sparse_attn.ops.checks import check_alpha, check_dropout, check_k
 
 
 class SparseAttention(nn.Module):
@@ -57,14 +58,7 @@ class SparseAttention(nn.Module):
         self.k = k
         self.scale = scale
         self.dropout = dropout
-        if isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
-            if alpha.requires_grad:
-                raise ValueError(
-                    "alpha must be a number, a parameter or a tensor without gradient, got one with gradient"
-                )
-            self.register_buffer("alpha", alpha.clone())
-        else:
-            self.alpha = 1.0 if alpha is None else alpha
+        hold(self, "alpha", 1.0 if alpha is None else alpha)
 
     def forward(
         self,
@@ -97,5 +91,4 @@ class SparseAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments; of a tensor α its values."""
-        alpha = self.alpha.tolist() if isinstance(self.alpha, Tensor) else self.alpha
-        return f"k={self.k}, alpha={alpha}, scale={self.scale}, dropout={self.dropout}"
+        return f"k={self.k}, alpha={shown(self.alpha)}, scale={self.scale}, dropout={self.dropout}"

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from sparse_attn.checks import check_k
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.ops.attention import Normalizer, ScoreMapping, normalizer_alpha, topk_mapping
-from sparse_attn.ops.checks import check_k
 
 
 class TopKMultiheadAttention(SparseMultiheadAttention):

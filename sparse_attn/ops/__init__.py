@@ -1,15 +1,22 @@
 """Scores to probabilities to attention: pure functions."""
 
 from sparse_attn.ops.attention import entmax_attention, topk_attention
+from sparse_attn.ops.budget import budget_sparsemax
 from sparse_attn.ops.entmax import entmax, entmax15, sparsemax
+from sparse_attn.ops.normmax import normmax
+from sparse_attn.ops.support import support_size, tau
 from sparse_attn.ops.topk import sparse_softmax, topk_softmax
 
 __all__ = [
+    "budget_sparsemax",
     "entmax",
     "entmax15",
     "entmax_attention",
+    "normmax",
     "sparse_softmax",
     "sparsemax",
+    "support_size",
+    "tau",
     "topk_attention",
     "topk_softmax",
 ]

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_attn.checks import check_dropout, check_floating, check_k
 from sparse_attn.masks import apply_mask, causal_mask
-from sparse_attn.ops.checks import check_dropout, check_floating, check_k
 from sparse_attn.ops.entmax import entmax
 from sparse_attn.ops.topk import topk_entmax
 

@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from sparse_attn.kernels.reference.entmax import entmax_backward, entmax_forward
-from sparse_attn.ops.checks import check_alpha, check_alpha_shape, check_scores, compute_dtype, result_dtype
-
-
-class _Entmax(torch.autograd.Function):
-    """Both gradients are functions of ``p``, ``a`` and the upstream gradient: the scores are not kept."""
-
-    @staticmethod
-    def forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
-        return entmax_forward(scores, a, lowest)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float | Tensor, float], output: Tensor) -> None:
-        a = inputs[1]
-        ctx.number = None if isinstance(a, Tensor) else a
-        ctx.save_for_backward(output, a if isinstance(a, Tensor) else None)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        p, per_row = ctx.saved_tensors
-        a = ctx.number if per_row is None else per_row
-        grad_scores, grad_a = entmax_backward(p, a, grads[0], with_alpha=ctx.needs_input_grad[1])
-        return grad_scores, None if grad_a is None else grad_a.sum_to_size(per_row.shape), None
+from sparse_attn.checks import check_alpha, check_row_parameter, check_scores, compute_dtype, result_dtype, rows_last
+from sparse_attn.kernels.entmax import entmax_rows
 
 
 def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
@@ -67,22 +44,18 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
         2019 (EMNLP), "Adaptively Sparse Transformers", Prop. 1, for the gradient in α.
     """
     check_scores(x, dim)
-    check_alpha(alpha)
-    a: float | Tensor
     if isinstance(alpha, Tensor):
-        check_alpha_shape(alpha, x, dim)
-        # α - 1 before any rounding to x's dtype: near 1 the difference is what counts.
-        a = (alpha.to(compute_dtype(alpha)) - 1).to(compute_dtype(x))
-        a = a.reshape([1] * (x.dim() - a.dim()) + list(a.shape)).movedim(dim, -1) if x.dim() else a
+        check_row_parameter(alpha, x, dim, "alpha")  # its values are looked at where they are used
+        alpha = rows_last(alpha, x, dim)
     else:
-        a = float(alpha) - 1
+        check_alpha(alpha)
     if x.numel() == 0:
         # An empty batch still reaches α: its gradient is zero, not missing.
-        return x + 0 * a.sum() if isinstance(a, Tensor) else x.clone()
+        return x + 0 * alpha.sum().to(x.dtype) if isinstance(alpha, Tensor) else x.clone()
     scores = x.to(compute_dtype(x))
     if not x.dim():
-        return _Entmax.apply(scores.view(1), a, torch.finfo(x.dtype).min).view(()).to(result_dtype(x))
-    p = _Entmax.apply(scores.movedim(dim, -1), a, torch.finfo(x.dtype).min)
+        return entmax_rows(scores.view(1), alpha, torch.finfo(x.dtype).min).view(()).to(result_dtype(x))
+    p = entmax_rows(scores.movedim(dim, -1), alpha, torch.finfo(x.dtype).min)
     return p.movedim(-1, dim).to(result_dtype(x)).contiguous()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_attn.ops.checks import check_k, check_scores
+from sparse_attn.checks import check_k, check_scores
 from sparse_attn.ops.entmax import entmax
 
 

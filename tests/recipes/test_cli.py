@@ -18,7 +18,7 @@ from recipes import cli
 from recipes.launch import Interrupted, reported, run_hydra
 from recipes.train import main as train_main
 from recipes.train import train
-from sparse_attn.ops.checks import check_k
+from sparse_attn.checks import check_k
 
 ROOT = Path(__file__).parents[2]
 

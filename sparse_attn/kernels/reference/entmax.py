@@ -116,10 +116,7 @@ def entmax_backward(
     ``dz = u ∘ (g - δ)``, ``δ = Σ u g / Σ u``; ``dα = [Y D - B - a (Y A - H B)] / U`` with ``D = Σ p g``,
     ``A = Σ p ℓ g``, ``B = Σ p y g``, ``H = Σ p ℓ``, ``Y = Σ p y``, ``ℓ = log p`` and ``y = ℓ² φ₂(-a ℓ)``.
     """
-    outside = p == 0  # not ``~(p > 0)``: a row of NaN keeps its NaN
-    log_p = torch.where(outside, 1.0, p).log()
-    u = p if isinstance(a, float) and a == 0.0 else torch.where(outside, 0.0, torch.exp((1 - a) * log_p))
-    total = u.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+    log_p, u, total = _support(p, a)
     centred = grad - (u * grad).sum(-1, keepdim=True) / total
     grad_scores = u * centred
     if not with_alpha:
@@ -132,6 +129,31 @@ def entmax_backward(
     h = (p * log_p).sum(-1, keepdim=True)
     y_mean = (p * y).sum(-1, keepdim=True)
     return grad_scores, (y_mean * d - b - a * (y_mean * a_sum - h * b)) / total
+
+
+def entmax_tangent(p: Tensor, a: float | Tensor, scores_tangent: Tensor | None, alpha_tangent: Tensor | None) -> Tensor:
+    """What changes of the scores and of α do to ``p``: the derivative of :func:`entmax_forward`, forwards.
+
+    ``dp = u ∘ (dz - Σ u dz / Σ u) + p/U ∘ [(Y - y) - a (ℓ Y - y H)] dα``, letters as in :func:`entmax_backward`.
+    """
+    log_p, u, total = _support(p, a)
+    tangent = torch.zeros_like(p)
+    if scores_tangent is not None:
+        tangent = tangent + u * (scores_tangent - (u * scores_tangent).sum(-1, keepdim=True) / total)
+    if alpha_tangent is not None:
+        y = log_p.square() * _phi2(-a * log_p)
+        h = (p * log_p).sum(-1, keepdim=True)
+        y_mean = (p * y).sum(-1, keepdim=True)
+        tangent = tangent + p / total * (y_mean - y - a * (log_p * y_mean - y * h)) * alpha_tangent
+    return tangent
+
+
+def _support(p: Tensor, a: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``ℓ = log p`` and ``u = p^(1-a)`` on the support, 0 elsewhere, and ``U = Σ u``."""
+    outside = p == 0  # not ``~(p > 0)``: a row of NaN keeps its NaN
+    log_p = torch.where(outside, 1.0, p).log()
+    u = p if isinstance(a, float) and a == 0.0 else torch.where(outside, 0.0, torch.exp((1 - a) * log_p))
+    return log_p, u, u.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
 
 
 def _phi2(x: Tensor) -> Tensor:

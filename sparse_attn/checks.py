@@ -1,0 +1,125 @@
+"""What every operator asks of its arguments, and how a result finds its way back to the caller's dtype."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_floating(x: Tensor, name: str) -> None:
+    """Raise unless ``x`` is a tensor of one of the four floating dtypes that are computed with."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} must have a floating dtype (float16, bfloat16, float32, float64), got {x.dtype}")
+
+
+def check_scores(x: Tensor, dim: int, name: str = "x") -> None:
+    """Raise unless ``x`` is a floating tensor that has the dimension ``dim``."""
+    check_floating(x, name)
+    if not isinstance(dim, int):
+        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
+    rank = max(x.dim(), 1)
+    if not -rank <= dim < rank:
+        raise IndexError(f"dim must be in [{-rank}, {rank - 1}] for {name} of shape {tuple(x.shape)}, got {dim}")
+
+
+def check_alpha(alpha: float | Tensor, name: str = "alpha") -> None:
+    """Raise unless every α lies in the open interval ``(0, inf)``."""
+    check_number_or_tensor(alpha, name)
+    check_interval(alpha, name, above=0.0, below=math.inf)
+
+
+def check_number_or_tensor(value: float | Tensor, name: str) -> None:
+    """Raise unless ``value`` is a real number or a floating tensor."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a number or a floating tensor, got a tensor of {value.dtype}")
+    elif isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat):
+        raise TypeError(f"{name} must be a number or a floating tensor, got {type(value).__name__}")
+
+
+def check_interval(value: float | Tensor, name: str, *, above: float, below: float, closed: bool = False) -> None:
+    """Raise unless ``above < value < below``, or ``above < value <= below`` when the interval is closed."""
+    if isinstance(value, Tensor):
+        fits = (value > above) & ((value <= below) if closed else (value < below))
+        if bool(fits.all()):
+            return
+        got = f"{value.detach()[~fits].flatten()[0].item():g}"
+    elif value > above and (value <= below if closed else value < below):
+        return
+    else:
+        got = f"{value}"
+    raise ValueError(f"{name} must be in ({above:g}, {below:g}{']' if closed else ')'}, got {got}")
+
+
+def check_row_parameter(value: Tensor, x: Tensor, dim: int, name: str) -> None:
+    """Raise unless a tensor ``value`` is floating and broadcasts against ``x`` with size 1 along ``dim``.
+
+    The message shows the view to use.
+    """
+    check_number_or_tensor(value, name)
+    if value.device != x.device and value.dim():
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
+    dim = dim % max(x.dim(), 1)
+    rows = [1 if axis == dim else size for axis, size in enumerate(x.shape)]
+    aligned = [1] * (x.dim() - value.dim()) + list(value.shape)
+    if len(aligned) == len(rows) and all(got == 1 or got == size for got, size in zip(aligned, rows, strict=True)):
+        return
+    message = (
+        f"{name} must broadcast against x of shape {tuple(x.shape)} with size 1 along dim {dim}, "
+        f"got shape {tuple(value.shape)}"
+    )
+    axes = [axis for axis, size in enumerate(rows) if size == value.numel()]
+    if value.dim() == 1:
+        for axis in axes:
+            view = ", ".join(["-1"] + ["1"] * (x.dim() - axis - 1))
+            message += f"; for one {name} per entry of dim {axis} use {name}.view({view})"
+    raise ValueError(message)
+
+
+def check_k(k: int, size: int | None = None) -> None:
+    """Raise unless ``k`` is an int of at least 1, and at most ``size`` when that is given."""
+    if isinstance(k, bool) or not hasattr(k, "__index__"):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    upper = "" if size is None else f" and at most {size}, the size of dim"
+    if k < 1 or (size is not None and k > size):
+        raise ValueError(f"k must be at least 1{upper}, got {k}")
+
+
+def check_dropout(dropout: float, name: str = "dropout") -> None:
+    """Raise unless ``dropout`` is a probability."""
+    if isinstance(dropout, bool) or not isinstance(dropout, Real):
+        raise TypeError(f"{name} must be a number, got {dropout!r}")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {dropout}")
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Half precision is computed in float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """The input's dtype; under autocast whatever ``torch.softmax`` returns there, which differs between devices."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.softmax(x.new_zeros(1), -1).dtype
+
+
+def rows_last(value: Tensor, x: Tensor, dim: int) -> Tensor:
+    """A view of a parameter of the rows of ``x`` that fits ``x.movedim(dim, -1)``."""
+    return value.view([1] * (x.dim() - value.dim()) + list(value.shape)).movedim(dim, -1) if x.dim() else value
+
+
+def values_known(x: Tensor) -> bool:
+    """Whether the entries of ``x`` can be looked at: not while compiling, in ``torch.func`` or on the meta device."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not x.is_meta and type(x) in (Tensor, torch.nn.Parameter)

@@ -1,0 +1,137 @@
+"""α-entmax of the last dimension as one differentiable function, under every transform that torch has.
+
+Eager code goes through an autograd function, which knows reverse mode, forward mode and ``vmap``. ``torch.compile``
+calls a custom operator, into which it does not look: how many sweeps a solver takes depends on the data. Export traces
+plain operations, a fixed number of them, so that what it writes runs without this library.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_attn.checks import check_alpha
+from sparse_attn.kernels.reference.entmax import entmax_backward, entmax_forward, entmax_tangent
+from sparse_attn.kernels.reference.unrolled import entmax_unrolled
+
+
+def entmax_rows(scores: Tensor, alpha: float | Tensor, lowest: float) -> Tensor:
+    """Probabilities along the last dimension.
+
+    Args:
+        scores: (..., d), float32 or float64.
+        alpha: A number, or a tensor that broadcasts with size 1 in the last dimension.
+        lowest: Scores at or below are masked.
+    """
+    per_row, number = (alpha, 0.0) if isinstance(alpha, Tensor) else (None, float(alpha) - 1)
+    if _is_looked_into():
+        return entmax_unrolled(scores, number if per_row is None else _shifted(per_row, scores), lowest)
+    if torch.compiler.is_compiling():
+        return _entmax(scores, per_row, number, lowest)
+    return _Entmax.apply(scores, per_row, number, lowest)
+
+
+def _is_looked_into() -> bool:
+    """Whether somebody needs plain operations: an export, or ``torch.func`` inside a compiled function."""
+    in_transform = torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_exporting() or in_transform
+
+
+# Both routes take the same arguments (scores, per_row, number, lowest): α per row if there is one, else ``α - 1`` as a
+# number. α goes in as the caller's own tensor: saved as such, a change in place before the backward is noticed.
+
+
+def _forward(scores: Tensor, per_row: Tensor | None, number: float, lowest: float) -> Tensor:
+    if per_row is None:
+        return entmax_forward(scores, number, lowest)
+    check_alpha(per_row)
+    return entmax_forward(scores, _shifted(per_row, scores), lowest)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, float, float], output: Tensor) -> None:
+    _, per_row, ctx.number, _ = inputs
+    ctx.save_for_backward(output, per_row)
+
+
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+    p, per_row = ctx.saved_tensors  # both gradients are functions of p and α alone: the scores are not kept
+    if grad is None:
+        return None, None, None, None
+    a = ctx.number if per_row is None else _shifted(per_row, p)
+    grad_scores, grad_alpha = entmax_backward(p, a, grad, with_alpha=ctx.needs_input_grad[1])
+    if grad_alpha is not None:
+        grad_alpha = grad_alpha.sum_to_size(per_row.shape).to(per_row.dtype)
+    return grad_scores, grad_alpha, None, None
+
+
+def _shifted(alpha: Tensor, scores: Tensor) -> Tensor:
+    """``α - 1`` before any rounding to the dtype of the scores: near 1 the difference is what counts."""
+    return (alpha.to(torch.promote_types(alpha.dtype, torch.float32)) - 1).to(scores.dtype)
+
+
+class _Entmax(torch.autograd.Function):
+    @staticmethod
+    def forward(scores: Tensor, per_row: Tensor | None, number: float, lowest: float) -> Tensor:
+        if scores.is_meta or type(scores) is not Tensor:  # there may be no data to look at
+            return _entmax(scores, per_row, number, lowest)
+        return _forward(scores, per_row, number, lowest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, float, float], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_forward(output, inputs[1])
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        return _backward(ctx, grads[0])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        p, per_row = ctx.saved_tensors
+        scores_tangent, alpha_tangent = tangents[:2]
+        a = ctx.number if per_row is None else _shifted(per_row, p)
+        if alpha_tangent is not None:
+            alpha_tangent = alpha_tangent.to(p.dtype)
+        # Off by default in here, which would make the second derivative of forward over forward mode silently wrong.
+        with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+            return entmax_tangent(p, a, scores_tangent, alpha_tangent)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], scores: Tensor, per_row: Tensor | None, number: float, lowest: float
+    ) -> tuple[Tensor, int]:
+        return _Entmax.apply(*_batch_in_front(info, in_dims, scores, per_row), number, lowest), 0
+
+
+def _batch_in_front(
+    info: Any, in_dims: tuple[int | None, ...], scores: Tensor, per_row: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The batched dimension as one more dimension of rows: each row is computed on its own anyway."""
+    scores = scores.expand(info.batch_size, *scores.shape) if in_dims[0] is None else scores.movedim(in_dims[0], 0)
+    if per_row is not None and in_dims[1] is not None:
+        per_row = per_row.movedim(in_dims[1], 0)
+        per_row = per_row.reshape(len(per_row), *[1] * (scores.dim() - per_row.dim()), *per_row.shape[1:])
+    return scores, per_row
+
+
+@torch.library.custom_op("sparse_attn::entmax", mutates_args=())
+def _entmax(scores: Tensor, per_row: Tensor | None, number: float, lowest: float) -> Tensor:
+    return _forward(scores, per_row, number, lowest)
+
+
+@_entmax.register_fake
+def _(scores: Tensor, per_row: Tensor | None, number: float, lowest: float) -> Tensor:
+    return torch.empty_like(scores, memory_format=torch.contiguous_format)
+
+
+_entmax.register_autograd(_backward, setup_context=_setup_context)
+
+
+@_entmax.register_vmap
+def _(
+    info: Any, in_dims: tuple[int | None, ...], scores: Tensor, per_row: Tensor | None, number: float, lowest: float
+) -> tuple[Tensor, int]:
+    return _entmax(*_batch_in_front(info, in_dims, scores, per_row), number, lowest), 0

@@ -1,0 +1,67 @@
+"""α-entmax of the last dimension as a fixed number of plain operations, for whoever traces them.
+
+Slower than the solver beside it, which looks at the data to know when to stop. Bisection finds σ of
+
+    p_i = [1 + a (z_i - σ)]_+^(1/a),    Σ p_i = 1,
+
+to rounding, without gradient; two Newton steps after it change nothing but carry the derivatives: plain autograd
+through them gives the first and second ones.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def entmax_unrolled(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
+    """The probabilities; arguments and result as those of ``reference.entmax.entmax_forward``."""
+    dtype = scores.dtype
+    if isinstance(a, Tensor) or a not in (0.0, 0.5, 1.0):
+        # Close to α = 1 a runtime without log1p loses digits in log(1 + t) / a; above α = 2 entries enter with infinite
+        # slope, and σ has to be right to many more digits than p.
+        scores, a = scores.double(), a.double() if isinstance(a, Tensor) else a
+    masked = scores <= lowest
+    top = scores.amax(-1, keepdim=True)
+    empty = top <= lowest
+    if not isinstance(a, Tensor) and a == 0:
+        return torch.softmax(scores, -1).masked_fill(empty, 0.0).to(dtype)
+    # A masked entry gets a harmless score and is dropped afterwards: -inf times a zero gradient would be NaN.
+    z = torch.where(masked, 0.0, scores - torch.where(empty, 0.0, top))
+    if isinstance(a, Tensor):
+        a = torch.where(a.abs() < 1e-9, 1e-9, a)  # at α = 1 the same to rounding
+    with torch.no_grad():
+        sigma = _bisect(z.detach(), a.detach() if isinstance(a, Tensor) else a, masked)
+    for _ in range(2):
+        p, u = _power(z, sigma, a, masked)
+        slope = u.sum(-1, keepdim=True)
+        sigma = sigma + (p.sum(-1, keepdim=True) - 1) / torch.where(slope == 0, 1.0, slope)
+    p, _ = _power(z, sigma, a, masked)
+    total = p.sum(-1, keepdim=True)
+    return (p / torch.where(total == 0, 1.0, total)).to(dtype)
+
+
+def _bisect(z: Tensor, a: float | Tensor, masked: Tensor) -> Tensor:
+    """σ between that of a row with one entry, 0, and that of a flat row, ``(1 - d^(-a)) / a``."""
+    count = (~masked).sum(-1, keepdim=True).clamp(min=1).to(z.dtype)
+    low = torch.zeros_like(count)
+    high = (1 - torch.exp(-a * count.log())) / a
+    for _ in range(4 - round(math.log2(torch.finfo(z.dtype).eps))):
+        sigma = (low + high) / 2
+        enough = _power(z, sigma, a, masked)[0].sum(-1, keepdim=True) >= 1
+        low, high = torch.where(enough, sigma, low), torch.where(enough, high, sigma)
+    return low
+
+
+def _power(z: Tensor, sigma: Tensor, a: float | Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+    """``p`` and ``u = -dp/dσ``, zero for masked entries and outside the support; NaN scores give NaN."""
+    t = a * (z - sigma)
+    outside = masked | (t <= -1)
+    t = torch.where(outside, 0.0, t)
+    if not isinstance(a, Tensor) and a in (0.5, 1.0):
+        root = torch.where(outside, 0.0, 1 + t)
+        return (root, (root > 0).to(z.dtype)) if a == 1.0 else (root * root, root)
+    p = torch.where(outside, 0.0, torch.exp(torch.log1p(t) / a))
+    return p, p / (1 + t)

@@ -1,0 +1,94 @@
+"""Budget sparsemax: probabilities of being chosen, when a given number may be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_attn.checks import (
+    check_interval,
+    check_number_or_tensor,
+    check_row_parameter,
+    check_scores,
+    result_dtype,
+    rows_last,
+    values_known,
+)
+
+
+def budget_sparsemax(x: Tensor, budget: float | Tensor = 2.0, dim: int = -1) -> Tensor:
+    r"""Sparsemax that sums to ``budget`` along ``dim``, no entry above 1: a relaxed choice of a subset.
+
+    .. math:: \operatorname{argmax}_p \langle p, x \rangle - \tfrac12 \lVert p \rVert^2, \quad
+        0 \le p \le 1, \; \sum p = \text{budget}
+
+    Computed in float64 from a sort of the row.
+
+    Args:
+        x: Scores of any floating dtype; masked entries as in :func:`sparse_attn.entmax`. Where fewer entries than
+            ``budget`` are not masked, all of those are 1.
+        budget: How much to spend on a row: a number, or a tensor that broadcasts against ``x`` with size 1 along
+            ``dim``, in ``(0, d]`` with d the size of ``dim``. Differentiable. At 1 this is sparsemax.
+        dim: The dimension that sums to ``budget``.
+
+    Returns:
+        Entries in [0, 1], of ``x``'s shape and dtype.
+
+    Raises:
+        TypeError: ``x`` or ``budget`` is not floating.
+        ValueError: ``budget`` is outside ``(0, d]`` or its shape does not fit.
+        IndexError: ``x`` has no dimension ``dim``.
+
+    Example:
+        >>> budget_sparsemax(torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0]), budget=3)
+        tensor([0.0000, 0.2500, 0.7500, 1.0000, 1.0000])
+
+    Reference:
+        Blondel, Martins & Niculae 2020 (JMLR), "Learning with Fenchel-Young Losses", on the k-subset polytope.
+    """
+    check_scores(x, dim)
+    check_number_or_tensor(budget, "budget")
+    size = x.shape[dim] if x.dim() else 1
+    if isinstance(budget, Tensor):
+        check_row_parameter(budget, x, dim, "budget")
+    if size and (not isinstance(budget, Tensor) or values_known(budget)):
+        check_interval(budget, "budget", above=0.0, below=size, closed=True)
+    return spend(x, budget, dim)
+
+
+def spend(x: Tensor, budget: float | Tensor, dim: int = -1) -> Tensor:
+    """:func:`budget_sparsemax` for a budget that has been checked; 0 and NaN are taken as well."""
+    if x.numel() == 0:
+        return x + 0 * budget.sum().to(x.dtype) if isinstance(budget, Tensor) else x.clone()
+    scores = x.double() if x.dim() else x.double().view(1)
+    masked = scores <= torch.finfo(x.dtype).min
+    if isinstance(budget, Tensor):
+        budget = rows_last(budget.double(), x, dim)
+    scores, masked = scores.movedim(dim, -1), masked.movedim(dim, -1)
+    budget = torch.as_tensor(budget, dtype=torch.float64, device=x.device)
+    budget = torch.minimum(budget, (~masked).sum(-1, keepdim=True))
+    top = scores.amax(-1, keepdim=True).masked_fill(masked.all(-1, keepdim=True), 0.0)
+    z = torch.where(masked, 0.0, scores - top)
+    with torch.no_grad():
+        tau = _threshold(z.detach(), masked, budget.detach())
+    one, zero = ~masked & (z - tau >= 1), masked | (z <= tau)
+    between = ~(one | zero)
+    # The threshold once more, from the entries strictly between 0 and 1, now as a function that has derivatives.
+    tau = (torch.where(between, z, 0.0).sum(-1, keepdim=True) + one.sum(-1, keepdim=True) - budget) / between.sum(
+        -1, keepdim=True
+    ).clamp(min=1)
+    p = torch.where(between, z - tau, one.to(z.dtype)).movedim(-1, dim)
+    return p.view(x.shape).to(result_dtype(x)).contiguous()
+
+
+def _threshold(z: Tensor, masked: Tensor, budget: Tensor) -> Tensor:
+    """τ with ``Σ clip(z - τ, 0, 1) = budget``: piecewise linear in τ, with kinks at every ``z`` and ``z - 1``."""
+    # As τ falls past z one more entry grows, past z - 1 one fewer does.
+    turns = torch.where(masked, 0, 1)
+    kinks, order = torch.cat([z, z - 1], -1).sort(-1, descending=True)
+    growing = torch.cat([turns, -turns], -1).gather(-1, order).cumsum(-1)
+    gained = growing[..., :-1] * (kinks[..., :-1] - kinks[..., 1:])
+    spent = torch.cat([torch.zeros_like(gained[..., :1]), gained.cumsum(-1)], -1)
+    last = ((spent <= budget).sum(-1, keepdim=True) - 1).clamp(min=0)
+    tau, spent, growing = (t.gather(-1, last) for t in (kinks, spent, growing))
+    return tau - (budget - spent) / growing.clamp(min=1)

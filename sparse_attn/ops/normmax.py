@@ -1,0 +1,65 @@
+"""Normmax: the mapping regularised by a norm instead of an entropy."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparse_attn.checks import (
+    check_interval,
+    check_number_or_tensor,
+    check_row_parameter,
+    check_scores,
+    result_dtype,
+    values_known,
+)
+from sparse_attn.ops.entmax import entmax
+
+
+def normmax(x: Tensor, alpha: float | Tensor = 2.0, dim: int = -1) -> Tensor:
+    r"""α-normmax along ``dim``: few large probabilities, which grow alike as α grows.
+
+    .. math:: \operatorname{argmax}_{p \in \triangle} \langle p, x \rangle - \lVert p \rVert_\alpha
+
+    Computed in float64 from the α-entmax ``s`` of ``x α/(α-1)`` at ``2 - 1/α``: ``p = s^(1/α) / Σ s^(1/α)``.
+
+    Args:
+        x: Scores of any floating dtype; masked entries as in :func:`sparse_attn.entmax`.
+        alpha: The norm's exponent: a number, or a tensor that broadcasts against ``x`` with size 1 along ``dim``, in
+            ``(1, inf)``. Differentiable. Towards 1 the result tends to the arg max, towards ∞ to a uniform
+            distribution over the entries less than 1 below it, more or less.
+        dim: The dimension that sums to one.
+
+    Returns:
+        Probabilities of ``x``'s shape and dtype.
+
+    Raises:
+        TypeError: ``x`` or ``alpha`` is not floating.
+        ValueError: α is outside ``(1, inf)`` or its shape does not fit.
+        IndexError: ``x`` has no dimension ``dim``.
+
+    Example:
+        >>> normmax(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+        tensor([0.0000, 0.0239, 0.1746, 0.3254, 0.4761])
+
+    Reference:
+        Blondel, Martins & Niculae 2020 (JMLR), "Learning with Fenchel-Young Losses", on norm entropies.
+    """
+    check_scores(x, dim)
+    check_number_or_tensor(alpha, "alpha")
+    if isinstance(alpha, Tensor):
+        check_row_parameter(alpha, x, dim, "alpha")
+        if values_known(alpha):
+            check_interval(alpha, "alpha", above=1.0, below=math.inf)
+        alpha = alpha.double()
+        alpha = torch.where(alpha > 1, alpha, math.nan)  # entmax refuses it where its value is known
+    else:
+        check_interval(alpha, "alpha", above=1.0, below=math.inf)
+    scores = x.double().masked_fill(x <= torch.finfo(x.dtype).min, -math.inf)
+    support = entmax(scores * (alpha / (alpha - 1)), 2 - 1 / alpha, dim)
+    outside = support == 0
+    root = torch.where(outside, 0.0, torch.exp(torch.where(outside, 1.0, support).log() / alpha))
+    total = root.sum(dim, keepdim=True)
+    return (root / torch.where(total == 0, 1.0, total)).to(result_dtype(x))

@@ -1,0 +1,72 @@
+"""What can be read off a sparse mapping beside its probabilities: how many entries it kept, and where it cut."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparse_attn.checks import check_number_or_tensor, check_scores
+from sparse_attn.ops.entmax import entmax
+
+
+def support_size(p: Tensor, dim: int = -1) -> Tensor:
+    """How many entries of ``p`` along ``dim`` are not zero.
+
+    Args:
+        p: What any of the mappings returned.
+        dim: The dimension that the mapping went along.
+
+    Returns:
+        An int64 tensor of ``p``'s shape without ``dim``.
+
+    Raises:
+        TypeError: ``p`` is not floating.
+        IndexError: ``p`` has no dimension ``dim``.
+
+    Example:
+        >>> from sparse_attn import sparsemax
+        >>> support_size(sparsemax(torch.tensor([[-2.0, 0.0, 0.5], [3.0, 0.0, 0.0]])))
+        tensor([2, 1])
+    """
+    check_scores(p, dim, "p")
+    return (p != 0).sum(dim)
+
+
+def tau(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
+    r"""The threshold of α-entmax: ``p = [(α-1) x - τ]_+^(1/(α-1))``.
+
+    Args:
+        x: Scores, as in :func:`sparse_attn.entmax`.
+        alpha: As there. For α > 1 scores at or below ``τ/(α-1)`` get probability zero; at α = 1 τ is -1.
+        dim: As there.
+
+    Returns:
+        ``x``'s shape with size 1 along ``dim``; differentiable. ``inf`` for a row of masked scores alone.
+
+    Raises:
+        TypeError: ``x`` or ``alpha`` is not floating.
+        ValueError: α is outside ``(0, inf)`` or its shape does not fit.
+        IndexError: ``x`` has no dimension ``dim``.
+
+    Example:
+        >>> x = torch.tensor([-2.0, 0.0, 0.5])
+        >>> tau(x, alpha=2.0)
+        tensor([-0.2500])
+        >>> (x - tau(x, alpha=2.0)).clamp(min=0)
+        tensor([0.0000, 0.2500, 0.7500])
+
+    Reference:
+        Peters, Niculae & Martins 2019 (ACL), "Sparse Sequence-to-Sequence Models".
+    """
+    check_scores(x, dim)
+    check_number_or_tensor(alpha, "alpha")
+    p = entmax(x, alpha, dim)
+    top = x.amax(dim, keepdim=True) if x.dim() else x
+    largest = p.amax(dim, keepdim=True) if x.dim() else p
+    empty = largest == 0
+    a = alpha - 1
+    # The largest entry is always in the support, whatever the others do.
+    threshold = a * torch.where(empty, 0.0, top) - torch.where(empty, 1.0, largest) ** a
+    return torch.where(empty, math.inf, threshold).to(p.dtype)
