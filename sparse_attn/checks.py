@@ -85,7 +85,7 @@ def check_row_parameter(value: Tensor, x: Tensor, dim: int, name: str) -> None:
 
 def check_k(k: int, size: int | None = None) -> None:
     """Raise unless ``k`` is an int of at least 1, and at most ``size`` when that is given."""
-    if isinstance(k, bool) or not hasattr(k, "__index__"):
+    if isinstance(k, bool) or not (isinstance(k, int) or hasattr(k, "__index__")):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
     upper = "" if size is None else f" and at most {size}, the size of dim"
     if k < 1 or (size is not None and k > size):
@@ -116,10 +116,3 @@ def result_dtype(x: Tensor) -> torch.dtype:
 def rows_last(value: Tensor, x: Tensor, dim: int) -> Tensor:
     """A view of a parameter of the rows of ``x`` that fits ``x.movedim(dim, -1)``."""
     return value.view([1] * (x.dim() - value.dim()) + list(value.shape)).movedim(dim, -1) if x.dim() else value
-
-
-def values_known(x: Tensor) -> bool:
-    """Whether the entries of ``x`` can be looked at: not while compiling, in ``torch.func`` or on the meta device."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return not x.is_meta and type(x) in (Tensor, torch.nn.Parameter)

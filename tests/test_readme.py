@@ -1,22 +1,26 @@
-"""The README's Python runs from top to bottom, and what its comments promise is what comes out."""
+"""The Python of README and docs runs from top to bottom, and what its comments promise is what comes out."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_python_blocks_run_in_order():
+@pytest.mark.parametrize("page", ["README.md", "docs/operators.md"])
+def test_python_blocks_run_in_order(page):
     names: dict[str, object] = {}
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 4
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, page, "exec"), names)
+        for call, count in re.findall(r"^(.*\S)  # tensor\((\d+)\)$", block, re.MULTILINE):
+            assert eval(call, names) == int(count), call
 
 
 def test_values_beside_the_operators_are_those_they_give():
@@ -38,6 +42,7 @@ def test_commands_are_those_of_the_makefile():
         assert f'-m pip install --constraint constraints.txt --editable ".[{extra}]"' in README
 
 
-def test_files_it_links_to_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "docs/operators.md"])
+def test_files_it_links_to_exist(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        assert (ROOT / page).parent.joinpath(target).exists(), target

@@ -15,6 +15,7 @@ from torch import Tensor
 from sparse_attn.checks import check_alpha
 from sparse_attn.kernels.reference.entmax import entmax_backward, entmax_forward, entmax_tangent
 from sparse_attn.kernels.reference.unrolled import entmax_unrolled
+from sparse_attn.transforms import needs_plain_operations
 
 
 def entmax_rows(scores: Tensor, alpha: float | Tensor, lowest: float) -> Tensor:
@@ -26,17 +27,11 @@ def entmax_rows(scores: Tensor, alpha: float | Tensor, lowest: float) -> Tensor:
         lowest: Scores at or below are masked.
     """
     per_row, number = (alpha, 0.0) if isinstance(alpha, Tensor) else (None, float(alpha) - 1)
-    if _is_looked_into():
+    if needs_plain_operations():
         return entmax_unrolled(scores, number if per_row is None else _shifted(per_row, scores), lowest)
     if torch.compiler.is_compiling():
         return _entmax(scores, per_row, number, lowest)
     return _Entmax.apply(scores, per_row, number, lowest)
-
-
-def _is_looked_into() -> bool:
-    """Whether somebody needs plain operations: an export, or ``torch.func`` inside a compiled function."""
-    in_transform = torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return torch.compiler.is_exporting() or in_transform
 
 
 # Both routes take the same arguments (scores, per_row, number, lowest): α per row if there is one, else ``α - 1`` as a
@@ -95,9 +90,7 @@ class _Entmax(torch.autograd.Function):
         a = ctx.number if per_row is None else _shifted(per_row, p)
         if alpha_tangent is not None:
             alpha_tangent = alpha_tangent.to(p.dtype)
-        # Off by default in here, which would make the second derivative of forward over forward mode silently wrong.
-        with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
-            return entmax_tangent(p, a, scores_tangent, alpha_tangent)
+        return entmax_tangent(p, a, scores_tangent, alpha_tangent)
 
     @staticmethod
     def vmap(
@@ -119,7 +112,7 @@ def _batch_in_front(
 
 @torch.library.custom_op("sparse_attn::entmax", mutates_args=())
 def _entmax(scores: Tensor, per_row: Tensor | None, number: float, lowest: float) -> Tensor:
-    return _forward(scores, per_row, number, lowest)
+    return _forward(scores, per_row, number, lowest).contiguous()  # the strides that its fake twin promises
 
 
 @_entmax.register_fake

@@ -12,8 +12,8 @@ from sparse_attn.checks import (
     check_scores,
     result_dtype,
     rows_last,
-    values_known,
 )
+from sparse_attn.transforms import double_noticing_changes, values_known
 
 
 def budget_sparsemax(x: Tensor, budget: float | Tensor = 2.0, dim: int = -1) -> Tensor:
@@ -63,7 +63,7 @@ def spend(x: Tensor, budget: float | Tensor, dim: int = -1) -> Tensor:
     scores = x.double() if x.dim() else x.double().view(1)
     masked = scores <= torch.finfo(x.dtype).min
     if isinstance(budget, Tensor):
-        budget = rows_last(budget.double(), x, dim)
+        budget = rows_last(double_noticing_changes(budget), x, dim)
     scores, masked = scores.movedim(dim, -1), masked.movedim(dim, -1)
     budget = torch.as_tensor(budget, dtype=torch.float64, device=x.device)
     budget = torch.minimum(budget, (~masked).sum(-1, keepdim=True))

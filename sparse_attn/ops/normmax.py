@@ -13,9 +13,9 @@ from sparse_attn.checks import (
     check_row_parameter,
     check_scores,
     result_dtype,
-    values_known,
 )
 from sparse_attn.ops.entmax import entmax
+from sparse_attn.transforms import double_noticing_changes, values_known
 
 
 def normmax(x: Tensor, alpha: float | Tensor = 2.0, dim: int = -1) -> Tensor:
@@ -53,7 +53,7 @@ def normmax(x: Tensor, alpha: float | Tensor = 2.0, dim: int = -1) -> Tensor:
         check_row_parameter(alpha, x, dim, "alpha")
         if values_known(alpha):
             check_interval(alpha, "alpha", above=1.0, below=math.inf)
-        alpha = alpha.double()
+        alpha = double_noticing_changes(alpha)
         alpha = torch.where(alpha > 1, alpha, math.nan)  # entmax refuses it where its value is known
     else:
         check_interval(alpha, "alpha", above=1.0, below=math.inf)

@@ -70,7 +70,13 @@ def topk_entmax(x: Tensor, k: int, alpha: float | Tensor, dim: int = -1) -> Tens
     check_k(k, size)
     if k == size:
         return entmax(x, alpha, dim)
-    # A stable sort, because torch.topk leaves open which of several equal scores it takes.
-    index = torch.sort(x.detach(), dim=dim, descending=True, stable=True).indices.narrow(dim, 0, k)
+    index = _first_in_order(x.detach(), dim).narrow(dim, 0, k)
     kept = entmax(x.gather(dim, index), alpha, dim)
     return torch.zeros_like(x, dtype=kept.dtype).scatter(dim, index, kept)
+
+
+def _first_in_order(x: Tensor, dim: int) -> Tensor:
+    """Indices from the largest score to the smallest; equal ones stay in order, which ``torch.topk`` leaves open."""
+    if torch.compiler.is_exporting():
+        return torch.sort(x, dim=dim, descending=True).indices  # ONNX has this sort alone, and keeps ties in order
+    return torch.sort(x, dim=dim, descending=True, stable=True).indices

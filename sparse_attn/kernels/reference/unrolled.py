@@ -11,16 +11,18 @@ through them gives the first and second ones.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops import while_loop
 
 
 def entmax_unrolled(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
     """The probabilities; arguments and result as those of ``reference.entmax.entmax_forward``."""
     dtype = scores.dtype
     if isinstance(a, Tensor) or a not in (0.0, 0.5, 1.0):
-        # Close to α = 1 a runtime without log1p loses digits in log(1 + t) / a; above α = 2 entries enter with infinite
+        # Close to α = 1 a runtime without log1p loses digits in log(1 + t) / t; above α = 2 entries enter with infinite
         # slope, and σ has to be right to many more digits than p.
         scores, a = scores.double(), a.double() if isinstance(a, Tensor) else a
     masked = scores <= lowest
@@ -30,8 +32,6 @@ def entmax_unrolled(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
         return torch.softmax(scores, -1).masked_fill(empty, 0.0).to(dtype)
     # A masked entry gets a harmless score and is dropped afterwards: -inf times a zero gradient would be NaN.
     z = torch.where(masked, 0.0, scores - torch.where(empty, 0.0, top))
-    if isinstance(a, Tensor):
-        a = torch.where(a.abs() < 1e-9, 1e-9, a)  # at α = 1 the same to rounding
     with torch.no_grad():
         sigma = _bisect(z.detach(), a.detach() if isinstance(a, Tensor) else a, masked)
     for _ in range(2):
@@ -45,14 +45,32 @@ def entmax_unrolled(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
 
 def _bisect(z: Tensor, a: float | Tensor, masked: Tensor) -> Tensor:
     """σ between that of a row with one entry, 0, and that of a flat row, ``(1 - d^(-a)) / a``."""
-    count = (~masked).sum(-1, keepdim=True).clamp(min=1).to(z.dtype)
-    low = torch.zeros_like(count)
-    high = (1 - torch.exp(-a * count.log())) / a
-    for _ in range(4 - round(math.log2(torch.finfo(z.dtype).eps))):
+    if isinstance(a, Tensor):
+        a = torch.where(a.abs() < 1e-9, 1e-9, a)  # in float64 as good as 0
+    log_count = (~masked).sum(-1, keepdim=True).clamp(min=1).to(z.dtype).log()
+    low = torch.zeros_like(log_count)
+    high = (1 - torch.exp(-a * log_count)) / a * (1 + 1e-6)  # for what the difference may have lost
+
+    def halve(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         sigma = (low + high) / 2
-        enough = _power(z, sigma, a, masked)[0].sum(-1, keepdim=True) >= 1
-        low, high = torch.where(enough, sigma, low), torch.where(enough, high, sigma)
-    return low
+        t = (a * (z - sigma)).clamp(min=-1)
+        p = t + 1 if not isinstance(a, Tensor) and a == 1 else torch.exp(torch.log1p(t) / a)
+        enough = torch.where(masked, 0.0, p).sum(-1, keepdim=True) >= 1
+        return torch.where(enough, sigma, low), torch.where(enough, high, sigma)
+
+    return _repeat(halve, low, high, times=4 - round(math.log2(torch.finfo(z.dtype).eps)))[0]
+
+
+def _repeat(
+    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], low: Tensor, high: Tensor, *, times: int
+) -> tuple[Tensor, Tensor]:
+    if not torch.compiler.is_exporting():
+        for _ in range(times):
+            low, high = step(low, high)
+        return low, high
+    # One loop in the graph, not a thousand nodes.
+    begin = (torch.zeros((), dtype=torch.int64, device=low.device), low, high)
+    return while_loop(lambda n, *_: n < times, lambda n, *ends: (n + 1, *step(*ends)), begin)[1:]
 
 
 def _power(z: Tensor, sigma: Tensor, a: float | Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,5 +81,16 @@ def _power(z: Tensor, sigma: Tensor, a: float | Tensor, masked: Tensor) -> tuple
     if not isinstance(a, Tensor) and a in (0.5, 1.0):
         root = torch.where(outside, 0.0, 1 + t)
         return (root, (root > 0).to(z.dtype)) if a == 1.0 else (root * root, root)
-    p = torch.where(outside, 0.0, torch.exp(torch.log1p(t) / a))
+    p = torch.where(outside, 0.0, torch.exp((z - sigma) * _log1p_over(t)))
     return p, p / (1 + t)
+
+
+def _log1p_over(t: Tensor) -> Tensor:
+    """``log(1 + t) / t``, by its series for small t: at α = 1 every t is 0, and has derivatives all the same."""
+    small = t.abs() < 0.03
+    near = torch.where(small, t, 0.0)
+    series = torch.zeros_like(t)
+    for n in range(11, 0, -1):
+        series = 1 / n - near * series
+    far = torch.where(small, 1.0, t)
+    return torch.where(small, series, torch.log1p(far) / far)

@@ -1,0 +1,37 @@
+"""Which of torch's transforms is at work on us, and what it can bear."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+
+def values_known(x: Tensor) -> bool:
+    """Whether the entries of ``x`` can be looked at: not while compiling, in ``torch.func`` or on the meta device."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not x.is_meta and type(x) in (Tensor, torch.nn.Parameter)
+
+
+def needs_plain_operations() -> bool:
+    """Whether an autograd function or a custom operator would stop a transform, or make it silently wrong.
+
+    True in an export, whose program should run without us; for ``torch.func`` inside a compiled function, which sees no
+    forward mode in custom operators; and for forward mode over forward mode, where an autograd function that saves its
+    inputs loses the outer tangent.
+    """
+    if torch.compiler.is_exporting():
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    levels = retrieve_all_functorch_interpreters()
+    return sum(level.key() == TransformType.Jvp for level in levels) > 1
+
+
+def double_noticing_changes(value: Tensor) -> Tensor:
+    """``value`` in float64, tied to the original: one that is changed in place before the backward is noticed there."""
+    return value.pow(1).double()  # a power saves its base for the backward, a change of dtype does not

@@ -1,0 +1,296 @@
+"""Every mapping under every transform that torch has: the same values, the same derivatives, nothing silently lost."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+
+from sparse_attn import (
+    AdaptiveSparseMultiheadAttention,
+    Entmax,
+    budget_sparsemax,
+    entmax,
+    entmax15,
+    normmax,
+    sparse_softmax,
+    sparsemax,
+    topk_softmax,
+)
+
+# Raised inside torch, on its own account, wherever these transforms are used for the first time in a process.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
+
+# name -> the mapping of scores (N, d) and a parameter (N, 1), and the parameter's values, None where there is no such.
+# Between them: one α of each kind the kernels tell apart, and a tensor that mixes them.
+ALPHAS = [[0.7], [1.0], [1.0001], [1.5], [2.0], [2.7]]
+MAPPINGS: dict[str, tuple[Callable[..., Tensor], list[list[float]] | None]] = {
+    "entmax": (entmax, ALPHAS),
+    "normmax": (normmax, [[1.1], [1.5], [2.0], [2.5], [3.0], [4.0]]),
+    "budget_sparsemax": (budget_sparsemax, [[0.3], [1.3], [1.7], [2.2], [3.1], [4.5]]),
+    **{f"entmax {alpha}": (partial(entmax, alpha=alpha), None) for (alpha,) in ALPHAS},
+    "normmax 3": (partial(normmax, alpha=3.0), None),
+    "budget_sparsemax 1.7": (partial(budget_sparsemax, budget=1.7), None),
+    "topk_softmax": (partial(topk_softmax, k=2), None),
+    "sparse_softmax": (partial(sparse_softmax, k=3), None),
+}
+every_mapping = pytest.mark.parametrize(("mapping", "values"), MAPPINGS.values(), ids=MAPPINGS)
+
+
+def arguments(values: list[list[float]] | None) -> tuple[Tensor, ...]:
+    x = torch.randn(6, 5, dtype=torch.float64)
+    return (x,) if values is None else (x, torch.tensor(values, dtype=torch.float64))
+
+
+def require(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.clone().requires_grad_() for x in inputs)
+
+
+@every_mapping
+def test_derivatives_of_first_and_second_order_in_both_modes(mapping, values):
+    inputs = require(arguments(values))
+    assert torch.autograd.gradcheck(
+        mapping, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
+    assert torch.autograd.gradgradcheck(mapping, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+@every_mapping
+@pytest.mark.parametrize("argument", [0, 1], ids=["scores", "parameter"])
+def test_jacobians_and_hessians_agree_in_every_order_of_modes(mapping, values, argument):
+    inputs = arguments(values)
+    if argument == len(inputs):
+        pytest.skip("no such argument")
+    forward, reverse = (jacobian(mapping, argnums=argument)(*inputs) for jacobian in (jacfwd, jacrev))
+    torch.testing.assert_close(forward, reverse)
+
+    def cubes(*inputs: Tensor) -> Tensor:
+        return mapping(*inputs).pow(3).sum()
+
+    expected = torch.autograd.functional.hessian(cubes, inputs)[argument][argument]
+    modes = [(jacfwd, jacrev), (jacrev, jacfwd), (jacfwd, jacfwd), (jacrev, jacrev)]
+    for outer, inner in modes:
+        torch.testing.assert_close(outer(inner(cubes, argnums=argument), argnums=argument)(*inputs), expected)
+    torch.testing.assert_close(hessian(cubes, argnums=argument)(*inputs), expected)
+
+
+@every_mapping
+def test_vmap_is_a_loop(mapping, values):
+    inputs = arguments(values)
+    rows = [mapping(*(x[i] for x in inputs)) for i in range(6)]
+    torch.testing.assert_close(vmap(mapping)(*inputs), torch.stack(rows))
+    last = tuple(x.movedim(0, -1) for x in inputs)
+    torch.testing.assert_close(vmap(mapping, in_dims=-1, out_dims=-1)(*last), torch.stack(rows, -1))
+    per_row = vmap(grad(lambda *inputs: mapping(*inputs).square().sum()))(*inputs)
+    torch.testing.assert_close(per_row, grad(lambda *inputs: mapping(*inputs).square().sum())(*inputs))
+    if len(inputs) == 2:  # one row under many parameters, and many rows under one
+        x, parameter = inputs
+        over_parameter = vmap(mapping, in_dims=(None, 0))(x[0], parameter)
+        torch.testing.assert_close(over_parameter, torch.stack([mapping(x[0], one) for one in parameter]))
+        over_rows = vmap(mapping, in_dims=(0, None))(x, parameter[0])
+        torch.testing.assert_close(over_rows, torch.stack([mapping(row, parameter[0]) for row in x]))
+
+
+def test_vmap_over_heads_of_batched_scores():
+    x, alpha = torch.randn(2, 3, 5, 7), torch.tensor([1.0, 1.4, 2.0])
+    per_head = vmap(entmax, in_dims=(1, 0), out_dims=1)(x, alpha)
+    torch.testing.assert_close(per_head, entmax(x, alpha.view(-1, 1, 1)))
+    assert torch.equal(vmap(partial(entmax, dim=0))(x), entmax(x, dim=1))
+
+
+@every_mapping
+def test_forward_mode_by_dual_numbers(mapping, values):
+    inputs = arguments(values)
+    tangents = tuple(torch.randn_like(x) for x in inputs)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)]
+        tangent = forward_ad.unpack_dual(mapping(*duals)).tangent
+    torch.testing.assert_close(tangent, jvp(mapping, inputs, tangents)[1])
+    step = 1e-6
+    above, below = (mapping(*(x + sign * step * t for x, t in zip(inputs, tangents, strict=True))) for sign in (1, -1))
+    torch.testing.assert_close(tangent, (above - below) / (2 * step), atol=1e-6, rtol=1e-5)
+
+
+@every_mapping
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_graph_without_breaks_trains_alike(mapping, values, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(mapping, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    inputs = arguments(values)
+    for rows in (6, 4, 5):  # also with shapes that change
+        some = require(tuple(x[:rows] for x in inputs))
+        upstream = torch.randn(rows, 5, dtype=torch.float64)
+        got, expected = (f(*some) for f in (compiled, mapping))
+        torch.testing.assert_close(got, expected)
+        for a, b in zip(*(torch.autograd.grad(y, some, upstream) for y in (got, expected)), strict=True):
+            torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs), mapping(*inputs))
+
+
+@pytest.mark.parametrize("transform", [vmap, lambda f: vmap(grad(lambda x: f(x).square().sum())), jacrev, jacfwd])
+@pytest.mark.parametrize("mapping", [entmax15, lambda x: entmax(x, 1.3), lambda x: topk_softmax(x, 2)])
+def test_torch_func_inside_a_compiled_function(mapping, transform):
+    torch._dynamo.reset()
+    x = torch.randn(3, 5, dtype=torch.float64)
+    compiled = torch.compile(lambda x: transform(mapping)(x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), transform(mapping)(x))
+
+
+def test_inductor_compiles_it_too():
+    torch._dynamo.reset()
+    inputs = require((torch.randn(6, 5), torch.tensor(ALPHAS)))
+    compiled = torch.compile(lambda x, alpha: entmax(x * 2, alpha).square(), fullgraph=True)
+    upstream = torch.randn(6, 5)
+    got, expected = compiled(*inputs), entmax(inputs[0] * 2, inputs[1]).square()
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (got, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_learnt_alpha_never_recompiles():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = AdaptiveSparseMultiheadAttention(6, 2, batch_first=True)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+    x = torch.randn(2, 5, 6)
+    seen = set()
+    for _ in range(4):
+        compiled(x, x, x)[1].square().sum().backward()
+        optimizer.step()
+        seen.add(layer.alpha[0].item())
+    assert len(seen) == 4 and counter.frame_count == 1
+
+
+def test_a_compiled_alpha_outside_its_range_is_refused():
+    torch._dynamo.reset()
+    compiled = torch.compile(entmax, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"alpha must be in \(0, inf\), got -1"):
+        compiled(torch.randn(2, 3), torch.full((2, 1), -1.0))
+    with pytest.raises(ValueError, match=r"alpha must be in \(0, inf\), got -1"):
+        vmap(entmax)(torch.randn(2, 3), torch.full((2,), -1.0))
+
+
+class EveryMapping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor([1.0001, 1.0, 2.0]))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (
+            entmax(x, self.alpha.view(-1, 1)),
+            entmax(x, 0.7),
+            entmax(x, 1.0),
+            entmax(x, 1.001),
+            entmax15(x),
+            sparsemax(x),
+            entmax(x, 3.0),
+            normmax(x, 2.5),
+            budget_sparsemax(x, 1.7),
+            topk_softmax(x, 2),
+            sparse_softmax(x, 3),
+        )
+
+
+def hard_rows() -> Tensor:
+    """Scores (2, 3, 7) with masked entries, a masked row and ties."""
+    x = torch.randn(2, 3, 7)
+    x[0, 1, 3:] = -torch.inf
+    x[1, 0] = -torch.inf
+    x[1, 2] = 0.5
+    return x
+
+
+# Ties are broken by topk_softmax and sparse_softmax alike in all of them, too.
+DYNAMIC = ({0: torch.export.Dim.DYNAMIC},)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_compute_and_train_alike(strict):
+    model, x = EveryMapping(), hard_rows()
+    program = torch.export.export(model, (x,), dynamic_shapes=DYNAMIC, strict=strict)
+    assert not [node for node in program.graph.nodes if "sparse_attn" in str(node.target)]  # runs without us
+    for inputs in (x, torch.cat([x, 3 * x])):
+        for got, expected in zip(program.module()(inputs), model(inputs), strict=True):
+            torch.testing.assert_close(got, expected, atol=3e-7, rtol=1e-6)
+    exported = program.module()
+    for trained in (exported, model):
+        (trained(x)[0] * torch.arange(7)).sum().backward()
+    (alpha,) = exported.parameters()
+    torch.testing.assert_close(alpha.grad, model.alpha.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+def test_onnx_runtime_computes_alike(tmp_path):
+    model, x = EveryMapping().eval(), hard_rows()
+    torch.onnx.export(model, (x,), tmp_path / "mappings.onnx", dynamo=True, dynamic_shapes=DYNAMIC, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "mappings.onnx")
+    (name,) = (entry.name for entry in session.get_inputs())
+    for inputs in (x, torch.cat([x, 3 * x])):
+        for got, expected in zip(session.run(None, {name: inputs.numpy()}), model(inputs), strict=True):
+            torch.testing.assert_close(torch.from_numpy(got), expected.detach(), atol=3e-7, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_runtime_runs_a_swapped_encoder(tmp_path):
+    from sparse_attn import replace_attention
+
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 11, batch_first=True), 1)
+    replace_attention(encoder, alpha_init=[1.0, 1.7])
+    encoder.eval()
+    x = torch.randn(2, 5, 6)
+    dynamic = {"src": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
+    torch.onnx.export(encoder, (x,), tmp_path / "encoder.onnx", dynamo=True, dynamic_shapes=dynamic, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx")
+    for inputs in (x, torch.randn(3, 7, 6)):
+        (got,) = session.run(None, {"src": inputs.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), encoder(inputs).detach(), atol=1e-6, rtol=1e-5)
+
+
+@every_mapping
+def test_alpha_changed_in_place_before_the_backward_is_noticed(mapping, values):
+    if values is None:
+        pytest.skip("no tensor to change")
+    for dtype in (torch.float64, torch.float32):
+        x, parameter = require(arguments(values))
+        parameter = parameter.detach().to(dtype).requires_grad_()
+        y = mapping(x, parameter)
+        with torch.no_grad():
+            parameter.mul_(1.01)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.square().sum().backward()
+
+
+@every_mapping
+def test_shapes_without_data(mapping, values):
+    inputs = arguments(values)
+    meta = mapping(*(x.to("meta") for x in inputs))
+    assert meta.is_meta and meta.shape == (6, 5)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x).requires_grad_() for x in inputs]
+        y = mapping(*fakes)
+        assert y.shape == (6, 5)
+        y.sum().backward()
+
+
+def test_modules_survive_copies_and_pickles():
+    layer = Entmax(torch.full((3, 1), 1.3), learn_alpha=True)
+    x = torch.randn(3, 5)
+    expected = layer(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), expected) and twin.raw_alpha is not layer.raw_alpha
+    for mapping, _ in MAPPINGS.values():
+        assert pickle.loads(pickle.dumps(mapping)) is not None
