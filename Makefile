@@ -13,7 +13,7 @@ INSTALL  = $(BIN)/python -m pip install --constraint constraints.txt
 # Two processes share the machine in `make test`; waiting threads must not spin on the cores the other one needs.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help train test lint format format-check types wheel wheel-check clean
+.PHONY: help train test peer-tests lint format format-check types wheel wheel-check clean
 
 help:           ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -23,6 +23,9 @@ train: $(VENV)/.installed-recipes  ## train the default model on CMUdict and sho
 
 test: $(VENV)/.installed-dev       ## run the tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+peer-tests: $(VENV)/.installed-dev  ## run the entmax package's own tests on sparse_attn.compat.entmax
+	$(BIN)/python scripts/run_peer_tests.py $(ARGS)
 
 lint: $(VENV)/.installed-dev       ## check the code with ruff
 	$(BIN)/ruff check

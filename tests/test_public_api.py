@@ -15,8 +15,16 @@ import sparse_attn
 import sparse_attn.nn
 import sparse_attn.ops
 
-NN = ["AdaptiveSparseMultiheadAttention", "KVCache", "SparseAttention", "TopKMultiheadAttention", "alpha_per_head"]
-OPS = ["entmax", "entmax15", "entmax_attention", "sparse_softmax", "sparsemax", "topk_attention", "topk_softmax"]
+NN = [
+    *("AdaptiveSparseMultiheadAttention", "KVCache", "SparseAttention", "TopKMultiheadAttention", "alpha_per_head"),
+    *("BudgetSparsemax", "Entmax", "Entmax15", "Normmax", "SparseSoftmax", "Sparsemax", "TopkSoftmax"),
+    *("Entmax15Loss", "EntmaxLoss", "SparsemaxLoss"),
+]
+OPS = [
+    *("budget_sparsemax", "entmax", "entmax15", "normmax", "sparse_softmax", "sparsemax", "topk_softmax"),
+    *("entmax15_loss", "entmax_loss", "sparsemax_loss"),
+    *("entmax_attention", "topk_attention", "support_size", "tau"),
+]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +59,8 @@ class Contract:
     def sparsemax(self, x, dim=-1): ...
     def entmax15(self, x, dim=-1): ...
     def entmax(self, x, alpha=1.5, dim=-1): ...
+    def normmax(self, x, alpha=2.0, dim=-1): ...
+    def budget_sparsemax(self, x, budget=2.0, dim=-1): ...
     def topk_softmax(self, x, k, dim=-1): ...
     def sparse_softmax(self, x, k=3, dim=-1): ...
     def entmax_attention(

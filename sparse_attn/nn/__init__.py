@@ -11,6 +11,7 @@ from sparse_attn.nn.activations import (
 )
 from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention, alpha_per_head
 from sparse_attn.nn.cache import KVCache
+from sparse_attn.nn.losses import Entmax15Loss, EntmaxLoss, SparsemaxLoss
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.nn.sparse import SparseAttention
 from sparse_attn.nn.topk import TopKMultiheadAttention
@@ -20,12 +21,15 @@ __all__ = [
     "BudgetSparsemax",
     "Entmax",
     "Entmax15",
+    "Entmax15Loss",
+    "EntmaxLoss",
     "KVCache",
     "Normmax",
     "SparseAttention",
     "SparseMultiheadAttention",
     "SparseSoftmax",
     "Sparsemax",
+    "SparsemaxLoss",
     "TopKMultiheadAttention",
     "TopkSoftmax",
     "alpha_per_head",

@@ -1,0 +1,1 @@
+"""Other packages' names and signatures on our operators: change the import, keep the code."""

@@ -1,0 +1,56 @@
+"""The names of the entmax package (1.3) on our operators.
+
+Replace ``entmax`` by ``sparse_attn.compat.entmax`` in the imports; its modules ``activations``, ``root_finding`` and
+``losses`` are there too. What differs is what the results are: exact, and right where the package is not (masked rows,
+half precision, large scores, α = 1). Arguments that ask its algorithms to hurry, ``k``, ``n_iter`` and
+``ensure_sum_one``, are accepted and change nothing.
+"""
+
+from sparse_attn.compat.entmax.activations import Entmax15, Sparsemax, entmax15, sparsemax
+from sparse_attn.compat.entmax.losses import (
+    Entmax15Loss,
+    EntmaxBisectLoss,
+    NormmaxBisectLoss,
+    SparsemaxBisectLoss,
+    SparsemaxLoss,
+    entmax15_loss,
+    entmax_bisect_loss,
+    normmax_bisect_loss,
+    sparsemax_bisect_loss,
+    sparsemax_loss,
+)
+from sparse_attn.compat.entmax.root_finding import (
+    BudgetBisect,
+    EntmaxBisect,
+    NormmaxBisect,
+    SparsemaxBisect,
+    budget_bisect,
+    entmax_bisect,
+    normmax_bisect,
+    sparsemax_bisect,
+)
+
+__all__ = [
+    "BudgetBisect",
+    "Entmax15",
+    "Entmax15Loss",
+    "EntmaxBisect",
+    "EntmaxBisectLoss",
+    "NormmaxBisect",
+    "NormmaxBisectLoss",
+    "Sparsemax",
+    "SparsemaxBisect",
+    "SparsemaxBisectLoss",
+    "SparsemaxLoss",
+    "budget_bisect",
+    "entmax15",
+    "entmax15_loss",
+    "entmax_bisect",
+    "entmax_bisect_loss",
+    "normmax_bisect",
+    "normmax_bisect_loss",
+    "sparsemax",
+    "sparsemax_bisect",
+    "sparsemax_bisect_loss",
+    "sparsemax_loss",
+]

@@ -1,0 +1,22 @@
+"""What the arguments that every module of the package shares may be."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_hint(value: int | None, name: str) -> None:
+    """Raise unless ``value``, which changes nothing, is None or an int of at least 1."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
+        raise TypeError(f"{name} must be None or an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be None or at least 1, got {value}")
+
+
+def floating(value: float | Tensor, x: Tensor) -> float | Tensor:
+    """The package takes α and the budget as a tensor of integers, too: here in the dtype of the scores."""
+    if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
+        return value.to(x.dtype)
+    return value

@@ -1,0 +1,291 @@
+"""``entmax.losses``: Fenchel-Young losses of class scores."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sparse_attn.checks import result_dtype
+from sparse_attn.compat.entmax.arguments import check_hint, floating
+from sparse_attn.compat.entmax.root_finding import normmax_bisect
+from sparse_attn.ops.losses import check_target, entmax_loss
+
+_REDUCTIONS = {"elementwise_mean": "mean", "mean": "mean", "sum": "sum", "none": "none"}
+
+
+def sparsemax_loss(X: Tensor, target: Tensor, k: int | None = None) -> Tensor:
+    """:func:`sparse_attn.sparsemax_loss` of each sample.
+
+    Args:
+        X: Scores (n, C); every shape that is taken there is taken here.
+        target: (n,) the classes, -100 for a sample to leave out; its loss is 0.
+        k: How far to sort, in the package. Changes nothing here.
+
+    Returns:
+        (n,) losses, never negative.
+
+    Raises:
+        TypeError: ``X`` is not floating, ``target`` not of integers, ``k`` not an int.
+        ValueError: The shapes do not fit or ``k`` is below 1.
+        IndexError: A target is neither a class nor -100.
+
+    Example:
+        >>> sparsemax_loss(torch.tensor([[-2, 0, 0.5]]), torch.tensor([1]))
+        tensor([0.5625])
+    """
+    check_hint(k, "k")
+    return entmax_loss(X, target, 2.0, reduction="none")
+
+
+def entmax15_loss(X: Tensor, target: Tensor, k: int | None = None) -> Tensor:
+    """:func:`sparse_attn.entmax15_loss` of each sample.
+
+    Args:
+        X: As in :func:`sparsemax_loss`.
+        target: As there.
+        k: As there: changes nothing.
+
+    Returns:
+        As there.
+
+    Raises:
+        TypeError: As there.
+        ValueError: As there.
+        IndexError: As there.
+
+    Example:
+        >>> entmax15_loss(torch.tensor([[-2, 0, 0.5]]), torch.tensor([1]))
+        tensor([0.6844])
+    """
+    check_hint(k, "k")
+    return entmax_loss(X, target, 1.5, reduction="none")
+
+
+def sparsemax_bisect_loss(X: Tensor, target: Tensor, n_iter: int | None = 50) -> Tensor:
+    """The same as :func:`sparsemax_loss`.
+
+    Args:
+        X: As there.
+        target: As there.
+        n_iter: How many times to bisect, in the package. Changes nothing here.
+
+    Returns:
+        As there.
+
+    Raises:
+        TypeError: As there.
+        ValueError: As there.
+        IndexError: As there.
+    """
+    check_hint(n_iter, "n_iter")
+    return entmax_loss(X, target, 2.0, reduction="none")
+
+
+def entmax_bisect_loss(X: Tensor, target: Tensor, alpha: float | Tensor = 1.5, n_iter: int | None = 50) -> Tensor:
+    """:func:`sparse_attn.entmax_loss` of each sample; α = 1 is the cross-entropy.
+
+    Args:
+        X: As in :func:`sparsemax_loss`.
+        target: As there.
+        alpha: A number or a tensor in ``(0, inf)``, of shape (n, 1) for one α per sample. Differentiable.
+        n_iter: How many times to bisect, in the package. Changes nothing here.
+
+    Returns:
+        As there.
+
+    Raises:
+        TypeError: As there.
+        ValueError: As there, or α is outside ``(0, inf)``.
+        IndexError: As there.
+
+    Example:
+        >>> entmax_bisect_loss(torch.tensor([[-2, 0, 0.5]]), torch.tensor([1]), alpha=1.33)
+        tensor([0.7548])
+    """
+    check_hint(n_iter, "n_iter")
+    return entmax_loss(X, target, floating(alpha, X), reduction="none")
+
+
+def normmax_bisect_loss(X: Tensor, target: Tensor, alpha: float | Tensor = 2, n_iter: int | None = 50) -> Tensor:
+    r"""The Fenchel-Young loss of :func:`normmax_bisect`, for each sample.
+
+    .. math:: L(x, y) = \max_{p \in \triangle} \langle p, x \rangle - \lVert p \rVert_\alpha - (x_y - 1)
+
+    Its gradient in the scores is ``p - e_y``. Computed in float64.
+
+    Args:
+        X: Scores (n, C).
+        target: (n,) the classes, -100 for a sample to leave out; its loss is 0.
+        alpha: As in :func:`normmax_bisect`, of shape (n, 1) for one α per sample. Differentiable.
+        n_iter: How many times to bisect, in the package. Changes nothing here.
+
+    Returns:
+        (n,) losses, never negative.
+
+    Raises:
+        TypeError: As in :func:`sparsemax_loss`.
+        ValueError: As there, or α is outside ``(0, inf)``.
+        IndexError: As there.
+
+    Example:
+        >>> normmax_bisect_loss(torch.tensor([[-2, 0, 0.5]]), torch.tensor([1]), alpha=2)
+        tensor([0.5886])
+
+    Reference:
+        Blondel, Martins & Niculae 2020 (JMLR), "Learning with Fenchel-Young Losses", on norm entropies.
+    """
+    check_hint(n_iter, "n_iter")
+    return _normmax_loss(X, target, alpha, reduction="none")
+
+
+def _normmax_loss(
+    X: Tensor, target: Tensor, alpha: float | Tensor, *, ignore_index: int = -100, reduction: str
+) -> Tensor:
+    check_target(X, target, ignore_index)
+    if X.dim() != 2 or target.dim() != 1:
+        raise ValueError(f"X must be (n, C) and target (n,), got {tuple(X.shape)} and {tuple(target.shape)}")
+    kept = target != ignore_index
+    index = target.long().masked_fill(~kept, 0)[:, None]
+    scores = X.masked_fill(~kept[:, None], 0.0)
+    scores = scores.double().masked_fill(scores <= torch.finfo(X.dtype).min, -math.inf)
+    losses = _norm_loss(scores, normmax_bisect(scores, alpha), alpha, index).squeeze(-1).masked_fill(~kept, 0.0)
+    if reduction == "none":
+        return losses.to(result_dtype(X))
+    total = losses.sum()
+    return (total if reduction == "sum" else total / kept.sum()).to(result_dtype(X))
+
+
+def _norm_loss(scores: Tensor, p: Tensor, alpha: float | Tensor, index: Tensor) -> Tensor:
+    """``⟨p - e_y, x⟩ + 1 - ‖p‖_α`` of each row.
+
+    ``p`` is optimal, and so a change of ``p`` does not move the value: only second derivatives come through it.
+    """
+    inside = p > 0
+    shift, largest = scores.detach().amax(-1, keepdim=True), p.detach().amax(-1, keepdim=True)
+    x = torch.where(inside, scores - shift, 0.0)
+    ratio = torch.where(inside, p / largest, 1.0)  # powers of p itself underflow at a large α
+    norm = largest * torch.where(inside, ratio**alpha, 0.0).sum(-1, keepdim=True) ** (1 / alpha)
+    loss = (p * x).sum(-1, keepdim=True) - (scores.gather(-1, index) - shift) + 1 - norm
+    return loss - loss.detach().clamp(max=0.0)  # not a clamp, which has no gradient where rounding went below 0
+
+
+class _Loss(nn.Module):
+    """What the losses share: the targets to leave out, and what becomes of the rest."""
+
+    def __init__(self, ignore_index: int, reduction: str) -> None:
+        super().__init__()
+        if reduction not in _REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+        self.ignore_index = operator.index(ignore_index)
+        self.reduction = reduction
+
+    def _reduced(self, loss: Callable[..., Tensor], X: Tensor, target: Tensor, alpha: float | Tensor) -> Tensor:
+        alpha = floating(alpha, X)
+        return loss(X, target, alpha, ignore_index=self.ignore_index, reduction=_REDUCTIONS[self.reduction])
+
+
+class SparsemaxLoss(_Loss):
+    """:func:`sparsemax_loss` as a module.
+
+    Args:
+        k: Changes nothing.
+        ignore_index: Targets with this value are left out, whatever its sign.
+        reduction: ``"elementwise_mean"`` or ``"mean"``, over the samples that are not left out; ``"sum"``; ``"none"``.
+
+    Raises:
+        TypeError: ``k`` or ``ignore_index`` is not an int.
+        ValueError: An unknown ``reduction``, or ``k`` is below 1.
+
+    Example:
+        >>> SparsemaxLoss()(torch.tensor([[-2, 0, 0.5], [1, 0, 0]]), torch.tensor([1, -100]))
+        tensor(0.5625)
+    """
+
+    def __init__(self, k: int | None = None, ignore_index: int = -100, reduction: str = "elementwise_mean") -> None:
+        super().__init__(ignore_index, reduction)
+        check_hint(k, "k")
+        self.k = k
+
+    def forward(self, X: Tensor, target: Tensor) -> Tensor:
+        """The loss of scores (n, C) and classes (n,)."""
+        return self._reduced(entmax_loss, X, target, 2.0)
+
+
+class Entmax15Loss(_Loss):
+    """:func:`entmax15_loss` as a module; arguments of :class:`SparsemaxLoss`."""
+
+    def __init__(self, k: int | None = 100, ignore_index: int = -100, reduction: str = "elementwise_mean") -> None:
+        super().__init__(ignore_index, reduction)
+        check_hint(k, "k")
+        self.k = k
+
+    def forward(self, X: Tensor, target: Tensor) -> Tensor:
+        """The loss of scores (n, C) and classes (n,)."""
+        return self._reduced(entmax_loss, X, target, 1.5)
+
+
+class SparsemaxBisectLoss(_Loss):
+    """:func:`sparsemax_bisect_loss` as a module; arguments of :class:`SparsemaxLoss`, ``n_iter`` for ``k``."""
+
+    def __init__(self, n_iter: int | None = 50, ignore_index: int = -100, reduction: str = "elementwise_mean") -> None:
+        super().__init__(ignore_index, reduction)
+        check_hint(n_iter, "n_iter")
+        self.n_iter = n_iter
+
+    def forward(self, X: Tensor, target: Tensor) -> Tensor:
+        """The loss of scores (n, C) and classes (n,)."""
+        return self._reduced(entmax_loss, X, target, 2.0)
+
+
+class EntmaxBisectLoss(_Loss):
+    """:func:`entmax_bisect_loss` as a module; arguments of :class:`SparsemaxBisectLoss`, and ``alpha`` before them.
+
+    A parameter as ``alpha`` is learnt, unbounded.
+    """
+
+    alpha: float | Tensor
+
+    def __init__(
+        self,
+        alpha: float | Tensor = 1.5,
+        n_iter: int | None = 50,
+        ignore_index: int = -100,
+        reduction: str = "elementwise_mean",
+    ) -> None:
+        super().__init__(ignore_index, reduction)
+        check_hint(n_iter, "n_iter")
+        self.alpha = alpha
+        self.n_iter = n_iter
+
+    def forward(self, X: Tensor, target: Tensor) -> Tensor:
+        """The loss of scores (n, C) and classes (n,)."""
+        return self._reduced(entmax_loss, X, target, self.alpha)
+
+
+class NormmaxBisectLoss(_Loss):
+    """:func:`normmax_bisect_loss` as a module; arguments of :class:`SparsemaxBisectLoss`, and ``alpha`` before them.
+
+    A parameter as ``alpha`` is learnt, unbounded.
+    """
+
+    alpha: float | Tensor
+
+    def __init__(
+        self,
+        alpha: float | Tensor = 2,
+        n_iter: int | None = 50,
+        ignore_index: int = -100,
+        reduction: str = "elementwise_mean",
+    ) -> None:
+        super().__init__(ignore_index, reduction)
+        check_hint(n_iter, "n_iter")
+        self.alpha = alpha
+        self.n_iter = n_iter
+
+    def forward(self, X: Tensor, target: Tensor) -> Tensor:
+        """The loss of scores (n, C) and classes (n,)."""
+        return self._reduced(_normmax_loss, X, target, self.alpha)

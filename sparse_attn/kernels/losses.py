@@ -1,0 +1,146 @@
+"""The convex conjugate of the α-entropy along the last dimension, with the derivatives that its optimality gives.
+
+    Ω*(z) = max_p ⟨p, z⟩ + H(p),    H(p) = (1 - Σ p^α) / (α a),    a = α - 1
+
+The probabilities that attain the maximum are an input: as they are optimal, a change of theirs does not move the value
+(the envelope theorem), so ``∂Ω*/∂z = p`` and ``∂Ω*/∂α = ∂H/∂α`` at fixed ``p``. Both are written in ``p``, which is
+part of the graph, and so the second derivatives are those of the mapping.
+
+Reference: Blondel, Martins & Niculae 2020 (JMLR), "Learning with Fenchel-Young Losses".
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import hardshrink
+
+from sparse_attn.kernels.entmax import _shifted, entmax_rows
+from sparse_attn.kernels.reference.entmax import _phi2
+from sparse_attn.transforms import needs_plain_operations
+
+
+def conjugate_rows(scores: Tensor, alpha: float | Tensor, index: Tensor | None = None) -> tuple[Tensor, ...]:
+    """``Ω*`` of each row ``(..., 1)`` and the score at ``index``, if given, as if the row's largest score were 0.
+
+    Args:
+        scores: (..., C), float32 or float64; ``-inf`` has probability zero.
+        alpha: A number, or a tensor that broadcasts with size 1 in the last dimension.
+        index: (..., 1), int64. Its score comes from here and not from a ``gather`` of the caller's, so that the
+            backward can write ``p - e_index`` into one tensor.
+    """
+    p = entmax_rows(scores, alpha, -math.inf)
+    per_row, number = (alpha, 0.0) if isinstance(alpha, Tensor) else (None, float(alpha) - 1)
+    if needs_plain_operations():
+        return _conjugate(scores, p, number if per_row is None else _shifted(per_row, p), index)
+    # Dynamo refuses autograd functions that have a ``jvp``.
+    function = _Conjugate if torch.compiler.is_compiling() else _ConjugateForwards
+    return function.apply(scores, p, per_row, number, index)
+
+
+def _conjugate(scores: Tensor, p: Tensor, a: float | Tensor, index: Tensor | None) -> tuple[Tensor, ...]:
+    """``Ω* = [σ + a ⟨p, z⟩] / α`` where ``p = [1 + a (z - σ)]^(1/a)`` and no z is above 0.
+
+    Both terms are of the size of ``q``, what the largest probability leaves to the others, and Ω* may be of the size of
+    its square. ``1 - max p`` would have lost a small ``q``: it is summed.
+    """
+    top, largest = scores.amax(-1, keepdim=True), p.amax(-1, keepdim=True)
+    above_half = largest > 0.5
+    q = torch.where(above_half, (p - hardshrink(p, 0.5)).sum(-1, keepdim=True), 0.0)
+    log_largest = torch.where(above_half, torch.log1p(-q), largest.log())
+    shift = top.detach()  # a constant to the caller, whatever it is in here
+    picked = () if index is None else (scores.gather(-1, index) - shift,)
+    if isinstance(a, float) and a == 0.0:
+        return top - shift - log_largest, *picked
+    sigma = -log_largest * _phi1(a * log_largest)
+    z = (scores - top).clamp(min=torch.finfo(p.dtype).min)  # not 0 * -inf
+    value = (sigma + a * (p * z).sum(-1, keepdim=True)) / (1 + a)
+    # Not a clamp, which has no gradient where rounding went below 0.
+    return top - shift + (value - value.detach().clamp(max=0.0)), *picked
+
+
+def _phi1(x: Tensor) -> Tensor:
+    """``(eˣ - 1) / x``, in a form that has derivatives at 0 too."""
+    small = x.abs() < 0.5
+    return torch.where(small, 1 + x * _phi2(x), torch.expm1(x) / torch.where(small, 1.0, x))
+
+
+def _entropy_slope(p: Tensor, a: float | Tensor) -> Tensor:
+    """``∂H/∂α`` at fixed ``p``, per row: ``-[H + Σ p ℓ² (φ₁ - φ₂)(aℓ)] / α`` with ``ℓ = log p``; never positive.
+
+    ``H = -Σ p ℓ φ₁(aℓ) / α``, ``φ₁(x) = (eˣ - 1) / x = 1 + x φ₂(x)``: nothing is divided by ``a``.
+    """
+    log_p = torch.where(p == 0, 1.0, p).log()
+    x = a * log_p
+    phi2 = _phi2(x)
+    phi1 = 1 + x * phi2
+    weighted = p * log_p
+    entropy = -(weighted * phi1).sum(-1, keepdim=True) / (1 + a)
+    return -(entropy + (weighted * log_p * (phi1 - phi2)).sum(-1, keepdim=True)) / (1 + a)
+
+
+class _Conjugate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        scores: Tensor, p: Tensor, per_row: Tensor | None, number: float, index: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        return _conjugate(scores, p, number if per_row is None else _shifted(per_row, p), index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, p, per_row, ctx.number, index = inputs
+        ctx.save_for_backward(p, per_row, index)
+        ctx.save_for_forward(p, per_row, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None, None, None]:
+        p, per_row, index = ctx.saved_tensors
+        grad_alpha = None
+        if ctx.needs_input_grad[2]:
+            grad_alpha = grads[0] * _entropy_slope(p, _shifted(per_row, p))
+            grad_alpha = grad_alpha.sum_to_size(per_row.shape).to(per_row.dtype)
+        grad_scores = p * grads[0]
+        if index is not None:
+            grad_scores.scatter_add_(-1, index, grads[1])
+        return grad_scores, None, grad_alpha, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        scores: Tensor,
+        p: Tensor,
+        per_row: Tensor | None,
+        number: float,
+        index: Tensor | None,
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        rank = p.dim() - (in_dims[1] is not None)
+
+        def in_front(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+            """The batched dimension as one more dimension of rows: each row is computed on its own anyway."""
+            if tensor is None:
+                return None
+            tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            return tensor.reshape(len(tensor), *[1] * (rank + 1 - tensor.dim()), *tensor.shape[1:])
+
+        tensors = [
+            in_front(t, dim) for t, dim in zip((scores, p, per_row, index), (*in_dims[:3], in_dims[4]), strict=True)
+        ]
+        output = _ConjugateForwards.apply(*tensors[:3], number, tensors[3])
+        return output, (0,) * len(output)
+
+
+class _ConjugateForwards(_Conjugate):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        p, per_row, index = ctx.saved_tensors
+        scores_tangent, _, alpha_tangent = tangents[:3]
+        if scores_tangent is None:
+            scores_tangent = torch.zeros_like(p)
+        value = (p * scores_tangent).sum(-1, keepdim=True)
+        if alpha_tangent is not None:
+            value = value + _entropy_slope(p, _shifted(per_row, p)) * alpha_tangent.to(p.dtype)
+        return (value,) if index is None else (value, scores_tangent.gather(-1, index))

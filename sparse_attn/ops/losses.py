@@ -1,0 +1,337 @@
+r"""Cross-entropy with α-entmax in the place of its softmax.
+
+Which to take:
+
+- **Cross-entropy** (α = 1) when probabilities themselves are wanted: likelihood, perplexity, calibration, sampling,
+  distillation. No class ever gets probability zero, and no example is ever done with.
+- **The 1.5-entmax loss** when decisions are wanted among many classes, the words of a vocabulary above all. Almost all
+  of them get exactly zero, so that a search may enumerate what is left; an example whose target leads by 2 costs
+  nothing and has no gradient.
+- **The sparsemax loss** (α = 2) when the support is the answer: which labels apply, which few continuations are
+  possible. A lead of 1 is enough, and wrong classes outside the support get no gradient. For sequences 1.5 has been the
+  better one.
+- **A learnt α** only where something besides the loss depends on it. The entropy ``H_α(p)`` falls as α grows, for every
+  ``p``, so the gradient of the loss always asks for a larger α: the loss alone carries α to the upper end of its range,
+  whatever the data. For the same reason losses at different α cannot be compared; choose α on a metric that does not
+  contain it, as accuracy.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_attn.checks import (
+    check_alpha,
+    check_dropout,
+    check_floating,
+    check_row_parameter,
+    compute_dtype,
+    rows_last,
+)
+from sparse_attn.kernels.losses import conjugate_rows
+from sparse_attn.transforms import values_known
+
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+def entmax_loss(
+    x: Tensor,
+    target: Tensor,
+    alpha: float | Tensor = 1.5,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""The α-entmax loss: cross-entropy at α = 1, above it zero for an example whose target has probability one.
+
+    .. math:: \ell(x, c) = \Omega^*_\alpha(x) - x_c, \qquad
+        \Omega^*_\alpha(x) = \max_{p \in \triangle} \langle p, x \rangle + \frac{1-\sum p_i^\alpha}{\alpha(\alpha-1)}
+
+    The maximum is attained by ``p = entmax(x, alpha)``, and the gradient is ``p`` minus the target. At α = 1 the result
+    is that of :func:`torch.nn.functional.cross_entropy` for the same arguments, which also says how everything else
+    enters: with the smoothed target ``y``, the loss of an example is ``Σ w_c y_c ℓ(x, c)``. For a target of
+    probabilities that is the Fenchel-Young loss plus ``H_α(y)``, a constant which cross-entropy does not take off
+    either: the loss is smallest, not zero, where ``p = y``.
+
+    Take α = 1 for probabilities (likelihood, calibration, sampling), 1.5 for decisions among many classes, 2 where the
+    support is the answer. Do not learn α by this loss alone: it falls as α grows, whatever the data.
+
+    Args:
+        x: Scores of any floating dtype. ``-inf`` is masked, as there: it costs nothing unless the target asks for it.
+        target: Class indices (int64 or uint8), or class probabilities.
+        alpha: A number, or a tensor that broadcasts against ``x`` with size 1 along the classes, in ``(0, inf)``.
+            Differentiable.
+        weight: One weight per class.
+        ignore_index: Examples with this class index cost nothing and do not count in the mean.
+        reduction: ``"mean"``, weighted by the classes of the targets if these are indices; ``"sum"``; ``"none"``.
+        label_smoothing: How much of the target, in ``[0, 1]``, is spread evenly over the classes.
+
+    Returns:
+        A scalar, or one loss per example without reduction; never negative for targets and weights that are not. Half
+        precision is computed in float32 and returned as by cross-entropy, in float32 under autocast.
+
+    Raises:
+        TypeError: ``x`` or ``weight`` is not floating; ``target`` is neither indices nor probabilities.
+        ValueError: A shape, device or number does not fit; ``ignore_index >= 0`` with probabilities.
+        IndexError: A class index is out of range.
+
+    Shape:
+        - x: (C), (N, C) or (N, C, d1, ...).
+        - target: (), (N) or (N, d1, ...) for indices; like ``x`` for probabilities.
+        - weight: (C).
+        - Output: (), or without reduction that of a target of indices.
+
+    Example:
+        >>> x = torch.tensor([[3.0, 0.5, 0.0], [1.0, 0.5, 0.0]])
+        >>> entmax_loss(x, torch.tensor([0, 1]), reduction="none")
+        tensor([0.0000, 0.7033])
+        >>> entmax_loss(x, torch.tensor([0, 1]), alpha=torch.tensor([[1.0], [2.0]]), reduction="none")
+        tensor([0.1239, 0.5625])
+
+    Reference:
+        Peters, Niculae & Martins 2019 (ACL), "Sparse Sequence-to-Sequence Models"; Blondel, Martins & Niculae 2020
+        (JMLR), "Learning with Fenchel-Young Losses"; Peters & Martins 2021 (NAACL), "Smoothing and Shrinking the Sparse
+        Seq2Seq Search Space", for label smoothing.
+    """
+    check_target(x, target, ignore_index)
+    check_loss_arguments(weight, ignore_index, reduction, label_smoothing)
+    dim = min(x.dim() - 1, 1)
+    if weight is not None:
+        _check_weight(weight, x, dim)
+    if isinstance(alpha, Tensor):
+        check_row_parameter(alpha, x, dim, "alpha")  # its values are looked at where they are used
+        alpha = rows_last(alpha, x, dim)
+    else:
+        check_alpha(alpha)
+    dtype = _result_dtype(x, target, weight)
+    scores = x.to(compute_dtype(x)).movedim(dim, -1)
+    weight = None if weight is None else weight.to(torch.promote_types(weight.dtype, scores.dtype))
+    if not x.numel():
+        # Nothing is counted; an empty batch still reaches α.
+        total: float | Tensor = 0.0
+        losses = scores.sum(-1) + (0 * alpha.sum() if isinstance(alpha, Tensor) else 0.0)
+    elif target.shape == x.shape:
+        losses, total = _of_probabilities(scores, target.movedim(dim, -1), alpha, weight, label_smoothing)
+    else:
+        losses, total = _of_indices(scores, target, alpha, weight, ignore_index, label_smoothing)
+    if reduction == "none":
+        return losses.to(dtype)
+    return (losses.sum() / total if reduction == "mean" else losses.sum()).to(dtype)
+
+
+def sparsemax_loss(
+    x: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""The sparsemax loss: :func:`entmax_loss` at α = 2, zero where the target leads by 1 or more.
+
+    .. math:: \ell(x, c) = \max_{p \in \triangle} \langle p, x \rangle + \tfrac12 (1 - \lVert p \rVert^2) - x_c
+
+    Args:
+        x: Scores; everything is as in :func:`entmax_loss`.
+        target: Class indices, or class probabilities.
+        weight: One weight per class.
+        ignore_index: Examples with this class index do not count.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        label_smoothing: How much of the target is spread evenly over the classes.
+
+    Returns:
+        A scalar, or one loss per example without reduction.
+
+    Raises:
+        TypeError: As :func:`entmax_loss`.
+        ValueError: As :func:`entmax_loss`.
+        IndexError: A class index is out of range.
+
+    Shape:
+        - x: (C), (N, C) or (N, C, d1, ...).
+        - target: (), (N) or (N, d1, ...) for indices; like ``x`` for probabilities.
+        - Output: (), or without reduction that of a target of indices.
+
+    Example:
+        >>> x = torch.tensor([[3.0, 0.5, 0.0], [1.0, 0.5, 0.0]])
+        >>> sparsemax_loss(x, torch.tensor([0, 1]), reduction="none")
+        tensor([0.0000, 0.5625])
+
+    Reference:
+        Martins & Astudillo 2016 (ICML), "From Softmax to Sparsemax", section 3.
+    """
+    return entmax_loss(
+        x,
+        target,
+        2.0,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+def entmax15_loss(
+    x: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""The 1.5-entmax loss: :func:`entmax_loss` at α = 1.5, zero where the target leads by 2 or more.
+
+    .. math:: \ell(x, c) = \max_{p \in \triangle} \langle p, x \rangle + \tfrac43 (1 - \textstyle\sum p_i^{3/2}) - x_c
+
+    Args:
+        x: Scores; everything is as in :func:`entmax_loss`.
+        target: Class indices, or class probabilities.
+        weight: One weight per class.
+        ignore_index: Examples with this class index do not count.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        label_smoothing: How much of the target is spread evenly over the classes.
+
+    Returns:
+        A scalar, or one loss per example without reduction.
+
+    Raises:
+        TypeError: As :func:`entmax_loss`.
+        ValueError: As :func:`entmax_loss`.
+        IndexError: A class index is out of range.
+
+    Shape:
+        - x: (C), (N, C) or (N, C, d1, ...).
+        - target: (), (N) or (N, d1, ...) for indices; like ``x`` for probabilities.
+        - Output: (), or without reduction that of a target of indices.
+
+    Example:
+        >>> x = torch.tensor([[3.0, 0.5, 0.0], [1.0, 0.5, 0.0]])
+        >>> entmax15_loss(x, torch.tensor([0, 1]), reduction="none")
+        tensor([0.0000, 0.7033])
+
+    Reference:
+        Peters, Niculae & Martins 2019 (ACL), "Sparse Sequence-to-Sequence Models".
+    """
+    return entmax_loss(
+        x,
+        target,
+        1.5,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+def _of_indices(
+    scores: Tensor,
+    target: Tensor,
+    alpha: float | Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """The losses of the examples, and what their sum is divided by in the mean."""
+    target = target.long()
+    ignored = target == ignore_index
+    index = target.masked_fill(ignored, 0).unsqueeze(-1)
+    conjugate, score = conjugate_rows(scores, alpha, index)
+    factor = torch.ones_like(conjugate) if weight is None else weight[index]
+    losses = factor * (conjugate - score)
+    if label_smoothing > 0:
+        z, size = _below_top(scores), scores.shape[-1]
+        if weight is None:
+            spread = size * conjugate - z.sum(-1, keepdim=True)
+        else:
+            spread = weight.sum() * conjugate - (weight * z).sum(-1, keepdim=True)
+        losses = (1 - label_smoothing) * losses + label_smoothing / size * spread
+    losses, factor = (rows.squeeze(-1).masked_fill(ignored, 0.0) for rows in (losses, factor))
+    return losses, factor.sum()
+
+
+def _of_probabilities(
+    scores: Tensor, target: Tensor, alpha: float | Tensor, weight: Tensor | None, label_smoothing: float
+) -> tuple[Tensor, int]:
+    """The losses of the examples, and their number."""
+    target = target.to(torch.promote_types(target.dtype, scores.dtype))
+    if label_smoothing > 0:
+        target = target * (1 - label_smoothing) + label_smoothing / scores.shape[-1]
+    if weight is not None:
+        target = target * weight
+    (conjugate,) = conjugate_rows(scores, alpha)
+    losses = target.sum(-1) * conjugate.squeeze(-1) - (target * _below_top(scores)).sum(-1)
+    return losses, losses.numel()
+
+
+def _below_top(scores: Tensor) -> Tensor:
+    """The scores as the conjugate takes them: a constant that makes the largest 0 cancels in the loss."""
+    return scores - scores.detach().amax(-1, keepdim=True)
+
+
+def _result_dtype(x: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    """What cross-entropy returns."""
+    dtype = x.dtype
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.nn.functional.cross_entropy(x.new_zeros(1), x.new_zeros(1)).dtype
+    if target.shape != x.shape:
+        return dtype
+    dtype = torch.promote_types(dtype, target.dtype)
+    return dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+
+
+def check_loss_arguments(weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float) -> None:
+    """Raise unless the arguments that a module holds make sense."""
+    if weight is not None:
+        check_floating(weight, "weight")
+        if weight.dim() != 1:
+            raise ValueError(f"weight must have shape (C), got shape {tuple(weight.shape)}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+    check_dropout(label_smoothing, "label_smoothing")
+
+
+def check_target(x: Tensor, target: Tensor, ignore_index: int) -> None:
+    """Raise unless the target is one of the two kinds, and every index that can be looked at one of a class."""
+    check_floating(x, "x")
+    if not x.dim():
+        raise ValueError("x must have shape (C), (N, C) or (N, C, d1, ...), got shape ()")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
+    if target.device != x.device:
+        raise ValueError(f"target must be on the device of x, {x.device}, got {target.device}")
+    if target.shape == x.shape:
+        if not target.is_floating_point():
+            raise TypeError(f"target must be floating where it has the shape of x (probabilities), got {target.dtype}")
+        if ignore_index >= 0:
+            raise ValueError(f"ignore_index must be negative for a target of probabilities, got {ignore_index}")
+        return
+    *batch, size = x.movedim(min(x.dim() - 1, 1), -1).shape
+    if list(target.shape) != batch:
+        raise ValueError(
+            f"target must have shape {tuple(batch)} (class indices) or {tuple(x.shape)} (class probabilities) for x of "
+            f"shape {tuple(x.shape)}, got shape {tuple(target.shape)}"
+        )
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(f"target must be int64 or uint8 where it has class indices, got {target.dtype}")
+    if values_known(target):
+        classes = target.long()
+        wrong = ((classes < 0) | (classes >= size)) & (classes != ignore_index)
+        if bool(wrong.any()):
+            raise IndexError(
+                f"target must be in [0, {size - 1}] or ignore_index ({ignore_index}), got {classes[wrong][0].item()}"
+            )
+
+
+def _check_weight(weight: Tensor, x: Tensor, dim: int) -> None:
+    if tuple(weight.shape) != (x.shape[dim],):
+        raise ValueError(f"weight must have shape ({x.shape[dim]},), one per class, got shape {tuple(weight.shape)}")
+    if weight.device != x.device:
+        raise ValueError(f"weight must be on the device of x, {x.device}, got {weight.device}")

@@ -1,0 +1,687 @@
+"""The losses: cross-entropy itself at α = 1, their definition at every other, under every transform."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.profiler import ProfilerActivity, profile
+
+from sparse_attn import entmax
+from sparse_attn.ops.losses import entmax15_loss, entmax_loss, sparsemax_loss
+
+# Raised inside torch, on its own account, wherever these transforms are used for the first time in a process.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
+
+N, C, D1, D2 = 7, 5, 3, 2
+SHAPES = [(C,), (N, C), (N, C, D1), (N, C, D1, D2)]
+ALPHAS = [0.7, 1.0, 1.0001, 1.3, 1.5, 2.0, 2.7]
+KINDS = ["indices", "probabilities"]
+
+
+def rows_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:0] if len(shape) == 1 else (shape[0], *shape[2:])
+
+
+def class_dim(x: Tensor) -> int:
+    return min(x.dim() - 1, 1)
+
+
+def target_for(kind: str, shape: tuple[int, ...], ignore_index: int = -100) -> Tensor:
+    """Probabilities, or indices of which some are ignored unless there is only one."""
+    if kind == "probabilities":
+        return torch.softmax(torch.randn(shape, dtype=torch.float64), min(len(shape) - 1, 1))
+    target = torch.randint(C, rows_of(shape))
+    return target if target.dim() == 0 else target.masked_fill(torch.rand(target.shape) < 0.2, ignore_index)
+
+
+def gradients(loss: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    upstream = torch.linspace(0.5, 2.0, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    return torch.autograd.grad(loss, inputs, upstream)
+
+
+def assert_equal_losses(
+    got: Callable[..., Tensor], expected: Callable[..., Tensor], *inputs: Tensor, **kw: Any
+) -> None:
+    """Values and gradients for every floating input."""
+    ours, theirs = ([x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs] for _ in range(2))
+    a, b = got(*ours), expected(*theirs)
+    assert a.shape == b.shape and a.dtype == b.dtype
+    torch.testing.assert_close(a, b, equal_nan=True, **kw)
+    learnt, same = ([x for x in some if x.requires_grad] for some in (ours, theirs))
+    for x, y in zip(gradients(a, learnt), gradients(b, same), strict=True):
+        torch.testing.assert_close(x, y, **kw)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy_at_alpha_1_for_every_combination_of_arguments(shape, kind, reduction):
+    ignored = [-100, -1] if kind == "probabilities" else [-100, 2, 99]
+    weights = [None, torch.rand(C, dtype=torch.float64)]
+    for weight, smoothing, ignore_index, scale in itertools.product(weights, [0.0, 0.1, 1.0], ignored, [1.0, 30.0]):
+        x, target = scale * torch.randn(shape, dtype=torch.float64), target_for(kind, shape, ignore_index)
+        keywords: dict[str, Any] = {"weight": weight, "reduction": reduction, "label_smoothing": smoothing}
+        if kind == "indices":
+            keywords["ignore_index"] = ignore_index
+        expected = partial(F.cross_entropy, **keywords)
+        for alpha in (1.0, torch.ones((), dtype=torch.float64)):
+            assert_equal_losses(
+                lambda *args, alpha=alpha, keywords=keywords: entmax_loss(*args, alpha, **keywords),
+                expected,
+                x,
+                target,
+                rtol=1e-10,
+                atol=1e-12,
+            )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cross_entropy_at_alpha_1_to_rounding_in_float32(kind):
+    weight = torch.rand(1021)
+    for scale in (0.1, 1.0, 10.0):
+        x = scale * torch.randn(11, 1021)
+        target = torch.randint(1021, (11,)) if kind == "indices" else torch.softmax(torch.randn(11, 1021), 1)
+        for keywords in ({}, {"weight": weight, "label_smoothing": 0.1}):
+            assert_equal_losses(
+                lambda *args, keywords=keywords: entmax_loss(*args, 1.0, **keywords),
+                lambda *args, keywords=keywords: F.cross_entropy(*args, **keywords),
+                x,
+                target,
+                rtol=1e-6,
+                atol=1e-6,
+            )
+
+
+def conjugate_by_definition(x: Tensor, alpha: float, oracle: Callable[[Tensor, float], Tensor]) -> Tensor:
+    """``⟨p, x⟩ + H(p)`` of the last dimension in float64, where p is the oracle's."""
+    p, x = oracle(x, alpha), x.double()
+    entropy = -torch.xlogy(p, p).sum(-1) if alpha == 1 else (1 - (p**alpha).sum(-1)) / (alpha * (alpha - 1))
+    return (p * x).sum(-1) + entropy
+
+
+@pytest.mark.parametrize("alpha", [0.7, 1.0, 1.01, 1.25, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_definition(alpha, kind, shape, oracle):
+    x, weight, smoothing = 2 * torch.randn(shape, dtype=torch.float64), torch.rand(C, dtype=torch.float64), 0.2
+    target, dim = target_for(kind, shape), class_dim(x)
+    one_hot = target.movedim(dim, -1) if kind == "probabilities" else F.one_hot(target.clamp(min=0), C).double()
+    smoothed = one_hot * (1 - smoothing) + smoothing / C
+    scores = x.movedim(dim, -1)
+    each = conjugate_by_definition(scores, alpha, oracle).unsqueeze(-1) - scores
+    per_row = (weight * smoothed * each).sum(-1)
+    if kind == "indices":
+        per_row = per_row.masked_fill(target == -100, 0.0)
+    got = entmax_loss(x, target, alpha, weight=weight, label_smoothing=smoothing, reduction="none")
+    torch.testing.assert_close(got, per_row, atol=1e-10, rtol=1e-9)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_no_other_distribution_gives_more(alpha):
+    x, p = torch.randn(N, 1, C, dtype=torch.float64), torch.rand(1, 1009, C, dtype=torch.float64).pow(3)
+    p = p / p.sum(-1, keepdim=True)
+    entropy = -torch.xlogy(p, p).sum(-1) if alpha == 1 else (1 - (p**alpha).sum(-1)) / (alpha * (alpha - 1))
+    attained = entmax_loss(x.squeeze(1), torch.zeros(N, dtype=torch.int64), alpha, reduction="none") + x[:, 0, 0]
+    assert (attained.unsqueeze(1) >= (p * x).sum(-1) + entropy).all()
+
+
+def test_named_losses_are_the_general_one():
+    x, weight = torch.randn(N, C), torch.rand(C)
+    keywords = {"weight": weight, "ignore_index": 2, "reduction": "sum", "label_smoothing": 0.3}
+    target = torch.randint(C, (N,))
+    assert torch.equal(sparsemax_loss(x, target, **keywords), entmax_loss(x, target, 2.0, **keywords))
+    assert torch.equal(entmax15_loss(x, target, **keywords), entmax_loss(x, target, 1.5, **keywords))
+    assert torch.equal(entmax15_loss(x, target), entmax_loss(x, target))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.0001, 1.01, 1.25, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_float32_keeps_its_digits_also_of_small_losses(alpha, as_tensor):
+    # At α = 3 the mapping's own error shows.
+    relative = 1e-4 if alpha <= 2 else 2e-3
+    for size, scale in itertools.product([1, 2, 7, 1021], [0.01, 1.0, 10.0, 100.0, 1e4]):
+        x = scale * torch.randn(17, size)
+        target = x.argmax(-1)
+        given = torch.tensor(alpha) if as_tensor else alpha
+        exact = given.double() if as_tensor else alpha
+        got = entmax_loss(x, target, given, reduction="none").double()
+        expected = entmax_loss(x.double(), target, exact, reduction="none")
+        error = (got - expected).abs()
+        assert (error <= 5e-7 * expected.clamp(min=1)).all(), (size, scale)
+        assert (error <= relative * expected + 1e-12).all(), (size, scale)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 2.0])
+def test_vocabularies(alpha, oracle):
+    x, target = torch.randn(3, 32000) * torch.tensor([[0.01], [1.0], [10.0]]), torch.tensor([31999, 0, 17])
+    expected = conjugate_by_definition(x, alpha, oracle) - x.double().gather(1, target.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(entmax_loss(x, target, alpha, reduction="none").double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_never_negative_and_zero_only_if_the_target_has_probability_one(alpha):
+    x = torch.randn(4001, C) * torch.logspace(-2, 3, 4001).unsqueeze(1)
+    x[::3] = x[::3].round()  # ties, and margins exactly on the edge
+    for target in (x.argmax(1), torch.randint(C, (4001,))):
+        loss = entmax_loss(x, target, alpha, reduction="none")
+        of_target = entmax(x, alpha).gather(1, target.unsqueeze(1)).squeeze(1)
+        assert (loss >= 0).all()
+        assert (of_target[loss == 0] == 1).all()
+        if alpha > 1:
+            others = x.scatter(1, target.unsqueeze(1), -math.inf).amax(1)
+            leads = x.gather(1, target.unsqueeze(1)).squeeze(1) - others >= 1 / (alpha - 1) + 1e-3
+            assert (loss[leads] == 0).all() and (leads.any() or alpha < 1.01)
+        for smoothing in (0.1, 1.0):
+            assert (entmax_loss(x, target, alpha, reduction="none", label_smoothing=smoothing) >= 0).all()
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
+def test_scores_far_from_zero(alpha):
+    x, target = torch.randn(N, C).round(decimals=1), torch.randint(C, (N,))
+    far = x + 2.0**17  # exact to 2**-7 in float32
+    expected = entmax_loss(far - 2.0**17, target, alpha, reduction="none")
+    torch.testing.assert_close(entmax_loss(far, target, alpha, reduction="none"), expected)
+    soft = torch.softmax(torch.randn(N, C), 1)
+    expected = entmax_loss(far - 2.0**17, soft, alpha, label_smoothing=0.1)
+    torch.testing.assert_close(entmax_loss(far, soft, alpha, label_smoothing=0.1), expected)
+
+
+# -inf, what is ignored, and what is not there
+
+
+def same_as_cross_entropy(x: Tensor, target: Tensor, **keywords: Any) -> None:
+    for reduction in ("none", "mean", "sum"):
+        got, expected = (
+            partial(f, reduction=reduction, **keywords)
+            for f in (lambda x, target, **kw: entmax_loss(x, target, 1.0, **kw), F.cross_entropy)
+        )
+        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        torch.testing.assert_close(got(ours, target), expected(theirs, target), equal_nan=True)
+        got(ours, target).sum().backward()
+        expected(theirs, target).sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad, equal_nan=True)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_minus_infinity_and_ignored_examples_as_cross_entropy_treats_them(smoothing, weighted):
+    keywords = {"label_smoothing": smoothing, "weight": torch.rand(C) if weighted else None}
+    target = torch.tensor([0, 1, 2, -100, 3])
+    x = torch.randn(5, C)
+    same_as_cross_entropy(x, torch.full((5,), -100), **keywords)
+    masked = x.clone()
+    masked[0, 4] = masked[1, 1] = masked[3, 0] = -torch.inf  # beside the target, on it, in an ignored example
+    masked[2, [0, 1, 3, 4]] = -torch.inf  # nothing but the target
+    same_as_cross_entropy(masked, target, **keywords)
+    same_as_cross_entropy(masked, F.one_hot(target.clamp(min=0), C).float(), **keywords)
+    lowest = x.clone()
+    lowest[0, 1:] = lowest[1] = torch.finfo(torch.float32).min
+    same_as_cross_entropy(lowest, target, **keywords)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_minus_infinity_is_masked_at_every_alpha(alpha):
+    x = torch.randn(N, C, dtype=torch.float64)
+    x[:, 3] = -torch.inf
+    x.requires_grad_()
+    target = torch.tensor([0, 1, 2, 4, 3, 0, 0])
+    per_row = torch.full((N, 1), alpha, dtype=torch.float64, requires_grad=True)
+    loss = entmax_loss(x, target, per_row, reduction="none")
+    assert loss[4] == torch.inf and loss[target != 3].isfinite().all()
+    grad_x, grad_alpha = torch.autograd.grad(loss.sum(), (x, per_row))
+    torch.testing.assert_close(grad_x, entmax(x, alpha) - F.one_hot(target, C))
+    assert grad_alpha.isfinite().all()
+    without = entmax_loss(x[:, [0, 1, 2, 4]], target.clamp(max=3), per_row, reduction="none")
+    torch.testing.assert_close(loss[target != 3], without[target != 3])
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.3, 2.0])
+def test_nan_stays_in_its_row(alpha):
+    x, target = torch.randn(N, C), torch.randint(C, (N,))
+    expected = entmax_loss(x, target, alpha, reduction="none")
+    x[2, 3], x[4, 0], x[5] = torch.nan, torch.inf, -torch.inf
+    loss = entmax_loss(x, target, alpha, reduction="none")
+    assert loss.isnan().tolist() == [False, False, True, False, True, True, False]
+    fine = ~loss.isnan()
+    torch.testing.assert_close(loss[fine], expected[fine])
+
+
+@pytest.mark.parametrize("shape", [(0, C), (N, C, 0), (0, C, D1)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_empty_batches(shape, kind, reduction):
+    x = torch.randn(shape, requires_grad=True)
+    target = torch.rand(shape) if kind == "probabilities" else torch.zeros(rows_of(shape), dtype=torch.int64)
+    alpha = torch.tensor(1.5, requires_grad=True)
+    loss = entmax_loss(x, target, alpha, reduction=reduction, label_smoothing=0.1)
+    expected = F.cross_entropy(x, target, reduction=reduction, label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    loss.sum().backward()
+    assert x.grad.shape == shape and alpha.grad is not None
+
+
+def test_classes_that_are_not_there():
+    loss = entmax_loss(torch.randn(3, 0), torch.full((3,), -100))
+    assert loss.isnan() and F.cross_entropy(torch.randn(3, 0), torch.full((3,), -100)).isnan()
+
+
+# dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dtypes_are_those_of_cross_entropy(dtype, autocast, kind):
+    x, target = torch.randn(N, C).to(dtype).requires_grad_(), target_for(kind, (N, C))
+    targets = [target] if kind == "indices" else [target.to(dtype), target.float()]
+    for target, smoothing in itertools.product(targets, [0.0, 0.1]):
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            loss = entmax_loss(x, target, 1.5, label_smoothing=smoothing)
+            assert loss.dtype == F.cross_entropy(x, target, label_smoothing=smoothing).dtype
+        (grad_x,) = torch.autograd.grad(loss, x)
+        assert grad_x.dtype == dtype
+        wide = x.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        exact = entmax_loss(wide, target, 1.5, label_smoothing=smoothing)
+        torch.testing.assert_close(loss, exact.to(loss.dtype))
+        torch.testing.assert_close(grad_x, torch.autograd.grad(exact, wide)[0].to(dtype))
+
+
+def test_weights_and_indices_of_other_dtypes():
+    x, target, weight = torch.randn(N, C), torch.randint(C, (N,)), torch.rand(C)
+    expected = entmax_loss(x, target, weight=weight)
+    assert torch.equal(entmax_loss(x, target.to(torch.uint8), weight=weight), expected)
+    wide = entmax_loss(x, target, weight=weight.double())
+    assert wide.dtype == torch.float32
+    torch.testing.assert_close(wide, expected)
+    soft = torch.softmax(torch.randn(N, C), 1)
+    assert entmax_loss(x, soft, weight=weight.double()).dtype == torch.float64
+
+
+# derivatives
+
+# name -> what turns scores (N, C), α (N, 1) and probabilities (N, C) into losses
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "indices": lambda x, alpha, y: entmax_loss(x, INDICES, alpha, reduction="none"),
+    "smoothed": lambda x, alpha, y: entmax_loss(x, INDICES, alpha, weight=WEIGHT, label_smoothing=0.3),
+    "probabilities": lambda x, alpha, y: entmax_loss(x, y, alpha, weight=WEIGHT, label_smoothing=0.3, reduction="none"),
+    **{
+        f"α = {alpha}": partial(lambda x, _, y, alpha: entmax_loss(x, INDICES, alpha, reduction="none"), alpha=alpha)
+        for alpha in (1.0, 1.5, 2.0)
+    },
+}
+INDICES = torch.tensor([1, 0, -100, 4, 2, 2, 3])
+WEIGHT = torch.linspace(0.5, 2.0, C, dtype=torch.float64)
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+def arguments() -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(N, C, dtype=torch.float64)
+    return x, torch.tensor(ALPHAS, dtype=torch.float64).view(N, 1), target_for("probabilities", (N, C))
+
+
+@every_loss
+def test_derivatives_of_first_and_second_order_in_both_modes(loss):
+    inputs = tuple(x.requires_grad_() for x in arguments())
+    assert torch.autograd.gradcheck(
+        loss, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
+    assert torch.autograd.gradgradcheck(loss, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_the_gradient_is_p_minus_y_and_the_hessian_the_jacobian_of_the_mapping(alpha):
+    x = torch.randn(C, dtype=torch.float64)
+    one = partial(entmax_loss, target=torch.tensor(3), alpha=alpha)
+    torch.testing.assert_close(grad(one)(x), entmax(x, alpha) - F.one_hot(torch.tensor(3), C))
+    torch.testing.assert_close(hessian(one)(x), jacrev(partial(entmax, alpha=alpha))(x))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.0001, 1.001, 1.01, 1.1, 1.5, 1.75, 2.0, 2.5])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 5.0])
+def test_float32_gradients_keep_their_digits(alpha, scale):
+    grads = {}
+    scores, target = torch.randn(7, 31) * scale, torch.randint(31, (7,))
+    for dtype in (torch.float32, torch.float64):
+        x = scores.to(dtype).requires_grad_()
+        per_row = torch.full((7, 1), alpha).to(dtype).requires_grad_()  # the same α in both, rounded to float32
+        grads[dtype] = torch.autograd.grad(entmax_loss(x, target, per_row, reduction="sum"), (x, per_row))
+    for got, exact, bound in zip(grads[torch.float32], grads[torch.float64], (1e-6, 1e-5), strict=True):
+        assert (got - exact).abs().max() <= bound * exact.abs().max()
+
+
+@pytest.mark.parametrize("alpha", [0.7, 1.0, 1.5, 2.0, 2.5])
+def test_the_loss_falls_as_alpha_grows(alpha):
+    given = torch.full((101, 1), alpha, requires_grad=True)
+    entmax_loss(torch.randn(101, C), torch.randint(C, (101,)), given, reduction="sum").backward()
+    assert (given.grad <= 0).all() and (given.grad < 0).any()
+
+
+def test_alpha_of_one_element_or_one_per_row():
+    x, target = torch.randn(N, C, D1), torch.randint(C, (N, D1))
+    per_row = 1 + torch.rand(N, 1, D1)
+    losses = entmax_loss(x, target, per_row, reduction="none")
+    for n, d in itertools.product(range(N), range(D1)):
+        alone = entmax_loss(x[n, :, d], target[n, d], per_row[n, 0, d].item())
+        torch.testing.assert_close(losses[n, d], alone)
+    expected = entmax_loss(x, target, 1.3)
+    for shape in ((), (1,), (1, 1), (1, 1, 1)):
+        alpha = torch.full(shape, 1.3, requires_grad=True)
+        loss = entmax_loss(x, target, alpha)
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        assert alpha.grad.shape == shape
+    halves = torch.full((), 1.5, dtype=torch.float16, requires_grad=True)
+    entmax_loss(x, target, halves).backward()
+    assert halves.grad.dtype == torch.float16 and halves.grad < 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_alpha_changed_in_place_before_the_backward_is_noticed(kind):
+    for dtype in (torch.float64, torch.float32):
+        x, alpha = torch.randn(N, C, requires_grad=True), torch.full((N, 1), 1.3, dtype=dtype, requires_grad=True)
+        loss = entmax_loss(x, target_for(kind, (N, C)), alpha)
+        with torch.no_grad():
+            alpha.mul_(1.01)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_nothing_is_written_to():
+    x, soft, weight = torch.randn(N, C), target_for("probabilities", (N, C)), torch.rand(C)
+    target = torch.randint(C, (N,))
+    before = [t.clone() for t in (x, soft, weight, target)]
+    x.requires_grad_()
+    loss = entmax_loss(x, target, weight=weight, ignore_index=2, label_smoothing=0.1)
+    (loss + entmax_loss(x, soft, weight=weight, label_smoothing=0.1)).backward()
+    assert all(torch.equal(t, old) for t, old in zip((x, soft, weight, target), before, strict=True))
+
+
+def test_strided_and_expanded_scores():
+    x, target = torch.randn(C, N, dtype=torch.float64).T, torch.randint(C, (N,))
+    torch.testing.assert_close(entmax_loss(x, target, 1.3), entmax_loss(x.contiguous(), target, 1.3))
+    row = torch.randn(1, C, dtype=torch.float64, requires_grad=True)
+    (got,) = torch.autograd.grad(entmax_loss(row.expand(N, C), target, 1.3), row)
+    (expected,) = torch.autograd.grad(entmax_loss(row.repeat(N, 1), target, 1.3), row)
+    torch.testing.assert_close(got, expected)
+
+
+# transforms
+
+
+@every_loss
+def test_jacobians_and_hessians_agree_in_every_order_of_modes(loss):
+    inputs = arguments()
+
+    def squares(*inputs: Tensor) -> Tensor:
+        return loss(*inputs).square().sum()
+
+    everything = (0, 1, 2)
+    forward, reverse = (jacobian(squares, argnums=everything)(*inputs) for jacobian in (jacfwd, jacrev))
+    torch.testing.assert_close(forward, reverse)
+    expected = torch.autograd.functional.hessian(squares, inputs)
+    for outer, inner in [(jacfwd, jacrev), (jacrev, jacfwd), (jacfwd, jacfwd), (jacrev, jacrev)]:
+        torch.testing.assert_close(outer(inner(squares, argnums=everything), argnums=everything)(*inputs), expected)
+
+
+def test_vmap_is_a_loop():
+    x, alpha, y = arguments()
+    target = torch.randint(C, (N,))
+    for second in (target, y):
+        expected = torch.stack([entmax_loss(*row) for row in zip(x, second, alpha, strict=True)])
+        torch.testing.assert_close(vmap(entmax_loss)(x, second, alpha), expected)
+        one_alpha = vmap(entmax_loss, in_dims=(0, 0, None))(x, second, alpha[3])
+        torch.testing.assert_close(one_alpha, entmax_loss(x, second, alpha[3], reduction="none"))
+        over_targets = vmap(entmax_loss, in_dims=(None, 0))(x[0], second)
+        torch.testing.assert_close(over_targets, entmax_loss(x[:1].repeat(N, 1), second, reduction="none"))
+        over_alphas = vmap(entmax_loss, in_dims=(None, None, 0))(x[0], second[0], alpha)
+        torch.testing.assert_close(over_alphas, torch.stack([entmax_loss(x[0], second[0], a) for a in alpha]))
+        per_row = vmap(grad(entmax_loss, argnums=(0, 2)))(x, second, alpha)
+        torch.testing.assert_close(
+            per_row, grad(lambda *args: entmax_loss(*args, reduction="sum"), argnums=(0, 2))(x, second, alpha)
+        )
+        # Gradients for what the batched dimension does not have
+        shared = grad(lambda x, a, second=second: vmap(entmax_loss, (None, 0, None))(x, second, a).sum(), (0, 1))
+        repeated = grad(lambda x, a, second=second: entmax_loss(x.expand(N, C), second, a, reduction="sum"), (0, 1))
+        torch.testing.assert_close(shared(x[0], alpha[3]), repeated(x[0], alpha[3]))
+    batches = vmap(partial(entmax_loss, ignore_index=2, weight=WEIGHT, label_smoothing=0.1), in_dims=(-1, 1))
+    x, target = torch.randn(N, C, D1, dtype=torch.float64), torch.randint(C, (N, D1))
+    expected = [
+        entmax_loss(x[..., d], target[:, d], ignore_index=2, weight=WEIGHT, label_smoothing=0.1) for d in range(D1)
+    ]
+    torch.testing.assert_close(batches(x, target), torch.stack(expected))
+
+
+@every_loss
+def test_forward_mode_by_dual_numbers(loss):
+    inputs = arguments()
+    tangents = tuple(torch.randn_like(x) for x in inputs)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)]
+        tangent = forward_ad.unpack_dual(loss(*duals)).tangent
+    torch.testing.assert_close(tangent, jvp(loss, inputs, tangents)[1])
+
+
+@pytest.mark.parametrize("name", ["smoothed", "probabilities", "α = 1.5"])
+def test_a_compiled_graph_without_breaks_trains_alike(name):
+    torch._dynamo.reset()
+    loss = LOSSES[name]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    inputs = arguments()
+    learnt = tuple(x.clone().requires_grad_() for x in inputs)
+    got, expected = compiled(*learnt), loss(*learnt)
+    torch.testing.assert_close(got, expected)
+    a, b = (torch.autograd.grad(y.sum(), learnt, allow_unused=True, materialize_grads=True) for y in (got, expected))
+    torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs), loss(*inputs))
+
+
+def test_inductor_compiles_it_too():
+    torch._dynamo.reset()
+    x = torch.randn(N, C, requires_grad=True)
+    loss = partial(entmax15_loss, target=INDICES, weight=WEIGHT.float(), label_smoothing=0.1)
+    got, expected = torch.compile(loss, fullgraph=True)(x), loss(x)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, x) for value in (got, expected)))
+
+
+def vmap_of_grad(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return vmap(grad(f))
+
+
+@pytest.mark.parametrize(("alpha", "transform"), [(1.0, jacrev), (1.0, jacfwd), (1.5, vmap_of_grad)])
+def test_torch_func_inside_a_compiled_function(alpha, transform):
+    torch._dynamo.reset()
+    x, target = torch.randn(N, C, dtype=torch.float64), torch.randint(C, (N,))
+
+    def one(x: Tensor, target: Tensor) -> Tensor:
+        return entmax_loss(x, target, alpha)
+
+    compiled = torch.compile(lambda *args: transform(one)(*args), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, target), transform(one)(x, target))
+
+
+class EveryLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor(1.3))
+        self.register_buffer("weight", torch.rand(C))
+
+    def forward(self, x: Tensor, target: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return (
+            entmax_loss(x, target, self.alpha, ignore_index=1, label_smoothing=0.1),
+            entmax15_loss(x, y, weight=self.weight),
+        )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_compute_and_train_alike(strict):
+    model = EveryLoss()
+    x, target, y = torch.randn(N, C), torch.randint(C, (N,)), target_for("probabilities", (N, C)).float()
+    batch = {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(model, (x, target, y), dynamic_shapes=(batch,) * 3, strict=strict)
+    assert not [node for node in program.graph.nodes if "sparse_attn" in str(node.target)]  # runs without us
+    for inputs in ((x, target, y), (x[:3], target[:3], y[:3])):
+        for got, expected in zip(program.module()(*inputs), model(*inputs), strict=True):
+            torch.testing.assert_close(got, expected)
+    exported = program.module()
+    for trained in (exported, model):
+        trained(x, target, y)[0].backward()
+    (alpha,) = exported.parameters()
+    torch.testing.assert_close(alpha.grad, model.alpha.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_without_data(kind):
+    x, target = torch.randn(N, C), target_for(kind, (N, C))
+    assert entmax_loss(x.to("meta"), target.to("meta"), reduction="none").shape == (N,)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in (x, target)]
+        fakes[0].requires_grad_()
+        entmax_loss(*fakes).backward()
+        assert fakes[0].grad.shape == (N, C)
+
+
+# memory
+
+
+def peak_in_copies(x: Tensor, function: Callable[[], Tensor]) -> float:
+    """The most that forward and backward hold at a time, beside what is there before, as a multiple of ``x``."""
+    function().backward()  # what is made once and kept
+    x.grad = None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function().backward()
+    live = top = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            top = max(top, live)
+    return top / (x.numel() * x.element_size())
+
+
+@pytest.mark.parametrize(
+    ("copies", "alpha", "keywords"),
+    [
+        (3, 1.0, {}),
+        (6, 1.5, {}),
+        (6, 1.5, {"label_smoothing": 0.1, "weight": torch.rand(32000)}),
+        (6, 2.0, {"label_smoothing": 0.1}),
+        (7, 1.25, {"weight": torch.rand(32000)}),
+        (11, torch.tensor(1.25, requires_grad=True), {}),
+    ],
+)
+def test_a_vocabulary_takes_a_few_copies_of_the_scores(copies, alpha, keywords):
+    x, target = torch.randn(5, 32000, requires_grad=True), torch.randint(32000, (5,))
+    assert peak_in_copies(x, lambda: entmax_loss(x, target, alpha, **keywords)) <= copies + 0.1
+
+
+# wrong input
+
+X, TARGET = torch.zeros(2, C, D1), torch.zeros(2, D1, dtype=torch.int64)
+PROBABILITIES = torch.full((2, C, D1), 1 / C)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "args", "keywords"),
+    [
+        (TypeError, "x must be a torch.Tensor, got list", ([1.0], TARGET), {}),
+        (TypeError, "x must have a floating dtype .*, got torch.int64", (X.long(), TARGET), {}),
+        (TypeError, "x must have a floating dtype .*, got torch.complex64", (X.cfloat(), TARGET), {}),
+        (ValueError, r"x must have shape \(C\), .*, got shape \(\)", (X[0, 0, 0], TARGET[0, 0]), {}),
+        (TypeError, "target must be a torch.Tensor, got int", (X, 1), {}),
+        (ValueError, "target must be on the device of x, cpu, got meta", (X, TARGET.to("meta")), {}),
+        (
+            ValueError,
+            r"target must have shape \(2, 3\) \(class indices\) or \(2, 5, 3\) .*, got shape \(3, 2\)",
+            (X, TARGET.T),
+            {},
+        ),
+        (ValueError, r"target must have shape \(\) .*, got shape \(1,\)", (X[0, :, 0], TARGET[0, :1]), {}),
+        (TypeError, "target must be int64 or uint8 .*, got torch.int32", (X, TARGET.int()), {}),
+        (TypeError, "target must be int64 or uint8 .*, got torch.float32", (X, TARGET.float()), {}),
+        (TypeError, "target must be floating .*, got torch.int64", (X, PROBABILITIES.long()), {}),
+        (
+            ValueError,
+            "ignore_index must be negative for a target of probabilities, got 0",
+            (X, PROBABILITIES),
+            {"ignore_index": 0},
+        ),
+        (IndexError, r"target must be in \[0, 4\] or ignore_index \(-100\), got 5", (X, TARGET + 5), {}),
+        (
+            IndexError,
+            r"target must be in \[0, 4\] or ignore_index \(2\), got -100",
+            (X, TARGET - 100),
+            {"ignore_index": 2},
+        ),
+        (TypeError, "ignore_index must be an int, got float", (X, TARGET), {"ignore_index": 1.0}),
+        (TypeError, "ignore_index must be an int, got bool", (X, TARGET), {"ignore_index": True}),
+        (ValueError, "reduction must be one of none, mean, sum, got 'avg'", (X, TARGET), {"reduction": "avg"}),
+        (ValueError, r"label_smoothing must be in \[0, 1\], got 1.5", (X, TARGET), {"label_smoothing": 1.5}),
+        (ValueError, r"label_smoothing must be in \[0, 1\], got -0.1", (X, TARGET), {"label_smoothing": -0.1}),
+        (ValueError, r"label_smoothing must be in \[0, 1\], got nan", (X, TARGET), {"label_smoothing": math.nan}),
+        (TypeError, "label_smoothing must be a number, got '0.1'", (X, TARGET), {"label_smoothing": "0.1"}),
+        (TypeError, "weight must be a torch.Tensor, got list", (X, TARGET), {"weight": [1.0] * C}),
+        (TypeError, "weight must have a floating dtype", (X, TARGET), {"weight": torch.ones(C, dtype=torch.int64)}),
+        (ValueError, r"weight must have shape \(C\), got shape \(1, 5\)", (X, TARGET), {"weight": torch.ones(1, C)}),
+        (
+            ValueError,
+            r"weight must have shape \(5,\), one per class, got shape \(3,\)",
+            (X, TARGET),
+            {"weight": torch.ones(3)},
+        ),
+        (
+            ValueError,
+            "weight must be on the device of x, cpu, got meta",
+            (X, TARGET),
+            {"weight": torch.ones(C, device="meta")},
+        ),
+        (ValueError, r"alpha must be in \(0, inf\), got 0", (X, TARGET, 0.0), {}),
+        (ValueError, r"alpha must be in \(0, inf\), got nan", (X, TARGET, math.nan), {}),
+        (ValueError, r"alpha must be in \(0, inf\), got -1", (X, TARGET, torch.tensor(-1.0)), {}),
+        (ValueError, r"alpha must be in \(0, inf\), got nan", (X, TARGET, torch.full((2, 1, 1), math.nan)), {}),
+        (TypeError, "alpha must be a number or a floating tensor, got str", (X, TARGET, "1.5"), {}),
+        (
+            TypeError,
+            "alpha must be a number or a floating tensor, got a tensor of torch.int64",
+            (X, TARGET, TARGET),
+            {},
+        ),
+        (
+            ValueError,
+            r"alpha must broadcast against x of shape \(2, 5, 3\) with size 1 along dim 1, got shape \(2,\); for one "
+            r"alpha per entry of dim 0 use alpha.view\(-1, 1, 1\)",
+            (X, TARGET, torch.ones(2)),
+            {},
+        ),
+        (ValueError, "alpha must broadcast against x", (X, TARGET, torch.ones(2, C, 1)), {}),
+    ],
+)
+def test_wrong_input(error, message, args, keywords):
+    with pytest.raises(error, match=message):
+        entmax_loss(*args, **keywords)
+    if len(args) == 2:
+        with pytest.raises(error, match=message):
+            sparsemax_loss(*args, **keywords)
+        with pytest.raises(error, match=message):
+            entmax15_loss(*args, **keywords)
+
+
+def test_an_ignored_index_may_be_anything():
+    x, target = torch.randn(N, C), torch.randint(C, (N,))
+    expected = entmax_loss(x[1:], target[1:])
+    for ignored in (-100, -1, C, 10**12):
+        target[0] = ignored
+        torch.testing.assert_close(entmax_loss(x, target, ignore_index=ignored), expected)
