@@ -49,17 +49,23 @@ def _conjugate(scores: Tensor, p: Tensor, a: float | Tensor, index: Tensor | Non
     """
     top, largest = scores.amax(-1, keepdim=True), p.amax(-1, keepdim=True)
     above_half = largest > 0.5
-    q = torch.where(above_half, (p - hardshrink(p, 0.5)).sum(-1, keepdim=True), 0.0)
+    q = torch.where(above_half, -hardshrink(p, 0.5).sub_(p).sum(-1, keepdim=True), 0.0)
     log_largest = torch.where(above_half, torch.log1p(-q), largest.log())
     shift = top.detach()  # a constant to the caller, whatever it is in here
     picked = () if index is None else (scores.gather(-1, index) - shift,)
     if isinstance(a, float) and a == 0.0:
         return top - shift - log_largest, *picked
     sigma = -log_largest * _phi1(a * log_largest)
-    z = (scores - top).clamp(min=torch.finfo(p.dtype).min)  # not 0 * -inf
-    value = (sigma + a * (p * z).sum(-1, keepdim=True)) / (1 + a)
-    # Not a clamp, which has no gradient where rounding went below 0.
-    return top - shift + (value - value.detach().clamp(max=0.0)), *picked
+    value = (sigma + a * _mean_score(p, scores, top)) / (1 + a)
+    return top - shift + value.clamp(min=0.0), *picked
+
+
+def _mean_score(p: Tensor, scores: Tensor, top: Tensor) -> Tensor:
+    """``⟨p, z⟩``, where masked scores count as very small ones: 0 times ``-inf`` is not 0."""
+    lowest = torch.finfo(p.dtype).min
+    if needs_plain_operations():
+        return (p * (scores - top).clamp(min=lowest)).sum(-1, keepdim=True)
+    return (scores - top).clamp_(min=lowest).mul_(p).sum(-1, keepdim=True)  # fresh memory takes longer than arithmetic
 
 
 def _phi1(x: Tensor) -> Tensor:
@@ -68,7 +74,7 @@ def _phi1(x: Tensor) -> Tensor:
     return torch.where(small, 1 + x * _phi2(x), torch.expm1(x) / torch.where(small, 1.0, x))
 
 
-def _entropy_slope(p: Tensor, a: float | Tensor) -> Tensor:
+def _entropy_slope(p: Tensor, a: Tensor) -> Tensor:
     """``∂H/∂α`` at fixed ``p``, per row: ``-[H + Σ p ℓ² (φ₁ - φ₂)(aℓ)] / α`` with ``ℓ = log p``; never positive.
 
     ``H = -Σ p ℓ φ₁(aℓ) / α``, ``φ₁(x) = (eˣ - 1) / x = 1 + x φ₂(x)``: nothing is divided by ``a``.
@@ -80,6 +86,16 @@ def _entropy_slope(p: Tensor, a: float | Tensor) -> Tensor:
     weighted = p * log_p
     entropy = -(weighted * phi1).sum(-1, keepdim=True) / (1 + a)
     return -(entropy + (weighted * log_p * (phi1 - phi2)).sum(-1, keepdim=True)) / (1 + a)
+
+
+def _entropy_slope_in_blocks(p: Tensor, a: Tensor) -> Tensor:
+    """The same, a few rows at a time: its ten temporaries are ten copies of a vocabulary's scores otherwise."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # one would keep them all, one fuses them
+        return _entropy_slope(p, a)
+    shape, size = p.shape[:-1], p.shape[-1]
+    rows = max(1, (2**18 if p.device.type == "cpu" else 2**24) // size)
+    blocks = zip(p.reshape(-1, size).split(rows), a.expand(*shape, 1).reshape(-1, 1).split(rows), strict=True)
+    return torch.cat([_entropy_slope(*block) for block in blocks]).view(*shape, 1)
 
 
 class _Conjugate(torch.autograd.Function):
@@ -100,7 +116,7 @@ class _Conjugate(torch.autograd.Function):
         p, per_row, index = ctx.saved_tensors
         grad_alpha = None
         if ctx.needs_input_grad[2]:
-            grad_alpha = grads[0] * _entropy_slope(p, _shifted(per_row, p))
+            grad_alpha = grads[0] * _entropy_slope_in_blocks(p, _shifted(per_row, p))
             grad_alpha = grad_alpha.sum_to_size(per_row.shape).to(per_row.dtype)
         grad_scores = p * grads[0]
         if index is not None:
