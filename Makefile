@@ -13,7 +13,7 @@ INSTALL  = $(BIN)/python -m pip install --constraint constraints.txt
 # Two processes share the machine in `make test`; waiting threads must not spin on the cores the other one needs.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help train test peer-tests lint format format-check types wheel wheel-check clean
+.PHONY: help train test peer-tests sanitize lint format format-check types wheel wheel-check clean
 
 help:           ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -26,6 +26,9 @@ test: $(VENV)/.installed-dev       ## run the tests
 
 peer-tests: $(VENV)/.installed-dev  ## run the entmax package's own tests on sparse_attn.compat.entmax
 	$(BIN)/python scripts/run_peer_tests.py $(ARGS)
+
+sanitize:       ## run the C kernels under the address, undefined-behaviour and thread sanitizers
+	scripts/sanitize_kernels.sh
 
 lint: $(VENV)/.installed-dev       ## check the code with ruff
 	$(BIN)/ruff check
@@ -54,10 +57,12 @@ clean:          ## remove builds and caches; the environment and the runs stay
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed-recipes: pyproject.toml constraints.txt | $(BIN)/pip
+KERNELS := $(wildcard sparse_attn/kernels/cpu/*.[ch]) sparse_attn/kernels/cpu/build.py
+
+$(VENV)/.installed-recipes: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/pip
 	$(INSTALL) --editable ".[recipes]"
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
+$(VENV)/.installed-dev: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/pip
 	$(INSTALL) --editable ".[dev]"
 	@touch $@ $(VENV)/.installed-recipes

@@ -1,5 +1,6 @@
 """Sparse attention for PyTorch: mappings to sparse probabilities, attention layers that learn how sparse to be."""
 
+from sparse_attn.kernels.dispatch import backends, use_backend
 from sparse_attn.nn import (
     AdaptiveSparseMultiheadAttention,
     BudgetSparsemax,
@@ -53,6 +54,7 @@ __all__ = [
     "TopKMultiheadAttention",
     "TopkSoftmax",
     "alpha_per_head",
+    "backends",
     "budget_sparsemax",
     "entmax",
     "entmax15",
@@ -68,4 +70,5 @@ __all__ = [
     "tau",
     "topk_attention",
     "topk_softmax",
+    "use_backend",
 ]

@@ -7,6 +7,7 @@ know additive float masks. The internal form is the second, broadcastable to sco
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,19 +37,28 @@ def apply_mask(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
     """
     if attn_mask is None:
         return scores
-    if isinstance(attn_mask, CausalBias):
-        lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
-        offset = attn_mask.seq_len_kv - attn_mask.seq_len_q if lower_right else 0
-        attn_mask = causal_mask(attn_mask.seq_len_q, attn_mask.seq_len_kv, scores.device, offset=offset)
-    check_mask_dtype(attn_mask, "attn_mask")
-    sizes = zip(reversed(attn_mask.shape), reversed(scores.shape), strict=False)
-    if attn_mask.dim() > scores.dim() or any(size not in (1, full) for size, full in sizes):
-        raise ValueError(
-            f"attn_mask must broadcast to the scores {tuple(scores.shape)}, got shape {tuple(attn_mask.shape)}"
-        )
+    attn_mask = dense_mask(attn_mask, scores.device)
+    check_mask(attn_mask, scores.shape)
     if attn_mask.dtype == torch.bool:
         return scores.masked_fill(~attn_mask, -math.inf)
     return scores + _with_infinities(attn_mask).to(scores.dtype)
+
+
+def dense_mask(attn_mask: Tensor, device: torch.device) -> Tensor:
+    """A mask that torch keeps as a description, written out."""
+    if not isinstance(attn_mask, CausalBias):
+        return attn_mask
+    lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
+    offset = attn_mask.seq_len_kv - attn_mask.seq_len_q if lower_right else 0
+    return causal_mask(attn_mask.seq_len_q, attn_mask.seq_len_kv, device, offset=offset)
+
+
+def check_mask(attn_mask: Tensor, shape: Sequence[int]) -> None:
+    """Raise unless a mask is boolean or floating and broadcasts to scores of that shape."""
+    check_mask_dtype(attn_mask, "attn_mask")
+    sizes = zip(reversed(attn_mask.shape), reversed(shape), strict=False)
+    if attn_mask.dim() > len(shape) or any(size not in (1, full) for size, full in sizes):
+        raise ValueError(f"attn_mask must broadcast to the scores {tuple(shape)}, got shape {tuple(attn_mask.shape)}")
 
 
 def merge_multihead_masks(

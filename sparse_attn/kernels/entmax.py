@@ -13,90 +13,98 @@ import torch
 from torch import Tensor
 
 from sparse_attn.checks import check_alpha
-from sparse_attn.kernels.reference.entmax import entmax_backward, entmax_forward, entmax_tangent
+from sparse_attn.kernels import dispatch
+from sparse_attn.kernels.reference.entmax import entmax_backward, entmax_tangent, largest_first
 from sparse_attn.kernels.reference.unrolled import entmax_unrolled
-from sparse_attn.transforms import needs_plain_operations
+from sparse_attn.transforms import needs_plain_operations, values_known
 
 
-def entmax_rows(scores: Tensor, alpha: float | Tensor, lowest: float) -> Tensor:
+def entmax_rows(scores: Tensor, alpha: float | Tensor, lowest: float, k: int | None = None) -> Tensor:
     """Probabilities along the last dimension.
 
     Args:
         scores: (..., d), float32 or float64.
         alpha: A number, or a tensor that broadcasts with size 1 in the last dimension.
         lowest: Scores at or below are masked.
+        k: Only the k largest scores of a row take part, if given; the first of ties.
     """
     per_row, number = (alpha, 0.0) if isinstance(alpha, Tensor) else (None, float(alpha) - 1)
     if needs_plain_operations():
-        return entmax_unrolled(scores, number if per_row is None else _shifted(per_row, scores), lowest)
+        a = number if per_row is None else shifted(per_row, scores)
+        if k is None:
+            return entmax_unrolled(scores, a, lowest)
+        index = largest_first(scores.detach())[..., :k]
+        return torch.zeros_like(scores).scatter(-1, index, entmax_unrolled(scores.gather(-1, index), a, lowest))
     if torch.compiler.is_compiling():
-        return _entmax(scores, per_row, number, lowest)
-    return _Entmax.apply(scores, per_row, number, lowest)
+        return _entmax(scores, per_row, number, lowest, k)
+    return _Entmax.apply(scores, per_row, number, lowest, k)
 
 
-# Both routes take the same arguments (scores, per_row, number, lowest): α per row if there is one, else ``α - 1`` as a
-# number. α goes in as the caller's own tensor: saved as such, a change in place before the backward is noticed.
+# Both routes take the same arguments: α per row if there is one, else ``α - 1`` as a number. α goes in as the caller's
+# own tensor: saved as such, a change in place before the backward is noticed.
+_Arguments = tuple[Tensor, Tensor | None, float, float, int | None]
 
 
-def _forward(scores: Tensor, per_row: Tensor | None, number: float, lowest: float) -> Tensor:
+def _forward(scores: Tensor, per_row: Tensor | None, number: float, lowest: float, k: int | None) -> Tensor:
     if per_row is None:
-        return entmax_forward(scores, number, lowest)
+        return dispatch.entmax_forward(scores, number, lowest, k)
     check_alpha(per_row)
-    return entmax_forward(scores, _shifted(per_row, scores), lowest)
+    return dispatch.entmax_forward(scores, shifted(per_row, scores), lowest, k)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, float, float], output: Tensor) -> None:
-    _, per_row, ctx.number, _ = inputs
+def _setup_context(ctx: Any, inputs: _Arguments, output: Tensor) -> None:
+    _, per_row, ctx.number, _, _ = inputs
     ctx.save_for_backward(output, per_row)
 
 
-def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     p, per_row = ctx.saved_tensors  # both gradients are functions of p and α alone: the scores are not kept
     if grad is None:
-        return None, None, None, None
-    a = ctx.number if per_row is None else _shifted(per_row, p)
-    grad_scores, grad_alpha = entmax_backward(p, a, grad, with_alpha=ctx.needs_input_grad[1])
+        return None, None, None, None, None
+    a = ctx.number if per_row is None else shifted(per_row, p)
+    # Whoever differentiates this once more, or looks into it, gets plain operations.
+    fast = not torch.is_grad_enabled() and values_known(p) and values_known(grad)
+    backward = dispatch.entmax_backward if fast else entmax_backward
+    grad_scores, grad_alpha = backward(p, a, grad, with_alpha=ctx.needs_input_grad[1])
     if grad_alpha is not None:
         grad_alpha = grad_alpha.sum_to_size(per_row.shape).to(per_row.dtype)
-    return grad_scores, grad_alpha, None, None
+    return grad_scores, grad_alpha, None, None, None
 
 
-def _shifted(alpha: Tensor, scores: Tensor) -> Tensor:
+def shifted(alpha: Tensor, scores: Tensor) -> Tensor:
     """``α - 1`` before any rounding to the dtype of the scores: near 1 the difference is what counts."""
     return (alpha.to(torch.promote_types(alpha.dtype, torch.float32)) - 1).to(scores.dtype)
 
 
 class _Entmax(torch.autograd.Function):
     @staticmethod
-    def forward(scores: Tensor, per_row: Tensor | None, number: float, lowest: float) -> Tensor:
-        if scores.is_meta or type(scores) is not Tensor:  # there may be no data to look at
-            return _entmax(scores, per_row, number, lowest)
-        return _forward(scores, per_row, number, lowest)
+    def forward(scores: Tensor, per_row: Tensor | None, number: float, lowest: float, k: int | None) -> Tensor:
+        if not values_known(scores):
+            return _entmax(scores, per_row, number, lowest, k)
+        return _forward(scores, per_row, number, lowest, k)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, float, float], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: _Arguments, output: Tensor) -> None:
         ctx.set_materialize_grads(False)
         ctx.save_for_forward(output, inputs[1])
         _setup_context(ctx, inputs, output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         return _backward(ctx, grads[0])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         p, per_row = ctx.saved_tensors
         scores_tangent, alpha_tangent = tangents[:2]
-        a = ctx.number if per_row is None else _shifted(per_row, p)
+        a = ctx.number if per_row is None else shifted(per_row, p)
         if alpha_tangent is not None:
             alpha_tangent = alpha_tangent.to(p.dtype)
         return entmax_tangent(p, a, scores_tangent, alpha_tangent)
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], scores: Tensor, per_row: Tensor | None, number: float, lowest: float
-    ) -> tuple[Tensor, int]:
-        return _Entmax.apply(*_batch_in_front(info, in_dims, scores, per_row), number, lowest), 0
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        return _Entmax.apply(*_batch_in_front(info, in_dims, *arguments[:2]), *arguments[2:]), 0
 
 
 def _batch_in_front(
@@ -111,12 +119,12 @@ def _batch_in_front(
 
 
 @torch.library.custom_op("sparse_attn::entmax", mutates_args=())
-def _entmax(scores: Tensor, per_row: Tensor | None, number: float, lowest: float) -> Tensor:
-    return _forward(scores, per_row, number, lowest).contiguous()  # the strides that its fake twin promises
+def _entmax(scores: Tensor, per_row: Tensor | None, number: float, lowest: float, k: int | None = None) -> Tensor:
+    return _forward(scores, per_row, number, lowest, k).contiguous()  # the strides that its fake twin promises
 
 
 @_entmax.register_fake
-def _(scores: Tensor, per_row: Tensor | None, number: float, lowest: float) -> Tensor:
+def _(scores: Tensor, per_row: Tensor | None, number: float, lowest: float, k: int | None = None) -> Tensor:
     return torch.empty_like(scores, memory_format=torch.contiguous_format)
 
 
@@ -124,7 +132,5 @@ _entmax.register_autograd(_backward, setup_context=_setup_context)
 
 
 @_entmax.register_vmap
-def _(
-    info: Any, in_dims: tuple[int | None, ...], scores: Tensor, per_row: Tensor | None, number: float, lowest: float
-) -> tuple[Tensor, int]:
-    return _entmax(*_batch_in_front(info, in_dims, scores, per_row), number, lowest), 0
+def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+    return _entmax(*_batch_in_front(info, in_dims, *arguments[:2]), *arguments[2:]), 0

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from sparse_attn.kernels.entmax import _shifted, entmax_rows
+from sparse_attn.kernels.entmax import entmax_rows, shifted
 from sparse_attn.kernels.reference.entmax import _phi2
 from sparse_attn.transforms import needs_plain_operations
 
@@ -35,7 +35,7 @@ def conjugate_rows(scores: Tensor, alpha: float | Tensor, index: Tensor | None =
     p = entmax_rows(scores, alpha, -math.inf)
     per_row, number = (alpha, 0.0) if isinstance(alpha, Tensor) else (None, float(alpha) - 1)
     if needs_plain_operations():
-        return _conjugate(scores, p, number if per_row is None else _shifted(per_row, p), index)
+        return _conjugate(scores, p, number if per_row is None else shifted(per_row, p), index)
     # Dynamo refuses autograd functions that have a ``jvp``.
     function = _Conjugate if torch.compiler.is_compiling() else _ConjugateForwards
     return function.apply(scores, p, per_row, number, index)
@@ -103,7 +103,7 @@ class _Conjugate(torch.autograd.Function):
     def forward(
         scores: Tensor, p: Tensor, per_row: Tensor | None, number: float, index: Tensor | None
     ) -> tuple[Tensor, ...]:
-        return _conjugate(scores, p, number if per_row is None else _shifted(per_row, p), index)
+        return _conjugate(scores, p, number if per_row is None else shifted(per_row, p), index)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -116,7 +116,7 @@ class _Conjugate(torch.autograd.Function):
         p, per_row, index = ctx.saved_tensors
         grad_alpha = None
         if ctx.needs_input_grad[2]:
-            grad_alpha = grads[0] * _entropy_slope_in_blocks(p, _shifted(per_row, p))
+            grad_alpha = grads[0] * _entropy_slope_in_blocks(p, shifted(per_row, p))
             grad_alpha = grad_alpha.sum_to_size(per_row.shape).to(per_row.dtype)
         grad_scores = p * grads[0]
         if index is not None:
@@ -158,5 +158,5 @@ class _ConjugateForwards(_Conjugate):
             scores_tangent = torch.zeros_like(p)
         value = (p * scores_tangent).sum(-1, keepdim=True)
         if alpha_tangent is not None:
-            value = value + _entropy_slope(p, _shifted(per_row, p)) * alpha_tangent.to(p.dtype)
+            value = value + _entropy_slope(p, shifted(per_row, p)) * alpha_tangent.to(p.dtype)
         return (value,) if index is None else (value, scores_tangent.gather(-1, index))

@@ -133,14 +133,16 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             mask = causal if mask is None else _both(causal, mask)
         k, v, mask = self._extend_keys(k, v, mask)
 
-        output, weights = attend(q, k, v, self.mapping(), mask, self.dropout if self.training else 0.0)
+        dropout_p = self.dropout if self.training else 0.0
+        output, weights = attend(q, k, v, self.mapping(), mask, dropout_p, need_weights=need_weights)
         output = self.out_proj(rearrange(output, "n h l d -> n l (h d)"))
         if batched and not self.batch_first:
             output = output.transpose(0, 1)
         if not batched:
-            output, weights = output[0], weights[0]
-        if not need_weights:
+            output = output[0]
+        if weights is None or not need_weights:
             return output, None
+        weights = weights if batched else weights[0]
         return output, weights.mean(-3) if average_attn_weights else weights
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:

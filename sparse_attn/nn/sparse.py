@@ -87,7 +87,8 @@ class SparseAttention(nn.Module):
         alpha = self.alpha
         mapping = entmax_mapping(alpha, heads) if self.k is None else topk_mapping(self.k, alpha, heads)
         dropout_p = self.dropout if self.training else 0.0
-        return attend(query, key, value, mapping, attn_mask, dropout_p, is_causal, scale=self.scale)[0]
+        arguments = (attn_mask, dropout_p, is_causal)
+        return attend(query, key, value, mapping, *arguments, scale=self.scale, need_weights=False)[0]
 
     def extra_repr(self) -> str:
         """The arguments; of a tensor α its values."""

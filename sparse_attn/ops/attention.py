@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,12 +12,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn.checks import check_dropout, check_floating, check_k
-from sparse_attn.masks import apply_mask, causal_mask
+from sparse_attn.kernels.attention import Setting, blockwise_attention
+from sparse_attn.masks import apply_mask, causal_mask, check_mask, dense_mask
 from sparse_attn.ops.entmax import entmax
 from sparse_attn.ops.topk import topk_entmax
+from sparse_attn.transforms import values_known
 
 Normalizer = Literal["softmax", "sparsemax"]
-ScoreMapping = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ScoreMapping:
+    """Scores (..., H, L, S) to weights: α-entmax over the ``k`` best keys of each query, or over all of them."""
+
+    alpha: float | Tensor  # a number, or a tensor that broadcasts to (H, 1, 1)
+    k: int | None = None
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Weights of the scores."""
+        # No keys at all are fewer than k, too.
+        if self.k is None or scores.shape[-1] <= self.k:
+            return entmax(scores, self.alpha)
+        return topk_entmax(scores, self.k, self.alpha)
+
+
+# Blocks of queries are faster than one large matrix from about this size of the matrix of a head.
+_LARGE = 2**20
 
 _ALPHA_OF = {"softmax": 1.0, "sparsemax": 2.0}
 
@@ -63,7 +83,8 @@ def entmax_attention(
         Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers".
     """
     mapping = entmax_mapping(alpha, max(_heads(query), _heads(key)))
-    return attend(query, key, value, mapping, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
+    arguments = (attn_mask, dropout_p, is_causal)
+    return attend(query, key, value, mapping, *arguments, scale=scale, enable_gqa=enable_gqa, need_weights=False)[0]
 
 
 def topk_attention(
@@ -109,20 +130,19 @@ def topk_attention(
         Zhao et al. 2019, "Explicit Sparse Transformer".
     """
     mapping = topk_mapping(k, normalizer_alpha(normalizer))
-    return attend(query, key, value, mapping, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
+    arguments = (attn_mask, dropout_p, is_causal)
+    return attend(query, key, value, mapping, *arguments, scale=scale, enable_gqa=enable_gqa, need_weights=False)[0]
 
 
 def entmax_mapping(alpha: float | Tensor, heads: int) -> ScoreMapping:
-    """Scores (..., H, L, S) to weights, with one α or one per head."""
-    return partial(entmax, alpha=_per_head(alpha, heads))
+    """α-entmax with one α or one per head."""
+    return ScoreMapping(_per_head(alpha, heads))
 
 
 def topk_mapping(k: int, alpha: float | Tensor = 1.0, heads: int = 1) -> ScoreMapping:
-    """Scores (..., H, L, S) to weights on the ``k`` best keys, all of them where there are fewer."""
+    """α-entmax over the ``k`` best keys, all of them where there are fewer."""
     check_k(k)
-    alpha = _per_head(alpha, heads)
-    # No keys at all are fewer than k, too.
-    return lambda scores: entmax(scores, alpha) if scores.shape[-1] <= k else topk_entmax(scores, k, alpha)
+    return ScoreMapping(_per_head(alpha, heads), k)
 
 
 def normalizer_alpha(normalizer: str) -> float:
@@ -136,15 +156,19 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mapping: ScoreMapping,
+    mapping: Callable[[Tensor], Tensor],
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The output and the weights (after dropout) of attention with any mapping; arguments as in the public ones."""
+    need_weights: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """The output of attention with any mapping, and the weights (after dropout) if they are needed.
+
+    Arguments are as in the public functions.
+    """
     _check_shapes(query, key, value, enable_gqa)
     check_dropout(dropout_p, "dropout_p")
     if is_causal and attn_mask is not None:
@@ -152,13 +176,49 @@ def attend(
     if enable_gqa:
         group = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    large = query.shape[-2] * key.shape[-2] >= _LARGE
+    if large and not need_weights and isinstance(mapping, ScoreMapping) and _is_plain(query, attn_mask):
+        return _in_blocks(query, key, value, mapping, attn_mask, dropout_p, is_causal, scale), None
     if is_causal:
         attn_mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
-    scores = (query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)) @ key.transpose(-2, -1)
+    scores = (query * scale) @ key.transpose(-2, -1)
     weights = mapping(apply_mask(scores, attn_mask))
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
     return weights.to(value.dtype) @ value, weights
+
+
+def _is_plain(query: Tensor, attn_mask: Tensor | None) -> bool:
+    """Whether no transform is at work, and no gradient is wanted for a mask, which has the size of the scores."""
+    in_autocast = torch.is_autocast_enabled(query.device.type)
+    return values_known(query) and not in_autocast and (attn_mask is None or not attn_mask.requires_grad)
+
+
+def _in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mapping: ScoreMapping,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """The output without the weights: heads one by one, in blocks of queries."""
+    batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    shape = (*batch, query.shape[-2], key.shape[-2])
+    if attn_mask is not None:
+        attn_mask = dense_mask(attn_mask, query.device)
+        check_mask(attn_mask, shape)
+        attn_mask = attn_mask.expand(shape)
+    alpha = mapping.alpha
+    number, per_row = (0.0, alpha) if isinstance(alpha, Tensor) else (alpha, None)
+    if per_row is not None:
+        per_row = per_row.expand(*batch, 1, 1).reshape(-1)
+    setting = Setting(number, mapping.k, attn_mask, dropout_p, is_causal, scale)
+    query, key, value = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (query, key, value))
+    return blockwise_attention(query, key, value, per_row, setting).view(*batch, *shape[-2:-1], -1)
 
 
 def _heads(x: Tensor) -> int:

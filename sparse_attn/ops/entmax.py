@@ -43,20 +43,7 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
         Peters, Niculae & Martins 2019 (ACL), "Sparse Sequence-to-Sequence Models"; Correia, Niculae & Martins
         2019 (EMNLP), "Adaptively Sparse Transformers", Prop. 1, for the gradient in α.
     """
-    check_scores(x, dim)
-    if isinstance(alpha, Tensor):
-        check_row_parameter(alpha, x, dim, "alpha")  # its values are looked at where they are used
-        alpha = rows_last(alpha, x, dim)
-    else:
-        check_alpha(alpha)
-    if x.numel() == 0:
-        # An empty batch still reaches α: its gradient is zero, not missing.
-        return x + 0 * alpha.sum().to(x.dtype) if isinstance(alpha, Tensor) else x.clone()
-    scores = x.to(compute_dtype(x))
-    if not x.dim():
-        return entmax_rows(scores.view(1), alpha, torch.finfo(x.dtype).min).view(()).to(result_dtype(x))
-    p = entmax_rows(scores.movedim(dim, -1), alpha, torch.finfo(x.dtype).min)
-    return p.movedim(-1, dim).to(result_dtype(x)).contiguous()
+    return entmax_along(x, alpha, dim)
 
 
 def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
@@ -107,3 +94,21 @@ def entmax15(x: Tensor, dim: int = -1) -> Tensor:
         Peters, Niculae & Martins 2019 (ACL), "Sparse Sequence-to-Sequence Models", section 3.
     """
     return entmax(x, 1.5, dim)
+
+
+def entmax_along(x: Tensor, alpha: float | Tensor, dim: int, k: int | None = None) -> Tensor:
+    """:func:`entmax` of the ``k`` largest scores along ``dim``, if ``k`` is given."""
+    check_scores(x, dim)
+    if isinstance(alpha, Tensor):
+        check_row_parameter(alpha, x, dim, "alpha")  # its values are looked at where they are used
+        alpha = rows_last(alpha, x, dim)
+    else:
+        check_alpha(alpha)
+    if x.numel() == 0:
+        # An empty batch still reaches α: its gradient is zero, not missing.
+        return x + 0 * alpha.sum().to(x.dtype) if isinstance(alpha, Tensor) else x.clone()
+    scores = x.to(compute_dtype(x))
+    if not x.dim():
+        return entmax_rows(scores.view(1), alpha, torch.finfo(x.dtype).min).view(()).to(result_dtype(x))
+    p = entmax_rows(scores.movedim(dim, -1), alpha, torch.finfo(x.dtype).min, k)
+    return p.movedim(-1, dim).to(result_dtype(x)).contiguous()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sparse_attn.checks import check_k, check_scores
-from sparse_attn.ops.entmax import entmax
+from sparse_attn.ops.entmax import entmax_along
 
 
 def topk_softmax(x: Tensor, k: int, dim: int = -1) -> Tensor:
@@ -26,6 +25,7 @@ def topk_softmax(x: Tensor, k: int, dim: int = -1) -> Tensor:
         IndexError: ``x`` has no dimension ``dim``.
 
     Example:
+        >>> import torch
         >>> topk_softmax(torch.tensor([1.0, 3.0, 2.0, 3.0]), k=2)
         tensor([0.0000, 0.5000, 0.0000, 0.5000])
 
@@ -54,6 +54,7 @@ def sparse_softmax(x: Tensor, k: int = 3, dim: int = -1) -> Tensor:
         IndexError: ``x`` has no dimension ``dim``.
 
     Example:
+        >>> import torch
         >>> sparse_softmax(torch.tensor([2.0, 1.5, 0.1, -1.0, 3.2, 2.9]), k=2)
         tensor([0.0000, 0.0000, 0.0000, 0.0000, 0.6500, 0.3500])
 
@@ -68,15 +69,4 @@ def topk_entmax(x: Tensor, k: int, alpha: float | Tensor, dim: int = -1) -> Tens
     check_scores(x, dim)
     size = x.shape[dim] if x.dim() else 1
     check_k(k, size)
-    if k == size:
-        return entmax(x, alpha, dim)
-    index = _first_in_order(x.detach(), dim).narrow(dim, 0, k)
-    kept = entmax(x.gather(dim, index), alpha, dim)
-    return torch.zeros_like(x, dtype=kept.dtype).scatter(dim, index, kept)
-
-
-def _first_in_order(x: Tensor, dim: int) -> Tensor:
-    """Indices from the largest score to the smallest; equal ones stay in order, which ``torch.topk`` leaves open."""
-    if torch.compiler.is_exporting():
-        return torch.sort(x, dim=dim, descending=True).indices  # ONNX has this sort alone, and keeps ties in order
-    return torch.sort(x, dim=dim, descending=True, stable=True).indices
+    return entmax_along(x, alpha, dim, None if k == size else k)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 _MAX_SWEEPS = 100
+# A score that has no weight at any α, and still overflows nothing.
+_NOWHERE = -1e30
 
 
 def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
@@ -29,52 +31,70 @@ def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
         wide = a.double() if isinstance(a, Tensor) else a
         return entmax_forward(scores.double(), wide, lowest).to(scores.dtype)
     top = scores.amax(-1, keepdim=True)
+    masked = scores <= lowest
     empty = top <= lowest
-    if isinstance(a, float) and a == 0.0:
-        return torch.softmax(scores, -1).masked_fill(empty, 0.0)
-    # The maximum goes first, so that every z is at most 0 and nothing overflows.
-    z = (scores - top.masked_fill(empty, 0.0)).masked_fill_(scores <= lowest, -math.inf)
     if isinstance(a, Tensor):
         # A head at α = 1 takes an ``a`` so small that log1p(t) / a is z - σ to the last bit.
-        tiny = torch.finfo(z.dtype).eps * 1e-3
+        tiny = torch.finfo(scores.dtype).eps * 1e-3
         a = torch.where(a.abs() < tiny, tiny, a)
-    p = _solve_bracketed(z, a) if steep else _solve_newton(z, a)
-    total = p.sum(-1, keepdim=True)
+    top = top.masked_fill(empty, 0.0)
+    scores = scores.masked_fill(masked, _NOWHERE)
+    if isinstance(a, float) and a == 0.0:
+        p = (scores - top).exp_()  # torch.softmax adds up long rows less exactly
+    else:
+        p = _solve_bracketed(scores, top, a) if steep else _solve_newton(scores, top, a)
+    p.masked_fill_(masked, 0.0)
+    total = p.sum(-1, keepdim=True, dtype=torch.float64).to(p.dtype)
     return p.div_(total.masked_fill_(total == 0.0, 1.0))
 
 
-def _solve_newton(z: Tensor, a: float | Tensor) -> Tensor:
+def topk_entmax_forward(scores: Tensor, k: int, a: float | Tensor, lowest: float) -> Tensor:
+    """:func:`entmax_forward` of the ``k`` largest scores of each row alone, zero elsewhere."""
+    index = largest_first(scores)[..., :k]
+    return torch.zeros_like(scores).scatter_(-1, index, entmax_forward(scores.gather(-1, index), a, lowest))
+
+
+def largest_first(scores: Tensor) -> Tensor:
+    """Indices from the largest score to the smallest; equal ones stay in order, which ``torch.topk`` leaves open."""
+    if torch.compiler.is_exporting():
+        return torch.sort(scores, dim=-1, descending=True).indices  # all that ONNX has, and it keeps ties in order
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices
+
+
+def _solve_newton(scores: Tensor, top: Tensor, a: float | Tensor) -> Tensor:
     """``p`` by Newton's method on the norm ``(Σ p)^a = 1``, for ``α <= 2``.
 
-    The norm is convex (concave for α < 1) in σ, so the iterates climb from ``σ = max z = 0`` to the root and never
-    pass it. At α = 1 the first step lands on ``logsumexp(z)``.
+    The norm is convex (concave for α < 1) in σ, so the iterates climb from ``σ = 0``, the largest score, to the root
+    and pass it by no more than rounding. At α = 1 the first step lands on ``logsumexp(z)``.
     """
-    sigma = torch.zeros_like(z[..., :1])
-    # Only a step of rounding size is the end: near α = 2 a small one may still take entries out of the support.
-    tolerance = 4 * torch.finfo(z.dtype).eps
+    sigma = torch.zeros_like(top, dtype=torch.float64)
+    error_before = torch.full_like(sigma, math.inf)
+    tolerance = torch.finfo(scores.dtype).eps / 8
     for _ in range(_MAX_SWEEPS):
-        p, u = _power(z, sigma, a)
-        step = _norm_step(p.sum(-1, keepdim=True), u.sum(-1, keepdim=True), a)
-        sigma += step
-        if not bool((step > tolerance * (1 + sigma)).any()):
+        p, u = _power(scores, top, sigma, a)
+        total = p.sum(-1, keepdim=True, dtype=torch.float64)
+        error = (total - 1).abs()
+        if not bool(((error > tolerance) & (error < error_before)).any()):
             break
-    return _power(z, sigma, a)[0]
+        sigma = sigma + _norm_step(total, u.sum(-1, keepdim=True), a)
+        error_before = error
+    return p
 
 
-def _solve_bracketed(z: Tensor, a: float | Tensor) -> Tensor:
+def _solve_bracketed(scores: Tensor, top: Tensor, a: float | Tensor) -> Tensor:
     """``p`` by Newton's method inside a bracket with bisection as the fall-back, for any α.
 
     For α > 2 the slope is infinite where an entry enters the support, so a short step proves nothing: what is asked
     is that the sum be 1, or the bracket empty.
     """
-    eps = torch.finfo(z.dtype).eps
-    low = torch.zeros_like(z[..., :1])
-    log_size = torch.full_like(low, math.log(z.shape[-1]))
+    eps = torch.finfo(scores.dtype).eps
+    low = torch.zeros_like(top)
+    log_size = torch.full_like(low, math.log(scores.shape[-1]))
     high = -torch.expm1(-a * log_size) / a
     high = high + eps * high  # the bound is attained by a flat row
     sigma, error_before = low, torch.full_like(low, math.inf)
     for _ in range(_MAX_SWEEPS):
-        p, u = _power(z, sigma, a)
+        p, u = _power(scores, top, sigma, a)
         total = p.sum(-1, keepdim=True)
         low, high = torch.where(total >= 1, sigma, low), torch.where(total < 1, sigma, high)
         error = (total - 1).abs()
@@ -88,18 +108,34 @@ def _solve_bracketed(z: Tensor, a: float | Tensor) -> Tensor:
     return p
 
 
-def _power(z: Tensor, sigma: Tensor, a: float | Tensor) -> tuple[Tensor, Tensor]:
-    """``p`` and ``u`` at a given σ; α = 2 and 1.5 need neither exp nor log."""
+def _power(scores: Tensor, top: Tensor, sigma: Tensor, a: float | Tensor) -> tuple[Tensor, Tensor]:
+    """``p`` and ``u`` at a given σ; α = 2 and 1.5 need neither exp nor log.
+
+    ``1 + a (z - σ)`` is ``a (z - (σ - 1/a))``: counted from there an entry keeps its digits where it is small. Counted
+    from the top, many equal scores would all be rounded the same way, by as much as their weight.
+    """
+    from_edge = _count_from(scores, top, sigma - 1 / a)
     if isinstance(a, float) and a == 1.0:
-        p = (z - (sigma - 1)).clamp_(min=0.0)
+        p = from_edge.clamp_(min=0.0)
         return p, (p > 0).to(p.dtype)
     if isinstance(a, float) and a == 0.5:
-        u = (z - (sigma - 2)).mul_(0.5).clamp_(min=0.0)
+        u = from_edge.mul_(0.5).clamp_(min=0.0)
         return u * u, u
-    t = (z - sigma).mul_(a).clamp_(min=-1.0)
-    p = torch.log1p(t).div_(a).exp_()
-    # Outside the support 1 + t is 0 and so is p; the floor only keeps 0 / 0 away.
-    return p, p / t.add_(1.0).clamp_(min=torch.finfo(p.dtype).tiny)
+    t = _count_from(scores, top, sigma).mul_(a)
+    far = t < -0.5
+    w = torch.where(far, from_edge.mul_(a).clamp_(min=0.0), t + 1)
+    log_w = w.log()
+    log_w += torch.where(far, 0.0, t - (w - 1)) / w  # what 1 + t has rounded away
+    u = torch.where(w == 0, 0.0, log_w.mul_(1 / a - 1).exp_())
+    return w.mul_(u), u
+
+
+def _count_from(scores: Tensor, top: Tensor, below: Tensor) -> Tensor:
+    """``scores - (top + below)``, where the number in brackets is known to twice the digits of the scores."""
+    place = top.double() + below
+    high = place.to(scores.dtype)
+    low = ((top.double() - high.double()) + below).to(scores.dtype)
+    return (scores - high).sub_(low)
 
 
 def _norm_step(total: Tensor, slope: Tensor, a: float | Tensor) -> Tensor:
@@ -116,7 +152,14 @@ def entmax_backward(
     ``dz = u ∘ (g - δ)``, ``δ = Σ u g / Σ u``; ``dα = [Y D - B - a (Y A - H B)] / U`` with ``D = Σ p g``,
     ``A = Σ p ℓ g``, ``B = Σ p y g``, ``H = Σ p ℓ``, ``Y = Σ p y``, ``ℓ = log p`` and ``y = ℓ² φ₂(-a ℓ)``.
     """
+    if with_alpha and p.dtype == torch.float32:
+        # Logarithms of entries that are nearly alike differ in their last digits only.
+        wide = a.double() if isinstance(a, Tensor) else a
+        grad_scores, grad_alpha = entmax_backward(p.double(), wide, grad.double(), with_alpha=True)
+        return grad_scores.to(p.dtype), None if grad_alpha is None else grad_alpha.to(p.dtype)
     log_p, u, total = _support(p, a)
+    # Counted from the upstream gradient of the largest entry, what the row has in common does not cost it digits.
+    grad = grad - grad.gather(-1, p.argmax(-1, keepdim=True))
     centred = grad - (u * grad).sum(-1, keepdim=True) / total
     grad_scores = u * centred
     if not with_alpha:

@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# Run every row kernel at odd sizes under the address, undefined-behaviour and thread sanitizers. Needs a C compiler.
+set -euo pipefail
+cd "$(dirname "$0")/../sparse_attn/kernels/cpu"
+
+cc=${CC:-cc}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+cat >"$work/main.c" <<'C'
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+const char *rows_variant(int index);
+int rows_forward(int variant, int threads, int rank, const int64_t *layout, int type, const void *scores,
+                 const double *a, int64_t k, double lowest, void *p);
+int rows_backward(int variant, int threads, int rank, const int64_t *layout, int type, const void *p, const void *grad,
+                  const double *a, void *grad_scores, double *grad_a);
+
+enum { FLOAT32, FLOAT64, FLOAT16, BFLOAT16, TYPES };
+static const size_t BYTES[] = {4, 8, 2, 2};
+
+static void check(int holds, const char *what) {
+    if (holds) return;
+    fprintf(stderr, "failed: %s\n", what);
+    exit(1);
+}
+
+/* Any number there is: the kernels must stay inside their memory, NaN and infinities included. */
+static void put(void *to, int type, int64_t i, double x) {
+    float single = (float)x;
+    uint32_t bits;
+    memcpy(&bits, &single, sizeof bits);
+    if (type == FLOAT32) ((float *)to)[i] = single;
+    if (type == FLOAT64) ((double *)to)[i] = x;
+    if (type == FLOAT16) ((uint16_t *)to)[i] = (uint16_t)rand();
+    if (type == BFLOAT16) ((uint16_t *)to)[i] = (uint16_t)(bits >> 16);
+}
+
+static double any_score(int64_t i) {
+    const int kind = rand() % 200;
+    if (kind < 3) return kind == 0 ? -INFINITY : -3.4e38;
+    if (kind == 3 && i % 17 == 0) return rand() % 2 ? NAN : INFINITY;
+    return rand() % 4 ? 6.0 * rand() / RAND_MAX - 3 : rand() % 3;
+}
+
+/* Buffers of exactly the size that is promised; the last dimension has a stride of `step`. */
+static void exercise(int variant, int threads, int type, int64_t count, int64_t size, int64_t step) {
+    const int64_t layout[] = {count, size, size * step, step, size * step, step, 1, 0};
+    void *scores = malloc(BYTES[type] * count * size * step), *grad = malloc(BYTES[type] * count * size * step);
+    void *p = malloc(BYTES[type] * count * size), *out = malloc(BYTES[type] * count * size);
+    double *a = malloc(sizeof *a * count), *grad_a = malloc(sizeof *grad_a * count);
+    const double alphas[] = {1, 1.5, 2, 1.3, 1.0001, 0.6, 2.5, 4, 1 + 1e-13};
+    for (int64_t i = 0; i < count; i++) a[i] = alphas[i % 9] - 1;
+    for (int64_t i = 0; i < count * size * step; i++) {
+        put(scores, type, i, any_score(i));
+        put(grad, type, i, 4.0 * rand() / RAND_MAX - 2);
+    }
+    const int64_t forward[] = {count, size, size * step, step, 1, 0};
+    const int64_t backward[] = {count, size, size, 1, size * step, step, 1, 0};
+    for (int64_t k = 0; k <= size; k = 3 * k + 1) {
+        check(!rows_forward(variant, threads, 2, forward, type, scores, a, k, -3.3e38, p), "forward");
+        check(!rows_backward(variant, threads, 2, backward, type, p, grad, a, out, NULL), "backward");
+        check(!rows_backward(variant, threads, 2, backward, type, p, grad, a, out, grad_a), "backward with alpha");
+    }
+    /* Not what the forward makes, but an operator may be handed it. */
+    check(!rows_backward(variant, threads, 2, layout, type, scores, grad, a, out, grad_a), "backward of anything");
+    free(scores), free(grad), free(p), free(out), free(a), free(grad_a);
+}
+
+/* With an argument: only what runs in several threads. */
+int main(int arguments, char **unused) {
+    (void)unused;
+    const int64_t sizes[] = {1, 2, 7, 15, 16, 17, 31, 33, 127, 128, 129, 255, 256, 257, 1021, 1030, 4099, 4400};
+    for (int variant = 0; variant < 3; variant++) {
+        if (!rows_variant(variant)) continue;
+        for (int type = 0; type < TYPES && arguments == 1; type++)
+            for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
+                for (int64_t step = 1; step <= 3; step += 2) exercise(variant, 1, type, 18, sizes[s], step);
+        exercise(variant, 3, FLOAT32, 97, 1021, 1);
+        printf("%s: ok\n", rows_variant(variant));
+    }
+}
+C
+
+# build LIST_OF_SANITIZERS: the same pieces as build.py makes, and the program above
+build() {
+    local flags=(-std=c11 -O1 -g -Wall -Wextra -ffp-contract=fast "-fsanitize=$1" -fno-sanitize-recover=all)
+    local variants=(baseline) defines=() objects=()
+    if [[ $("$cc" -dM -E -x c /dev/null) == *"__x86_64__ 1"* ]]; then
+        variants+=(avx2 avx512)
+        defines+=(-DWITH_X86_VARIANTS)
+    fi
+    local baseline=() avx2=(-mavx2 -mfma -mpopcnt)
+    local avx512=(-mavx512f -mavx512vl -mavx512dq -mavx512bw -mfma -mpopcnt)
+    for variant in "${variants[@]}"; do
+        local -n width=$variant
+        for real in FLOAT DOUBLE; do
+            objects+=("$work/row_${real}_$variant.o")
+            "$cc" "${flags[@]}" "${width[@]}" "-DVARIANT=$variant" "-DREAL_$real" -c row.c -o "${objects[-1]}"
+        done
+    done
+    "$cc" "${flags[@]}" "${defines[@]}" rows.c "$work/main.c" "${objects[@]}" -o "$work/main" -lm -pthread
+}
+
+echo "--- address, undefined"
+build address,undefined
+"$work/main"
+
+echo "--- thread"
+build thread
+"$work/main" threads-only

@@ -1,0 +1,87 @@
+"""Compiles the row kernels into one shared library. Standard library only: the build of the package runs this file.
+
+For development: ``python sparse_attn/kernels/cpu/build.py`` puts the library beside this file.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+LIBRARY = "rows.shared"  # no suffix that Python takes for an extension module
+
+_SOURCES = Path(__file__).resolve().parent
+_FLAGS = [
+    *("-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    # Nothing of -ffast-math that would change what NaN, infinities or the order of a sum mean.
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+]
+_X86_VARIANTS = {
+    "avx2": ["-mavx2", "-mfma", "-mpopcnt"],
+    "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mpopcnt", "-mprefer-vector-width=512"],
+}
+
+
+def build(target_dir: str | Path, extra_flags: tuple[str, ...] = ()) -> Path:
+    """Compile and link the library into ``target_dir``.
+
+    Args:
+        target_dir: An existing folder.
+        extra_flags: More flags for every call of the compiler.
+
+    Returns:
+        The path of the library.
+
+    Raises:
+        RuntimeError: There is no C compiler, or it failed; the message says how.
+    """
+    compiler = _compiler()
+    variants = {"baseline": [], **(_X86_VARIANTS if _targets_x86_64(compiler) else {})}
+    common = [*compiler, *_FLAGS, *extra_flags]
+    target = Path(target_dir) / LIBRARY
+    with tempfile.TemporaryDirectory() as folder:
+        objects = [os.path.join(folder, "rows.o")]
+        with_x86 = ["-DWITH_X86_VARIANTS"] if len(variants) > 1 else []
+        _run([*common, *with_x86, "-c", str(_SOURCES / "rows.c"), "-o", objects[0]])
+        for variant, flags in variants.items():
+            for real in ("FLOAT", "DOUBLE"):
+                objects.append(os.path.join(folder, f"row_{real}_{variant}.o"))
+                defines = [f"-DVARIANT={variant}", f"-DREAL_{real}"]
+                _run([*common, *flags, *defines, "-c", str(_SOURCES / "row.c"), "-o", objects[-1]])
+        # Under another name first: a process that has the old library open keeps it.
+        fresh = os.path.join(folder, LIBRARY)
+        _run([*common, "-shared", *objects, "-o", fresh, "-lm", "-pthread"])
+        beside = target.with_name(f"{target.name}.{os.getpid()}")
+        shutil.copyfile(fresh, beside)
+        os.replace(beside, target)
+    return target
+
+
+def _compiler() -> list[str]:
+    for command in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        words = shlex.split(command) if command else []
+        if words and shutil.which(words[0]):
+            return words
+    raise RuntimeError("no C compiler found (CC, cc, gcc, clang)")
+
+
+def _targets_x86_64(compiler: list[str]) -> bool:
+    macros = _run([*compiler, "-dM", "-E", "-x", "c", os.devnull])
+    return "#define __x86_64__ 1" in macros
+
+
+def _run(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except OSError as error:
+        raise RuntimeError(f"{command[0]}: {error}") from error
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"{shlex.join(command)} failed:\n{error.stderr.strip()}") from error
+
+
+if __name__ == "__main__":
+    print(build(_SOURCES))

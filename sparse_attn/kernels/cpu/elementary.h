@@ -1,0 +1,121 @@
+/* exp and log of lanes without tables, branches or libm. */
+
+#ifdef REAL_DOUBLE
+#define MANTISSA 52
+#define BIAS 1023
+#define ROUNDER 0x1.8p52 /* x + ROUNDER has round(x) in its lowest bits */
+#define SQRT_HALF_BITS 0x3fe6a09e667f3bcdu
+#define LN2_HIGH 0x1.62e42feep-1 /* few enough bits for n LN2_HIGH to be exact */
+#define LN2_LOW 0x1.a39ef35793c76p-33
+#define EXP_LOWEST -708.0
+#else
+#define MANTISSA 23
+#define BIAS 127
+#define ROUNDER 0x1.8p23f
+#define SQRT_HALF_BITS 0x3f3504f3u
+#define LN2_HIGH 0x1.63p-1f
+#define LN2_LOW -0x1.bd0106p-13f
+#define EXP_LOWEST -87.0f
+#endif
+
+/* φ₂(f) = (e^f - 1 - f) / f² for |f| <= log(2) / 2. */
+INLINE lanes phi2(lanes f) {
+#ifdef REAL_DOUBLE
+    lanes y = f * (1 / 6227020800.0) + 1 / 479001600.0;
+    y = y * f + 1 / 39916800.0;
+    y = y * f + 1 / 3628800.0;
+    y = y * f + 1 / 362880.0;
+    y = y * f + 1 / 40320.0;
+    y = y * f + 1 / 5040.0;
+    y = y * f + 1 / 720.0;
+    y = y * f + 1 / 120.0;
+    y = y * f + 1 / 24.0;
+    y = y * f + 1 / 6.0;
+    return y * f + 0.5;
+#else /* the minimax polynomial of Cephes' expf */
+    lanes y = f * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * f + 8.3334519073e-3f;
+    y = y * f + 4.1665795894e-2f;
+    y = y * f + 1.6666665459e-1f;
+    return y * f + 5.0000001201e-1f;
+#endif
+}
+
+/* x = n log(2) + f, |f| <= log(2) / 2, and scale = 2^n. */
+typedef struct {
+    lanes n, f, scale;
+} exponent;
+
+INLINE exponent split(lanes x) {
+    lanes rounded = x * (real)1.4426950408889634 + ROUNDER;
+    exponent e;
+    e.n = rounded - ROUNDER;
+    e.f = (x - e.n * LN2_HIGH) - e.n * LN2_LOW;
+    e.scale = (lanes)(((words)rounded + (word)BIAS) << MANTISSA);
+    return e;
+}
+
+/* e^x for x <= log(REAL_MAX); 0 where it would not be a normal number. */
+INLINE lanes exp_lanes(lanes x) {
+    exponent e = split(x);
+    lanes y = e.scale * (e.f * e.f * phi2(e.f) + e.f) + e.scale;
+    return select_below(x, splat(EXP_LOWEST), splat(0), y);
+}
+
+/* log(1 + r) + e log(2) for 1 + r in [√½, √2]. */
+INLINE lanes log_parts(lanes r, lanes e) {
+    lanes square = r * r;
+#ifdef REAL_DOUBLE /* fdlibm's e_log.c */
+    lanes s = r / (r + 2.0), s2 = s * s;
+    lanes y = s2 * 1.479819860511658591e-01 + 1.531383769920937332e-01;
+    y = y * s2 + 1.818357216161805012e-01;
+    y = y * s2 + 2.222219843214978396e-01;
+    y = y * s2 + 2.857142874366239149e-01;
+    y = y * s2 + 3.999999999940941908e-01;
+    y = y * s2 + 6.666666666666735130e-01;
+    y = s * (square * 0.5 + s2 * y) + e * LN2_LOW;
+#else /* Cephes' logf */
+    lanes y = r * 7.0376836292e-2f - 1.1514610310e-1f;
+    y = y * r + 1.1676998740e-1f;
+    y = y * r - 1.2420140846e-1f;
+    y = y * r + 1.4249322787e-1f;
+    y = y * r - 1.6668057665e-1f;
+    y = y * r + 2.0000714765e-1f;
+    y = y * r - 2.4999993993e-1f;
+    y = y * r + 3.3333331174e-1f;
+    y = y * (r * square) + e * LN2_LOW;
+#endif
+    return (r + (y - square * (real)0.5)) + e * LN2_HIGH;
+}
+
+/* The biased e with w 2^-e in [√½, √2). */
+INLINE words biased_exponent(lanes w) {
+    return ((words)w + (((word)BIAS << MANTISSA) - SQRT_HALF_BITS)) >> MANTISSA;
+}
+
+INLINE lanes unbiased(words biased) { /* a conversion that not every processor has for 64 bits */
+    const real two_to_mantissa = (real)((word)1 << MANTISSA);
+    return (lanes)(biased | (words)splat(two_to_mantissa)) - (two_to_mantissa + BIAS);
+}
+
+/* log(1 + t) to the last digits of t, for t >= -1; something finite at -1. */
+INLINE lanes log1p_lanes(lanes t) {
+    words biased = biased_exponent(t + (real)1);
+    lanes scale = (lanes)(((word)(2 * BIAS) - biased) << MANTISSA);
+    return log_parts(scale * t + (scale - (real)1), unbiased(biased));
+}
+
+/* log(w) for w = 1 + t >= 0, from t where that has the more digits; something finite at 0. */
+INLINE lanes log_lanes_of(lanes w, lanes t) {
+    words biased = biased_exponent(w);
+    lanes scale = (lanes)(((word)(2 * BIAS) - biased) << MANTISSA);
+    lanes rest = select_below(t, splat(-0.5), scale * w - (real)1, scale * t + (scale - (real)1));
+    return log_parts(rest, unbiased(biased));
+}
+
+/* log(w) for w >= 0; something finite at 0. */
+INLINE lanes log_lanes(lanes w) {
+    words biased = biased_exponent(w);
+    lanes scale = (lanes)(((word)(2 * BIAS) - biased) << MANTISSA);
+    return log_parts(scale * w - (real)1, unbiased(biased));
+}

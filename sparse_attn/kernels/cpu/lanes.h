@@ -1,0 +1,141 @@
+/* `real`, float or double, and `lanes`, as many of them as the processor computes with at once.
+ *
+ * GNU C's vectors are all that the kernels need, for any processor; where they would be slow, x86 has its own words.
+ */
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANE_BYTES 64
+#define X86(name) _mm512_##name
+#elif defined(__AVX2__)
+#define LANE_BYTES 32
+#define X86(name) _mm256_##name
+#else
+#define LANE_BYTES 16
+#define X86(name) _mm_##name
+#endif
+
+#ifdef REAL_DOUBLE
+typedef double real;
+typedef uint64_t word;
+#define OP(name) X86(name##_pd)
+#define REAL_TYPE FLOAT64
+#define REAL_MAX DBL_MAX
+#define REAL_MIN DBL_MIN
+#define REAL_EPS DBL_EPSILON
+#else
+typedef float real;
+typedef uint32_t word;
+#define OP(name) X86(name##_ps)
+#define REAL_TYPE FLOAT32
+#define REAL_MAX FLT_MAX
+#define REAL_MIN FLT_MIN
+#define REAL_EPS FLT_EPSILON
+#endif
+
+typedef real lanes __attribute__((vector_size(LANE_BYTES)));
+typedef word words __attribute__((vector_size(LANE_BYTES)));
+
+enum { LANES = LANE_BYTES / sizeof(real) };
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE lanes load(const real *x) {
+    lanes v;
+    memcpy(&v, x, sizeof v);
+    return v;
+}
+
+INLINE void store(real *x, lanes v) {
+    memcpy(x, &v, sizeof v);
+}
+
+INLINE lanes splat(real x) {
+    return x - (lanes){0};
+}
+
+#if defined(__AVX512F__)
+#ifdef REAL_DOUBLE
+#define COMPARE(x, y, how) _mm512_cmp_pd_mask(x, y, how)
+typedef __mmask8 lane_mask;
+#else
+#define COMPARE(x, y, how) _mm512_cmp_ps_mask(x, y, how)
+typedef __mmask16 lane_mask;
+#endif
+INLINE lanes select_below(lanes x, lanes y, lanes then, lanes otherwise) {
+    return OP(mask_blend)(COMPARE(x, y, _CMP_LT_OQ), otherwise, then);
+}
+
+INLINE lanes select_equal(lanes x, lanes y, lanes then, lanes otherwise) {
+    return OP(mask_blend)(COMPARE(x, y, _CMP_EQ_OQ), otherwise, then);
+}
+#else
+INLINE lanes select_where(words mask, lanes then, lanes otherwise) {
+    return (lanes)((mask & (words)then) | (~mask & (words)otherwise));
+}
+
+INLINE lanes select_below(lanes x, lanes y, lanes then, lanes otherwise) {
+    return select_where((words)(x < y), then, otherwise);
+}
+
+INLINE lanes select_equal(lanes x, lanes y, lanes then, lanes otherwise) {
+    return select_where((words)(x == y), then, otherwise);
+}
+#endif
+
+/* x, but at least `floor`, or at most `ceiling`; NaN in x stays, which is why the operands have this order. */
+#if defined(__SSE2__)
+INLINE lanes at_least(lanes floor, lanes x) {
+    return OP(max)(floor, x);
+}
+
+INLINE lanes at_most(lanes ceiling, lanes x) {
+    return OP(min)(ceiling, x);
+}
+
+INLINE lanes square_root(lanes x) {
+    return OP(sqrt)(x);
+}
+#else
+INLINE lanes at_least(lanes floor, lanes x) {
+    return select_below(x, floor, floor, x);
+}
+
+INLINE lanes at_most(lanes ceiling, lanes x) {
+    return select_below(ceiling, x, ceiling, x);
+}
+
+INLINE lanes square_root(lanes x) {
+    for (int j = 0; j < LANES; j++) x[j] = (real)sqrt(x[j]);
+    return x;
+}
+#endif
+
+#if defined(__AVX512F__)
+INLINE real sum_of(lanes x) {
+    return OP(reduce_add)(x);
+}
+
+INLINE real maximum_of(lanes x) {
+    return OP(reduce_max)(x);
+}
+#else
+INLINE real sum_of(lanes x) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int j = 0; j < half; j++) x[j] += x[j + half];
+    return x[0];
+}
+
+INLINE real maximum_of(lanes x) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int j = 0; j < half; j++) x[j] = x[j] > x[j + half] ? x[j] : x[j + half];
+    return x[0];
+}
+#endif

@@ -1,0 +1,122 @@
+/* The few entries of a row that matter, packed together, and put back where they came from.
+ *
+ * An entry takes part when its key is not <= threshold, so that NaN always does. `pack` and `unpack` see the same keys
+ * and so need no indices. Both touch up to one vector past the last packed entry.
+ */
+#if defined(__AVX512F__)
+#define PACKED_AT_ONCE LANES
+
+/* One vector; how many of its entries were kept. A masked store would be many times slower. */
+INLINE int pack_lanes(const real *key, real threshold, const real *beside, real *out, real *beside_out) {
+    const lanes x = load(key);
+    const lane_mask kept = COMPARE(x, splat(threshold), _CMP_NLE_UQ);
+    store(out, OP(maskz_compress)(kept, x));
+    if (beside) store(beside_out, OP(maskz_compress)(kept, load(beside)));
+    return __builtin_popcount(kept);
+}
+
+INLINE int unpack_lanes(const real *key, real threshold, const real *packed, real factor, real *out) {
+    const lane_mask kept = COMPARE(load(key), splat(threshold), _CMP_NLE_UQ);
+    store(out, OP(maskz_expand)(kept, factor * load(packed)));
+    return __builtin_popcount(kept);
+}
+
+#elif defined(__AVX2__) && !defined(REAL_DOUBLE)
+#define PACKED_AT_ONCE 4
+
+/* For each mask of four lanes: which lane each packed one comes from, and the other way round. */
+static const int32_t PACKED[16][4] = {
+    {0, 0, 0, 0}, {0, 0, 0, 0}, {1, 0, 0, 0}, {0, 1, 0, 0}, {2, 0, 0, 0}, {0, 2, 0, 0}, {1, 2, 0, 0}, {0, 1, 2, 0},
+    {3, 0, 0, 0}, {0, 3, 0, 0}, {1, 3, 0, 0}, {0, 1, 3, 0}, {2, 3, 0, 0}, {0, 2, 3, 0}, {1, 2, 3, 0}, {0, 1, 2, 3},
+};
+static const int32_t UNPACKED[16][4] = {
+    {0, 0, 0, 0}, {0, 0, 0, 0}, {0, 0, 0, 0}, {0, 1, 0, 0}, {0, 0, 0, 0}, {0, 0, 1, 0}, {0, 0, 1, 0}, {0, 1, 2, 0},
+    {0, 0, 0, 0}, {0, 0, 0, 1}, {0, 0, 0, 1}, {0, 1, 0, 2}, {0, 0, 0, 1}, {0, 0, 1, 2}, {0, 0, 1, 2}, {0, 1, 2, 3},
+};
+
+INLINE __m128 permuted(__m128 x, const int32_t *order) {
+    return _mm_permutevar_ps(x, _mm_loadu_si128((const __m128i *)order));
+}
+
+INLINE int pack_lanes(const real *key, real threshold, const real *beside, real *out, real *beside_out) {
+    const __m128 x = _mm_loadu_ps(key);
+    const int kept = _mm_movemask_ps(_mm_cmp_ps(x, _mm_set1_ps(threshold), _CMP_NLE_UQ));
+    _mm_storeu_ps(out, permuted(x, PACKED[kept]));
+    if (beside) _mm_storeu_ps(beside_out, permuted(_mm_loadu_ps(beside), PACKED[kept]));
+    return __builtin_popcount(kept);
+}
+
+INLINE int unpack_lanes(const real *key, real threshold, const real *packed, real factor, real *out) {
+    const __m128 kept = _mm_cmp_ps(_mm_loadu_ps(key), _mm_set1_ps(threshold), _CMP_NLE_UQ);
+    const int mask = _mm_movemask_ps(kept);
+    const __m128 scaled = _mm_mul_ps(_mm_loadu_ps(packed), _mm_set1_ps(factor));
+    _mm_storeu_ps(out, _mm_and_ps(kept, permuted(scaled, UNPACKED[mask])));
+    return __builtin_popcount(mask);
+}
+
+#else
+#define PACKED_AT_ONCE PADDING
+
+/* Mostly no entry of a block takes part; the others go one by one. */
+INLINE int none_above(const real *key, real threshold) {
+    words below = (words)(load(key) <= threshold);
+    for (int j = LANES; j < PACKED_AT_ONCE; j += LANES) below &= (words)(load(key + j) <= threshold);
+    word all = below[0];
+    for (int j = 1; j < LANES; j++) all &= below[j];
+    return all != 0;
+}
+
+INLINE int pack_lanes(const real *key, real threshold, const real *beside, real *out, real *beside_out) {
+    if (none_above(key, threshold)) return 0;
+    int count = 0;
+    for (int j = 0; j < PACKED_AT_ONCE; j++) {
+        out[count] = key[j];
+        if (beside) beside_out[count] = beside[j];
+        count += !(key[j] <= threshold);
+    }
+    return count;
+}
+
+INLINE int unpack_lanes(const real *key, real threshold, const real *packed, real factor, real *out) {
+    for (int j = 0; j < PACKED_AT_ONCE; j++) out[j] = 0;
+    if (none_above(key, threshold)) return 0;
+    int count = 0;
+    for (int j = 0; j < PACKED_AT_ONCE; j++) {
+        const int kept = !(key[j] <= threshold);
+        out[j] = kept ? factor * packed[count] : 0;
+        count += kept;
+    }
+    return count;
+}
+#endif
+
+/* The keys that take part, in order, and where `beside` is given what lies beside them; returns how many. `out` may be
+ * `key` itself. */
+INLINE int64_t pack_both(const real *key, real threshold, const real *beside, int64_t size, real *out,
+                         real *beside_out) {
+    int64_t i = 0, count = 0;
+    for (; i + PACKED_AT_ONCE <= size; i += PACKED_AT_ONCE)
+        count += pack_lanes(key + i, threshold, beside ? beside + i : NULL, out + count, beside_out + count);
+    for (; i < size; i++) {
+        out[count] = key[i];
+        if (beside) beside_out[count] = beside[i];
+        count += !(key[i] <= threshold);
+    }
+    return count;
+}
+
+static int64_t pack(const real *key, real threshold, int64_t size, real *out) {
+    return pack_both(key, threshold, NULL, size, out, out);
+}
+
+/* factor * packed at the entries that take part, 0 elsewhere. */
+static void unpack(const real *key, real threshold, const real *packed, real factor, int64_t size, real *out) {
+    int64_t i = 0;
+    for (; i + PACKED_AT_ONCE <= size; i += PACKED_AT_ONCE)
+        packed += unpack_lanes(key + i, threshold, packed, factor, out + i);
+    for (; i < size; i++) {
+        const int kept = !(key[i] <= threshold);
+        out[i] = kept ? factor * *packed : 0;
+        packed += kept;
+    }
+}

@@ -1,0 +1,351 @@
+/* One row: its probabilities, and the gradients. Compiled for float and for double at every vector width.
+ *
+ * A row is read for its maximum, the entries that can have weight are packed together, Newton's method runs on those,
+ * and the result is unpacked. See the comment in rows.h for the letters.
+ */
+#include "lanes.h"
+
+#include "convert.h"
+#include "elementary.h"
+#include "pack.h"
+#include "select.h"
+
+#define JOIN_(name, type, variant) name##_##type##_##variant
+#define JOIN(name, type, variant) JOIN_(name, type, variant)
+#ifdef REAL_DOUBLE
+#define EXPORTED(name) JOIN(name, double, VARIANT)
+#else
+#define EXPORTED(name) JOIN(name, float, VARIANT)
+#endif
+
+enum { MAX_SWEEPS = 100 };
+
+/* A distance from σ that has no weight at any α, and still overflows nothing. */
+static const real NOWHERE = -REAL_MAX / 2;
+
+static void fill(real *x, int64_t size, real value) {
+    for (int64_t i = 0; i < size; i++) x[i] = value;
+}
+
+/* A sum that is right to rounding however many terms it has: what an addition rounds away is kept. */
+typedef struct {
+    lanes sum, lost;
+} tally;
+
+INLINE void add(tally *to, lanes x) {
+    const lanes sum = to->sum + x;
+    to->lost += (to->sum - sum) + x;
+    to->sum = sum;
+}
+
+INLINE double total_of(tally of) {
+    return (double)sum_of(of.sum) + sum_of(of.lost);
+}
+
+typedef struct {
+    double total, slope; /* Σ p and Σ u */
+} norms;
+
+/* α = 2, 1.5 and 1 have their own code, the first two without exp and log; the others lie below or above 1.5. */
+typedef enum { SPARSEMAX, ENTMAX15, SOFTMAX, GENTLE, STEEP } family;
+
+static family family_of(double a) {
+    return a == 1 ? SPARSEMAX : a == 0.5 ? ENTMAX15 : a == 0 ? SOFTMAX : a < 0.5 ? GENTLE : STEEP;
+}
+
+/* A score that everything is counted from, in two parts: one alone would shift all entries by what it rounds away,
+ * which in a row of many equal scores is as much as their weight. */
+typedef struct {
+    real high, low;
+} origin;
+
+INLINE origin origin_at(real top, double below) {
+    const double place = (double)top + below;
+    const real high = (real)place;
+    return (origin){high, (real)(((double)top - high) + below)};
+}
+
+INLINE lanes from(origin o, lanes x) {
+    return (x - o.high) - o.low;
+}
+
+/* p at a given σ, counted from the largest score `top`, for padded scores. With z = x - top, an entry is a power of
+ * a z + 1 - a σ = a (z - σ + 1 / a): counted from σ - 1 / a it keeps its digits where it is small, from σ where not. */
+INLINE norms evaluate(const real *scores, int64_t size, const family of, real a, real top, double sigma, real *p) {
+    const lanes zero = splat(0), one = splat(1), nowhere = splat(NOWHERE), half = splat(-0.5);
+    const real power = (real)(1 / (double)a - 1);
+    const origin edge = origin_at(top, of == SOFTMAX ? 0 : sigma - 1 / (double)a), middle = origin_at(top, sigma);
+    tally total = {zero, zero};
+    lanes slope = zero;
+    for (int64_t i = 0; i < size; i += LANES) {
+        const lanes x = load(scores + i);
+        lanes y, u;
+        if (of == SPARSEMAX) {
+            y = at_least(zero, from(edge, x));
+            u = select_equal(y, zero, zero, one);
+        } else if (of == ENTMAX15) {
+            u = at_least(zero, from(edge, x) * (real)0.5);
+            y = u * u;
+        } else if (of == SOFTMAX) {
+            y = u = exp_lanes(at_least(nowhere, from(middle, x)));
+        } else {
+            lanes w, log_w;
+            if (of == STEEP) {
+                w = at_least(zero, a * from(edge, x));
+                log_w = log_lanes(w);
+            } else {
+                const lanes t = at_least(-one, a * at_least(nowhere, from(middle, x)));
+                w = select_below(t, half, at_least(zero, a * from(edge, x)), t + (real)1);
+                log_w = log_lanes_of(w, t);
+            }
+            u = select_equal(w, zero, zero, exp_lanes(log_w * power)); /* w^(1/a - 1), with fewer digits to lose than p */
+            y = w * u;
+        }
+        store(p + i, y);
+        add(&total, y);
+        slope += u;
+    }
+    return (norms){total_of(total), sum_of(slope)};
+}
+
+INLINE real log1p_real(real t) {
+    return log1p_lanes(splat(t))[0];
+}
+
+INLINE real exp_real(real x) {
+    return exp_lanes(splat(x))[0];
+}
+
+/* Newton's step for (Σ p)^a = 1: (S - S^(1-a)) / (a U), which is S log(S) / U at a = 0. */
+INLINE double norm_step(norms at, const family of, double a) {
+    if (of == SPARSEMAX) return (at.total - 1) / at.slope;
+    if (of == ENTMAX15) return 2 * (at.total - sqrt(at.total)) / at.slope;
+    real log_total = log1p_real((real)(at.total - 1));
+    real x = (real)a * log_total;
+    real ratio = fabs(x) < 0.1 ? 1 - x / 2 * (1 - x / 3 * (1 - x / 4)) : (1 - exp_real(-x)) / x;
+    return at.total * log_total * ratio / at.slope;
+}
+
+/* Climbs from a σ at or below the root, for α <= 2, where Newton's method passes it by no more than rounding, until
+ * Σ p is within `error` of 1 or comes no closer. p and Σ p, which is returned, are those of the last σ. */
+INLINE double climb_family(const real *x, int64_t size, const family of, real a, real top, double *sigma, double error,
+                           real *p) {
+    double before = INFINITY;
+    for (int sweep = 0;; sweep++) {
+        const norms at = evaluate(x, size, of, a, top, *sigma, p);
+        const double now = fabs(at.total - 1);
+        /* softmax is done by the division by Σ p */
+        if (of == SOFTMAX || !(now > error && now < before) || sweep == MAX_SWEEPS) return at.total;
+        *sigma += norm_step(at, of, a);
+        before = now;
+    }
+}
+
+static double climb(const real *x, int64_t size, double a, real top, double *sigma, double error, real *p) {
+    switch (family_of(a)) { /* a constant in each copy, for the compiler */
+    case SPARSEMAX: return climb_family(x, size, SPARSEMAX, (real)a, top, sigma, error, p);
+    case ENTMAX15: return climb_family(x, size, ENTMAX15, (real)a, top, sigma, error, p);
+    case SOFTMAX: return climb_family(x, size, SOFTMAX, (real)a, top, sigma, error, p);
+    case GENTLE: return climb_family(x, size, GENTLE, (real)a, top, sigma, error, p);
+    default: return climb_family(x, size, STEEP, (real)a, top, sigma, error, p);
+    }
+}
+
+#ifdef REAL_DOUBLE
+/* The same for α > 2: a bracket with bisection as the fall-back. The slope is infinite there where an entry enters the
+ * support, so a short step proves nothing: what is asked is that the sum be 1, or the bracket empty. */
+static double bracket(const real *x, int64_t size, double a, real top, real *p) {
+    double low = 0, high = -expm1(-a * log((double)size)) / a * (1 + REAL_EPS), sigma = 0, error_before = INFINITY;
+    norms at = {0, 0};
+    for (int sweep = 0; sweep < MAX_SWEEPS; sweep++) {
+        at = evaluate(x, size, STEEP, a, top, sigma, p);
+        if (at.total >= 1) low = sigma;
+        else high = sigma;
+        double error = fabs(at.total - 1);
+        if (!(error > 2 * REAL_EPS && high - low > REAL_EPS * high)) break;
+        double newton = sigma + norm_step(at, STEEP, a);
+        sigma = newton > low && newton < high && error <= error_before / 2 ? newton : (low + high) / 2;
+        error_before = error;
+    }
+    return at.total;
+}
+#endif
+
+/* Packed scores to p, not yet divided by Σ p, which is returned; σ is a lower bound of the root. */
+static double solve(const real *x, int64_t size, double a, real top, double sigma, real *p) {
+#ifdef REAL_DOUBLE
+    if (a > 1) return bracket(x, size, a, top, p);
+#endif
+    return climb(x, size, a, top, &sigma, REAL_EPS / 8, p);
+}
+
+static int has_nan(const real *x, int64_t size) {
+    int found = 0;
+    for (int64_t i = 0; i < size; i++) found |= x[i] != x[i];
+    return found;
+}
+
+/* A number just below max z - 1 / a + σ in terms of the scores: entries up to it have no weight. */
+static real weightless(real top, double a, double sigma, real lowest) {
+    double reach = 1 / a - sigma;
+    real threshold = (real)(top - reach - 2 * REAL_EPS * (fabs((double)top) + reach));
+    return threshold > lowest ? threshold : lowest;
+}
+
+void EXPORTED(forward)(vector scores, int64_t size, int64_t k, double a, double lowest, void *out, void *scratch) {
+    const int64_t stride = padded_size(size);
+    real *buffer = scratch, *z = buffer + stride, *p = z + stride;
+    const real *x = fetch(scores, size, buffer);
+    real *y = target(out, scores.type, p + stride);
+
+    if (fabs(a) < 1e-3 * REAL_EPS) a = 0; /* log1p(a t) / a is t to the last bit */
+    real maxima[MAX_STRANDS];
+    const int strands = k > 0 ? strands_for_largest(size, k) : strands_for_start(size);
+    const real top = strand_maxima(x, size, strands, maxima);
+
+    int defined = top > lowest && top < INFINITY && !(k > 0 && has_nan(x, size));
+    if (!defined) {
+        fill(y, size, top == INFINITY || has_nan(x, size) ? NAN : 0);
+        deliver(y, size, out, scores.type);
+        return;
+    }
+
+    real threshold = lowest;
+    double sigma = 0;
+    int64_t count;
+    if (k > 0) {
+        count = pack_largest(x, size, k, (real)lowest, maxima, strands, top, z, &threshold);
+    } else {
+        if (a > 0 && a <= 1 && size >= 256) { /* a part of the row has its root at or below that of the whole */
+            climb(maxima, strands, a, top, &sigma, 1e-2, p);
+        }
+        if (a > 0) threshold = weightless(top, a, sigma, lowest);
+        count = pack(x, threshold, size, z);
+    }
+    const int64_t padded = pad(z, count, -INFINITY);
+    const double total = solve(z, padded, a, top, sigma, p);
+    if (total != total) fill(y, size, NAN);
+    else unpack(x, threshold, p, (real)(total > 0 ? 1 / total : 1), size, y);
+    deliver(y, size, out, scores.type);
+}
+
+typedef struct {
+    double u, u_g; /* Σ u and Σ u g */
+} weighted;
+
+/* u of packed p, 0 for padding, and the sums that the gradient needs. */
+INLINE weighted slopes_family(const real *p, const real *g, int64_t size, const family of, real a, real *u) {
+    const lanes zero = splat(0);
+    tally sum_u = {zero, zero}, sum_ug = {zero, zero};
+    for (int64_t i = 0; i < size; i += LANES) {
+        const lanes x = load(p + i);
+        lanes slope;
+        if (of == SPARSEMAX) slope = select_equal(x, zero, zero, (real)0 * x + (real)1); /* NaN where p is */
+        else if (of == ENTMAX15) slope = square_root(x);
+        else if (of == SOFTMAX) slope = x;
+        else slope = select_equal(x, zero, zero, exp_lanes((1 - a) * log_lanes(x)));
+        store(u + i, slope);
+        add(&sum_u, slope);
+        add(&sum_ug, select_equal(slope, zero, zero, slope * load(g + i))); /* where p is 0, g is not looked at */
+    }
+    return (weighted){total_of(sum_u), total_of(sum_ug)};
+}
+
+static weighted slopes(const real *p, const real *g, int64_t size, double a, real *u) {
+    switch (family_of(a)) {
+    case SPARSEMAX: return slopes_family(p, g, size, SPARSEMAX, (real)a, u);
+    case ENTMAX15: return slopes_family(p, g, size, ENTMAX15, (real)a, u);
+    case SOFTMAX: return slopes_family(p, g, size, SOFTMAX, (real)a, u);
+    default: return slopes_family(p, g, size, GENTLE, (real)a, u); /* or STEEP: it is the same here */
+    }
+}
+
+static double dot(const real *x, const real *y, int64_t size) {
+    lanes sum = splat(0);
+    for (int64_t i = 0; i < size; i += LANES) sum += load(x + i) * load(y + i);
+    return sum_of(sum);
+}
+
+/* The gradient for α of packed p and c = g - const, with u left behind and δ of c in `*delta`.
+ *
+ * With l = log p and y = l² φ₂(-a l): [Y D - B - a (Y A - H B)] / U, where D = Σ p (c - δ), A = Σ p l (c - δ),
+ * B = Σ p y (c - δ), H = Σ p l, Y = Σ p y and U = Σ u. It depends on no constant in c, but for its digits.
+ */
+enum { BLOCK = 32 * LANES }; /* sums of reals go that far, and are added in double */
+
+static double alpha_gradient(const real *p, const real *c, int64_t size, real a, real *u, double *delta) {
+    double U = 0, UC = 0, P = 0, D = 0, H = 0, A = 0, Y = 0, B = 0;
+    const real per_square = 1 / (a * a), ln2 = (real)0.6931471805599453;
+    const lanes zero = splat(0), highest = splat(-EXP_LOWEST);
+    for (int64_t start = 0; start < size; start += BLOCK) {
+        const int64_t end = start + BLOCK < size ? start + BLOCK : size;
+        lanes sum_u = zero, sum_uc = zero, sum_p = zero, sum_pc = zero;
+        lanes sum_pl = zero, sum_plc = zero, sum_py = zero, sum_pyc = zero;
+        for (int64_t i = start; i < end; i += LANES) {
+            const lanes q = load(p + i), g = load(c + i);
+            const lanes l = log_lanes(q);
+            const exponent e = split(at_most(highest, -a * l));
+            /* e^x - 1 - x for x = -a l, without cancelling also where x is more than log(2) / 2 */
+            const lanes square = e.f * e.f * phi2(e.f), grown = e.scale - (real)1;
+            const lanes y = (e.scale * square + (grown * e.f + (grown - e.n * ln2))) * per_square;
+            const lanes slope = q * (e.scale * (square + e.f) + e.scale);
+            const lanes ql = q * l, qy = q * y;
+            store(u + i, slope);
+            sum_u += slope;
+            sum_uc += slope * g;
+            sum_p += q;
+            sum_pc += q * g;
+            sum_pl += ql;
+            sum_plc += ql * g;
+            sum_py += qy;
+            sum_pyc += qy * g;
+        }
+        U += sum_of(sum_u), UC += sum_of(sum_uc), P += sum_of(sum_p), D += sum_of(sum_pc);
+        H += sum_of(sum_pl), A += sum_of(sum_plc), Y += sum_of(sum_py), B += sum_of(sum_pyc);
+    }
+    *delta = UC / U;
+    D -= *delta * P, A -= *delta * H, B -= *delta * Y;
+    return (Y * D - B - a * (Y * A - H * B)) / U;
+}
+
+/* u becomes u (g - δ). */
+static void centre(real *u, const real *g, int64_t size, double delta) {
+    const lanes zero = splat(0);
+    for (int64_t i = 0; i < size; i += LANES) {
+        const lanes slope = load(u + i);
+        store(u + i, select_equal(slope, zero, zero, slope * (load(g + i) - (real)delta)));
+    }
+}
+
+double EXPORTED(backward)(vector p, vector grad, int64_t size, double a, int with_alpha, void *out, void *scratch) {
+    const int64_t stride = padded_size(size);
+    real *weights = scratch, *g = weights + stride, *u = g + stride, *row = u + stride, *grad_row = row + stride;
+    const real *all = fetch(p, size, row), *all_grad = fetch(grad, size, grad_row);
+    real *result = target(out, p.type, grad_row + stride);
+    double delta, grad_alpha = 0;
+
+    const family of = family_of(a);
+    if (!with_alpha && of != GENTLE && of != STEEP && size % PADDING == 0) { /* u is cheaper than packing */
+        const weighted sums = slopes(all, all_grad, size, a, result);
+        centre(result, all_grad, size, sums.u_g / sums.u);
+        deliver(result, size, out, p.type);
+        return 0;
+    }
+
+    const int64_t count = pack_both(all, 0, all_grad, size, weights, g);
+    const int64_t padded = pad(weights, count, 0);
+    pad(g, count, 0);
+    if (with_alpha) {
+        const real tiny = (real)1e-3 * REAL_EPS; /* in the place of 0, where it makes no difference */
+        const real mean = (real)dot(weights, g, padded);
+        for (int64_t i = 0; i < padded; i++) g[i] -= mean;
+        grad_alpha = alpha_gradient(weights, g, padded, fabs(a) < tiny ? tiny : (real)a, u, &delta);
+    } else {
+        const weighted sums = slopes(weights, g, padded, a, u);
+        delta = sums.u_g / sums.u;
+    }
+    centre(u, g, padded, delta);
+    unpack(all, 0, u, 1, size, result);
+    deliver(result, size, out, p.type);
+    return count ? grad_alpha : 0;
+}

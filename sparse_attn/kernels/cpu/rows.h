@@ -1,0 +1,33 @@
+/* What row.c offers to rows.c: the mappings of one row, compiled once per element type and vector width.
+ *
+ * Notation: z scores, p probabilities, a = α - 1, p_i = [1 + a (z_i - σ)]_+^(1/a), u = p^(1 - a).
+ */
+#ifndef SPARSE_ATTN_ROWS_H
+#define SPARSE_ATTN_ROWS_H
+
+#include <stdint.h>
+
+typedef enum { FLOAT32, FLOAT64, FLOAT16, BFLOAT16 } element;
+
+/* A vector in memory; the stride counts elements and may be 0 or negative. */
+typedef struct {
+    const void *data;
+    int64_t stride;
+    element type;
+} vector;
+
+/* p of one row; `out` is contiguous and of the scores' type. Scores at or below `lowest` are masked; with k > 0 only
+ * the k largest take part. `scratch` holds SCRATCH_ROWS rows of padded_size(size) numbers of 8 bytes. */
+typedef void forward_row(vector scores, int64_t size, int64_t k, double a, double lowest, void *out, void *scratch);
+
+/* The gradient for the scores of one row into `out`; the gradient for α is returned where `with_alpha`, else 0. */
+typedef double backward_row(vector p, vector grad, int64_t size, double a, int with_alpha, void *out, void *scratch);
+
+enum { PADDING = 16, SCRATCH_ROWS = 6 };
+
+/* Buffers end in room for one vector more: packed writes and reads run past their last entry. */
+static inline int64_t padded_size(int64_t size) {
+    return (size + 2 * PADDING - 1) / PADDING * PADDING;
+}
+
+#endif

@@ -1,0 +1,145 @@
+"""The compiled row kernels, called through ctypes: the contract of ``kernels.reference.entmax`` on CPU tensors.
+
+Scores are float32, float64, float16 or bfloat16 of any strides, and are mapped along the last dimension; half precision
+is computed in float32 and rounded once. ``a = α - 1`` is a number above -1, or a tensor that broadcasts with size 1 in
+the last dimension: each row goes by its own. Nothing here is differentiable: that is for the operators above.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_attn.kernels.cpu.build import LIBRARY
+
+_INTERFACE = 1
+_ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+class _Library(NamedTuple):
+    forward: Any
+    backward: Any
+    variants: dict[str | None, int]  # None is the widest
+
+
+@functools.cache
+def _load() -> _Library | str:
+    """The library, or why there is none."""
+    path = Path(__file__).with_name(LIBRARY)
+    if not path.exists():
+        return f"no compiled library at {path}: it is built by the installation where a C compiler is found"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"the compiled library cannot be loaded: {error}"
+    if library.rows_interface() != _INTERFACE:
+        return f"{path} belongs to another version of sparse_attn: install it again"
+    library.rows_variant.restype = c_char_p
+    names = [library.rows_variant(index) for index in range(3)]
+    variants: dict[str | None, int] = {name.decode(): index for index, name in enumerate(names) if name}
+    variants[None] = max(variants.values())
+    # variant, threads, rank, layout, type, scores or p, then a or the gradient
+    shared = (c_int, c_int, c_int, POINTER(c_int64), c_int, c_void_p, c_void_p)
+    library.rows_forward.argtypes = (*shared, c_int64, c_double, c_void_p)
+    library.rows_backward.argtypes = (*shared, c_void_p, c_void_p, c_void_p)
+    return _Library(library.rows_forward, library.rows_backward, variants)
+
+
+def _library() -> _Library:
+    library = _load()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    return library
+
+
+def variants() -> list[str]:
+    """The vector widths that this processor can run, the widest last; none where there is no library."""
+    library = _load()
+    return [] if isinstance(library, str) else [name for name in library.variants if name]
+
+
+def available() -> bool:
+    """Whether there are compiled kernels."""
+    return not isinstance(_load(), str)
+
+
+def status() -> tuple[bool, str]:
+    """Whether the compiled kernels are available; how they run, or why they are not."""
+    library = _load()
+    if isinstance(library, str):
+        return False, library
+    threads = torch.get_num_threads()
+    return True, f"{variants()[-1]}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float, *, variant: str | None = None) -> Tensor:
+    """The probabilities; scores at or below ``lowest`` are masked, and a row of nothing else is all zeros.
+
+    A row with NaN or ``+inf`` is NaN throughout. ``variant`` forces one of :func:`variants`.
+    """
+    return _forward(scores, 0, a, lowest, variant)
+
+
+def topk_entmax_forward(
+    scores: Tensor, k: int, a: float | Tensor, lowest: float, *, variant: str | None = None
+) -> Tensor:
+    """As :func:`entmax_forward` of the ``k`` largest scores of each row alone, zero elsewhere; the first of ties."""
+    return _forward(scores, k, a, lowest, variant)
+
+
+def _forward(scores: Tensor, k: int, a: float | Tensor, lowest: float, variant: str | None) -> Tensor:
+    library, shape = _library(), scores.shape
+    p = torch.empty(shape, dtype=scores.dtype)
+    if scores.numel():
+        rank = len(shape)
+        number, address, strides = _alpha(a, rank)
+        layout = (c_int64 * (3 * rank))(*shape, *scores.stride(), *strides)
+        head = library.variants[variant], torch.get_num_threads(), rank, layout, _ELEMENTS[scores.dtype]
+        _check(library.forward(*head, scores.data_ptr(), address, k, lowest, p.data_ptr()))
+        del number  # which the address is of
+    return p
+
+
+def entmax_backward(
+    p: Tensor, a: float | Tensor, grad: Tensor, with_alpha: bool = False, *, variant: str | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient for the scores, and one for α per row ``(..., 1)`` when asked, in float32 or wider.
+
+    Where ``p`` is 0 the gradient is 0, whatever ``grad`` holds there: this serves the top-k mapping too.
+    """
+    library, shape = _library(), p.shape
+    grad_scores = torch.empty(shape, dtype=p.dtype)
+    grad_a = torch.zeros((*shape[:-1], 1), dtype=torch.float64) if with_alpha else None
+    if p.numel():
+        rank = len(shape)
+        grad = grad.to(p.dtype)
+        number, address, strides = _alpha(a, rank)
+        layout = (c_int64 * (4 * rank))(*shape, *p.stride(), *grad.stride(), *strides)
+        head = library.variants[variant], torch.get_num_threads(), rank, layout, _ELEMENTS[p.dtype]
+        results = grad_scores.data_ptr(), None if grad_a is None else grad_a.data_ptr()
+        _check(library.backward(*head, p.data_ptr(), grad.data_ptr(), address, *results))
+        del number
+    if grad_a is None:
+        return grad_scores, None
+    return grad_scores, grad_a.to(torch.promote_types(p.dtype, torch.float32))
+
+
+def _alpha(a: float | Tensor, rank: int) -> tuple[object, object, list[int]]:
+    """``a`` in float64, to be kept while its address is in use, and its strides against ``rank`` dimensions."""
+    if not isinstance(a, Tensor):
+        number = c_double(a)
+        return number, ctypes.byref(number), [0] * rank
+    wide = a.to(torch.float64)
+    steps = [0 if size == 1 else step for size, step in zip(wide.shape, wide.stride(), strict=True)]
+    return wide, wide.data_ptr(), [0] * (rank - len(steps)) + steps
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("the row kernels could not allocate their buffers")

@@ -1,0 +1,74 @@
+"""Which backend computes, and how one is forced."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_attn import backends, entmax, sparsemax, topk_softmax, use_backend
+from sparse_attn.kernels.cpu import rows
+
+compiled = pytest.mark.skipif(not rows.available(), reason="the kernels are not compiled here")
+
+
+def test_every_backend_says_how_it_runs_or_why_not():
+    state = backends()
+    assert list(state) == ["compiled", "torch"] and all(state.values())
+    assert state["compiled"].startswith("CPU tensors: " if rows.available() else "not available: ")
+
+
+@compiled
+def test_a_forced_backend_computes(monkeypatch):
+    calls = []
+    forward = rows.entmax_forward
+    monkeypatch.setattr(rows, "entmax_forward", lambda *args: calls.append(args) or forward(*args))
+    x = torch.randn(3, 5)
+    with use_backend("torch"):
+        assert backends()["compiled"] == "not used: another is forced"
+        by_torch = sparsemax(x)
+        with use_backend("compiled"):
+            assert not calls
+            by_kernel = sparsemax(x)
+        assert len(calls) == 1
+        sparsemax(x)
+    assert len(calls) == 1
+    torch.testing.assert_close(by_kernel, by_torch)
+    sparsemax(x)
+    assert len(calls) == 2  # nothing is left of what was forced
+
+
+@compiled
+@pytest.mark.parametrize("k", [None, 4])
+def test_backends_agree_with_their_gradients(k):
+    alpha = torch.tensor([[1.0], [1.0001], [1.3], [1.5], [2.0], [3.0], [0.6]], dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(7, 131, dtype=dtype) * 2
+        upstream = torch.randn_like(x)
+        results = []
+        for name in ("compiled", "torch"):
+            scores, per_row = x.clone().requires_grad_(), alpha.clone().requires_grad_()
+            with use_backend(name):
+                p = entmax(scores, per_row) if k is None else topk_softmax(scores, k)
+                inputs = (scores, per_row) if k is None else (scores,)
+                results.append((p.detach(), *torch.autograd.grad(p, inputs, upstream)))
+        for got, expected in zip(*results, strict=True):
+            bound = 1e-6 if dtype == torch.float32 else 1e-11
+            assert (got - expected).abs().max() <= bound * max(1, float(expected.abs().max()))
+
+
+def test_without_a_library_torch_computes(monkeypatch, tmp_path):
+    monkeypatch.setattr(rows, "__file__", str(tmp_path / "rows.py"))
+    rows._load.cache_clear()
+    try:
+        assert backends()["compiled"].startswith("not available: no compiled library at")
+        torch.testing.assert_close(sparsemax(torch.tensor([-2.0, 0.0, 0.5])), torch.tensor([0.0, 0.25, 0.75]))
+        with pytest.raises(RuntimeError, match="backend 'compiled' is not available"), use_backend("compiled"):
+            pass
+    finally:
+        monkeypatch.undo()
+        rows._load.cache_clear()
+
+
+def test_wrong_names():
+    with pytest.raises(ValueError, match="name must be one of compiled, torch, got 'cuda'"), use_backend("cuda"):
+        pass
