@@ -77,7 +77,7 @@ def spend(x: Tensor, budget: float | Tensor, dim: int = -1) -> Tensor:
     tau = (torch.where(between, z, 0.0).sum(-1, keepdim=True) + one.sum(-1, keepdim=True) - budget) / between.sum(
         -1, keepdim=True
     ).clamp(min=1)
-    p = torch.where(between, z - tau, one.to(z.dtype)).movedim(-1, dim)
+    p = torch.where(between, (z - tau).clamp(0, 1), one.to(z.dtype)).movedim(-1, dim)
     return p.view(x.shape).to(result_dtype(x)).contiguous()
 
 
