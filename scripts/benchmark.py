@@ -1,74 +1,207 @@
-"""Time the operators and a training step beside softmax and the entmax package, interleaved in one run.
+"""Time operators, losses, attention and layers beside softmax and the entmax package, interleaved in one run.
 
-OMP_WAIT_POLICY=passive python scripts/benchmark.py [ROUNDS]
+OMP_WAIT_POLICY=passive python scripts/benchmark.py [ROUNDS] [--write]
 
-Prints multiples of ``torch.softmax`` (forward / forward + backward; one thread, medians), then of
-a softmax training step.
+Prints multiples of what torch does with softmax (forward / forward + backward), on one thread, and with ``--write``
+keeps them in benchmarks/cpu.md. Takes about five minutes with the default of 15 rounds.
 """
 
 from __future__ import annotations
 
-import statistics
+import argparse
+import math
+import platform
+import resource
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from datetime import date
+from functools import partial
+from importlib import metadata
+from pathlib import Path
 
 import entmax as peer
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recipes.seq2seq.attention import ATTENTION_KINDS
 from recipes.seq2seq.model import Seq2SeqTransformer
-from sparse_attn import entmax, entmax15, sparsemax, topk_softmax
+from sparse_attn import (
+    backends,
+    entmax,
+    entmax15,
+    entmax15_loss,
+    entmax_attention,
+    entmax_loss,
+    replace_attention,
+    sparsemax,
+    sparsemax_loss,
+    topk_attention,
+    topk_softmax,
+    use_backend,
+)
 
-ELEMENTS = 2**18
+ELEMENTS = 2**19
 HEADS = 8
+PAGE = Path(__file__).parents[1] / "benchmarks" / "cpu.md"
+
+Run = Callable[[], object]
 
 
-def main(rounds: int) -> None:
+def main(rounds: int, write: bool) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    operators(rounds)
-    training_step(rounds)
+    lines = []
+    for section in (header, operators, losses, attention, memory, layers):
+        for line in section(rounds):
+            print(line, flush=True)
+            lines.append(line)
+    if write:
+        PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def operators(rounds: int) -> None:
-    """Scores (N, 8, L, d) of scale 1, 2^18 of them, one α per head where α is learnt."""
-    sizes = (16, 128, 512, 2048)
-    print("multiples of torch.softmax, forward / forward + backward")
-    print("| | " + " | ".join(f"d {d}" for d in sizes) + " |")
-    print("|---" * (len(sizes) + 1) + "|")
-    columns = [_column(d, rounds) for d in sizes]
+def header(rounds: int) -> Iterator[str]:
+    """What was measured, where and how."""
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "entmax", "sparse-attn"))
+    yield "# Speed and memory on a CPU"
+    yield ""
+    yield f"Made by `OMP_WAIT_POLICY=passive python scripts/benchmark.py {rounds} --write` on {date.today()}."
+    yield f"{_processor()}, one thread; Python {platform.python_version()}, {versions}; kernels: {backends()['compiled']}."
+    yield "Every number is a multiple of what torch takes with softmax in the same run: forward / forward + backward,"
+    yield f"the smallest of {rounds} rounds in which all take turns. Below 1 is faster than softmax. Fresh results of a"
+    yield "call of 2 MiB and more cost page faults, the same for all. `torch` is the fall-back without a C compiler."
+
+
+def operators(rounds: int) -> Iterator[str]:
+    """Scores (N, 8, 1, d) of scale 1, one α per head where α is learnt."""
+    sizes = (64, 128, 512, 2048, 32000)
+    yield from _heading(f"Operators, {ELEMENTS} scores of scale 1 in rows of d", [f"d {d}" for d in sizes])
+    columns = [_operators(d, rounds) for d in sizes]
     for name in list(columns[0])[1:]:
-        cells = [f"{c[name][0] / c['softmax'][0]:.1f} / {c[name][1] / c['softmax'][1]:.1f}" for c in columns]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        yield _row(name, [_ratio(column[name], column["softmax"]) for column in columns])
 
 
-def _column(d: int, rounds: int) -> dict[str, tuple[float, float]]:
-    x = torch.randn(max(1, ELEMENTS // (HEADS * 16 * d)), HEADS, 16, d, requires_grad=True)
+def _operators(d: int, rounds: int) -> dict[str, list[float]]:
+    x = torch.randn(max(1, ELEMENTS // (HEADS * d)), HEADS, d, requires_grad=True)
     upstream = torch.randn_like(x)
-    alpha = torch.linspace(1.1, 1.9, HEADS).view(HEADS, 1, 1).requires_grad_()
-    maps: dict[str, Callable[[], Tensor]] = {
-        "softmax": lambda: torch.softmax(x, -1),
-        "sparsemax": lambda: sparsemax(x),
-        "sparsemax, entmax package": lambda: peer.sparsemax(x, -1),
-        "1.5-entmax": lambda: entmax15(x),
-        "1.5-entmax, entmax package": lambda: peer.entmax15(x, -1),
-        "α per head and its gradient": lambda: entmax(x, alpha),
-        "α per head and its gradient, entmax package": lambda: peer.entmax_bisect(x, alpha.expand(len(x), -1, 16, 1)),
-        "top-8 softmax": lambda: topk_softmax(x, 8),
+    alpha = torch.linspace(1.1, 1.9, HEADS).view(HEADS, 1).requires_grad_()
+    expanded = alpha.expand(len(x), HEADS, 1)
+    maps: dict[str, tuple[Callable[[], Tensor], str]] = {
+        "softmax": (lambda: torch.softmax(x, -1), ""),
+        "sparsemax": (lambda: sparsemax(x), ""),
+        "sparsemax, torch": (lambda: sparsemax(x), "torch"),
+        "sparsemax, entmax package": (lambda: peer.sparsemax(x, -1), ""),
+        "sparsemax, entmax package, k=32": (lambda: peer.sparsemax(x, -1, k=32), ""),
+        "1.5-entmax": (lambda: entmax15(x), ""),
+        "1.5-entmax, torch": (lambda: entmax15(x), "torch"),
+        "1.5-entmax, entmax package": (lambda: peer.entmax15(x, -1), ""),
+        "1.5-entmax, entmax package, k=32": (lambda: peer.entmax15(x, -1, k=32), ""),
+        "α per head and its gradient": (lambda: entmax(x, alpha), ""),
+        "α per head and its gradient, torch": (lambda: entmax(x, alpha), "torch"),
+        "α per head and its gradient, entmax package": (lambda: peer.entmax_bisect(x, expanded), ""),
+        "top-8 softmax": (lambda: topk_softmax(x, 8), ""),
+        "top-8 softmax, torch": (lambda: topk_softmax(x, 8), "torch"),
     }
-    runs: dict[str, list[Callable[[], object]]] = {
-        name: [make, lambda make=make: make().backward(upstream)] for name, make in maps.items()
-    }
-    times = _interleave({(name, kind): run for name, both in runs.items() for kind, run in enumerate(both)}, rounds)
-    return {name: (times[name, 0], times[name, 1]) for name in maps}
+    return _both({name: _on(backend, make) for name, (make, backend) in maps.items()}, upstream, rounds)
 
 
-def training_step(rounds: int) -> None:
-    """One step of the default model (two layers each of 128) on 64 words of 9 letters."""
+def losses(rounds: int) -> Iterator[str]:
+    """64 rows of a vocabulary of 32,000."""
+    yield from _heading("Losses, logits (64, 32000)", ["multiples of cross-entropy"])
+    x, target = torch.randn(64, 32000, requires_grad=True), torch.randint(32000, (64,))
+    alpha = torch.tensor(1.5, requires_grad=True)
+    makes: dict[str, Run] = {
+        "cross-entropy": lambda: F.cross_entropy(x, target),
+        "sparsemax_loss": lambda: sparsemax_loss(x, target),
+        "entmax15_loss": lambda: entmax15_loss(x, target),
+        "entmax_loss, α learnt": lambda: entmax_loss(x, target, alpha),
+        "SparsemaxLoss, entmax package, k=512": lambda: peer.SparsemaxLoss(k=512)(x, target),
+        "Entmax15Loss, entmax package, k=512": lambda: peer.Entmax15Loss(k=512)(x, target),
+        "EntmaxBisectLoss, entmax package": lambda: peer.EntmaxBisectLoss(1.5)(x, target),
+    }
+    times = _both(makes, None, max(3, rounds // 3))
+    for name in list(times)[1:]:
+        yield _row(name, [_ratio(times[name], times["cross-entropy"])])
+
+
+def attention(rounds: int) -> Iterator[str]:
+    """One head of size 64."""
+    lengths = (128, 512, 2048)
+    yield from _heading("Attention, one head of size 64, multiples of explicit softmax", [f"N {n}" for n in lengths])
+    columns = [_attention(n, max(3, rounds // (1 + n // 1024))) for n in lengths]
+    for name in list(columns[0])[1:]:
+        yield _row(name, [_ratio(column[name], column["explicit"]) for column in columns])
+
+
+def _attention(n: int, rounds: int) -> dict[str, list[float]]:
+    query, key, value = (torch.randn(1, 1, n, 64, requires_grad=True) for _ in range(3))
+    alpha = torch.tensor([1.5], requires_grad=True)
+
+    def explicit(mapping: Callable[[Tensor], Tensor]) -> Tensor:
+        return mapping(query @ key.transpose(-2, -1) / math.sqrt(64)) @ value
+
+    makes: dict[str, Run] = {
+        "explicit": lambda: explicit(partial(torch.softmax, dim=-1)),
+        "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(query, key, value),
+        "entmax_attention, α = 1.5": lambda: entmax_attention(query, key, value),
+        "entmax_attention, α = 1.5, causal": lambda: entmax_attention(query, key, value, is_causal=True),
+        "entmax_attention, α = 2": lambda: entmax_attention(query, key, value, 2.0),
+        "entmax_attention, α learnt": lambda: entmax_attention(query, key, value, alpha),
+        "entmax_attention, α = 1.5, torch": _on("torch", lambda: entmax_attention(query, key, value)),
+        "topk_attention, k = 32": lambda: topk_attention(query, key, value, 32),
+        "explicit, entmax package, k=32": lambda: explicit(partial(peer.entmax15, dim=-1, k=32)),
+    }
+    return _both(makes, torch.randn(1, 1, n, 64), rounds)
+
+
+def memory(rounds: int) -> Iterator[str]:
+    """Forward and backward of one (1, 8, 4096, 64), each in a process of its own."""
+    yield from _heading("Peak memory over the inputs, N 4096, 8 heads of size 64, forward + backward", ["MiB"])
+    for name in MEMORY:
+        done = subprocess.run([sys.executable, __file__, "--peak", name], check=True, capture_output=True, text=True)
+        yield _row(name, [done.stdout.strip()])
+
+
+MEMORY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "entmax_attention, α = 1.5": entmax_attention,
+    "entmax_attention, α learnt": lambda q, k, v: entmax_attention(q, k, v, torch.full((8,), 1.5, requires_grad=True)),
+    "topk_attention, k = 32": lambda q, k, v: topk_attention(q, k, v, 32),
+    "scaled_dot_product_attention": F.scaled_dot_product_attention,
+    "explicit softmax": lambda q, k, v: torch.softmax(q @ k.transpose(-2, -1) / 8, -1) @ v,
+    "explicit, entmax package, k=32": lambda q, k, v: peer.entmax15(q @ k.transpose(-2, -1) / 8, -1, k=32) @ v,
+}
+
+
+def peak(name: str) -> None:
+    """Print how far the resident memory of this process rises."""
+    torch.set_num_threads(1)
+    for n in (64, 4096):  # first a small one, for what is allocated once
+        inputs = [torch.randn(1, 8, n, 64, requires_grad=True) for _ in range(3)]
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        MEMORY[name](*inputs).sum().backward()
+    print(f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:.0f}")
+
+
+def layers(rounds: int) -> Iterator[str]:
+    """A training step of an encoder layer, and one of the recipes' default model."""
+    yield from _heading("A training step, multiples of softmax", ["forward + backward"])
+    x = torch.randn(8, 256, 512)
+    dense = nn.TransformerEncoderLayer(512, 8, 2048, dropout=0.0, batch_first=True)
+    swapped = {}
+    for name, options in {"α learnt": {}, "α = 1.5, fixed": {"learn_alpha": False}}.items():
+        swapped[name] = nn.TransformerEncoderLayer(512, 8, 2048, dropout=0.0, batch_first=True)
+        replace_attention(swapped[name], **options)
+    steps: dict[str, Run] = {"dense": lambda: dense(x).sum().backward()}
+    for name, layer in swapped.items():
+        steps[name] = lambda layer=layer: layer(x).sum().backward()
+    times = _interleave(steps, max(3, rounds // 3))
+    for name in swapped:
+        label = f"nn.TransformerEncoderLayer (512/2048, 8 heads, N 256, batch 8), {name}"
+        yield _row(label, [f"{times[name] / times['dense']:.2f}"])
     source, target = torch.randint(4, 30, (64, 9)), torch.randint(4, 40, (64, 9))
     steps = {}
     for kind in ATTENTION_KINDS:
@@ -79,14 +212,41 @@ def training_step(rounds: int) -> None:
             model(source, target[:, :-1]).flatten(0, 1), target[:, 1:].flatten()
         ).backward()
     times = _interleave(steps, rounds)
-    print("\nmultiples of a softmax training step (forward and backward of the default model)")
-    print("| " + " | ".join(ATTENTION_KINDS) + " |")
-    print("|---" * len(ATTENTION_KINDS) + "|")
-    print("| " + " | ".join(f"{times[kind] / times['softmax']:.2f}" for kind in ATTENTION_KINDS) + " |")
+    for kind in list(ATTENTION_KINDS)[1:]:
+        label = f"default model of the recipes on 64 words of nine letters, {kind}"
+        yield _row(label, [f"{times[kind] / times['softmax']:.2f}"])
+
+
+def _on(backend: str, make: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A result that is computed by one backend; `_both` has its gradient computed by it, too."""
+    if not backend:
+        return make
+
+    def run() -> Tensor:
+        with use_backend(backend):
+            return make()
+
+    run.backend = backend  # type: ignore[attr-defined]
+    return run
+
+
+def _both(makes: dict[str, Run], upstream: Tensor | None, rounds: int) -> dict[str, list[float]]:
+    """Seconds of the forward, and of forward and backward."""
+    runs: dict[tuple[str, int], Run] = {}
+    for name, make in makes.items():
+        backend = getattr(make, "backend", "")
+
+        def step(make: Run = make, backend: str = backend) -> None:
+            with use_backend(backend) if backend else nullcontext():
+                make().backward(upstream)  # type: ignore[attr-defined]
+
+        runs[name, 0], runs[name, 1] = make, step
+    times = _interleave(runs, rounds)
+    return {name: [times[name, 0], times[name, 1]] for name in makes}
 
 
 def _interleave(runs: dict, rounds: int) -> dict:
-    """Median seconds of each, taken in turn so that a busy neighbour meets all alike."""
+    """The fewest seconds of each, taken in turn so that a busy neighbour meets all alike."""
     taken: dict = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
@@ -94,8 +254,36 @@ def _interleave(runs: dict, rounds: int) -> dict:
             run()
             if turn:  # the first round warms up
                 taken[name].append(time.thread_time() - begin)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+    return {name: min(seconds) for name, seconds in taken.items()}
+
+
+def _heading(title: str, columns: list[str]) -> Iterator[str]:
+    yield from ("", f"## {title}", "", _row("", columns), "|---" * (len(columns) + 1) + "|")
+
+
+def _row(name: str, cells: list[str]) -> str:
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def _ratio(ours: list[float], softmax: list[float]) -> str:
+    return " / ".join(f"{a / b:.2f}" if a < 10 * b else f"{a / b:.0f}" for a, b in zip(ours, softmax, strict=True))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rounds", type=int, nargs="?", default=15)
+    parser.add_argument("--write", action="store_true", help="keep the tables in benchmarks/cpu.md")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        peak(arguments.peak)
+    else:
+        main(arguments.rounds, arguments.write)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
+from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 
@@ -12,7 +12,8 @@ def values_known(x: Tensor) -> bool:
     """Whether the entries of ``x`` can be looked at: not while compiling, in ``torch.func`` or on the meta device."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return not x.is_meta and type(x) in (Tensor, torch.nn.Parameter)
+    batched = is_legacy_batchedtensor(x)  # as gradients are that torch.autograd.grad takes in batches
+    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not batched
 
 
 def needs_plain_operations() -> bool:

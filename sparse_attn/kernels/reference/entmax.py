@@ -69,14 +69,16 @@ def _solve_newton(scores: Tensor, top: Tensor, a: float | Tensor) -> Tensor:
     """
     sigma = torch.zeros_like(top, dtype=torch.float64)
     error_before = torch.full_like(sigma, math.inf)
-    tolerance = torch.finfo(scores.dtype).eps / 8
+    still_open = torch.ones_like(sigma, dtype=torch.bool)
+    tolerance = torch.finfo(scores.dtype).eps / 2
     for _ in range(_MAX_SWEEPS):
         p, u = _power(scores, top, sigma, a)
         total = p.sum(-1, keepdim=True, dtype=torch.float64)
         error = (total - 1).abs()
-        if not bool(((error > tolerance) & (error < error_before)).any()):
+        still_open &= (error > tolerance) & (error < error_before)  # else it is rounding that moves it
+        if not bool(still_open.any()):
             break
-        sigma = sigma + _norm_step(total, u.sum(-1, keepdim=True), a)
+        sigma = sigma + _norm_step(total, u.sum(-1, keepdim=True), a) * still_open
         error_before = error
     return p
 
