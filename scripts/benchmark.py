@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -70,7 +69,8 @@ def header(rounds: int) -> Iterator[str]:
     yield "# Speed and memory on a CPU"
     yield ""
     yield f"Made by `OMP_WAIT_POLICY=passive python scripts/benchmark.py {rounds} --write` on {date.today()}."
-    yield f"{_processor()}, one thread; Python {platform.python_version()}, {versions}; kernels: {backends()['compiled']}."
+    yield f"{_processor()}, one thread; Python {platform.python_version()}, {versions}."
+    yield f"Kernels: {backends()['compiled']}."
     yield "Every number is a multiple of what torch takes with softmax in the same run: forward / forward + backward,"
     yield f"the smallest of {rounds} rounds in which all take turns. Below 1 is faster than softmax. Fresh results of a"
     yield "call of 2 MiB and more cost page faults, the same for all. `torch` is the fall-back without a C compiler."
@@ -159,7 +159,9 @@ def _attention(n: int, rounds: int) -> dict[str, list[float]]:
 
 
 def memory(rounds: int) -> Iterator[str]:
-    """Forward and backward of one (1, 8, 4096, 64), each in a process of its own."""
+    """Forward and backward of one (1, 8, 4096, 64), each in a process of its own; on Linux."""
+    if sys.platform != "linux":
+        return
     yield from _heading("Peak memory over the inputs, N 4096, 8 heads of size 64, forward + backward", ["MiB"])
     for name in MEMORY:
         done = subprocess.run([sys.executable, __file__, "--peak", name], check=True, capture_output=True, text=True)
@@ -181,9 +183,16 @@ def peak(name: str) -> None:
     torch.set_num_threads(1)
     for n in (64, 4096):  # first a small one, for what is allocated once
         inputs = [torch.randn(1, 8, n, 64, requires_grad=True) for _ in range(3)]
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # the highest mark so far, that of the imports, is forgotten
+        before = _resident("VmRSS")
         MEMORY[name](*inputs).sum().backward()
-    print(f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:.0f}")
+    print(f"{(_resident('VmHWM') - before) / 1024:.0f}")
+
+
+def _resident(field: str) -> int:
+    """KiB, of Linux."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
 def layers(rounds: int) -> Iterator[str]:

@@ -260,6 +260,20 @@ static weighted slopes(const real *p, const real *g, int64_t size, double a, rea
     }
 }
 
+/* Σ u g / Σ u. In a row that is nearly one-hot, where Σ u is little more than 1, what the product with the largest entry
+ * has rounded away is as much as the gradient: there, once more from what is left of g. */
+static double centre_of(const real *u, const real *g, int64_t size, weighted sums) {
+    const double delta = sums.u_g / sums.u;
+    if (!(sums.u < 1.1)) return delta;
+    const lanes zero = splat(0), near = splat((real)delta);
+    lanes rest = zero;
+    for (int64_t i = 0; i < size; i += LANES) {
+        const lanes slope = load(u + i);
+        rest += select_equal(slope, zero, zero, slope * (load(g + i) - near));
+    }
+    return (double)(real)delta + sum_of(rest) / sums.u;
+}
+
 static double dot(const real *x, const real *y, int64_t size) {
     lanes sum = splat(0);
     for (int64_t i = 0; i < size; i += LANES) sum += load(x + i) * load(y + i);
@@ -311,9 +325,10 @@ static double alpha_gradient(const real *p, const real *c, int64_t size, real a,
 /* u becomes u (g - δ). */
 static void centre(real *u, const real *g, int64_t size, double delta) {
     const lanes zero = splat(0);
+    const origin from_delta = {(real)delta, (real)(delta - (real)delta)};
     for (int64_t i = 0; i < size; i += LANES) {
         const lanes slope = load(u + i);
-        store(u + i, select_equal(slope, zero, zero, slope * (load(g + i) - (real)delta)));
+        store(u + i, select_equal(slope, zero, zero, slope * from(from_delta, load(g + i))));
     }
 }
 
@@ -327,7 +342,7 @@ double EXPORTED(backward)(vector p, vector grad, int64_t size, double a, int wit
     const family of = family_of(a);
     if (!with_alpha && of != GENTLE && of != STEEP && size % PADDING == 0) { /* u is cheaper than packing */
         const weighted sums = slopes(all, all_grad, size, a, result);
-        centre(result, all_grad, size, sums.u_g / sums.u);
+        centre(result, all_grad, size, centre_of(result, all_grad, size, sums));
         deliver(result, size, out, p.type);
         return 0;
     }
@@ -342,7 +357,7 @@ double EXPORTED(backward)(vector p, vector grad, int64_t size, double a, int wit
         grad_alpha = alpha_gradient(weights, g, padded, fabs(a) < tiny ? tiny : (real)a, u, &delta);
     } else {
         const weighted sums = slopes(weights, g, padded, a, u);
-        delta = sums.u_g / sums.u;
+        delta = centre_of(u, g, padded, sums);
     }
     centre(u, g, padded, delta);
     unpack(all, 0, u, 1, size, result);

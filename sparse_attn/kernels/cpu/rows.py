@@ -113,6 +113,9 @@ def entmax_backward(
 
     Where ``p`` is 0 the gradient is 0, whatever ``grad`` holds there: this serves the top-k mapping too.
     """
+    if p.dtype in (torch.float16, torch.bfloat16):
+        grad_scores, grad_a = entmax_backward(p.float(), a, grad, with_alpha, variant=variant)
+        return grad_scores.to(p.dtype), grad_a
     library, shape = _library(), p.shape
     grad_scores = torch.empty(shape, dtype=p.dtype)
     grad_a = torch.zeros((*shape[:-1], 1), dtype=torch.float64) if with_alpha else None
