@@ -283,7 +283,10 @@ def half_gradients(worse: list[str]) -> str:
             wrong = total = 0
             largest = 0.0
             for size in (7, 128, 1024):
-                x, upstream = torch.randn(64, size).bfloat16(), torch.randn(64, size).bfloat16()
+                x, upstream = torch.randn(80, size).bfloat16(), torch.randn(80, size).bfloat16()
+                edge = 1 + (float(given) - 1) * exact_entmax(x, float(given))[1]
+                fine = edge.abs().amin(-1) > 1e-6
+                x, upstream = x[fine][:64], upstream[fine][:64]
                 exact = exact_gradients(x, float(given), upstream)[1]
                 got = gradients_of(mapping, x, given.expand(64, 1), upstream)[1]
                 wrong, total = wrong + int((got.sign() != exact.sign()).sum()), total + len(got)
@@ -294,7 +297,8 @@ def half_gradients(worse: list[str]) -> str:
 
 Scores of standard deviation 1 and upstream gradients, both in bfloat16. Ours takes α in float32, as it stays in the
 layers; the peer's is in bfloat16 and measured at the α that it then is. In how many rows the sign is wrong, and the
-largest error over the largest exact value.
+largest error over the largest exact value. Rows with an entry exactly on the edge of the support, as so few digits make
+them, are left out: at α = 2 the gradient jumps there.
 
 """
     return text + table("α | wrong sign: ours | error | wrong sign: peer | error", lines)

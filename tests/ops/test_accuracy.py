@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_attn import budget_sparsemax, entmax, entmax15, normmax, sparse_softmax, sparsemax, topk_softmax
+from sparse_attn import budget_sparsemax, entmax, entmax15, normmax, sparse_softmax, sparsemax, tau, topk_softmax
 
 SIZES = [1, 2, 7, 128, 1024, 32768]
 SCALES = [0.01, 1, 10, 100, 1e4]
@@ -182,7 +182,10 @@ def test_gradient_for_alpha_at_softmax_is_the_published_limit():
 @pytest.mark.parametrize("alpha", GRID)
 def test_bfloat16_gradient_for_alpha(alpha):
     for size in (7, 128, 1024):
-        x, upstream = torch.randn(16, size).bfloat16(), torch.randn(16, size).bfloat16()
+        x, upstream = torch.randn(20, size).bfloat16(), torch.randn(20, size).bfloat16()
+        # So few digits put an entry exactly on the edge of the support at times, where the gradient at α = 2 jumps.
+        off_edge = ((alpha - 1) * x.double() - tau(x.double(), alpha)).abs().amin(-1) > 1e-6
+        x, upstream = x[off_edge][:16], upstream[off_edge][:16]
         exact = gradients(x, in_float32(alpha), upstream, torch.float64)[1]
         shared = torch.tensor(alpha, requires_grad=True)
         (got,) = torch.autograd.grad(entmax(x, shared), shared, upstream)

@@ -75,7 +75,9 @@ def _solve_newton(scores: Tensor, top: Tensor, a: float | Tensor) -> Tensor:
         p, u = _power(scores, top, sigma, a)
         total = p.sum(-1, keepdim=True, dtype=torch.float64)
         error = (total - 1).abs()
-        still_open &= (error > tolerance) & (error < error_before)  # else it is rounding that moves it
+        # A step from close by lands on the root; what moves a row after that is rounding.
+        landed = (error < 2 * tolerance) & (error_before < 1e-3)
+        still_open &= (error > tolerance) & (error < error_before) & ~landed
         if not bool(still_open.any()):
             break
         sigma = sigma + _norm_step(total, u.sum(-1, keepdim=True), a) * still_open
@@ -125,10 +127,12 @@ def _power(scores: Tensor, top: Tensor, sigma: Tensor, a: float | Tensor) -> tup
         return u * u, u
     t = _count_from(scores, top, sigma).mul_(a)
     far = t < -0.5
-    w = torch.where(far, from_edge.mul_(a).clamp_(min=0.0), t + 1)
+    w = torch.where(far, from_edge.mul_(a), t + 1)
+    outside = w <= 0
+    w.masked_fill_(outside, 1.0)  # log and exp are slow where they overflow
     log_w = w.log()
-    log_w += torch.where(far, 0.0, t - (w - 1)) / w  # what 1 + t has rounded away
-    u = torch.where(w == 0, 0.0, log_w.mul_(1 / a - 1).exp_())
+    log_w += t.sub_(w - 1).masked_fill_(far, 0.0).div_(w)  # what 1 + t has rounded away
+    u = log_w.mul_(1 / a - 1).exp_().masked_fill_(outside, 0.0)
     return w.mul_(u), u
 
 
