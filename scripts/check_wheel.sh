@@ -24,6 +24,11 @@ if needed - names or stray:
 print(f"{len(names)} files, the configs among them")
 PYTHON
 
+step "build where the C compiler fails: a wheel all the same, in plain torch"
+CC=false "$python" -m build --wheel --outdir "$work/pure" . >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
+ls "$work"/pure/*-py3-none-any.whl
+grep --max-count 1 "no compiled row kernels" "$work/build.log"
+
 step "install the core into an empty environment"
 "$python" -m venv "$work/venv"
 export PATH="$work/venv/bin:$PATH"
@@ -31,7 +36,7 @@ unset PYTHONPATH
 python -m pip install --quiet --constraint "$constraints" "$wheel"
 mkdir "$work/empty"
 cd "$work/empty"
-python -c "import sparse_attn; print('sparse_attn', sparse_attn.__version__)"
+python -c "import sparse_attn; print('sparse_attn', sparse_attn.__version__, sparse_attn.backends())"
 if sparse-attn train; then
     echo "sparse-attn train must refuse to run without the extra [recipes]" >&2
     exit 1

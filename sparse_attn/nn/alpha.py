@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 
 class _Bounded(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(raw: Tensor, low: float, high: float) -> Tensor:
         return raw.clamp(low, high)

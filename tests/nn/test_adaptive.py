@@ -307,3 +307,17 @@ def test_reset_parameters_begins_alpha_anew() -> None:
 def test_arguments_of_another_type(kwargs: dict[str, object], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         AdaptiveSparseMultiheadAttention(**{"embed_dim": 8, "num_heads": 2, **kwargs})
+
+
+def test_gradients_per_example_by_vmap():
+    layer = AdaptiveSparseMultiheadAttention(6, 2, batch_first=True).double()
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x, x, x))[0].square().sum()
+
+    alone = torch.func.vmap(torch.func.grad(lambda p, one: loss(p, one[None])), in_dims=(None, 0))(parameters, x)
+    together = torch.func.grad(loss)(parameters, x)
+    for name, gradient in together.items():
+        torch.testing.assert_close(alone[name].sum(0), gradient)
