@@ -58,6 +58,10 @@ def normmax(x: Tensor, alpha: float | Tensor = 2.0, dim: int = -1) -> Tensor:
     else:
         check_interval(alpha, "alpha", above=1.0, below=math.inf)
     scores = x.double().masked_fill(x <= torch.finfo(x.dtype).min, -math.inf)
+    if scores.numel():
+        # The maximum goes first: a product with a large offset would round what tells the scores apart.
+        top = scores.detach().amax(dim, keepdim=True)
+        scores = scores - torch.where(top == -math.inf, 0.0, top)
     support = entmax(scores * (alpha / (alpha - 1)), 2 - 1 / alpha, dim)
     outside = support == 0
     root = torch.where(outside, 0.0, torch.exp(torch.where(outside, 1.0, support).log() / alpha))

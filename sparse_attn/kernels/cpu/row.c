@@ -43,7 +43,7 @@ INLINE double total_of(tally of) {
 }
 
 typedef struct {
-    double total, slope; /* Σ p and Σ u */
+    double total, slope, unit; /* Σ p and Σ u, and the p of what is stored as 1 */
 } norms;
 
 /* α = 2, 1.5 and 1 have their own code, the first two without exp and log; the others lie below or above 1.5. */
@@ -70,11 +70,15 @@ INLINE lanes from(origin o, lanes x) {
 }
 
 /* p at a given σ, counted from the largest score `top`, for padded scores. With z = x - top, an entry is a power of
- * a z + 1 - a σ = a (z - σ + 1 / a): counted from σ - 1 / a it keeps its digits where it is small, from σ where not. */
+ * a z + 1 - a σ = a (z - σ + 1 / a): counted from σ - 1 / a it keeps its digits where it is small. For α < 1.5 what is
+ * stored is p / max p, a power of 1 + a z / (1 - a σ): in a long flat row p is small, and its logarithm has lost digits
+ * that the one of a number close to 1 has. */
 INLINE norms evaluate(const real *scores, int64_t size, const family of, real a, real top, double sigma, real *p) {
     const lanes zero = splat(0), one = splat(1), nowhere = splat(NOWHERE), half = splat(-0.5);
     const real power = (real)(1 / (double)a - 1);
     const origin edge = origin_at(top, of == SOFTMAX ? 0 : sigma - 1 / (double)a), middle = origin_at(top, sigma);
+    const double most = of == GENTLE ? 1 - (double)a * sigma : 1; /* (max p)^a */
+    const real rise = (real)((double)a / most);
     tally total = {zero, zero};
     lanes slope = zero;
     for (int64_t i = 0; i < size; i += LANES) {
@@ -94,8 +98,8 @@ INLINE norms evaluate(const real *scores, int64_t size, const family of, real a,
                 w = at_least(zero, a * from(edge, x));
                 log_w = log_lanes(w);
             } else {
-                const lanes t = at_least(-one, a * at_least(nowhere, from(middle, x)));
-                w = select_below(t, half, at_least(zero, a * from(edge, x)), t + (real)1);
+                const lanes t = at_least(-one, rise * at_least(nowhere, x - top));
+                w = select_below(t, half, at_least(zero, rise * from(edge, x)), t + (real)1);
                 log_w = log_lanes_of(w, t);
             }
             u = select_equal(w, zero, zero, exp_lanes(log_w * power)); /* w^(1/a - 1), with fewer digits to lose than p */
@@ -105,7 +109,8 @@ INLINE norms evaluate(const real *scores, int64_t size, const family of, real a,
         add(&total, y);
         slope += u;
     }
-    return (norms){total_of(total), sum_of(slope)};
+    const double unit = of == GENTLE ? exp(log1p(-(double)a * sigma) / (double)a) : 1;
+    return (norms){unit * total_of(total), unit / most * sum_of(slope), unit};
 }
 
 INLINE real log1p_real(real t) {
@@ -127,7 +132,7 @@ INLINE double norm_step(norms at, const family of, double a) {
 }
 
 /* Climbs from a σ at or below the root, for α <= 2, where Newton's method passes it by no more than rounding, until
- * Σ p is within `error` of 1 or comes no closer. p and Σ p, which is returned, are those of the last σ. */
+ * Σ p is within `error` of 1 or comes no closer. What is stored, and its sum, which is returned, are of the last σ. */
 INLINE double climb_family(const real *x, int64_t size, const family of, real a, real top, double *sigma, double error,
                            real *p) {
     double before = INFINITY;
@@ -137,7 +142,8 @@ INLINE double climb_family(const real *x, int64_t size, const family of, real a,
         /* A step from close by lands on the root: what Σ p is off after that is rounding. */
         const int landed = now < 8 * error && before < 1e-3;
         /* softmax is done by the division by Σ p */
-        if (of == SOFTMAX || landed || !(now > error && now < before) || sweep == MAX_SWEEPS) return at.total;
+        if (of == SOFTMAX || landed || !(now > error && now < before) || sweep == MAX_SWEEPS)
+            return at.total / at.unit;
         *sigma += norm_step(at, of, a);
         before = now;
     }
@@ -158,7 +164,7 @@ static double climb(const real *x, int64_t size, double a, real top, double *sig
  * support, so a short step proves nothing: what is asked is that the sum be 1, or the bracket empty. */
 static double bracket(const real *x, int64_t size, double a, real top, real *p) {
     double low = 0, high = -expm1(-a * log((double)size)) / a * (1 + REAL_EPS), sigma = 0, error_before = INFINITY;
-    norms at = {0, 0};
+    norms at = {0, 0, 1};
     for (int sweep = 0; sweep < MAX_SWEEPS; sweep++) {
         at = evaluate(x, size, STEEP, a, top, sigma, p);
         if (at.total >= 1) low = sigma;

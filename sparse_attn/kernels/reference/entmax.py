@@ -38,7 +38,8 @@ def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
         tiny = torch.finfo(scores.dtype).eps * 1e-3
         a = torch.where(a.abs() < tiny, tiny, a)
     top = top.masked_fill(empty, 0.0)
-    scores = scores.masked_fill(masked, _NOWHERE)
+    far_below = (top - top.abs().clamp(min=-_NOWHERE)).clamp(min=torch.finfo(scores.dtype).min)
+    scores = torch.where(masked, far_below, scores)
     if isinstance(a, float) and a == 0.0:
         p = (scores - top).exp_()  # torch.softmax adds up long rows less exactly
     else:
@@ -125,15 +126,22 @@ def _power(scores: Tensor, top: Tensor, sigma: Tensor, a: float | Tensor) -> tup
     if isinstance(a, float) and a == 0.5:
         u = from_edge.mul_(0.5).clamp_(min=0.0)
         return u * u, u
-    t = _count_from(scores, top, sigma).mul_(a)
+    # For α < 1.5 first p / max p, a power of 1 + a z / (1 - a σ): in a long flat row p is small, and its logarithm has
+    # lost digits that the one of a number close to 1 has.
+    wide = a.double() if isinstance(a, Tensor) else torch.as_tensor(a, dtype=torch.float64, device=scores.device)
+    gentle = wide < 0.5
+    most = torch.where(gentle, 1 - wide * sigma, 1.0)  # (max p)^a
+    largest = torch.where(gentle, torch.exp(torch.log1p(-wide * sigma) / wide), 1.0)
+    rise = (wide / most).to(scores.dtype)
+    t = _count_from(scores, top, torch.where(gentle, 0.0, sigma)).mul_(rise)
     far = t < -0.5
-    w = torch.where(far, from_edge.mul_(a), t + 1)
+    w = torch.where(far, from_edge.mul_(rise), t + 1)
     outside = w <= 0
     w.masked_fill_(outside, 1.0)  # log and exp are slow where they overflow
     log_w = w.log()
     log_w += t.sub_(w - 1).masked_fill_(far, 0.0).div_(w)  # what 1 + t has rounded away
     u = log_w.mul_(1 / a - 1).exp_().masked_fill_(outside, 0.0)
-    return w.mul_(u), u
+    return w.mul_(u).mul_(largest.to(u.dtype)), u.mul_((largest / most).to(u.dtype))
 
 
 def _count_from(scores: Tensor, top: Tensor, below: Tensor) -> Tensor:
