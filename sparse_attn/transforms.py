@@ -33,6 +33,15 @@ def needs_plain_operations() -> bool:
     return sum(level.key() == TransformType.Jvp for level in levels) > 1
 
 
+def batch_in_front(tensor: Tensor, dim: int | None, size: int, rank: int) -> Tensor:
+    """What ``vmap`` batches along ``dim`` (None: not at all) as one more dimension of rows, before ``rank`` others.
+
+    Rows are computed each on its own anyway; a tensor of fewer dimensions is aligned with the last of them.
+    """
+    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.reshape(len(tensor), *[1] * (rank + 1 - tensor.dim()), *tensor.shape[1:])
+
+
 def double_noticing_changes(value: Tensor) -> Tensor:
     """``value`` in float64, tied to the original: one that is changed in place before the backward is noticed there."""
     return value.pow(1).double()  # a power saves its base for the backward, a change of dtype does not

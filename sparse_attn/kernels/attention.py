@@ -82,7 +82,7 @@ def _alpha_of(alpha: Tensor | None, block: _Block, setting: Setting) -> float | 
 
 
 def _weights(scores: Tensor, alpha: float | Tensor, setting: Setting) -> Tensor:
-    """Weights in float32 or wider; what is saved nowhere need not be differentiable."""
+    """Weights in float32 or wider."""
     k = None if setting.k is None or setting.k >= scores.shape[-1] else setting.k
     lowest = torch.finfo(scores.dtype).min
     return entmax_rows(scores.to(compute_dtype(scores)), alpha, lowest, k)

@@ -7,6 +7,7 @@ plain operations, a fixed number of them, so that what it writes runs without th
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from sparse_attn.checks import check_alpha
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.reference.entmax import entmax_backward, entmax_tangent, largest_first
 from sparse_attn.kernels.reference.unrolled import entmax_unrolled
-from sparse_attn.transforms import needs_plain_operations, values_known
+from sparse_attn.transforms import batch_in_front, needs_plain_operations, values_known
 
 
 def entmax_rows(scores: Tensor, alpha: float | Tensor, lowest: float, k: int | None = None) -> Tensor:
@@ -111,7 +112,7 @@ class _EntmaxInTransforms(_Entmax):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
-        return _EntmaxInTransforms.apply(*_batch_in_front(info, in_dims, *arguments[:2]), *arguments[2:]), 0
+        return _EntmaxInTransforms.apply(*_rows_in_front(info, in_dims, *arguments[:2]), *arguments[2:]), 0
 
 
 def _with_or_without_data(scores: Tensor, *arguments: Any) -> Tensor:
@@ -124,15 +125,12 @@ def _setup_contexts(ctx: Any, inputs: _Arguments, output: Tensor) -> None:
     _setup_context(ctx, inputs, output)
 
 
-def _batch_in_front(
+def _rows_in_front(
     info: Any, in_dims: tuple[int | None, ...], scores: Tensor, per_row: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The batched dimension as one more dimension of rows: each row is computed on its own anyway."""
-    scores = scores.expand(info.batch_size, *scores.shape) if in_dims[0] is None else scores.movedim(in_dims[0], 0)
-    if per_row is not None and in_dims[1] is not None:
-        per_row = per_row.movedim(in_dims[1], 0)
-        per_row = per_row.reshape(len(per_row), *[1] * (scores.dim() - per_row.dim()), *per_row.shape[1:])
-    return scores, per_row
+    rank = scores.dim() - (in_dims[0] is not None)
+    in_front = partial(batch_in_front, size=info.batch_size, rank=rank)
+    return in_front(scores, in_dims[0]), None if per_row is None else in_front(per_row, in_dims[1])
 
 
 @torch.library.custom_op("sparse_attn::entmax", mutates_args=())
@@ -150,4 +148,4 @@ _entmax.register_autograd(_backward, setup_context=_setup_context)
 
 @_entmax.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
-    return _entmax(*_batch_in_front(info, in_dims, *arguments[:2]), *arguments[2:]), 0
+    return _entmax(*_rows_in_front(info, in_dims, *arguments[:2]), *arguments[2:]), 0

@@ -20,7 +20,7 @@ from torch.nn.functional import hardshrink
 
 from sparse_attn.kernels.entmax import entmax_rows, shifted
 from sparse_attn.kernels.reference.entmax import _phi2
-from sparse_attn.transforms import needs_plain_operations
+from sparse_attn.transforms import batch_in_front, needs_plain_operations
 
 
 def conjugate_rows(scores: Tensor, alpha: float | Tensor, index: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -134,16 +134,9 @@ class _Conjugate(torch.autograd.Function):
         index: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         rank = p.dim() - (in_dims[1] is not None)
-
-        def in_front(tensor: Tensor | None, dim: int | None) -> Tensor | None:
-            """The batched dimension as one more dimension of rows: each row is computed on its own anyway."""
-            if tensor is None:
-                return None
-            tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            return tensor.reshape(len(tensor), *[1] * (rank + 1 - tensor.dim()), *tensor.shape[1:])
-
         tensors = [
-            in_front(t, dim) for t, dim in zip((scores, p, per_row, index), (*in_dims[:3], in_dims[4]), strict=True)
+            None if tensor is None else batch_in_front(tensor, dim, info.batch_size, rank)
+            for tensor, dim in zip((scores, p, per_row, index), (*in_dims[:3], in_dims[4]), strict=True)
         ]
         output = _ConjugateForwards.apply(*tensors[:3], number, tensors[3])
         return output, (0,) * len(output)

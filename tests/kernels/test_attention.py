@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
 import sparse_attn.kernels.attention as blocks
+import sparse_attn.ops.attention as ops
 from sparse_attn import entmax_attention, topk_attention
-
-ops = sys.modules["sparse_attn.ops.attention"]  # the name is taken by nothing else, yet modules may be shadowed
 
 
 @pytest.fixture(autouse=True)

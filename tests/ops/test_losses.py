@@ -1,4 +1,4 @@
-"""The values of the losses: cross-entropy itself at α = 1, their definition at every other, and the memory they take."""
+"""The values of the losses: cross-entropy at α = 1, their definition at every other, and the memory they take."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from sparse_attn import (
     entmax,
     entmax15,
     normmax,
+    replace_attention,
     sparse_softmax,
     sparsemax,
     topk_softmax,
@@ -214,7 +215,6 @@ def hard_rows() -> Tensor:
     return x
 
 
-# Ties are broken by topk_softmax and sparse_softmax alike in all of them, too.
 DYNAMIC = ({0: torch.export.Dim.DYNAMIC},)
 
 
@@ -246,8 +246,6 @@ def test_onnx_runtime_computes_alike(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_runtime_runs_a_swapped_encoder(tmp_path):
-    from sparse_attn import replace_attention
-
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 11, batch_first=True), 1)
     replace_attention(encoder, alpha_init=[1.0, 1.7])
     encoder.eval()
