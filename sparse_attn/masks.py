@@ -44,6 +44,11 @@ def apply_mask(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
     return scores + _with_infinities(attn_mask).to(scores.dtype)
 
 
+def visible_pairs(attn_mask: Tensor) -> Tensor:
+    """Which pairs of a query and a key an internal-form mask leaves, as a boolean mask."""
+    return attn_mask if attn_mask.dtype == torch.bool else _with_infinities(attn_mask) != -math.inf
+
+
 def dense_mask(attn_mask: Tensor, device: torch.device) -> Tensor:
     """A mask that torch keeps as a description, written out."""
     if not isinstance(attn_mask, CausalBias):
