@@ -133,6 +133,7 @@ def _sums_of(weights: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
     return counts.cpu(), totals.cpu().double()
 
 
+@torch.no_grad()
 def _alpha_of(module: nn.Module, heads: int) -> Tensor | None:
     alpha = getattr(module, "alpha", None)
     if isinstance(alpha, Tensor) and alpha.numel() in (1, heads):
