@@ -34,7 +34,7 @@ from sparse_attn.ops import (
     topk_attention,
     topk_softmax,
 )
-from sparse_attn.swap import replace_attention
+from sparse_attn.swap import replace_attention, restore_attention
 
 __version__ = "0.1.0"
 
@@ -63,6 +63,7 @@ __all__ = [
     "entmax_loss",
     "normmax",
     "replace_attention",
+    "restore_attention",
     "sparse_softmax",
     "sparsemax",
     "sparsemax_loss",

@@ -30,7 +30,7 @@ OPS = [
 @pytest.mark.parametrize(
     ("module", "names"),
     [
-        (sparse_attn, [*NN, *OPS, "backends", "replace_attention", "use_backend"]),
+        (sparse_attn, [*NN, *OPS, "backends", "replace_attention", "restore_attention", "use_backend"]),
         (sparse_attn.nn, [*NN, "SparseMultiheadAttention"]),
         (sparse_attn.ops, OPS),
     ],
