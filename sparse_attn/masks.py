@@ -46,7 +46,7 @@ def apply_mask(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
 
 def visible_pairs(attn_mask: Tensor) -> Tensor:
     """Which pairs of a query and a key an internal-form mask leaves, as a boolean mask."""
-    return attn_mask if attn_mask.dtype == torch.bool else _with_infinities(attn_mask) != -math.inf
+    return attn_mask if attn_mask.dtype == torch.bool else attn_mask > torch.finfo(attn_mask.dtype).min
 
 
 def dense_mask(attn_mask: Tensor, device: torch.device) -> Tensor:
