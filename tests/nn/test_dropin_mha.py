@@ -77,8 +77,7 @@ WAYS: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[], Any]]] = {
     "no_grad": (nn.Module.eval, torch.no_grad),
     "inference_mode": (nn.Module.eval, torch.inference_mode),
     "no_grad, train": (nn.Module.train, torch.no_grad),
-    "deepcopy": (copy.deepcopy, nullcontext),
-    "pickle": (lambda layer: pickle.loads(pickle.dumps(layer)), nullcontext),
+    "copied": (lambda layer: copy.deepcopy(pickle.loads(pickle.dumps(layer))), nullcontext),
 }
 DTYPES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
