@@ -44,8 +44,13 @@ def apply_mask(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
     return scores + _with_infinities(attn_mask).to(scores.dtype)
 
 
-def visible_pairs(attn_mask: Tensor) -> Tensor:
-    """Which pairs of a query and a key an internal-form mask leaves, as a boolean mask."""
+def visible_pairs(attn_mask: Tensor | None, is_causal: bool, weights: Tensor) -> Tensor | None:
+    """Which pairs an internal-form mask, or the causal one, leaves of weights (..., L, S): boolean; None for all."""
+    if is_causal:
+        return causal_mask(weights.shape[-2], weights.shape[-1], weights.device)
+    if attn_mask is None:
+        return None
+    attn_mask = dense_mask(attn_mask, weights.device)
     return attn_mask if attn_mask.dtype == torch.bool else attn_mask > torch.finfo(attn_mask.dtype).min
 
 

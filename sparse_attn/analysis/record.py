@@ -18,8 +18,8 @@ from sparse_attn.observe import Observer, observing
 __all__ = ["record_attention"]
 
 _ARGUMENTS = list(signature(nn.MultiheadAttention.forward).parameters)[1:]
-# Names under which `sparse_attn.integrations.huggingface` registers its attention.
-_REGISTERED = ("entmax", "entmax15", "sparsemax", "topk")
+# What is in the name of every attention that transformers has itself.
+_OF_TRANSFORMERS = ("eager", "sdpa", "flash", "flex")
 
 
 @contextmanager
@@ -75,8 +75,8 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> Iterator[Att
     layers = [module for module in names if isinstance(module, nn.MultiheadAttention)]
     if not layers and not any(isinstance(module, SparseAttention) or _is_registered(module) for module in names):
         raise ValueError(
-            "model must have nn.MultiheadAttention or SparseAttention layers, or be a Hugging Face model with "
-            f"attn_implementation one of {', '.join(_REGISTERED)}; got {type(model).__name__} without any"
+            "model must have nn.MultiheadAttention or SparseAttention layers, or be a Hugging Face model with an "
+            f"attn_implementation of ours, such as 'entmax'; got {type(model).__name__} without any"
         )
     record = AttentionRecord(names, keep_weights=weights)
 
@@ -97,7 +97,9 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> Iterator[Att
 
 
 def _is_registered(module: nn.Module) -> bool:
-    return getattr(getattr(module, "config", None), "_attn_implementation", None) in _REGISTERED
+    """Whether a module is of a Hugging Face model that runs on an attention function registered with it."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return isinstance(name, str) and not any(word in name for word in _OF_TRANSFORMERS)
 
 
 def _hook(layer: nn.MultiheadAttention, count: Observer, stack: ExitStack) -> None:
@@ -149,7 +151,5 @@ def _visible(layer: nn.MultiheadAttention, asked: dict[str, Any], weights: Tenso
         mask = merge_multihead_masks(attn_mask, padding, batch=batch, heads=heads, queries=queries, keys=keys)
     except ValueError:  # a layer with a mask convention of its own
         return None
-    if mask is None:
-        return None
-    visible = visible_pairs(mask)
-    return visible[0] if visible.dim() > weights.dim() else visible
+    visible = visible_pairs(mask, False, weights)
+    return visible[0] if visible is not None and visible.dim() > weights.dim() else visible

@@ -135,7 +135,8 @@ def _sums_of(weights: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _alpha_of(module: nn.Module, heads: int) -> Tensor | None:
-    alpha = getattr(module, "alpha", None)
+    # A module of others has its α in a module of ours.
+    alpha = getattr(getattr(module, "sparse_alpha", module), "alpha", None)
     if isinstance(alpha, Tensor) and alpha.numel() in (1, heads):
         return alpha.detach().flatten().float().cpu().expand(heads).clone()
     return torch.full((heads,), float(alpha)) if isinstance(alpha, int | float) else None

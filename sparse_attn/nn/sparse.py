@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from sparse_attn.checks import check_alpha, check_dropout, check_k
-from sparse_attn.masks import causal_mask, dense_mask, visible_pairs
+from sparse_attn.masks import visible_pairs
 from sparse_attn.nn.alpha import hold, shown
 from sparse_attn.observe import observed, tell
 from sparse_attn.ops.attention import attend, entmax_mapping, topk_mapping
@@ -93,17 +93,12 @@ class SparseAttention(nn.Module):
         looked_at = observed()
         output, weights = attend(query, key, value, mapping, *arguments, scale=self.scale, need_weights=looked_at)
         if looked_at and weights is not None:
-            self._tell(weights, attn_mask, is_causal)
+            visible = visible_pairs(attn_mask, is_causal, weights)
+            if weights.dim() == 3:  # one head
+                weights = weights.unsqueeze(1)
+                visible = visible.unsqueeze(1) if visible is not None and visible.dim() == 3 else visible
+            tell(self, weights, visible)
         return output
-
-    def _tell(self, weights: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
-        if is_causal:
-            attn_mask = causal_mask(weights.shape[-2], weights.shape[-1], weights.device)
-        visible = None if attn_mask is None else visible_pairs(dense_mask(attn_mask, weights.device))
-        if weights.dim() == 3:  # one head
-            weights = weights.unsqueeze(1)
-            visible = visible.unsqueeze(1) if visible is not None and visible.dim() == 3 else visible
-        tell(self, weights, visible)
 
     def extra_repr(self) -> str:
         """The arguments; of a tensor α its values."""
