@@ -180,6 +180,8 @@ def test_trap_8_a_second_call_reaches_what_the_first_left_out() -> None:
     ("kwargs", "error", "message"),
     [
         ({"alpha_init": 2.5}, ValueError, r"alpha_init must be in alpha_range \[1, 2\], got 2.5"),
+        ({"alpha_range": (2.0, 1.0)}, ValueError, r"alpha_range must be \(low, high\) .*got \(2.0, 1.0\)"),
+        ({"alpha_range": "wide"}, TypeError, r"alpha_range must be two numbers \(low, high\), got 'wide'"),
         ({"alpha_init": (1.5, 1.5)}, ValueError, r"one per head \(11,\), got shape \(2,\)"),
         ({"alpha": 1.5}, TypeError, "unexpected keyword argument 'alpha'"),
         ({"embed_dim": 3}, TypeError, "embed_dim"),
