@@ -28,6 +28,7 @@ _HOOKS = (
 )
 # On an nn.TransformerEncoder: it would use nested tensors if its attention were dense.
 _NESTED = "_nested_tensor_when_dense"
+# What FullyShardedDataParallel calls the module it wraps.
 _FSDP = "_fsdp_wrapped_module"
 
 
@@ -86,8 +87,8 @@ def replace_attention(
         wanted = _shapes(old)
         if not wanted.items() <= _shapes(built).items():
             raise ValueError(
-                f"layer_kwargs must keep the parameters of layer {name!r}, {_listed(wanted)}; "
-                f"with {', '.join(layer_kwargs)} they would be {_listed(_shapes(built))}"
+                f"layer_kwargs must leave layer {name!r} its parameters {_listed(wanted)}, got {layer_kwargs}, which "
+                f"ask for {_listed(_shapes(built))}"
             )
         new[name] = _inherit(old, built.to(next(old.parameters()).device))
 
@@ -132,9 +133,7 @@ def restore_attention(model: nn.Module, *, filter_fn: FilterFn | None = None) ->
     found = _attention(model, filter_fn)
     sparse = {name: module for name, module in found.items() if isinstance(module, SparseMultiheadAttention)}
     _check(model, sparse)
-    new = {}
-    for name, old in sparse.items():
-        new[name] = _inherit(old, nn.MultiheadAttention(**_arguments(old), device="meta"))
+    new = {name: _inherit(old, nn.MultiheadAttention(**_arguments(old), device="meta")) for name, old in sparse.items()}
 
     _exchange(model, sparse, new)
     for encoder in _encoders(model):

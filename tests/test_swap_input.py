@@ -205,7 +205,7 @@ class Halved(AdaptiveSparseMultiheadAttention):
 def test_a_layer_that_cannot_take_the_parameters() -> None:
     model = nn.Sequential(nn.MultiheadAttention(E, H))
     before = everything(model)
-    message = r"layer_kwargs must keep the parameters of layer '0', .*in_proj_bias \(66,\).*with halve .*\(3,\)"
+    message = r"must leave layer '0' its parameters in_proj_bias \(66,\), .*got {'halve': True}, which ask for .*\(3,\)"
     with pytest.raises(ValueError, match=message):
         replace_attention(model, Halved, halve=True)
     assert everything(model) == before

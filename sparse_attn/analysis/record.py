@@ -8,6 +8,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_attn.analysis.statistics import AttentionRecord
@@ -78,11 +79,12 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> Iterator[Att
             "model must have nn.MultiheadAttention or SparseAttention layers, or be a Hugging Face model with an "
             f"attn_implementation of ours, such as 'entmax'; got {type(model).__name__} without any"
         )
-    record = AttentionRecord(names, keep_weights=weights)
+    record = AttentionRecord(keep_weights=weights)
 
     def count(module: nn.Module, weights: Tensor, visible: Tensor | None) -> None:
-        if torch._C._current_graph_task_id() == -1:  # a layer called by a backward pass is recomputed, not called anew
-            record.add(module, weights, visible)
+        recomputed = torch._C._current_graph_task_id() != -1  # by a backward pass, for a call that has been counted
+        if module in names and not recomputed:
+            record.add(names[module], module, weights, visible)
 
     with ExitStack() as stack:
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
@@ -137,11 +139,12 @@ def _hook(layer: nn.MultiheadAttention, count: Observer, stack: ExitStack) -> No
 
 
 def _visible(layer: nn.MultiheadAttention, asked: dict[str, Any], weights: Tensor) -> Tensor | None:
-    """Which pairs the masks of a call leave, as a mask that broadcasts against the weights but for added keys."""
+    """Which pairs the masks of a call leave; keys that the layer adds at the end are seen by all."""
     attn_mask, padding = asked.get("attn_mask"), asked.get("key_padding_mask")
+    added = (layer.bias_k is not None) + layer.add_zero_attn
     batch = weights.shape[0] if weights.dim() == 4 else 1
     heads, queries, keys = weights.shape[-3:]
-    keys -= (layer.bias_k is not None) + layer.add_zero_attn
+    keys -= added
     if attn_mask is None and asked.get("is_causal"):
         offset = 0 if asked.get("cache") is None else keys - queries
         attn_mask = ~causal_mask(queries, keys, weights.device, offset=offset)
@@ -152,4 +155,6 @@ def _visible(layer: nn.MultiheadAttention, asked: dict[str, Any], weights: Tenso
     except ValueError:  # a layer with a mask convention of its own
         return None
     visible = visible_pairs(mask, False, weights)
-    return visible[0] if visible is not None and visible.dim() > weights.dim() else visible
+    if visible is None:
+        return None
+    return F.pad(visible[0] if visible.dim() > weights.dim() else visible, (0, added), value=True)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_attn.analysis.density import full_visible, support_counts
@@ -15,20 +14,20 @@ from sparse_attn.analysis.roles import entropy
 __all__ = ["AttentionRecord", "HeadStatistics"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadStatistics:
     """One attention layer, measured: every tensor but the last has one value per head and lies on the CPU.
 
     A query that gives no weight to any key (a fully masked one) does not count.
 
     Attributes:
-        alpha: (H,) α at the last pass; None where there is none.
+        alpha: (H,) α at the last call; None where there is none.
         density: (H,) share of the visible pairs of a query and a key with a non-zero weight.
         entropy: (H,) mean over the queries of - Σ p log p, in nats.
         support_size: (H,) mean number of keys with a non-zero weight.
         max_weight: (H,) mean of a query's largest weight.
         rows: (H,) how many queries were counted.
-        weights: (N, H, L, S) of the last pass, or (H, L, S) for unbatched input; None unless asked for.
+        weights: (N, H, L, S) of the last call, or (H, L, S) for unbatched input; None unless asked for.
     """
 
     alpha: Tensor | None
@@ -51,33 +50,28 @@ class _Sums:
 
 
 class AttentionRecord(Mapping[str, HeadStatistics]):
-    """Layer name -> :class:`HeadStatistics` of the passes so far; printed, a table with a line per head.
+    """Layer name -> :class:`HeadStatistics` of the calls so far; printed, a table with a line per head.
 
     Args:
-        names: The modules that count, with the name of each.
-        keep_weights: Whether to keep the weights of each layer's last pass.
+        keep_weights: Whether to keep the weights of each layer's last call.
     """
 
-    def __init__(self, names: Mapping[nn.Module, str], *, keep_weights: bool = False) -> None:
-        self._names = dict(names)
+    def __init__(self, *, keep_weights: bool = False) -> None:
         self._keep_weights = keep_weights
         self._sums: dict[str, _Sums] = {}
 
-    def add(self, module: nn.Module, weights: Tensor, visible: Tensor | None = None) -> None:
-        """Count one pass.
+    def add(self, name: str, module: nn.Module, weights: Tensor, visible: Tensor | None = None) -> None:
+        """Count one call.
 
         Args:
-            module: The one that attends; of a module that is not in ``names``, nothing is counted.
+            name: Of the layer.
+            module: The layer, whose α is read.
             weights: (N, H, L, S) or (H, L, S).
-            visible: True where a query may see a key; broadcasts against ``weights``, but for keys that the layer adds
-                at the end, which all may see. None: everywhere.
+            visible: True where a query may see a key; broadcasts against ``weights``. None: everywhere.
 
         Raises:
-            ValueError: The module had another number of heads before.
+            ValueError: The layer had another number of heads before.
         """
-        name = self._names.get(module)
-        if name is None:
-            return
         counts, totals = _sums_of(weights, visible)
         before = self._sums.get(name)
         if before is not None:
@@ -123,8 +117,6 @@ class AttentionRecord(Mapping[str, HeadStatistics]):
 @torch.no_grad()
 def _sums_of(weights: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
     weights = weights.detach().float() if weights.dtype != torch.float64 else weights.detach()
-    if visible is not None and visible.dim() and 1 < visible.shape[-1] < weights.shape[-1]:
-        visible = F.pad(visible, (0, weights.shape[-1] - visible.shape[-1]), value=True)
     pairs = full_visible(weights, visible)
     counted = (weights != 0).any(-1)
     over = [dim for dim in range(counted.dim()) if dim != counted.dim() - 2]
