@@ -232,6 +232,12 @@ def _check_expressible(name: str, layer: SparseMultiheadAttention) -> None:
             f"layer {name!r} must have only what nn.MultiheadAttention can express, got {', '.join(more)}; leave it "
             "out by filter_fn"
         )
+    # Inside peft's wrapper of a whole layer the weights that torch reads are those with the adapter.
+    if not isinstance(layer.out_proj, nn.Linear) and name.rpartition(".")[2] != "base_layer":
+        raise ValueError(
+            f"layer {name!r} must have an out_proj that is an nn.Linear, since nn.MultiheadAttention reads its weight "
+            f"and does not call it, got {type(layer.out_proj).__name__}; merge the adapter first"
+        )
 
 
 def _arguments(layer: nn.MultiheadAttention) -> dict[str, Any]:

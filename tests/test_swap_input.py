@@ -196,6 +196,17 @@ def test_what_torchs_layer_cannot_express_is_not_restored(
     assert everything(model) == before
 
 
+def test_an_adapter_that_torchs_layer_would_not_call_is_not_restored() -> None:
+    model = nn.ModuleList([AdaptiveSparseMultiheadAttention(E, H)])
+    model[0].out_proj = nn.Sequential(model[0].out_proj, nn.Linear(E, E))
+    before = everything(model)
+    with pytest.raises(
+        ValueError, match=r"layer '0' must have an out_proj that is an nn\.Linear, .*got Sequential; merge"
+    ):
+        restore_attention(model)
+    assert everything(model) == before
+
+
 class Halved(AdaptiveSparseMultiheadAttention):
     def __init__(self, *args: Any, halve: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
