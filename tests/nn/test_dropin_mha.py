@@ -1,7 +1,7 @@
 """Every argument of `nn.MultiheadAttention` in every way of running it: at α = 1 results and gradients are torch's.
 
-`test_multihead.py` goes through the product of arguments in one way of running; here every two values of every two of
-some twenty factors meet.
+`test_multihead.py` goes through the product of arguments in one way of running; here, in each way, every two values of
+every two factors meet.
 """
 
 from __future__ import annotations
