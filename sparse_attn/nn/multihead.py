@@ -332,5 +332,5 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         return k, v, mask
 
 
-def _normalised(x: Tensor, norm: nn.Module | None) -> Tensor:
-    return x if norm is None else norm(x).to(x.dtype)
+def _normalised(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+    return x if norm is None else norm(x.to(norm.weight.dtype)).to(x.dtype)

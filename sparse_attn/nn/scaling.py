@@ -64,12 +64,14 @@ class LengthScaling(nn.Module):
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
         """The factor of each head and query."""
-        beta, gamma = self.beta(x).movedim(-1, 1), self.gamma(x).movedim(-1, 1)
-        wide = torch.promote_types(beta.dtype, torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        beta, gamma = (project(x).movedim(-1, 1).to(wide) for project in (self.beta, self.gamma))
+        # softplus; of F.softplus, torch.compile mistakes the strides in the backward.
+        beta, gamma = torch.logaddexp(beta, torch.zeros_like(beta)), 2 * gamma.tanh()
         visible = visible.to(wide)
         if visible.dim() > 1 and visible.shape[-2] > 1:
             visible = visible[..., self.unscaled_heads :, :]
         # One key gets all the weight whatever the factor, and log 1 = 0 has no negative powers.
         log_n = visible.clamp(min=2).log()
-        factor = 1 + F.softplus(beta.to(wide)) * log_n ** (2 * gamma.to(wide).tanh())
+        factor = 1 + beta * log_n**gamma
         return F.pad(factor, (0, 0, self.unscaled_heads, 0), value=1.0).unsqueeze(-1)
