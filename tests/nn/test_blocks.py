@@ -111,7 +111,7 @@ def by_hand(layer: SparseMultiheadAttention, query: Tensor, memory: Tensor, visi
         scores = []
         for j in seen:
             k = prepared(w_k[kv_rows] @ memory[n, j] + b_k[kv_rows], "k_norm.weight", j)
-            bias = -float(positions.slopes()[h]) * abs(i - j) if isinstance(positions, ALiBi) else 0.0
+            bias = -float(positions.slopes(torch.float64)[h]) * abs(i - j) if isinstance(positions, ALiBi) else 0.0
             scores.append(q @ k / math.sqrt(D) + bias)
         p = entmax_bisect(torch.stack(scores), 1.5, n_iter=60)
         weights[n, h, i, seen] = p
@@ -133,9 +133,8 @@ def test_output_and_weights_are_those_of_loops(options: dict[str, Any], cross: b
     masks = {"attn_mask": masked, "key_padding_mask": padding}
     output, weights = layer(query, memory, memory, average_attn_weights=False, **masks)
     expected_output, expected_weights = by_hand(layer, query, memory, visible)
-    # The slopes of NAPE by hand are in float32.
-    torch.testing.assert_close(weights, expected_weights, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(output, expected_output, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(output, expected_output, rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(layer(query, memory, memory, need_weights=False, **masks)[0], output, rtol=0, atol=0)
 
 

@@ -226,11 +226,19 @@ COS = torch.ones(L, D // 2)
     [
         ({"rotary": COS}, TypeError, r"rotary must be a pair \(cos, sin\), got Tensor"),
         ({"rotary": (COS.long(), COS.long())}, TypeError, "rotary must have a floating dtype"),
-        ({"rotary": (COS[:4], COS[:4])}, ValueError, r"L = 5 and an even head size, D = 22, got \(4, 11\) and \(4, 11\)"),
+        (
+            {"rotary": (COS[:4], COS[:4])},
+            ValueError,
+            r"even head size, D = 22, got \(4, 11\) and \(4, 11\)",
+        ),
         ({"rotary": (COS[:, :5], COS[:, :5])}, ValueError, r"got \(5, 5\) and \(5, 5\)"),
         ({"rotary": (COS, COS[:4])}, ValueError, r"got \(5, 11\) and \(4, 11\)"),
         ({"position_bias": torch.zeros(N, L, L)}, ValueError, r"position_bias must broadcast to .*\(2, 3, 5, 5\).*got"),
-        ({"position_bias": torch.zeros(L, S)}, ValueError, r"position_bias must broadcast to .*\(2, 3, 5, 5\).*\(5, 7\)"),
+        (
+            {"position_bias": torch.zeros(L, S)},
+            ValueError,
+            r"position_bias must broadcast .*\(2, 3, 5, 5\).*\(5, 7\)",
+        ),
         ({"position_bias": torch.zeros(L, L).bool()}, TypeError, "position_bias must have a floating dtype"),
     ],
 )
