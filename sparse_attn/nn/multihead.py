@@ -216,7 +216,9 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         if position_bias is not None:
             check_floating(position_bias, "position_bias")
             check_mask(position_bias, (*q.shape[:-1], keys), "position_bias")
-            mask = combine_masks(mask, with_infinities(position_bias))
+            # All S keys are written down, also where they share a bias: the keys of the layer itself come after them.
+            position_bias = with_infinities(position_bias).expand(*position_bias.shape[:-1], keys)
+            mask = combine_masks(mask, position_bias)
         if self.positions is not None:
             mask = combine_masks(mask, self.positions.bias(places(offset, q), places(0, k)))
         if cache is not None:
@@ -312,7 +314,8 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         q, k = _normalised(q, self.q_norm), _normalised(k, self.k_norm)
         start = 0 if cache is None else len(cache)
         offset = 0 if cache is None else start + k.shape[-2] - q.shape[-2]
-        q, k = turn(q, k, self.positions, rotary, places(offset, q), places(start, k))
+        if self.positions is not None or rotary is not None:
+            q, k = turn(q, k, self.positions, rotary, query_start=offset, key_start=start)
         return q, *((k, v) if cache is None else cache.joined(k, v))
 
     def _extend_keys(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -216,16 +216,20 @@ def turn(
     key: Tensor,
     positions: Positions | None,
     rotary: Rotary | None,
-    query_places: Tensor,
-    key_places: Tensor,
+    *,
+    query_start: int,
+    key_start: int,
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys turned by the angles given from outside, or by those of a layer's own positions.
+
+    The first query stands at ``query_start`` and the first key at ``key_start``.
 
     Raises:
         TypeError: ``rotary`` is no pair of floating tensors.
         ValueError: It has another shape, or ``positions`` rotate, too.
     """
-    angles = [None if positions is None else positions.rotary(at) for at in (query_places, key_places)]
+    both = (places(query_start, query), places(key_start, key))
+    angles = [None if positions is None else positions.rotary(at) for at in both]
     if rotary is not None:
         if angles[0] is not None:
             raise ValueError(f"rotary must be None, since the layer's own positions rotate: {positions}")

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from sparse_attn.checks import check_dropout
 from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
 from sparse_attn.nn.cache import DecoderCache, KVCache
-from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.nn.positions import Rotary
 
 Activation = Callable[[Tensor], Tensor]
@@ -102,7 +101,7 @@ class TransformerEncoderLayer(_Layer):
         norm: NormKind = "layer",
         device: Any = None,
         dtype: torch.dtype | None = None,
-        attention: Callable[..., SparseMultiheadAttention] = AdaptiveSparseMultiheadAttention,
+        attention: Callable[..., nn.MultiheadAttention] = AdaptiveSparseMultiheadAttention,
         **attention_kwargs: Any,
     ) -> None:
         factory: Any = {"bias": bias, "device": device, "dtype": dtype}
@@ -137,10 +136,11 @@ class TransformerEncoderLayer(_Layer):
         Returns:
             (N, L, E).
         """
+        extra = _given(cache=cache, rotary=rotary, position_bias=position_bias)
 
         def attend(x: Tensor) -> Tensor:
             arguments = (src_key_padding_mask, False, src_mask, True, is_causal)
-            return self.self_attn(x, x, x, *arguments, cache=cache, rotary=rotary, position_bias=position_bias)[0]
+            return self.self_attn(x, x, x, *arguments, **extra)[0]
 
         x = self._add(src, self.norm1, attend)
         return self._add(x, self.norm2, self._feed_forward)
@@ -199,7 +199,7 @@ class TransformerDecoderLayer(_Layer):
         norm: NormKind = "layer",
         device: Any = None,
         dtype: torch.dtype | None = None,
-        attention: Callable[..., SparseMultiheadAttention] = AdaptiveSparseMultiheadAttention,
+        attention: Callable[..., nn.MultiheadAttention] = AdaptiveSparseMultiheadAttention,
         **attention_kwargs: Any,
     ) -> None:
         factory: Any = {"bias": bias, "device": device, "dtype": dtype}
@@ -244,20 +244,27 @@ class TransformerDecoderLayer(_Layer):
         Returns:
             (N, L, E).
         """
-        self_cache = None if cache is None else cache.self_attention
-        cross_cache = None if cache is None else cache.cross_attention
+        extra = _given(rotary=rotary, position_bias=position_bias)
+        of_cross = {}
+        if cache is not None:
+            extra["cache"], of_cross["cache"] = cache.self_attention, cache.cross_attention
 
         def attend(x: Tensor) -> Tensor:
             arguments = (tgt_key_padding_mask, False, tgt_mask, True, tgt_is_causal)
-            return self.self_attn(x, x, x, *arguments, cache=self_cache, rotary=rotary, position_bias=position_bias)[0]
+            return self.self_attn(x, x, x, *arguments, **extra)[0]
 
         def attend_to_memory(x: Tensor) -> Tensor:
             arguments = (memory_key_padding_mask, False, memory_mask, True, memory_is_causal)
-            return self.multihead_attn(x, memory, memory, *arguments, cache=cross_cache)[0]
+            return self.multihead_attn(x, memory, memory, *arguments, **of_cross)[0]
 
         x = self._add(tgt, self.norm1, attend)
         x = self._add(x, self.norm2, attend_to_memory)
         return self._add(x, self.norm3, self._feed_forward)
+
+
+def _given(**arguments: Any) -> dict[str, Any]:
+    """Those that are not None: ``nn.MultiheadAttention``, put in the place of ours, would not know the others."""
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _make_norm(kind: str, size: int, eps: float, factory: Any) -> nn.Module:

@@ -201,7 +201,7 @@ def steps(layer: SparseMultiheadAttention, x: Tensor, sizes: list[int], padding:
     return torch.cat(outputs, 1), cache
 
 
-@pytest.mark.parametrize("sizes", [[1] * T, [4, 1, 2], [3, 3, 1]], ids=str)
+@pytest.mark.parametrize("sizes", [[1] * T, [4, 1, 2]], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=short)
 def test_step_by_step_is_the_full_pass(options: dict[str, Any], sizes: list[int]) -> None:
     x = torch.randn(N, T, E, dtype=torch.float64)
@@ -324,6 +324,61 @@ def test_it_compiles_into_one_graph(options: dict[str, Any], need_weights: bool)
     torch.testing.assert_close(run(compiled), run(layer), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_steps_compile_into_one_graph() -> None:
+    layer = layer_of({**TOGETHER, "window": (3, 0)})
+    x = torch.randn(N, T, E, dtype=torch.float64)
+
+    def step(x: Tensor, cache: KVCache) -> Tensor:
+        return layer(x, x, x, is_causal=True, cache=cache)[0]
+
+    torch._dynamo.reset()
+    compiled, cache = torch.compile(step, fullgraph=True, backend="aot_eager"), KVCache()
+    with torch.no_grad():
+        output = torch.cat([compiled(block, cache) for block in x.split([3, 1, 1, 1, 1], 1)], 1)
+        torch.testing.assert_close(output, layer(x, x, x, is_causal=True)[0], rtol=1e-9, atol=1e-11)
+
+
+def test_export_takes_any_length() -> None:
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer_of(TOGETHER, dtype=torch.float32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x, x, x, is_causal=True, need_weights=False)[0]
+
+    model, some = Causal().eval(), torch.export.Dim("some", min=2, max=64)
+    exported = torch.export.export(model, (torch.randn(N, T, E),), dynamic_shapes=({1: some},)).module()
+    x = torch.randn(N, 11, E)
+    torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [TOGETHER, {"num_kv_heads": 2, "positions": "rotary"}], ids=short)
+def test_gradients_per_example_are_those_of_each(options: dict[str, Any]) -> None:
+    layer = layer_of(options)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        inputs = (x[None],) * 3
+        return torch.func.functional_call(layer, parameters, inputs, {"is_causal": True})[0].square().sum()
+
+    x = torch.randn(N, T, E, dtype=torch.float64)
+    batched = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for n in range(N):
+        single = torch.autograd.grad(loss(parameters, x[n]), list(parameters.values()))
+        for name, grad in zip(parameters, single, strict=True):
+            torch.testing.assert_close(batched[name][n], grad, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", [TOGETHER, {"num_kv_heads": 2, "positions": "rotary"}], ids=short)
+def test_everything_it_makes_is_on_its_device(options: dict[str, Any]) -> None:
+    layer = layer_of(options).to("meta")
+    x, cache = torch.randn(N, T, E, dtype=torch.float64, device="meta"), KVCache()
+    for _ in range(2):
+        assert layer(x, x, x, is_causal=True, cache=cache)[0].is_meta
+
+
 @pytest.mark.parametrize("options", [*ALONE, TOGETHER], ids=short)
 def test_copies_and_pickles_are_the_same_layer(options: dict[str, Any]) -> None:
     layer = layer_of(options)
@@ -381,6 +436,15 @@ def test_the_keys_of_the_layer_itself_stand_nowhere() -> None:
     own = weights[..., :T].diagonal(dim1=-2, dim2=-1)
     torch.testing.assert_close(own + weights[..., T], torch.ones(N, H, T, dtype=torch.float64))
     assert bool((weights[..., T] > 0).all())
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (H, 1, 1), (T, 1), (T,), (N, 1, T, T)], ids=str)
+def test_a_bias_that_keys_share_is_written_down_for_each(shape: tuple[int, ...]) -> None:
+    layer = layer_of({"length_scaling": True}, add_bias_kv=True, add_zero_attn=True)
+    x, bias = torch.randn(N, T, E, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    full = bias.expand(N, H, T, T).contiguous()
+    expected = layer(x, x, x, position_bias=full)
+    torch.testing.assert_close(layer(x, x, x, position_bias=bias), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_alpha_of_a_grouped_layer_is_one_per_query_head() -> None:
