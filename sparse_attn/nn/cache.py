@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_attn.checks import check_int
+
 
 class KVCache:
     """Projected keys and values of one attention layer.
@@ -65,8 +67,7 @@ class KVCache:
             TypeError: ``length`` is not an int.
             ValueError: It is below 0 or above ``len(cache)``, or the cache is static.
         """
-        if isinstance(length, bool) or not isinstance(length, int):
-            raise TypeError(f"length must be an int, got {length!r}")
+        check_int(length, "length")
         if self.static:
             raise ValueError("a static cache has no positions to forget, crop is for those that append")
         if not 0 <= length <= len(self):

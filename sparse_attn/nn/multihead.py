@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sparse_attn.checks import check_dropout, check_floating
+from sparse_attn.checks import check_dropout, check_floating, check_int
 from sparse_attn.masks import (
     Window,
     causal_mask,
@@ -77,18 +77,15 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         positions: Positions | None = None,
         length_scaling: bool = False,
     ) -> None:
-        for name, count in (("embed_dim", embed_dim), ("num_heads", num_heads)):
-            if isinstance(count, bool) or not isinstance(count, int):
-                raise TypeError(f"{name} must be an int, got {count!r}")
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, count in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            check_int(count, name)
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
             raise ValueError(
                 "embed_dim must be a positive multiple of num_heads, "
                 f"got embed_dim={embed_dim} and num_heads={num_heads}"
             )
         check_dropout(dropout)
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if isinstance(num_kv_heads, bool) or not isinstance(num_kv_heads, int):
-            raise TypeError(f"num_kv_heads must be an int, got {num_kv_heads!r}")
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must be a divisor of num_heads, {num_heads}, got {num_kv_heads}")
         if positions is not None:
@@ -265,6 +262,8 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
 
     def _check_cache(self, cache: KVCache, batch: int, is_causal: bool, rotary: Rotary | None) -> None:
         """Raise where a cache is not of this layer and batch, or is asked for positions it does not know."""
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache must be a sparse_attn.KVCache, got {type(cache).__name__}")
         if cache.static:
             given = {"is_causal": is_causal, "rotary": rotary is not None}
             given |= {"positions": self.positions is not None, "window": self.window is not None}

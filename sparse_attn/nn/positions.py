@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.checks import check_floating, compute_dtype
+from sparse_attn.checks import check_floating, check_int, compute_dtype
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -85,6 +85,7 @@ class RotaryPositions(Positions):
 
     def __init__(self, head_dim: int, *, base: float = 10000.0) -> None:
         super().__init__()
+        check_int(head_dim, "head_dim")
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"head_dim must be an even number of at least 2, got {head_dim}")
         if not base > 0:
@@ -136,6 +137,7 @@ class ALiBi(Positions):
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
+        check_int(num_heads, "num_heads")
         if num_heads < 1:
             raise ValueError(f"num_heads must be at least 1, got {num_heads}")
         self.num_heads = num_heads
@@ -189,9 +191,9 @@ class NAPE(ALiBi):
     """
 
     def __init__(self, num_heads: int) -> None:
+        super().__init__(num_heads)
         if num_heads < 2:
             raise ValueError(f"num_heads must be at least 2, got {num_heads}")
-        super().__init__(num_heads)
         self.unscaled_heads = num_heads // 2
 
     def slopes(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_attn.checks import check_dropout
+from sparse_attn.checks import check_dropout, check_int
 from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
 from sparse_attn.nn.cache import DecoderCache, KVCache
 from sparse_attn.nn.positions import Rotary
@@ -22,17 +22,26 @@ class _Layer(nn.Module):
     """A residual branch of attention or feed-forward, normalised before (pre-norm) or after it (post-norm)."""
 
     def __init__(
-        self, d_model: int, dim_feedforward: int, dropout: float, activation: Activation, norm_first: bool, factory: Any
+        self,
+        d_model: int,
+        dim_feedforward: int | None,
+        dropout: float,
+        activation: Activation,
+        norm_first: bool,
+        factory: Any,
     ) -> None:
         super().__init__()
         check_dropout(dropout)
-        for name, size in (("d_model", d_model), ("dim_feedforward", dim_feedforward)):
+        check_int(d_model, "d_model")
+        width = 4 * d_model if dim_feedforward is None else dim_feedforward
+        for name, size in (("d_model", d_model), ("dim_feedforward", width)):
+            check_int(size, name)
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if not callable(activation):
             raise TypeError(f"activation must be a function of a tensor such as F.gelu, got {activation!r}")
-        self.linear1 = nn.Linear(d_model, dim_feedforward, **factory)
-        self.linear2 = nn.Linear(dim_feedforward, d_model, **factory)
+        self.linear1 = nn.Linear(d_model, width, **factory)
+        self.linear2 = nn.Linear(width, d_model, **factory)
         self.dropout = nn.Dropout(dropout)
         self.activation = activation
         self.norm_first = norm_first
@@ -105,8 +114,7 @@ class TransformerEncoderLayer(_Layer):
         **attention_kwargs: Any,
     ) -> None:
         factory: Any = {"bias": bias, "device": device, "dtype": dtype}
-        width = 4 * d_model if dim_feedforward is None else dim_feedforward
-        super().__init__(d_model, width, dropout, activation, norm_first, factory)
+        super().__init__(d_model, dim_feedforward, dropout, activation, norm_first, factory)
         factory_of_attention = {"dropout": dropout, "batch_first": batch_first, **factory}
         self.self_attn = attention(d_model, nhead, **factory_of_attention, **attention_kwargs)
         self.norm1, self.norm2 = (_make_norm(norm, d_model, layer_norm_eps, factory) for _ in range(2))
@@ -203,8 +211,7 @@ class TransformerDecoderLayer(_Layer):
         **attention_kwargs: Any,
     ) -> None:
         factory: Any = {"bias": bias, "device": device, "dtype": dtype}
-        width = 4 * d_model if dim_feedforward is None else dim_feedforward
-        super().__init__(d_model, width, dropout, activation, norm_first, factory)
+        super().__init__(d_model, dim_feedforward, dropout, activation, norm_first, factory)
         factory_of_attention = {"dropout": dropout, "batch_first": batch_first, **factory}
         of_cross = {name: given for name, given in attention_kwargs.items() if name not in ("positions", "window")}
         self.self_attn = attention(d_model, nhead, **factory_of_attention, **attention_kwargs)
@@ -247,6 +254,8 @@ class TransformerDecoderLayer(_Layer):
         extra = _given(rotary=rotary, position_bias=position_bias)
         of_cross = {}
         if cache is not None:
+            if not isinstance(cache, DecoderCache):
+                raise TypeError(f"cache must be a sparse_attn.DecoderCache, got {type(cache).__name__}")
             extra["cache"], of_cross["cache"] = cache.self_attention, cache.cross_attention
 
         def attend(x: Tensor) -> Tensor:

@@ -213,7 +213,11 @@ def test_positions_that_do_not_fit_are_named(make: Any, message: str) -> None:
         make()
 
 
-def test_something_else_as_positions_is_named() -> None:
+def test_something_else_as_positions_or_size_is_named() -> None:
+    with pytest.raises(TypeError, match=r"head_dim must be an int, got 8\.0"):
+        RotaryPositions(8.0)
+    with pytest.raises(TypeError, match="num_heads must be an int, got '4'"):
+        NAPE("4")
     with pytest.raises(TypeError, match=r"positions must be a sparse_attn\.nn\.Positions, got str"):
         layer_with(positions="rotary")
 

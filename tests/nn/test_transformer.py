@@ -247,6 +247,8 @@ def test_copies_pickles_and_half_precision(kind: Any) -> None:
     [
         ((E, 5), {}, ValueError, "embed_dim must be a positive multiple of num_heads"),
         ((0, 1), {}, ValueError, "d_model must be at least 1, got 0"),
+        ((24.0, H), {}, TypeError, "d_model must be an int, got 24.0"),
+        ((E, H), {"dim_feedforward": "wide"}, TypeError, "dim_feedforward must be an int, got 'wide'"),
         ((E, H), {"dim_feedforward": 0}, ValueError, "dim_feedforward must be at least 1, got 0"),
         ((E, H), {"dropout": 2.0}, ValueError, r"dropout must be in \[0, 1\], got 2.0"),
         ((E, H), {"norm": "batch"}, ValueError, "norm must be one of layer, rms, got 'batch'"),
@@ -262,6 +264,14 @@ def test_a_wrong_argument_is_named(
         kind(*args, **kwargs)
 
 
+def test_the_cache_of_another_kind_of_layer_is_named() -> None:
+    x = torch.randn(N, L, E)
+    with pytest.raises(TypeError, match=r"cache must be a sparse_attn\.KVCache, got DecoderCache"):
+        TransformerEncoderLayer(E, H)(x, cache=DecoderCache())
+    with pytest.raises(TypeError, match=r"cache must be a sparse_attn\.DecoderCache, got KVCache"):
+        TransformerDecoderLayer(E, H)(x, x, cache=KVCache())
+
+
 def test_the_attention_may_be_any_factory() -> None:
     made = []
 
@@ -272,3 +282,43 @@ def test_the_attention_may_be_any_factory() -> None:
     layer = TransformerDecoderLayer(E, H, attention=factory)
     assert [alpha[0].item() for alpha in alpha_per_head(layer).values()] == [1.25, 1.5]
     assert all(kwargs["batch_first"] for kwargs in made)
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, size: int, **options: Any) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size, E)
+        self.layers = nn.ModuleList(TransformerEncoderLayer(E, H, dropout=0.0, **options) for _ in range(2))
+        self.output = nn.Linear(E, size)
+
+    def forward(self, ids: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        x = self.embedding(ids)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, is_causal=True, cache=None if caches is None else caches[i])
+        return self.output(x)
+
+
+def test_a_language_model_of_them_learns_and_generates() -> None:
+    """The second half of a sequence repeats the first: a head has to look a fixed number of places back."""
+    size, half = 7, 5
+    options = {"num_kv_heads": 2, "norm": "rms", "qk_norm": True, "length_scaling": True, "alpha_init": 1.5}
+    model = LanguageModel(size, positions=RotaryPositions(E // H), **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(100):
+        start = torch.randint(size, (32, half))
+        ids = torch.cat([start, start], 1)
+        loss = F.cross_entropy(model(ids[:, :-1])[:, half - 1 :].flatten(0, 1), start.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+    start = torch.randint(size, (13, half))
+    caches = [KVCache() for _ in model.layers]
+    with torch.no_grad():
+        ids, new = start, start
+        for _ in range(half):
+            logits = model(new, caches)
+            torch.testing.assert_close(logits[:, -1], model(ids)[:, -1], rtol=1e-4, atol=1e-4)
+            new = logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, new], 1)
+    assert (ids[:, half:] == start).double().mean() > 0.95
