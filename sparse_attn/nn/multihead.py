@@ -54,7 +54,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             The keys that ``add_bias_kv`` and ``add_zero_attn`` add stand nowhere: they are not turned, their scores
             have no bias, and every window shows them.
         length_scaling: Multiply queries by a learnt factor that grows with the number of keys they see, see
-            :class:`LengthScaling` (parameters ``length_scaling.beta.*`` and ``length_scaling.gamma.*``).
+            :class:`LengthScaling` (parameters ``length_scaling.beta_weight``, ``beta_bias`` and two of ``gamma``).
     """
 
     def __init__(

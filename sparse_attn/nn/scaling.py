@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,7 @@ class LengthScaling(nn.Module):
 
     ``β = softplus(w_β · x + b_β)`` and ``γ = 2 tanh(w_γ · x + b_γ)`` are learnt per head from the layer's input x. Both
     weights and b_γ start at zero and b_β where β is 0.05, so that every factor starts at 1.05: near one, where a random
-    start gives factors of up to 20, from which training often does not recover. Initialisers that walk over all
-    matrices of a model (``nn.Transformer`` does) undo this; :meth:`reset_parameters` brings it back.
+    start gives factors of up to 20, from which training often does not recover.
 
     Args:
         embed_dim: Size E of the input.
@@ -44,7 +44,7 @@ class LengthScaling(nn.Module):
         embed_dim: int,
         num_heads: int,
         unscaled_heads: int = 0,
-        device: torch.device | str | None = None,
+        device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -52,20 +52,28 @@ class LengthScaling(nn.Module):
             raise ValueError(f"unscaled_heads must be in [0, {num_heads}), the number of heads, got {unscaled_heads}")
         self.unscaled_heads = unscaled_heads
         scaled = num_heads - unscaled_heads
-        self.beta = nn.Linear(embed_dim, scaled, device=device, dtype=dtype)
-        self.gamma = nn.Linear(embed_dim, scaled, device=device, dtype=dtype)
+        factory: Any = {"device": device, "dtype": dtype}
+        # Weights have one dimension: initialisers that walk over all matrices of a model, as nn.Transformer's does,
+        # would undo the start near one.
+        self.beta_weight = nn.Parameter(torch.empty(scaled * embed_dim, **factory))
+        self.beta_bias = nn.Parameter(torch.empty(scaled, **factory))
+        self.gamma_weight = nn.Parameter(torch.empty(scaled * embed_dim, **factory))
+        self.gamma_bias = nn.Parameter(torch.empty(scaled, **factory))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Start near one."""
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
-        nn.init.constant_(self.beta.bias, math.log(math.expm1(0.05)))  # the inverse of softplus
+        nn.init.constant_(self.beta_bias, math.log(math.expm1(0.05)))  # the inverse of softplus
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
         """The factor of each head and query."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        beta, gamma = (project(x).movedim(-1, 1).to(wide) for project in (self.beta, self.gamma))
+        beta, gamma = (
+            F.linear(x, weight.view(-1, x.shape[-1]), bias).movedim(-1, 1).to(wide)
+            for weight, bias in ((self.beta_weight, self.beta_bias), (self.gamma_weight, self.gamma_bias))
+        )
         # softplus; of F.softplus, torch.compile mistakes the strides in the backward.
         beta, gamma = torch.logaddexp(beta, torch.zeros_like(beta)), 2 * gamma.tanh()
         visible = visible.to(wide)

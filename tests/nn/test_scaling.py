@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_attn import NAPE, AdaptiveSparseMultiheadAttention, LengthScaling, TopKMultiheadAttention
+from sparse_attn import (
+    NAPE,
+    AdaptiveSparseMultiheadAttention,
+    LengthScaling,
+    TopKMultiheadAttention,
+    TransformerEncoderLayer,
+)
 
 N, H, L, S, D = 2, 3, 5, 7, 11
 E = H * D
@@ -19,6 +25,14 @@ def test_every_factor_starts_near_one_whatever_the_length() -> None:
     x = torch.randn(N, L, E)
     for visible in (1, 2, 64, 10**6):
         torch.testing.assert_close(scaling(x, torch.tensor(visible)), torch.full((N, H, L, 1), 1.05))
+
+
+def test_an_initialiser_of_all_matrices_leaves_the_start_near_one() -> None:
+    encoder = nn.TransformerEncoder(TransformerEncoderLayer(E, H, length_scaling=True), 2, enable_nested_tensor=False)
+    model = nn.Transformer(E, H, num_decoder_layers=1, custom_encoder=encoder, batch_first=True)
+    for layer in model.encoder.layers:
+        factor = layer.self_attn.length_scaling(torch.randn(N, L, E), torch.tensor(S))
+        torch.testing.assert_close(factor, torch.full((N, H, L, 1), 1.05))
 
 
 def test_factor_is_that_of_the_formula() -> None:
@@ -32,9 +46,9 @@ def test_factor_is_that_of_the_formula() -> None:
     for n in range(N):
         for h in range(1, H):
             for i in range(L):
-                beta_in, gamma_in = (
-                    (part.weight[h - 1] @ x[n, i] + part.bias[h - 1]).item() for part in (scaling.beta, scaling.gamma)
-                )
+                row = slice((h - 1) * E, h * E)
+                beta_in = (scaling.beta_weight[row] @ x[n, i] + scaling.beta_bias[h - 1]).item()
+                gamma_in = (scaling.gamma_weight[row] @ x[n, i] + scaling.gamma_bias[h - 1]).item()
                 beta, gamma = math.log1p(math.exp(beta_in)), 2 * math.tanh(gamma_in)
                 expected = 1 + beta * math.log(visible[n, h, i].item()) ** gamma
                 assert factor[n, h, i].item() == pytest.approx(expected, rel=1e-12)
@@ -43,7 +57,7 @@ def test_factor_is_that_of_the_formula() -> None:
 @pytest.mark.parametrize("gamma", [-5.0, 0.0, 5.0])
 def test_queries_that_see_one_key_or_none_have_a_finite_factor_and_gradient(gamma: float) -> None:
     scaling = LengthScaling(E, H)
-    nn.init.constant_(scaling.gamma.bias, gamma)
+    nn.init.constant_(scaling.gamma_bias, gamma)
     factor = scaling(torch.randn(N, L, E), torch.tensor([0, 1, 2, 3, 4]))
     factor.sum().backward()
     assert factor.isfinite().all()
@@ -128,7 +142,7 @@ def test_it_learns_and_takes_no_part_where_it_is_not_asked_for() -> None:
     x = torch.randn(N, L, E)
     layer(x, x, x)[0].square().sum().backward()
     grads = {name: p.grad for name, p in layer.named_parameters() if name.startswith("length_scaling")}
-    assert sorted(grads) == [f"length_scaling.{part}.{p}" for part in ("beta", "gamma") for p in ("bias", "weight")]
+    assert sorted(grads) == [f"length_scaling.{part}_{p}" for part in ("beta", "gamma") for p in ("bias", "weight")]
     assert all(bool((grad != 0).any()) for grad in grads.values())
     assert not [name for name in TopKMultiheadAttention(E, H, k=3).state_dict() if "scaling" in name]
 
