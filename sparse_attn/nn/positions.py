@@ -230,8 +230,11 @@ def turn(
         TypeError: ``rotary`` is no pair of floating tensors.
         ValueError: It has another shape, or ``positions`` rotate, too.
     """
-    both = (places(query_start, query), places(key_start, key))
-    angles = [None if positions is None else positions.rotary(at) for at in both]
+    angles: list[Rotary | None] = [None, None]
+    if positions is not None:
+        angles = [positions.rotary(places(key_start, key))] * 2
+        if (query_start, query.shape[-2]) != (key_start, key.shape[-2]):
+            angles[0] = positions.rotary(places(query_start, query))
     if rotary is not None:
         if angles[0] is not None:
             raise ValueError(f"rotary must be None, since the layer's own positions rotate: {positions}")
