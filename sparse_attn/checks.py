@@ -95,6 +95,12 @@ def check_k(k: int, size: int | None = None) -> None:
         raise ValueError(f"k must be at least 1{upper}, got {k}")
 
 
+def check_int(value: int, name: str) -> None:
+    """Raise unless ``value`` is an int."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+
+
 def check_dropout(dropout: float, name: str = "dropout") -> None:
     """Raise unless ``dropout`` is a probability."""
     if isinstance(dropout, bool) or not isinstance(dropout, Real):

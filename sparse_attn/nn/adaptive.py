@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_attn.masks import Window
 from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_alpha_range, initial_alpha
 from sparse_attn.nn.multihead import SparseMultiheadAttention
+from sparse_attn.nn.positions import Positions
 from sparse_attn.ops.attention import ScoreMapping, entmax_mapping
 
 
@@ -39,6 +41,12 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
         alpha_range: The closed interval that a learnt α stays in; α = 1 is softmax, 2 is sparsemax.
         learn_alpha: Whether α is a parameter. If not, it may be any in ``(0, inf)``, and the state dict is that of
             ``nn.MultiheadAttention``.
+        num_kv_heads: Heads of keys and values, a divisor of ``num_heads``; the others share them.
+        window: (left, right): how many keys a query sees before and after its own position; one int for both sides.
+        qk_norm: RMSNorm on the queries and keys of every head.
+        positions: ``RotaryPositions``, ``ALiBi``, ``NAPE`` or a ``Positions`` of one's own.
+        length_scaling: Scores that grow with the number of keys; see ``LengthScaling``. This and the four before it
+            are described in :class:`SparseMultiheadAttention`.
 
     Attributes:
         alpha: (H,) the current α per head, differentiable when learnt.
@@ -82,6 +90,11 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
         alpha_init: float | Sequence[float] | Tensor = 1.5,
         alpha_range: tuple[float, float] = (1.0, 2.0),
         learn_alpha: bool = True,
+        num_kv_heads: int | None = None,
+        window: Window | None = None,
+        qk_norm: bool = False,
+        positions: Positions | None = None,
+        length_scaling: bool = False,
     ) -> None:
         super().__init__(
             embed_dim,
@@ -95,6 +108,11 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
             batch_first,
             device,
             dtype,
+            num_kv_heads=num_kv_heads,
+            window=window,
+            qk_norm=qk_norm,
+            positions=positions,
+            length_scaling=length_scaling,
         )
         self.alpha_range = check_alpha_range(alpha_range)
         alpha = initial_alpha(alpha_init, self.alpha_range if learn_alpha else None, num_heads)
@@ -129,11 +147,12 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
         return entmax_mapping(self.alpha, self.num_heads)
 
     def extra_repr(self) -> str:
-        """The α arguments, as given."""
+        """The α arguments, as given, and what all of these layers show."""
         learnt = self.raw_alpha is not None
         inits = set(self.alpha_init)
         init = self.alpha_init[0] if len(inits) == 1 else self.alpha_init
-        return f"alpha_init={init}, alpha_range={self.alpha_range}, learn_alpha={learnt}"
+        own = f"alpha_init={init}, alpha_range={self.alpha_range}, learn_alpha={learnt}"
+        return ", ".join(filter(None, (own, super().extra_repr())))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.raw_alpha is not None:
