@@ -252,7 +252,8 @@ def alpha_penalty(
 def _learnt(model: nn.Module, *, strict: bool = True) -> list[tuple[WideAlpha, nn.Parameter]]:
     """The modules whose α is a parameter, frozen or not, each with that parameter."""
     modules = [module for module in model.modules() if isinstance(module, WideAlpha)]
-    found = [(m, raw_alpha) for m in modules if isinstance(raw_alpha := m.raw_alpha, nn.Parameter)]
+    # By its place, not its type: ``torch.func.functional_call`` puts plain tensors there.
+    found = [(m, raw_alpha) for m in modules if (raw_alpha := m._parameters.get("raw_alpha")) is not None]
     if strict and not found:
         got = "fixed ones alone" if modules else "none"
         raise ValueError(f"model must hold an α that is a parameter (learn_alpha=True), got {got}")
@@ -273,6 +274,6 @@ def _fitting(name: str, module: WideAlpha, value: float | Sequence[float] | Tens
     if alpha.dim() and alpha.shape != shape:
         raise ValueError(f"{what} must be a number or one per head {tuple(shape)}, got shape {tuple(alpha.shape)}")
     check_alpha(alpha, what)
-    if isinstance(held, nn.Parameter):
+    if "raw_alpha" in module._parameters and held is not None:
         check_inside(alpha, module.alpha_range, what)
     return alpha
