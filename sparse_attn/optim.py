@@ -253,7 +253,8 @@ def _learnt(model: nn.Module, *, strict: bool = True) -> list[tuple[WideAlpha, n
     """The modules whose α is a parameter, frozen or not, each with that parameter."""
     modules = [module for module in model.modules() if isinstance(module, WideAlpha)]
     # By its place, not its type: ``torch.func.functional_call`` puts plain tensors there.
-    found = [(m, raw_alpha) for m in modules if (raw_alpha := m._parameters.get("raw_alpha")) is not None]
+    places = [(module, module._parameters.get("raw_alpha")) for module in modules]
+    found = [(module, raw_alpha) for module, raw_alpha in places if raw_alpha is not None]
     if strict and not found:
         got = "fixed ones alone" if modules else "none"
         raise ValueError(f"model must hold an α that is a parameter (learn_alpha=True), got {got}")

@@ -194,7 +194,8 @@ class HoldsAlpha(WideAlpha):
         if self.learn_alpha:
             check_inside(torch.as_tensor(alpha), self.alpha_range, "alpha")
             if not isinstance(alpha, nn.Parameter):
-                alpha = nn.Parameter(torch.as_tensor(alpha).detach().clone())
+                number = alpha if isinstance(alpha, Tensor) else torch.tensor(float(alpha))  # an int is one, too
+                alpha = nn.Parameter(number.detach().clone())
         if isinstance(alpha, Tensor):
             hold(self, "raw_alpha", alpha)
         else:
