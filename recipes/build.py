@@ -145,9 +145,15 @@ def build_callbacks(section: dict[str, Any] | None) -> list[L.Callback]:
     """The callbacks of a config section, besides those that every training has."""
     callbacks = []
     for name, node in (section or {}).items():
-        arguments = {key: value for key, value in node.items() if key != "_target_"}
-        check_arguments(get_class(node["_target_"]), f"callbacks.{name}", arguments)
-        callbacks.append(instantiate(node))
+        target, arguments = node["_target_"], {key: value for key, value in node.items() if key != "_target_"}
+        try:
+            kind = get_class(target)
+        except (ImportError, TypeError, ValueError) as error:
+            raise ValueError(f"callbacks.{name}._target_ must name a class, got {target!r}") from error
+        if not issubclass(kind, L.Callback):
+            raise ValueError(f"callbacks.{name}._target_ must name a lightning.Callback, got {target!r}")
+        check_arguments(kind, f"callbacks.{name}", arguments)
+        callbacks.append(kind(**arguments))
     return callbacks
 
 
