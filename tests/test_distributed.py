@@ -82,7 +82,7 @@ def named(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def trained(model: nn.Module, rows: slice, *, penalty: float = 0.0) -> dict[str, Any]:
+def trained(model: nn.Module, rows: slice, *, penalty: float = 0.0, clip: bool = True) -> dict[str, Any]:
     """The gradients of the first step, and the parameters after all."""
     optimizer = torch.optim.AdamW(alpha_param_groups(model, lr=1e-2, weight_decay=0.1, alpha_lr=2e-2))
     optimizer.register_step_post_hook(lambda *_: project_alpha(model))
@@ -94,7 +94,8 @@ def trained(model: nn.Module, rows: slice, *, penalty: float = 0.0) -> dict[str,
             loss = loss + alpha_penalty(model, 1.5, strength=penalty)
         loss.backward()
         grads = grads or {name: full(p.grad) for name, p in named(model).named_parameters()}
-        clip_grad_norm_(model.parameters(), 1.0)
+        if clip:
+            clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return {"grads": grads, "parameters": {name: full(p) for name, p in named(model).named_parameters()}}
 
@@ -125,6 +126,34 @@ def fsdp(folder: Path) -> Any:
 
 def fsdp_with_penalty(folder: Path) -> Any:
     return trained(sharded(), mine(), penalty=3.0)
+
+
+def kept_whole(dtype: torch.dtype) -> Model:
+    """A sharded model whose α are left out, as docs/alpha.md has it."""
+    model = make().to(dtype)
+    alphas = {p for name, p in model.named_parameters() if name.endswith("raw_alpha")}
+    for module in (*model.blocks, model):
+        fully_shard(module, ignored_params=alphas)
+    for alpha in alphas:
+        alpha.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(dist.get_world_size())))
+    return model
+
+
+def fsdp_alpha_kept_whole(folder: Path) -> Any:
+    return trained(
+        kept_whole(torch.float64), mine(), clip=False
+    )  # sharded gradients and whole ones have no norm in common
+
+
+def fsdp_bfloat16(folder: Path) -> Any:
+    """What a layer sees in its forward, and whether the α of both processes have the same gradients."""
+    model, seen = kept_whole(torch.bfloat16), {}
+    attention = model.blocks[0].attention
+    attention.register_forward_hook(
+        lambda *_: seen.update(alpha=attention.alpha, weight=attention.out_proj.weight.dtype)
+    )
+    model(batches()[0][mine()].bfloat16()).float().sum().backward()
+    return {"alpha": seen["alpha"].detach(), "weight": seen["weight"], "grad": attention.raw_alpha.grad}
 
 
 def fsdp_alpha(folder: Path) -> Any:
@@ -161,7 +190,16 @@ def fsdp_checkpoint(folder: Path) -> Any:
 
 SCENARIOS: dict[str, Callable[[Path], Any]] = {
     function.__name__: function
-    for function in (ddp, ddp_checkpointed, fsdp, fsdp_with_penalty, fsdp_alpha, fsdp_checkpoint)
+    for function in (
+        ddp,
+        ddp_checkpointed,
+        fsdp,
+        fsdp_with_penalty,
+        fsdp_alpha_kept_whole,
+        fsdp_bfloat16,
+        fsdp_alpha,
+        fsdp_checkpoint,
+    )
 }
 
 
@@ -198,9 +236,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     return {name: [torch.load(folder / f"{name}.{rank}") for rank in range(RANKS)] for name in SCENARIOS}
 
 
-@pytest.mark.parametrize("name", ["ddp", "ddp_checkpointed", "fsdp", "fsdp_with_penalty"])
+@pytest.mark.parametrize("name", ["ddp", "ddp_checkpointed", "fsdp", "fsdp_with_penalty", "fsdp_alpha_kept_whole"])
 def test_two_processes_take_the_steps_of_one(results: dict[str, list[Any]], name: str) -> None:
-    alone = trained(make(), slice(None), penalty=3.0 if "penalty" in name else 0.0)
+    alone = trained(make(), slice(None), penalty=3.0 if "penalty" in name else 0.0, clip="whole" not in name)
     for found in results[name]:
         torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-9)
     moved = torch.cat([p for name, p in alone["parameters"].items() if name.endswith("raw_alpha")])
@@ -229,6 +267,16 @@ def test_alpha_of_a_sharded_model_is_whole(results: dict[str, list[Any]]) -> Non
         assert found["frozen"] == [True] * 3
         torch.testing.assert_close(found["reset"]["blocks.0.attention"], expected["blocks.0.attention"])
     assert sorted(found["mine"] for found in results["fsdp_alpha"]) == [0, 1], "one head for two processes"
+
+
+def test_a_sharded_bfloat16_model_keeps_a_float32_alpha(results: dict[str, list[Any]]) -> None:
+    first, second = results["fsdp_bfloat16"]
+    assert (first["alpha"].dtype, first["weight"], first["grad"].dtype) == (
+        torch.float32,
+        torch.bfloat16,
+        torch.float32,
+    )
+    assert torch.equal(first["grad"], second["grad"]) and bool(first["grad"].any())
 
 
 def test_a_sharded_checkpoint(results: dict[str, list[Any]]) -> None:

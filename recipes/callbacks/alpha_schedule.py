@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from sparse_attn.optim import linear_alpha, set_alpha
 
@@ -35,7 +36,7 @@ class AlphaSchedule(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Sets the first value; a fixed number becomes a buffer before anything is compiled or loaded."""
-        if stage == "fit":
+        if stage == "fit" and not is_overridden("configure_model", pl_module):  # which builds the model later
             set_alpha(pl_module, self.end)  # refused now rather than at the end of the line
             set_alpha(pl_module, self.start)
 

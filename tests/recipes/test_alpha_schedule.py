@@ -92,6 +92,20 @@ def test_going_on_from_a_checkpoint_goes_on_along_the_line(tmp_path):
     torch.testing.assert_close(seen, 1 + torch.arange(2 * BATCHES) / 16)
 
 
+def test_a_model_may_be_built_late(tmp_path):
+    class Late(Own):
+        def __init__(self):
+            super().__init__(learn_alpha=False)
+            del self.attention
+
+        def configure_model(self):
+            self.attention = AdaptiveSparseMultiheadAttention(E, H, batch_first=True, learn_alpha=False)
+
+    module = Late()
+    fit(module, AlphaSchedule(start=1.0, end=1.5, last_step=5), tmp_path, num_sanity_val_steps=0)
+    torch.testing.assert_close(torch.tensor(module.seen["train"])[:, 0], 1 + torch.arange(BATCHES) / 10)
+
+
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_only_a_training_sets_alpha(stage):
     module = Own(learn_alpha=False, alpha_init=1.75)
