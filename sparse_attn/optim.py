@@ -102,8 +102,8 @@ def unfreeze_alpha(model: nn.Module) -> None:
 def set_alpha(model: nn.Module, value: float | Sequence[float] | Tensor | Mapping[str, Any]) -> None:
     """Set every α, learnt or fixed, in place.
 
-    ``torch.compile`` does not recompile for it, but for the first time that a fixed α which is a number is set: it
-    becomes a buffer then, which is in the state dict from there on.
+    ``torch.compile`` does not recompile for it. Only where a fixed α is still a number it becomes a buffer, which is in
+    the state dict from there on: set it once before the model is compiled or copied (for an average of it, say).
 
     Args:
         model: The model.
@@ -268,13 +268,13 @@ def _fitting(name: str, module: WideAlpha, value: float | Sequence[float] | Tens
         alpha = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError):
         raise TypeError(f"{what} must be a number or one per head, got {value!r}") from None
-    held = module.raw_alpha
-    shape = torch.as_tensor(module.alpha).shape if held is None else held.shape
+    current = torch.as_tensor(module.alpha) if module.raw_alpha is None else module.raw_alpha
+    shape = current.shape
     if alpha.dim() == 1 and alpha.numel() == shape.numel():
         alpha = alpha.view(shape)
     if alpha.dim() and alpha.shape != shape:
         raise ValueError(f"{what} must be a number or one per head {tuple(shape)}, got shape {tuple(alpha.shape)}")
     check_alpha(alpha, what)
-    if "raw_alpha" in module._parameters and held is not None:
-        check_inside(alpha, module.alpha_range, what)
+    if module._parameters.get("raw_alpha") is not None:
+        check_inside(alpha.to(current.dtype), module.alpha_range, what)  # rounded as the bounds are
     return alpha

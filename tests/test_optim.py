@@ -173,6 +173,14 @@ def test_a_refused_alpha_changes_nothing(value: Any, error: type[Exception], mes
     assert all(alpha.tolist() == [1.25] * H for alpha in alpha_per_head(model).values())
 
 
+def test_set_alpha_takes_bounds_that_are_rounded() -> None:
+    model = encoder(alpha_range=(1.1, 1.9), alpha_init=[1.1, 1.9])
+    set_alpha(model, alpha_per_head(model))
+    set_alpha(model, [1.9, 1.1])
+    with pytest.raises(ValueError, match=r"got 1\.90001"):
+        set_alpha(model, 1.90001)
+
+
 def test_linear_alpha() -> None:
     values = [linear_alpha(step, 2.0, 1.0, first_step=3, last_step=7) for step in (-1, 0, 3, 4, 5, 7, 8)]
     assert values == [2.0, 2.0, 2.0, 1.75, 1.5, 1.0, 1.0]
@@ -201,6 +209,20 @@ def test_the_penalty_is_its_formula_and_zero_on_target(target: Any) -> None:
 def test_a_penalty_uses_each_range() -> None:
     model = nn.ModuleList(Entmax(alpha, learn_alpha=True, alpha_range=(1.0, high)) for alpha, high in [(2, 5), (2, 3)])
     assert alpha_penalty(model, "dense").item() == pytest.approx((0.25 + 0.5) / 2)
+
+
+def test_a_penalty_in_a_functional_call() -> None:
+    class Penalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = encoder(alpha_init=1.25)
+
+        def forward(self) -> Tensor:
+            return alpha_penalty(self.inner, "sparse")
+
+    model = Penalised()
+    grads = torch.func.grad(lambda p: torch.func.functional_call(model, p, ()))(dict(model.named_parameters()))
+    assert grads["inner.layers.0.self_attn.raw_alpha"].tolist() == [-0.25] * H
 
 
 def test_a_penalty_moves_alpha_in_a_training() -> None:
