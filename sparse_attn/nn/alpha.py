@@ -6,8 +6,8 @@ and gradients that are summed over micro-batches or processes have to be that of
 gradient of ``clamp`` is zero, so α would be stuck; the identity would let the parameter wander off; and projecting each
 gradient is wrong for sums: where noise points to both sides, the parts that point inside would add up. So the gradient
 passes as it is inside, on the bounds and up to a margin past them, and what points further out is held back only beyond
-it. The parameter gets one optimizer step past the margin and no further, in a plain loop and without any hook, and what
-is held back there is too far from the bound to be felt in α.
+it. In a plain loop, without any hook, the parameter gets one optimizer step past the margin (or as far as momentum then
+carries it) and no further; and as long as a step is smaller than the margin, α feels nothing of what is held back there.
 
 ``sparse_attn.optim.project_alpha`` after each step brings the parameter back to the bound: no margin, and nothing held
 back.
