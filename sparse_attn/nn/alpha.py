@@ -7,8 +7,7 @@ gradient of ``clamp`` is zero, so α would be stuck; the identity would let the 
 gradient is wrong for sums: where noise points to both sides, the parts that point inside would add up. So the gradient
 passes as it is inside, on the bounds and up to a margin past them, and what points further out is held back only beyond
 it. In a plain loop, without any hook, the parameter gets one optimizer step past the margin (or as far as momentum then
-carries it) and no further, and α feels nothing of what is held
-back there as long as a step is smaller than the margin.
+carries it) and no further, and α feels nothing of what is held back there as long as a step is smaller than the margin.
 
 ``sparse_attn.optim.project_alpha`` after each step brings the parameter back to the bound: no margin, and nothing held
 back.
