@@ -108,7 +108,8 @@ def set_alpha(model: nn.Module, value: float | Sequence[float] | Tensor | Mappin
     Args:
         model: The model.
         value: One α for all heads, one per head, or ``{module name: either}``, as
-            :func:`sparse_attn.alpha_per_head` returns it, for the modules named.
+            :func:`sparse_attn.alpha_per_head` returns it, for the modules named; a module that holds a single α may
+            stand for it.
 
     Raises:
         TypeError: ``value`` is neither numbers nor a floating tensor.
@@ -126,11 +127,16 @@ def set_alpha(model: nn.Module, value: float | Sequence[float] | Tensor | Mappin
     if not modules:
         raise ValueError(f"model must hold an α, got none in {type(model).__name__}")
     values = value if isinstance(value, Mapping) else dict.fromkeys(modules, value)
-    if unknown := [name for name in values if name not in modules]:
-        raise ValueError(f"value must be for modules with an α, {', '.join(map(repr, modules))}, got {unknown[0]!r}")
-    checked = {name: _fitting(name, modules[name], value) for name, value in values.items()}
-    for name, alpha in checked.items():
-        fill(modules[name].alpha_as_tensor(), alpha)
+    checked = []
+    for name, alpha in values.items():
+        # An attention that is not ours goes by its own name, and not by that of the one α it holds.
+        held = [module for inner, module in modules.items() if inner.rpartition(".")[0] == name]
+        module = modules.get(name, held[0] if len(held) == 1 else None)
+        if module is None:
+            raise ValueError(f"value must be for modules with an α, {', '.join(map(repr, modules))}, got {name!r}")
+        checked.append((module, _fitting(name, module, alpha)))
+    for module, alpha in checked:
+        fill(module.alpha_as_tensor(), alpha)
 
 
 def linear_alpha(step: float, start: float, end: float, *, first_step: float = 0, last_step: float) -> float:

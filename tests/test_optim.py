@@ -153,6 +153,16 @@ def test_set_alpha_per_head_and_by_name_takes_back_what_alpha_per_head_gave() ->
     assert mapping.raw_alpha.tolist() == [[[1.0]], [[3.0]]]
 
 
+def test_set_alpha_by_the_name_of_the_module_that_holds_it() -> None:
+    blocks = nn.ModuleList([nn.ModuleDict({"sparse_alpha": Entmax(1.25)}) for _ in range(2)])
+    set_alpha(blocks, {"1": 1.5})
+    assert [float(block["sparse_alpha"].alpha) for block in blocks] == [1.25, 1.5]
+    with pytest.raises(ValueError, match="got ''"):
+        set_alpha(encoder(), {"": 1.5})
+    with pytest.raises(ValueError, match="got 'two'"):
+        set_alpha(nn.ModuleDict({"two": nn.ModuleList([Entmax(1.25), Entmax(1.25)])}), {"two": 1.5})
+
+
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
