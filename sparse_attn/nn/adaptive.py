@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_alpha_range, initial_alpha
+from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_alpha_range, head_alpha, initial_alpha
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.ops.attention import ScoreMapping, entmax_mapping
 
@@ -147,12 +147,15 @@ def alpha_per_head(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         ``{layer name: (num_heads,) tensor}`` in the order of ``model.named_modules()``, detached; empty without
-        such layers.
+        such layers. An attention module of another library counts where it has been given a learnt α.
 
     Example:
         >>> model = nn.Sequential(AdaptiveSparseMultiheadAttention(8, 2, alpha_init=[1.25, 1.75]))
         >>> alpha_per_head(model)
         {'0': tensor([1.2500, 1.7500])}
     """
-    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, AdaptiveSparseMultiheadAttention))
-    return {name: layer.alpha.detach() for name, layer in layers}
+    layers = (
+        (name, module if isinstance(module, AdaptiveSparseMultiheadAttention) else head_alpha(module))
+        for name, module in model.named_modules()
+    )
+    return {name: layer.alpha.detach() for name, layer in layers if layer is not None}
