@@ -131,7 +131,8 @@ def remove_alpha(model: PreTrainedModel) -> None:
         raise ValueError(f"model must have learnt α from add_alpha, got {type(model).__name__} without")
     for module in owners:
         del module.sparse_alpha
-    delattr(model.config, _RANGE)
+    if hasattr(model.config, _RANGE):
+        delattr(model.config, _RANGE)
 
 
 def _attach(
@@ -159,7 +160,9 @@ def _check_model(model: object) -> None:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a transformers.PreTrainedModel, got {type(model).__name__}; of a wrapper, give what it wraps"
+        )
 
 
 def _attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -169,7 +172,7 @@ def _attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     if not modules:
         raise ValueError(
             "model must attend through transformers' attention interface, got none of that in "
-            f"{type(model).__name__}, which computes softmax attention whatever its attn_implementation says"
+            f"{type(model).__name__}, which does the same whatever its attn_implementation is"
         )
     chosen = {name: module for name, module in modules.items() if learns_alpha(module.config._attn_implementation)}
     if not chosen:
@@ -260,4 +263,4 @@ def _by_module(model: PreTrainedModel, saved: dict[str, Tensor], modules: dict[s
                 f"path must be a checkpoint of this model, got α of shape {tuple(value.shape)} for {name!r} with {heads} heads"
             )
         values[name] = value
-    return values
+    return {name: values[name] for name in modules if name in values}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -82,6 +83,8 @@ def register(name: str | None = None, *, alpha: float | None = None, k: int | No
     else:
         _check_name(name, AttentionInterface._global_mapping)
         if alpha is not None:
+            if isinstance(alpha, bool) or not isinstance(alpha, Real):
+                raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
             check_alpha(alpha)
         if k is not None:
             check_k(k)
