@@ -37,7 +37,9 @@ def result(output) -> Tensor:
 def real(inputs: dict[str, Tensor], output: Tensor) -> Tensor:
     """Which positions of an output are no padding."""
     mask = inputs.get("attention_mask")
-    return torch.ones(output.shape[:-1], dtype=torch.bool) if mask is None or "decoder_input_ids" in inputs else mask > 0
+    return (
+        torch.ones(output.shape[:-1], dtype=torch.bool) if mask is None or "decoder_input_ids" in inputs else mask > 0
+    )
 
 
 @pytest.mark.parametrize("name", ENCODERS + DECODERS + BOTH + IMAGES)

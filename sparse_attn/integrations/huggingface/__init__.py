@@ -10,7 +10,8 @@ Example:
     ['encoder.layer.0.attention.self', 'encoder.layer.1.attention.self']
 """
 
-from sparse_attn.integrations.huggingface.alpha import add_alpha, load_alpha, remove_alpha
+from sparse_attn.integrations.huggingface.alpha import add_alpha, remove_alpha
 from sparse_attn.integrations.huggingface.attention import register
+from sparse_attn.integrations.huggingface.checkpoint import load_alpha
 
 __all__ = ["add_alpha", "load_alpha", "register", "remove_alpha"]
