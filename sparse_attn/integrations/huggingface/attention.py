@@ -11,23 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.checks import check_alpha, check_k
+from sparse_attn.checks import check_alpha
 from sparse_attn.masks import causal_mask
 from sparse_attn.nn.alpha import head_alpha
 from sparse_attn.observe import observed, tell
 from sparse_attn.ops.attention import ScoreMapping, attend, entmax_mapping, topk_mapping
 
 _DEFAULT_ALPHA = 1.5
-_DEFAULT_K = 8  # the best in Zhao et al. 2019, section 4
+_DEFAULT_K = 8
 
-# Name to fixed α and k. With neither, α is the module's learnt one, or the default.
-_registered: dict[str, tuple[float | None, int | None]] = {}
-_BUILT_IN: dict[str, tuple[float | None, int | None]] = {
-    "entmax": (None, None),
-    "entmax15": (1.5, None),
-    "sparsemax": (2.0, None),
-    "topk": (1.0, _DEFAULT_K),
+# None stands for α-entmax with the module's learnt α, or the default.
+_BUILT_IN: dict[str, ScoreMapping | None] = {
+    "entmax": None,
+    "entmax15": ScoreMapping(1.5),
+    "sparsemax": ScoreMapping(2.0),
+    "topk": ScoreMapping(1.0, _DEFAULT_K),
 }
+_registered: dict[str, ScoreMapping | None] = {}
 
 # What would change the weights in a way that these functions do not know, and who asks for it.
 _REFUSED = {
@@ -50,8 +50,10 @@ def register(name: str | None = None, *, alpha: float | None = None, k: int | No
         "sparsemax"   α = 2
         "topk"        softmax over the 8 best keys of each query
 
-    With a name, that one alone, anew if it is one of ours: ``register("topk32", k=32)``. Each comes with a function
-    for masks of the same name, without which transformers would make no mask at all and a decoder would see its future.
+    With a name, that one alone, and anew if it is there: ``register("topk32", k=32)``. Each comes with a function for
+    masks of the same name, without which transformers would make no mask at all and a decoder would see its future.
+
+    transformers' models without its attention interface (BLOOM and DeBERTa are some) take the name and ignore it.
 
     Args:
         name: A name of your own, which has to be a Python identifier.
@@ -70,7 +72,7 @@ def register(name: str | None = None, *, alpha: float | None = None, k: int | No
 
     Reference:
         Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers"; Zhao et al. 2019, "Explicit Sparse
-        Transformer", for ``k = 8``.
+        Transformer".
     """
     require_transformers()
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -79,26 +81,19 @@ def register(name: str | None = None, *, alpha: float | None = None, k: int | No
     if name is None:
         if alpha is not None or k is not None:
             raise ValueError(f"name must be given with alpha or k, got alpha={alpha} and k={k} without")
-        wanted = {key: setting for key, setting in _BUILT_IN.items() if key not in _registered}
+        wanted = {key: mapping for key, mapping in _BUILT_IN.items() if key not in _registered}
     else:
         _check_name(name, AttentionInterface._global_mapping)
-        if alpha is not None:
-            if isinstance(alpha, bool) or not isinstance(alpha, Real):
-                raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
-            check_alpha(alpha)
-        if k is not None:
-            check_k(k)
-            alpha = 1.0 if alpha is None else alpha
-        wanted = {name: (alpha, k)}
-    for key, setting in wanted.items():
-        AttentionInterface.register(key, attention_function(*setting))
+        wanted = {name: _BUILT_IN.get(name) if alpha is None and k is None else _fixed_mapping(alpha, k)}
+    for key, mapping in wanted.items():
+        AttentionInterface.register(key, attention_function(mapping))
         AttentionMaskInterface.register(key, sdpa_mask)
     _registered.update(wanted)
 
 
 def learns_alpha(name: str | None) -> bool:
     """Whether that ``attn_implementation`` uses an α on the module."""
-    return name in _registered and _registered[name] == (None, None)
+    return name in _registered and _registered[name] is None
 
 
 def require_transformers() -> None:
@@ -107,8 +102,8 @@ def require_transformers() -> None:
         raise ImportError("transformers must be installed for this: pip install sparse-attn[hf]")
 
 
-def attention_function(alpha: float | None, k: int | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """A function that transformers' attention modules call with their projected heads."""
+def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """A function that transformers' attention modules call with their projected heads; without mapping α is theirs."""
 
     def sparse_attention(
         module: nn.Module,
@@ -135,27 +130,26 @@ def attention_function(alpha: float | None, k: int | None) -> Callable[..., tupl
         if position_bias is not None:
             attention_mask = _with_bias(attention_mask, position_bias, is_causal, query, key)
             is_causal = False
-        wants_weights = _wants_weights(kwargs.get("output_attentions"))
         output, weights = attend(
             query,
             key,
             value,
-            _mapping(module, alpha, k, query.shape[1]),
+            _mapping_of(module, query.shape[1]) if mapping is None else mapping,
             attention_mask,
             dropout if module.training else 0.0,
             is_causal,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
-            need_weights=wants_weights or observed(),
+            need_weights=observed() or _weights_are_returned(kwargs.get("output_attentions")),
         )
         if weights is not None:
             tell(module, weights)
-        return output.transpose(1, 2).contiguous(), weights if wants_weights else None
+        return output.transpose(1, 2).contiguous(), weights
 
     return sparse_attention
 
 
-def _wants_weights(asked: bool | None) -> bool:
+def _weights_are_returned(asked: bool | None) -> bool:
     """Whether the model was called with ``output_attentions=True``, which not all models pass on to here."""
     if asked or torch.compiler.is_compiling():  # compiled code cannot look into the variable below
         return bool(asked)
@@ -164,11 +158,7 @@ def _wants_weights(asked: bool | None) -> bool:
     return any("attentions" in key for key in _active_collector.get() or ())
 
 
-def _mapping(module: nn.Module, alpha: float | None, k: int | None, heads: int) -> ScoreMapping:
-    if k is not None:
-        return topk_mapping(k, 1.0 if alpha is None else alpha)
-    if alpha is not None:
-        return entmax_mapping(alpha, heads)
+def _mapping_of(module: nn.Module, heads: int) -> ScoreMapping:
     learnt = head_alpha(module)
     return entmax_mapping(_DEFAULT_ALPHA if learnt is None else learnt.alpha, heads)
 
@@ -182,6 +172,14 @@ def _with_bias(mask: Tensor | None, bias: Tensor, is_causal: bool, query: Tensor
     if mask.is_floating_point():
         return bias + mask
     return bias.masked_fill(~mask, -math.inf)
+
+
+def _fixed_mapping(alpha: float | None, k: int | None) -> ScoreMapping:
+    alpha = 1.0 if alpha is None else alpha
+    if isinstance(alpha, bool) or not isinstance(alpha, Real):
+        raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
+    check_alpha(alpha)
+    return ScoreMapping(alpha) if k is None else topk_mapping(k, alpha)
 
 
 def _check_name(name: str, taken: dict[str, Any]) -> None:
