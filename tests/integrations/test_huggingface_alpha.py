@@ -439,6 +439,19 @@ def test_weights_that_are_not_there(build):
         add_alpha(model)
 
 
+def test_a_module_that_does_not_say_how_many_heads(build):
+    model = build("bert", "entmax")
+    first = model.bert.encoder.layer[0].attention.self
+    del first.num_attention_heads
+    first.config = transformers.PreTrainedConfig(attn_implementation="entmax")
+    with pytest.raises(
+        ValueError, match=r"got 'bert\.encoder\.layer\.0\.attention\.self' of BertSelfAttention without"
+    ):
+        add_alpha(model)
+    assert not alpha_per_head(model)
+    assert len(add_alpha(model, filter_fn=lambda name, module: module is not first)) == 1
+
+
 def test_missing_transformers_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install sparse-attn\[hf\]"):

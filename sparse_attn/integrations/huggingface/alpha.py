@@ -153,7 +153,8 @@ def num_heads(name: str, module: nn.Module) -> int:
             if isinstance(heads, int):
                 return heads
     raise ValueError(
-        f"model must say how many heads its attention has, got {name!r} of {type(module).__name__} without"
+        f"model must say how many heads its attention has, got {name!r} of {type(module).__name__} without; "
+        "filter_fn can leave it out"
     )
 
 
