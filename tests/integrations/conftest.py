@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from sparse_attn.integrations.huggingface import add_alpha, register
+
 transformers = pytest.importorskip("transformers")
 
 SIZES = {"vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 29}
@@ -63,6 +65,11 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    register()
+
+
 @pytest.fixture
 def build() -> Callable[..., Any]:
     """``build("bert", "entmax", <config keys>)``: the same weights for every implementation, dropout off."""
@@ -102,3 +109,16 @@ def batch() -> Callable[[str], dict[str, torch.Tensor]]:
         return inputs | ({"decoder_input_ids": target} if name in ("t5", "bart") else {})
 
     return batch
+
+
+@pytest.fixture
+def with_alpha() -> Callable[..., Any]:
+    """``with_alpha(model, <arguments of add_alpha>)``: values that differ, some of them past a bound."""
+
+    def with_alpha(model: Any, **arguments: Any) -> Any:
+        for alpha in add_alpha(model, **arguments).values():
+            with torch.no_grad():
+                alpha.raw_alpha.uniform_(0.9, 2.1)
+        return model
+
+    return with_alpha

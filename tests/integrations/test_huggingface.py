@@ -24,8 +24,7 @@ SPARSE = ["entmax", "sparsemax", "entmax15", "topk"]
 
 
 @pytest.fixture(autouse=True)
-def registered() -> None:
-    register()
+def alpha_one() -> None:
     register("alpha_one", alpha=1.0)
 
 
