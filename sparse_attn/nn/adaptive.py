@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn.masks import Window
-from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_alpha_range, fill, initial_alpha, whole
+from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_alpha_range, fill, head_alpha, initial_alpha, whole
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.nn.positions import Positions
 from sparse_attn.ops.attention import ScoreMapping, entmax_mapping
@@ -167,12 +167,16 @@ def alpha_per_head(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         ``{layer name: (num_heads,) tensor}`` in the order of ``model.named_modules()``, copies without a graph; empty
-        without such layers. Of a model that is sharded over processes (FSDP2) whole tensors; each has to ask for them.
+        without such layers. An attention module of another library counts where it has been given a learnt α. Of a
+        model that is sharded over processes (FSDP2) whole tensors; each has to ask for them.
 
     Example:
         >>> model = nn.Sequential(AdaptiveSparseMultiheadAttention(8, 2, alpha_init=[1.25, 1.75]))
         >>> alpha_per_head(model)
         {'0': tensor([1.2500, 1.7500])}
     """
-    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, AdaptiveSparseMultiheadAttention))
-    return {name: whole(layer.alpha.detach()).clone() for name, layer in layers}
+    layers = (
+        (name, module if isinstance(module, AdaptiveSparseMultiheadAttention) else head_alpha(module))
+        for name, module in model.named_modules()
+    )
+    return {name: whole(layer.alpha.detach()).clone() for name, layer in layers if layer is not None}

@@ -229,3 +229,57 @@ def hold(module: nn.Module, name: str, value: float | Tensor) -> None:
 def shown(value: float | Tensor) -> object:
     """A number, or the values of a tensor, for ``extra_repr``."""
     return value.tolist() if isinstance(value, Tensor) else value
+
+
+class HeadAlpha(WideAlpha):
+    """One learnt α per head, for an attention module that is not ours: held by it as ``sparse_alpha``.
+
+    Args:
+        num_heads: Number of heads H.
+        alpha_init: The initial α: a number, or one per head.
+        alpha_range: The closed interval that α stays in.
+        device: Of the parameter, which is float32.
+
+    Attributes:
+        raw_alpha: (H,) the parameter.
+        alpha: (H,) the current α, differentiable.
+
+    Example:
+        >>> HeadAlpha(2, alpha_init=[1.25, 1.75]).alpha
+        tensor([1.2500, 1.7500], grad_fn=<_BoundedBackward>)
+    """
+
+    raw_alpha: nn.Parameter
+
+    def __init__(
+        self,
+        num_heads: int,
+        *,
+        alpha_init: float | Sequence[float] | Tensor = 1.5,
+        alpha_range: tuple[float, float] = (1.0, 2.0),
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.alpha_range = check_alpha_range(alpha_range)
+        alpha = initial_alpha(alpha_init, self.alpha_range, num_heads)
+        self.raw_alpha = nn.Parameter(alpha.to(device, torch.float32))
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+        return len(self.raw_alpha)
+
+    @property
+    def alpha(self) -> Tensor:
+        """(H,) the current α."""
+        return bounded_alpha(self.raw_alpha, self.alpha_range)
+
+    def extra_repr(self) -> str:
+        """The current values and their range."""
+        return f"alpha={shown(self.alpha)}, alpha_range={self.alpha_range}"
+
+
+def head_alpha(module: nn.Module) -> HeadAlpha | None:
+    """The α that a module of others has been given, or None."""
+    # PEFT's `modules_to_save` puts a wrapper in its place, which passes attributes on.
+    return getattr(module, "sparse_alpha", None)
