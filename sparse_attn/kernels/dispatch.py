@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import ModuleType
 
 from torch import Tensor
 
+from sparse_attn.kernels import torch_rows
+from sparse_attn.kernels.cpu import products as sparse_products
 from sparse_attn.kernels.cpu import rows
-from sparse_attn.kernels.reference import entmax as reference
+from sparse_attn.kernels.reference import products as dense_products
 
 _NAMES = ("compiled", "torch")
 _forced: ContextVar[str | None] = ContextVar("backend", default=None)
@@ -61,24 +64,32 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float, k: int | None = None) -> Tensor:
-    """As :func:`reference.entmax.entmax_forward`, of the ``k`` largest scores of each row if ``k`` is given."""
+def entmax_forward(
+    scores: Tensor, a: float | Tensor, lowest: float, k: int | None = None, *, in_place: bool = False
+) -> Tensor:
+    """As :func:`kernels.reference.entmax.entmax_forward`, of the ``k`` largest scores of each row if ``k`` is given.
+
+    ``in_place`` allows the scores to be overwritten.
+    """
     if _compiled(scores):
-        if k is None:
-            return rows.entmax_forward(scores, a, lowest)
-        return rows.topk_entmax_forward(scores, k, a, lowest)
+        return rows.entmax_forward(scores, a, lowest, k, in_place=in_place)
     if k is None:
-        return reference.entmax_forward(scores, a, lowest)
-    return reference.topk_entmax_forward(scores, k, a, lowest)
+        return torch_rows.entmax_forward(scores, a, lowest)
+    return torch_rows.topk_entmax_forward(scores, k, a, lowest)
 
 
 def entmax_backward(
     p: Tensor, a: float | Tensor, grad: Tensor, *, with_alpha: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`reference.entmax.entmax_backward`, but not differentiable."""
+    """As :func:`kernels.reference.entmax.entmax_backward`, but not differentiable."""
     if _compiled(p):
         return rows.entmax_backward(p, a, grad, with_alpha)
-    return reference.entmax_backward(p, a, grad, with_alpha=with_alpha)
+    return torch_rows.entmax_backward(p, a, grad, with_alpha=with_alpha)
+
+
+def products(p: Tensor, *others: Tensor) -> ModuleType:
+    """Who multiplies weights ``p`` with these matrices: :mod:`reference.products`, or what skips the zeros."""
+    return sparse_products if _compiled(p) and sparse_products.worth_it(p, *others) else dense_products
 
 
 def _compiled(x: Tensor) -> bool:
