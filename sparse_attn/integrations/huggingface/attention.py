@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn.checks import check_alpha
-from sparse_attn.masks import causal_mask
+from sparse_attn.masks import causal_mask, visible_pairs
 from sparse_attn.nn.alpha import head_alpha
 from sparse_attn.observe import observed, tell
 from sparse_attn.ops.attention import ScoreMapping, attend, entmax_mapping, topk_mapping
@@ -142,8 +142,8 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
             enable_gqa=query.shape[1] != key.shape[1],
             need_weights=observed() or _weights_are_returned(kwargs.get("output_attentions")),
         )
-        if weights is not None:
-            tell(module, weights)
+        if weights is not None and observed():
+            tell(module, weights, visible_pairs(attention_mask, is_causal, weights))
         return output.transpose(1, 2).contiguous(), weights
 
     return sparse_attention
