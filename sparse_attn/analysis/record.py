@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_attn.analysis.statistics import AttentionRecord
-from sparse_attn.masks import causal_mask, merge_multihead_masks, visible_pairs
+from sparse_attn.masks import causal_mask, combine_masks, merge_multihead_masks, visible_pairs, window_mask
+from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.nn.sparse import SparseAttention
 from sparse_attn.observe import Observer, observing
 
@@ -145,8 +146,8 @@ def _visible(layer: nn.MultiheadAttention, asked: dict[str, Any], weights: Tenso
     batch = weights.shape[0] if weights.dim() == 4 else 1
     heads, queries, keys = weights.shape[-3:]
     keys -= added
+    offset = 0 if asked.get("cache") is None else keys - queries
     if attn_mask is None and asked.get("is_causal"):
-        offset = 0 if asked.get("cache") is None else keys - queries
         attn_mask = ~causal_mask(queries, keys, weights.device, offset=offset)
     if padding is not None and padding.dim() == 1:
         padding = padding[None]
@@ -154,6 +155,8 @@ def _visible(layer: nn.MultiheadAttention, asked: dict[str, Any], weights: Tenso
         mask = merge_multihead_masks(attn_mask, padding, batch=batch, heads=heads, queries=queries, keys=keys)
     except ValueError:  # a layer with a mask convention of its own
         return None
+    if isinstance(layer, SparseMultiheadAttention) and layer.window is not None:
+        mask = combine_masks(mask, window_mask(queries, keys, layer.window, weights.device, offset=offset))
     visible = visible_pairs(mask, False, weights)
     if visible is None:
         return None

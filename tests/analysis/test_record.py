@@ -146,6 +146,18 @@ def test_a_causal_hint_without_a_mask_also_with_cached_keys() -> None:
     assert record[""].support_size.tolist() == [(1 + 2 + 3 + 4 + 5) / 5] * H
 
 
+def test_pairs_outside_a_window_are_not_visible() -> None:
+    layer = sparse_layer(alpha_range=(0.5, 2.0), window=(1, 0), num_kv_heads=2, add_bias_kv=True)
+    nn.init.constant_(layer.raw_alpha, 1.0)
+    x, cache = torch.randn(N, L, E), KVCache()
+    with record_attention(layer) as record:
+        layer(x, x, x)
+        layer(x[:, :2], x[:, :2], x[:, :2], cache=cache)
+        layer(x[:, 2:], x[:, 2:], x[:, 2:], cache=cache)
+    assert record[""].density.tolist() == [1.0] * H
+    assert record[""].support_size.tolist() == pytest.approx([1 + (1 + 4 * 2) / 5] * H)  # with the key of the layer
+
+
 def test_queries_that_see_nothing_do_not_count() -> None:
     layer = sparse_layer()
     x = torch.randn(N, L, E)

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from sparse_attn.analysis import record_attention
+from sparse_attn.integrations.huggingface import add_alpha, register
 
 transformers = pytest.importorskip("transformers")
-huggingface = pytest.importorskip("sparse_attn.integrations.huggingface")
 
 N, L, H, E = 3, 7, 2, 22
 
 
 def build(kind: str, implementation: str) -> nn.Module:
-    huggingface.register()
+    register()
     sizes = {"vocab_size": 23, "attn_implementation": implementation}
     if kind == "gpt2":
         config = transformers.GPT2Config(n_embd=E, n_head=H, n_layer=2, n_positions=11, **sizes)
@@ -29,7 +29,7 @@ def build(kind: str, implementation: str) -> nn.Module:
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_density_is_that_of_the_pairs_that_a_model_may_see(kind: str) -> None:
     model = build(kind, "entmax")
-    huggingface.add_alpha(model, alpha_init=1.0)
+    add_alpha(model, alpha_init=1.0)
     padding = (torch.arange(L) < torch.tensor([[L], [4], [2]])).long()
     tokens = torch.randint(23, (N, L))
     with torch.no_grad(), record_attention(model) as record:
