@@ -133,6 +133,14 @@ def restore_attention(model: nn.Module, *, filter_fn: FilterFn | None = None) ->
     found = _attention(model, filter_fn)
     sparse = {name: module for name, module in found.items() if isinstance(module, SparseMultiheadAttention)}
     _check(model, sparse)
+    for name, old in sparse.items():
+        # peft's wrapper of a whole layer, of this name too, puts the adapter into the weights that torch reads.
+        wrapped = type(model.get_submodule(name.rpartition(".")[0])).__name__ == "MultiheadAttention"
+        if not isinstance(old.out_proj, nn.Linear) and not wrapped:
+            raise ValueError(
+                f"layer {name!r} must have an out_proj that is an nn.Linear, since nn.MultiheadAttention reads its "
+                f"weight and does not call it, got {type(old.out_proj).__name__}; merge the adapter first"
+            )
     new = {name: _inherit(old, nn.MultiheadAttention(**_arguments(old), device="meta")) for name, old in sparse.items()}
 
     _exchange(model, sparse, new)
@@ -231,12 +239,6 @@ def _check_expressible(name: str, layer: SparseMultiheadAttention) -> None:
         raise ValueError(
             f"layer {name!r} must have only what nn.MultiheadAttention can express, got {', '.join(more)}; leave it "
             "out by filter_fn"
-        )
-    # Inside peft's wrapper of a whole layer the weights that torch reads are those with the adapter.
-    if not isinstance(layer.out_proj, nn.Linear) and name.rpartition(".")[2] != "base_layer":
-        raise ValueError(
-            f"layer {name!r} must have an out_proj that is an nn.Linear, since nn.MultiheadAttention reads its weight "
-            f"and does not call it, got {type(layer.out_proj).__name__}; merge the adapter first"
         )
 
 

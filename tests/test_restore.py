@@ -250,10 +250,9 @@ def test_a_compiled_model_computes_what_it_was_swapped_to() -> None:
         torch.testing.assert_close(compiled(x), dense)
 
 
-def lora(model: nn.Module) -> nn.Module:
+def lora(model: nn.Module, **targets: Any) -> nn.Module:
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["attention"], r=2, init_lora_weights=False)
-    return peft.get_peft_model(model, config)
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False, **targets))
 
 
 class SelfAttention(nn.Module):
@@ -266,7 +265,7 @@ class SelfAttention(nn.Module):
 
 
 def test_inside_pefts_wrapper_the_adapters_keep_working() -> None:
-    model = lora(SelfAttention())
+    model = lora(SelfAttention(), target_modules=["attention"])
     x = torch.randn(N, S, E, dtype=torch.float64)
 
     def run() -> dict[str, Tensor]:
@@ -285,3 +284,18 @@ def test_inside_pefts_wrapper_the_adapters_keep_working() -> None:
     torch.testing.assert_close(run(), expected)
     replace_attention(model, alpha_init=1.5)
     assert list(alpha_per_head(model.merge_and_unload())) == ["attention"]
+
+
+def test_an_adapter_of_peft_that_torchs_layer_would_not_call_is_merged_first() -> None:
+    model = SelfAttention()
+    replace_attention(model, alpha_init=1.0)
+    model = lora(model, target_modules=["out_proj"])
+    x = torch.randn(N, S, E, dtype=torch.float64)
+    expected = model(x)
+    with pytest.raises(
+        ValueError, match=r"must have an out_proj that is an nn\.Linear, .*got Linear; merge the adapter"
+    ):
+        restore_attention(model)
+    merged = model.merge_and_unload()
+    assert list(restore_attention(merged)) == ["attention"]
+    torch.testing.assert_close(merged(x), expected)
