@@ -18,6 +18,7 @@ from sparse_attn.kernels.reference.entmax import norm_step
 
 _MAX_SWEEPS = 100
 _SHORT, _STRIDE = 256, 16  # rows that long begin at the root of the largest of every sixteen entries
+_LONG, _CANDIDATES = 4096, 64  # in a row that long the support mostly is among so many of the largest entries
 _NEAR = 1e-4  # of Σ p - 1, from where Newton's method lands on the root
 _CHUNK = 2**17  # entries whose gradient for α is computed at once: buffers stay in the cache
 
@@ -27,6 +28,11 @@ def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
     if not _between_one_and_two(a):
         return reference.entmax_forward(scores, a, lowest)
     size = scores.shape[-1]
+    if size >= _LONG and not isinstance(a, Tensor) and a >= 0.5:
+        largest, index = scores.topk(_CANDIDATES, -1)
+        p = entmax_forward(largest, a, lowest)
+        if bool((p[..., -1] == 0.0).all()):  # then no other entry has weight
+            return torch.zeros_like(scores).scatter_(-1, index, p)
     rows = scores.reshape(-1, size)
     per_row = a.expand(*scores.shape[:-1], 1).reshape(-1, 1) if isinstance(a, Tensor) else None
     p = torch.empty_like(rows)

@@ -46,6 +46,16 @@ def test_probabilities(alpha, size):
     torch.testing.assert_close(torch_rows.entmax_forward(x.double(), wide, LOWEST), exact, atol=1e-14, rtol=1e-11)
 
 
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])  # all entries have weight, some, and few
+@pytest.mark.parametrize("alpha", [1.3, 1.5, 1.7, 2.0, "per row"])
+def test_long_rows(alpha, scale):
+    a = torch.tensor([[0.3], [0.5], [1.0]]) if alpha == "per row" else alpha - 1
+    x = scale * torch.randn(3, 5003)
+    x[1, :4999], x[2] = -math.inf, LOWEST
+    exact = reference.entmax_forward(x.double(), a.double() if isinstance(a, Tensor) else a, LOWEST)
+    torch.testing.assert_close(torch_rows.entmax_forward(x, a, LOWEST).double(), exact, atol=3e-7, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("with_alpha", [False, True])
 @pytest.mark.parametrize("alpha", [*ALPHAS, *TENSORS])
