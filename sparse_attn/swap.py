@@ -54,7 +54,8 @@ def replace_attention(
         layer: What to put in their place.
         filter_fn: Called with each layer's name and module; only where it returns True is the layer replaced.
         **layer_kwargs: Keyword arguments of ``layer`` beyond those of ``nn.MultiheadAttention``: ``alpha_init=1.0``
-            keeps a dense model's function, ``k=8`` is asked for by ``TopKMultiheadAttention``.
+            keeps a dense model's function, ``k=8`` is asked for by ``TopKMultiheadAttention``. All layers get the same
+            objects: of ``positions`` with parameters there is one for all.
 
     Returns:
         ``{name: new layer}``; a layer shared between places is replaced once and everywhere, under its first name.

@@ -45,7 +45,16 @@ class KVCache:
         return self.static and self.key is not None
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new positions and return all."""
+        """Add new positions and return all.
+
+        Raises:
+            ValueError: ``key`` and ``value`` are not (N, H, L, D) each, or do not continue what the cache holds.
+        """
+        for name, x, before in (("key", key, self.key), ("value", value, self.value)):
+            fits = x.dim() == 4 and x.shape[:3] == key.shape[:3]
+            if not fits or (before is not None and (*x.shape[:2], x.shape[3]) != (*before.shape[:2], before.shape[3])):
+                held = "" if before is None else f" to continue {tuple(before.shape)}"
+                raise ValueError(f"{name} must be (N, H, L, D){held}, of one N, H, L for both, got {tuple(x.shape)}")
         self.key, self.value = self.joined(key, value)
         return self.key, self.value
 
@@ -56,7 +65,20 @@ class KVCache:
         return torch.cat([self.key, key], -2), torch.cat([self.value, value], -2)
 
     def select(self, rows: Tensor) -> None:
-        """Keep these batch rows, in this order: finished sentences leave, beams are reordered."""
+        """Keep these batch rows, in this order: finished sentences leave, beams are reordered.
+
+        Args:
+            rows: (n,) indices of rows, int32 or int64.
+
+        Raises:
+            TypeError: ``rows`` is no tensor of integers.
+            ValueError: It has another shape.
+        """
+        if not isinstance(rows, Tensor) or rows.dtype not in (torch.int32, torch.int64):
+            got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+            raise TypeError(f"rows must be a tensor of int32 or int64 indices, got {got}")
+        if rows.dim() != 1:
+            raise ValueError(f"rows must have one dimension, got shape {tuple(rows.shape)}")
         if self.key is not None and self.value is not None:
             self.key, self.value = self.key.index_select(0, rows), self.value.index_select(0, rows)
 

@@ -218,8 +218,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             mask = combine_masks(mask, position_bias)
         if self.positions is not None:
             mask = combine_masks(mask, self.positions.bias(places(offset, q), places(0, k)))
-        if cache is not None:
-            cache.key, cache.value = k, v  # not before everything is checked: a refused call leaves the cache as it was
+        to_keep = k, v
         k, v, mask = self._extend_keys(k, v, mask)
         if self.length_scaling is not None:
             rows = query if batch_first else query.transpose(0, 1)
@@ -230,6 +229,8 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             q, k, v, self.mapping(), mask, dropout_p, need_weights=need_weights, enable_gqa=heads > self.num_kv_heads
         )
         output = self.out_proj(rearrange(output, "n h l d -> n l (h d)"))
+        if cache is not None:
+            cache.key, cache.value = to_keep  # at the end: a refused call leaves the cache as it was
         if batched and not self.batch_first:
             output = output.transpose(0, 1)
         if not batched:

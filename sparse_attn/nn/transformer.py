@@ -266,8 +266,14 @@ class TransformerDecoderLayer(_Layer):
             arguments = (memory_key_padding_mask, False, memory_mask, True, memory_is_causal)
             return self.multihead_attn(x, memory, memory, *arguments, **of_cross)[0]
 
+        past = None if cache is None else (cache.self_attention.key, cache.self_attention.value)
         x = self._add(tgt, self.norm1, attend)
-        x = self._add(x, self.norm2, attend_to_memory)
+        try:
+            x = self._add(x, self.norm2, attend_to_memory)
+        except (TypeError, ValueError):
+            if cache is not None and past is not None:  # a refused call leaves both caches as they were
+                cache.self_attention.key, cache.self_attention.value = past
+            raise
         return self._add(x, self.norm3, self._feed_forward)
 
 

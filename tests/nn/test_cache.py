@@ -228,3 +228,33 @@ def test_a_decoder_cache_is_both() -> None:
     cache.select(torch.tensor([2, 2, 0, 1]))
     assert cache.self_attention.key.shape == (4, H, 2, 3)
     torch.testing.assert_close(cache.cross_attention.key, first[[2, 2, 0, 1]], rtol=0, atol=0)
+
+
+def test_a_call_that_fails_late_leaves_the_cache_as_it_was():
+    layer = AdaptiveSparseMultiheadAttention(E, H, batch_first=True, dtype=torch.bfloat16)
+    cache = KVCache()
+    cache.append(torch.randn(N, H, 3, E // H), torch.randn(N, H, 3, E // H))  # float32
+    x = torch.randn(N, 1, E, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="one dtype"):
+        layer(x, x, x, cache=cache)
+    assert len(cache) == 3
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 4, 1, 9), (1, 4, 1, 8)])
+def test_what_does_not_continue_the_cache_is_named(shape):
+    cache = KVCache()
+    cache.append(torch.randn(2, 4, 1, 8), torch.randn(2, 4, 1, 8))
+    with pytest.raises(ValueError, match=r"key must be \(N, H, L, D\) to continue \(2, 4, 1, 8\)"):
+        cache.append(torch.randn(shape), torch.randn(shape))
+    with pytest.raises(ValueError, match="value must be"):
+        cache.append(torch.randn(2, 4, 1, 8), torch.randn(2, 4, 2, 8))
+    assert len(cache) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"), [([0], TypeError), (torch.tensor([True]), TypeError), (torch.tensor([[0]]), ValueError)]
+)
+def test_rows_to_keep_are_checked(rows, error):
+    cache = KVCache()
+    with pytest.raises(error, match="rows must"):
+        cache.select(rows)

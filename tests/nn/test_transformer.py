@@ -264,6 +264,19 @@ def test_a_wrong_argument_is_named(
         kind(*args, **kwargs)
 
 
+def test_a_refused_step_leaves_both_caches_as_they_were() -> None:
+    layer = TransformerDecoderLayer(E, H).double().eval()
+    x, memory = torch.randn(N, 3, E, dtype=torch.double), torch.randn(N, 5, E, dtype=torch.double)
+    cache = DecoderCache()
+    steps = [layer(x[:, :2], memory, tgt_is_causal=True, cache=cache)]
+    with pytest.raises(ValueError, match="key_padding_mask must have shape"):
+        padding = torch.zeros(N, 4, dtype=torch.bool)
+        layer(x[:, 2:], memory, tgt_is_causal=True, memory_key_padding_mask=padding, cache=cache)
+    assert len(cache) == 2
+    steps.append(layer(x[:, 2:], memory, tgt_is_causal=True, cache=cache))
+    torch.testing.assert_close(torch.cat(steps, 1), layer(x, memory, tgt_is_causal=True))
+
+
 def test_the_cache_of_another_kind_of_layer_is_named() -> None:
     x = torch.randn(N, L, E)
     with pytest.raises(TypeError, match=r"cache must be a sparse_attn\.KVCache, got DecoderCache"):
