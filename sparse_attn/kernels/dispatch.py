@@ -1,17 +1,24 @@
-"""The one place that chooses who computes a mapping: the compiled kernels where there are any, else plain torch."""
+"""The one place that chooses who computes a mapping: kernels where there are any for a tensor, else plain torch."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from sparse_attn.kernels import triton
 from sparse_attn.kernels.cpu import rows
 from sparse_attn.kernels.reference import entmax as reference
 
-_NAMES = ("compiled", "torch")
+_NAMES = ("triton", "compiled", "torch")
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _forced: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
@@ -20,14 +27,10 @@ def backends() -> dict[str, str]:
 
     Example:
         >>> list(backends())
-        ['compiled', 'torch']
+        ['triton', 'compiled', 'torch']
     """
-    available, why = rows.status()
     forced = _forced.get()
-    state = {
-        "compiled": f"CPU tensors: {why}" if available else f"not available: {why}",
-        "torch": "any dtype and device",
-    }
+    state = {name: why if available else f"not available: {why}" for name, (available, why) in _status().items()}
     return {name: state[name] if forced in (None, name) else "not used: another is forced" for name in _NAMES}
 
 
@@ -36,7 +39,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Compute with one backend alone while the context lasts, in this thread.
 
     Args:
-        name: A key of :func:`backends`. What "compiled" has no kernel for is still computed by torch.
+        name: A key of :func:`backends`. What a backend has no kernel for is still computed by torch. "triton" computes
+            CPU tensors only in Triton's interpreter (``TRITON_INTERPRET=1``), and only when it is forced.
 
     Raises:
         ValueError: There is no backend of that name.
@@ -51,9 +55,9 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in _NAMES:
         raise ValueError(f"name must be one of {', '.join(_NAMES)}, got {name!r}")
-    available, why = rows.status()
-    if name == "compiled" and not available:
-        raise RuntimeError(f"the backend 'compiled' is not available: {why}")
+    available, why = _status()[name]
+    if not available:
+        raise RuntimeError(f"the backend {name!r} is not available: {why}")
     token = _forced.set(name)
     try:
         yield
@@ -61,25 +65,55 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def _status() -> dict[str, tuple[bool, str]]:
+    compiled, why = rows.status()
+    return {
+        "triton": triton.status(),
+        "compiled": (compiled, f"CPU tensors: {why}" if compiled else why),
+        "torch": (True, "any dtype and device"),
+    }
+
+
 def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float, k: int | None = None) -> Tensor:
     """As :func:`reference.entmax.entmax_forward`, of the ``k`` largest scores of each row if ``k`` is given."""
-    if _compiled(scores):
-        if k is None:
-            return rows.entmax_forward(scores, a, lowest)
-        return rows.topk_entmax_forward(scores, k, a, lowest)
+    kernels = _kernels(scores)
     if k is None:
-        return reference.entmax_forward(scores, a, lowest)
-    return reference.topk_entmax_forward(scores, k, a, lowest)
+        return kernels.entmax_forward(scores, a, lowest)
+    return kernels.topk_entmax_forward(scores, k, a, lowest)
 
 
 def entmax_backward(
     p: Tensor, a: float | Tensor, grad: Tensor, *, with_alpha: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`reference.entmax.entmax_backward`, but not differentiable."""
-    if _compiled(p):
-        return rows.entmax_backward(p, a, grad, with_alpha)
-    return reference.entmax_backward(p, a, grad, with_alpha=with_alpha)
+    return _kernels(p).entmax_backward(p, a, grad, with_alpha=with_alpha)
 
 
-def _compiled(x: Tensor) -> bool:
-    return x.device.type == "cpu" and _forced.get() != "torch" and rows.available()
+def by_triton(x: Tensor) -> bool:
+    """Whether kernels in Triton compute with ``x``: they answer an α out of range with NaN, since nobody looks at it.
+
+    A look would make the host wait for the device, at every call.
+    """
+    if x.dtype not in _TRITON_DTYPES:
+        return False
+    if x.device.type == "cpu":  # in the interpreter alone, see use_backend
+        return _forced.get() == "triton" and triton.interpreted()
+    if x.device.type != "cuda" or _forced.get() not in (None, "triton"):
+        return False
+    if not triton.available():
+        _warn_once(f"CUDA tensors are computed by plain torch, slowly: {triton.status()[1]}")
+    return triton.available()
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def _kernels(x: Tensor) -> Any:
+    """The module whose row functions compute with ``x``."""
+    if by_triton(x):
+        return importlib.import_module("sparse_attn.kernels.triton.rows")  # which imports Triton
+    if x.device.type == "cpu" and _forced.get() in (None, "compiled") and rows.available():
+        return rows
+    return reference

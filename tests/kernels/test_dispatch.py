@@ -13,7 +13,7 @@ compiled = pytest.mark.skipif(not rows.available(), reason="the kernels are not 
 
 def test_every_backend_says_how_it_runs_or_why_not():
     state = backends()
-    assert list(state) == ["compiled", "torch"] and all(state.values())
+    assert list(state) == ["triton", "compiled", "torch"] and all(state.values())
     assert state["compiled"].startswith("CPU tensors: " if rows.available() else "not available: ")
 
 
@@ -21,7 +21,7 @@ def test_every_backend_says_how_it_runs_or_why_not():
 def test_a_forced_backend_computes(monkeypatch):
     calls = []
     forward = rows.entmax_forward
-    monkeypatch.setattr(rows, "entmax_forward", lambda *args: calls.append(args) or forward(*args))
+    monkeypatch.setattr(rows, "entmax_forward", lambda *args, **kwargs: calls.append(args) or forward(*args, **kwargs))
     x = torch.randn(3, 5)
     with use_backend("torch"):
         assert backends()["compiled"] == "not used: another is forced"
@@ -70,5 +70,8 @@ def test_without_a_library_torch_computes(monkeypatch, tmp_path):
 
 
 def test_wrong_names():
-    with pytest.raises(ValueError, match="name must be one of compiled, torch, got 'cuda'"), use_backend("cuda"):
+    with (
+        pytest.raises(ValueError, match="name must be one of triton, compiled, torch, got 'cuda'"),
+        use_backend("cuda"),
+    ):
         pass
