@@ -1,6 +1,6 @@
 """Compile the Triton kernels for a GPU that need not be there, and show what each asks of it.
 
-    python scripts/compile_kernels.py [rows attention decode]
+    python scripts/compile_kernels.py [rows attention]
 
 Calls the functions that start kernels, on small CPU tensors, with a compiler for compute capability 9.0 in the place of
 the start. What does not compile raises. Prints registers, spilled bytes and shared memory of every kernel that they
@@ -29,7 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler
 from triton.compiler import ASTSource
 
-from sparse_attn.kernels.triton import rows
+from sparse_attn.kernels.triton import attention, attention_backward, rows
+from sparse_attn.kernels.triton.plan import Setting
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 227 * 1024  # bytes that a program can have on this target
@@ -104,7 +105,48 @@ def compile_rows() -> None:
         rows.topk_entmax_forward(x, 3, 0.0, -1e38)
 
 
-PARTS = {"rows": compile_rows}
+def compile_attention() -> None:
+    """Attention: every mode and mask, head sizes, short and long, with all that has to be compiled anew for it."""
+    number, per_head = {"alpha": None}, {"alpha": torch.ones(2)}
+    every = {"mask": torch.zeros(1, 1, 1, 5000), "dropout_p": 0.1, "offset": 0}
+    for name, size, dtype, keys, how in (
+        ("α 1.5", 64, torch.bfloat16, 5000, number),
+        ("α 1.5, causal", 64, torch.bfloat16, 5000, {"offset": 0, **number}),
+        ("α per head, causal", 64, torch.bfloat16, 5000, {"offset": 0, **per_head}),
+        ("α per head, everything", 64, torch.bfloat16, 5000, {**every, **per_head}),
+        ("α 1.5", 64, torch.bfloat16, 1024, number),
+        ("α per head", 64, torch.bfloat16, 1024, per_head),
+        ("α per head", 128, torch.bfloat16, 512, per_head),
+        ("α per head", 128, torch.bfloat16, 5000, per_head),
+        ("α per head", 256, torch.bfloat16, 5000, per_head),
+        ("α per head", 64, torch.float32, 5000, per_head),
+        ("α per head", 64, torch.float32, 512, per_head),
+        ("α per head", 128, torch.float32, 5000, per_head),
+        ("α per head", 256, torch.float32, 5000, per_head),
+    ):
+        variant = f"{name}; D {size} {str(dtype)[6:]} S {keys}"
+        attention.launch = attention_backward.launch = compile_instead(variant)
+        query, key = torch.zeros(1, 2, 256, size, dtype=dtype), torch.zeros(1, 2, keys, size, dtype=dtype)
+        compile_both(query, key, **how)
+
+
+def compile_both(
+    query: Tensor,
+    key: Tensor,
+    alpha: Tensor | None,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    offset: int | None = None,
+) -> None:
+    """Forward and backward."""
+    setting = Setting(0.5, 0.125, dropout_p, offset)
+    seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
+    tensors = (alpha, mask, None, seed)
+    output, *kept = attention.forward(query, key, key, *tensors, setting, True, alpha is not None)
+    attention_backward.backward(output, query, key, key, *tensors, *kept, setting, alpha is not None, mask is not None)
+
+
+PARTS = {"rows": compile_rows, "attention": compile_attention}
 
 
 def main() -> None:

@@ -94,15 +94,20 @@ def by_triton(x: Tensor) -> bool:
 
     A look would make the host wait for the device, at every call.
     """
-    if x.dtype not in _TRITON_DTYPES:
-        return False
-    if x.device.type == "cpu":  # in the interpreter alone, see use_backend
+    return x.dtype in _TRITON_DTYPES and _triton_computes(x.device.type)
+
+
+@torch.compiler.assume_constant_result
+def _triton_computes(device: str) -> bool:
+    """What is compiled stays with the backend that there was then."""
+    if device == "cpu":  # in the interpreter alone, see use_backend
         return _forced.get() == "triton" and triton.interpreted()
-    if x.device.type != "cuda" or _forced.get() not in (None, "triton"):
+    if device != "cuda" or _forced.get() not in (None, "triton"):
         return False
-    if not triton.available():
-        _warn_once(f"CUDA tensors are computed by plain torch, slowly: {triton.status()[1]}")
-    return triton.available()
+    available, why = triton.status()
+    if not available:
+        _warn_once(f"CUDA tensors are computed by plain torch, slowly: {why}")
+    return available
 
 
 @functools.cache

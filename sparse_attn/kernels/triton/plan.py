@@ -1,0 +1,59 @@
+"""How attention is cut into tiles, and what is kept for its backward; known before anything runs, or is traced."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LARGEST_HEAD = 256
+_SHORT = 1024  # keys
+# Scores of a program that stay on the chip, and the keys that have to be there with them.
+_ON_CHIP_SCORES, _ON_CHIP_BYTES = 2**13, 2**17
+
+
+class Plan(NamedTuple):
+    """Sizes of tiles, and of what they are padded to."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    block_dv: int
+    warps: int
+
+    @staticmethod
+    def of(query: Tensor, value: Tensor) -> Plan:
+        """What fits into the registers and the shared memory of an H200."""
+        block_d, block_dv = padded(query.shape[-1]), padded(value.shape[-1])
+        size = max(block_d, block_dv)
+        if query.dtype == torch.float32:  # without matrix units
+            block_m, block_n, warps = {256: (16, 16, 4), 128: (32, 32, 4)}.get(size, (64, 32, 4))
+        else:
+            block_m, block_n, warps = {256: (64, 32, 8), 128: (64, 64, 8)}.get(size, (128, 64, 8))
+        return Plan(block_m, block_n, block_d, block_dv, warps)
+
+    def short(self, keys: int, itemsize: int) -> tuple[int, int] | None:
+        """Queries and warps of a program that holds the scores of all keys, or None where there are too many keys."""
+        padded_keys = max(padded(keys), self.block_n)
+        if padded_keys > _SHORT or padded_keys * max(self.block_d, self.block_dv) * itemsize > _ON_CHIP_BYTES:
+            return None
+        return min(self.block_m, max(_ON_CHIP_SCORES // padded_keys, 16)), 8 if padded_keys < _SHORT else 16
+
+
+def padded(size: int) -> int:
+    """The smallest power of two that holds it, and that matrix units can use."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+class Setting(NamedTuple):
+    """What attention has beside its tensors."""
+
+    a: float  # α - 1, where there is no tensor of α
+    scale: float
+    dropout_p: float
+    offset: int | None  # causal: query i sees the keys up to i + offset
+
+
+# What the backward is told of a row: what `family.place_rows` gives, then the sum of u and the means of log p and y.
+STATISTICS = 11
