@@ -97,7 +97,7 @@ def by_triton(x: Tensor) -> bool:
     return x.dtype in _TRITON_DTYPES and _triton_computes(x.device.type)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _triton_computes(device: str) -> bool:
     """What is compiled stays with the backend that there was then."""
     if device == "cpu":  # in the interpreter alone, see use_backend

@@ -65,9 +65,13 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     query, key, training = *arguments[:2], arguments[-2]
     if not training and decode.pays(query, key):
-        nothing = query.new_empty(0)
-        return decode.forward(*arguments[:-2]), nothing, nothing.float(), nothing.byte()
+        return decode.forward(*arguments[:-2]), *_nothing(query)
     return attention.forward(*arguments)
+
+
+def _nothing(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What is kept for no backward."""
+    return query.new_empty(0), query.new_empty(0, dtype=torch.float32), query.new_empty(0, dtype=torch.uint8)
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -106,7 +110,8 @@ def _to_inputs(gradients: tuple[Tensor, ...], tensors: list[Tensor | None]) -> l
 def _differentiable_gradients(grad: Tensor, tensors: list[Any], setting: Setting) -> list[Tensor | None]:
     """The gradients as functions that have gradients themselves, by plain torch, with the whole matrix of scores."""
     inputs = [x for x in tensors[:5] if x is not None and x.requires_grad]
-    output = plain_attention(*tensors, setting)
+    query, key, value, alpha, mask, lengths, seed = tensors
+    output = plain_attention(query, key, value, alpha, mask, lengths, seed, setting)
     gradients = iter(torch.autograd.grad(output, inputs, grad, create_graph=True, materialize_grads=True))
     return [None if x is None or not x.requires_grad else next(gradients) for x in tensors[:5]]
 
@@ -173,8 +178,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Te
     tiles = -(-queries // plan.block_m), -(-key.shape[2] // plan.block_n)
     output = query.new_empty(batch, heads, queries, value.shape[3])
     if not training:
-        nothing = query.new_empty(0)
-        return output, nothing, nothing.float(), nothing.byte()
+        return output, *_nothing(query)
     statistics = query.new_empty(STATISTICS, batch * heads * queries, dtype=torch.float32)
     return output, torch.empty_like(output), statistics, query.new_empty(batch * heads, *tiles, dtype=torch.uint8)
 

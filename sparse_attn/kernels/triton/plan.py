@@ -24,13 +24,13 @@ class Plan(NamedTuple):
 
     @staticmethod
     def of(query: Tensor, value: Tensor) -> Plan:
-        """What fits into the registers and the shared memory of an H200."""
+        """What the registers of compute capability 9.0 hold nearly without spilling (`scripts/compile_kernels.py`)."""
         block_d, block_dv = padded(query.shape[-1]), padded(value.shape[-1])
         size = max(block_d, block_dv)
         if query.dtype == torch.float32:  # without matrix units
-            block_m, block_n, warps = {256: (16, 16, 4), 128: (32, 32, 4)}.get(size, (64, 32, 4))
+            block_m, block_n, warps = {256: (16, 16, 8), 128: (32, 32, 8)}.get(size, (32, 32, 8))
         else:
-            block_m, block_n, warps = {256: (64, 32, 8), 128: (64, 64, 8)}.get(size, (128, 64, 8))
+            block_m, block_n, warps = {256: (64, 32, 8), 128: (64, 32, 4)}.get(size, (128, 32, 8))
         return Plan(block_m, block_n, block_d, block_dv, warps)
 
     def short(self, keys: int, itemsize: int) -> tuple[int, int] | None:

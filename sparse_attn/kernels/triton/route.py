@@ -54,8 +54,8 @@ def fused(
         attn_mask = _four_dimensions(attn_mask, shape)
     if not isinstance(alpha, Tensor):
         check_alpha(alpha)
-    heads = query.shape[-3] if query.dim() > 2 else 1
-    q, k, v = (_heads(x, shape[:-3], heads) for x in (query, key, value))
+    heads, key_heads = (1, 1) if query.dim() == 2 else (shape[-3], max(key.shape[-3], value.shape[-3]))
+    q, k, v = (_heads(x, shape[:-3], n) for x, n in ((query, heads), (key, key_heads), (value, key_heads)))
     if not isinstance(alpha, Tensor) and alpha == 1:
         output = _softmax(q, k, v, attn_mask, dropout_p, offset, scale)
     else:
@@ -98,13 +98,12 @@ def _batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
     batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     if query.dim() == 2:
         return ()
-    return *batch, max(query.shape[-3], key.shape[-3])
+    return *batch, max(x.shape[-3] for x in (query, key, value))
 
 
 def _heads(x: Tensor, batch: tuple[int, ...], heads: int) -> Tensor:
-    """(N, H, L, D) of a tensor whose batch dimensions broadcast."""
-    x = x if x.dim() > 2 else x.unsqueeze(0)
-    return x.expand(*batch, *x.shape[-3:]).reshape(-1, *x.shape[-3:])
+    """(N, H, L, D) of a tensor whose batch dimensions and heads broadcast."""
+    return x.expand(*batch, heads, *x.shape[-2:]).reshape(-1, heads, *x.shape[-2:])
 
 
 def _four_dimensions(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
