@@ -116,6 +116,7 @@ def compile_attention() -> None:
         ("α per head, everything", 64, torch.bfloat16, 5000, {**every, **per_head}),
         ("α 1.5", 64, torch.bfloat16, 1024, number),
         ("α per head", 64, torch.bfloat16, 1024, per_head),
+        ("α per head", 64, torch.bfloat16, 512, per_head),
         ("α per head", 128, torch.bfloat16, 512, per_head),
         ("α per head", 128, torch.bfloat16, 5000, per_head),
         ("α per head", 256, torch.bfloat16, 5000, per_head),

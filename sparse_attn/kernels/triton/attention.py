@@ -457,7 +457,10 @@ def _forward_short(
     broken = tl.max((s != s).to(tl.int32), 1) > 0
     top = tl.where(broken, float("nan"), tl.max(s, 1))
     a = head_a(Alpha, h, stride_alpha, number) + tl.zeros([BLOCK_M], tl.float64)
-    sigma, _ = solve_on_chip(s, top, 0.0 * a, keys, a, TOLERANCE, MODE)
+    start = 0.0 * a
+    if TILES_N >= 4:
+        start = bound_from_lanes(tl.max(tl.reshape(s, [BLOCK_M, TILES_N, BLOCK_N]), 1), top, keys, a, MODE)
+    sigma, _ = solve_on_chip(s, top, start, keys, a, TOLERANCE, MODE)
     placed = place_rows(top, sigma, 1.0, a, MODE)
     p, u, deviation = weigh(s, placed, a, 1, MODE)
     total, slope = tl.sum(p, 1).to(tl.float64), tl.sum(u, 1).to(tl.float64)

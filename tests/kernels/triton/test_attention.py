@@ -138,6 +138,13 @@ def test_half_precision(dtype, length, device):
     assert [x.dtype for x in got] == [dtype] * 4 + [torch.float32]
 
 
+def test_many_keys_on_the_chip(device):
+    alpha = torch.tensor([1.0, 1.6], device=device, requires_grad=True)
+    inputs = tensors(device, queries=17, keys=331)
+    assert plan.Plan.of(inputs[0], inputs[2]).short(331, 4)
+    compare(inputs, alpha, offset=300)
+
+
 @pytest.mark.parametrize("sizes", [(5, 3), (64, 128), (200, 31)])
 def test_head_sizes(sizes, device):
     query, key, value = (
