@@ -12,7 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_attn.kernels.triton.attention import (
+from sparse_attn.kernels.triton.family import alpha_gradient, deviation_of_y, reference_of, weigh
+from sparse_attn.kernels.triton.launch import launch
+from sparse_attn.kernels.triton.plan import Plan, Setting
+from sparse_attn.kernels.triton.tiles import (
     MEAN_LOG,
     MEAN_Y,
     SLOPE,
@@ -23,9 +26,6 @@ from sparse_attn.kernels.triton.attention import (
     load_tile,
     masked_scores,
 )
-from sparse_attn.kernels.triton.family import alpha_gradient, deviation_of_y, reference_of, weigh
-from sparse_attn.kernels.triton.launch import launch
-from sparse_attn.kernels.triton.plan import Plan, Setting
 
 
 @triton.jit
@@ -144,8 +144,9 @@ def _backward_queries(
     tl.store(Delta + row, delta, mask=inside)
     placed = _load_rows(Stats, row, inside, rows, MODE)
     a = head_a(Alpha, h, stride_alpha, number) + tl.zeros([BLOCK_M], tl.float64)
-    mean_log = tl.load(Stats + MEAN_LOG * rows + row, mask=inside, other=0.0)
-    mean_y = tl.load(Stats + MEAN_Y * rows + row, mask=inside, other=0.0)
+    if DAlpha is not None:
+        mean_log = tl.load(Stats + MEAN_LOG * rows + row, mask=inside, other=0.0)
+        mean_y = tl.load(Stats + MEAN_Y * rows + row, mask=inside, other=0.0)
     with_log = tl.zeros([BLOCK_M], tl.float64)
     with_y = tl.zeros([BLOCK_M], tl.float64)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_attn.kernels.triton import rows
-from sparse_attn.kernels.triton.attention import common_arguments, dot, load_tile, masked_scores
 from sparse_attn.kernels.triton.launch import launch
 from sparse_attn.kernels.triton.plan import Plan, Setting
+from sparse_attn.kernels.triton.tiles import common_arguments, dot, load_tile, masked_scores
 
 _FEW = 16  # rows of one head of the keys: what a tile of matrix units has at least
 _MANY = 2048

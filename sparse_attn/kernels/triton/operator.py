@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.kernels.entmax import entmax_rows
-from sparse_attn.kernels.triton.plan import STATISTICS, Plan, Setting
+from sparse_attn.kernels.triton.plan import Plan, Setting, statistics_of
 
 
 def fused_attention(
@@ -173,13 +173,15 @@ def _attention(
 
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    training, plan = rest[-2], Plan.of(query, value)
+    alpha, a, training, with_alpha = rest[0], rest[4], *rest[-2:]
+    plan = Plan.of(query, value)
     batch, heads, queries, _ = query.shape
     tiles = -(-queries // plan.block_m), -(-key.shape[2] // plan.block_n)
     output = query.new_empty(batch, heads, queries, value.shape[3])
     if not training:
         return output, *_nothing(query)
-    statistics = query.new_empty(STATISTICS, batch * heads * queries, dtype=torch.float32)
+    told = statistics_of(a, alpha, with_alpha)
+    statistics = query.new_empty(told, batch * heads * queries, dtype=torch.float32)
     return output, torch.empty_like(output), statistics, query.new_empty(batch * heads, *tiles, dtype=torch.uint8)
 
 
