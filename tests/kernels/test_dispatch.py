@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparse_attn import backends, entmax, sparsemax, topk_softmax, use_backend
+from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.cpu import rows
 
 compiled = pytest.mark.skipif(not rows.available(), reason="the kernels are not compiled here")
@@ -67,6 +68,17 @@ def test_without_a_library_torch_computes(monkeypatch, tmp_path):
     finally:
         monkeypatch.undo()
         rows._load.cache_clear()
+
+
+def test_where_triton_is_missing_torch_computes_and_says_so_once(monkeypatch):
+    monkeypatch.setattr(dispatch.triton, "status", lambda: (False, "Triton is not installed"))
+    dispatch._warn_once.cache_clear()
+    assert backends()["triton"] == "not available: Triton is not installed"
+    with pytest.raises(RuntimeError, match="'triton' is not available: Triton is not installed"), use_backend("triton"):
+        pass
+    with pytest.warns(UserWarning, match="computed by plain torch, slowly: Triton is not installed") as seen:
+        assert not dispatch._triton_computes("cuda") and not dispatch._triton_computes("cuda")
+    assert len(seen) == 1
 
 
 def test_wrong_names():

@@ -24,7 +24,7 @@ from sparse_attn.kernels.triton.family import (
     step,
     weigh,
 )
-from sparse_attn.kernels.triton.launch import launch
+from sparse_attn.kernels.triton.launch import launch, shared_memory
 from sparse_attn.kernels.triton.plan import Plan, Setting, statistics_of
 from sparse_attn.kernels.triton.tiles import (
     common_arguments,
@@ -303,7 +303,7 @@ def forward(
     # Of the sum of a row, before its last step and after it.
     loose, tolerance = (3e-4, 2.4e-7) if query.dtype == torch.float32 else (1e-2, 2.0**-12)
     wanted = (second, statistics, flags) if training else (None, None, None)
-    short = plan.short(keys, query.itemsize)
+    short = plan.short(keys, query.itemsize, shared_memory(device))
     tensors = (query, key, value, alpha, mask, lengths, seed, output, *wanted)
     compiled = (upcast, precision, *sizes, plan.block_d, plan.block_dv)
     if short:

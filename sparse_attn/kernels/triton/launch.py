@@ -11,6 +11,14 @@ from torch import Tensor
 from sparse_attn.kernels.triton import interpreted
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program can have for itself; without a device those of compute capability 9.0."""
+    if device.type != "cuda":
+        return 227 * 1024
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
 def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: int = 2) -> None:
     """Start ``programs`` programs of a kernel; the first argument is a tensor, whose device is used."""
     first: Tensor = arguments[0]

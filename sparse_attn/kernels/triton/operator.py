@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparse_attn.kernels.entmax import entmax_rows
 from sparse_attn.kernels.triton.plan import Plan, Setting, statistics_of
+from sparse_attn.transforms import values_known
 
 
 def fused_attention(
@@ -91,8 +92,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, second, statistics, flags = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            gradients = _differentiable_gradients(grads[0], tensors, ctx.setting)
+        if torch.is_grad_enabled() or not values_known(grads[0]):
+            gradients = _plain_gradients(grads[0], tensors, ctx.setting)
         else:
             with_mask = ctx.needs_input_grad[4]
             arguments = (*tensors, second, statistics, flags, ctx.setting, ctx.with_alpha, with_mask)
@@ -107,12 +108,15 @@ def _to_inputs(gradients: tuple[Tensor, ...], tensors: list[Tensor | None]) -> l
     return [None if tensor is None else gradient.to(tensor.dtype) for gradient, tensor in pairs]
 
 
-def _differentiable_gradients(grad: Tensor, tensors: list[Any], setting: Setting) -> list[Tensor | None]:
-    """The gradients as functions that have gradients themselves, by plain torch, with the whole matrix of scores."""
+def _plain_gradients(grad: Tensor, tensors: list[Any], setting: Setting) -> list[Tensor | None]:
+    """The gradients by plain torch, with a matrix of scores: they can be differentiated, and ``grad`` batched."""
     inputs = [x for x in tensors[:5] if x is not None and x.requires_grad]
     query, key, value, alpha, mask, lengths, seed = tensors
-    output = plain_attention(query, key, value, alpha, mask, lengths, seed, setting)
-    gradients = iter(torch.autograd.grad(output, inputs, grad, create_graph=True, materialize_grads=True))
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        output = plain_attention(query, key, value, alpha, mask, lengths, seed, setting)
+    how = {"create_graph": create_graph, "materialize_grads": True}
+    gradients = iter(torch.autograd.grad(output, inputs, grad, **how))
     return [None if x is None or not x.requires_grad else next(gradients) for x in tensors[:5]]
 
 

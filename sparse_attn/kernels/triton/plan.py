@@ -9,8 +9,7 @@ from torch import Tensor
 
 LARGEST_HEAD = 256
 _SHORT = 1024  # keys
-# Scores of a program that stay on the chip, and the keys that have to be there with them.
-_ON_CHIP_SCORES, _ON_CHIP_BYTES = 2**13, 2**17
+_ON_CHIP_SCORES = 2**13
 
 
 class Plan(NamedTuple):
@@ -33,10 +32,11 @@ class Plan(NamedTuple):
             block_m, block_n, warps = {256: (64, 32, 8), 128: (64, 32, 4)}.get(size, (128, 32, 8))
         return Plan(block_m, block_n, block_d, block_dv, warps)
 
-    def short(self, keys: int, itemsize: int) -> tuple[int, int] | None:
+    def short(self, keys: int, itemsize: int, shared_memory: int) -> tuple[int, int] | None:
         """Queries and warps of a program that holds the scores of all keys, or None where there are too many keys."""
         padded_keys = max(padded(keys), self.block_n)
-        if padded_keys > _SHORT or padded_keys * max(self.block_d, self.block_dv) * itemsize > _ON_CHIP_BYTES:
+        keys_and_more = padded_keys * max(self.block_d, self.block_dv) * itemsize * 5 // 4
+        if padded_keys > _SHORT or keys_and_more > shared_memory:
             return None
         return min(self.block_m, max(_ON_CHIP_SCORES // padded_keys, 16)), 8 if padded_keys < _SHORT else 16
 

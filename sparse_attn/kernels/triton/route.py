@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from sparse_attn.checks import check_alpha
@@ -15,8 +16,8 @@ from sparse_attn.masks import check_mask
 
 
 def can_fuse(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the fused kernels take these: not in an export or a function transform, and not in float64."""
-    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+    """Whether the fused kernels take these: not in an export, a transform or forward mode, and not in float64."""
+    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     if not dispatch.by_triton(_cast(query)):
         return False

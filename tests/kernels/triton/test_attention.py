@@ -141,7 +141,7 @@ def test_half_precision(dtype, length, device):
 def test_many_keys_on_the_chip(device):
     alpha = torch.tensor([1.0, 1.6], device=device, requires_grad=True)
     inputs = tensors(device, queries=17, keys=331)
-    assert plan.Plan.of(inputs[0], inputs[2]).short(331, 4)
+    assert plan.Plan.of(inputs[0], inputs[2]).short(331, 4, 2**17)
     compare(inputs, alpha, offset=300)
 
 
@@ -262,6 +262,16 @@ def test_second_derivatives_are_those_of_the_same_function(device):
     )
     for pair in zip(plain, fused, strict=True):
         torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_in_batches(device):
+    inputs = tensors(device, queries=3, keys=7)
+    output = fused_attention(*inputs, 1.5, scale=0.3)
+    upstream = torch.randn(2, *output.shape, device=device)
+    batched = torch.autograd.grad(output, inputs, upstream, is_grads_batched=True, retain_graph=True)
+    for number, one in enumerate(upstream):
+        for got, wanted in zip(batched, torch.autograd.grad(output, inputs, one, retain_graph=True), strict=True):
+            torch.testing.assert_close(got[number], wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_activation_checkpointing_drops_the_same_weights(device):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from sparse_attn import backends, entmax_attention, topk_attention, use_backend
@@ -96,12 +97,16 @@ def test_autocast_computes_in_half_precision(device, calls):
     assert all(grad.dtype == torch.float32 for grad in torch.autograd.grad(output.float().sum(), inputs))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, about how it knows forward mode
 def test_what_the_kernels_cannot_do_goes_another_way(device, calls):
     query, key, value = tensors(device, 2, 3)
     entmax_attention(query.double(), key.double(), value.double())
     topk_attention(query, key, value, 3)
     torch.func.vmap(entmax_attention)(query, key, value)
     torch.func.grad(lambda x: entmax_attention(x, key, value).sum())(query)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(query.detach(), torch.ones_like(query))
+        assert forward_ad.unpack_dual(entmax_attention(dual, key, value)).tangent is not None
     entmax_attention(*(torch.randn(1, 3, 300, device=device) for _ in range(3)))
     assert entmax_attention(query[:, :, :0], key, value).shape == (2, 3, 0, 11)
     with use_backend("torch"):
