@@ -120,7 +120,7 @@ def compile_attention() -> None:
         ({"alpha": per_head}, 128, torch.bfloat16, 5000),
         ({"alpha": per_head}, 256, torch.bfloat16, 5000),
         ({"alpha": per_head}, 64, torch.float32, 5000),
-        ({"alpha": per_head}, 64, torch.float32, 512),
+        ({"alpha": per_head}, 64, torch.float32, 32),
         ({"alpha": per_head}, 128, torch.float32, 5000),
         ({"alpha": per_head}, 256, torch.float32, 5000),
     ):

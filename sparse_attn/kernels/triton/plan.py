@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 LARGEST_HEAD = 256
-_SHORT = 1024  # keys
+# Keys whose scores stay on the chip: without matrix units, which float32 has none of, operands need registers too.
+_SHORT, _SHORT_IN_FLOAT32 = 1024, 32
 _ON_CHIP_SCORES = 2**13
 
 
@@ -35,10 +36,12 @@ class Plan(NamedTuple):
     def short(self, keys: int, itemsize: int, shared_memory: int) -> tuple[int, int] | None:
         """Queries and warps of a program that holds the scores of all keys, or None where there are too many keys."""
         padded_keys = max(padded(keys), self.block_n)
-        keys_and_more = padded_keys * max(self.block_d, self.block_dv) * itemsize * 5 // 4
-        if padded_keys > _SHORT or keys_and_more > shared_memory:
+        if padded_keys > (_SHORT_IN_FLOAT32 if itemsize == 4 else _SHORT):
             return None
-        return min(self.block_m, max(_ON_CHIP_SCORES // padded_keys, 16)), 8 if padded_keys < _SHORT else 16
+        keys_and_more = padded_keys * max(self.block_d, self.block_dv) * itemsize * 5 // 4
+        if keys_and_more > shared_memory:
+            return None
+        return min(self.block_m, max(_ON_CHIP_SCORES // padded_keys, 16)), 8 if padded_keys < 1024 else 16
 
 
 def padded(size: int) -> int:

@@ -84,8 +84,8 @@ def compare(inputs: tuple[Tensor, ...], alpha: float | Tensor, bound: float = 2e
 @pytest.fixture(params=["short", "long"])
 def length(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whether the scores of all keys are on the chip: the second kernel takes the same small sizes."""
-    if request.param == "long":
-        monkeypatch.setattr(plan, "_SHORT", 0)
+    for name in ("_SHORT", "_SHORT_IN_FLOAT32"):
+        monkeypatch.setattr(plan, name, 1024 if request.param == "short" else 0)
     return request.param
 
 
@@ -138,11 +138,12 @@ def test_half_precision(dtype, length, device):
     assert [x.dtype for x in got] == [dtype] * 4 + [torch.float32]
 
 
-def test_many_keys_on_the_chip(device):
+def test_many_keys_on_the_chip(device, monkeypatch):
+    monkeypatch.setattr(plan, "_SHORT_IN_FLOAT32", 1024)
     alpha = torch.tensor([1.0, 1.6], device=device, requires_grad=True)
-    inputs = tensors(device, queries=17, keys=331)
-    assert plan.Plan.of(inputs[0], inputs[2]).short(331, 4, 2**17)
-    compare(inputs, alpha, offset=300)
+    inputs = tensors(device, queries=17, keys=121)
+    assert plan.Plan.of(inputs[0], inputs[2]).short(121, 4, 2**17)
+    compare(inputs, alpha, offset=90)
 
 
 @pytest.mark.parametrize("sizes", [(5, 3), (64, 128), (200, 31)])
@@ -165,8 +166,7 @@ def test_dropped_weights_are_the_same_in_every_pass(length, device, monkeypatch)
     assert not fused_attention(*tensors(device), 1.5, dropout_p=1.0, scale=0.3).any()
 
 
-def test_tiles_without_weight_are_skipped(device, monkeypatch):
-    monkeypatch.setattr(plan, "_SHORT", 0)
+def test_tiles_without_weight_are_skipped(device):
     query, key, value = tensors(device, heads=1, queries=70, keys=300)
     with torch.no_grad():
         query[..., 0] = 20.0
