@@ -147,6 +147,8 @@ def _backward_queries(
     if DAlpha is not None:
         mean_log = tl.load(Stats + MEAN_LOG * rows + row, mask=inside, other=0.0)
         mean_y = tl.load(Stats + MEAN_Y * rows + row, mask=inside, other=0.0)
+        log_factor = placed[7].to(tl.float64)
+        reference = reference_of(log_factor, a)
     with_log = tl.zeros([BLOCK_M], tl.float64)
     with_y = tl.zeros([BLOCK_M], tl.float64)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -179,7 +181,7 @@ def _backward_queries(
         ds = u * dp
         acc += dot(ds.to(k.dtype), k, UPCAST, PRECISION)
         if DAlpha is not None:
-            y = deviation_of_y(p, u, deviation, a, reference_of(placed[7].to(tl.float64), a), 1)
+            y = deviation_of_y(p, u, deviation, a, reference, 1)
             with_log += tl.sum(p * (deviation - mean_log[:, None]) * dp, 1).to(tl.float64)
             with_y += tl.sum((y - p * mean_y[:, None]) * dp, 1).to(tl.float64)
         if DMask is not None:
@@ -195,8 +197,6 @@ def _backward_queries(
     tl.store(DQ + place, (acc * scale).to(DQ.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
     if DAlpha is not None:
         slope = tl.load(Stats + SLOPE * rows + row, mask=inside, other=1.0)
-        log_factor = placed[7].to(tl.float64)
-        reference = reference_of(log_factor, a)
         da = alpha_gradient(with_log, with_y, mean_log, mean_y, slope, a, log_factor, reference)
         seen = placed[2] == placed[2]
         tl.store(DAlpha + row, tl.where(seen, da, float("nan")).to(tl.float32), mask=inside)

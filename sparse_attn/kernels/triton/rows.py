@@ -297,11 +297,12 @@ def _backward_in_chunks(
     entry = tl.arange(0, CHUNK).to(tl.int64)[None, :]
     p_row, g_row = row[:, None] * stride_row, row[:, None] * stride_grad_row
     a = _a_of(A, row, row < count, number)
-    largest = tl.zeros([1], tl.float32)
+    lanes = tl.zeros([1, CHUNK], tl.float32)
     if MODE == 0:
         for first in range(0, size, CHUNK):
             p, _ = _load_both(P, G, p_row, g_row, first + entry, size, stride_entry, stride_grad_entry)
-            largest = tl.maximum(largest, tl.max(p, 1))
+            lanes = tl.maximum(lanes, p)
+    largest = tl.max(lanes, 1)
     log_largest = tl.log(tl.where(largest == 0.0, 1.0, largest).to(tl.float64))
     reference = reference_of(log_largest, a)
     total = tl.zeros([1], tl.float64)
