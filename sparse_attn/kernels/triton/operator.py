@@ -49,7 +49,7 @@ def fused_attention(
         mask = mask.view(torch.uint8)
     seed = None
     if dropout_p > 0.0:  # on the device, where a captured graph draws a new one at every replay
-        seed = torch.randint(2**62, (1,), device=query.device)
+        seed = torch.randint(2**31 - 1, (1,), device=query.device)
     tensors = (query, key, value, per_head, mask, key_lengths, seed)
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     with_alpha = training and per_head is not None and per_head.requires_grad

@@ -46,7 +46,10 @@ class Plan(NamedTuple):
 
 def padded(size: int) -> int:
     """The smallest power of two that holds it, and that matrix units can use."""
-    return max(16, 1 << (size - 1).bit_length())
+    power = 16
+    while power < size:  # and no bit_length: a size may be a symbol while it is traced
+        power *= 2
+    return power
 
 
 class Setting(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparse_attn.kernels.entmax import entmax_rows
 from sparse_attn.kernels.triton import attention, attention_backward, decode, operator, plan
@@ -240,6 +241,29 @@ def test_under_compile(device):
     assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
     with torch.no_grad():
         torch.testing.assert_close(compiled(*everything), outputs[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_under_compile_lengths_may_vary_and_weights_are_dropped(device):
+    compiles = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=compiles, dynamic=True)
+    def attend(*inputs: Tensor, dropout_p: float = 0.0) -> Tensor:
+        return fused_attention(*inputs, scale=0.3, offset=0, dropout_p=dropout_p)
+
+    alpha = torch.tensor([1.3, 2.0], device=device, requires_grad=True)
+    counts = []
+    for queries, keys in ((13, 17), (19, 23), (11, 29)):
+        inputs = (*tensors(device, queries=queries, keys=keys), alpha)
+        torch.testing.assert_close(attend(*inputs), fused_attention(*inputs, scale=0.3, offset=0))
+        counts.append(compiles.frame_count)
+    assert counts[0] == counts[-1]  # nothing was compiled again
+    *others, value = inputs[0], inputs[1], torch.ones_like(inputs[2]).requires_grad_()
+    output = attend(*others, value, alpha, dropout_p=0.5)
+    assert output.std() > 0.1
+    # Each weight is in its value's gradient as it was in the output.
+    (grad,) = torch.autograd.grad(output, value, torch.ones_like(output))
+    torch.testing.assert_close(grad.sum(), output.sum())
 
 
 def test_second_derivatives_are_those_of_the_same_function(device):
