@@ -35,6 +35,8 @@ def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors, which ``TRITON_INTERPRET=1`` asks for."""
     if importlib.util.find_spec("triton") is None:
         return False
-    from triton import knobs  # type: ignore[import-untyped, unused-ignore]
+    from triton import knobs, language  # type: ignore[import-untyped, unused-ignore]
+    from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped, unused-ignore]
 
-    return bool(knobs.runtime.interpret)
+    # The variable counts when Triton is imported, too: later it is too late for what Triton itself has in kernels.
+    return bool(knobs.runtime.interpret) and isinstance(language.sum, InterpretedFunction)

@@ -1,19 +1,12 @@
-"""Kernels run on the GPU where there is one, and otherwise in Triton's interpreter, on CPU tensors.
-
-Triton asks whether to interpret when a kernel is defined: the variable has to be set before anything imports them.
-"""
+"""Kernels run on the GPU where there is one, and otherwise in Triton's interpreter, on CPU tensors."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from sparse_attn import use_backend
 from sparse_attn.kernels import triton
