@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
@@ -21,8 +22,21 @@ from recipes.seq2seq.data import Seq2SeqData
 from recipes.seq2seq.model import Seq2SeqTransformer
 from recipes.seq2seq.task import Seq2SeqTask
 
-SECTIONS = ("seed", "resume", "threads", "data", "model", "optimizer", "loss", "trainer", "logger", "paths")
+SECTIONS = (
+    "seed",
+    "resume",
+    "threads",
+    "data",
+    "model",
+    "optimizer",
+    "loss",
+    "trainer",
+    "callbacks",
+    "logger",
+    "paths",
+)
 _PLAIN = ("seed", "resume", "threads")
+_INSTANTIATED = ("callbacks", "logger")
 # Keys of the config that only serve to write other keys.
 _SHORTHANDS = {"data": ("path", "language"), "model": ("attention",)}
 _FILES = ("path", "train", "val", "test")
@@ -40,17 +54,19 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     """
     if unknown := [name for name in cfg if name not in SECTIONS]:
         raise ValueError(f"unknown key {unknown[0]!r}; allowed: {', '.join(SECTIONS)}")
-    if missing := [name for name in SECTIONS if name not in cfg]:
+    if missing := [name for name in SECTIONS if name not in cfg and name != "callbacks"]:  # which older runs lack
         raise ValueError(f"the configuration must have {', '.join(SECTIONS)}, got no {', '.join(missing)}")
     for name in SECTIONS:
-        # No logger at all is a choice.
-        if name not in _PLAIN and not isinstance(cfg[name], DictConfig) and (name, cfg[name]) != ("logger", None):
+        # No logger or callback at all is a choice.
+        optional = name in _INSTANTIATED and cfg.get(name) is None
+        if name not in _PLAIN and not optional and not isinstance(cfg[name], DictConfig):
             raise TypeError(f"{name} must be a group of keys, got {cfg[name]!r}")
-    for name, node in (cfg.logger or {}).items():
-        if not isinstance(node, DictConfig) or "_target_" not in node:
-            raise TypeError(
-                f"logger.{name} must be a group of keys with _target_ (~logger.{name} drops it), got {node}"
-            )
+    for section in _INSTANTIATED:
+        for name, node in (cfg.get(section) or {}).items():
+            if not isinstance(node, DictConfig) or "_target_" not in node:
+                raise TypeError(
+                    f"{section}.{name} must be a group of keys with _target_ (~{section}.{name} drops it), got {node}"
+                )
     settings: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
         _without_unused(cfg), resolve=True, throw_on_missing=True
     )
@@ -125,7 +141,25 @@ def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Logger]:
     return loggers
 
 
-def build_trainer(section: dict[str, Any], loggers: list[Logger], folder: Path) -> L.Trainer:
+def build_callbacks(section: dict[str, Any] | None) -> list[L.Callback]:
+    """The callbacks of a config section, besides those that every training has."""
+    callbacks = []
+    for name, node in (section or {}).items():
+        target, arguments = node["_target_"], {key: value for key, value in node.items() if key != "_target_"}
+        try:
+            kind = get_class(target)
+        except (ImportError, TypeError, ValueError) as error:
+            raise ValueError(f"callbacks.{name}._target_ must name a class, got {target!r}") from error
+        if not issubclass(kind, L.Callback):
+            raise ValueError(f"callbacks.{name}._target_ must name a lightning.Callback, got {target!r}")
+        check_arguments(kind, f"callbacks.{name}", arguments)
+        callbacks.append(kind(**arguments))
+    return callbacks
+
+
+def build_trainer(
+    section: dict[str, Any], loggers: list[Logger], folder: Path, callbacks: Sequence[L.Callback] = ()
+) -> L.Trainer:
     """The trainer of a config section, writing into the run folder."""
     check_arguments(L.Trainer, "trainer", section, reserved=("logger", "callbacks", "default_root_dir"))
     devices = section.get("devices", 1)
@@ -144,9 +178,11 @@ def build_trainer(section: dict[str, Any], loggers: list[Logger], folder: Path) 
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
     }
-    callbacks = [shown, AlphaCourse(folder), BestAndLast(folder)]
+    own = [AlphaCourse(folder), BestAndLast(folder)]  # which write what the others have done
     try:
-        return L.Trainer(**{**defaults, **section}, default_root_dir=folder, logger=loggers, callbacks=callbacks)
+        return L.Trainer(
+            **{**defaults, **section}, default_root_dir=folder, logger=loggers, callbacks=[shown, *callbacks, *own]
+        )
     except (MisconfigurationException, ValueError, TypeError) as error:
         about = [f"{key}={value}" for key, value in section.items() if _is_about(str(error), key, value)]
         raise ValueError(f"trainer: {error}{' Got ' + ', '.join(about) if about else ''}") from error

@@ -43,7 +43,15 @@ def train(cfg: DictConfig) -> dict[str, float]:
     import lightning as L
     import torch
 
-    from recipes.build import build_data, build_loggers, build_task, build_trainer, recorded, resolved
+    from recipes.build import (
+        build_callbacks,
+        build_data,
+        build_loggers,
+        build_task,
+        build_trainer,
+        recorded,
+        resolved,
+    )
     from recipes.fit import fit, quiet
     from recipes.run import checkpoint_file, continue_record, read_checkpoint, start_record
     from recipes.summary import conclude, farewell, headline
@@ -59,7 +67,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         data = build_data(settings["data"])
         L.seed_everything(settings["seed"], verbose=False)
         task = build_task(settings, data)
-        trainer = build_trainer(settings["trainer"], build_loggers(cfg, folder, step), folder)
+        callbacks = build_callbacks(settings.get("callbacks"))
+        trainer = build_trainer(settings["trainer"], build_loggers(cfg, folder, step), folder, callbacks)
         if state:
             check_continues(state, task.hparams, trainer.max_epochs or 0)
             begin -= state["callbacks"]["BestAndLast"].get("seconds", 0.0)

@@ -19,6 +19,8 @@ int rows_forward(int variant, int threads, int rank, const int64_t *layout, int 
                  const double *a, int64_t k, double lowest, void *p);
 int rows_backward(int variant, int threads, int rank, const int64_t *layout, int type, const void *p, const void *grad,
                   const double *a, void *grad_scores, double *grad_a);
+int rows_product(int variant, int threads, int kind, int is_double, const int64_t *sizes, const void *p, const void *x,
+                 const void *y, void *out);
 
 enum { FLOAT32, FLOAT64, FLOAT16, BFLOAT16, TYPES };
 static const size_t BYTES[] = {4, 8, 2, 2};
@@ -71,6 +73,24 @@ static void exercise(int variant, int threads, int type, int64_t count, int64_t 
     free(scores), free(grad), free(p), free(out), free(a), free(grad_a);
 }
 
+/* The four products with a matrix that is mostly zero; every buffer has what `sizes` says and no more. */
+static void multiply(int variant, int threads, int is_double, int64_t count, int64_t size, int64_t width) {
+    const size_t bytes = is_double ? 8 : 4;
+    const int type = is_double ? FLOAT64 : FLOAT32;
+    const int64_t out_rows[] = {count, size, count, count}, out_width[] = {width, width, size, 2};
+    void *p = malloc(bytes * count * size), *x = malloc(bytes * count * width), *y = malloc(bytes * size * width);
+    for (int64_t i = 0; i < count * size; i++) put(p, type, i, rand() % 8 ? 0 : any_score(i));
+    for (int64_t i = 0; i < count * width; i++) put(x, type, i, any_score(i));
+    for (int64_t i = 0; i < size * width; i++) put(y, type, i, any_score(i));
+    for (int kind = 0; kind < 4; kind++) {
+        void *out = calloc(out_rows[kind] * out_width[kind], bytes);
+        const int64_t sizes[] = {count, size, width, size, width, width, out_width[kind]};
+        check(!rows_product(variant, threads, kind, is_double, sizes, p, kind == 0 ? y : x, y, out), "product");
+        free(out);
+    }
+    free(p), free(x), free(y);
+}
+
 /* With an argument: only what runs in several threads. */
 int main(int arguments, char **unused) {
     (void)unused;
@@ -80,7 +100,12 @@ int main(int arguments, char **unused) {
         for (int type = 0; type < TYPES && arguments == 1; type++)
             for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
                 for (int64_t step = 1; step <= 3; step += 2) exercise(variant, 1, type, 18, sizes[s], step);
+        for (int is_double = 0; is_double < 2 && arguments == 1; is_double++)
+            for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
+                for (int64_t width = 1; width < 200; width = 3 * width + 2)
+                    multiply(variant, 1, is_double, 7, sizes[s], width);
         exercise(variant, 3, FLOAT32, 97, 1021, 1);
+        multiply(variant, 3, 0, 97, 1021, 37);
         printf("%s: ok\n", rows_variant(variant));
     }
 }
@@ -99,8 +124,10 @@ build() {
     for variant in "${variants[@]}"; do
         local -n width=$variant
         for real in FLOAT DOUBLE; do
-            objects+=("$work/row_${real}_$variant.o")
-            "$cc" "${flags[@]}" "${width[@]}" "-DVARIANT=$variant" "-DREAL_$real" -c row.c -o "${objects[-1]}"
+            for source in row product; do
+                objects+=("$work/${source}_${real}_$variant.o")
+                "$cc" "${flags[@]}" "${width[@]}" "-DVARIANT=$variant" "-DREAL_$real" -c $source.c -o "${objects[-1]}"
+            done
         done
     done
     "$cc" "${flags[@]}" "${defines[@]}" rows.c "$work/main.c" "${objects[@]}" -o "$work/main" -lm -pthread

@@ -2,20 +2,28 @@
 
 from sparse_attn.kernels.dispatch import backends, use_backend
 from sparse_attn.nn import (
+    NAPE,
     AdaptiveSparseMultiheadAttention,
+    ALiBi,
     BudgetSparsemax,
+    DecoderCache,
     Entmax,
     Entmax15,
     Entmax15Loss,
     EntmaxLoss,
     KVCache,
+    LengthScaling,
     Normmax,
+    Positions,
+    RotaryPositions,
     SparseAttention,
     Sparsemax,
     SparsemaxLoss,
     SparseSoftmax,
     TopKMultiheadAttention,
     TopkSoftmax,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
     alpha_per_head,
 )
 from sparse_attn.ops import (
@@ -34,25 +42,33 @@ from sparse_attn.ops import (
     topk_attention,
     topk_softmax,
 )
-from sparse_attn.swap import replace_attention
+from sparse_attn.swap import replace_attention, restore_attention
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "NAPE",
+    "ALiBi",
     "AdaptiveSparseMultiheadAttention",
     "BudgetSparsemax",
+    "DecoderCache",
     "Entmax",
     "Entmax15",
     "Entmax15Loss",
     "EntmaxLoss",
     "KVCache",
+    "LengthScaling",
     "Normmax",
+    "Positions",
+    "RotaryPositions",
     "SparseAttention",
     "SparseSoftmax",
     "Sparsemax",
     "SparsemaxLoss",
     "TopKMultiheadAttention",
     "TopkSoftmax",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
     "alpha_per_head",
     "backends",
     "budget_sparsemax",
@@ -63,6 +79,7 @@ __all__ = [
     "entmax_loss",
     "normmax",
     "replace_attention",
+    "restore_attention",
     "sparse_softmax",
     "sparsemax",
     "sparsemax_loss",

@@ -47,9 +47,12 @@ def check_number_or_tensor(value: float | Tensor, name: str) -> None:
 def check_interval(value: float | Tensor, name: str, *, above: float, below: float, closed: bool = False) -> None:
     """Raise unless ``above < value < below``, or ``above < value <= below`` when the interval is closed."""
     if isinstance(value, Tensor):
-        fits = (value > above) & ((value <= below) if closed else (value < below))
-        if bool(fits.all()):
+        if not value.numel():
             return
+        least, most = (bound.item() for bound in value.detach().aminmax())
+        if least > above and (most <= below if closed else most < below):  # not so with a NaN
+            return
+        fits = (value > above) & ((value <= below) if closed else (value < below))
         got = f"{value.detach()[~fits].flatten()[0].item():g}"
     elif value > above and (value <= below if closed else value < below):
         return
@@ -92,6 +95,12 @@ def check_k(k: int, size: int | None = None) -> None:
         raise ValueError(f"k must be at least 1{upper}, got {k}")
 
 
+def check_int(value: int, name: str) -> None:
+    """Raise unless ``value`` is an int."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+
+
 def check_dropout(dropout: float, name: str = "dropout") -> None:
     """Raise unless ``dropout`` is a probability."""
     if isinstance(dropout, bool) or not isinstance(dropout, Real):
@@ -115,4 +124,6 @@ def result_dtype(x: Tensor) -> torch.dtype:
 
 def rows_last(value: Tensor, x: Tensor, dim: int) -> Tensor:
     """A view of a parameter of the rows of ``x`` that fits ``x.movedim(dim, -1)``."""
-    return value.view([1] * (x.dim() - value.dim()) + list(value.shape)).movedim(dim, -1) if x.dim() else value
+    if not x.dim() or (value.dim() == x.dim() and dim in (-1, x.dim() - 1)):
+        return value
+    return value.view([1] * (x.dim() - value.dim()) + list(value.shape)).movedim(dim, -1)

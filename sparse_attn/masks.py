@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
+
+Window = int | tuple[int | None, int | None]
 
 
 def causal_mask(queries: int, keys: int, device: torch.device | None = None, *, offset: int = 0) -> Tensor:
@@ -28,6 +31,63 @@ def causal_mask(queries: int, keys: int, device: torch.device | None = None, *, 
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(offset)
 
 
+def check_window(window: Window) -> tuple[int | None, int | None]:
+    """A sliding window as (left, right): how many keys a query sees before and after its own position.
+
+    Raises:
+        TypeError: Neither an int nor a pair of ints or None.
+        ValueError: An int below 1, or a side below 0.
+    """
+    pair = isinstance(window, tuple | list) and len(window) == 2
+    sides: Any = tuple(window) if pair else (window, window)  # type: ignore[arg-type]
+    meaning = "window must be an int of at least 1, or a pair (left, right) of ints of at least 0 or None"
+    if not all((pair and side is None) or (isinstance(side, int) and not isinstance(side, bool)) for side in sides):
+        raise TypeError(f"{meaning}, got {window!r}")
+    if any(side is not None and side < (0 if pair else 1) for side in sides):
+        raise ValueError(f"{meaning}, got {window!r}")
+    return sides
+
+
+def window_mask(
+    queries: int, keys: int, window: Window, device: torch.device | None = None, *, offset: int = 0
+) -> Tensor:
+    """A boolean (L, S) mask: query ``i`` sees the keys from ``i + offset - left`` to ``i + offset + right``.
+
+    ``window`` is (left, right), None for no limit on that side, or one int for both sides. ``offset`` is that of
+    :func:`causal_mask`.
+
+    Example:
+        >>> window_mask(3, 4, (1, 0)).int()
+        tensor([[1, 0, 0, 0],
+                [1, 1, 0, 0],
+                [0, 1, 1, 0]], dtype=torch.int32)
+    """
+    left, right = check_window(window)
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    if right is not None:
+        visible = visible.tril(offset + right)
+    return visible if left is None else visible.triu(offset - left)
+
+
+def combine_masks(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Two internal-form masks as one: a pair takes part where it does in both, and what is added is added."""
+    if first is None or second is None:
+        return second if first is None else first
+    if first.dtype == torch.bool:
+        first, second = second, first
+    if first.dtype == torch.bool:
+        return first & second
+    return first.masked_fill(~second, -math.inf) if second.dtype == torch.bool else first + second
+
+
+def visible_keys(attn_mask: Tensor | None, keys: int, device: torch.device) -> Tensor:
+    """How many keys each query sees under an internal-form mask: broadcastable to (N, H, L), or a number (1,)."""
+    if attn_mask is None:
+        return torch.full((1,), keys, device=device)
+    visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf
+    return visible.sum(-1)
+
+
 def apply_mask(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
     """Scores (..., L, S) with an internal-form mask applied.
 
@@ -41,7 +101,17 @@ def apply_mask(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
     check_mask(attn_mask, scores.shape)
     if attn_mask.dtype == torch.bool:
         return scores.masked_fill(~attn_mask, -math.inf)
-    return scores + _with_infinities(attn_mask).to(scores.dtype)
+    return scores + with_infinities(attn_mask).to(scores.dtype)
+
+
+def visible_pairs(attn_mask: Tensor | None, is_causal: bool, weights: Tensor) -> Tensor | None:
+    """Which pairs an internal-form mask, or the causal one, leaves of weights (..., L, S): boolean; None for all."""
+    if is_causal:
+        return causal_mask(weights.shape[-2], weights.shape[-1], weights.device)
+    if attn_mask is None:
+        return None
+    attn_mask = dense_mask(attn_mask, weights.device)
+    return attn_mask if attn_mask.dtype == torch.bool else attn_mask > torch.finfo(attn_mask.dtype).min
 
 
 def dense_mask(attn_mask: Tensor, device: torch.device) -> Tensor:
@@ -53,12 +123,12 @@ def dense_mask(attn_mask: Tensor, device: torch.device) -> Tensor:
     return causal_mask(attn_mask.seq_len_q, attn_mask.seq_len_kv, device, offset=offset)
 
 
-def check_mask(attn_mask: Tensor, shape: Sequence[int]) -> None:
+def check_mask(attn_mask: Tensor, shape: Sequence[int], name: str = "attn_mask") -> None:
     """Raise unless a mask is boolean or floating and broadcasts to scores of that shape."""
-    check_mask_dtype(attn_mask, "attn_mask")
+    check_mask_dtype(attn_mask, name)
     sizes = zip(reversed(attn_mask.shape), reversed(shape), strict=False)
     if attn_mask.dim() > len(shape) or any(size not in (1, full) for size, full in sizes):
-        raise ValueError(f"attn_mask must broadcast to the scores {tuple(shape)}, got shape {tuple(attn_mask.shape)}")
+        raise ValueError(f"{name} must broadcast to the scores {tuple(shape)}, got shape {tuple(attn_mask.shape)}")
 
 
 def merge_multihead_masks(
@@ -106,7 +176,7 @@ def merge_multihead_masks(
                 f"key_padding_mask must have shape (N, S) = {(batch, keys)}, got {tuple(key_padding_mask.shape)}"
             )
         padding = _to_internal(key_padding_mask).view(batch, 1, 1, keys)
-        merged = padding if merged is None else _combine(merged, padding)
+        merged = combine_masks(merged, padding)
     return merged
 
 
@@ -119,21 +189,9 @@ def check_mask_dtype(mask: Tensor, name: str) -> None:
 
 
 def _to_internal(mask: Tensor) -> Tensor:
-    return ~mask if mask.dtype == torch.bool else _with_infinities(mask)
+    return ~mask if mask.dtype == torch.bool else with_infinities(mask)
 
 
-def _with_infinities(mask: Tensor) -> Tensor:
+def with_infinities(mask: Tensor) -> Tensor:
     """The smallest number of the mask's dtype as -inf: added to scores of a wider dtype it would mask nothing."""
     return mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -math.inf)
-
-
-def _combine(first: Tensor, second: Tensor) -> Tensor:
-    if first.dtype == torch.bool and second.dtype == torch.bool:
-        return first & second
-    return _additive(first, second.dtype) + _additive(second, first.dtype)
-
-
-def _additive(mask: Tensor, other: torch.dtype) -> Tensor:
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape, dtype=other, device=mask.device).masked_fill(~mask, -math.inf)

@@ -1,7 +1,7 @@
 """Who looks at attention weights while a model runs.
 
-Attention functions that are called by models of others (`integrations`) have no hook of their own where weights
-could be read. They ask `observed()` whether to make weights at all, and `tell` them.
+Attention that has no hook where weights could be read (functions called by models of others, layers that return their
+output alone) asks `observed()` whether to make weights at all, and `tell`s them. A block of one's own may do the same.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-Observer = Callable[[nn.Module, Tensor], None]
+Observer = Callable[[nn.Module, Tensor, Tensor | None], None]
 _observers: list[Observer] = []
 
 
@@ -20,15 +20,21 @@ def observed() -> bool:
     return bool(_observers)
 
 
-def tell(module: nn.Module, weights: Tensor) -> None:
-    """Show the weights (N, H, L, S) that ``module`` attends with to everybody who looks."""
+def tell(module: nn.Module, weights: Tensor, visible: Tensor | None = None) -> None:
+    """Show the weights that ``module`` attends with to everybody who looks.
+
+    Args:
+        module: The one that attends.
+        weights: (N, H, L, S).
+        visible: True where a query may see a key; broadcasts against ``weights``. None: everywhere.
+    """
     for observer in _observers:
-        observer(module, weights)
+        observer(module, weights, visible)
 
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Have ``observer`` called by every :func:`tell` while the context is open."""
+    """Have ``observer`` called with ``(module, weights, visible)`` by every :func:`tell` while the context is open."""
     _observers.append(observer)
     try:
         yield

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from sparse_attn.masks import apply_mask, causal_mask, check_mask_dtype, merge_multihead_masks
+from sparse_attn.masks import (
+    apply_mask,
+    causal_mask,
+    check_mask_dtype,
+    check_window,
+    combine_masks,
+    merge_multihead_masks,
+    visible_keys,
+    window_mask,
+)
 
 N, H, L, S = 2, 3, 5, 7
 INF = math.inf
@@ -22,6 +31,51 @@ def test_a_query_sees_the_keys_up_to_its_own_position(offset: int) -> None:
     mask = causal_mask(L, S, offset=offset)
     assert mask.dtype == torch.bool
     assert mask.tolist() == [[j <= i + offset for j in range(S)] for i in range(L)]
+
+
+@pytest.mark.parametrize("offset", [-2, 0, 2, S - L])
+@pytest.mark.parametrize("window", [1, 3, (2, 0), (0, 0), (0, 3), (None, 1), (2, None), (None, None), (100, 100)])
+def test_a_query_sees_the_keys_in_its_window(window: Any, offset: int) -> None:
+    left, right = check_window(window)
+    assert (left, right) == (window if isinstance(window, tuple) else (window, window))
+    mask = window_mask(L, S, window, offset=offset)
+    assert mask.dtype == torch.bool
+    assert mask.tolist() == [
+        [(left is None or j >= i + offset - left) and (right is None or j <= i + offset + right) for j in range(S)]
+        for i in range(L)
+    ]
+
+
+def test_a_window_that_ends_at_the_query_is_causal() -> None:
+    assert torch.equal(window_mask(L, S, (None, 0), offset=2), causal_mask(L, S, offset=2))
+
+
+SHAPES = [(N, H, L, S), (N, 1, 1, S), (H, 1, S), (L, S), (1, S)]
+
+
+@pytest.mark.parametrize(("first", "second"), list(product(SHAPES, SHAPES)), ids=str)
+@pytest.mark.parametrize(("first_float", "second_float"), list(product([False, True], repeat=2)))
+def test_combined_masks_do_what_one_after_the_other_does(
+    first: tuple[int, ...], second: tuple[int, ...], first_float: bool, second_float: bool
+) -> None:
+    masks = [
+        torch.randn(shape) if floating else torch.rand(shape) < 0.6
+        for shape, floating in ((first, first_float), (second, second_float))
+    ]
+    scores = torch.randn(N, H, L, S)
+    expected = apply_mask(apply_mask(scores, masks[0]), masks[1])
+    combined = combine_masks(*masks)
+    assert combined.dtype == (torch.float32 if first_float or second_float else torch.bool)
+    torch.testing.assert_close(apply_mask(scores, combined), expected, rtol=1e-6, atol=1e-6)
+    visible = visible_keys(combined, S, scores.device)
+    assert torch.equal(visible.expand(N, H, L), (expected > -INF).sum(-1))
+
+
+def test_without_masks_everything_is_visible() -> None:
+    mask = torch.rand(L, S) < 0.5
+    assert combine_masks(None, None) is None
+    assert combine_masks(mask, None) is mask and combine_masks(None, mask) is mask
+    assert visible_keys(None, S, mask.device).tolist() == [S]
 
 
 def test_no_mask_changes_nothing() -> None:

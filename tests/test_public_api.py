@@ -19,6 +19,8 @@ NN = [
     *("AdaptiveSparseMultiheadAttention", "KVCache", "SparseAttention", "TopKMultiheadAttention", "alpha_per_head"),
     *("BudgetSparsemax", "Entmax", "Entmax15", "Normmax", "SparseSoftmax", "Sparsemax", "TopkSoftmax"),
     *("Entmax15Loss", "EntmaxLoss", "SparsemaxLoss"),
+    *("ALiBi", "NAPE", "Positions", "RotaryPositions", "LengthScaling"),
+    *("DecoderCache", "TransformerDecoderLayer", "TransformerEncoderLayer"),
 ]
 OPS = [
     *("budget_sparsemax", "entmax", "entmax15", "normmax", "sparse_softmax", "sparsemax", "topk_softmax"),
@@ -30,7 +32,7 @@ OPS = [
 @pytest.mark.parametrize(
     ("module", "names"),
     [
-        (sparse_attn, [*NN, *OPS, "backends", "replace_attention", "use_backend"]),
+        (sparse_attn, [*NN, *OPS, "backends", "replace_attention", "restore_attention", "use_backend"]),
         (sparse_attn.nn, [*NN, "SparseMultiheadAttention"]),
         (sparse_attn.ops, OPS),
     ],
@@ -93,6 +95,11 @@ class Contract:
     def SparseAttention(self, k=None, *, alpha=None, scale=None, dropout=0.0): ...
     def alpha_per_head(self, model): ...
     def KVCache(self, *, static=False): ...
+    def DecoderCache(self): ...
+    def RotaryPositions(self, head_dim, *, base=10000.0): ...
+    def ALiBi(self, num_heads): ...
+    def NAPE(self, num_heads): ...
+    def LengthScaling(self, embed_dim, num_heads, unscaled_heads=0, device=None, dtype=None): ...
     def replace_attention(
         self, model, layer=sparse_attn.AdaptiveSparseMultiheadAttention, *, filter_fn=None, **layer_kwargs
     ): ...
@@ -117,10 +124,22 @@ def test_layers_take_torchs_arguments_in_torchs_order_and_their_own_by_name(
     layer: type[nn.MultiheadAttention], own: dict[str, Any]
 ) -> None:
     assert issubclass(layer, nn.MultiheadAttention)
-    keywords = [(name, Parameter.KEYWORD_ONLY, default) for name, default in own.items()]
+    shared = {"num_kv_heads": None, "window": None, "qk_norm": False, "positions": None, "length_scaling": False}
+    keywords = [(name, Parameter.KEYWORD_ONLY, default) for name, default in (own | shared).items()]
     assert arguments(layer.__init__) == arguments(nn.MultiheadAttention.__init__) + keywords
-    cache = [("cache", Parameter.KEYWORD_ONLY, None)]
-    assert arguments(layer.forward) == arguments(nn.MultiheadAttention.forward) + cache
+    tensors = [(name, Parameter.KEYWORD_ONLY, None) for name in ("cache", "rotary", "position_bias")]
+    assert arguments(layer.forward) == arguments(nn.MultiheadAttention.forward) + tensors
+
+
+@pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
+def test_our_transformer_layers_take_torchs_arguments_by_name(name: str) -> None:
+    ours, torchs = getattr(sparse_attn, name), getattr(nn, name)
+    assert {argument for argument, _, _ in arguments(torchs.__init__)} <= {name for name, _, _ in arguments(ours)}
+    assert [argument for argument, kind, _ in arguments(ours) if kind is Parameter.POSITIONAL_OR_KEYWORD] == [
+        *("d_model", "nhead")  # of the others some have another default than torch's
+    ]
+    tensors = [(name, Parameter.KEYWORD_ONLY, None) for name in ("cache", "rotary", "position_bias")]
+    assert arguments(ours.forward) == arguments(torchs.forward) + tensors
 
 
 def test_forward_of_sparse_attention() -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "docs/alpha.md", "docs/migrating.md", "docs/operators.md"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/operators.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run_in_order(page):
     names: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
@@ -42,7 +43,7 @@ def test_commands_are_those_of_the_makefile():
         assert f'-m pip install --constraint constraints.txt --editable ".[{extra}]"' in README
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/operators.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_files_it_links_to_exist(page):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
         assert (ROOT / page).parent.joinpath(target).exists(), target

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
 from sparse_attn import (
     AdaptiveSparseMultiheadAttention,
@@ -181,6 +180,8 @@ def test_trap_8_a_second_call_reaches_what_the_first_left_out() -> None:
     ("kwargs", "error", "message"),
     [
         ({"alpha_init": 2.5}, ValueError, r"alpha_init must be in alpha_range \[1, 2\], got 2.5"),
+        ({"alpha_range": (2.0, 1.0)}, ValueError, r"alpha_range must be \(low, high\) .*got \(2.0, 1.0\)"),
+        ({"alpha_range": "wide"}, TypeError, r"alpha_range must be two numbers \(low, high\), got 'wide'"),
         ({"alpha_init": (1.5, 1.5)}, ValueError, r"one per head \(11,\), got shape \(2,\)"),
         ({"alpha": 1.5}, TypeError, "unexpected keyword argument 'alpha'"),
         ({"embed_dim": 3}, TypeError, "embed_dim"),
@@ -218,18 +219,6 @@ def test_trap_8_an_error_leaves_nested_tensors_as_they_were() -> None:
     assert model.use_nested_tensor  # none of its layers has been replaced
     replace_attention(model)
     assert not model.use_nested_tensor
-
-
-def test_trap_8_a_model_without_attention_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"at least one nn.MultiheadAttention, got none in Linear"):
-        replace_attention(nn.Linear(2, 3))
-
-
-def test_trap_8_a_bare_layer_cannot_be_replaced_in_place() -> None:
-    with pytest.raises(
-        ValueError, match=r"model must be a module that holds nn.MultiheadAttention layers, got one itself"
-    ):
-        replace_attention(nn.MultiheadAttention(E, H))
 
 
 def test_trap_8_somebody_elses_subclass_is_left_alone() -> None:
@@ -307,15 +296,6 @@ def test_trap_8_a_swapped_model_saves_and_loads(tmp_path: Any) -> None:
         assert alpha.tolist() == [1.25, 1.75]
 
 
-def test_a_pruned_layer_is_refused_and_nothing_is_changed() -> None:
-    model = nn.Sequential(nn.MultiheadAttention(E, H), nn.MultiheadAttention(E, H))
-    prune.random_unstructured(model[1], "in_proj_weight", 0.5)
-    before = list(model)
-    with pytest.raises(ValueError, match=r"layer '1' must have the parameters .*got .*in_proj_weight_orig.*pruning"):
-        replace_attention(model)
-    assert list(model) == before
-
-
 def test_hooks_on_the_layer_run_and_their_handles_remove_them() -> None:
     model = nn.Sequential(nn.MultiheadAttention(E, H))
     calls: list[str] = []
@@ -333,15 +313,6 @@ def test_hooks_on_the_layer_run_and_their_handles_remove_them() -> None:
     assert len(calls) == 2
 
 
-def test_layers_of_a_subclass_are_named_when_there_is_nothing_else() -> None:
-    model = nn.Sequential(nn.MultiheadAttention(E, H))
-    nn.utils.parametrizations.spectral_norm(model[0], "in_proj_weight")
-    with pytest.raises(ValueError, match="got only '0', which are refused or of a subclass"):
-        replace_attention(model)
-
-
-def test_what_is_no_module_or_has_no_mapping() -> None:
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
-        replace_attention("model")  # type: ignore[arg-type]
+def test_a_layer_without_a_mapping_is_refused() -> None:
     with pytest.raises(TypeError, match="with a mapping, got <class"):
         replace_attention(nn.Sequential(nn.MultiheadAttention(E, H)), SparseMultiheadAttention)

@@ -80,7 +80,7 @@ def record_batch(model: nn.Module, source: Tensor, target: Tensor) -> list[Recor
         source: token ids (N, S), 0 is padding.
         target: decoder input ids (N, T), 0 is padding.
     """
-    with torch.no_grad(), record_attention(model) as recorded:
+    with torch.no_grad(), record_attention(model, weights=True) as recorded:
         model(source, target)
     source_real, target_real = source != PAD, target != PAD
     causal = torch.ones(target.shape[1], target.shape[1], dtype=torch.bool, device=target.device).tril()
@@ -90,7 +90,9 @@ def record_batch(model: nn.Module, source: Tensor, target: Tensor) -> list[Recor
         "cross": target_real[:, None, :, None] & source_real[:, None, None, :],
     }
     layers = [
-        RecordedLayer(name, layer_kind(name), weights, visible[layer_kind(name)]) for name, weights in recorded.items()
+        RecordedLayer(name, layer_kind(name), heads.weights, visible[layer_kind(name)])
+        for name, heads in recorded.items()
+        if heads.weights is not None
     ]
     return sorted(layers, key=lambda layer: KINDS.index(layer.kind))
 

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from recipes.seq2seq.data.batching import pad
@@ -16,6 +16,7 @@ from recipes.seq2seq.decode import greedy_decode
 from recipes.seq2seq.model import Seq2SeqTransformer
 from recipes.seq2seq.scores import Scores
 from recipes.seq2seq.tokenizer import PAD, Tokenizer
+from sparse_attn.optim import alpha_param_groups
 
 
 class Seq2SeqTask(L.LightningModule):
@@ -161,16 +162,8 @@ class Seq2SeqTask(L.LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Weight matrices; biases and norms, which do not decay; α, which has a learning rate of its own."""
-        groups: dict[str, list[nn.Parameter]] = {"weights": [], "biases": [], "alpha": []}
-        for name, parameter in self.model.named_parameters():
-            kind = "alpha" if name.endswith("raw_alpha") else "weights" if parameter.ndim > 1 else "biases"
-            groups[kind].append(parameter)
-        settings: dict[str, dict[str, float]] = {
-            "weights": {"weight_decay": self.hparams["weight_decay"]},
-            "biases": {"weight_decay": 0.0},
-            "alpha": {"weight_decay": 0.0, "lr": self.hparams["alpha_learning_rate"]},
-        }
-        return [{"params": groups[kind], **settings[kind]} for kind in groups if groups[kind]]
+        rates = {"lr": self.hparams["learning_rate"], "alpha_lr": self.hparams["alpha_learning_rate"]}
+        return alpha_param_groups(self.model, **rates, weight_decay=self.hparams["weight_decay"], strict=False)
 
 
 def rate_factor(step: int, warmup: int, total: int) -> float:

@@ -11,9 +11,12 @@ from sparse_attn.analysis.roles import (
     offset_weight,
     strongest_at_offset,
 )
+from sparse_attn.analysis.statistics import AttentionRecord, HeadStatistics
 
 __all__ = [
     "ROLE_THRESHOLDS",
+    "AttentionRecord",
+    "HeadStatistics",
     "density",
     "entropy",
     "mean_per_head",

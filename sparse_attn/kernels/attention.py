@@ -1,6 +1,7 @@
 """Attention over blocks of queries: weights are made again in the backward, and memory is linear in the length.
 
-In blocks the scores also stay in the cache, which makes long sequences faster than one large matrix would be.
+In blocks the scores also stay in the cache, and the zeros of the weights are skipped: where a weight is zero, its value
+is not looked at.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from sparse_attn.checks import check_alpha, compute_dtype
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.entmax import entmax_rows, shifted
+from sparse_attn.kernels.reference import products as dense_products
 from sparse_attn.masks import apply_mask
 
 _QUERIES = 256
@@ -62,8 +64,14 @@ def _blocks(query: Tensor, key: Tensor, is_causal: bool) -> Iterator[_Block]:
             yield _Block(row, slice(start, stop), slice(0, min(stop, keys) if is_causal else keys))
 
 
-def _scores(query: Tensor, key: Tensor, block: _Block, setting: Setting) -> Tensor:
-    scores = (query[block.row, block.queries] * setting.scale) @ key[block.row, block.keys].T
+def _scores(query: Tensor, key: Tensor, block: _Block, setting: Setting, buffer: Tensor | None) -> Tensor:
+    """Scores (queries, keys) of a block, in the buffer where there is one."""
+    queries, keys = query[block.row, block.queries] * setting.scale, key[block.row, block.keys]
+    if buffer is None:
+        scores = queries @ keys.T
+    else:
+        scores = buffer[: len(queries) * len(keys)].view(len(queries), len(keys))
+        torch.mm(queries, keys.T, out=scores)
     first = block.queries.start
     if setting.is_causal and first < block.keys.stop:
         future = torch.ones(scores.shape[0], block.keys.stop - first, dtype=torch.bool, device=scores.device).triu(1)
@@ -77,15 +85,29 @@ def _scores(query: Tensor, key: Tensor, block: _Block, setting: Setting) -> Tens
     return scores
 
 
+def _buffer(query: Tensor, key: Tensor) -> Tensor | None:
+    """Room for the scores of a block, for all blocks in turn; none where gradients are to flow through them."""
+    if torch.is_grad_enabled():
+        return None
+    return query.new_empty(min(_QUERIES, query.shape[1]) * key.shape[1])
+
+
+def _weights(scores: Tensor, alpha: float | Tensor, setting: Setting) -> Tensor:
+    """Weights in float32 or wider; the scores are used up where no gradient flows through them."""
+    k = None if setting.k is None or setting.k >= scores.shape[-1] else setting.k
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.to(compute_dtype(scores))
+    if torch.is_grad_enabled():
+        return entmax_rows(scores, alpha, lowest, k)
+    return dispatch.entmax_forward(scores, _shift(alpha, scores), lowest, k, in_place=True)
+
+
 def _alpha_of(alpha: Tensor | None, block: _Block, setting: Setting) -> float | Tensor:
     return setting.alpha if alpha is None else alpha[block.row].view(1, 1)
 
 
-def _weights(scores: Tensor, alpha: float | Tensor, setting: Setting) -> Tensor:
-    """Weights in float32 or wider."""
-    k = None if setting.k is None or setting.k >= scores.shape[-1] else setting.k
-    lowest = torch.finfo(scores.dtype).min
-    return entmax_rows(scores.to(compute_dtype(scores)), alpha, lowest, k)
+def _shift(alpha: float | Tensor, scores: Tensor) -> float | Tensor:
+    return shifted(alpha, scores) if isinstance(alpha, Tensor) else float(alpha) - 1
 
 
 def _dropout(weights: Tensor, setting: Setting, generator: torch.Generator) -> Tensor:
@@ -98,12 +120,14 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, alpha: Tensor | None, setting: Setting, seed: int
 ) -> Iterator[Tensor]:
     """The output of each block, differentiable where gradients are on."""
-    generator = torch.Generator(query.device).manual_seed(seed)
+    generator, buffer = torch.Generator(query.device).manual_seed(seed), _buffer(query, key)
     for block in _blocks(query, key, setting.is_causal):
-        weights = _weights(_scores(query, key, block, setting), _alpha_of(alpha, block, setting), setting)
+        weights = _weights(_scores(query, key, block, setting, buffer), _alpha_of(alpha, block, setting), setting)
         if setting.dropout_p > 0:
             weights = weights * _dropout(weights, setting, generator)
-        yield weights.to(value.dtype) @ value[block.row, block.keys]
+        weights, values = weights.to(value.dtype), value[block.row, block.keys]
+        multiply = dense_products if torch.is_grad_enabled() else dispatch.products(weights, values)
+        yield multiply.gathered(weights, values)
 
 
 class _Blockwise(torch.autograd.Function):
@@ -124,26 +148,26 @@ class _Blockwise(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _backward_once_more(ctx, grads[0])
         setting: Setting = ctx.setting
-        generator = torch.Generator(query.device).manual_seed(ctx.seed)
+        generator, buffer = torch.Generator(query.device).manual_seed(ctx.seed), _buffer(query, key)
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
         grad_alpha = None if alpha is None else torch.zeros_like(alpha)
         for block in _blocks(query, key, setting.is_causal):
             row, queries, keys = block
             one_alpha = _alpha_of(alpha, block, setting)
-            weights = _weights(_scores(query, key, block, setting), one_alpha, setting)
-            grad_output = grads[0][row, queries]
-            grad_weights = (grad_output @ value[row, keys].T).to(weights.dtype)
+            weights = _weights(_scores(query, key, block, setting, buffer), one_alpha, setting)
+            grad_output, values, its_keys = grads[0][row, queries], value[row, keys], key[row, keys]
+            multiply = dispatch.products(weights, grad_output, values, its_keys, query)
+            grad_weights = multiply.sampled(weights, grad_output, values).to(weights.dtype)
+            dropped = weights
             if setting.dropout_p > 0:
                 dropout = _dropout(weights, setting, generator)
-                grad_weights *= dropout
-                grad_value[row, keys].addmm_((weights * dropout).to(value.dtype).T, grad_output)
-            else:
-                grad_value[row, keys].addmm_(weights.to(value.dtype).T, grad_output)
-            a = shifted(one_alpha, weights) if isinstance(one_alpha, Tensor) else one_alpha - 1
-            grad_scores, grad_a = dispatch.entmax_backward(weights, a, grad_weights, with_alpha=alpha is not None)
+                grad_weights, dropped = grad_weights * dropout, weights * dropout
+            multiply.scatter_(grad_value[row, keys], dropped.to(value.dtype), grad_output)
+            a, with_alpha = _shift(one_alpha, weights), alpha is not None
+            grad_scores, grad_a = dispatch.entmax_backward(weights, a, grad_weights, with_alpha=with_alpha)
             grad_scores = grad_scores.to(query.dtype) * setting.scale
-            grad_query[row, queries] = grad_scores @ key[row, keys]
-            grad_key[row, keys].addmm_(grad_scores.T, query[row, queries])
+            grad_query[row, queries] = multiply.gathered(grad_scores, its_keys)
+            multiply.scatter_(grad_key[row, keys], grad_scores, query[row, queries])
             if grad_alpha is not None and grad_a is not None:
                 grad_alpha[row] += grad_a.sum().to(grad_alpha.dtype)
         return grad_query, grad_key, grad_value, grad_alpha, None

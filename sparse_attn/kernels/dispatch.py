@@ -8,14 +8,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from sparse_attn.kernels import triton
+from sparse_attn.kernels import torch_rows, triton
+from sparse_attn.kernels.cpu import products as sparse_products
 from sparse_attn.kernels.cpu import rows
-from sparse_attn.kernels.reference import entmax as reference
+from sparse_attn.kernels.reference import products as dense_products
 
 _NAMES = ("triton", "compiled", "torch")
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -74,19 +75,36 @@ def _status() -> dict[str, tuple[bool, str]]:
     }
 
 
-def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float, k: int | None = None) -> Tensor:
-    """As :func:`reference.entmax.entmax_forward`, of the ``k`` largest scores of each row if ``k`` is given."""
-    kernels = _kernels(scores)
+def entmax_forward(
+    scores: Tensor, a: float | Tensor, lowest: float, k: int | None = None, *, in_place: bool = False
+) -> Tensor:
+    """As :func:`kernels.reference.entmax.entmax_forward`, of the ``k`` largest scores of each row if ``k`` is given.
+
+    ``in_place`` allows the scores to be overwritten.
+    """
+    if by_triton(scores):
+        return _triton_rows().entmax_forward(scores, a, lowest, k, in_place=in_place)
+    if _compiled(scores):
+        return rows.entmax_forward(scores, a, lowest, k, in_place=in_place)
     if k is None:
-        return kernels.entmax_forward(scores, a, lowest)
-    return kernels.topk_entmax_forward(scores, k, a, lowest)
+        return torch_rows.entmax_forward(scores, a, lowest)
+    return torch_rows.topk_entmax_forward(scores, k, a, lowest)
 
 
 def entmax_backward(
     p: Tensor, a: float | Tensor, grad: Tensor, *, with_alpha: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`reference.entmax.entmax_backward`, but not differentiable."""
-    return _kernels(p).entmax_backward(p, a, grad, with_alpha=with_alpha)
+    """As :func:`kernels.reference.entmax.entmax_backward`, but not differentiable."""
+    if by_triton(p):
+        return _triton_rows().entmax_backward(p, a, grad, with_alpha)
+    if _compiled(p):
+        return rows.entmax_backward(p, a, grad, with_alpha)
+    return torch_rows.entmax_backward(p, a, grad, with_alpha=with_alpha)
+
+
+def products(p: Tensor, *others: Tensor) -> ModuleType:
+    """Who multiplies weights ``p`` with these matrices: :mod:`reference.products`, or what skips the zeros."""
+    return sparse_products if _compiled(p) and sparse_products.worth_it(p, *others) else dense_products
 
 
 def by_triton(x: Tensor) -> bool:
@@ -115,10 +133,9 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def _kernels(x: Tensor) -> Any:
-    """The module whose row functions compute with ``x``."""
-    if by_triton(x):
-        return importlib.import_module("sparse_attn.kernels.triton.rows")  # which imports Triton
-    if x.device.type == "cpu" and _forced.get() in (None, "compiled") and rows.available():
-        return rows
-    return reference
+def _triton_rows() -> ModuleType:
+    return importlib.import_module("sparse_attn.kernels.triton.rows")  # which imports Triton
+
+
+def _compiled(x: Tensor) -> bool:
+    return x.device.type == "cpu" and _forced.get() in (None, "compiled") and rows.available()

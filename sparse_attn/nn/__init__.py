@@ -1,4 +1,4 @@
-"""Layers: drop-ins for ``nn.MultiheadAttention``, attention without projections, the mappings as modules."""
+"""Layers: drop-ins for ``nn.MultiheadAttention`` and what they are made of, transformer layers, mappings, losses."""
 
 from sparse_attn.nn.activations import (
     BudgetSparsemax,
@@ -10,21 +10,30 @@ from sparse_attn.nn.activations import (
     TopkSoftmax,
 )
 from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention, alpha_per_head
-from sparse_attn.nn.cache import KVCache
+from sparse_attn.nn.cache import DecoderCache, KVCache
 from sparse_attn.nn.losses import Entmax15Loss, EntmaxLoss, SparsemaxLoss
 from sparse_attn.nn.multihead import SparseMultiheadAttention
+from sparse_attn.nn.positions import NAPE, ALiBi, Positions, RotaryPositions
+from sparse_attn.nn.scaling import LengthScaling
 from sparse_attn.nn.sparse import SparseAttention
 from sparse_attn.nn.topk import TopKMultiheadAttention
+from sparse_attn.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
+    "NAPE",
+    "ALiBi",
     "AdaptiveSparseMultiheadAttention",
     "BudgetSparsemax",
+    "DecoderCache",
     "Entmax",
     "Entmax15",
     "Entmax15Loss",
     "EntmaxLoss",
     "KVCache",
+    "LengthScaling",
     "Normmax",
+    "Positions",
+    "RotaryPositions",
     "SparseAttention",
     "SparseMultiheadAttention",
     "SparseSoftmax",
@@ -32,5 +41,7 @@ __all__ = [
     "SparsemaxLoss",
     "TopKMultiheadAttention",
     "TopkSoftmax",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
     "alpha_per_head",
 ]

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_alpha_range, initial_alpha
+from sparse_attn.masks import Window
+from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_alpha_range, fill, head_alpha, initial_alpha, whole
 from sparse_attn.nn.multihead import SparseMultiheadAttention
+from sparse_attn.nn.positions import Positions
 from sparse_attn.ops.attention import ScoreMapping, entmax_mapping
 
 
@@ -38,12 +40,20 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
         alpha_init: The initial α: a number, or one per head.
         alpha_range: The closed interval that a learnt α stays in; α = 1 is softmax, 2 is sparsemax.
         learn_alpha: Whether α is a parameter. If not, it may be any in ``(0, inf)``, and the state dict is that of
-            ``nn.MultiheadAttention``.
+            ``nn.MultiheadAttention`` as long as α is the initial one.
+        num_kv_heads: Heads of keys and values, a divisor of ``num_heads``; the others share them.
+        window: (left, right): how many keys a query sees before and after its own position; one int for both sides.
+        qk_norm: RMSNorm on the queries and keys of every head.
+        positions: ``RotaryPositions``, ``ALiBi``, ``NAPE`` or a ``Positions`` of one's own.
+        length_scaling: Scores that grow with the number of keys; see ``LengthScaling``. This and the four before it
+            are described in :class:`SparseMultiheadAttention`.
 
     Attributes:
         alpha: (H,) the current α per head, differentiable when learnt.
-        raw_alpha: (H,) the parameter behind it, or None. A state dict without it (a dense checkpoint) loads and keeps
-            the current α. Give it no weight decay, which would pull α to its lower bound and hold it there.
+        raw_alpha: (H,) the parameter behind it. A state dict without it (a dense checkpoint) loads and keeps the
+            current α. Give it no weight decay, which would pull α to its lower bound and hold it there:
+            :func:`sparse_attn.optim.alpha_param_groups` sees to that. Where α is not learnt None, and a buffer from
+            :func:`sparse_attn.optim.set_alpha` on.
 
     Raises:
         ValueError: ``embed_dim`` is no multiple of ``num_heads``; ``alpha_init`` lies outside ``alpha_range``, or that
@@ -63,7 +73,7 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
         Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers".
     """
 
-    raw_alpha: nn.Parameter | None
+    raw_alpha: Tensor | None
 
     def __init__(
         self,
@@ -82,6 +92,11 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
         alpha_init: float | Sequence[float] | Tensor = 1.5,
         alpha_range: tuple[float, float] = (1.0, 2.0),
         learn_alpha: bool = True,
+        num_kv_heads: int | None = None,
+        window: Window | None = None,
+        qk_norm: bool = False,
+        positions: Positions | None = None,
+        length_scaling: bool = False,
     ) -> None:
         super().__init__(
             embed_dim,
@@ -95,8 +110,14 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
             batch_first,
             device,
             dtype,
+            num_kv_heads=num_kv_heads,
+            window=window,
+            qk_norm=qk_norm,
+            positions=positions,
+            length_scaling=length_scaling,
         )
         self.alpha_range = check_alpha_range(alpha_range)
+        self.learn_alpha = learn_alpha
         alpha = initial_alpha(alpha_init, self.alpha_range if learn_alpha else None, num_heads)
         self.alpha_init = tuple(alpha.tolist())
         if learn_alpha:
@@ -112,14 +133,13 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
         super()._reset_parameters()
         raw_alpha = getattr(self, "raw_alpha", None)  # torch's constructor calls this before there is one
         if raw_alpha is not None:
-            with torch.no_grad():
-                raw_alpha.copy_(self._initial_raw_alpha())
+            fill(raw_alpha, self._initial_raw_alpha())
 
     @property
     def alpha(self) -> Tensor:
         """(H,) the current α per head."""
         if self.raw_alpha is not None:
-            return bounded_alpha(self.raw_alpha, self.alpha_range)
+            return bounded_alpha(self.raw_alpha, self.alpha_range) if self.learn_alpha else self.raw_alpha
         return self._initial_raw_alpha().to(next(self.parameters()).device)
 
     def mapping(self) -> ScoreMapping:
@@ -129,11 +149,11 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
         return entmax_mapping(self.alpha, self.num_heads)
 
     def extra_repr(self) -> str:
-        """The α arguments, as given."""
-        learnt = self.raw_alpha is not None
+        """The α arguments, as given, and what all of these layers show."""
         inits = set(self.alpha_init)
         init = self.alpha_init[0] if len(inits) == 1 else self.alpha_init
-        return f"alpha_init={init}, alpha_range={self.alpha_range}, learn_alpha={learnt}"
+        own = f"alpha_init={init}, alpha_range={self.alpha_range}, learn_alpha={self.learn_alpha}"
+        return ", ".join(filter(None, (own, super().extra_repr())))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.raw_alpha is not None:
@@ -146,13 +166,17 @@ def alpha_per_head(model: nn.Module) -> dict[str, Tensor]:
     """The current α of every head of every α-entmax layer in a model.
 
     Returns:
-        ``{layer name: (num_heads,) tensor}`` in the order of ``model.named_modules()``, detached; empty without
-        such layers.
+        ``{layer name: (num_heads,) tensor}`` in the order of ``model.named_modules()``, copies without a graph; empty
+        without such layers. An attention module of another library counts where it has been given a learnt α. Of a
+        model that is sharded over processes (FSDP2) whole tensors; each has to ask for them.
 
     Example:
         >>> model = nn.Sequential(AdaptiveSparseMultiheadAttention(8, 2, alpha_init=[1.25, 1.75]))
         >>> alpha_per_head(model)
         {'0': tensor([1.2500, 1.7500])}
     """
-    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, AdaptiveSparseMultiheadAttention))
-    return {name: layer.alpha.detach() for name, layer in layers}
+    layers = (
+        (name, module if isinstance(module, AdaptiveSparseMultiheadAttention) else head_alpha(module))
+        for name, module in model.named_modules()
+    )
+    return {name: whole(layer.alpha.detach()).clone() for name, layer in layers if layer is not None}

@@ -1,26 +1,40 @@
-"""α as a bounded parameter: α itself is learnt, and its gradient projected at the bounds.
+"""α as a bounded parameter: α itself is learnt, and its gradient projected a little way past the bounds.
 
-A sigmoid reaches neither bound, and near one its gradient vanishes. Here the gradient is exact inside, and on a bound
-lets pass whatever points back inside. An optimizer may still carry the parameter past a bound (by momentum, a large
-step or weight decay) and then has to bring it back the same way: what the layer uses meanwhile is the clamped value.
+A sigmoid reaches neither bound, and near one its gradient vanishes. Here α is the parameter, and clamped where it is
+used. At a bound it has to leave when the gradient says so, stay when not, and come back soon after a long time there;
+and gradients that are summed over micro-batches or processes have to be that of the joined batch. Past a bound the
+gradient of ``clamp`` is zero, so α would be stuck; the identity would let the parameter wander off; and projecting each
+gradient is wrong for sums: where noise points to both sides, the parts that point inside would add up. So the gradient
+passes as it is inside, on the bounds and up to a margin past them, and what points further out is held back only beyond
+it. In a plain loop, without any hook, the parameter gets one optimizer step past the margin (or as far as momentum then
+carries it) and no further, and α feels nothing of what is held back there as long as a step is smaller than the margin.
+
+``sparse_attn.optim.project_alpha`` after each step brings the parameter back to the bound: no margin, and nothing held
+back.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sparse_attn.checks import check_alpha
+from sparse_attn.transforms import needs_plain_operations
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# Of the range. Some steps of an optimizer wide, so that noise does not cross it, and few enough to come back soon.
+_MARGIN = 0.02
 
-class _Bounded(torch.autograd.Function):
+
+class _BoundedInGraphs(torch.autograd.Function):
+    """The form of ``torch.compile``, which takes no forward mode."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -34,25 +48,39 @@ class _Bounded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (raw,) = ctx.saved_tensors
-        (grad,) = grads
-        outwards = ((raw <= ctx.low) & (grad > 0)) | ((raw >= ctx.high) & (grad < 0))
+        (raw,), (grad,) = ctx.saved_tensors, grads
+        margin = _MARGIN * (ctx.high - ctx.low)
+        outwards = ((raw <= ctx.low - margin) & (grad > 0)) | ((raw >= ctx.high + margin) & (grad < 0))
         return grad.masked_fill(outwards, 0.0), None, None
 
 
+class _Bounded(_BoundedInGraphs):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0].clone()
+
+
 def bounded_alpha(raw: Tensor, alpha_range: tuple[float, float]) -> Tensor:
-    """``raw`` clamped to the range; at or past a bound its gradient never points further out.
+    """``raw`` clamped to the range, with the gradient of the identity up to 2 % of the range past a bound.
+
+    Beyond that margin what points further out is held back. In forward mode the tangent always passes.
 
     Example:
-        >>> raw = torch.tensor([1.0, 1.0, 1.5], requires_grad=True)
-        >>> bounded_alpha(raw, (1.0, 2.0)).backward(torch.tensor([-3.0, 3.0, 3.0]))
+        >>> raw = torch.tensor([0.5, 1.0, 1.0, 1.5], requires_grad=True)
+        >>> alpha = bounded_alpha(raw, (1.0, 2.0))
+        >>> alpha.detach()
+        tensor([1.0000, 1.0000, 1.0000, 1.5000])
+        >>> alpha.backward(torch.tensor([3.0, 3.0, -3.0, 3.0]))
         >>> raw.grad
-        tensor([-3.,  0.,  3.])
+        tensor([ 0.,  3., -3.,  3.])
 
     Reference:
         Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers", for the sigmoid it replaces.
     """
-    return _Bounded.apply(raw, *alpha_range)
+    if needs_plain_operations():
+        return raw.clamp(*alpha_range).detach() + (raw - raw.detach())
+    route = _BoundedInGraphs if torch.compiler.is_compiling() else _Bounded
+    return route.apply(raw, *alpha_range)
 
 
 def check_alpha_range(alpha_range: tuple[float, float]) -> tuple[float, float]:
@@ -90,13 +118,41 @@ def check_inside(alpha: Tensor, alpha_range: tuple[float, float], name: str) -> 
         raise ValueError(f"{name} must be in alpha_range [{low:g}, {high:g}], got {alpha[wrong].flatten()[0].item():g}")
 
 
+def whole(alpha: Tensor) -> Tensor:
+    """All of a tensor; of one that is sharded over processes each of them has to ask. Differentiable."""
+    return alpha.full_tensor() if hasattr(alpha, "full_tensor") else alpha
+
+
+def fill(raw_alpha: Tensor, value: Tensor) -> None:
+    """Write in place; into a tensor that is sharded over processes each of them has to."""
+    value = value.to(raw_alpha.device, raw_alpha.dtype).expand(raw_alpha.shape).contiguous()
+    if hasattr(raw_alpha, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = raw_alpha
+        value = distribute_tensor(value, sharded.device_mesh, sharded.placements)
+    with torch.no_grad():
+        raw_alpha.copy_(value)
+
+
 class WideAlpha(nn.Module):
-    """A module whose ``raw_alpha`` stays in float32 or wider, also by ``.to`` and ``.half``.
+    """A module with an α, learnt or fixed, that stays in float32 or wider, also by ``.to`` and ``.half``.
 
     In bfloat16 the step between two numbers at 1.5 is 0.008: no optimizer step would move α.
+
+    Attributes:
+        alpha_range: The closed interval of a learnt α.
+        raw_alpha: A parameter where α is learnt, a buffer where it is a fixed tensor, None where it is a number. A
+            number becomes a buffer when another α is set or loaded, and is in the state dict from then on.
     """
 
+    alpha_range: tuple[float, float]
     raw_alpha: Tensor | None
+
+    @property
+    def alpha(self) -> float | Tensor:
+        """The current α."""
+        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self.raw_alpha is None:
@@ -106,6 +162,19 @@ class WideAlpha(nn.Module):
         if self.raw_alpha.dtype in (torch.float16, torch.bfloat16):
             self.raw_alpha.data = before.to(self.raw_alpha.device, torch.float32)
         return self
+
+    def alpha_as_tensor(self) -> Tensor:
+        """``raw_alpha``, made from the number if there is none yet."""
+        if self.raw_alpha is None:
+            alpha = torch.as_tensor(self.alpha)
+            del self.raw_alpha
+            self.register_buffer("raw_alpha", alpha.to(torch.promote_types(alpha.dtype, torch.float32)))
+        return cast(Tensor, self.raw_alpha)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if prefix + "raw_alpha" in state_dict:
+            self.alpha_as_tensor()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class HoldsAlpha(WideAlpha):
@@ -125,7 +194,8 @@ class HoldsAlpha(WideAlpha):
         if self.learn_alpha:
             check_inside(torch.as_tensor(alpha), self.alpha_range, "alpha")
             if not isinstance(alpha, nn.Parameter):
-                alpha = nn.Parameter(torch.as_tensor(alpha).detach().clone())
+                number = alpha if isinstance(alpha, Tensor) else torch.tensor(float(alpha))  # an int is one, too
+                alpha = nn.Parameter(number.detach().clone())
         if isinstance(alpha, Tensor):
             hold(self, "raw_alpha", alpha)
         else:
@@ -159,3 +229,57 @@ def hold(module: nn.Module, name: str, value: float | Tensor) -> None:
 def shown(value: float | Tensor) -> object:
     """A number, or the values of a tensor, for ``extra_repr``."""
     return value.tolist() if isinstance(value, Tensor) else value
+
+
+class HeadAlpha(WideAlpha):
+    """One learnt α per head, for an attention module that is not ours: held by it as ``sparse_alpha``.
+
+    Args:
+        num_heads: Number of heads H.
+        alpha_init: The initial α: a number, or one per head.
+        alpha_range: The closed interval that α stays in.
+        device: Of the parameter, which is float32.
+
+    Attributes:
+        raw_alpha: (H,) the parameter.
+        alpha: (H,) the current α, differentiable.
+
+    Example:
+        >>> HeadAlpha(2, alpha_init=[1.25, 1.75]).alpha
+        tensor([1.2500, 1.7500], grad_fn=<_BoundedBackward>)
+    """
+
+    raw_alpha: nn.Parameter
+
+    def __init__(
+        self,
+        num_heads: int,
+        *,
+        alpha_init: float | Sequence[float] | Tensor = 1.5,
+        alpha_range: tuple[float, float] = (1.0, 2.0),
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.alpha_range = check_alpha_range(alpha_range)
+        alpha = initial_alpha(alpha_init, self.alpha_range, num_heads)
+        self.raw_alpha = nn.Parameter(alpha.to(device, torch.float32))
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+        return len(self.raw_alpha)
+
+    @property
+    def alpha(self) -> Tensor:
+        """(H,) the current α."""
+        return bounded_alpha(self.raw_alpha, self.alpha_range)
+
+    def extra_repr(self) -> str:
+        """The current values and their range."""
+        return f"alpha={shown(self.alpha)}, alpha_range={self.alpha_range}"
+
+
+def head_alpha(module: nn.Module) -> HeadAlpha | None:
+    """The α that a module of others has been given, or None."""
+    # PEFT's `modules_to_save` puts a wrapper in its place, which passes attributes on.
+    return getattr(module, "sparse_alpha", None)

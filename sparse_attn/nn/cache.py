@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_attn.checks import check_int
+
 
 class KVCache:
     """Projected keys and values of one attention layer.
@@ -16,8 +18,10 @@ class KVCache:
     Args:
         static: Fill once instead of appending.
 
-    Shape:
-        ``key`` (N, H, S, D) and ``value`` (N, H, S, D), or None while empty.
+    Attributes:
+        key: (N, H, S, D), or None while empty; H is the number of heads of keys and values, ``num_kv_heads``. Keys
+            are kept as they are compared with queries: normalised and turned by rotary positions.
+        value: (N, H, S, D), or None while empty.
 
     Example:
         >>> cache = KVCache()
@@ -41,7 +45,16 @@ class KVCache:
         return self.static and self.key is not None
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new positions and return all."""
+        """Add new positions and return all.
+
+        Raises:
+            ValueError: ``key`` and ``value`` are not (N, H, L, D) each, or do not continue what the cache holds.
+        """
+        for name, x, before in (("key", key, self.key), ("value", value, self.value)):
+            fits = x.dim() == 4 and x.shape[:3] == key.shape[:3]
+            if not fits or (before is not None and (*x.shape[:2], x.shape[3]) != (*before.shape[:2], before.shape[3])):
+                held = "" if before is None else f" to continue {tuple(before.shape)}"
+                raise ValueError(f"{name} must be (N, H, L, D){held}, of one N, H, L for both, got {tuple(x.shape)}")
         self.key, self.value = self.joined(key, value)
         return self.key, self.value
 
@@ -52,6 +65,68 @@ class KVCache:
         return torch.cat([self.key, key], -2), torch.cat([self.value, value], -2)
 
     def select(self, rows: Tensor) -> None:
-        """Keep these batch rows, in this order: finished sentences leave, beams are reordered."""
+        """Keep these batch rows, in this order: finished sentences leave, beams are reordered.
+
+        Args:
+            rows: (n,) indices of rows, int32 or int64.
+
+        Raises:
+            TypeError: ``rows`` is no tensor of integers.
+            ValueError: It has another shape.
+        """
+        if not isinstance(rows, Tensor) or rows.dtype not in (torch.int32, torch.int64):
+            got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+            raise TypeError(f"rows must be a tensor of int32 or int64 indices, got {got}")
+        if rows.dim() != 1:
+            raise ValueError(f"rows must have one dimension, got shape {tuple(rows.shape)}")
         if self.key is not None and self.value is not None:
             self.key, self.value = self.key.index_select(0, rows), self.value.index_select(0, rows)
+
+    def crop(self, length: int) -> None:
+        """Forget all positions but the first ``length``: what was tried there is taken back.
+
+        Raises:
+            TypeError: ``length`` is not an int.
+            ValueError: It is below 0 or above ``len(cache)``, or the cache is static.
+        """
+        check_int(length, "length")
+        if self.static:
+            raise ValueError("a static cache has no positions to forget, crop is for those that append")
+        if not 0 <= length <= len(self):
+            raise ValueError(f"length must be in [0, {len(self)}], the positions in the cache, got {length}")
+        if self.key is not None and self.value is not None:
+            self.key, self.value = (self.key[..., :length, :], self.value[..., :length, :]) if length else (None, None)
+
+
+class DecoderCache:
+    """The two caches of a decoder layer: its past positions, and keys and values of the encoder's output.
+
+    Attributes:
+        self_attention: Appended to at every step.
+        cross_attention: Static: filled at the first step.
+
+    Example:
+        >>> from sparse_attn import TransformerDecoderLayer
+        >>> layer, memory = TransformerDecoderLayer(16, 2).eval(), torch.randn(3, 7, 16)
+        >>> cache = DecoderCache()
+        >>> for step in torch.randn(3, 5, 16).split(1, 1):
+        ...     output = layer(step, memory, tgt_is_causal=True, cache=cache)
+        >>> len(cache), len(cache.cross_attention)
+        (5, 7)
+    """
+
+    def __init__(self) -> None:
+        self.self_attention = KVCache()
+        self.cross_attention = KVCache(static=True)
+
+    def __len__(self) -> int:
+        return len(self.self_attention)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these batch rows, in this order: finished sentences leave, beams are reordered."""
+        self.self_attention.select(rows)
+        self.cross_attention.select(rows)
+
+    def crop(self, length: int) -> None:
+        """Forget all decoded positions but the first ``length``."""
+        self.self_attention.crop(length)

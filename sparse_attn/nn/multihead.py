@@ -9,9 +9,22 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sparse_attn.checks import check_dropout, check_floating
-from sparse_attn.masks import causal_mask, check_mask_dtype, merge_multihead_masks
+from sparse_attn.checks import check_dropout, check_floating, check_int
+from sparse_attn.masks import (
+    Window,
+    causal_mask,
+    check_mask,
+    check_mask_dtype,
+    check_window,
+    combine_masks,
+    merge_multihead_masks,
+    visible_keys,
+    window_mask,
+    with_infinities,
+)
 from sparse_attn.nn.cache import KVCache
+from sparse_attn.nn.positions import Positions, Rotary, places, turn
+from sparse_attn.nn.scaling import LengthScaling
 from sparse_attn.ops.attention import ScoreMapping, attend
 
 
@@ -24,6 +37,24 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
     - a query that sees nothing gets zero weights, and the out-projection's bias as its output;
     - ``cache`` keeps projected keys and values between calls;
     - wrong input raises ValueError or TypeError, never AssertionError.
+
+    Beyond torch's arguments there are, by name:
+
+    Args:
+        num_kv_heads: Heads of keys and values, a divisor of ``num_heads``, each shared by ``num_heads / num_kv_heads``
+            neighbours: grouped-query attention, or multi-query attention with 1 (Ainslie et al. 2023). With fewer than
+            ``num_heads`` the projections are the three that ``kdim`` and ``vdim`` make: ``q_proj_weight`` (E, E),
+            ``k_proj_weight`` and ``v_proj_weight`` with ``num_kv_heads * D`` rows, ``in_proj_bias`` the biases of the
+            three in this order, ``bias_k`` and ``bias_v`` (1, 1, num_kv_heads * D).
+        window: (left, right): a query sees no key more than ``left`` places before its own or ``right`` after; None for
+            no limit. One int is both. Mistral's ``sliding_window=w`` is ``(w - 1, 0)``.
+        qk_norm: RMSNorm on queries and keys of each head before they are compared, with weights ``q_norm.weight`` and
+            ``k_norm.weight`` (D,) that all heads share (Henry et al. 2020; Dehghani et al. 2023).
+        positions: Built-in positions: ``RotaryPositions``, ``ALiBi``, ``NAPE`` or a :class:`Positions` of one's own.
+            The keys that ``add_bias_kv`` and ``add_zero_attn`` add stand nowhere: they are not turned, their scores
+            have no bias, and every window shows them.
+        length_scaling: Multiply queries by a learnt factor that grows with the number of keys they see, see
+            :class:`LengthScaling` (parameters ``length_scaling.beta_weight``, ``beta_bias`` and two of ``gamma``).
     """
 
     def __init__(
@@ -39,16 +70,29 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         batch_first: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        num_kv_heads: int | None = None,
+        window: Window | None = None,
+        qk_norm: bool = False,
+        positions: Positions | None = None,
+        length_scaling: bool = False,
     ) -> None:
-        for name, count in (("embed_dim", embed_dim), ("num_heads", num_heads)):
-            if isinstance(count, bool) or not isinstance(count, int):
-                raise TypeError(f"{name} must be an int, got {count!r}")
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, count in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            check_int(count, name)
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
             raise ValueError(
                 "embed_dim must be a positive multiple of num_heads, "
                 f"got embed_dim={embed_dim} and num_heads={num_heads}"
             )
         check_dropout(dropout)
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads must be a divisor of num_heads, {num_heads}, got {num_kv_heads}")
+        if positions is not None:
+            if not isinstance(positions, Positions):
+                raise TypeError(f"positions must be a sparse_attn.nn.Positions, got {type(positions).__name__}")
+            positions.check(num_heads, embed_dim // num_heads)
+        sides = None if window is None else check_window(window)
         super().__init__(
             embed_dim,
             num_heads,
@@ -65,12 +109,41 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         # nn.TransformerEncoderLayer asks this attribute whether it may call its fused softmax kernel in eval mode
         # instead of our forward. Which projections there are, ``in_proj_weight`` itself tells.
         self._qkv_same_embed_dim = False
+        factory: Any = {"device": device, "dtype": dtype}
+        self.num_kv_heads = num_kv_heads
+        self.window = sides
+        self.positions = positions
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
+        unscaled = 0 if positions is None else positions.unscaled_heads
+        self.length_scaling = LengthScaling(embed_dim, num_heads, unscaled, **factory) if length_scaling else None
+        if num_kv_heads < num_heads:
+            self._share_heads(factory)
+
+    def _share_heads(self, factory: Any) -> None:
+        """Parameters of as many heads of keys and values as there are, in the place of torch's."""
+        kv_dim = self.num_kv_heads * self.head_dim
+        self.register_parameter("in_proj_weight", None)
+        self.q_proj_weight = nn.Parameter(torch.empty(self.embed_dim, self.embed_dim, **factory))
+        self.k_proj_weight = nn.Parameter(torch.empty(kv_dim, self.kdim, **factory))
+        self.v_proj_weight = nn.Parameter(torch.empty(kv_dim, self.vdim, **factory))
+        if self.in_proj_bias is not None:
+            self.in_proj_bias = nn.Parameter(torch.empty(self.embed_dim + 2 * kv_dim, **factory))
+        if self.bias_k is not None:
+            self.bias_k = nn.Parameter(torch.empty(1, 1, kv_dim, **factory))
+            self.bias_v = nn.Parameter(torch.empty(1, 1, kv_dim, **factory))
+        self._reset_parameters()
 
     def _reset_parameters(self) -> None:
         # torch's own asks ``_qkv_same_embed_dim``, which does not tell the truth here once construction is over.
         self._qkv_same_embed_dim = self.in_proj_weight is not None
         super()._reset_parameters()
         self._qkv_same_embed_dim = False
+
+    def extra_repr(self) -> str:
+        """What there is beyond torch's arguments, where it is no module of its own."""
+        shown = [f"num_kv_heads={self.num_kv_heads}"] if self.num_kv_heads < self.num_heads else []
+        return ", ".join(shown if self.window is None else [*shown, f"window={self.window}"])
 
     def mapping(self) -> ScoreMapping:
         """The function from scores (N, H, L, S) to weights."""
@@ -88,8 +161,10 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
         *,
         cache: KVCache | None = None,
+        rotary: Rotary | None = None,
+        position_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend; every argument but ``cache`` as in ``nn.MultiheadAttention.forward``.
+        """Attend; every argument up to ``is_causal`` as in ``nn.MultiheadAttention.forward``.
 
         Args:
             query: (L, N, E), (N, L, E) with ``batch_first``, or unbatched (L, E).
@@ -101,14 +176,17 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             average_attn_weights: Weights averaged over the heads, or one map per head.
             is_causal: Without ``attn_mask``, query ``i`` sees keys up to ``i``; with a cache, up to its own position.
             cache: Past keys and values, extended in place by this call; masks then span all S keys, past ones included.
+            rotary: Cosines and sines, each (L, D / 2) or (N, L, D / 2), that queries and keys of this call are turned
+                by, as ``RotaryPositions.rotary`` makes them; of size D, halves repeated, as Hugging Face's models do.
+            position_bias: A float added to the scores, broadcastable to (N, H, L, S).
 
         Returns:
             The output, of the query's shape, and the weights, (N, L, S) or (N, H, L, S) (no N when unbatched), or None.
 
         Raises:
             TypeError: Inputs that are nested or not floating; a mask that is neither boolean nor floating.
-            ValueError: Shapes that do not fit; ``is_causal`` with a static cache, which does not know where the
-                query stands.
+            ValueError: Shapes that do not fit; ``is_causal``, positions or a window with a static cache, which does
+                not know where the query stands; ``rotary`` where the layer's own positions rotate, too.
         """
         batched = self._check_inputs(query, key, value)
         if not batched:
@@ -121,21 +199,38 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
                     shape = tuple(key_padding_mask.shape)
                     raise ValueError(f"key_padding_mask must be 1-D (S,) for unbatched input, got shape {shape}")
                 key_padding_mask = key_padding_mask[None]
-        q, k, v = self._project(query, key, value, batch_first=self.batch_first or not batched, cache=cache)
+        batch_first = self.batch_first or not batched
+        if cache is not None:
+            self._check_cache(cache, query.shape[0 if batch_first else 1], is_causal, rotary)
+        q, k, v = self._project(query, key, value, batch_first=batch_first, cache=cache, rotary=rotary)
         (batch, heads, queries, _), keys = q.shape, k.shape[-2]
         mask = merge_multihead_masks(attn_mask, key_padding_mask, batch=batch, heads=heads, queries=queries, keys=keys)
-        if cache is not None:
-            if is_causal and cache.static:
-                raise ValueError("is_causal must be False with a static cache, got True")
-            cache.key, cache.value = k, v  # not before everything is checked: a refused call leaves the cache as it was
+        offset = 0 if cache is None else keys - queries
         if is_causal and attn_mask is None:
-            causal = causal_mask(queries, keys, q.device, offset=0 if cache is None else keys - queries)
-            mask = causal if mask is None else _both(causal, mask)
+            mask = combine_masks(mask, causal_mask(queries, keys, q.device, offset=offset))
+        if self.window is not None:
+            mask = combine_masks(mask, window_mask(queries, keys, self.window, q.device, offset=offset))
+        if position_bias is not None:
+            check_floating(position_bias, "position_bias")
+            check_mask(position_bias, (*q.shape[:-1], keys), "position_bias")
+            # All S keys are written down, also where they share a bias: the keys of the layer itself come after them.
+            position_bias = with_infinities(position_bias).expand(*position_bias.shape[:-1], keys)
+            mask = combine_masks(mask, position_bias)
+        if self.positions is not None:
+            mask = combine_masks(mask, self.positions.bias(places(offset, q), places(0, k)))
+        to_keep = k, v
         k, v, mask = self._extend_keys(k, v, mask)
+        if self.length_scaling is not None:
+            rows = query if batch_first else query.transpose(0, 1)
+            q = q * self.length_scaling(rows, visible_keys(mask, k.shape[-2], q.device)).to(q.dtype)
 
         dropout_p = self.dropout if self.training else 0.0
-        output, weights = attend(q, k, v, self.mapping(), mask, dropout_p, need_weights=need_weights)
+        output, weights = attend(
+            q, k, v, self.mapping(), mask, dropout_p, need_weights=need_weights, enable_gqa=heads > self.num_kv_heads
+        )
         output = self.out_proj(rearrange(output, "n h l d -> n l (h d)"))
+        if cache is not None:
+            cache.key, cache.value = to_keep  # at the end: a refused call leaves the cache as it was
         if batched and not self.batch_first:
             output = output.transpose(0, 1)
         if not batched:
@@ -166,37 +261,62 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             raise ValueError(f"query and key must have the same batch size (axis {batch_axis}); {shapes}")
         return query.dim() == 3
 
+    def _check_cache(self, cache: KVCache, batch: int, is_causal: bool, rotary: Rotary | None) -> None:
+        """Raise where a cache is not of this layer and batch, or is asked for positions it does not know."""
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache must be a sparse_attn.KVCache, got {type(cache).__name__}")
+        if cache.static:
+            given = {"is_causal": is_causal, "rotary": rotary is not None}
+            given |= {"positions": self.positions is not None, "window": self.window is not None}
+            for name, is_given in given.items():
+                if is_given:
+                    unset = "False" if name == "is_causal" else "None"
+                    raise ValueError(f"{name} must be {unset} with a static cache, which has no place for the query")
+        if cache.key is not None:
+            expected, (n, h, _, d) = (batch, self.num_kv_heads, self.head_dim), cache.key.shape
+            if (n, h, d) != expected:
+                raise ValueError(
+                    f"cache must hold keys of (N, H, D) = {expected}, got {(n, h, d)}; "
+                    "give each layer its own, and keep rows with KVCache.select"
+                )
+
     def _project(
-        self, query: Tensor, key: Tensor, value: Tensor, *, batch_first: bool, cache: KVCache | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        batch_first: bool,
+        cache: KVCache | None,
+        rotary: Rotary | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (N, H, length, D), the last two with the cached ones before them."""
+        """Queries, keys and values (N, heads, length, D), normalised and turned, with the cached ones in front."""
+        sizes = [self.embed_dim] + 2 * [self.num_kv_heads * self.head_dim]
         if self.in_proj_weight is None:
             weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
         else:
-            weights = list(self.in_proj_weight.chunk(3))
-        biases = [None] * 3 if self.in_proj_bias is None else list(self.in_proj_bias.chunk(3))
-        batch = query.shape[0 if batch_first else 1]
-        if cache is not None and cache.key is not None and cache.key.shape[:2] != (batch, self.num_heads):
-            raise ValueError(
-                f"cache must hold keys of (N, H) = {(batch, self.num_heads)}, got {tuple(cache.key.shape[:2])}; "
-                "give each layer its own, and keep rows with KVCache.select"
-            )
+            weights = list(self.in_proj_weight.split(sizes))
+        biases = [None] * 3 if self.in_proj_bias is None else list(self.in_proj_bias.split(sizes))
         pattern = ("n l" if batch_first else "l n") + " (h d) -> n h l d"
 
         def split(x: Tensor) -> Tensor:
-            return rearrange(x, pattern, h=self.num_heads)
+            return rearrange(x, pattern, d=self.head_dim)
 
         if cache is not None and cache.complete and cache.key is not None and cache.value is not None:
-            return split(F.linear(query, weights[0], biases[0])), cache.key, cache.value
+            q = split(F.linear(query, weights[0], biases[0]))
+            return _normalised(q, self.q_norm), cache.key, cache.value
         if self.in_proj_weight is not None and query is key and key is value:
             projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)
             q, k, v = (split(x) for x in projected.chunk(3, -1))
         else:
             q = split(F.linear(query, weights[0], biases[0]))
             k, v = (split(F.linear(x, weights[i], biases[i])) for i, x in ((1, key), (2, value)))
-        if cache is not None:
-            k, v = cache.joined(k, v)
-        return q, k, v
+        q, k = _normalised(q, self.q_norm), _normalised(k, self.k_norm)
+        start = 0 if cache is None else len(cache)
+        offset = 0 if cache is None else start + k.shape[-2] - q.shape[-2]
+        if self.positions is not None or rotary is not None:
+            q, k = turn(q, k, self.positions, rotary, query_start=offset, key_start=start)
+        return q, *((k, v) if cache is None else cache.joined(k, v))
 
     def _extend_keys(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Add the keys that belong to the layer, which every query sees: ``bias_k`` and the zero key."""
@@ -204,7 +324,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         if self.bias_k is not None and self.bias_v is not None:
             biases = (self.bias_k, self.bias_v)
             extra.append(
-                [rearrange(b, "1 1 (h d) -> 1 h 1 d", h=self.num_heads).expand(len(k), -1, -1, -1) for b in biases]
+                [rearrange(b, "1 1 (h d) -> 1 h 1 d", d=self.head_dim).expand(len(k), -1, -1, -1) for b in biases]
             )
         if self.add_zero_attn:
             extra.append([torch.zeros_like(k[..., :1, :]), torch.zeros_like(v[..., :1, :])])
@@ -215,6 +335,5 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         return k, v, mask
 
 
-def _both(visible: Tensor, mask: Tensor) -> Tensor:
-    """An internal-form mask narrowed to the visible pairs."""
-    return visible & mask if mask.dtype == torch.bool else mask.masked_fill(~visible, float("-inf"))
+def _normalised(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+    return x if norm is None else norm(x.to(norm.weight.dtype)).to(x.dtype)

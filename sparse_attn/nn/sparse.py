@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from sparse_attn.checks import check_alpha, check_dropout, check_k
+from sparse_attn.masks import visible_pairs
 from sparse_attn.nn.alpha import hold, shown
+from sparse_attn.observe import observed, tell
 from sparse_attn.ops.attention import attend, entmax_mapping, topk_mapping
 
 
@@ -88,7 +90,15 @@ class SparseAttention(nn.Module):
         mapping = entmax_mapping(alpha, heads) if self.k is None else topk_mapping(self.k, alpha, heads)
         dropout_p = self.dropout if self.training else 0.0
         arguments = (attn_mask, dropout_p, is_causal)
-        return attend(query, key, value, mapping, *arguments, scale=self.scale, need_weights=False)[0]
+        looked_at = observed()
+        output, weights = attend(query, key, value, mapping, *arguments, scale=self.scale, need_weights=looked_at)
+        if looked_at and weights is not None:
+            visible = visible_pairs(attn_mask, is_causal, weights)
+            if weights.dim() == 3:  # one head
+                weights = weights.unsqueeze(1)
+                visible = visible.unsqueeze(1) if visible is not None and visible.dim() == 3 else visible
+            tell(self, weights, visible)
+        return output
 
     def extra_repr(self) -> str:
         """The arguments; of a tensor α its values."""

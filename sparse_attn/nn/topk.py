@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from sparse_attn.checks import check_k
+from sparse_attn.masks import Window
 from sparse_attn.nn.multihead import SparseMultiheadAttention
+from sparse_attn.nn.positions import Positions
 from sparse_attn.ops.attention import Normalizer, ScoreMapping, normalizer_alpha, topk_mapping
 
 
@@ -28,6 +30,12 @@ class TopKMultiheadAttention(SparseMultiheadAttention):
         dtype: Of the parameters.
         k: How many keys a query keeps, at least 1. Ties go to the lowest index.
         normalizer: What turns the kept scores into weights: "softmax" or "sparsemax".
+        num_kv_heads: Heads of keys and values, a divisor of ``num_heads``; the others share them.
+        window: (left, right): how many keys a query sees before and after its own position; one int for both sides.
+        qk_norm: RMSNorm on the queries and keys of every head.
+        positions: ``RotaryPositions``, ``ALiBi``, ``NAPE`` or a ``Positions`` of one's own.
+        length_scaling: Scores that grow with the number of keys; see ``LengthScaling``. This and the four before it
+            are described in :class:`SparseMultiheadAttention`.
 
     Raises:
         TypeError: ``k`` is not an int.
@@ -62,6 +70,11 @@ class TopKMultiheadAttention(SparseMultiheadAttention):
         *,
         k: int,
         normalizer: Normalizer = "softmax",
+        num_kv_heads: int | None = None,
+        window: Window | None = None,
+        qk_norm: bool = False,
+        positions: Positions | None = None,
+        length_scaling: bool = False,
     ) -> None:
         check_k(k)
         normalizer_alpha(normalizer)
@@ -77,6 +90,11 @@ class TopKMultiheadAttention(SparseMultiheadAttention):
             batch_first,
             device,
             dtype,
+            num_kv_heads=num_kv_heads,
+            window=window,
+            qk_norm=qk_norm,
+            positions=positions,
+            length_scaling=length_scaling,
         )
         self.k = k
         self.normalizer = normalizer
@@ -86,5 +104,5 @@ class TopKMultiheadAttention(SparseMultiheadAttention):
         return topk_mapping(self.k, normalizer_alpha(self.normalizer))
 
     def extra_repr(self) -> str:
-        """The top-k arguments, as given."""
-        return f"k={self.k}, normalizer={self.normalizer!r}"
+        """The top-k arguments, as given, and what all of these layers show."""
+        return ", ".join(filter(None, (f"k={self.k}, normalizer={self.normalizer!r}", super().extra_repr())))

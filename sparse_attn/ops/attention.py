@@ -38,7 +38,7 @@ class ScoreMapping:
 
 
 # Blocks of queries are faster than one large matrix from about this size of the matrix of a head.
-_LARGE = 2**20
+_LARGE = 2**18
 
 _ALPHA_OF = {"softmax": 1.0, "sparsemax": 2.0}
 

@@ -108,7 +108,11 @@ def entmax_along(x: Tensor, alpha: float | Tensor, dim: int, k: int | None = Non
         # An empty batch still reaches α: its gradient is zero, not missing.
         return x + 0 * alpha.sum().to(x.dtype) if isinstance(alpha, Tensor) else x.clone()
     scores = x.to(compute_dtype(x))
+    lowest = torch.finfo(x.dtype).min
     if not x.dim():
-        return entmax_rows(scores.view(1), alpha, torch.finfo(x.dtype).min).view(()).to(result_dtype(x))
-    p = entmax_rows(scores.movedim(dim, -1), alpha, torch.finfo(x.dtype).min, k)
-    return p.movedim(-1, dim).to(result_dtype(x)).contiguous()
+        return entmax_rows(scores.view(1), alpha, lowest).view(()).to(result_dtype(x))
+    if dim in (-1, x.dim() - 1):  # as nearly always: two views less, each of which autograd would follow
+        p = entmax_rows(scores, alpha, lowest, k)
+    else:
+        p = entmax_rows(scores.movedim(dim, -1), alpha, lowest, k).movedim(-1, dim)
+    return p.to(result_dtype(x)).contiguous()

@@ -1,32 +1,187 @@
-import copy
+"""What is recorded: the statistics of every head, over any number of passes, of whatever attends."""
+
+from __future__ import annotations
+
+import gc
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sparse_attn.analysis import record_attention
+from sparse_attn import (
+    AdaptiveSparseMultiheadAttention,
+    KVCache,
+    SparseAttention,
+    TopKMultiheadAttention,
+    replace_attention,
+)
+from sparse_attn.analysis import HeadStatistics, density, entropy, record_attention
+from sparse_attn.observe import observed, tell
 
 N, L, S, E, H = 2, 5, 7, 12, 4
 
 
-def hooks(model: nn.Module) -> list[int]:
-    return [
-        len(getattr(module, kind))
-        for module in model.modules()
-        for kind in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_forward_hooks_with_kwargs",
-            "_forward_pre_hooks_with_kwargs",
-        )
-    ]
-
-
-def expected_weights(layer: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Tensor:
+def weights_of(layer: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Tensor:
     weights = layer(*args, **kwargs, need_weights=True, average_attn_weights=False)[1]
     assert weights is not None
     return weights
+
+
+def sparse_layer(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
+    return AdaptiveSparseMultiheadAttention(E, H, batch_first=True, alpha_init=[1.0, 1.25, 1.5, 2.0], **kwargs)
+
+
+def expected_statistics(passes: list[tuple[Tensor, Tensor]]) -> dict[str, list[float]]:
+    """By loops over single rows: density, entropy, support size, largest weight and number of rows of each head."""
+    found: dict[str, list[float]] = {name: [] for name in ("density", "entropy", "support_size", "max_weight", "rows")}
+    for head in range(H):
+        rows = [
+            [weight for weight, seen in zip(row.tolist(), see.tolist(), strict=True) if seen]
+            for weights, visible in passes
+            for row, see in zip(
+                weights[:, head].flatten(0, 1), visible.expand(weights.shape)[:, head].flatten(0, 1), strict=True
+            )
+        ]
+        rows = [row for row in rows if any(row)]
+        supports = [sum(weight > 0 for weight in row) for row in rows]
+        found["density"].append(sum(supports) / sum(map(len, rows)))
+        found["entropy"].append(sum(-w * math.log(w) for row in rows for w in row if w > 0) / len(rows))
+        found["support_size"].append(sum(supports) / len(rows))
+        found["max_weight"].append(sum(map(max, rows)) / len(rows))
+        found["rows"].append(len(rows))
+    return found
+
+
+def assert_statistics(heads: HeadStatistics, passes: list[tuple[Tensor, Tensor]]) -> None:
+    for name, values in expected_statistics(passes).items():
+        torch.testing.assert_close(getattr(heads, name).double(), torch.tensor(values).double(), rtol=1e-5, atol=1e-6)
+
+
+# What is summed up
+
+
+def test_passes_of_different_sizes_add_up_query_by_query() -> None:
+    layer = sparse_layer()
+    passes = []
+    with record_attention(layer) as record:
+        for batch, queries, keys in ((2, 5, 7), (3, 1, 11), (1, 13, 2)):
+            query, key = 3 * torch.randn(batch, queries, E), torch.randn(batch, keys, E)
+            layer(query, key, key, need_weights=False)
+            with torch.no_grad():
+                passes.append((query, key))
+    heads = record[""]
+    everywhere = torch.tensor(True)
+    assert_statistics(heads, [(weights_of(layer, q, k, k), everywhere) for q, k in passes])
+    assert heads.alpha is not None and heads.alpha.tolist() == [1.0, 1.25, 1.5, 2.0]
+    assert heads.rows.tolist() == [2 * 5 + 3 + 13] * H
+    assert heads.density[0] == 1.0 and heads.density[3] < 0.9
+    assert heads.weights is None
+
+
+def test_of_one_pass_they_are_those_of_the_functions() -> None:
+    layer = sparse_layer()
+    x = torch.randn(N, L, E)
+    with record_attention(layer, weights=True) as record:
+        layer(x, x, x)
+    weights = record[""].weights
+    assert weights is not None and not weights.requires_grad
+    torch.testing.assert_close(weights, weights_of(layer, x, x, x))
+    torch.testing.assert_close(record[""].density, density(weights))
+    torch.testing.assert_close(record[""].entropy, entropy(weights).mean((0, 2)))
+
+
+MASKS: dict[str, dict[str, Any]] = {
+    "bool padding": {"key_padding_mask": torch.arange(L).expand(N, L) >= torch.tensor([[3], [5]])},
+    "float padding": {
+        "key_padding_mask": torch.zeros(N, L).masked_fill(torch.arange(L) >= torch.tensor([[3], [4]]), -math.inf)
+    },
+    "causal": {"attn_mask": torch.ones(L, L, dtype=torch.bool).triu(1)},
+    "causal, float": {"attn_mask": nn.Transformer.generate_square_subsequent_mask(L), "is_causal": True},
+    "per head": {"attn_mask": torch.arange(L) > torch.arange(N * H)[:, None, None].expand(N * H, L, 1) % 3 + 1},
+    "both": {
+        "attn_mask": torch.ones(L, L, dtype=torch.bool).triu(1),
+        "key_padding_mask": torch.arange(L).expand(N, L) >= torch.tensor([[2], [5]]),
+    },
+    "finite bias": {"attn_mask": torch.linspace(-2, 2, L * L).view(L, L)},
+}
+
+
+def visible_of(masks: dict[str, Any]) -> Tensor:
+    visible = torch.ones(N, H, L, L, dtype=torch.bool)
+    for name, shape in (("attn_mask", (-1, H, L, L)), ("key_padding_mask", (N, 1, 1, L))):
+        if name in masks:
+            mask = masks[name]
+            shown = ~mask if mask.dtype == torch.bool else mask > -math.inf
+            visible = visible & (shown if shown.shape == (L, L) else shown.view(shape))
+    return visible
+
+
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("kind", ["sparse", "torch's", "extra keys"])
+def test_density_is_that_of_the_pairs_the_masks_leave(kind: str, masks: dict[str, Any]) -> None:
+    layer: nn.MultiheadAttention = sparse_layer(add_bias_kv=kind == "extra keys", add_zero_attn=kind == "extra keys")
+    if kind == "torch's":
+        layer = nn.MultiheadAttention(E, H, batch_first=True)
+    x = torch.randn(N, L, E)
+    with record_attention(layer) as record:
+        layer(x, x, x, **masks)
+    visible = visible_of(masks)
+    if kind == "extra keys":
+        visible = F.pad(visible, (0, 2), value=True)
+    assert_statistics(record[""], [(weights_of(layer, x, x, x, **masks), visible)])
+    assert record[""].density[0] == 1.0  # softmax
+
+
+def test_a_causal_hint_without_a_mask_also_with_cached_keys() -> None:
+    layer, cache = sparse_layer(alpha_range=(0.5, 2.0)), KVCache()
+    nn.init.constant_(layer.raw_alpha, 1.0)
+    x = torch.randn(N, L, E)
+    with record_attention(layer) as record:
+        layer(x[:, :2], x[:, :2], x[:, :2], is_causal=True, cache=cache)
+        layer(x[:, 2:], x[:, 2:], x[:, 2:], is_causal=True, cache=cache)
+    assert record[""].density.tolist() == [1.0] * H
+    assert record[""].support_size.tolist() == [(1 + 2 + 3 + 4 + 5) / 5] * H
+
+
+def test_pairs_outside_a_window_are_not_visible() -> None:
+    layer = sparse_layer(alpha_range=(0.5, 2.0), window=(1, 0), num_kv_heads=2, add_bias_kv=True)
+    nn.init.constant_(layer.raw_alpha, 1.0)
+    x, cache = torch.randn(N, L, E), KVCache()
+    with record_attention(layer) as record:
+        layer(x, x, x)
+        layer(x[:, :2], x[:, :2], x[:, :2], cache=cache)
+        layer(x[:, 2:], x[:, 2:], x[:, 2:], cache=cache)
+    assert record[""].density.tolist() == [1.0] * H
+    assert record[""].support_size.tolist() == pytest.approx([1 + (1 + 4 * 2) / 5] * H)  # with the key of the layer
+
+
+def test_queries_that_see_nothing_do_not_count() -> None:
+    layer = sparse_layer()
+    x = torch.randn(N, L, E)
+    padding = torch.zeros(N, L, dtype=torch.bool)
+    padding[1] = True
+    with record_attention(layer) as record:
+        layer(x, x, x, key_padding_mask=padding)
+    assert record[""].rows.tolist() == [L] * H
+    assert_statistics(record[""], [(weights_of(layer, x[:1], x[:1], x[:1]), torch.tensor(True))])
+    with record_attention(layer) as record:
+        layer(x, x, x, key_padding_mask=torch.ones_like(padding))
+    assert record[""].rows.tolist() == [0] * H and bool(record[""].density.isnan().all())
+
+
+def test_unbatched() -> None:
+    layer = sparse_layer()
+    query, key = torch.randn(L, E), torch.randn(S, E)
+    mask = torch.rand(H, L, S) < 0.3
+    mask[..., 0] = False
+    with record_attention(layer, weights=True) as record:
+        layer(query, key, key, attn_mask=mask, key_padding_mask=torch.arange(S) > 5)
+    assert record[""].weights is not None and record[""].weights.shape == (H, L, S)
+    weights = weights_of(layer, query, key, key, attn_mask=mask, key_padding_mask=torch.arange(S) > 5)
+    assert_statistics(record[""], [(weights[None], ~mask[None] & (torch.arange(S) <= 5))])
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -35,127 +190,182 @@ def test_weights_have_the_batch_first_whatever_the_input(batch_first: bool) -> N
     query, key = torch.randn(N, L, E), torch.randn(N, S, E)
     if not batch_first:
         query, key = query.transpose(0, 1), key.transpose(0, 1)
-    with record_attention(layer) as weights:
+    with record_attention(layer, weights=True) as record:
         layer(query, key, key, need_weights=False)
-    assert weights[""].shape == (N, H, L, S)
-    assert not weights[""].requires_grad
-    torch.testing.assert_close(weights[""], expected_weights(layer, query, key, key))
+    assert record[""].weights is not None and record[""].weights.shape == (N, H, L, S)
+    torch.testing.assert_close(record[""].weights, weights_of(layer, query, key, key))
 
 
-def test_unbatched() -> None:
-    layer = nn.MultiheadAttention(E, H)
-    with record_attention(layer) as weights:
-        layer(torch.randn(L, E), torch.randn(S, E), torch.randn(S, E))
-    assert weights[""].shape == (H, L, S)
+def test_a_layer_called_twice_in_a_pass_counts_twice_under_its_first_name() -> None:
+    shared = sparse_layer()
+    model = nn.ModuleDict({"a": shared, "b": shared})
+    x, y = torch.randn(N, L, E), torch.randn(N, 3, E)
+    with record_attention(model) as record:
+        model["a"](x, x, x)
+        model["b"](y, x, x)
+    assert list(record) == ["a"]
+    passes = [(weights_of(shared, q, x, x), torch.tensor(True)) for q in (x, y)]
+    assert_statistics(record["a"], passes)
 
 
-@pytest.mark.parametrize("by_position", [False, True])
-@pytest.mark.parametrize("need_weights", [False, True])
-@pytest.mark.parametrize("average", [False, True])
-def test_the_caller_gets_what_it_asked_for(by_position: bool, need_weights: bool, average: bool) -> None:
-    layer = nn.MultiheadAttention(E, H, batch_first=True)
-    query, key = torch.randn(N, L, E), torch.randn(N, S, E)
-    padding = torch.zeros(N, S, dtype=torch.bool)
-    padding[1, 3:] = True
-
-    def call() -> tuple[Tensor, Tensor | None]:
-        if by_position:
-            return layer(query, key, key, padding, need_weights, None, average, False)
-        return layer(query, key, key, key_padding_mask=padding, need_weights=need_weights, average_attn_weights=average)
-
-    output, alone = call()
-    with record_attention(layer) as weights:
-        output_recorded, alone_recorded = call()
-    torch.testing.assert_close(output_recorded, output)
-    assert (alone is None) == (alone_recorded is None) == (not need_weights)
-    if alone is not None and alone_recorded is not None:
-        torch.testing.assert_close(alone_recorded, alone)
-    assert weights[""].shape == (N, H, L, S)
-    assert (weights[""][1, :, :, 3:] == 0).all()
+def test_only_layers_that_were_called_are_in_the_record() -> None:
+    model = nn.ModuleDict({"a": sparse_layer(), "b": sparse_layer()})
+    x = torch.randn(N, L, E)
+    with record_attention(model) as record:
+        assert len(record) == 0
+        model["b"](x, x, x)
+    assert list(record) == ["b"]
+    with pytest.raises(KeyError):
+        record["a"]
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # torch's own encoder warns
-@pytest.mark.parametrize("padded", [False, True])
-def test_the_fused_encoder_path_is_off_only_inside(padded: bool) -> None:
-    layer = nn.TransformerEncoderLayer(E, H, dim_feedforward=16, batch_first=True)
-    encoder = nn.TransformerEncoder(layer, num_layers=2).eval()
-    source = torch.randn(N, L, E)
-    padding = torch.zeros(N, L, dtype=torch.bool)
-    padding[0, 4] = padded
-    before = hooks(encoder)
-    with torch.no_grad(), record_attention(encoder) as weights:
-        assert not torch.backends.mha.get_fastpath_enabled()
-        output = encoder(source, src_key_padding_mask=padding)
-    assert list(weights) == ["layers.0.self_attn", "layers.1.self_attn"]
-    assert all(w.shape == (N, H, L, L) for w in weights.values())
-    assert torch.backends.mha.get_fastpath_enabled()
-    assert hooks(encoder) == before == [0] * len(before)
+def test_alpha_is_that_of_the_last_pass() -> None:
+    model = nn.ModuleDict(
+        {"own": sparse_layer(), "torch's": nn.MultiheadAttention(E, H), "top": TopKMultiheadAttention(E, H, k=2)}
+    )
+    x = torch.randn(N, L, E)
+    with record_attention(model) as record:
+        for layer in model.values():
+            layer(x, x, x)
+        nn.init.constant_(model["own"].raw_alpha, 1.75)
+        model["own"](x, x, x)
+        nn.init.constant_(model["own"].raw_alpha, 1.5)
+    assert record["own"].alpha is not None and record["own"].alpha.tolist() == [1.75] * H
+    assert record["torch's"].alpha is None and record["top"].alpha is None
+    assert record["top"].support_size.tolist() == [2.0] * H
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes_are_summed_up_in_float32_or_wider(dtype: torch.dtype) -> None:
+    layer = nn.MultiheadAttention(E, H, dtype=dtype)
     with torch.no_grad():
-        fused = encoder(source, src_key_padding_mask=padding)
-    torch.testing.assert_close(output[~padding], fused[:, :L][~padding])
+        layer.in_proj_weight.zero_()
+        layer.in_proj_bias.zero_()
+    x = torch.randn(101, 3, E, dtype=dtype)
+    with record_attention(layer) as record:
+        layer(x, x, x)
+    tolerance = 1e-6 if dtype == torch.float64 else 5e-3  # of a weight
+    torch.testing.assert_close(record[""].entropy, torch.full((H,), math.log(101)), rtol=tolerance, atol=0)
+    assert record[""].support_size.tolist() == [101.0] * H
 
 
-def test_a_fast_path_that_was_off_stays_off() -> None:
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with record_attention(nn.MultiheadAttention(E, H)):
-            pass
-        assert not torch.backends.mha.get_fastpath_enabled()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
+def test_autocast_and_inference_mode_and_what_follows_them() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, 17, batch_first=True), 2).eval()
+    replace_attention(model, alpha_init=2.0)
+    x = torch.randn(N, L, E)
+    with record_attention(model) as record:
+        with torch.inference_mode():
+            model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x)
+        model.train()(x).sum().backward()
+    for heads in record.values():
+        assert heads.rows.sum() == 3 * N * L * H  # at dropout 0.1 no query has lost all its weights
+        assert not heads.density.is_inference()
 
 
-def test_no_trace_after_an_exception() -> None:
-    model = nn.Transformer(E, H, 1, 1, 16, batch_first=True)
-    untouched = copy.deepcopy(model)
-    with pytest.raises(KeyError), record_attention(model):
-        assert sum(hooks(model)) > 0
-        raise KeyError
-    assert hooks(model) == hooks(untouched)
-    assert torch.backends.mha.get_fastpath_enabled()
+def test_constant_memory_unless_weights_are_asked_for() -> None:
+    def large() -> int:
+        gc.collect()
+        return sum(type(t) is Tensor and t.numel() >= N * 61 * 61 for t in gc.get_objects())
+
+    layer = sparse_layer()
+    x = torch.randn(N, 61, E)
+    before = large()  # what other tests have left
+    for keep, expected in ((False, 0), (True, 1)):
+        with record_attention(layer, weights=keep) as record:
+            for _ in range(3):
+                layer(x, x, x)
+            assert large() - before == expected, record
 
 
-def test_an_error_of_the_layer_passes_and_the_next_call_is_recorded() -> None:
-    layer = nn.MultiheadAttention(E, H, batch_first=True)
-    query, key = torch.randn(N, L, E), torch.randn(N, S, E)
-    with record_attention(layer) as weights:
-        with pytest.raises(AssertionError):
-            layer(query, key[..., 1:], key, need_weights=False)
-        assert layer(query, key, key)[1].shape == (N, L, S)
-    assert weights[""].shape == (N, H, L, S)
+def test_printed_it_is_a_table() -> None:
+    model = nn.ModuleDict({"first": sparse_layer(), "second": nn.MultiheadAttention(E, H)})
+    x = torch.randn(N, L, E)
+    with record_attention(model) as record:
+        model["first"](x, x, x)
+        model["second"](x, x, x)
+    head, *lines = str(record).splitlines()
+    assert head.split() == ["layer", "head", "alpha", "density", "entropy", "support", "max", "rows"]
+    assert [line.split()[:3] for line in lines] == [
+        *(["first", str(i), f"{a:.3f}"] for i, a in enumerate((1.0, 1.25, 1.5, 2.0))),
+        *(["second", str(i), "-"] for i in range(H)),
+    ]
+    assert {len(line) for line in lines} == {len(head)}
+    assert lines[3].split()[3:] == [
+        f"{float(getattr(record['first'], name)[3]):{form}}"
+        for name, form in (
+            ("density", ".3f"),
+            ("entropy", ".3f"),
+            ("support_size", ".2f"),
+            ("max_weight", ".2f"),
+            ("rows", ".0f"),
+        )
+    ]
 
 
-def test_encoder_decoder_and_the_last_call_wins() -> None:
-    model = nn.Transformer(E, H, 1, 1, 16, batch_first=True)
-    with record_attention(model) as weights:
-        model(torch.randn(N, 3, E), torch.randn(N, 2, E))
-        model(torch.randn(N, S, E), torch.randn(N, L, E))
-    assert {name: tuple(w.shape) for name, w in weights.items()} == {
-        "encoder.layers.0.self_attn": (N, H, S, S),
-        "decoder.layers.0.self_attn": (N, H, L, L),
-        "decoder.layers.0.multihead_attn": (N, H, L, S),
-    }
+# Attention without a hook
 
 
-def test_a_hook_of_the_user_sees_what_the_caller_asked_for() -> None:
-    layer = nn.MultiheadAttention(E, H)
-    seen: list[Tensor | None] = []
-    layer.register_forward_hook(lambda module, args, result: seen.append(result[1]))
-    with record_attention(layer):
-        layer(torch.randn(L, E), torch.randn(S, E), torch.randn(S, E), need_weights=False)
-    assert seen == [None]
+@pytest.mark.parametrize("masks", ["none", "bool", "causal"])
+@pytest.mark.parametrize("heads", [None, H])
+def test_sparse_attention_tells(heads: int | None, masks: str) -> None:
+    model = nn.Sequential(SparseAttention(alpha=1.0), SparseAttention(k=2))
+    shape = (N, L, E) if heads is None else (N, heads, L, 3)
+    query, key, value = (torch.randn(shape) for _ in range(3))
+    mask = torch.rand(N, 1, L, L) < 0.5 if heads else torch.rand(N, L, L) < 0.5
+    mask[..., 0] = True
+    arguments = {"none": {}, "bool": {"attn_mask": mask}, "causal": {"is_causal": True}}[masks]
+    expected = [layer(query, key, value, **arguments) for layer in model]
+    with record_attention(model) as record:
+        for layer, output in zip(model, expected, strict=True):
+            torch.testing.assert_close(layer(query, key, value, **arguments), output)
+    assert list(record) == ["0", "1"] and not observed()
+    dense, top = record["0"], record["1"]
+    assert dense.density.tolist() == [1.0] * (heads or 1)
+    assert dense.alpha is not None and dense.alpha.tolist() == [1.0] * (heads or 1)
+    assert top.rows.tolist() == [N * L] * (heads or 1)
+    assert bool((top.support_size <= 2.0).all())
+    if masks == "none":
+        assert top.support_size.tolist() == [2.0] * (heads or 1)
+        torch.testing.assert_close(top.density, top.support_size / L)
 
 
-def test_nested_contexts_record_both() -> None:
-    layer = nn.MultiheadAttention(E, H)
-    with record_attention(layer) as outer, record_attention(layer) as inner:
-        assert layer(torch.randn(L, E), torch.randn(S, E), torch.randn(S, E), need_weights=False)[1] is None
-    assert torch.equal(outer[""], inner[""])
+class OwnBlock(nn.Module):
+    """Attention as it is called by a model of others, which says by its config that it runs on ours."""
+
+    def __init__(self, implementation: str) -> None:
+        super().__init__()
+        self.config = type("Config", (), {"_attn_implementation": implementation})()
+        self.alpha = 2.0
+
+    def forward(self, scores: Tensor) -> Tensor:
+        weights = scores.softmax(-1).round(decimals=1)
+        weights[0, :, 1] = 0.0  # a query that sees nothing
+        if observed():
+            tell(self, weights)
+        return weights
 
 
-def test_a_model_without_attention() -> None:
+def test_attention_that_was_registered_tells() -> None:
+    model, other = nn.Sequential(nn.Identity(), OwnBlock("entmax")), OwnBlock("entmax")
+    scores = torch.randn(N, H, L, S)
+    with record_attention(model) as record:
+        weights = model(scores)
+        other(scores)  # somebody else's
+    assert list(record) == ["1"] and not observed()
+    assert_statistics(record["1"], [(weights, torch.tensor(True))])
+    assert record["1"].alpha is not None and record["1"].alpha.tolist() == [2.0] * H
     with (
-        pytest.raises(ValueError, match=r"nn\.MultiheadAttention layers, got Linear"),
-        record_attention(nn.Linear(2, 3)),
+        pytest.raises(ValueError, match="an attn_implementation of ours, such as 'entmax'; got OwnBlock without any"),
+        record_attention(OwnBlock("sdpa")),
     ):
         pass
+
+
+def test_another_number_of_heads_is_refused() -> None:
+    layer = SparseAttention(k=2)
+    with record_attention(nn.Sequential(layer)):
+        layer(*torch.randn(3, N, 2, L, E))
+        with pytest.raises(ValueError, match="weights of '0' must have 2 heads as before, got 3"):
+            layer(*torch.randn(3, N, 3, L, E))

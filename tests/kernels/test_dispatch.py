@@ -22,7 +22,9 @@ def test_every_backend_says_how_it_runs_or_why_not():
 def test_a_forced_backend_computes(monkeypatch):
     calls = []
     forward = rows.entmax_forward
-    monkeypatch.setattr(rows, "entmax_forward", lambda *args, **kwargs: calls.append(args) or forward(*args, **kwargs))
+    monkeypatch.setattr(
+        rows, "entmax_forward", lambda *args, **options: calls.append(args) or forward(*args, **options)
+    )
     x = torch.randn(3, 5)
     with use_backend("torch"):
         assert backends()["compiled"] == "not used: another is forced"

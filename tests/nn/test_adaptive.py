@@ -115,24 +115,6 @@ def test_alpha_learns_off_a_bound_and_onto_it_and_never_beyond(
     torch.testing.assert_close(layer.alpha.detach(), torch.full((H,), target).double(), rtol=0, atol=0.03)
 
 
-def test_on_a_bound_only_the_gradient_that_points_inside_is_left() -> None:
-    layer = layer_of(alpha_init=(1.0, 2.0, 1.5))
-    grads = []
-    for sign in (1.0, -1.0):
-        (grad,) = torch.autograd.grad(sign * layer.alpha.sum(), [layer.raw_alpha])
-        grads.append(grad.tolist())
-    assert grads == [[0.0, 1.0, 1.0], [-1.0, 0.0, -1.0]]  # descent goes against the gradient
-
-
-def test_a_parameter_pushed_past_a_bound_is_used_at_the_bound_and_comes_back() -> None:
-    layer = layer_of(alpha_range=(1.25, 1.75))
-    nn.init.constant_(layer.raw_alpha, 1.9)
-    assert layer.alpha.tolist() == [1.75] * H
-    layer.alpha.sum().backward()
-    assert layer.raw_alpha is not None and layer.raw_alpha.grad is not None
-    assert layer.raw_alpha.grad.tolist() == [1.0] * H
-
-
 def test_a_frozen_alpha_stays_while_the_rest_learns() -> None:
     layer = layer_of()
     assert layer.raw_alpha is not None

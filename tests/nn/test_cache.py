@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_attn import AdaptiveSparseMultiheadAttention, KVCache, TopKMultiheadAttention
+from sparse_attn import AdaptiveSparseMultiheadAttention, DecoderCache, KVCache, TopKMultiheadAttention
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 
 N, T, S, H, E = 3, 5, 7, 2, 22
@@ -139,7 +139,7 @@ def test_rows_that_are_not_those_of_the_cache_are_named(batch_first: bool, stati
     x = torch.randn(1, 1, E, dtype=torch.float64)
     layer(x, x, x, cache=cache)
     more = x.expand(N, 1, E) if batch_first else x.expand(1, N, E)
-    message = r"cache must hold keys of \(N, H\) = \(3, \d+\), got \(1, \d+\); .* KVCache\.select"
+    message = r"cache must hold keys of \(N, H, D\) = \(3, 2, 11\), got \(1, 2, 11\); .* KVCache\.select"
     with pytest.raises(ValueError, match=message):
         layer(more, more, more, cache=cache)
 
@@ -169,5 +169,92 @@ def test_a_static_cache_is_not_causal_and_a_cache_belongs_to_one_layer() -> None
         layer(x, x, x, is_causal=True, cache=KVCache(static=True))
     cache = KVCache()
     layer(x, x, x, cache=cache)
-    with pytest.raises(ValueError, match=r"\(N, H\) = \(2, 4\), got \(2, 2\); give each layer its own"):
+    with pytest.raises(ValueError, match=r"\(N, H, D\) = \(2, 4, 2\), got \(2, 2, 4\); give each layer its own"):
         AdaptiveSparseMultiheadAttention(8, 4, batch_first=True)(x, x, x, cache=cache)
+
+
+def test_crop_forgets_the_last_positions() -> None:
+    layer = LAYERS["adaptive"]()
+    x, guess = torch.randn(N, T, E, dtype=torch.float64), torch.randn(N, 2, E, dtype=torch.float64)
+    cache = KVCache()
+    cache.crop(0)  # there is nothing to forget
+    layer(x[:, :3], x[:, :3], x[:, :3], is_causal=True, cache=cache)
+    layer(guess, guess, guess, is_causal=True, cache=cache)
+    cache.crop(5)
+    assert len(cache) == 5
+    cache.crop(3)
+    assert len(cache) == 3 and cache.value is not None and cache.value.shape[-2] == 3
+    output = layer(x[:, 3:], x[:, 3:], x[:, 3:], is_causal=True, cache=cache)[0]
+    torch.testing.assert_close(output, layer(x, x, x, is_causal=True)[0][:, 3:], rtol=1e-9, atol=1e-12)
+    cache.crop(0)
+    assert len(cache) == 0 and cache.key is None and cache.value is None
+    one_row = x[:1]
+    layer(one_row, one_row, one_row, cache=cache)  # an empty cache is of no batch size
+    assert len(cache) == T
+
+
+@pytest.mark.parametrize(
+    ("length", "error", "message"),
+    [
+        (-1, ValueError, r"length must be in \[0, 2\], the positions in the cache, got -1"),
+        (3, ValueError, r"length must be in \[0, 2\], the positions in the cache, got 3"),
+        (1.0, TypeError, "length must be an int, got 1.0"),
+        (True, TypeError, "length must be an int, got True"),
+    ],
+)
+def test_a_length_that_cannot_be_cropped_to_is_named(length: int, error: type[Exception], message: str) -> None:
+    cache = KVCache()
+    cache.append(torch.randn(N, H, 2, 3), torch.randn(N, H, 2, 3))
+    with pytest.raises(error, match=message):
+        cache.crop(length)
+    assert len(cache) == 2
+
+
+def test_a_static_cache_is_not_cropped() -> None:
+    cache = KVCache(static=True)
+    cache.append(torch.randn(N, H, 2, 3), torch.randn(N, H, 2, 3))
+    with pytest.raises(ValueError, match="a static cache has no positions to forget"):
+        cache.crop(1)
+
+
+def test_a_decoder_cache_is_both() -> None:
+    cache = DecoderCache()
+    for part, length in ((cache.self_attention, T), (cache.cross_attention, S)):
+        part.append(torch.randn(N, H, length, 3), torch.randn(N, H, length, 3))
+    first = cache.cross_attention.key
+    assert len(cache) == T and cache.cross_attention.complete and not cache.self_attention.complete
+    cache.crop(2)
+    assert len(cache) == 2 and len(cache.cross_attention) == S
+    cache.select(torch.tensor([2, 2, 0, 1]))
+    assert cache.self_attention.key.shape == (4, H, 2, 3)
+    torch.testing.assert_close(cache.cross_attention.key, first[[2, 2, 0, 1]], rtol=0, atol=0)
+
+
+def test_a_call_that_fails_late_leaves_the_cache_as_it_was():
+    layer = AdaptiveSparseMultiheadAttention(E, H, batch_first=True, dtype=torch.bfloat16)
+    cache = KVCache()
+    cache.append(torch.randn(N, H, 3, E // H), torch.randn(N, H, 3, E // H))  # float32
+    x = torch.randn(N, 1, E, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="one dtype"):
+        layer(x, x, x, cache=cache)
+    assert len(cache) == 3
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 4, 1, 9), (1, 4, 1, 8)])
+def test_what_does_not_continue_the_cache_is_named(shape):
+    cache = KVCache()
+    cache.append(torch.randn(2, 4, 1, 8), torch.randn(2, 4, 1, 8))
+    with pytest.raises(ValueError, match=r"key must be \(N, H, L, D\) to continue \(2, 4, 1, 8\)"):
+        cache.append(torch.randn(shape), torch.randn(shape))
+    with pytest.raises(ValueError, match="value must be"):
+        cache.append(torch.randn(2, 4, 1, 8), torch.randn(2, 4, 2, 8))
+    assert len(cache) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"), [([0], TypeError), (torch.tensor([True]), TypeError), (torch.tensor([[0]]), ValueError)]
+)
+def test_rows_to_keep_are_checked(rows, error):
+    cache = KVCache()
+    with pytest.raises(error, match="rows must"):
+        cache.select(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -102,10 +103,85 @@ def test_dropout_is_for_training_only() -> None:
     torch.testing.assert_close(attention.eval()(query, key, ones)[..., 0], torch.ones(N, H, L).double())
 
 
+KINDS = [SparseAttention(k=2), SparseAttention(alpha=1.4), SparseAttention(k=3, alpha=1.6)]
+
+
+@pytest.mark.parametrize("attention", KINDS, ids=str)
+@pytest.mark.parametrize("heads", [True, False])
+def test_gradients_are_those_of_finite_differences(attention: SparseAttention, heads: bool) -> None:
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention(query, key, value, attn_mask=bias)
+
+    bias = torch.randn(L, S, dtype=torch.float64).masked_fill(torch.rand(L, S) < 0.2, -math.inf)
+    assert torch.autograd.gradcheck(run, tuple(x.requires_grad_() for x in inputs(heads=heads)), fast_mode=True)
+
+
+@pytest.mark.parametrize("attention", KINDS, ids=str)
+def test_a_learnt_mask_and_alpha_get_gradients(attention: SparseAttention) -> None:
+    attention = SparseAttention(k=attention.k, alpha=nn.Parameter(torch.full((H,), 1.4, dtype=torch.float64)))
+    tensors = inputs()
+
+    def run(bias: Tensor, alpha: Tensor) -> Tensor:
+        return torch.func.functional_call(attention, {"alpha": alpha}, (*tensors, bias))
+
+    assert torch.autograd.gradcheck(run, (torch.randn(H, L, S, dtype=torch.float64).requires_grad_(), attention.alpha))
+
+
+@pytest.mark.parametrize("attention", KINDS, ids=str)
+@pytest.mark.parametrize("shape", [(S,), (L, S), (1, L, S), (N, 1, S), (N, L, S)], ids=str)
+def test_masks_of_inputs_without_heads_broadcast_to_their_scores(
+    attention: SparseAttention, shape: tuple[int, ...]
+) -> None:
+    query, key, value = inputs(heads=False)
+    mask = torch.rand(shape) < 0.6
+    mask[..., 0] = True
+    expected = attention(query[:, None], key[:, None], value[:, None], mask.expand(N, L, S)[:, None])[:, 0]
+    torch.testing.assert_close(attention(query, key, value, mask), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", KINDS, ids=str)
+def test_a_query_that_sees_nothing_gets_zeros_and_gives_no_gradient(attention: SparseAttention) -> None:
+    query, key, value = (x.requires_grad_() for x in inputs())
+    mask = torch.ones(L, S, dtype=torch.bool)
+    mask[2] = False
+    output = attention(query, key, value, mask)
+    assert output[:, :, 2].eq(0).all() and bool(output[:, :, 1].ne(0).any())
+    output.sum().backward()
+    assert query.grad[:, :, 2].eq(0).all() and all(x.grad.isfinite().all() for x in (query, key, value))
+
+
+def test_a_query_keeps_all_keys_where_there_are_fewer_than_k() -> None:
+    tensors = inputs()
+    torch.testing.assert_close(SparseAttention(k=S + 4)(*tensors), SparseAttention(alpha=1.0)(*tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention", KINDS, ids=str)
+def test_half_precision_is_near_and_keeps_its_dtype(attention: SparseAttention, dtype: torch.dtype) -> None:
+    narrow = tuple(x.to(dtype) for x in inputs())
+    output = attention(*narrow, is_causal=True)
+    assert output.dtype == dtype
+    expected = attention(*(x.double() for x in narrow), is_causal=True)
+    torch.testing.assert_close(output.double(), expected, rtol=0.05, atol=0.05)
+
+
+# torch's tracer makes an autograd function the old way itself.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("attention", KINDS, ids=str)
+def test_it_compiles_into_one_graph(attention: SparseAttention) -> None:
+    tensors = inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    for causal in (False, True):
+        expected = attention(*tensors, is_causal=causal)
+        torch.testing.assert_close(compiled(*tensors, is_causal=causal), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_copies_and_repr_keep_the_arguments() -> None:
     attention = SparseAttention(k=3, alpha=torch.tensor([1.0, 1.5, 2.0]), scale=0.7)
     tensors = inputs()
-    torch.testing.assert_close(copy.deepcopy(attention)(*tensors), attention(*tensors), rtol=0, atol=0)
+    for other in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
+        torch.testing.assert_close(other(*tensors), attention(*tensors), rtol=0, atol=0)
     assert repr(attention) == "SparseAttention(k=3, alpha=[1.0, 1.5, 2.0], scale=0.7, dropout=0.0)"
 
 

@@ -95,7 +95,7 @@ def test_train_help_lists_groups_and_keys(command, flag):
     [
         ("experiment=g2p2021", "unknown experiment 'g2p2021', did you mean 'g2p2020'?; allowed: characters, "),
         ("model=huge", "unknown model 'huge'; allowed: base, small"),
-        ("seeds=1", "unknown key 'seeds', did you mean 'seed'?; allowed: data, experiment, logger, "),
+        ("seeds=1", "unknown key 'seeds', did you mean 'seed'?; allowed: callbacks, data, experiment, logger, "),
         ("trainer.epochs=1", "unknown key 'trainer.epochs', did you mean 'max_epochs'?; allowed in trainer: "),
         ("seed.x=1", "'seed.x' cannot be set: seed is a value, not a group of keys"),
         ("seed", "'seed' is not of the form key=value"),

@@ -11,7 +11,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from recipes.bind import check_arguments
-from recipes.build import _SHORTHANDS, SECTIONS
+from recipes.build import _SHORTHANDS, SECTIONS, build_callbacks
 from recipes.launch import config_dir, config_groups
 from recipes.seq2seq.attention import ATTENTION_KINDS
 from recipes.seq2seq.data import Seq2SeqData
@@ -36,7 +36,7 @@ def name(file) -> str:
 
 def test_there_are_configs():
     assert {name(file) for file in FILES} >= {f"{command}.yaml" for command in COMMANDS}
-    assert set(config_groups()) == {"data", "experiment", "logger", "model", "paths", "trainer"}
+    assert set(config_groups()) == {"callbacks", "data", "experiment", "logger", "model", "paths", "trainer"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
@@ -74,6 +74,7 @@ def test_every_key_binds_to_what_it_configures(option):
     for section in ("optimizer", "loss"):
         check_arguments(Seq2SeqTask, section, settings[section])
     check_arguments(L.Trainer, "trainer", settings["trainer"])
+    build_callbacks(settings["callbacks"])
     for node in settings["logger"].values():
         inspect.signature(get_class(node.pop("_target_"))).bind(save_dir="x", **node)
 

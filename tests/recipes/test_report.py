@@ -71,9 +71,10 @@ def test_density_counts_real_positions_only() -> None:
     task.model.eval()
     for source, target in zip(SOURCES, TARGETS, strict=True):  # each word alone, without padding
         source, target = [i for i in source if i], [i for i in target if i]
-        with record_attention(task.model) as recorded:
+        with record_attention(task.model, weights=True) as recorded:
             task.model(torch.tensor([source]), torch.tensor([target]))
-        for name, weights in recorded.items():
+        for name, heads in recorded.items():
+            weights = heads.weights
             causal = name.startswith("decoder") and "self" in name
             visible = len(target) * (len(target) + 1) // 2 if causal else weights[0, 0].numel()
             used[name] = used.get(name, torch.zeros(3)) + (weights != 0).sum((0, 2, 3))

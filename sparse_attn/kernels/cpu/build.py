@@ -49,9 +49,10 @@ def build(target_dir: str | Path, extra_flags: tuple[str, ...] = ()) -> Path:
         _run([*common, *with_x86, "-c", str(_SOURCES / "rows.c"), "-o", objects[0]])
         for variant, flags in variants.items():
             for real in ("FLOAT", "DOUBLE"):
-                objects.append(os.path.join(folder, f"row_{real}_{variant}.o"))
                 defines = [f"-DVARIANT={variant}", f"-DREAL_{real}"]
-                _run([*common, *flags, *defines, "-c", str(_SOURCES / "row.c"), "-o", objects[-1]])
+                for source in ("row", "product"):
+                    objects.append(os.path.join(folder, f"{source}_{real}_{variant}.o"))
+                    _run([*common, *flags, *defines, "-c", str(_SOURCES / f"{source}.c"), "-o", objects[-1]])
         # Under another name first: a process that has the old library open keeps it.
         fresh = os.path.join(folder, LIBRARY)
         _run([*common, "-shared", *objects, "-o", fresh, "-lm", "-pthread"])

@@ -78,9 +78,11 @@ INLINE int pack_lanes(const real *key, real threshold, const real *beside, real 
 }
 
 INLINE int unpack_lanes(const real *key, real threshold, const real *packed, real factor, real *out) {
-    for (int j = 0; j < PACKED_AT_ONCE; j++) out[j] = 0;
-    if (none_above(key, threshold)) return 0;
     int count = 0;
+    if (none_above(key, threshold)) {
+        for (int j = 0; j < PACKED_AT_ONCE; j++) out[j] = 0;
+        return 0;
+    }
     for (int j = 0; j < PACKED_AT_ONCE; j++) {
         const int kept = !(key[j] <= threshold);
         out[j] = kept ? factor * packed[count] : 0;
@@ -109,7 +111,7 @@ static int64_t pack(const real *key, real threshold, int64_t size, real *out) {
     return pack_both(key, threshold, NULL, size, out, out);
 }
 
-/* factor * packed at the entries that take part, 0 elsewhere. */
+/* factor * packed at the entries that take part, 0 elsewhere; `out` may be `key` itself. */
 static void unpack(const real *key, real threshold, const real *packed, real factor, int64_t size, real *out) {
     int64_t i = 0;
     for (; i + PACKED_AT_ONCE <= size; i += PACKED_AT_ONCE)

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from sparse_attn.kernels.cpu.build import LIBRARY
 
-_INTERFACE = 1
+_INTERFACE = 2
 _ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
 class _Library(NamedTuple):
     forward: Any
     backward: Any
+    product: Any
     variants: dict[str | None, int]  # None is the widest
 
 
@@ -48,14 +49,17 @@ def _load() -> _Library | str:
     shared = (c_int, c_int, c_int, POINTER(c_int64), c_int, c_void_p, c_void_p)
     library.rows_forward.argtypes = (*shared, c_int64, c_double, c_void_p)
     library.rows_backward.argtypes = (*shared, c_void_p, c_void_p, c_void_p)
-    return _Library(library.rows_forward, library.rows_backward, variants)
+    # variant, threads, kind, whether double, sizes, then p, x, y and out
+    library.rows_product.argtypes = (c_int, c_int, c_int, c_int, POINTER(c_int64), *(c_void_p,) * 4)
+    return _Library(library.rows_forward, library.rows_backward, library.rows_product, variants)
 
 
-def _library() -> _Library:
-    library = _load()
-    if isinstance(library, str):
-        raise RuntimeError(library)
-    return library
+def library() -> _Library:
+    """The library; a RuntimeError says why there is none."""
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise RuntimeError(loaded)
+    return loaded
 
 
 def variants() -> list[str]:
@@ -78,30 +82,28 @@ def status() -> tuple[bool, str]:
     return True, f"{variants()[-1]}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float, *, variant: str | None = None) -> Tensor:
+def entmax_forward(
+    scores: Tensor,
+    a: float | Tensor,
+    lowest: float,
+    k: int | None = None,
+    *,
+    in_place: bool = False,
+    variant: str | None = None,
+) -> Tensor:
     """The probabilities; scores at or below ``lowest`` are masked, and a row of nothing else is all zeros.
 
-    A row with NaN or ``+inf`` is NaN throughout. ``variant`` forces one of :func:`variants`.
+    With ``k`` only the k largest scores of each row take part, the first of ties. A row with NaN or ``+inf`` is NaN
+    throughout. ``in_place`` overwrites the scores if they are contiguous; ``variant`` forces one of :func:`variants`.
     """
-    return _forward(scores, 0, a, lowest, variant)
-
-
-def topk_entmax_forward(
-    scores: Tensor, k: int, a: float | Tensor, lowest: float, *, variant: str | None = None
-) -> Tensor:
-    """As :func:`entmax_forward` of the ``k`` largest scores of each row alone, zero elsewhere; the first of ties."""
-    return _forward(scores, k, a, lowest, variant)
-
-
-def _forward(scores: Tensor, k: int, a: float | Tensor, lowest: float, variant: str | None) -> Tensor:
-    library, shape = _library(), scores.shape
-    p = torch.empty(shape, dtype=scores.dtype)
+    loaded, shape = library(), scores.shape
+    p = scores if in_place and scores.is_contiguous() else torch.empty(shape, dtype=scores.dtype)
     if scores.numel():
         rank = len(shape)
         number, address, strides = _alpha(a, rank)
         layout = (c_int64 * (3 * rank))(*shape, *scores.stride(), *strides)
-        head = library.variants[variant], torch.get_num_threads(), rank, layout, _ELEMENTS[scores.dtype]
-        _check(library.forward(*head, scores.data_ptr(), address, k, lowest, p.data_ptr()))
+        head = loaded.variants[variant], torch.get_num_threads(), rank, layout, _ELEMENTS[scores.dtype]
+        check(loaded.forward(*head, scores.data_ptr(), address, k or 0, lowest, p.data_ptr()))
         del number  # which the address is of
     return p
 
@@ -116,7 +118,7 @@ def entmax_backward(
     if p.dtype in (torch.float16, torch.bfloat16):
         grad_scores, grad_a = entmax_backward(p.float(), a, grad, with_alpha, variant=variant)
         return grad_scores.to(p.dtype), grad_a
-    library, shape = _library(), p.shape
+    loaded, shape = library(), p.shape
     grad_scores = torch.empty(shape, dtype=p.dtype)
     grad_a = torch.zeros((*shape[:-1], 1), dtype=torch.float64) if with_alpha else None
     if p.numel():
@@ -124,9 +126,9 @@ def entmax_backward(
         grad = grad.to(p.dtype)
         number, address, strides = _alpha(a, rank)
         layout = (c_int64 * (4 * rank))(*shape, *p.stride(), *grad.stride(), *strides)
-        head = library.variants[variant], torch.get_num_threads(), rank, layout, _ELEMENTS[p.dtype]
+        head = loaded.variants[variant], torch.get_num_threads(), rank, layout, _ELEMENTS[p.dtype]
         results = grad_scores.data_ptr(), None if grad_a is None else grad_a.data_ptr()
-        _check(library.backward(*head, p.data_ptr(), grad.data_ptr(), address, *results))
+        check(loaded.backward(*head, p.data_ptr(), grad.data_ptr(), address, *results))
         del number
     if grad_a is None:
         return grad_scores, None
@@ -143,6 +145,7 @@ def _alpha(a: float | Tensor, rank: int) -> tuple[object, object, list[int]]:
     return wide, wide.data_ptr(), [0] * (rank - len(steps)) + steps
 
 
-def _check(failed: int) -> None:
+def check(failed: int) -> None:
+    """Raise where a call has failed."""
     if failed:
         raise MemoryError("the row kernels could not allocate their buffers")

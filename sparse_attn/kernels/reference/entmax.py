@@ -30,22 +30,36 @@ def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
         # Where an entry enters the support its slope is infinite then: a rounding of σ is a large error of p.
         wide = a.double() if isinstance(a, Tensor) else a
         return entmax_forward(scores.double(), wide, lowest).to(scores.dtype)
-    top = scores.amax(-1, keepdim=True)
-    masked = scores <= lowest
-    empty = top <= lowest
+    scores, top, masked = without_masked(scores, lowest)
     if isinstance(a, Tensor):
-        # A head at α = 1 takes an ``a`` so small that log1p(t) / a is z - σ to the last bit.
-        tiny = torch.finfo(scores.dtype).eps * 1e-3
-        a = torch.where(a.abs() < tiny, tiny, a)
-    top = top.masked_fill(empty, 0.0)
-    far_below = (top - top.abs().clamp(min=-_NOWHERE)).clamp(min=torch.finfo(scores.dtype).min)
-    scores = torch.where(masked, far_below, scores)
+        a = away_from_zero(a, scores.dtype)
     if isinstance(a, float) and a == 0.0:
         p = (scores - top).exp_()  # torch.softmax adds up long rows less exactly
     else:
-        p = _solve_bracketed(scores, top, a) if steep else _solve_newton(scores, top, a)
-    p.masked_fill_(masked, 0.0)
-    total = p.sum(-1, keepdim=True, dtype=torch.float64).to(p.dtype)
+        p = _solve_bracketed(scores, top, a) if steep else climb(scores, top, a, torch.zeros_like(top).double())
+    return normalised(p if masked is None else p.masked_fill_(masked, 0.0))
+
+
+def without_masked(scores: Tensor, lowest: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores that have no weight where masked, the largest of each row, 0 if all are masked, and which are masked."""
+    top = scores.amax(-1, keepdim=True)
+    if bool((scores.amin(-1) > lowest).all()):  # not so with a NaN
+        return scores, top, None
+    masked = scores <= lowest
+    top = top.masked_fill(top <= lowest, 0.0)
+    far_below = (top - top.abs().clamp(min=-_NOWHERE)).clamp(min=torch.finfo(scores.dtype).min)
+    return torch.where(masked, far_below, scores), top, masked
+
+
+def away_from_zero(a: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a``; a row at α = 1 takes one so small that log1p(t) / a is z - σ to the last bit."""
+    tiny = torch.finfo(dtype).eps * 1e-3
+    return torch.where(a.abs() < tiny, tiny, a)
+
+
+def normalised(p: Tensor) -> Tensor:
+    """``p`` divided by its sum, in place; a row of zeros stays one."""
+    total = row_sums(p).to(p.dtype)
     return p.div_(total.masked_fill_(total == 0.0, 1.0))
 
 
@@ -62,26 +76,26 @@ def largest_first(scores: Tensor) -> Tensor:
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices
 
 
-def _solve_newton(scores: Tensor, top: Tensor, a: float | Tensor) -> Tensor:
-    """``p`` by Newton's method on the norm ``(Σ p)^a = 1``, for ``α <= 2``.
+def climb(scores: Tensor, top: Tensor, a: float | Tensor, sigma: Tensor) -> Tensor:
+    """``p``, not divided by its sum yet, by Newton's method on the norm ``(Σ p)^a = 1``, for ``α <= 2``.
 
-    The norm is convex (concave for α < 1) in σ, so the iterates climb from ``σ = 0``, the largest score, to the root
-    and pass it by no more than rounding. At α = 1 the first step lands on ``logsumexp(z)``.
+    ``sigma`` is where to begin, counted from the largest score: 0, or another lower bound of the root. The norm is
+    convex (concave for α < 1) in σ, so the iterates climb to the root and pass it by no more than rounding. At α = 1
+    the first step lands on ``logsumexp(z)``.
     """
-    sigma = torch.zeros_like(top, dtype=torch.float64)
     error_before = torch.full_like(sigma, math.inf)
     still_open = torch.ones_like(sigma, dtype=torch.bool)
     tolerance = torch.finfo(scores.dtype).eps / 2
     for _ in range(_MAX_SWEEPS):
         p, u = _power(scores, top, sigma, a)
-        total = p.sum(-1, keepdim=True, dtype=torch.float64)
+        total = row_sums(p)
         error = (total - 1).abs()
         # A step from close by lands on the root; what moves a row after that is rounding.
         landed = (error < 2 * tolerance) & (error_before < 1e-3)
         still_open &= (error > tolerance) & (error < error_before) & ~landed
         if not bool(still_open.any()):
             break
-        sigma = sigma + _norm_step(total, u.sum(-1, keepdim=True), a) * still_open
+        sigma = sigma + norm_step(total, u.sum(-1, keepdim=True), a) * still_open
         error_before = error
     return p
 
@@ -106,7 +120,7 @@ def _solve_bracketed(scores: Tensor, top: Tensor, a: float | Tensor) -> Tensor:
         open_rows = (error > 2 * eps) & (high - low > eps * high)
         if not bool(open_rows.any()):
             break
-        newton = sigma + _norm_step(total, u.sum(-1, keepdim=True), a)
+        newton = sigma + norm_step(total, u.sum(-1, keepdim=True), a)
         good = (newton > low) & (newton < high) & (error <= error_before / 2)
         sigma = torch.where(open_rows, torch.where(good, newton, (low + high) / 2), sigma)
         error_before = error
@@ -122,10 +136,16 @@ def _power(scores: Tensor, top: Tensor, sigma: Tensor, a: float | Tensor) -> tup
     from_edge = _count_from(scores, top, sigma - 1 / a)
     if isinstance(a, float) and a == 1.0:
         p = from_edge.clamp_(min=0.0)
-        return p, (p > 0).to(p.dtype)
+        return p, p.sign()
     if isinstance(a, float) and a == 0.5:
         u = from_edge.mul_(0.5).clamp_(min=0.0)
         return u * u, u
+    smallest = torch.finfo(scores.dtype).tiny
+    if isinstance(a, float) and a >= 0.5:
+        w = from_edge.mul_(a).clamp_(min=0.0)
+        inside = w.sign()
+        u = _exp(w.clamp_(min=smallest).log().mul_(1 / a - 1)).mul_(inside)
+        return w.mul_(u), u
     # For α < 1.5 first p / max p, a power of 1 + a z / (1 - a σ): in a long flat row p is small, and its logarithm has
     # lost digits that the one of a number close to 1 has.
     wide = a.double() if isinstance(a, Tensor) else torch.as_tensor(a, dtype=torch.float64, device=scores.device)
@@ -135,13 +155,18 @@ def _power(scores: Tensor, top: Tensor, sigma: Tensor, a: float | Tensor) -> tup
     rise = (wide / most).to(scores.dtype)
     t = _count_from(scores, top, torch.where(gentle, 0.0, sigma)).mul_(rise)
     far = t < -0.5
-    w = torch.where(far, from_edge.mul_(rise), t + 1)
-    outside = w <= 0
-    w.masked_fill_(outside, 1.0)  # log and exp are slow where they overflow
-    log_w = w.log()
-    log_w += t.sub_(w - 1).masked_fill_(far, 0.0).div_(w)  # what 1 + t has rounded away
-    u = log_w.mul_(1 / a - 1).exp_().masked_fill_(outside, 0.0)
+    w = torch.where(far, from_edge.mul_(rise), t + 1).clamp_(min=0.0)
+    inside = w.sign()
+    log_w = w.clamp_(min=smallest).log()
+    log_w += torch.where(far, 0.0, t.sub_(w - 1).div_(w))  # what 1 + t has rounded away
+    u = _exp(log_w.mul_(1 / a - 1)).mul_(inside)
     return w.mul_(u).mul_(largest.to(u.dtype)), u.mul_((largest / most).to(u.dtype))
+
+
+def _exp(x: Tensor) -> Tensor:
+    """``exp_``, which is thirty times slower where it underflows: there 0 without computing it."""
+    lowest = math.log(torch.finfo(x.dtype).tiny) + 1
+    return x.clamp_(min=lowest).exp_().sub_(1.0001 * math.exp(lowest)).clamp_(min=0.0)
 
 
 def _count_from(scores: Tensor, top: Tensor, below: Tensor) -> Tensor:
@@ -152,9 +177,23 @@ def _count_from(scores: Tensor, top: Tensor, below: Tensor) -> Tensor:
     return (scores - high).sub_(low)
 
 
-def _norm_step(total: Tensor, slope: Tensor, a: float | Tensor) -> Tensor:
+def row_sums(x: Tensor) -> Tensor:
+    """Sums ``(..., 1)`` in float64; float32 adds four terms at a time, which is faster than to convert them all."""
+    whole = x.shape[-1] // 4 * 4
+    if x.dtype == torch.float64 or x.shape[-1] < 256:
+        return x.sum(-1, keepdim=True, dtype=torch.float64)
+    parts = x[..., :whole].unflatten(-1, (4, -1)).sum(-2)
+    return torch.cat([parts, x[..., whole:]], -1).sum(-1, keepdim=True, dtype=torch.float64)
+
+
+def norm_step(total: Tensor, slope: Tensor, a: float | Tensor) -> Tensor:
     """Newton's step ``(S - S^(1-a)) / (a U)``, exact as ``a -> 0``; no step for rows without support or with NaN."""
-    step = -total * torch.expm1(-a * total.log()) / (a * slope)
+    if isinstance(a, float) and a == 1.0:
+        step = (total - 1) / slope
+    elif isinstance(a, float) and a == 0.5:
+        step = 2 * (total - total.sqrt()) / slope
+    else:
+        step = -total * torch.expm1(-a * total.log()) / (a * slope)
     return torch.nan_to_num_(step, nan=0.0, posinf=0.0, neginf=0.0)
 
 

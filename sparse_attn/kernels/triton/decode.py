@@ -169,7 +169,7 @@ def forward(
     shape = (plan.block_d, _FEW, _KEYS)
     launch(_scores, batch * key_heads * tiles, query, key, mask, lengths, scores, *numbers, *compiled, *shape)
     a = setting.a if alpha is None else (alpha.double() - 1).float().view(-1, 1, 1)
-    weights = rows.entmax_forward(scores, a, torch.finfo(torch.float32).min)
+    weights = rows.entmax_forward(scores, a, torch.finfo(torch.float32).min, in_place=True)
     if seed is not None:
         from sparse_attn.kernels.triton.dropout import multipliers
 

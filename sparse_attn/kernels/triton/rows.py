@@ -37,33 +37,30 @@ _TOLERANCE = tl.constexpr(2.4e-7)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
-def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
+def entmax_forward(
+    scores: Tensor, a: float | Tensor, lowest: float, k: int | None = None, *, in_place: bool = False
+) -> Tensor:
     """The probabilities; scores at or below ``lowest`` are masked, and a row of nothing else is all zeros.
 
-    A row with NaN or ``+inf`` is NaN throughout, and so is one whose α is not in ``(0, inf)``.
+    A row with NaN or ``+inf`` is NaN throughout, and so is one whose α is not in ``(0, inf)``. Of the ``k`` largest
+    scores of each row alone, if given, and zero elsewhere; the first of ties. ``in_place`` allows the scores to be
+    overwritten.
     """
-    return _forward(scores, a, lowest, 0)
-
-
-def topk_entmax_forward(scores: Tensor, k: int, a: float | Tensor, lowest: float) -> Tensor:
-    """As :func:`entmax_forward` of the ``k`` largest scores of each row alone, zero elsewhere; the first of ties."""
-    if scores.shape[-1] <= _ON_CHIP:
-        return _forward(scores, a, lowest, k)
-    index = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
-    return torch.zeros_like(scores).scatter_(-1, index, _forward(scores.gather(-1, index), a, lowest, 0))
-
-
-def _forward(scores: Tensor, a: float | Tensor, lowest: float, k: int) -> Tensor:
-    p = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+    size = scores.shape[-1]
+    if k is not None and size > _ON_CHIP:
+        index = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
+        return torch.zeros_like(scores).scatter_(-1, index, entmax_forward(scores.gather(-1, index), a, lowest))
+    reuse = in_place and scores.is_contiguous()  # every entry is read before it is written
+    p = scores if reuse else torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
     if not p.numel():
         return p
-    size = scores.shape[-1]
     x = scores.reshape(-1, size)
     per_row, number, mode = _parameter(a, scores)
     arguments = (x, per_row, p, number, lowest, len(x), size, *x.stride())
     if size <= _ON_CHIP:
         rows, block, warps = _tile(size)
-        launch(_forward_on_chip, triton.cdiv(len(x), rows), *arguments, k, mode, rows, block, k > 0, warps=warps)
+        top_k = (k or 0, mode, rows, block, k is not None)
+        launch(_forward_on_chip, triton.cdiv(len(x), rows), *arguments, *top_k, warps=warps)
     else:
         launch(_forward_in_chunks, len(x), *arguments, mode, _CHUNK, warps=16)
     return p

@@ -240,7 +240,7 @@ def test_largest(a, variant):
         for k in {1, 2, 5, 32, 127, size // 2, size - 1, size} - {0}:
             if k > size:
                 continue
-            p = rows.topk_entmax_forward(x, k, a, LOWEST, variant=variant)
+            p = rows.entmax_forward(x, a, LOWEST, k, variant=variant)
             expected = naive_topk(x, k, a)
             assert torch.equal(p > 0, expected > 0) or a not in (0.0, 1.0), (size, k)
             assert (p - expected).abs().max() <= 2e-7, (size, k)
@@ -250,16 +250,16 @@ def test_largest(a, variant):
 def test_ties_at_the_cut_go_to_the_lowest_index(variant):
     x = torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0, 2.0, 0.0]])
     for k, kept in ((1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (4, [1, 2, 3, 4]), (5, [1, 2, 3, 4, 5])):
-        p = rows.topk_entmax_forward(x, k, 0.0, LOWEST, variant=variant)
+        p = rows.entmax_forward(x, 0.0, LOWEST, k, variant=variant)
         assert p[0].nonzero().flatten().tolist() == kept
     zeros = torch.randn(2, 1021).relu()
-    p = rows.topk_entmax_forward(zeros, 700, 0.0, LOWEST, variant=variant)
+    p = rows.entmax_forward(zeros, 0.0, LOWEST, 700, variant=variant)
     assert torch.equal(p > 0, naive_topk(zeros, 700, 0.0) > 0)
     alpha = torch.tensor([[0.0], [1.0]])
-    p = rows.topk_entmax_forward(zeros, 3, alpha, LOWEST, variant=variant)
+    p = rows.entmax_forward(zeros, alpha, LOWEST, 3, variant=variant)
     assert (p - torch.cat([naive_topk(zeros[:1], 3, 0.0), naive_topk(zeros[1:], 3, 1.0)])).abs().max() <= 2e-7
     nan = torch.tensor([[1.0, math.nan, 3.0], [-math.inf, -math.inf, -math.inf], [0.0, math.inf, 1.0]])
-    p = rows.topk_entmax_forward(nan, 2, 0.5, LOWEST, variant=variant)
+    p = rows.entmax_forward(nan, 0.5, LOWEST, 2, variant=variant)
     assert p[0].isnan().all() and not p[1].any() and p[2].isnan().all()
 
 
@@ -314,7 +314,7 @@ def test_variants_and_status():
 
 
 def test_memory_that_runs_out_is_an_error(monkeypatch):
-    out_of_memory = rows._library()._replace(forward=lambda *_: 1, backward=lambda *_: 1)
+    out_of_memory = rows.library()._replace(forward=lambda *_: 1, backward=lambda *_: 1)
     monkeypatch.setattr(rows, "_load", lambda: out_of_memory)
     with pytest.raises(MemoryError):
         forward(torch.randn(3), 1.0)

@@ -48,6 +48,8 @@ def test_values_and_gradients_are_the_reference(size, alpha, device):
     upstream = torch.randn_like(x) + 5
     p, expected = rows.entmax_forward(x, a, LOWEST), reference.entmax_forward(x.double(), wide, LOWEST)
     assert_close(p, expected)
+    scores = x.clone()
+    assert rows.entmax_forward(scores, a, LOWEST, in_place=True) is scores and torch.equal(scores, p)
     assert (p[:, :1] * 0 == 0).all() and ((p.sum(-1) - 1).abs() < 1e-6)[3:].all()
     assert not p[1, ::3].any() and not p[2, 1::2].any()
     # What the backward is given is p in float32: its rounding is not the backward's.
@@ -68,7 +70,7 @@ def test_top_k_takes_the_first_of_ties(size, device):
     x[2, 4:] = -math.inf
     for k, a in ((1, 0.0), (7, 1.0), (7, (ALPHAS[2:7].to(device) - 1)[:, None])):
         wide = a.double() if isinstance(a, Tensor) else a
-        p = rows.topk_entmax_forward(x, k, a, LOWEST)
+        p = rows.entmax_forward(x, a, LOWEST, k)
         assert_close(p, reference.topk_entmax_forward(x.double(), k, wide, LOWEST))
 
 

@@ -1,0 +1,53 @@
+"""α by the step: from dense attention to sparse, or back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from sparse_attn.optim import linear_alpha, set_alpha
+
+
+class AlphaSchedule(L.Callback):
+    """Moves every α of the model on a straight line between two optimizer steps, whether it is learnt or fixed.
+
+    A learnt α follows the line up to ``last_step`` and learns from there. For any LightningModule.
+
+    Args:
+        start: α up to ``first_step``.
+        end: α at ``last_step``; of a fixed α also after it.
+        first_step: Optimizer step at which the line begins.
+        last_step: The one at which it ends, above ``first_step``.
+
+    Raises:
+        ValueError: α is outside ``(0, inf)``, or ``last_step`` not above ``first_step``; before the training begins,
+            the model has no α, or a learnt one whose range leaves ``start`` or ``end`` out.
+    """
+
+    def __init__(self, *, start: float = 1.0, end: float = 1.5, first_step: int = 0, last_step: int) -> None:
+        self.start, self.end, self.first_step, self.last_step = start, end, first_step, last_step
+        self.alpha(0)  # refuses what does not fit
+
+    def alpha(self, step: int) -> float:
+        """α of an optimizer step."""
+        return linear_alpha(step, self.start, self.end, first_step=self.first_step, last_step=self.last_step)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Sets the first value; a fixed number becomes a buffer before anything is compiled or loaded."""
+        if stage == "fit" and not is_overridden("configure_model", pl_module):  # which builds the model later
+            set_alpha(pl_module, self.end)  # refused now rather than at the end of the line
+            set_alpha(pl_module, self.start)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Sets the value of the step the training begins with or goes on from."""
+        self._set(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Sets the value of the next step; a validation sees it too."""
+        self._set(trainer, pl_module)
+
+    def _set(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step <= self.last_step:
+            set_alpha(pl_module, self.alpha(trainer.global_step))

@@ -1,0 +1,134 @@
+"""What the heads of a model do, summed up over any number of forward passes in constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparse_attn.analysis.density import full_visible, support_counts
+from sparse_attn.analysis.roles import entropy
+
+__all__ = ["AttentionRecord", "HeadStatistics"]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadStatistics:
+    """One attention layer, measured: every tensor but the last has one value per head and lies on the CPU.
+
+    A query that gives no weight to any key (a fully masked one) does not count.
+
+    Attributes:
+        alpha: (H,) α at the last call; None where there is none.
+        density: (H,) share of the visible pairs of a query and a key with a non-zero weight.
+        entropy: (H,) mean over the queries of - Σ p log p, in nats.
+        support_size: (H,) mean number of keys with a non-zero weight.
+        max_weight: (H,) mean of a query's largest weight.
+        rows: (H,) how many queries were counted.
+        weights: (N, H, L, S) of the last call, or (H, L, S) for unbatched input; None unless asked for.
+    """
+
+    alpha: Tensor | None
+    density: Tensor
+    entropy: Tensor
+    support_size: Tensor
+    max_weight: Tensor
+    rows: Tensor
+    weights: Tensor | None = None
+
+
+@dataclass
+class _Sums:
+    """Sums per head: of queries, pairs with weight and visible pairs (3, H); of entropy and largest weight (2, H)."""
+
+    counts: Tensor
+    totals: Tensor
+    alpha: Tensor | None
+    weights: Tensor | None
+
+
+class AttentionRecord(Mapping[str, HeadStatistics]):
+    """Layer name -> :class:`HeadStatistics` of the calls so far; printed, a table with a line per head.
+
+    Args:
+        keep_weights: Whether to keep the weights of each layer's last call.
+    """
+
+    def __init__(self, *, keep_weights: bool = False) -> None:
+        self._keep_weights = keep_weights
+        self._sums: dict[str, _Sums] = {}
+
+    def add(self, name: str, module: nn.Module, weights: Tensor, visible: Tensor | None = None) -> None:
+        """Count one call.
+
+        Args:
+            name: Of the layer.
+            module: The layer, whose α is read.
+            weights: (N, H, L, S) or (H, L, S).
+            visible: True where a query may see a key; broadcasts against ``weights``. None: everywhere.
+
+        Raises:
+            ValueError: The layer had another number of heads before.
+        """
+        counts, totals = _sums_of(weights, visible)
+        before = self._sums.get(name)
+        if before is not None:
+            if before.counts.shape != counts.shape:
+                raise ValueError(
+                    f"weights of {name!r} must have {before.counts.shape[1]} heads as before, got {counts.shape[1]}"
+                )
+            counts, totals = before.counts + counts, before.totals + totals
+        kept = weights.detach() if self._keep_weights else None
+        self._sums[name] = _Sums(counts, totals, _alpha_of(module, counts.shape[1]), kept)
+
+    def __getitem__(self, name: str) -> HeadStatistics:
+        sums = self._sums[name]
+        rows, used, pairs = sums.counts
+        of_entropy, of_maximum = (sums.totals / rows).float()
+        return HeadStatistics(
+            sums.alpha, used / pairs, of_entropy, used / rows, of_maximum, rows.clone(), weights=sums.weights
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sums)
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    def __str__(self) -> str:
+        width = max([len("layer"), *map(len, self)])
+        lines = [f"{'layer':{width}}  head  alpha  density  entropy  support   max  rows"]
+        for name, heads in self.items():
+            alphas = ["-"] * len(heads.rows) if heads.alpha is None else [f"{a:.3f}" for a in heads.alpha.tolist()]
+            columns = (heads.density, heads.entropy, heads.support_size, heads.max_weight, heads.rows)
+            for head, (alpha, *values) in enumerate(zip(alphas, *(c.tolist() for c in columns), strict=True)):
+                density, mean, support, maximum, rows = values
+                lines.append(
+                    f"{name:{width}}  {head:4}  {alpha:>5}  {density:7.3f}  {mean:7.3f}  {support:7.2f}"
+                    f"  {maximum:.2f}  {rows:4}"
+                )
+        return "\n".join(lines)
+
+
+# Sums that a pass in inference mode leaves must still add up outside it.
+@torch.inference_mode(False)
+@torch.no_grad()
+def _sums_of(weights: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+    weights = weights.detach().float() if weights.dtype != torch.float64 else weights.detach()
+    pairs = full_visible(weights, visible)
+    counted = (weights != 0).any(-1)
+    over = [dim for dim in range(counted.dim()) if dim != counted.dim() - 2]
+    counts = torch.stack([counted.sum(over), *support_counts(weights, pairs & counted.unsqueeze(-1))])
+    totals = torch.stack([entropy(weights).sum(over), weights.amax(-1).sum(over)])
+    return counts.cpu(), totals.cpu().double()
+
+
+@torch.no_grad()
+def _alpha_of(module: nn.Module, heads: int) -> Tensor | None:
+    # A module of others has its α in a module of ours.
+    alpha = getattr(getattr(module, "sparse_alpha", module), "alpha", None)
+    if isinstance(alpha, Tensor) and alpha.numel() in (1, heads):
+        return alpha.detach().flatten().float().cpu().expand(heads).clone()
+    return torch.full((heads,), float(alpha)) if isinstance(alpha, int | float) else None

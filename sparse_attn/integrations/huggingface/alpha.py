@@ -1,0 +1,170 @@
+"""A learnt α per head on the attention modules of a transformers model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sparse_attn.integrations.huggingface.attention import learns_alpha, require_transformers
+from sparse_attn.nn.alpha import HeadAlpha, check_alpha_range, head_alpha
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Where config.json keeps the range, which is no weight.
+RANGE_KEY = "sparse_attn_alpha_range"
+
+
+def add_alpha(
+    model: PreTrainedModel,
+    *,
+    alpha_init: float | Sequence[float] | Tensor = 1.5,
+    alpha_range: tuple[float, float] = (1.0, 2.0),
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+) -> dict[str, HeadAlpha]:
+    """Give every attention module of a transformers model a learnt α per head.
+
+    Call it after loading and before the optimizer is made; give the new parameters no weight decay, which would pull
+    them to their lower bound. They are float32 whatever the model's dtype, and on the device of their module.
+    ``save_pretrained`` saves them; :func:`load_alpha` brings them back.
+
+    Args:
+        model: Built or loaded with ``attn_implementation="entmax"``.
+        alpha_init: The initial α: a number, or one per head. 1 keeps a dense model's function.
+        alpha_range: The closed interval that α stays in.
+        filter_fn: Called with each attention module's name and module; only where it returns True is α learnt.
+
+    Returns:
+        ``{name of the attention module: its α}``, in the order of ``model.named_modules()``. Where there is one, it
+        stays.
+
+    Raises:
+        ImportError: transformers is not installed.
+        TypeError: ``model`` is no ``PreTrainedModel``.
+        ValueError: The model does not attend with ``"entmax"``, or not through transformers' attention interface,
+            ``filter_fn`` accepts nothing, ``alpha_init`` lies outside ``alpha_range``, or that is not the one that the
+            model has already. Nothing has been changed then.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> from sparse_attn.integrations.huggingface import register
+        >>> register()
+        >>> config = GPT2Config(vocab_size=31, n_embd=12, n_layer=2, n_head=3, attn_implementation="entmax")
+        >>> add_alpha(GPT2Model(config), filter_fn=lambda name, module: "h.1" in name)
+        {'h.1.attn': HeadAlpha(alpha=[1.5, 1.5, 1.5], alpha_range=(1.0, 2.0))}
+
+    Reference:
+        Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers".
+    """
+    alpha_range = check_alpha_range(alpha_range)
+    modules = attention_modules(model)
+    chosen = {name: module for name, module in modules.items() if filter_fn is None or filter_fn(name, module)}
+    if not chosen:
+        raise ValueError(f"filter_fn must accept at least one attention module, got none of {', '.join(modules)}")
+    return attach(model, chosen, alpha_init, alpha_range)
+
+
+def remove_alpha(model: PreTrainedModel) -> None:
+    """Take the learnt α off a model, which then attends with what its ``attn_implementation`` says.
+
+    Raises:
+        ImportError: transformers is not installed.
+        TypeError: ``model`` is no ``PreTrainedModel``.
+        ValueError: There is none.
+    """
+    _check_model(model)
+    owners = [module for module in model.modules() if head_alpha(module) is not None]
+    if not owners:
+        raise ValueError(f"model must have learnt α from add_alpha, got {type(model).__name__} without")
+    for module in owners:
+        del module.sparse_alpha
+    if hasattr(model.config, RANGE_KEY):
+        delattr(model.config, RANGE_KEY)
+
+
+def attach(
+    model: PreTrainedModel,
+    modules: Mapping[str, nn.Module],
+    alpha_init: float | Sequence[float] | Tensor,
+    alpha_range: tuple[float, float],
+) -> dict[str, HeadAlpha]:
+    """The α of each module, new where it has none; all are built and checked before one is put in."""
+    ranges = {alpha.alpha_range for alpha in map(head_alpha, model.modules()) if alpha is not None}
+    if ranges - {alpha_range}:
+        raise ValueError(f"alpha_range must be the one that the model has, {ranges.pop()}, got {alpha_range}")
+    alphas = {}
+    for name, module in modules.items():
+        new = HeadAlpha(
+            num_heads(name, module), alpha_init=alpha_init, alpha_range=alpha_range, device=_device(name, module)
+        )
+        present = head_alpha(module)
+        alphas[name] = new if present is None else present
+    for name, alpha in alphas.items():
+        modules[name].sparse_alpha = alpha
+    setattr(model.config, RANGE_KEY, list(alpha_range))
+    return alphas
+
+
+def _check_model(model: object) -> None:
+    require_transformers()
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be a transformers.PreTrainedModel, got {type(model).__name__}; of a wrapper, give the inside"
+        )
+
+
+def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The attention modules that would use a learnt α, by name."""
+    _check_model(model)
+    modules = {name: module for name, module in model.named_modules() if _calls_interface(module)}
+    if not modules:
+        raise ValueError(
+            "model must attend through transformers' attention interface, got none of that in "
+            f"{type(model).__name__}, which does the same whatever its attn_implementation is"
+        )
+    chosen = {name: module for name, module in modules.items() if learns_alpha(module.config._attn_implementation)}
+    if not chosen:
+        found = sorted({str(module.config._attn_implementation) for module in modules.values()})
+        raise ValueError(
+            f"model must have attn_implementation 'entmax', got {', '.join(map(repr, found))}; call register() and "
+            'model.set_attn_implementation("entmax") first'
+        )
+    return chosen
+
+
+def _calls_interface(module: nn.Module) -> bool:
+    # The name is what all of transformers' attention modules have in common, and what it looks for itself (in
+    # `PreTrainedModel._can_set_attn_implementation`). Of the class: accelerate puts another forward on the module.
+    forward = inspect.unwrap(type(module).forward)
+    return hasattr(forward, "__code__") and "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
+
+
+def num_heads(name: str, module: nn.Module) -> int:
+    """How many query heads an attention module has."""
+    for owner in (module, module.config):
+        for attribute in ("num_heads", "num_attention_heads", "n_heads"):
+            heads = getattr(owner, attribute, None)
+            if isinstance(heads, int):
+                return heads
+    raise ValueError(
+        f"model must say how many heads its attention has, got {name!r} of {type(module).__name__} without; "
+        "filter_fn can leave it out"
+    )
+
+
+def _device(name: str, module: nn.Module) -> torch.device:
+    """Where a module computes, which accelerate's hooks know where its weights are kept elsewhere."""
+    weights = next(module.parameters()).device
+    if weights.type != "meta":
+        return weights
+    for child in module.modules():
+        device = getattr(getattr(child, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    raise ValueError(f"model must have its weights, got {name!r} on the meta device")

@@ -1,0 +1,118 @@
+"""The way of a learnt α from a checkpoint back into a transformers model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sparse_attn.integrations.huggingface.alpha import RANGE_KEY, attach, attention_modules, num_heads
+from sparse_attn.nn.alpha import HeadAlpha, check_alpha_range
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SUFFIX = ".sparse_alpha.raw_alpha"
+
+
+def load_alpha(model: PreTrainedModel, path: str | Path) -> dict[str, HeadAlpha]:
+    """Give a model the learnt α of a checkpoint that ``save_pretrained`` has written.
+
+    ``from_pretrained`` builds the model as transformers knows it and leaves α out, with a note on unexpected keys.
+    This is the second half; heads may have been put on the model or taken off it in between.
+
+    Args:
+        model: Loaded with ``attn_implementation="entmax"``.
+        path: The folder, or the name of a repository on the Hub, that the model was loaded from.
+
+    Returns:
+        ``{name of the attention module: its α}`` for the modules that had one.
+
+    Raises:
+        ImportError: transformers is not installed.
+        OSError: There is no checkpoint in safetensors files at ``path``.
+        TypeError: ``model`` is no ``PreTrainedModel``.
+        ValueError: The model does not attend with ``"entmax"``; the checkpoint has no α (it is a dense one), or one
+            that does not fit the model. Nothing has been changed then.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> from sparse_attn.integrations.huggingface import add_alpha, register
+        >>> register()
+        >>> model = GPT2Model(GPT2Config(vocab_size=31, n_embd=12, n_layer=1, n_head=3, attn_implementation="entmax"))
+        >>> _ = add_alpha(model, alpha_init=[1.0, 1.25, 1.75])
+        >>> with TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     loaded = GPT2Model.from_pretrained(folder, attn_implementation="entmax")
+        ...     load_alpha(loaded, folder)
+        {'h.0.attn': HeadAlpha(alpha=[1.0, 1.25, 1.75], alpha_range=(1.0, 2.0))}
+    """
+    modules = attention_modules(model)
+    saved, alpha_range = _read(path)
+    values = _by_module(model, saved, modules)
+    loaded = attach(model, {name: modules[name] for name in values}, alpha_range[0], alpha_range)
+    with torch.no_grad():
+        for name, value in values.items():
+            loaded[name].raw_alpha.copy_(value)
+    return loaded
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], tuple[float, float]]:
+    """The α of a checkpoint by the names it gives them, and their range."""
+    from safetensors import safe_open
+    from transformers import PreTrainedConfig
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+    from transformers.utils.hub import cached_file
+
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        files = {SAFE_WEIGHTS_NAME}
+    else:
+        weight_map = json.loads(Path(index).read_text())["weight_map"]
+        files = {file for key, file in weight_map.items() if key.endswith(_SUFFIX)}
+    saved = {}
+    for file in sorted(files):
+        with safe_open(cached_file(path, file), framework="pt") as tensors:
+            saved.update({key: tensors.get_tensor(key) for key in tensors.offset_keys() if key.endswith(_SUFFIX)})
+    alpha_range = PreTrainedConfig.get_config_dict(path)[0].get(RANGE_KEY)
+    if not saved or alpha_range is None:
+        raise ValueError(
+            f"path must be a checkpoint with learnt α, got {str(path)!r} without; add_alpha gives a new one"
+        )
+    return saved, check_alpha_range(alpha_range)
+
+
+def _by_module(model: PreTrainedModel, saved: dict[str, Tensor], modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The saved α by module: their names go the way that transformers' loader takes all names of a checkpoint."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    name_of = {module: name for name, module in modules.items()}
+    # A module that is at two places is saved under one of its names.
+    keys = {
+        name + _SUFFIX: name_of[module]
+        for name, module in model.named_modules(remove_duplicate=False)
+        if module in name_of
+    }
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    values = {}
+    for saved_key, value in saved.items():
+        key, _ = rename_source_key(saved_key, renamings, [], model.base_model_prefix, keys)
+        if key not in keys:
+            raise ValueError(
+                f"path must be a checkpoint of this model, got α at {saved_key!r}, where {type(model).__name__} has no "
+                "attention with 'entmax'"
+            )
+        name = keys[key]
+        heads = num_heads(name, modules[name])
+        if tuple(value.shape) != (heads,):
+            raise ValueError(
+                f"path must be a checkpoint of this model, got α of shape {tuple(value.shape)} for {name!r} with "
+                f"{heads} heads"
+            )
+        values[name] = value
+    return {name: values[name] for name in modules if name in values}

@@ -1,0 +1,85 @@
+"""Scores that grow with the number of keys, so that attention stays as sparse on long inputs as on short ones."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LengthScaling(nn.Module):
+    """What queries are multiplied by: ``1 + β (log n) ** γ``, n the keys that a query sees.
+
+    ``β = softplus(w_β · x + b_β)`` and ``γ = 2 tanh(w_γ · x + b_γ)`` are learnt per head from the layer's input x. Both
+    weights and b_γ start at zero and b_β where β is 0.05, so that every factor starts at 1.05: near one, where a random
+    start gives factors of up to 20, from which training often does not recover.
+
+    Args:
+        embed_dim: Size E of the input.
+        num_heads: H.
+        unscaled_heads: How many heads, the first ones, always have the factor one.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: ``unscaled_heads`` leaves no head to scale.
+
+    Shape:
+        ``x`` (N, L, E) and ``visible`` broadcastable to (N, H, L) -> (N, H, L, 1).
+
+    Example:
+        >>> LengthScaling(16, num_heads=3, unscaled_heads=1)(torch.randn(2, 5, 16), torch.tensor(7))[0, :, 0, 0]
+        tensor([1.0000, 1.0500, 1.0500], grad_fn=<SelectBackward0>)
+
+    Reference:
+        Vasylenko, Pitorro, Martins & Treviso 2025, "Long-Context Generalization with Sparse Attention", with another
+        start.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        unscaled_heads: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= unscaled_heads < num_heads:
+            raise ValueError(f"unscaled_heads must be in [0, {num_heads}), the number of heads, got {unscaled_heads}")
+        self.unscaled_heads = unscaled_heads
+        scaled = num_heads - unscaled_heads
+        factory: Any = {"device": device, "dtype": dtype}
+        # Weights have one dimension: initialisers that walk over all matrices of a model, as nn.Transformer's does,
+        # would undo the start near one.
+        self.beta_weight = nn.Parameter(torch.empty(scaled * embed_dim, **factory))
+        self.beta_bias = nn.Parameter(torch.empty(scaled, **factory))
+        self.gamma_weight = nn.Parameter(torch.empty(scaled * embed_dim, **factory))
+        self.gamma_bias = nn.Parameter(torch.empty(scaled, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start near one."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+        nn.init.constant_(self.beta_bias, math.log(math.expm1(0.05)))  # the inverse of softplus
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        """The factor of each head and query."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        beta, gamma = (
+            F.linear(x, weight.view(-1, x.shape[-1]), bias).movedim(-1, 1).to(wide)
+            for weight, bias in ((self.beta_weight, self.beta_bias), (self.gamma_weight, self.gamma_bias))
+        )
+        # softplus; of F.softplus, torch.compile mistakes the strides in the backward.
+        beta, gamma = torch.logaddexp(beta, torch.zeros_like(beta)), 2 * gamma.tanh()
+        visible = visible.to(wide)
+        if visible.dim() > 1 and visible.shape[-2] > 1:
+            visible = visible[..., self.unscaled_heads :, :]
+        # One key gets all the weight whatever the factor, and log 1 = 0 has no negative powers.
+        log_n = visible.clamp(min=2).log()
+        factor = 1 + beta * log_n**gamma
+        return F.pad(factor, (0, 0, self.unscaled_heads, 0), value=1.0).unsqueeze(-1)

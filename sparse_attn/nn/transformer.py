@@ -1,0 +1,290 @@
+"""Encoder and decoder layers for those who write new models; parameters are named as in torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_attn.checks import check_dropout, check_int
+from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
+from sparse_attn.nn.cache import DecoderCache, KVCache
+from sparse_attn.nn.positions import Rotary
+
+Activation = Callable[[Tensor], Tensor]
+NormKind = Literal["layer", "rms"]
+
+
+class _Layer(nn.Module):
+    """A residual branch of attention or feed-forward, normalised before (pre-norm) or after it (post-norm)."""
+
+    def __init__(
+        self,
+        d_model: int,
+        dim_feedforward: int | None,
+        dropout: float,
+        activation: Activation,
+        norm_first: bool,
+        factory: Any,
+    ) -> None:
+        super().__init__()
+        check_dropout(dropout)
+        check_int(d_model, "d_model")
+        width = 4 * d_model if dim_feedforward is None else dim_feedforward
+        for name, size in (("d_model", d_model), ("dim_feedforward", width)):
+            check_int(size, name)
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if not callable(activation):
+            raise TypeError(f"activation must be a function of a tensor such as F.gelu, got {activation!r}")
+        self.linear1 = nn.Linear(d_model, width, **factory)
+        self.linear2 = nn.Linear(width, d_model, **factory)
+        self.dropout = nn.Dropout(dropout)
+        self.activation = activation
+        self.norm_first = norm_first
+
+    def _add(self, x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """``x`` and what a branch makes of it."""
+        if self.norm_first:
+            return x + self.dropout(branch(norm(x)))
+        return norm(x + self.dropout(branch(x)))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(self.activation(self.linear1(x))))
+
+
+class TransformerEncoderLayer(_Layer):
+    """Self-attention and a feed-forward block; with ``is_causal=True`` and a cache the layer of a language model.
+
+    Everything ``attention`` takes can be given by name and reaches it: ``alpha_init=1.0``, ``num_kv_heads=2``,
+    ``positions=RotaryPositions(64)``. ``nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)`` stacks
+    it; a state dict of ``nn.TransformerEncoderLayer`` loads.
+
+    Args:
+        d_model: Embedding size E.
+        nhead: Number of heads H.
+        dim_feedforward: Width of the feed-forward block; ``4 * d_model`` by default.
+        dropout: Of attention weights, activations and both branches.
+        activation: Of the feed-forward block.
+        layer_norm_eps: Of the norms.
+        batch_first: (N, L, E), other than torch's default, instead of (L, N, E).
+        norm_first: Normalise before the branches, other than torch's default, instead of after.
+        bias: Biases everywhere.
+        norm: "layer" for LayerNorm, "rms" for RMSNorm.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        attention: What makes the attention layer, called with the arguments of ``nn.MultiheadAttention``.
+        **attention_kwargs: What ``attention`` takes beside those.
+
+    Raises:
+        ValueError: A size, ``dropout`` or ``norm`` that is not allowed.
+
+    Shape:
+        ``src`` (N, L, E) -> (N, L, E).
+
+    Example:
+        >>> from sparse_attn import NAPE
+        >>> layer = TransformerEncoderLayer(16, 4, num_kv_heads=2, positions=NAPE(4), length_scaling=True)
+        >>> layer(torch.randn(3, 5, 16), is_causal=True).shape
+        torch.Size([3, 5, 16])
+
+    Reference:
+        Vaswani et al. 2017, "Attention Is All You Need"; pre-norm after Xiong et al. 2020 (ICML).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        *,
+        dim_feedforward: int | None = None,
+        dropout: float = 0.1,
+        activation: Activation = F.gelu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = True,
+        norm_first: bool = True,
+        bias: bool = True,
+        norm: NormKind = "layer",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        attention: Callable[..., nn.MultiheadAttention] = AdaptiveSparseMultiheadAttention,
+        **attention_kwargs: Any,
+    ) -> None:
+        factory: Any = {"bias": bias, "device": device, "dtype": dtype}
+        super().__init__(d_model, dim_feedforward, dropout, activation, norm_first, factory)
+        factory_of_attention = {"dropout": dropout, "batch_first": batch_first, **factory}
+        self.self_attn = attention(d_model, nhead, **factory_of_attention, **attention_kwargs)
+        self.norm1, self.norm2 = (_make_norm(norm, d_model, layer_norm_eps, factory) for _ in range(2))
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        cache: KVCache | None = None,
+        rotary: Rotary | None = None,
+        position_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Attend and transform.
+
+        Args:
+            src: (N, L, E).
+            src_mask: (L, S) or (N * nhead, L, S): True = masked, or a float added to the scores.
+            src_key_padding_mask: (N, S): True = ignore this key.
+            is_causal: Without ``src_mask``, a position sees those up to itself.
+            cache: Past keys and values, extended in place.
+            rotary: As in :meth:`SparseMultiheadAttention.forward`.
+            position_bias: As in :meth:`SparseMultiheadAttention.forward`.
+
+        Returns:
+            (N, L, E).
+        """
+        extra = _given(cache=cache, rotary=rotary, position_bias=position_bias)
+
+        def attend(x: Tensor) -> Tensor:
+            arguments = (src_key_padding_mask, False, src_mask, True, is_causal)
+            return self.self_attn(x, x, x, *arguments, **extra)[0]
+
+        x = self._add(src, self.norm1, attend)
+        return self._add(x, self.norm2, self._feed_forward)
+
+
+class TransformerDecoderLayer(_Layer):
+    """Self-attention, attention to an encoder's output, and a feed-forward block.
+
+    What is given by name reaches both attentions, but for ``positions`` and ``window``, which are of the self-attention
+    alone: a place in the target is none in the source. ``nn.TransformerDecoder(layer, num_layers)`` stacks it; a state
+    dict of ``nn.TransformerDecoderLayer`` loads.
+
+    Args:
+        d_model: Embedding size E.
+        nhead: Number of heads H.
+        dim_feedforward: Width of the feed-forward block; ``4 * d_model`` by default.
+        dropout: Of attention weights, activations and the three branches.
+        activation: Of the feed-forward block.
+        layer_norm_eps: Of the norms.
+        batch_first: (N, L, E), other than torch's default, instead of (L, N, E).
+        norm_first: Normalise before the branches, other than torch's default, instead of after.
+        bias: Biases everywhere.
+        norm: "layer" for LayerNorm, "rms" for RMSNorm.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        attention: What makes the attention layers, called with the arguments of ``nn.MultiheadAttention``.
+        **attention_kwargs: What ``attention`` takes beside those.
+
+    Raises:
+        ValueError: A size, ``dropout`` or ``norm`` that is not allowed.
+
+    Shape:
+        ``tgt`` (N, L, E), ``memory`` (N, S, E) -> (N, L, E).
+
+    Example:
+        >>> layer = TransformerDecoderLayer(16, 2, norm="rms", qk_norm=True, window=(3, 0))
+        >>> layer(torch.randn(3, 5, 16), torch.randn(3, 7, 16), tgt_is_causal=True).shape
+        torch.Size([3, 5, 16])
+
+    Reference:
+        Vaswani et al. 2017, "Attention Is All You Need"; pre-norm after Xiong et al. 2020 (ICML).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        *,
+        dim_feedforward: int | None = None,
+        dropout: float = 0.1,
+        activation: Activation = F.gelu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = True,
+        norm_first: bool = True,
+        bias: bool = True,
+        norm: NormKind = "layer",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        attention: Callable[..., nn.MultiheadAttention] = AdaptiveSparseMultiheadAttention,
+        **attention_kwargs: Any,
+    ) -> None:
+        factory: Any = {"bias": bias, "device": device, "dtype": dtype}
+        super().__init__(d_model, dim_feedforward, dropout, activation, norm_first, factory)
+        factory_of_attention = {"dropout": dropout, "batch_first": batch_first, **factory}
+        of_cross = {name: given for name, given in attention_kwargs.items() if name not in ("positions", "window")}
+        self.self_attn = attention(d_model, nhead, **factory_of_attention, **attention_kwargs)
+        self.multihead_attn = attention(d_model, nhead, **factory_of_attention, **of_cross)
+        self.norm1, self.norm2, self.norm3 = (_make_norm(norm, d_model, layer_norm_eps, factory) for _ in range(3))
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+        *,
+        cache: DecoderCache | None = None,
+        rotary: Rotary | None = None,
+        position_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Attend to the target, to the memory, and transform.
+
+        Args:
+            tgt: (N, L, E).
+            memory: (N, S, E).
+            tgt_mask: (L, T) or (N * nhead, L, T), T past positions included: True = masked, or a float to add.
+            memory_mask: (L, S) or (N * nhead, L, S), likewise.
+            tgt_key_padding_mask: (N, T): True = ignore this key.
+            memory_key_padding_mask: (N, S): True = ignore this key.
+            tgt_is_causal: Without ``tgt_mask``, a position sees those up to itself.
+            memory_is_causal: Without ``memory_mask``, position ``i`` sees the memory up to ``i``.
+            cache: Past keys and values, extended in place.
+            rotary: Of the self-attention, as in :meth:`SparseMultiheadAttention.forward`.
+            position_bias: Of the self-attention, likewise.
+
+        Returns:
+            (N, L, E).
+        """
+        extra = _given(rotary=rotary, position_bias=position_bias)
+        of_cross = {}
+        if cache is not None:
+            if not isinstance(cache, DecoderCache):
+                raise TypeError(f"cache must be a sparse_attn.DecoderCache, got {type(cache).__name__}")
+            extra["cache"], of_cross["cache"] = cache.self_attention, cache.cross_attention
+
+        def attend(x: Tensor) -> Tensor:
+            arguments = (tgt_key_padding_mask, False, tgt_mask, True, tgt_is_causal)
+            return self.self_attn(x, x, x, *arguments, **extra)[0]
+
+        def attend_to_memory(x: Tensor) -> Tensor:
+            arguments = (memory_key_padding_mask, False, memory_mask, True, memory_is_causal)
+            return self.multihead_attn(x, memory, memory, *arguments, **of_cross)[0]
+
+        past = None if cache is None else (cache.self_attention.key, cache.self_attention.value)
+        x = self._add(tgt, self.norm1, attend)
+        try:
+            x = self._add(x, self.norm2, attend_to_memory)
+        except (TypeError, ValueError):
+            if cache is not None and past is not None:  # a refused call leaves both caches as they were
+                cache.self_attention.key, cache.self_attention.value = past
+            raise
+        return self._add(x, self.norm3, self._feed_forward)
+
+
+def _given(**arguments: Any) -> dict[str, Any]:
+    """Those that are not None: ``nn.MultiheadAttention``, put in the place of ours, would not know the others."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _make_norm(kind: str, size: int, eps: float, factory: Any) -> nn.Module:
+    if kind == "layer":
+        return nn.LayerNorm(size, eps, **factory)
+    if kind == "rms":
+        return nn.RMSNorm(size, eps, device=factory["device"], dtype=factory["dtype"])
+    raise ValueError(f"norm must be one of layer, rms, got {kind!r}")

@@ -1,0 +1,286 @@
+"""α in training: groups for the optimizer, freezing, setting, annealing, projection, and a penalty; plain functions.
+
+They find α in whatever a model is made of (attention layers, ``Entmax``, losses), also inside
+``DistributedDataParallel``, ``torch.compile`` or LoRA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparse_attn.checks import check_alpha
+from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_inside, fill, whole
+
+
+def alpha_param_groups(
+    model: nn.Module, *, lr: float, weight_decay: float = 0.0, alpha_lr: float | None = None, strict: bool = True
+) -> list[dict[str, Any]]:
+    """Parameter groups for any ``torch.optim`` optimizer, in which α has its own learning rate and does not decay.
+
+    Weight decay would pull α towards zero, that is to the lower end of its range, and hold it there.
+
+    Args:
+        model: The model. Every parameter is in one group, but for those that are frozen.
+        lr: Learning rate of everything else.
+        weight_decay: Of parameters with two dimensions or more; biases, norms and α do not decay.
+        alpha_lr: Learning rate of α; ``lr`` by default.
+        strict: Refuse a model without a learnt α.
+
+    Returns:
+        Up to three groups, empty ones left out: weights that decay, those that do not, and α.
+
+    Raises:
+        ValueError: A rate or ``weight_decay`` is negative, or there is no learnt α and ``strict`` is True.
+
+    Example:
+        >>> from sparse_attn import AdaptiveSparseMultiheadAttention
+        >>> model = AdaptiveSparseMultiheadAttention(8, 2)
+        >>> groups = alpha_param_groups(model, lr=1e-3, weight_decay=0.01, alpha_lr=1e-2)
+        >>> [(len(group["params"]), group["lr"], group["weight_decay"]) for group in groups]
+        [(2, 0.001, 0.01), (2, 0.001, 0.0), (1, 0.01, 0.0)]
+        >>> optimizer = torch.optim.AdamW(groups)
+    """
+    alpha_lr = lr if alpha_lr is None else alpha_lr
+    for name, value in {"lr": lr, "weight_decay": weight_decay, "alpha_lr": alpha_lr}.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    alphas = {id(raw_alpha) for _, raw_alpha in _learnt(model, strict=strict)}
+    decaying, plain, alpha = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (alpha if id(parameter) in alphas else decaying if parameter.ndim > 1 else plain).append(parameter)
+    groups = [(decaying, lr, weight_decay), (plain, lr, 0.0), (alpha, alpha_lr, 0.0)]
+    return [{"params": params, "lr": rate, "weight_decay": decay} for params, rate, decay in groups if params]
+
+
+def freeze_alpha(model: nn.Module) -> None:
+    """Keep every learnt α as it is. An optimizer that has it passes over it, whatever momentum there was.
+
+    Args:
+        model: The model. Wrap it for distributed training after this, not before.
+
+    Raises:
+        ValueError: There is no learnt α.
+
+    Example:
+        >>> from sparse_attn import AdaptiveSparseMultiheadAttention
+        >>> model = AdaptiveSparseMultiheadAttention(8, 2)
+        >>> freeze_alpha(model)
+        >>> model.raw_alpha.requires_grad
+        False
+    """
+    for _, raw_alpha in _learnt(model):
+        raw_alpha.requires_grad_(False)
+        raw_alpha.grad = None  # else an optimizer would go on with it
+
+
+def unfreeze_alpha(model: nn.Module) -> None:
+    """Let every α that is a parameter learn (again).
+
+    Args:
+        model: The model. An optimizer made while α was frozen may not have it: see :func:`alpha_param_groups`.
+
+    Raises:
+        ValueError: No α is a parameter (``learn_alpha=True``).
+
+    Example:
+        >>> from sparse_attn import AdaptiveSparseMultiheadAttention
+        >>> model = AdaptiveSparseMultiheadAttention(8, 2).requires_grad_(False)
+        >>> unfreeze_alpha(model)
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['raw_alpha']
+    """
+    for _, raw_alpha in _learnt(model):
+        raw_alpha.requires_grad_()
+
+
+def set_alpha(model: nn.Module, value: float | Sequence[float] | Tensor | Mapping[str, Any]) -> None:
+    """Set every α, learnt or fixed, in place.
+
+    ``torch.compile`` does not recompile for it. Only where a fixed α is still a number it becomes a buffer, which is in
+    the state dict from there on: set it once before the model is compiled or copied (for an average of it, say).
+
+    Args:
+        model: The model.
+        value: One α for all heads, one per head, or ``{module name: either}``, as
+            :func:`sparse_attn.alpha_per_head` returns it, for the modules named; a module that holds a single α may
+            stand for it.
+
+    Raises:
+        TypeError: ``value`` is neither numbers nor a floating tensor.
+        ValueError: There is no α in the model or under a name, a shape does not fit, α is outside ``(0, inf)``, or
+            outside the ``alpha_range`` of a learnt one. Nothing is changed then.
+
+    Example:
+        >>> from sparse_attn import AdaptiveSparseMultiheadAttention
+        >>> model = AdaptiveSparseMultiheadAttention(8, 2)
+        >>> set_alpha(model, [1.25, 2.0])
+        >>> model.alpha.detach()
+        tensor([1.2500, 2.0000])
+    """
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, WideAlpha)}
+    if not modules:
+        raise ValueError(f"model must hold an α, got none in {type(model).__name__}")
+    values = value if isinstance(value, Mapping) else dict.fromkeys(modules, value)
+    checked = []
+    for name, alpha in values.items():
+        # An attention that is not ours goes by its own name, and not by that of the one α it holds.
+        held = [module for inner, module in modules.items() if inner.rpartition(".")[0] == name]
+        module = modules.get(name, held[0] if len(held) == 1 else None)
+        if module is None:
+            raise ValueError(f"value must be for modules with an α, {', '.join(map(repr, modules))}, got {name!r}")
+        checked.append((module, _fitting(name, module, alpha)))
+    for module, alpha in checked:
+        fill(module.alpha_as_tensor(), alpha)
+
+
+def linear_alpha(step: float, start: float, end: float, *, first_step: float = 0, last_step: float) -> float:
+    """α of a step on the straight line from ``start`` to ``end``: ``start`` before ``first_step``, ``end`` after.
+
+    Dense attention has a gradient for every score. Annealing from α = 1 lets a model find out what to look at before
+    the rest is cut off, and takes a dense checkpoint to sparse attention without a jump.
+
+    Args:
+        step: The step, counted as the two below.
+        start: α up to ``first_step``.
+        end: α from ``last_step`` on.
+        first_step: Where the line begins.
+        last_step: Where it ends, above ``first_step``.
+
+    Raises:
+        ValueError: An α is outside ``(0, inf)``, or ``last_step`` not above ``first_step``.
+
+    Example:
+        >>> [linear_alpha(step, 1.0, 1.5, first_step=2, last_step=4) for step in range(6)]
+        [1.0, 1.0, 1.0, 1.25, 1.5, 1.5]
+        >>> from sparse_attn import AdaptiveSparseMultiheadAttention
+        >>> model = AdaptiveSparseMultiheadAttention(8, 2, alpha_init=1.0, learn_alpha=False)
+        >>> for step in range(5):
+        ...     set_alpha(model, linear_alpha(step, 1.0, 1.5, last_step=4))  # and then the training step
+        >>> model.alpha
+        tensor([1.5000, 1.5000])
+
+    Reference:
+        Gonçalves, Treviso & Martins 2025 (ICML), "AdaSplash: Adaptive Sparse Flash Attention".
+    """
+    check_alpha(start, "start")
+    check_alpha(end, "end")
+    if not last_step > first_step:
+        raise ValueError(f"last_step must be above first_step, got {last_step} and {first_step}")
+    share = min(max((step - first_step) / (last_step - first_step), 0.0), 1.0)
+    return (1 - share) * start + share * end
+
+
+def project_alpha(model: nn.Module) -> None:
+    """Bring every learnt α that an optimizer step has carried past a bound back onto it: projected gradient descent.
+
+    Not needed, but exact: without it a parameter can stay some way past its bound (2 % of the range, and one step),
+    and takes that way back before α leaves the bound. Once for all steps::
+
+        optimizer.register_step_post_hook(lambda *_: project_alpha(model))
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: There is no learnt α.
+
+    Example:
+        >>> from sparse_attn import Entmax
+        >>> model = Entmax(alpha=2.0, learn_alpha=True)
+        >>> _ = model.raw_alpha.data.add_(0.01)  # as momentum does
+        >>> project_alpha(model)
+        >>> model.raw_alpha.item()
+        2.0
+    """
+    with torch.no_grad():
+        for module, raw_alpha in _learnt(model):
+            raw_alpha.clamp_(*module.alpha_range)
+
+
+def alpha_penalty(
+    model: nn.Module, target: Literal["sparse", "dense"] | float = "sparse", *, strength: float = 1.0
+) -> Tensor:
+    r"""A term for the loss that draws every learnt α to the sparse end of its range, the dense one, or a number.
+
+    With :math:`u = (\alpha - lo) / (hi - lo)` of every head, and :math:`v` the same of a number ``target``, it is
+
+    .. math:: \lambda \, \mathrm{mean}(1 - u), \qquad \lambda \, \mathrm{mean}(u), \qquad
+        \lambda \, \mathrm{mean}((u - v)^2)
+
+    over all heads of the model: at most λ, and zero where every head is on target. The first two pull evenly, however
+    far α is, so that it ends on the bound unless the task pulls harder; the third lets go close to the target.
+
+    Args:
+        model: The model.
+        target: ``"sparse"``, ``"dense"``, or an α inside every ``alpha_range``.
+        strength: λ, at least 0.
+
+    Returns:
+        A scalar in float32 or wider, differentiable.
+
+    Raises:
+        TypeError: ``target`` is no such word and no number.
+        ValueError: There is no learnt α, ``target`` is an unknown word or outside a range, or ``strength`` negative.
+
+    Example:
+        >>> from sparse_attn import AdaptiveSparseMultiheadAttention
+        >>> model = AdaptiveSparseMultiheadAttention(8, 2, alpha_init=[1.0, 1.5])
+        >>> alpha_penalty(model, "sparse", strength=0.1).backward()
+        >>> model.raw_alpha.grad
+        tensor([-0.0500, -0.0500])
+    """
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"strength must be in [0, inf), got {strength}")
+    if isinstance(target, str) and target not in ("sparse", "dense"):
+        raise ValueError(f"target must be 'sparse', 'dense' or a number, got {target!r}")
+    learnt = _learnt(model)
+    if not isinstance(target, str):
+        check_alpha(target, "target")
+        for module, _ in learnt:
+            check_inside(torch.tensor(float(target)), module.alpha_range, "target")
+    terms = []
+    for module, raw_alpha in learnt:
+        low, high = module.alpha_range
+        share = (whole(bounded_alpha(raw_alpha, module.alpha_range)).flatten() - low) / (high - low)
+        if isinstance(target, str):
+            terms.append(share if target == "dense" else 1 - share)
+        else:
+            terms.append((share - (target - low) / (high - low)).square())
+    return strength * torch.cat([term.to(terms[0].device) for term in terms]).mean()
+
+
+def _learnt(model: nn.Module, *, strict: bool = True) -> list[tuple[WideAlpha, nn.Parameter]]:
+    """The modules whose α is a parameter, frozen or not, each with that parameter."""
+    modules = [module for module in model.modules() if isinstance(module, WideAlpha)]
+    # By its place, not its type: ``torch.func.functional_call`` puts plain tensors there.
+    places = [(module, module._parameters.get("raw_alpha")) for module in modules]
+    found = [(module, raw_alpha) for module, raw_alpha in places if raw_alpha is not None]
+    if strict and not found:
+        got = "fixed ones alone" if modules else "none"
+        raise ValueError(f"model must hold an α that is a parameter (learn_alpha=True), got {got}")
+    return found
+
+
+def _fitting(name: str, module: WideAlpha, value: float | Sequence[float] | Tensor) -> Tensor:
+    """A value as a tensor that broadcasts to the α of a module, checked."""
+    what = f"value for {name!r}" if name else "value"
+    try:
+        alpha = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError):
+        raise TypeError(f"{what} must be a number or one per head, got {value!r}") from None
+    current = torch.as_tensor(module.alpha) if module.raw_alpha is None else module.raw_alpha
+    shape = current.shape
+    if alpha.dim() == 1 and alpha.numel() == shape.numel():
+        alpha = alpha.view(shape)
+    if alpha.dim() and alpha.shape != shape:
+        raise ValueError(f"{what} must be a number or one per head {tuple(shape)}, got shape {tuple(alpha.shape)}")
+    check_alpha(alpha, what)
+    if module._parameters.get("raw_alpha") is not None:
+        check_inside(alpha.to(current.dtype), module.alpha_range, what)  # rounded as the bounds are
+    return alpha

@@ -1,0 +1,61 @@
+"""Recording models of Hugging Face transformers whose attention is ours."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_attn.analysis import record_attention
+from sparse_attn.integrations.huggingface import add_alpha, register
+
+transformers = pytest.importorskip("transformers")
+
+N, L, H, E = 3, 7, 2, 22
+
+
+def build(kind: str, implementation: str) -> nn.Module:
+    register()
+    sizes = {"vocab_size": 23, "attn_implementation": implementation}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(n_embd=E, n_head=H, n_layer=2, n_positions=11, **sizes)
+    else:
+        config = transformers.BertConfig(
+            hidden_size=E, num_attention_heads=H, num_hidden_layers=2, intermediate_size=13, **sizes
+        )
+    return transformers.AutoModel.from_config(config, attn_implementation=implementation).eval()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_density_is_that_of_the_pairs_that_a_model_may_see(kind: str) -> None:
+    model = build(kind, "entmax")
+    add_alpha(model, alpha_init=1.0)
+    padding = (torch.arange(L) < torch.tensor([[L], [4], [2]])).long()
+    tokens = torch.randint(23, (N, L))
+    with torch.no_grad(), record_attention(model) as record:
+        model(tokens, attention_mask=padding)
+        model(tokens[:, :5])
+    assert len(record) == 2
+    for heads in record.values():
+        assert heads.alpha is not None and heads.alpha.tolist() == [1.0] * H
+        assert heads.density.tolist() == [1.0] * H
+        assert heads.rows.tolist() == [N * (L + 5)] * H
+        first = sum(min(query + 1, real) if kind == "gpt2" else real for real in (L, 4, 2) for query in range(L))
+        second = N * (15 if kind == "gpt2" else 25)
+        torch.testing.assert_close(heads.support_size, torch.full((H,), (first + second) / (N * (L + 5))))
+
+
+def test_nothing_is_left_and_outputs_are_the_same() -> None:
+    model = build("bert", "sparsemax")
+    tokens = torch.randint(23, (N, L))
+    expected = model(tokens).last_hidden_state
+    before = [sorted(vars(module)) for module in model.modules()]
+    with record_attention(model) as record:
+        torch.testing.assert_close(model(tokens).last_hidden_state, expected)
+    assert [sorted(vars(module)) for module in model.modules()] == before
+    assert [(heads.alpha, heads.rows.tolist()) for heads in record.values()] == [(None, [N * L] * H)] * 2
+
+
+def test_a_model_that_does_not_run_on_ours_is_refused() -> None:
+    with pytest.raises(ValueError, match="attn_implementation of ours"), record_attention(build("bert", "sdpa")):
+        pass

@@ -1,0 +1,203 @@
+"""What a recorded model still gives, and that nothing is left on it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sparse_attn import AdaptiveSparseMultiheadAttention, SparseAttention, replace_attention
+from sparse_attn.analysis import record_attention
+from sparse_attn.observe import observed
+
+N, L, S, E, H = 2, 5, 7, 12, 4
+
+
+def traces(model: nn.Module) -> list[list[str]]:
+    """Every attribute of every module, hooks counted."""
+    return [
+        sorted(f"{name} {len(value)}" if isinstance(value, dict) else name for name, value in vars(module).items())
+        for module in model.modules()
+    ]
+
+
+def sparse_layer(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
+    return AdaptiveSparseMultiheadAttention(E, H, batch_first=True, alpha_init=[1.0, 1.25, 1.5, 2.0], **kwargs)
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("average", [False, True])
+def test_the_caller_gets_what_it_asked_for(by_position: bool, need_weights: bool, average: bool) -> None:
+    layer = nn.MultiheadAttention(E, H, batch_first=True)
+    query, key = torch.randn(N, L, E), torch.randn(N, S, E)
+    padding = torch.zeros(N, S, dtype=torch.bool)
+    padding[1, 3:] = True
+
+    def call() -> tuple[Tensor, Tensor | None]:
+        if by_position:
+            return layer(query, key, key, padding, need_weights, None, average, False)
+        return layer(query, key, key, key_padding_mask=padding, need_weights=need_weights, average_attn_weights=average)
+
+    output, alone = call()
+    with record_attention(layer) as record:
+        output_recorded, alone_recorded = call()
+    torch.testing.assert_close(output_recorded, output)
+    assert (alone is None) == (alone_recorded is None) == (not need_weights)
+    if alone is not None and alone_recorded is not None:
+        torch.testing.assert_close(alone_recorded, alone)
+    assert record[""].density.tolist() == [1.0] * H
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["torch's", "sparse"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients_and_dropout_are_those_without_a_record(sparse: bool, dropout: float) -> None:
+    model = nn.Transformer(E, H, 1, 1, 17, dropout=dropout, batch_first=True).double()
+    if sparse:
+        replace_attention(model, alpha_init=1.5)
+    source, target = torch.randn(N, S, E).double(), torch.randn(N, L, E).double()
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(11)
+        output = model(source, target)
+        return [output, *torch.autograd.grad(output.square().sum(), list(model.parameters()))]
+
+    expected = gradients()
+    with record_attention(model):
+        actual = gradients()
+    torch.testing.assert_close(actual, expected)
+
+
+def test_after_dropout_less_of_the_support_is_left() -> None:
+    layer = nn.MultiheadAttention(E, H, dropout=0.5)
+    x = torch.randn(31, 3, E)
+    with record_attention(layer) as record:
+        layer(x, x, x)
+    assert ((record[""].density > 0.4) & (record[""].density < 0.6)).all()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_recomputed_layer_counts_once(use_reentrant: bool) -> None:
+    model = nn.TransformerEncoderLayer(E, H, 17, dropout=0.0, batch_first=True)
+    replace_attention(model)
+    x = torch.randn(N, L, E, requires_grad=True)
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with record_attention(model) as record:
+        checkpoint(model, x, use_reentrant=use_reentrant).square().sum().backward()
+    assert record["self_attn"].rows.tolist() == [N * L] * H
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of the compiler
+@pytest.mark.parametrize("sparse", [False, True], ids=["torch's", "sparse"])
+def test_a_compiled_model_runs_uncompiled_inside(sparse: bool) -> None:
+    model = nn.TransformerEncoderLayer(E, H, 17, dropout=0.0, batch_first=True).eval()
+    if sparse:
+        replace_attention(model)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+
+        def run(*args: Any) -> Any:
+            graphs.append("run")
+            return graph(*args)
+
+        return run
+
+    compiled = torch.compile(model, backend=backend)
+    x = torch.randn(N, L, E)
+    expected = compiled(x)
+    count = len(graphs)
+    for whole in (model, compiled):
+        with record_attention(whole) as record:
+            torch.testing.assert_close(compiled(x), expected)
+        assert len(graphs) == count  # neither compiled nor run as compiled
+        (heads,) = record.values()
+        assert heads.rows.tolist() == [N * L] * H
+    compiled(x)
+    assert graphs[count:] == ["run"] * (count // 2)  # as before, with no new compilation
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # torch's own encoder warns
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_fused_encoder_path_is_off_only_inside(padded: bool) -> None:
+    layer = nn.TransformerEncoderLayer(E, H, dim_feedforward=16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, num_layers=2).eval()
+    source = torch.randn(N, L, E)
+    padding = torch.zeros(N, L, dtype=torch.bool)
+    padding[0, 4] = padded
+    before = traces(encoder)
+    with torch.no_grad(), record_attention(encoder) as record:
+        assert not torch.backends.mha.get_fastpath_enabled()
+        output = encoder(source, src_key_padding_mask=padding)
+    assert list(record) == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert all(heads.density.tolist() == [1.0] * H for heads in record.values())
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert traces(encoder) == before
+    with torch.no_grad():
+        fused = encoder(source, src_key_padding_mask=padding)
+    torch.testing.assert_close(output[~padding], fused[:, :L][~padding])
+
+
+def test_a_fast_path_that_was_off_stays_off() -> None:
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with record_attention(nn.MultiheadAttention(E, H)):
+            pass
+        assert not torch.backends.mha.get_fastpath_enabled()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_no_trace_after_an_exception() -> None:
+    model = nn.Transformer(E, H, 1, 1, 16, batch_first=True)
+    model.own = SparseAttention(k=2)
+    untouched = traces(copy.deepcopy(model))
+    with pytest.raises(KeyError), record_attention(model):
+        assert traces(model) != untouched and observed()
+        raise KeyError
+    assert traces(model) == untouched
+    assert torch.backends.mha.get_fastpath_enabled() and not observed()
+
+
+def test_an_error_of_the_layer_passes_and_the_next_call_is_recorded() -> None:
+    layer = nn.MultiheadAttention(E, H, batch_first=True)
+    query, key = torch.randn(N, L, E), torch.randn(N, S, E)
+    with record_attention(layer) as record:
+        with pytest.raises(AssertionError):
+            layer(query, key[..., 1:], key, need_weights=False)
+        assert layer(query, key, key)[1].shape == (N, L, S)
+    assert record[""].rows.tolist() == [N * L] * H
+
+
+def test_a_hook_of_the_user_sees_what_the_caller_asked_for() -> None:
+    layer = nn.MultiheadAttention(E, H)
+    seen: list[Tensor | None] = []
+    layer.register_forward_hook(lambda module, args, result: seen.append(result[1]))
+    with record_attention(layer):
+        layer(torch.randn(L, E), torch.randn(S, E), torch.randn(S, E), need_weights=False)
+    assert seen == [None]
+
+
+def test_nested_contexts_record_both() -> None:
+    layer = sparse_layer()
+    with record_attention(layer) as outer, record_attention(layer) as inner:
+        assert layer(torch.randn(L, E), torch.randn(S, E), torch.randn(S, E), need_weights=False)[1] is None
+    assert str(outer) == str(inner)
+
+
+def test_a_model_without_attention() -> None:
+    with (
+        pytest.raises(ValueError, match=r"nn\.MultiheadAttention or SparseAttention layers, .*got Linear without any"),
+        record_attention(nn.Linear(2, 3)),
+    ):
+        pass
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"), record_attention("model"):
+        pass

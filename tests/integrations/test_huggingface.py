@@ -1,0 +1,309 @@
+"""Models of transformers attend with our functions: the right weights, masks, caches, gradients."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from sparse_attn import entmax, topk_softmax
+from sparse_attn.integrations.huggingface import register
+from sparse_attn.observe import observing
+
+transformers = pytest.importorskip("transformers")
+
+ENCODERS = ["bert", "roberta", "albert", "modernbert"]
+DECODERS = ["gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma3"]
+BOTH = ["t5", "bart", "whisper"]
+IMAGES = ["vit", "clip"]
+SPARSE = ["entmax", "sparsemax", "entmax15", "topk"]
+
+
+@pytest.fixture(autouse=True)
+def alpha_one() -> None:
+    register("alpha_one", alpha=1.0)
+
+
+def result(output) -> Tensor:
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+def real(inputs: dict[str, Tensor], output: Tensor) -> Tensor:
+    """Which positions of an output are no padding."""
+    mask = inputs.get("attention_mask")
+    return (
+        torch.ones(output.shape[:-1], dtype=torch.bool) if mask is None or "decoder_input_ids" in inputs else mask > 0
+    )
+
+
+@pytest.mark.parametrize("name", ENCODERS + DECODERS + BOTH + IMAGES)
+def test_alpha_one_is_eager_with_its_gradients(name, build, batch):
+    inputs = batch(name)
+    eager, ours = build(name, "eager"), build(name, "alpha_one")
+    expected, got = result(eager(**inputs)), result(ours(**inputs))
+    kept = real(inputs, expected)
+    torch.testing.assert_close(got[kept], expected[kept], rtol=1e-5, atol=2e-5)
+    upstream = torch.randn_like(expected[kept])
+    (expected[kept] * upstream).sum().backward()
+    (got[kept] * upstream).sum().backward()
+    gradients = {key: parameter.grad for key, parameter in eager.named_parameters() if parameter.grad is not None}
+    largest = max(gradient.abs().max() for gradient in gradients.values())
+    for key, parameter in ours.named_parameters():
+        if key in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-4, atol=1e-5 * largest.item(), msg=key)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "mapping"),
+    [
+        ("entmax", lambda scores: entmax(scores, 1.5)),
+        ("entmax15", lambda scores: entmax(scores, 1.5)),
+        ("sparsemax", lambda scores: entmax(scores, 2.0)),
+        ("topk", lambda scores: topk_softmax(scores, 8)),
+    ],
+)
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_weights_of_the_first_layer_are_the_mapping_of_its_scores(name, implementation, mapping, build, batch):
+    # Scores are known but for a constant per row, which changes no weight.
+    inputs = batch(name)
+    softmax = build(name, "eager").double()(**inputs, output_attentions=True).attentions[0]
+    weights = build(name, implementation).double()(**inputs, output_attentions=True).attentions[0]
+    torch.testing.assert_close(weights, mapping(softmax.log()), rtol=1e-9, atol=1e-12)
+    assert (weights == 0).sum() > (softmax == 0).sum()
+
+
+@pytest.mark.parametrize("implementation", SPARSE)
+@pytest.mark.parametrize("name", [*DECODERS, "t5"])
+def test_decoder_does_not_see_its_future(name, implementation, build, batch):
+    key = "decoder_input_ids" if name == "t5" else "input_ids"
+    inputs = {name: ids for name, ids in batch(name).items() if name in (key, "input_ids")}  # without a padding mask
+    changed = {**inputs, key: inputs[key].clone()}
+    changed[key][:, 5:] = torch.randint(3, 37, changed[key][:, 5:].shape)
+    model = build(name, implementation)
+    before, after = result(model(**inputs)), result(model(**changed))
+    torch.testing.assert_close(before[:, :5], after[:, :5])
+    assert not torch.allclose(before[:, 5:], after[:, 5:])
+
+
+@pytest.mark.parametrize("implementation", ["entmax", "topk"])
+@pytest.mark.parametrize("name", [*ENCODERS, *DECODERS, "t5", "bart"])
+def test_padding_is_not_seen(name, implementation, build, batch):
+    inputs = batch(name)
+    changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    changed["input_ids"][1, -4:] = torch.randint(3, 37, (4,))
+    model = build(name, implementation)
+    before, after = result(model(**inputs)), result(model(**changed))
+    kept = real(inputs, before)
+    torch.testing.assert_close(before[kept], after[kept])
+    if "decoder_input_ids" not in inputs:
+        assert not torch.allclose(before[~kept], after[~kept])
+    assert before.isfinite().all()
+
+
+def test_sliding_window_is_kept(build, batch):
+    ids = batch("mistral")["input_ids"]
+    weights = torch.stack(build("mistral", "entmax")(ids, output_attentions=True).attentions)
+    distance = torch.arange(11)[:, None] - torch.arange(11)
+    seen = (distance >= 0) & (distance < 5)
+    assert (weights[..., ~seen] == 0).all()
+    assert (weights[..., seen] > 0).float().mean() > 0.3
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+def test_four_dimensional_masks_are_added_or_chosen_by(build, batch):
+    ids = batch("gpt2")["input_ids"]
+    taken = torch.ones(11, 11, dtype=torch.bool).tril().expand(2, 1, 11, 11)
+    added = torch.zeros(2, 1, 11, 11).masked_fill(~taken, torch.finfo(torch.float32).min)
+    model = build("gpt2", "entmax")
+    expected = model(ids).logits
+    torch.testing.assert_close(model(ids, attention_mask=taken).logits, expected)
+    torch.testing.assert_close(model(ids, attention_mask=added).logits, expected)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("implementation", ["entmax", "topk"])
+@pytest.mark.parametrize("name", [*DECODERS, *BOTH])
+def test_generation_with_a_cache_is_that_without(name, implementation, beams, build, batch):
+    inputs = batch(name)
+    inputs.pop("decoder_input_ids", None)
+    if name in DECODERS:
+        inputs["attention_mask"] = inputs["attention_mask"].flip(1)  # prompts are padded on the left
+    model = build(name, implementation)
+    how = {"max_new_tokens": 5, "num_beams": beams, "do_sample": False, "eos_token_id": None}
+    how |= {"return_dict_in_generate": True, "output_scores": True, "pad_token_id": 0}
+    cached, fresh = (model.generate(**inputs, **how, use_cache=cache) for cache in (True, False))
+    assert torch.equal(cached.sequences, fresh.sequences)
+    for got, expected in zip(cached.scores, fresh.scores, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_with_a_static_cache(build, batch):
+    # Its keys are as long as the cache from the first step on, most of them empty.
+    model, inputs = build("llama", "entmax"), {"input_ids": batch("llama")["input_ids"]}
+    how = {"max_new_tokens": 5, "do_sample": False}
+    static = model.generate(**inputs, **how, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, model.generate(**inputs, **how))
+
+
+def test_dropout_drops_weights_in_training_alone(build, batch):
+    inputs = {"input_ids": batch("bert")["input_ids"]}
+    model = build("bert", "entmax", attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0)
+    weights = model(**inputs, output_attentions=True).attentions[0]
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    dropped = model.train()(**inputs, output_attentions=True).attentions[0]
+    kept = dropped > 0
+    torch.testing.assert_close(dropped[kept], 2 * weights[kept])
+    assert 0.3 < kept[weights > 0].float().mean() < 0.7
+
+
+@pytest.mark.parametrize("name", ENCODERS + DECODERS + BOTH + IMAGES)
+def test_weights_are_returned_when_asked_for(name, build, batch):
+    model, inputs = build(name, "sparsemax"), batch(name)
+    silent, asked = model(**inputs), model(**inputs, output_attentions=True)
+    torch.testing.assert_close(result(asked), result(silent))
+    kinds = [key for key in asked if "attentions" in key and asked[key]]
+    assert kinds == [key for key in kinds if silent.get(key) is None] != []
+    for weights in (layer for kind in kinds for layer in asked[kind]):
+        seen = weights.sum(-1) > 0  # a query that is padding may see nothing
+        torch.testing.assert_close(weights.sum(-1)[seen], torch.ones(int(seen.sum())))
+        assert (weights == 0).any()
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_observers_are_shown_the_weights(name, build, batch):
+    model, inputs, seen = build(name, "entmax"), batch(name), []
+    expected = model(**inputs, output_attentions=True)
+    with observing(lambda module, weights, _: seen.append((module, weights))):
+        output = model(**inputs)
+    model(**inputs)
+    names = {module: key for key, module in model.named_modules()}
+    assert all("ttention" in names[module] for module, _ in seen)
+    if name == "bert":
+        for (_, weights), returned in zip(seen, expected.attentions, strict=True):
+            torch.testing.assert_close(weights, returned)
+    assert len(seen) == (2 if name == "bert" else 6)
+    assert all(value is None for key, value in output.items() if "attentions" in key)
+
+
+def test_no_weights_are_kept_where_nobody_asks(build):
+    # 1,031 x 1,031 scores a head are more than go into one block.
+    model = build("gpt2", "entmax", n_layer=1, n_positions=1031, n_embd=6)
+    largest = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, tensor.numel())
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.transformer(torch.randint(0, 37, (1, 1031))).last_hidden_state.sum().backward()
+    assert largest < 1031 * 1031
+
+
+def test_half_precision(build, batch):
+    inputs = batch("llama")
+    expected = build("llama", "entmax")(**inputs).logits
+    got = build("llama", "entmax").bfloat16()(**inputs).logits
+    assert got.dtype == torch.bfloat16
+    kept = real(inputs, expected)
+    # Eight bits of mantissa, in two layers.
+    assert (got[kept] - expected[kept]).norm() < 0.05 * expected[kept].norm()
+
+
+def test_implementation_can_be_set_and_set_back(build, batch):
+    model, inputs = build("t5", "eager"), batch("t5")
+    expected = model(**inputs).logits
+    model.set_attn_implementation("sparsemax")
+    sparse = model(**inputs).logits
+    torch.testing.assert_close(sparse, build("t5", "sparsemax")(**inputs).logits)
+    assert not torch.allclose(sparse, expected, atol=1e-2)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+def test_what_changes_scores_otherwise_is_refused():
+    grouped = {"vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "head_dim": 4}
+    grouped |= {"num_key_value_heads": 2, "intermediate_size": 29}
+    capped = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**grouped, attn_implementation="entmax"))
+    with pytest.raises(ValueError, match=r"softcap must be None in sparse attention, got one from Gemma2Attention"):
+        capped(torch.tensor([[3, 5]]))
+    config = transformers.GptOssConfig(
+        **grouped, num_local_experts=2, num_experts_per_tok=1, attn_implementation="entmax"
+    )
+    with pytest.raises(ValueError, match="s_aux must be None in sparse attention, got one from GptOssAttention"):
+        transformers.GptOssForCausalLM(config)(torch.tensor([[3, 5]]))
+
+
+def test_a_name_of_ours_alone_is_what_it_was():
+    register("sparsemax")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=37, hidden_size=24, num_hidden_layers=1, num_attention_heads=3)
+    model = transformers.BertModel._from_config(config, attn_implementation="sparsemax").eval()
+    ids = torch.arange(3, 14)[None]
+    sparse = model(ids).last_hidden_state
+    model.set_attn_implementation("entmax15")
+    register("two", alpha=2.0)
+    assert not torch.equal(model(ids).last_hidden_state, sparse)
+    model.set_attn_implementation("two")
+    assert torch.equal(model(ids).last_hidden_state, sparse)
+
+
+def test_register_twice_changes_nothing():
+    functions = transformers.AttentionInterface._global_mapping
+    before = {name: functions[name] for name in SPARSE}
+    register()
+    assert {name: functions[name] for name in SPARSE} == before
+    masks = transformers.AttentionMaskInterface._global_mapping
+    assert set(SPARSE) <= set(masks)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mapping"),
+    [
+        ({"k": 3}, lambda scores: topk_softmax(scores, 3)),
+        ({"alpha": 1.25}, lambda scores: entmax(scores, 1.25)),
+        ({"alpha": 2.0, "k": 2}, lambda scores: entmax(keep(scores, 2), 2.0)),
+        ({}, lambda scores: entmax(scores, 1.5)),
+    ],
+)
+def test_names_of_ones_own(arguments, mapping, build, batch):
+    register("mine", **arguments)
+    inputs = batch("bert")
+    softmax = build("bert", "eager").double()(**inputs, output_attentions=True).attentions[0]
+    weights = build("bert", "mine").double()(**inputs, output_attentions=True).attentions[0]
+    torch.testing.assert_close(weights, mapping(softmax.log()), rtol=1e-9, atol=1e-12)
+
+
+def keep(scores: Tensor, k: int) -> Tensor:
+    return scores.masked_fill(scores < scores.topk(k).values[..., -1:], -math.inf)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"name": "sdpa"}, ValueError, "name must be a Python identifier that transformers does not use itself"),
+        ({"name": "flash_entmax"}, ValueError, "contains neither 'eager', 'sdpa', 'flash' nor 'flex', got 'flash_"),
+        ({"name": "top k"}, ValueError, "got 'top k'"),
+        ({"name": 3}, TypeError, "name must be a str, got int"),
+        ({"alpha": 1.25}, ValueError, "name must be given with alpha or k, got alpha=1.25 and k=None without"),
+        ({"name": "wrong", "alpha": 0.0}, ValueError, r"alpha must be in \(0, inf\), got 0.0"),
+        ({"name": "wrong", "alpha": "2"}, TypeError, "alpha must be a number, got str"),
+        ({"name": "wrong", "alpha": torch.tensor(2.0)}, TypeError, "alpha must be a number, got Tensor"),
+        ({"name": "wrong", "k": 0}, ValueError, "k must be at least 1, got 0"),
+        ({"name": "wrong", "k": 2.5}, TypeError, "k must be an int, got float"),
+    ],
+)
+def test_wrong_input_of_register(arguments, error, message):
+    with pytest.raises(error, match=message):
+        register(**arguments)
+    assert "wrong" not in transformers.AttentionInterface._global_mapping
+
+
+def test_missing_transformers_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install sparse-attn\[hf\]"):
+        register()

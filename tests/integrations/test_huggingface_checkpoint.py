@@ -1,0 +1,112 @@
+"""A learnt α per head goes through checkpoints: transformers' own, and those of adapters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_attn import alpha_per_head
+from sparse_attn.integrations.huggingface import add_alpha, load_alpha
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "albert", "modernbert", "gpt2", "llama", "t5", "bart", "vit"])
+def test_saved_and_loaded_again(name, build, batch, tmp_path, with_alpha):
+    # Sharded, and for "vit" under other names than in the model: transformers saves it as it always was.
+    model = with_alpha(build(name, "entmax"), alpha_range=(1.0, 1.9))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="entmax")
+    assert not alpha_per_head(loaded)
+    alphas = load_alpha(loaded, tmp_path)
+    assert list(alphas) == list(alpha_per_head(model))
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    assert {alpha.alpha_range for alpha in alphas.values()} == {(1.0, 1.9)}
+    inputs = batch(name)
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    assert list(load_alpha(loaded, str(tmp_path))) == list(alphas)  # once more is no error
+
+
+@pytest.mark.parametrize("name", ["vit", "llama"])
+def test_alpha_follows_when_a_head_is_taken_off_or_put_on(name, build, tmp_path, with_alpha):
+    model = with_alpha(build(name, "entmax"))
+    values = list(alpha_per_head(model).values())
+    for kind in (type(model.base_model), type(model)):
+        model.save_pretrained(tmp_path / kind.__name__)
+        model = kind.from_pretrained(tmp_path / kind.__name__, attn_implementation="entmax")
+        load_alpha(model, tmp_path / kind.__name__)
+        for got, expected in zip(alpha_per_head(model).values(), values, strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_a_module_at_two_places_has_one_alpha(build, tmp_path, with_alpha):
+    class Tied(transformers.LlamaForCausalLM):
+        # transformers keeps the second name alone.
+        _tied_weights_keys = {r"model\.layers\.0\.(.*)": r"model.layers.1.\1"}  # noqa: RUF012
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.model.layers[0] = self.model.layers[1]
+
+    model = with_alpha(Tied._from_config(build("llama", "entmax").config, attn_implementation="entmax"))
+    model.save_pretrained(tmp_path)
+    loaded = Tied.from_pretrained(tmp_path, attn_implementation="entmax")
+    (alpha,) = load_alpha(loaded, tmp_path).values()
+    assert loaded.model.layers[0].self_attn.sparse_alpha is loaded.model.layers[1].self_attn.sparse_alpha is alpha
+    assert torch.equal(alpha.raw_alpha, model.model.layers[0].self_attn.sparse_alpha.raw_alpha)
+
+
+def test_dense_checkpoint_gets_alpha(build, batch, tmp_path):
+    build("bert", "eager").save_pretrained(tmp_path)
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path, attn_implementation="entmax")
+    with pytest.raises(ValueError, match=r"path must be a checkpoint with learnt α, got '.*' without; add_alpha gives"):
+        load_alpha(model, tmp_path)
+    assert not alpha_per_head(model)
+    add_alpha(model, alpha_init=1.0)
+    inputs = batch("bert")
+    expected = build("bert", "eager")(**inputs).logits
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
+def test_lora_on_the_projections(build, batch, tmp_path):
+    peft = pytest.importorskip("peft")
+    inputs = batch("llama")
+    model = build("llama", "entmax")
+    names = list(add_alpha(model))
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["sparse_alpha"])
+    model = peft.get_peft_model(model, config).eval()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model(**inputs).logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in trained)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter += 0.1 * torch.randn_like(parameter)
+    expected, values = model(**inputs).logits, alpha_per_head(model)
+    assert list(values) == ["base_model.model." + name for name in names]
+    assert all((value != 1.5).all() for value in values.values())
+
+    model.save_pretrained(tmp_path)
+    fresh = build("llama", "entmax")
+    add_alpha(fresh)
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path).eval()
+    torch.testing.assert_close(loaded(**inputs).logits, expected)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    assert list(alpha_per_head(merged)) == names
+
+
+def test_checkpoints_that_do_not_fit(build, tmp_path, with_alpha):
+    with_alpha(build("gpt2", "entmax")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"got α of shape \(3,\) for 'transformer.h.0.attn' with 4 heads"):
+        load_alpha(build("gpt2", "entmax", n_head=4), tmp_path)
+    shallow = build("gpt2", "entmax", n_layer=1)
+    with pytest.raises(
+        ValueError, match=r"got α at 'transformer.h.1.attn.sparse_alpha.raw_alpha', where GPT2LMHeadModel"
+    ):
+        load_alpha(shallow, tmp_path)
+    assert not alpha_per_head(shallow)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match=r"does not appear to have a file named model\.safetensors"):
+        load_alpha(build("gpt2", "entmax"), tmp_path / "empty")

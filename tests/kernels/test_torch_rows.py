@@ -1,0 +1,93 @@
+"""The fall-back gives what the reference gives, in fewer operations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_attn.kernels import torch_rows
+from sparse_attn.kernels.reference import entmax as reference
+
+LOWEST = torch.finfo(torch.float32).min
+ALPHAS = (0.7, 1.0, 1.0001, 1.2, 1.5, 1.7, 2.0, 3.0)
+TENSORS = {"between 1 and 2": [1.0, 1.000001, 1.3, 1.5, 2.0], "beyond": [0.8, 1.3, 1.5, 2.0, 2.5]}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_rows, "_CHUNK", 600)
+
+
+def rows(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows (7, 5, size) of every scale, with a flat one, a masked entry and a masked row."""
+    x = torch.randn(7, 5, size, dtype=dtype) * torch.logspace(-2, 2, 7, dtype=dtype).view(-1, 1, 1)
+    x[2, 3] = 1.5
+    x[3, :, 0] = -math.inf
+    x[4, 1] = LOWEST
+    x[5] += 1e4
+    return x
+
+
+def shifts(alpha: object) -> float | Tensor:
+    return torch.tensor(TENSORS[alpha]).view(5, 1) - 1 if isinstance(alpha, str) else alpha - 1
+
+
+@pytest.mark.parametrize("size", [1, 13, 257, 1021])
+@pytest.mark.parametrize("alpha", [*ALPHAS, *TENSORS])
+def test_probabilities(alpha, size):
+    x, a = rows(size), shifts(alpha)
+    wide = a.double() if isinstance(a, Tensor) else a
+    exact = reference.entmax_forward(x.double(), wide, LOWEST)
+    got = torch_rows.entmax_forward(x, a, LOWEST)
+    torch.testing.assert_close(got.double(), exact, atol=3e-7, rtol=1e-6)
+    torch.testing.assert_close(torch_rows.entmax_forward(x.double(), wide, LOWEST), exact, atol=1e-14, rtol=1e-11)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])  # all entries have weight, some, and few
+@pytest.mark.parametrize("alpha", [1.3, 1.5, 1.7, 2.0, "per row"])
+def test_long_rows(alpha, scale):
+    a = torch.tensor([[0.3], [0.5], [1.0]]) if alpha == "per row" else alpha - 1
+    x = scale * torch.randn(3, 5003)
+    x[1, :4999], x[2] = -math.inf, LOWEST
+    exact = reference.entmax_forward(x.double(), a.double() if isinstance(a, Tensor) else a, LOWEST)
+    torch.testing.assert_close(torch_rows.entmax_forward(x, a, LOWEST).double(), exact, atol=3e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("with_alpha", [False, True])
+@pytest.mark.parametrize("alpha", [*ALPHAS, *TENSORS])
+def test_gradients(alpha, with_alpha, dtype):
+    x, a = rows(257, dtype), shifts(alpha)
+    a = a.to(dtype) if isinstance(a, Tensor) else a
+    p = torch_rows.entmax_forward(x, a, LOWEST)
+    grad = torch.randn_like(p) + 3
+    expected = reference.entmax_backward(p, a, grad, with_alpha=with_alpha)
+    got = torch_rows.entmax_backward(p, a, grad, with_alpha=with_alpha)
+    for one, other in zip(got, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            close = {"atol": 2e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-9, "rtol": 1e-7}
+            torch.testing.assert_close(one, other, **close)
+
+
+def test_one_undefined_row_leaves_the_others_alone():
+    x = rows(257)
+    clean = torch_rows.entmax_forward(x, 0.5, LOWEST)
+    x[0, 0, 11], x[1, 2, 256] = math.nan, math.inf
+    got = torch_rows.entmax_forward(x, 0.5, LOWEST)
+    undefined = got.isnan()
+    assert undefined[0, 0].all() and undefined[1, 2].all() and undefined.sum() == 2 * 257
+    torch.testing.assert_close(got[~undefined], clean[~undefined], atol=2e-7, rtol=0)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("a", [0.0, 0.5, 1.0])
+def test_largest(a, ties):
+    x = rows(31).round() if ties else rows(31)
+    expected = reference.topk_entmax_forward(x, 5, a, LOWEST)
+    got = torch_rows.topk_entmax_forward(x, 5, a, LOWEST)
+    torch.testing.assert_close(got, expected, atol=2e-7, rtol=0)
+    assert torch.equal(got > 0, expected > 0)

@@ -1,0 +1,499 @@
+"""Grouped heads, windows, norms, positions and scaling, alone and together: against loops, and step by step."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from entmax import entmax_bisect
+from torch import Tensor, nn
+
+from sparse_attn import (
+    NAPE,
+    AdaptiveSparseMultiheadAttention,
+    ALiBi,
+    KVCache,
+    Positions,
+    RotaryPositions,
+    TopKMultiheadAttention,
+    entmax,
+)
+from sparse_attn.nn import SparseMultiheadAttention
+
+N, T, S, H, D = 2, 7, 5, 6, 10
+E = H * D
+MAKE_POSITIONS: dict[str, Callable[[], Positions | None]] = {
+    "none": lambda: None,
+    "rotary": lambda: RotaryPositions(D),
+    "alibi": lambda: ALiBi(H),
+    "nape": lambda: NAPE(H),
+}
+OPTIONS = [
+    {"num_kv_heads": heads, "window": window, "qk_norm": norm, "positions": positions, "length_scaling": scaling}
+    for heads, window, norm, positions, scaling in product(
+        (H, 3, 1), (None, (2, 0)), (False, True), MAKE_POSITIONS, (False, True)
+    )
+]
+ALONE: list[dict[str, Any]] = [
+    {"num_kv_heads": 2},
+    {"num_kv_heads": 1},
+    {"window": 2},
+    {"qk_norm": True},
+    {"positions": "rotary"},
+    {"positions": "alibi"},
+    {"positions": "nape"},
+    {"length_scaling": True},
+]
+TOGETHER = {"num_kv_heads": 3, "window": (3, 1), "qk_norm": True, "positions": "nape", "length_scaling": True}
+
+
+def short(options: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in options.items() if value not in (None, False, "none", H))
+
+
+def layer_of(
+    options: dict[str, Any],
+    kind: type[SparseMultiheadAttention] = AdaptiveSparseMultiheadAttention,
+    **kwargs: Any,
+) -> Any:
+    options = {**options, "positions": MAKE_POSITIONS[options.get("positions", "none")]()}
+    if kind is TopKMultiheadAttention:
+        options["k"] = 3
+    layer = kind(E, H, **{"batch_first": True, "dtype": torch.float64, **options, **kwargs})
+    for name, parameter in layer.named_parameters():
+        if name != "raw_alpha":  # weights of norms that are all one, and biases of zero, would hide much
+            nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    return layer
+
+
+def by_hand(layer: SparseMultiheadAttention, query: Tensor, memory: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and weights of α = 1.5, one head and query at a time; visible (N, L, S) are the masks but the window."""
+    groups, positions = layer.num_heads // layer.num_kv_heads, layer.positions
+    state = {name: value.detach() for name, value in layer.state_dict().items()}
+    if "in_proj_weight" in state:
+        w_q, w_k, w_v = state["in_proj_weight"].split(E)
+        b_q, b_k, b_v = state["in_proj_bias"].split(E)
+    else:
+        w_q, w_k, w_v = (state[f"{letter}_proj_weight"] for letter in "qkv")
+        b_q, b_k, b_v = state["in_proj_bias"].split([len(w) for w in (w_q, w_k, w_v)])
+
+    def prepared(x: Tensor, norm: str, place: int) -> Tensor:
+        if norm in state:
+            x = x / (x.square().mean() + 1e-6).sqrt() * state[norm]
+        if isinstance(positions, RotaryPositions):
+            z = torch.complex(x[: D // 2], x[D // 2 :])
+            z = z * torch.exp(1j * place * 10000.0 ** (-2 * torch.arange(D // 2, dtype=torch.float64) / D))
+            x = torch.cat([z.real, z.imag])
+        return x
+
+    output = torch.zeros(len(query), query.shape[1], E, dtype=torch.float64)
+    weights = torch.zeros(len(query), H, query.shape[1], memory.shape[1], dtype=torch.float64)
+    left, right = layer.window or (None, None)
+    for n, h, i in product(range(len(query)), range(H), range(query.shape[1])):
+        rows, group = slice(h * D, (h + 1) * D), h // groups
+        kv_rows = slice(group * D, (group + 1) * D)
+        q = prepared(w_q[rows] @ query[n, i] + b_q[rows], "q_norm.weight", i)
+        seen = [
+            j
+            for j in range(memory.shape[1])
+            if visible[n, i, j] and (left is None or j >= i - left) and (right is None or j <= i + right)
+        ]
+        if not seen:
+            continue
+        if layer.length_scaling is not None:
+            q = q * layer.length_scaling(query[n, None, i, None], torch.tensor(len(seen)))[0, h, 0, 0].detach()
+        scores = []
+        for j in seen:
+            k = prepared(w_k[kv_rows] @ memory[n, j] + b_k[kv_rows], "k_norm.weight", j)
+            bias = -float(positions.slopes(torch.float64)[h]) * abs(i - j) if isinstance(positions, ALiBi) else 0.0
+            scores.append(q @ k / math.sqrt(D) + bias)
+        p = entmax_bisect(torch.stack(scores), 1.5, n_iter=60)
+        weights[n, h, i, seen] = p
+        output[n, i, rows] = sum(p[m] * (w_v[kv_rows] @ memory[n, j] + b_v[kv_rows]) for m, j in enumerate(seen))
+    return output @ state["out_proj.weight"].T + state["out_proj.bias"], weights
+
+
+@pytest.mark.parametrize("options", [*ALONE, TOGETHER, {**TOGETHER, "positions": "rotary"}], ids=short)
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_output_and_weights_are_those_of_loops(options: dict[str, Any], cross: bool) -> None:
+    layer = layer_of(options)
+    query = torch.randn(N, T, E, dtype=torch.float64)
+    memory = torch.randn(N, S, E, dtype=torch.float64) if cross else query
+    keys = memory.shape[1]
+    masked = torch.rand(T, keys) < 0.2
+    padding = torch.zeros(N, keys, dtype=torch.bool)
+    padding[1, :2] = True
+    visible = ~masked & ~padding[:, None]
+    masks = {"attn_mask": masked, "key_padding_mask": padding}
+    output, weights = layer(query, memory, memory, average_attn_weights=False, **masks)
+    expected_output, expected_weights = by_hand(layer, query, memory, visible)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(output, expected_output, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(layer(query, memory, memory, need_weights=False, **masks)[0], output, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3])
+@pytest.mark.parametrize("extra", [{}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 13, "vdim": 17}], ids=str)
+def test_grouped_heads_are_heads_whose_keys_and_values_repeat(kv_heads: int, extra: dict[str, Any]) -> None:
+    grouped = layer_of({"num_kv_heads": kv_heads}, **extra)
+    full = AdaptiveSparseMultiheadAttention(E, H, batch_first=True, dtype=torch.float64, **extra)
+
+    def repeated(rows: Tensor, dim: int = 0) -> Tensor:
+        heads = rows.movedim(dim, 0).unflatten(0, (kv_heads, D)).repeat_interleave(H // kv_heads, 0)
+        return heads.flatten(0, 1).movedim(0, dim)
+
+    state = grouped.state_dict()
+    k, v = repeated(state.pop("k_proj_weight")), repeated(state.pop("v_proj_weight"))
+    b_q, b_k, b_v = state["in_proj_bias"].split([E, kv_heads * D, kv_heads * D])
+    state["in_proj_bias"] = torch.cat([b_q, repeated(b_k), repeated(b_v)])
+    if extra.get("add_bias_kv"):
+        state |= {name: repeated(state[name], 2) for name in ("bias_k", "bias_v")}
+    if "kdim" in extra:
+        state |= {"k_proj_weight": k, "v_proj_weight": v}
+    else:
+        state["in_proj_weight"] = torch.cat([state.pop("q_proj_weight"), k, v])
+    full.load_state_dict(state)
+    query = torch.randn(N, T, E, dtype=torch.float64)
+    key, value = (torch.randn(N, S, extra.get(size, E), dtype=torch.float64) for size in ("kdim", "vdim"))
+    torch.testing.assert_close(grouped(query, key, value), full(query, key, value), rtol=1e-12, atol=1e-12)
+
+
+def test_shapes_and_names_of_grouped_parameters() -> None:
+    layer = AdaptiveSparseMultiheadAttention(
+        E, H, num_kv_heads=2, add_bias_kv=True, kdim=13, qk_norm=True, learn_alpha=False
+    )
+    assert {name: tuple(value.shape) for name, value in layer.state_dict().items()} == {
+        "in_proj_bias": (E + 4 * D,),
+        "q_proj_weight": (E, E),
+        "k_proj_weight": (2 * D, 13),
+        "v_proj_weight": (2 * D, E),
+        "bias_k": (1, 1, 2 * D),
+        "bias_v": (1, 1, 2 * D),
+        "out_proj.weight": (E, E),
+        "out_proj.bias": (E,),
+        "q_norm.weight": (D,),
+        "k_norm.weight": (D,),
+    }
+    assert all(bool(value.isfinite().all()) for value in layer.state_dict().values())
+    assert layer.in_proj_bias.eq(0).all() and not layer.k_proj_weight.eq(0).any()
+    as_many = AdaptiveSparseMultiheadAttention(E, H, num_kv_heads=H)
+    assert list(as_many.state_dict()) == list(AdaptiveSparseMultiheadAttention(E, H).state_dict())
+    assert list(dict(TopKMultiheadAttention(E, H, bias=False, num_kv_heads=3, k=2).named_parameters())) == [
+        *("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
+    ]
+    on_meta = AdaptiveSparseMultiheadAttention(E, H, num_kv_heads=2, qk_norm=True, length_scaling=True, device="meta")
+    assert all(parameter.is_meta for name, parameter in on_meta.named_parameters() if name != "raw_alpha")
+
+
+def steps(layer: SparseMultiheadAttention, x: Tensor, sizes: list[int], padding: Tensor | None) -> tuple[Tensor, Any]:
+    """The causal pass over (N, T, E) in blocks of the given sizes, and the cache."""
+    cache, outputs = KVCache(), []
+    for block in x.split(sizes, 1):
+        seen = None if padding is None else padding[:, : len(cache) + block.shape[1]]
+        masks = {"key_padding_mask": seen, "is_causal": True}
+        outputs.append(layer(block, block, block, need_weights=len(outputs) % 2 == 0, cache=cache, **masks)[0])
+    return torch.cat(outputs, 1), cache
+
+
+@pytest.mark.parametrize("sizes", [[1] * T, [4, 1, 2]], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=short)
+def test_step_by_step_is_the_full_pass(options: dict[str, Any], sizes: list[int]) -> None:
+    x = torch.randn(N, T, E, dtype=torch.float64)
+    left_padding = torch.zeros(N, T, dtype=torch.bool)
+    left_padding[1, :2] = True
+    for kind, padding in ((AdaptiveSparseMultiheadAttention, left_padding), (TopKMultiheadAttention, None)):
+        layer = layer_of(options, kind)
+        full = layer(x, x, x, key_padding_mask=padding, is_causal=True)[0]
+        output, cache = steps(layer, x, sizes, padding)
+        torch.testing.assert_close(output, full, rtol=1e-9, atol=1e-11)
+        assert cache.key.shape == cache.value.shape == (N, options["num_kv_heads"], T, D)
+
+
+@pytest.mark.parametrize("options", [*ALONE, {**TOGETHER, "window": (2, 0)}], ids=short)
+def test_beams_are_reordered_and_guesses_taken_back(options: dict[str, Any]) -> None:
+    layer = layer_of(options)
+    x = torch.randn(N, T, E, dtype=torch.float64)
+    rows = torch.tensor([1, 0, 1])
+    new = torch.randn(3, T - 4, E, dtype=torch.float64)
+    reordered = torch.cat([x[rows, :4], new], 1)
+    expected = layer(reordered, reordered, reordered, is_causal=True)[0][:, 4:]
+    _, cache = steps(layer, x, [T], None)
+    cache.crop(4)
+    cache.select(rows)
+    guess = torch.randn_like(new)
+    layer(guess, guess, guess, is_causal=True, cache=cache)
+    cache.crop(4)
+    outputs = [layer(step, step, step, is_causal=True, cache=cache)[0] for step in new.split(1, 1)]
+    torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_kv_heads": 2}, {"qk_norm": True}, {"num_kv_heads": 3, "qk_norm": True, "length_scaling": True}]
+)
+def test_a_static_cache_serves_every_step(options: dict[str, Any]) -> None:
+    layer = layer_of(options)
+    x, memory = torch.randn(N, T, E, dtype=torch.float64), torch.randn(N, S, E, dtype=torch.float64)
+    cache = KVCache(static=True)
+    outputs = [layer(step, memory, memory, cache=cache)[0] for step in x.split([1, 2, 4], 1)]
+    torch.testing.assert_close(torch.cat(outputs, 1), layer(x, memory, memory)[0], rtol=1e-9, atol=1e-11)
+    assert cache.key.shape == (N, options.get("num_kv_heads", H), S, D)
+
+
+@pytest.mark.parametrize(
+    ("options", "kwargs", "name"),
+    [
+        ({"positions": "rotary"}, {}, "positions"),
+        ({"positions": "alibi"}, {}, "positions"),
+        ({"window": 3}, {}, "window"),
+        ({}, {"rotary": (torch.ones(1, D // 2), torch.zeros(1, D // 2))}, "rotary"),
+    ],
+)
+def test_what_needs_a_place_of_the_query_is_refused_with_a_static_cache(
+    options: dict[str, Any], kwargs: dict[str, Any], name: str
+) -> None:
+    x, cache = torch.randn(N, 1, E, dtype=torch.float64), KVCache(static=True)
+    with pytest.raises(ValueError, match=f"{name} must be None with a static cache"):
+        layer_of(options)(x, x, x, cache=cache, **kwargs)
+    assert len(cache) == 0
+
+
+def test_tensors_from_outside_by_steps_are_the_full_pass() -> None:
+    layer = layer_of({"num_kv_heads": 2})
+    x = torch.randn(N, T, E, dtype=torch.float64)
+    cos, sin = RotaryPositions(D).rotary(torch.arange(T, dtype=torch.float64))
+    bias = torch.randn(H, T, T, dtype=torch.float64)
+    full = layer(x, x, x, is_causal=True, rotary=(cos, sin), position_bias=bias)[0]
+    cache, outputs = KVCache(), []
+    for start, end in ((0, 3), (3, 4), (4, 7)):
+        block, at = x[:, start:end], slice(start, end)
+        given = {"rotary": (cos[at], sin[at]), "position_bias": bias[:, at, :end]}
+        outputs.append(layer(block, block, block, is_causal=True, cache=cache, **given)[0])
+    torch.testing.assert_close(torch.cat(outputs, 1), full, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", [*ALONE, TOGETHER, {**TOGETHER, "positions": "rotary"}], ids=short)
+def test_gradients_are_those_of_finite_differences(options: dict[str, Any]) -> None:
+    layer = layer_of(options, alpha_init=1.4)
+    memory = torch.randn(1, S, E, dtype=torch.float64)
+    parameters = dict(layer.named_parameters())
+
+    def run(query: Tensor, memory: Tensor, *values: Tensor) -> Tensor:
+        state = dict(zip(parameters, values, strict=True))
+        return torch.func.functional_call(layer, state, (query, memory, memory))[0]
+
+    query = torch.randn(1, 3, E, dtype=torch.float64)
+    leaves = (query.requires_grad_(), memory.requires_grad_(), *parameters.values())
+    # Along one random direction: a full Jacobian of some 15000 parameters would take minutes.
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("options", [*ALONE, TOGETHER], ids=short)
+def test_blocks_of_queries_give_what_one_large_matrix_gives(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = layer_of(options)
+    x = torch.randn(N, T, E, dtype=torch.float64)
+    outcomes = []
+    for large in (2**20, 1):
+        monkeypatch.setattr("sparse_attn.ops.attention._LARGE", large)
+        output = layer(x, x, x, is_causal=True, need_weights=False)[0]
+        outcomes.append([output, *torch.autograd.grad(output.square().sum(), list(layer.parameters()))])
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-9, atol=1e-10)
+
+
+# torch's tracer makes an autograd function the old way itself.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("options", [TOGETHER, {"num_kv_heads": 2, "qk_norm": True, "positions": "rotary"}], ids=short)
+def test_it_compiles_into_one_graph(options: dict[str, Any], need_weights: bool) -> None:
+    layer = layer_of(options)
+    x = torch.randn(N, T, E, dtype=torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+
+    def run(layer: Any) -> list[Tensor]:
+        output = layer(x, x, x, is_causal=True, need_weights=need_weights)[0]
+        return [output, *torch.autograd.grad(output.square().sum(), list(layer.parameters()))]
+
+    torch.testing.assert_close(run(compiled), run(layer), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_steps_compile_into_one_graph() -> None:
+    layer = layer_of({**TOGETHER, "window": (3, 0)})
+    x = torch.randn(N, T, E, dtype=torch.float64)
+
+    def step(x: Tensor, cache: KVCache) -> Tensor:
+        return layer(x, x, x, is_causal=True, cache=cache)[0]
+
+    torch._dynamo.reset()
+    compiled, cache = torch.compile(step, fullgraph=True, backend="aot_eager"), KVCache()
+    with torch.no_grad():
+        output = torch.cat([compiled(block, cache) for block in x.split([6, 1], 1)], 1)
+        torch.testing.assert_close(output, layer(x, x, x, is_causal=True)[0], rtol=1e-9, atol=1e-11)
+
+
+def test_export_takes_any_length() -> None:
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer_of(TOGETHER, dtype=torch.float32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x, x, x, is_causal=True, need_weights=False)[0]
+
+    model, some = Causal().eval(), torch.export.Dim("some", min=2, max=64)
+    exported = torch.export.export(model, (torch.randn(N, T, E),), dynamic_shapes=({1: some},)).module()
+    x = torch.randn(N, 11, E)
+    torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [TOGETHER, {"num_kv_heads": 2, "positions": "rotary"}], ids=short)
+def test_gradients_per_example_are_those_of_each(options: dict[str, Any]) -> None:
+    layer = layer_of(options)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        inputs = (x[None],) * 3
+        return torch.func.functional_call(layer, parameters, inputs, {"is_causal": True})[0].square().sum()
+
+    x = torch.randn(N, T, E, dtype=torch.float64)
+    batched = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for n in range(N):
+        single = torch.autograd.grad(loss(parameters, x[n]), list(parameters.values()))
+        for name, grad in zip(parameters, single, strict=True):
+            torch.testing.assert_close(batched[name][n], grad, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", [TOGETHER, {"num_kv_heads": 2, "positions": "rotary"}], ids=short)
+def test_everything_it_makes_is_on_its_device(options: dict[str, Any]) -> None:
+    layer = layer_of(options).to("meta")
+    x, cache = torch.randn(N, T, E, dtype=torch.float64, device="meta"), KVCache()
+    for _ in range(2):
+        assert layer(x, x, x, is_causal=True, cache=cache)[0].is_meta
+
+
+@pytest.mark.parametrize("options", [*ALONE, TOGETHER], ids=short)
+def test_copies_and_pickles_are_the_same_layer(options: dict[str, Any]) -> None:
+    layer = layer_of(options)
+    x = torch.randn(N, T, E, dtype=torch.float64)
+    expected = layer(x, x, x, is_causal=True)
+    again = layer_of(options)
+    again.load_state_dict(layer.state_dict())
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), again):
+        torch.testing.assert_close(other(x, x, x, is_causal=True), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [*ALONE, TOGETHER, {**TOGETHER, "positions": "rotary"}], ids=short)
+def test_half_precision_is_near_and_keeps_its_dtype(options: dict[str, Any], dtype: torch.dtype) -> None:
+    layer = layer_of(options)
+    x = torch.randn(N, T, E, dtype=torch.float64)
+    expected = layer(x, x, x, is_causal=True)[0]
+    half = copy.deepcopy(layer).to(dtype)
+    cache = KVCache()
+    output = half(*[x.to(dtype)] * 3, is_causal=True, cache=cache)[0]
+    assert output.dtype == cache.key.dtype == cache.value.dtype == dtype
+    assert (output.double() - expected).abs().max() < 0.05 * expected.abs().max()
+    wide = layer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = wide(*[x.float()] * 3, is_causal=True)[0]
+    assert output.dtype == torch.bfloat16
+    assert (output.double() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_a_query_outside_every_window_sees_nothing() -> None:
+    layer = layer_of({"window": (1, 0), "length_scaling": True})
+    query, memory = torch.randn(N, T, E, dtype=torch.float64), torch.randn(N, S, E, dtype=torch.float64)
+    output, weights = layer(query, memory, memory)
+    assert weights[:, S + 1 :].eq(0).all() and bool(weights[:, S].ne(0).any())
+    torch.testing.assert_close(output[:, -1], layer.out_proj.bias.expand(N, E), rtol=0, atol=0)
+
+
+def test_unbatched_input_and_length_first() -> None:
+    layer = layer_of(TOGETHER)
+    x = torch.randn(N, T, E, dtype=torch.float64)
+    expected = layer(x, x, x, is_causal=True)[0]
+    torch.testing.assert_close(layer(x[0], x[0], x[0], is_causal=True)[0], expected[0], rtol=1e-9, atol=1e-12)
+    length_first = layer_of(TOGETHER, batch_first=False)
+    length_first.load_state_dict(layer.state_dict())
+    turned = x.transpose(0, 1)
+    output = length_first(turned, turned, turned, is_causal=True)[0]
+    torch.testing.assert_close(output.transpose(0, 1), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_keys_of_the_layer_itself_stand_nowhere() -> None:
+    layer = layer_of({**TOGETHER, "positions": "alibi", "window": (0, 0)}, add_zero_attn=True, alpha_init=1.0)
+    x = torch.randn(N, T, E, dtype=torch.float64)
+    weights = layer(x, x, x, average_attn_weights=False)[1]
+    assert weights.shape == (N, H, T, T + 1)
+    own = weights[..., :T].diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(own + weights[..., T], torch.ones(N, H, T, dtype=torch.float64))
+    assert bool((weights[..., T] > 0).all())
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (H, 1, 1), (T, 1), (T,), (N, 1, T, T)], ids=str)
+def test_a_bias_that_keys_share_is_written_down_for_each(shape: tuple[int, ...]) -> None:
+    layer = layer_of({"length_scaling": True}, add_bias_kv=True, add_zero_attn=True)
+    x, bias = torch.randn(N, T, E, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    full = bias.expand(N, H, T, T).contiguous()
+    expected = layer(x, x, x, position_bias=full)
+    torch.testing.assert_close(layer(x, x, x, position_bias=bias), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_alpha_of_a_grouped_layer_is_one_per_query_head() -> None:
+    alphas = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
+    layer = layer_of({"num_kv_heads": 2}, alpha_init=alphas, bias=False)
+    x = torch.randn(N, T, E, dtype=torch.float64)
+    q = (x @ layer.q_proj_weight.T).view(N, T, H, D).transpose(1, 2)
+    k = (x @ layer.k_proj_weight.T).view(N, T, 2, D).transpose(1, 2)
+    weights = layer(x, x, x, average_attn_weights=False)[1]
+    for head, alpha in enumerate(alphas):
+        expected = entmax(q[:, head] @ k[:, head // 3].transpose(-2, -1) / math.sqrt(D), alpha)
+        torch.testing.assert_close(weights[:, head], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_repr_shows_what_is_not_torchs() -> None:
+    layer = TopKMultiheadAttention(E, H, k=2, num_kv_heads=3, window=4)
+    assert layer.extra_repr() == "k=2, normalizer='softmax', num_kv_heads=3, window=(4, 4)"
+    assert AdaptiveSparseMultiheadAttention(E, H, window=(4, None)).extra_repr().endswith("=True, window=(4, None)")
+
+
+WINDOW = "window must be an int of at least 1, or a pair .left, right. of ints of at least 0 or None, got "
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"num_kv_heads": 4}, ValueError, "num_kv_heads must be a divisor of num_heads, 6, got 4"),
+        ({"num_kv_heads": 0}, ValueError, "num_kv_heads must be a divisor of num_heads, 6, got 0"),
+        ({"num_kv_heads": 12}, ValueError, "num_kv_heads must be a divisor of num_heads, 6, got 12"),
+        ({"num_kv_heads": 2.0}, TypeError, "num_kv_heads must be an int, got 2.0"),
+        ({"window": 0}, ValueError, WINDOW + "0"),
+        ({"window": -2}, ValueError, WINDOW + "-2"),
+        ({"window": (3, -1)}, ValueError, WINDOW + r"\(3, -1\)"),
+        ({"window": 2.5}, TypeError, WINDOW + "2.5"),
+        ({"window": (1, 2, 3)}, TypeError, WINDOW + r"\(1, 2, 3\)"),
+        ({"window": True}, TypeError, WINDOW + "True"),
+    ],
+)
+@pytest.mark.parametrize("kind", [AdaptiveSparseMultiheadAttention, TopKMultiheadAttention])
+def test_a_wrong_argument_is_named(
+    kind: type[SparseMultiheadAttention], kwargs: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        kind(E, H, **kwargs, **({"k": 2} if kind is TopKMultiheadAttention else {}))
+
+
+def test_a_cache_of_other_heads_is_named_and_left_as_it_was() -> None:
+    cache, x = KVCache(), torch.randn(N, 1, E, dtype=torch.float64)
+    layer_of({"num_kv_heads": 3})(x, x, x, cache=cache)
+    with pytest.raises(ValueError, match=r"\(N, H, D\) = \(2, 2, 10\), got \(2, 3, 10\); give each layer its own"):
+        layer_of({"num_kv_heads": 2})(x, x, x, cache=cache)
+    assert cache.key.shape == (N, 3, 1, D)

@@ -1,0 +1,337 @@
+"""Encoder and decoder layers: torch's own at α = 1, step by step, inside torch's stacks."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_attn import (
+    NAPE,
+    AdaptiveSparseMultiheadAttention,
+    DecoderCache,
+    KVCache,
+    RotaryPositions,
+    TopKMultiheadAttention,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+    alpha_per_head,
+)
+from sparse_attn.analysis import record_attention
+
+N, L, S, H, E, FF = 2, 5, 7, 4, 24, 13
+F64: dict[str, Any] = {"dtype": torch.float64, "dropout": 0.0, "dim_feedforward": FF}
+CLASSIC = [
+    {"norm_first": first, "activation": activation, "bias": bias, "batch_first": batch_first}
+    for first, activation, bias, batch_first in product((False, True), (F.relu, F.gelu), (True, False), (True, False))
+]
+BLOCKS: list[dict[str, Any]] = [
+    {},
+    {"num_kv_heads": 2, "positions": RotaryPositions(E // H), "norm": "rms", "qk_norm": True, "bias": False},
+    {"num_kv_heads": 1, "positions": NAPE(H), "length_scaling": True, "window": (3, 0)},
+    {"attention": TopKMultiheadAttention, "k": 2, "norm_first": False},
+]
+
+
+def short(options: dict[str, Any]) -> str:
+    return " ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in options.items())
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def padding(length: int) -> Tensor:
+    mask = torch.zeros(N, length, dtype=torch.bool)
+    mask[1, -2:] = True
+    return mask
+
+
+def results(layer: nn.Module, inputs: tuple[Tensor, ...], **kwargs: Any) -> dict[str, Tensor]:
+    """Output, and the gradients of inputs and of every parameter but α."""
+    inputs = tuple(x.detach().requires_grad_() for x in inputs)
+    output = layer(*inputs, **kwargs)
+    leaves = {f"input {i}": x for i, x in enumerate(inputs)} | dict(layer.named_parameters())
+    leaves = {name: leaf for name, leaf in leaves.items() if "raw_alpha" not in name}
+    grads = torch.autograd.grad((output * output.detach().cos()).sum(), list(leaves.values()))
+    return {"output": output, **dict(zip(leaves, grads, strict=True))}
+
+
+@pytest.mark.parametrize("options", CLASSIC, ids=short)
+def test_an_encoder_layer_is_torchs_at_alpha_one(options: dict[str, Any]) -> None:
+    dense = nn.TransformerEncoderLayer(E, H, **F64, **options)
+    sparse = TransformerEncoderLayer(E, H, alpha_init=1.0, learn_alpha=False, **F64, **options)
+    sparse.load_state_dict(dense.state_dict())
+    x = randn(N, L, E) if options["batch_first"] else randn(L, N, E)
+    causal = nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64)
+    expected = results(dense, (x,), src_mask=causal, is_causal=True)
+    torch.testing.assert_close(results(sparse, (x,), src_mask=causal), expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(results(sparse, (x,), is_causal=True), expected, rtol=1e-9, atol=1e-10)
+    expected = results(dense, (x,), src_key_padding_mask=padding(L))
+    torch.testing.assert_close(results(sparse, (x,), src_key_padding_mask=padding(L)), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", CLASSIC, ids=short)
+def test_a_decoder_layer_is_torchs_at_alpha_one(options: dict[str, Any]) -> None:
+    dense = nn.TransformerDecoderLayer(E, H, **F64, **options)
+    sparse = TransformerDecoderLayer(E, H, alpha_init=1.0, learn_alpha=False, **F64, **options)
+    sparse.load_state_dict(dense.state_dict())
+    inputs = (randn(N, L, E), randn(N, S, E)) if options["batch_first"] else (randn(L, N, E), randn(S, N, E))
+    causal = nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64)
+    masks = {"memory_key_padding_mask": padding(S), "memory_mask": torch.rand(L, S) < 0.2}
+    expected = results(dense, inputs, tgt_mask=causal, tgt_is_causal=True, **masks)
+    torch.testing.assert_close(results(sparse, inputs, tgt_is_causal=True, **masks), expected, rtol=1e-9, atol=1e-10)
+    expected = results(dense, inputs, tgt_key_padding_mask=padding(L))
+    actual = results(sparse, inputs, tgt_key_padding_mask=padding(L))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_torchs_stacks_take_them(train: bool) -> None:
+    shared = {"batch_first": True, "norm_first": True, **F64}
+    dense = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, **shared), 2, enable_nested_tensor=False)
+    layer = TransformerEncoderLayer(E, H, activation=F.relu, alpha_init=1.0, **F64)
+    sparse = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    assert {name for name in sparse.state_dict() if "alpha" not in name} == set(dense.state_dict())
+    sparse.load_state_dict(dense.state_dict())
+    source, target = randn(N, S, E), randn(N, L, E)
+    with torch.set_grad_enabled(train):
+        memory = sparse.train(train)(source, src_key_padding_mask=padding(S))
+        expected = dense.train(train)(source, src_key_padding_mask=padding(S))
+        torch.testing.assert_close(memory, expected, rtol=1e-9, atol=1e-10)
+        causal = nn.Transformer.generate_square_subsequent_mask(S, dtype=torch.float64)
+        torch.testing.assert_close(sparse(source, causal), dense(source, causal), rtol=1e-9, atol=1e-10)
+    dense_decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, **shared), 2)
+    decoder = nn.TransformerDecoder(TransformerDecoderLayer(E, H, activation=F.relu, alpha_init=1.0, **F64), 2)
+    decoder.load_state_dict(dense_decoder.state_dict())
+    causal = nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64)
+    with torch.set_grad_enabled(train):
+        actual = decoder.train(train)(target, source, causal, memory_key_padding_mask=padding(S))
+        expected = dense_decoder.train(train)(target, source, causal, memory_key_padding_mask=padding(S))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_torchs_attention_may_stand_in_the_place_of_ours(train: bool) -> None:
+    dense = nn.TransformerDecoderLayer(E, H, batch_first=True, norm_first=True, activation=F.gelu, **F64).train(train)
+    layer = TransformerDecoderLayer(E, H, attention=nn.MultiheadAttention, **F64).train(train)
+    layer.load_state_dict(dense.state_dict())
+    x, memory = randn(N, L, E), randn(N, S, E)
+    torch.testing.assert_close(layer(x, memory), dense(x, memory), rtol=1e-9, atol=1e-10)
+
+
+def test_in_eval_they_are_as_sparse_as_in_training() -> None:
+    encoder = nn.TransformerEncoder(
+        TransformerEncoderLayer(E, H, alpha_init=2.0, **F64), 2, enable_nested_tensor=False
+    ).requires_grad_(False)
+    x = 3 * randn(N, L, E)
+    torch.testing.assert_close(encoder.train()(x), encoder.eval()(x), rtol=0, atol=0)
+    with torch.no_grad(), record_attention(encoder) as record:
+        encoder(x)
+    assert list(record) == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert all(bool((heads.density < 1).all()) for heads in record.values())
+
+
+@pytest.mark.parametrize("options", BLOCKS, ids=short)
+def test_an_encoder_layer_by_steps_is_the_full_pass(options: dict[str, Any]) -> None:
+    layer = TransformerEncoderLayer(E, H, **F64, **options)
+    x = randn(N, L, E)
+    full = layer(x, is_causal=True)
+    cache = KVCache()
+    steps = [layer(step, is_causal=True, cache=cache) for step in x.split([2, 1, 1, 1], 1)]
+    torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", BLOCKS, ids=short)
+def test_a_decoder_layer_by_steps_is_the_full_pass(options: dict[str, Any]) -> None:
+    layer = TransformerDecoderLayer(E, H, **F64, **options)
+    x, memory = randn(N, L, E), randn(N, S, E)
+    masks = {"memory_key_padding_mask": padding(S), "tgt_is_causal": True}
+    full = layer(x, memory, **masks)
+    cache = DecoderCache()
+    steps = [layer(step, memory, cache=cache, **masks) for step in x.split([2, 1, 1, 1], 1)]
+    torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-9, atol=1e-10)
+    cache.crop(3)
+    cache.select(torch.tensor([1, 1]))
+    masks["memory_key_padding_mask"] = padding(S)[[1, 1]]
+    again = layer(x[[1, 1], 3:], memory[[1, 1]], cache=cache, **masks)
+    torch.testing.assert_close(again, full[[1, 1], 3:], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [TransformerEncoderLayer, TransformerDecoderLayer])
+def test_positions_from_outside_reach_the_self_attention(kind: Any) -> None:
+    options = {"alpha_init": 1.3, **F64}
+    built, plain = kind(E, H, positions=RotaryPositions(E // H), **options), kind(E, H, **options)
+    plain.load_state_dict(built.state_dict())
+    x, memory = randn(N, L, E), () if kind is TransformerEncoderLayer else (randn(N, S, E),)
+    rotary = RotaryPositions(E // H).rotary(torch.arange(L, dtype=torch.float64))
+    torch.testing.assert_close(plain(x, *memory, rotary=rotary), built(x, *memory), rtol=1e-9, atol=1e-10)
+    bias = NAPE(H).bias(torch.arange(L).double(), torch.arange(L).double())
+    built = kind(E, H, positions=NAPE(H), **options)
+    built.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(plain(x, *memory, position_bias=bias), built(x, *memory), rtol=1e-9, atol=1e-10)
+
+
+def test_arguments_of_attention_reach_it_and_places_only_the_self_attention() -> None:
+    options = {"num_kv_heads": 2, "window": 3, "positions": NAPE(H), "length_scaling": True, "alpha_init": 1.2}
+    layer = TransformerDecoderLayer(E, H, **options, dropout=0.3, batch_first=False)
+    own, cross = layer.self_attn, layer.multihead_attn
+    assert own.positions is options["positions"] and own.window == (3, 3)
+    assert cross.positions is None and cross.window is None
+    for attention in (own, cross):
+        assert attention.num_kv_heads == 2 and attention.dropout == 0.3 and not attention.batch_first
+        assert attention.length_scaling is not None
+    assert own.length_scaling.unscaled_heads == 2 and cross.length_scaling.unscaled_heads == 0
+    assert list(alpha_per_head(layer)) == ["self_attn", "multihead_attn"]
+    assert layer.linear1.out_features == 4 * E
+    assert isinstance(TransformerEncoderLayer(E, H, attention=TopKMultiheadAttention, k=2).self_attn.k, int)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_dropout_is_for_training_only(norm_first: bool) -> None:
+    layer = TransformerEncoderLayer(E, H, dropout=0.5, norm_first=norm_first)
+    x = torch.randn(N, L, E)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    layer = TransformerEncoderLayer(E, H, dropout=1.0)
+    assert torch.equal(layer(x), x)  # nothing is left of the branches
+
+
+@pytest.mark.parametrize("kind", [TransformerEncoderLayer, TransformerDecoderLayer])
+def test_gradients_are_those_of_finite_differences(kind: Any) -> None:
+    options = {"num_kv_heads": 1, "positions": NAPE(2), "qk_norm": True, "length_scaling": True, "norm": "rms"}
+    layer = kind(6, 2, alpha_init=1.4, **options, **F64)
+    parameters = dict(layer.named_parameters())
+    inputs = [randn(1, 3, 6).requires_grad_() for _ in range(1 + (kind is TransformerDecoderLayer))]
+
+    def run(*leaves: Tensor) -> Tensor:
+        state = dict(zip(parameters, leaves[len(inputs) :], strict=True))
+        return torch.func.functional_call(layer, state, leaves[: len(inputs)])
+
+    assert torch.autograd.gradcheck(run, (*inputs, *parameters.values()), fast_mode=True)
+
+
+# torch's tracer makes an autograd function the old way itself.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_decoder_layer_compiles_into_one_graph() -> None:
+    layer = TransformerDecoderLayer(E, H, num_kv_heads=2, positions=RotaryPositions(E // H), norm="rms", **F64)
+    x, memory = randn(N, L, E), randn(N, S, E)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected = layer(x, memory, tgt_is_causal=True)
+    torch.testing.assert_close(compiled(x, memory, tgt_is_causal=True), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [TransformerEncoderLayer, TransformerDecoderLayer])
+def test_copies_pickles_and_half_precision(kind: Any) -> None:
+    layer = kind(E, H, num_kv_heads=2, norm="rms", qk_norm=True, dropout=0.0)
+    inputs = (torch.randn(N, L, E),) * (1 + (kind is TransformerDecoderLayer))
+    expected = layer(*inputs)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        torch.testing.assert_close(other(*inputs), expected, rtol=0, atol=0)
+    half = layer.bfloat16()(*[x.bfloat16() for x in inputs])
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", [TransformerEncoderLayer, TransformerDecoderLayer])
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "message"),
+    [
+        ((E, 5), {}, ValueError, "embed_dim must be a positive multiple of num_heads"),
+        ((0, 1), {}, ValueError, "d_model must be at least 1, got 0"),
+        ((24.0, H), {}, TypeError, "d_model must be an int, got 24.0"),
+        ((E, H), {"dim_feedforward": "wide"}, TypeError, "dim_feedforward must be an int, got 'wide'"),
+        ((E, H), {"dim_feedforward": 0}, ValueError, "dim_feedforward must be at least 1, got 0"),
+        ((E, H), {"dropout": 2.0}, ValueError, r"dropout must be in \[0, 1\], got 2.0"),
+        ((E, H), {"norm": "batch"}, ValueError, "norm must be one of layer, rms, got 'batch'"),
+        ((E, H), {"activation": "gelu"}, TypeError, "activation must be a function of a tensor .* got 'gelu'"),
+        ((E, H), {"window": 0}, ValueError, "window must be an int of at least 1"),
+        ((E, H), {"heads": 2}, TypeError, "unexpected keyword argument 'heads'"),
+    ],
+)
+def test_a_wrong_argument_is_named(
+    kind: Any, args: tuple[int, int], kwargs: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        kind(*args, **kwargs)
+
+
+def test_a_refused_step_leaves_both_caches_as_they_were() -> None:
+    layer = TransformerDecoderLayer(E, H).double().eval()
+    x, memory = torch.randn(N, 3, E, dtype=torch.double), torch.randn(N, 5, E, dtype=torch.double)
+    cache = DecoderCache()
+    steps = [layer(x[:, :2], memory, tgt_is_causal=True, cache=cache)]
+    with pytest.raises(ValueError, match="key_padding_mask must have shape"):
+        padding = torch.zeros(N, 4, dtype=torch.bool)
+        layer(x[:, 2:], memory, tgt_is_causal=True, memory_key_padding_mask=padding, cache=cache)
+    assert len(cache) == 2
+    steps.append(layer(x[:, 2:], memory, tgt_is_causal=True, cache=cache))
+    torch.testing.assert_close(torch.cat(steps, 1), layer(x, memory, tgt_is_causal=True))
+
+
+def test_the_cache_of_another_kind_of_layer_is_named() -> None:
+    x = torch.randn(N, L, E)
+    with pytest.raises(TypeError, match=r"cache must be a sparse_attn\.KVCache, got DecoderCache"):
+        TransformerEncoderLayer(E, H)(x, cache=DecoderCache())
+    with pytest.raises(TypeError, match=r"cache must be a sparse_attn\.DecoderCache, got KVCache"):
+        TransformerDecoderLayer(E, H)(x, x, cache=KVCache())
+
+
+def test_the_attention_may_be_any_factory() -> None:
+    made = []
+
+    def factory(embed_dim: int, num_heads: int, **kwargs: Any) -> AdaptiveSparseMultiheadAttention:
+        made.append(kwargs)
+        return AdaptiveSparseMultiheadAttention(embed_dim, num_heads, alpha_init=1.0 + len(made) / 4, **kwargs)
+
+    layer = TransformerDecoderLayer(E, H, attention=factory)
+    assert [alpha[0].item() for alpha in alpha_per_head(layer).values()] == [1.25, 1.5]
+    assert all(kwargs["batch_first"] for kwargs in made)
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, size: int, **options: Any) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size, E)
+        self.layers = nn.ModuleList(TransformerEncoderLayer(E, H, dropout=0.0, **options) for _ in range(2))
+        self.output = nn.Linear(E, size)
+
+    def forward(self, ids: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        x = self.embedding(ids)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, is_causal=True, cache=None if caches is None else caches[i])
+        return self.output(x)
+
+
+def test_a_language_model_of_them_learns_and_generates() -> None:
+    """The second half of a sequence repeats the first: a head has to look a fixed number of places back."""
+    size, half = 7, 5
+    options = {"num_kv_heads": 2, "norm": "rms", "qk_norm": True, "length_scaling": True, "alpha_init": 1.5}
+    model = LanguageModel(size, positions=RotaryPositions(E // H), **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(100):
+        start = torch.randint(size, (32, half))
+        ids = torch.cat([start, start], 1)
+        loss = F.cross_entropy(model(ids[:, :-1])[:, half - 1 :].flatten(0, 1), start.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+    start = torch.randint(size, (13, half))
+    caches = [KVCache() for _ in model.layers]
+    with torch.no_grad():
+        ids, new = start, start
+        for _ in range(half):
+            logits = model(new, caches)
+            torch.testing.assert_close(logits[:, -1], model(ids)[:, -1], rtol=1e-4, atol=1e-4)
+            new = logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, new], 1)
+    assert (ids[:, half:] == start).double().mean() > 0.95

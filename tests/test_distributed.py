@@ -1,0 +1,291 @@
+"""Two processes are one: DDP and FSDP2 over gloo on the CPU take the steps of one process with the joined batch.
+
+Run as a program, this file is one of the two processes; the tests look at what they have left in a folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint
+
+from sparse_attn import AdaptiveSparseMultiheadAttention, Entmax, alpha_per_head
+from sparse_attn.optim import alpha_param_groups, alpha_penalty, freeze_alpha, project_alpha, set_alpha
+
+pytestmark = pytest.mark.slow  # to start two processes, not to run them
+
+RANKS, STEPS = 2, 4
+N, L, E = 6, 5, 14
+
+
+class Block(nn.Module):
+    def __init__(self, heads: int, alpha: Any, checkpointed: bool) -> None:
+        super().__init__()
+        self.attention = AdaptiveSparseMultiheadAttention(E, heads, batch_first=True, alpha_init=alpha)
+        self.linear = nn.Linear(E, E)
+        self.checkpointed = checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self._forward, x, use_reentrant=False) if self.checkpointed else self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x + self.linear(x).tanh()
+
+
+class Model(nn.Module):
+    """Seven heads for two processes, some on a bound; one head for two; and an α of no dimension beside them."""
+
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        several = Block(7, [1.0, 1.0, 2.0, 2.0, 1.5, 1.25, 1.75], checkpointed)
+        self.blocks = nn.ModuleList([several, Block(1, 1.0, checkpointed)])
+        self.gate = Entmax(torch.tensor([1.5]), learn_alpha=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x * self.gate(x)
+
+
+def make(checkpointed: bool = False) -> Model:
+    torch.manual_seed(0)
+    return Model(checkpointed).double()
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(N, L, E, dtype=torch.float64, generator=generator) for _ in range(STEPS)]
+
+
+def full(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def named(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def trained(model: nn.Module, rows: slice, *, penalty: float = 0.0, clip: bool = True) -> dict[str, Any]:
+    """The gradients of the first step, and the parameters after all."""
+    optimizer = torch.optim.AdamW(alpha_param_groups(model, lr=1e-2, weight_decay=0.1, alpha_lr=2e-2))
+    optimizer.register_step_post_hook(lambda *_: project_alpha(model))
+    grads = {}
+    for x in batches():
+        optimizer.zero_grad()
+        loss = (model(x[rows]) * x[rows].sin()).sum((1, 2)).mean()
+        if penalty:
+            loss = loss + alpha_penalty(model, 1.5, strength=penalty)
+        loss.backward()
+        grads = grads or {name: full(p.grad) for name, p in named(model).named_parameters()}
+        if clip:
+            clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return {"grads": grads, "parameters": {name: full(p) for name, p in named(model).named_parameters()}}
+
+
+def sharded() -> Model:
+    model = make()
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def mine() -> slice:
+    share = N // RANKS
+    return slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+
+
+def ddp(folder: Path) -> Any:
+    return trained(DistributedDataParallel(make()), mine())
+
+
+def ddp_checkpointed(folder: Path) -> Any:
+    return trained(DistributedDataParallel(make(checkpointed=True)), mine())
+
+
+def fsdp(folder: Path) -> Any:
+    return trained(sharded(), mine())
+
+
+def fsdp_with_penalty(folder: Path) -> Any:
+    return trained(sharded(), mine(), penalty=3.0)
+
+
+def kept_whole(dtype: torch.dtype) -> Model:
+    """A sharded model whose α are left out, as docs/alpha.md has it."""
+    model = make().to(dtype)
+    alphas = {p for name, p in model.named_parameters() if name.endswith("raw_alpha")}
+    for module in (*model.blocks, model):
+        fully_shard(module, ignored_params=alphas)
+    for alpha in alphas:
+        alpha.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(dist.get_world_size())))
+    return model
+
+
+def fsdp_alpha_kept_whole(folder: Path) -> Any:
+    return trained(
+        kept_whole(torch.float64), mine(), clip=False
+    )  # sharded gradients and whole ones have no norm in common
+
+
+def fsdp_bfloat16(folder: Path) -> Any:
+    """What a layer sees in its forward, and whether the α of both processes have the same gradients."""
+    model, seen = kept_whole(torch.bfloat16), {}
+    attention = model.blocks[0].attention
+    attention.register_forward_hook(
+        lambda *_: seen.update(alpha=attention.alpha, weight=attention.out_proj.weight.dtype)
+    )
+    model(batches()[0][mine()].bfloat16()).float().sum().backward()
+    return {"alpha": seen["alpha"].detach(), "weight": seen["weight"], "grad": attention.raw_alpha.grad}
+
+
+def fsdp_alpha(folder: Path) -> Any:
+    """What is reported and set of a sharded model, before its first forward and after."""
+    model = sharded()
+    raw = model.blocks[1].attention.raw_alpha
+    found = {"is sharded": isinstance(raw, DTensor), "mine": raw.to_local().numel(), "before": alpha_per_head(model)}
+    model(batches()[0][mine()])
+    found["after"] = alpha_per_head(model)
+    set_alpha(model, {"blocks.0.attention": [1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "blocks.1.attention": 1.9})
+    found["set"] = alpha_per_head(model)
+    model(batches()[0][mine()]).sum().backward()
+    freeze_alpha(model)
+    found["frozen"] = [p.grad is None for name, p in model.named_parameters() if name.endswith("raw_alpha")]
+    model.blocks[0].attention._reset_parameters()
+    found["reset"] = alpha_per_head(model)
+    return found
+
+
+def fsdp_checkpoint(folder: Path) -> Any:
+    """The sharded state goes into a folder and comes back; the full one is that of a plain model."""
+    import torch.distributed.checkpoint as dcp
+
+    model = sharded()
+    set_alpha(model, 1.625)
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder / "sharded")
+    other = sharded()
+    state = {"model": get_model_state_dict(other)}
+    dcp.load(state, checkpoint_id=folder / "sharded")
+    other.load_state_dict(state["model"])
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {"loaded": alpha_per_head(other), "full": whole}
+
+
+SCENARIOS: dict[str, Callable[[Path], Any]] = {
+    function.__name__: function
+    for function in (
+        ddp,
+        ddp_checkpointed,
+        fsdp,
+        fsdp_with_penalty,
+        fsdp_alpha_kept_whole,
+        fsdp_bfloat16,
+        fsdp_alpha,
+        fsdp_checkpoint,
+    )
+}
+
+
+def process(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=RANKS)
+    for name, scenario in SCENARIOS.items():
+        torch.save(scenario(folder), folder / f"{name}.{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What each of the two processes has found, by scenario."""
+    folder = tmp_path_factory.mktemp("processes")
+    # Where the package is imported from here, it is there.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        said = [one.communicate(timeout=120)[0] for one in pair]
+    finally:
+        for one in pair:
+            one.kill()
+    assert [one.returncode for one in pair] == [0] * RANKS, "\n".join(said)
+    return {name: [torch.load(folder / f"{name}.{rank}") for rank in range(RANKS)] for name in SCENARIOS}
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp_checkpointed", "fsdp", "fsdp_with_penalty", "fsdp_alpha_kept_whole"])
+def test_two_processes_take_the_steps_of_one(results: dict[str, list[Any]], name: str) -> None:
+    alone = trained(make(), slice(None), penalty=3.0 if "penalty" in name else 0.0, clip="whole" not in name)
+    for found in results[name]:
+        torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-9)
+    moved = torch.cat([p for name, p in alone["parameters"].items() if name.endswith("raw_alpha")])
+    start = torch.cat([p.detach() for name, p in make().named_parameters() if name.endswith("raw_alpha")])
+    assert int((moved != start).sum()) >= 6, "α has learnt, also off its bounds"
+
+
+def test_the_halves_of_the_batch_disagree_on_a_head_at_its_bound() -> None:
+    """Else the test above would not see whether gradients are projected before they are summed."""
+    signs = []
+    for rows in (slice(0, N // 2), slice(N // 2, None)):
+        grads = trained(make(), rows)["grads"]
+        signs.append(grads["blocks.0.attention.raw_alpha"][:4].sign())
+    assert bool((signs[0] != signs[1]).any())
+
+
+def test_alpha_of_a_sharded_model_is_whole(results: dict[str, list[Any]]) -> None:
+    expected = alpha_per_head(make())
+    for found in results["fsdp_alpha"]:
+        assert found["is sharded"]
+        for when in ("before", "after"):
+            torch.testing.assert_close(found[when], expected)
+            assert all(type(alpha) is Tensor for alpha in found[when].values())
+        numbers = [alpha.tolist() for alpha in found["set"].values()]
+        assert numbers == [pytest.approx([1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7]), pytest.approx([1.9])]
+        assert found["frozen"] == [True] * 3
+        torch.testing.assert_close(found["reset"]["blocks.0.attention"], expected["blocks.0.attention"])
+    assert sorted(found["mine"] for found in results["fsdp_alpha"]) == [0, 1], "one head for two processes"
+
+
+def test_a_sharded_bfloat16_model_keeps_a_float32_alpha(results: dict[str, list[Any]]) -> None:
+    first, second = results["fsdp_bfloat16"]
+    assert (first["alpha"].dtype, first["weight"], first["grad"].dtype) == (
+        torch.float32,
+        torch.bfloat16,
+        torch.float32,
+    )
+    assert torch.equal(first["grad"], second["grad"]) and bool(first["grad"].any())
+
+
+def test_a_sharded_checkpoint(results: dict[str, list[Any]]) -> None:
+    for found in results["fsdp_checkpoint"]:
+        assert all(set(alpha.tolist()) == {1.625} for alpha in found["loaded"].values())
+    plain = copy.deepcopy(make())
+    plain.load_state_dict(results["fsdp_checkpoint"][0]["full"], strict=True)
+    assert all(set(alpha.tolist()) == {1.625} for alpha in alpha_per_head(plain).values())
+
+
+if __name__ == "__main__":
+    process(int(sys.argv[1]), Path(sys.argv[2]))
