@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 import signal
 from collections.abc import Callable
@@ -14,6 +15,10 @@ from torch import Tensor
 
 # Tests are small and run in several processes: threads inside them only wait for one another.
 torch.set_num_threads(1)
+
+# Where there is no GPU, kernels in Triton run in its interpreter. Triton asks when it is imported, which torch may do.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # What a script starts in its background inherits an ignored Ctrl-C, and hands it on to the processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

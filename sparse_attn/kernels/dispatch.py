@@ -1,20 +1,25 @@
-"""The one place that chooses who computes a mapping: the compiled kernels where there are any, else plain torch."""
+"""The one place that chooses who computes a mapping: kernels where there are any for a tensor, else plain torch."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from sparse_attn.kernels import torch_rows
+from sparse_attn.kernels import torch_rows, triton
 from sparse_attn.kernels.cpu import products as sparse_products
 from sparse_attn.kernels.cpu import rows
 from sparse_attn.kernels.reference import products as dense_products
 
-_NAMES = ("compiled", "torch")
+_NAMES = ("triton", "compiled", "torch")
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _forced: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
@@ -23,14 +28,10 @@ def backends() -> dict[str, str]:
 
     Example:
         >>> list(backends())
-        ['compiled', 'torch']
+        ['triton', 'compiled', 'torch']
     """
-    available, why = rows.status()
     forced = _forced.get()
-    state = {
-        "compiled": f"CPU tensors: {why}" if available else f"not available: {why}",
-        "torch": "any dtype and device",
-    }
+    state = {name: why if available else f"not available: {why}" for name, (available, why) in _status().items()}
     return {name: state[name] if forced in (None, name) else "not used: another is forced" for name in _NAMES}
 
 
@@ -39,7 +40,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Compute with one backend alone while the context lasts, in this thread.
 
     Args:
-        name: A key of :func:`backends`. What "compiled" has no kernel for is still computed by torch.
+        name: A key of :func:`backends`. What a backend has no kernel for is still computed by torch. "triton" computes
+            CPU tensors only in Triton's interpreter (``TRITON_INTERPRET=1``), and only when it is forced.
 
     Raises:
         ValueError: There is no backend of that name.
@@ -54,14 +56,23 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in _NAMES:
         raise ValueError(f"name must be one of {', '.join(_NAMES)}, got {name!r}")
-    available, why = rows.status()
-    if name == "compiled" and not available:
-        raise RuntimeError(f"the backend 'compiled' is not available: {why}")
+    available, why = _status()[name]
+    if not available:
+        raise RuntimeError(f"the backend {name!r} is not available: {why}")
     token = _forced.set(name)
     try:
         yield
     finally:
         _forced.reset(token)
+
+
+def _status() -> dict[str, tuple[bool, str]]:
+    compiled, why = rows.status()
+    return {
+        "triton": triton.status(),
+        "compiled": (compiled, f"CPU tensors: {why}" if compiled else why),
+        "torch": (True, "any dtype and device"),
+    }
 
 
 def entmax_forward(
@@ -71,6 +82,8 @@ def entmax_forward(
 
     ``in_place`` allows the scores to be overwritten.
     """
+    if by_triton(scores):
+        return _triton_rows().entmax_forward(scores, a, lowest, k, in_place=in_place)
     if _compiled(scores):
         return rows.entmax_forward(scores, a, lowest, k, in_place=in_place)
     if k is None:
@@ -82,6 +95,8 @@ def entmax_backward(
     p: Tensor, a: float | Tensor, grad: Tensor, *, with_alpha: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`kernels.reference.entmax.entmax_backward`, but not differentiable."""
+    if by_triton(p):
+        return _triton_rows().entmax_backward(p, a, grad, with_alpha)
     if _compiled(p):
         return rows.entmax_backward(p, a, grad, with_alpha)
     return torch_rows.entmax_backward(p, a, grad, with_alpha=with_alpha)
@@ -92,5 +107,35 @@ def products(p: Tensor, *others: Tensor) -> ModuleType:
     return sparse_products if _compiled(p) and sparse_products.worth_it(p, *others) else dense_products
 
 
+def by_triton(x: Tensor) -> bool:
+    """Whether kernels in Triton compute with ``x``: they answer an α out of range with NaN, since nobody looks at it.
+
+    A look would make the host wait for the device, at every call.
+    """
+    return x.dtype in _TRITON_DTYPES and _triton_computes(x.device.type)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _triton_computes(device: str) -> bool:
+    """What is compiled stays with the backend that there was then."""
+    if device == "cpu":  # in the interpreter alone, see use_backend
+        return _forced.get() == "triton" and triton.interpreted()
+    if device != "cuda" or _forced.get() not in (None, "triton"):
+        return False
+    available, why = triton.status()
+    if not available:
+        _warn_once(f"CUDA tensors are computed by plain torch, slowly: {why}")
+    return available
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def _triton_rows() -> ModuleType:
+    return importlib.import_module("sparse_attn.kernels.triton.rows")  # which imports Triton
+
+
 def _compiled(x: Tensor) -> bool:
-    return x.device.type == "cpu" and _forced.get() != "torch" and rows.available()
+    return x.device.type == "cpu" and _forced.get() in (None, "compiled") and rows.available()

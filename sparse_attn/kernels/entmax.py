@@ -50,7 +50,8 @@ _Arguments = tuple[Tensor, Tensor | None, float, float, int | None]
 def _forward(scores: Tensor, per_row: Tensor | None, number: float, lowest: float, k: int | None) -> Tensor:
     if per_row is None:
         return dispatch.entmax_forward(scores, number, lowest, k)
-    check_alpha(per_row)
+    if not dispatch.by_triton(scores):
+        check_alpha(per_row)
     return dispatch.entmax_forward(scores, shifted(per_row, scores), lowest, k)
 
 

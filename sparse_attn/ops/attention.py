@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparse_attn.checks import check_dropout, check_floating, check_k
 from sparse_attn.kernels.attention import Setting, blockwise_attention
+from sparse_attn.kernels.triton.route import can_fuse, fused
 from sparse_attn.masks import apply_mask, causal_mask, check_mask, dense_mask
 from sparse_attn.ops.entmax import entmax
 from sparse_attn.ops.topk import topk_entmax
@@ -173,6 +174,9 @@ def attend(
     check_dropout(dropout_p, "dropout_p")
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal=True, got both; put the causal part into the mask")
+    if not need_weights and isinstance(mapping, ScoreMapping) and mapping.k is None and can_fuse(query, key, value):
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        return fused(query, key, value, mapping.alpha, attn_mask, dropout_p, is_causal, scale), None
     if enable_gqa:
         group = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparse_attn import backends, entmax, sparsemax, topk_softmax, use_backend
+from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.cpu import rows
 
 compiled = pytest.mark.skipif(not rows.available(), reason="the kernels are not compiled here")
@@ -13,7 +14,7 @@ compiled = pytest.mark.skipif(not rows.available(), reason="the kernels are not 
 
 def test_every_backend_says_how_it_runs_or_why_not():
     state = backends()
-    assert list(state) == ["compiled", "torch"] and all(state.values())
+    assert list(state) == ["triton", "compiled", "torch"] and all(state.values())
     assert state["compiled"].startswith("CPU tensors: " if rows.available() else "not available: ")
 
 
@@ -71,6 +72,20 @@ def test_without_a_library_torch_computes(monkeypatch, tmp_path):
         rows._load.cache_clear()
 
 
+def test_where_triton_is_missing_torch_computes_and_says_so_once(monkeypatch):
+    monkeypatch.setattr(dispatch.triton, "status", lambda: (False, "Triton is not installed"))
+    dispatch._warn_once.cache_clear()
+    assert backends()["triton"] == "not available: Triton is not installed"
+    with pytest.raises(RuntimeError, match="'triton' is not available: Triton is not installed"), use_backend("triton"):
+        pass
+    with pytest.warns(UserWarning, match="computed by plain torch, slowly: Triton is not installed") as seen:
+        assert not dispatch._triton_computes("cuda") and not dispatch._triton_computes("cuda")
+    assert len(seen) == 1
+
+
 def test_wrong_names():
-    with pytest.raises(ValueError, match="name must be one of compiled, torch, got 'cuda'"), use_backend("cuda"):
+    with (
+        pytest.raises(ValueError, match="name must be one of triton, compiled, torch, got 'cuda'"),
+        use_backend("cuda"),
+    ):
         pass

@@ -1,0 +1,193 @@
+"""Compile the Triton kernels for a GPU that need not be there, and show what each asks of it.
+
+    python scripts/compile_kernels.py [rows attention decode few]
+
+All kernels take five minutes and more; `few` is one of each, with everything in it.
+
+Calls the functions that start kernels, on small CPU tensors, with a compiler for compute capability 9.0 in the place of
+the start. What does not compile raises. Prints registers, spilled bytes and shared memory of every kernel that they
+would start; a kernel that spills is slow, one that asks for more shared memory than there is would not start.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # what the interpreter has taken over cannot be compiled
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler
+from triton.compiler import ASTSource
+
+from sparse_attn.kernels.triton import attention, attention_backward, decode, dropout, rows
+from sparse_attn.kernels.triton.plan import Setting
+
+TARGET = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY = 227 * 1024  # bytes that a program can have on this target
+_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
+
+
+def compile_kernel(kernel: Any, *arguments: Any, warps: int, stages: int) -> triton.compiler.CompiledKernel:
+    """The kernel as it would be compiled for these arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for position, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
+        fixed = parameter.is_constexpr or value is None
+        free = not parameter.do_not_specialize
+        if fixed or (isinstance(value, int) and value == 1 and free):
+            signature[parameter.name] = "constexpr"
+            constants[(position,)] = value
+            continue
+        if isinstance(value, Tensor):
+            signature[parameter.name] = "*" + _TYPES[value.dtype]
+        else:
+            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and free):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=TARGET, options=options)
+
+
+def resources(compiled: triton.compiler.CompiledKernel) -> tuple[int, int]:
+    """Registers of a thread and bytes that it spills."""
+    tool = Path(compiler.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def compile_instead(variant: str) -> Callable[..., None]:
+    """What takes the place of ``launch``, and prints a line for each kernel."""
+
+    def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: int = 2) -> None:
+        began = time.perf_counter()
+        compiled = compile_kernel(kernel, *arguments, warps=warps, stages=stages)
+        seconds = time.perf_counter() - began
+        registers, spilled = resources(compiled)
+        shared = compiled.metadata.shared
+        print(f"{kernel.__name__:24} {variant:60} {warps:5} {registers:5} {spilled:6} {shared:7} {seconds:5.1f}")
+        if shared > SHARED_MEMORY:
+            raise RuntimeError(f"{kernel.__name__} asks for {shared} bytes of shared memory, there are {SHARED_MEMORY}")
+
+    return launch
+
+
+def compile_rows(sizes: tuple[int, ...] = (61, 1024, 16384, 50257)) -> None:
+    """Row kernels: rows that stay on the chip and rows that do not, fixed and learnt α, both passes."""
+    for size in sizes:
+        x = torch.zeros(2, size)
+        for name, a in (("1.5", 0.5), ("per row", torch.zeros(2, 1))):
+            rows.launch = compile_instead(f"{size} α {name}")
+            rows.entmax_forward(x, a, -1e38)
+            rows.entmax_backward(x, a, x, with_alpha=name == "per row")
+        rows.launch = compile_instead(f"{size} top-k")
+        rows.entmax_forward(x, 0.0, -1e38, 3)
+
+
+def compile_attention() -> None:
+    """Attention: every mode and mask, head sizes, short and long, with all that has to be compiled anew for it."""
+    per_head = torch.ones(2)
+    for how, size, dtype, keys in (
+        ({}, 64, torch.bfloat16, 5000),
+        ({"offset": 0}, 64, torch.bfloat16, 5000),
+        ({"offset": 0, "alpha": per_head}, 64, torch.bfloat16, 5000),
+        ({}, 64, torch.bfloat16, 1024),
+        ({"alpha": per_head}, 64, torch.bfloat16, 1024),
+        ({"alpha": per_head}, 64, torch.bfloat16, 512),
+        ({"alpha": per_head}, 128, torch.bfloat16, 512),
+        ({"alpha": per_head}, 128, torch.bfloat16, 5000),
+        ({"alpha": per_head}, 256, torch.bfloat16, 5000),
+        ({"alpha": per_head}, 64, torch.float32, 5000),
+        ({"alpha": per_head}, 64, torch.float32, 32),
+        ({"alpha": per_head}, 128, torch.float32, 5000),
+        ({"alpha": per_head}, 256, torch.float32, 5000),
+    ):
+        compile_both(256, keys, size, dtype, **how)
+
+
+def compile_few() -> None:
+    """One of each."""
+    compile_rows((61, 50257))
+    everything = {"alpha": torch.ones(2), "mask": torch.zeros(1, 1, 1, 5000), "dropout_p": 0.1, "offset": 0}
+    compile_both(256, 5000, 64, torch.bfloat16, **everything)
+    compile_both(256, 512, 64, torch.float16, alpha=torch.ones(2))
+    compile_both(1, 1, 1, torch.float32, heads=1)  # an integer that is 1 is compiled in
+    compile_decode()
+
+
+def compile_decode() -> None:
+    """Few queries, as few as one."""
+    decode.launch = dropout.launch = compile_instead("one query, one head")
+    rows.launch = compile_instead("one query, one head")
+    one, cache = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16), torch.zeros(1, 1, 3000, 64, dtype=torch.bfloat16)
+    decode.forward(one, cache, cache, None, None, None, None, Setting(0.5, 0.125, 0.0, None))
+    decode.launch = dropout.launch = rows.launch = compile_instead("grouped heads, everything")
+    query, key = torch.zeros(2, 8, 2, 128, dtype=torch.bfloat16), torch.zeros(2, 2, 3000, 128, dtype=torch.bfloat16)
+    lengths, seed, mask = (
+        torch.ones(2, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(1, 1, 1, 3000),
+    )
+    decode.forward(query, key, key, torch.ones(8), mask, lengths, seed, Setting(0.0, 0.125, 0.1, 2998))
+
+
+def compile_both(
+    queries: int,
+    keys: int,
+    size: int,
+    dtype: torch.dtype,
+    *,
+    heads: int = 2,
+    alpha: Tensor | None = None,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    offset: int | None = None,
+) -> None:
+    """Forward and backward."""
+    given = {"α per head": alpha is not None, "mask": mask is not None, "dropout": dropout_p, "causal": offset == 0}
+    variant = ", ".join([f"L {queries} S {keys} D {size} {str(dtype)[6:]}", *(name for name in given if given[name])])
+    attention.launch = attention_backward.launch = compile_instead(variant)
+    query, key = torch.zeros(1, heads, queries, size, dtype=dtype), torch.zeros(1, heads, keys, size, dtype=dtype)
+    setting = Setting(0.5, 0.125, dropout_p, offset)
+    seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
+    tensors = (alpha, mask, None, seed)
+    output, *kept = attention.forward(query, key, key, *tensors, setting, True, alpha is not None)
+    wanted = (alpha is not None, mask is not None)
+    attention_backward.backward(output, query, key, key, *tensors, *kept, setting, *wanted)
+
+
+PARTS = {"rows": compile_rows, "attention": compile_attention, "decode": compile_decode, "few": compile_few}
+
+
+def main() -> None:
+    """Compile the parts named on the command line, or all."""
+    warnings.simplefilter("error")
+    print(f"{'kernel':24} {'variant':60} warps  regs  spill  shared  s")
+    for part in sys.argv[1:] or ("rows", "attention", "decode"):
+        PARTS[part]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Kernels for a GPU, written in Triton, which is imported when the first of them is called."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+_OLDEST = (8, 0)  # compute capability: bfloat16 in matrix products
+
+
+@functools.cache
+def status() -> tuple[bool, str]:
+    """Whether the kernels are available; where they run, or why they do not."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed"
+    if interpreted():
+        return True, "any tensors, slowly, in Triton's interpreter"
+    if not torch.cuda.is_available():
+        return False, "no CUDA device"
+    found = torch.cuda.get_device_capability()
+    if found < _OLDEST:
+        return False, f"compute capability {_OLDEST[0]}.{_OLDEST[1]} or newer is needed, got {found[0]}.{found[1]}"
+    return True, f"CUDA tensors: {torch.cuda.get_device_name()}"
+
+
+def available() -> bool:
+    """Whether there are kernels to run."""
+    return status()[0]
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors, which ``TRITON_INTERPRET=1`` asks for."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from triton import knobs, language  # type: ignore[import-untyped, unused-ignore]
+    from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped, unused-ignore]
+
+    # The variable counts when Triton is imported, too: later it is too late for what Triton itself has in kernels.
+    return bool(knobs.runtime.interpret) and isinstance(language.sum, InterpretedFunction)

@@ -1,0 +1,308 @@
+"""Fused attention, forward: no scores or weights are ever written down.
+
+A program has a tile of queries of one head and goes over the keys a few times: once for the largest score of each
+strided lane, which bound σ from below and nearly are the answer; a few times with Newton's method; and once for the
+output. The list of key tiles that may hold weight shrinks on the way, and what it is in the end, the backward goes by.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_attn.kernels.triton.attention_short import forward_short
+from sparse_attn.kernels.triton.family import (
+    bound_from_lanes,
+    deviation_of_y,
+    place_rows,
+    reference_of,
+    start_of,
+    step,
+    weigh,
+)
+from sparse_attn.kernels.triton.launch import launch, shared_memory
+from sparse_attn.kernels.triton.plan import Plan, Setting, statistics_of
+from sparse_attn.kernels.triton.tiles import (
+    common_arguments,
+    dot,
+    dropout,
+    head_a,
+    load_tile,
+    masked_scores,
+    store_rows,
+)
+
+
+@triton.jit
+def _forward(
+    Q,
+    K,
+    V,
+    Alpha,
+    Mask,
+    Lengths,
+    Seed,
+    Out,
+    Second,
+    Stats,
+    Flags,
+    Tiles,
+    number,
+    scale,
+    dropout_p,
+    kept_scale,
+    lowest,
+    offset,
+    heads,
+    group,
+    queries,
+    keys,
+    rows,
+    stride_qn,
+    stride_qh,
+    stride_ql,
+    stride_kn,
+    stride_kh,
+    stride_ks,
+    stride_vn,
+    stride_vh,
+    stride_vs,
+    stride_alpha,
+    stride_mn,
+    stride_mh,
+    stride_ml,
+    stride_ms,
+    CAUSAL: tl.constexpr,
+    WITH_ALPHA: tl.constexpr,
+    MODE: tl.constexpr,
+    TOLERANCE: tl.constexpr,
+    LOOSE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tiles_m, tiles_n = tl.cdiv(queries, BLOCK_M), tl.cdiv(keys, BLOCK_N)
+    tile_m = tiles_m - 1 - tl.program_id(0) % tiles_m  # under a causal mask the last ones have most to do
+    head = tl.program_id(0) // tiles_m
+    n, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    i = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    dv = tl.arange(0, BLOCK_DV)
+    j = tl.arange(0, BLOCK_N)
+    Q += n * stride_qn + h * stride_qh
+    K += n * stride_kn + (h // group) * stride_kh
+    V += n * stride_vn + (h // group) * stride_vh
+    if Mask is not None:
+        Mask += n * stride_mn + h * stride_mh
+    Tiles += (head.to(tl.int64) * tiles_m + tile_m) * tiles_n
+    if Flags is not None:
+        Flags += (head.to(tl.int64) * tiles_m + tile_m) * tiles_n
+    q = load_tile(Q, tile_m * BLOCK_M, stride_ql, queries, D, BLOCK_M, BLOCK_D)
+    limit = keys
+    if Lengths is not None:
+        limit = tl.minimum(limit, tl.load(Lengths + n).to(tl.int32))
+    last = limit
+    if CAUSAL:
+        last = tl.minimum(limit, (tile_m + 1) * BLOCK_M + offset)
+    count = tl.cdiv(tl.maximum(last, 0), BLOCK_N)
+
+    lanes = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+    for tile in range(0, count):
+        first = tile * BLOCK_N
+        k = load_tile(K, first, stride_ks, keys, D, BLOCK_N, BLOCK_D)
+        s = masked_scores(
+            dot(q, k.T, UPCAST, PRECISION),
+            i[:, None],
+            (first + j)[None, :],
+            scale,
+            Mask,
+            stride_ml,
+            stride_ms,
+            lowest,
+            queries,
+            keys,
+            limit,
+            offset,
+            CAUSAL,
+        )
+        lanes = tl.maximum(lanes, s, propagate_nan=tl.PropagateNan.ALL)
+    broken = tl.max((lanes != lanes).to(tl.int32), 1) > 0
+    top = tl.where(broken, float("nan"), tl.max(lanes, 1))
+    a = head_a(Alpha, h, stride_alpha, number) + tl.zeros([BLOCK_M], tl.float64)
+    low = bound_from_lanes(lanes, top, keys, a, MODE)
+    high, error, sigma = start_of(low, keys, a)
+
+    sweeps = 0
+    go = count > 0
+    while go:
+        placed = place_rows(top, sigma, 1.0, a, MODE)
+        # σ only climbs from its lower bound: a tile below that edge never comes back.
+        edge = tl.where(a > 0.0, top + low - 1.0 / a - 1e-6 * tl.abs(top), float("-inf")).to(tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float64)
+        slope = tl.zeros([BLOCK_M], tl.float64)
+        kept = 0
+        for t in range(0, count):
+            tile = tl.where(sweeps > 0, tl.load(Tiles + t), t)
+            first = tile * BLOCK_N
+            k = load_tile(K, first, stride_ks, keys, D, BLOCK_N, BLOCK_D)
+            s = masked_scores(
+                dot(q, k.T, UPCAST, PRECISION),
+                i[:, None],
+                (first + j)[None, :],
+                scale,
+                Mask,
+                stride_ml,
+                stride_ms,
+                lowest,
+                queries,
+                keys,
+                limit,
+                offset,
+                CAUSAL,
+            )
+            p, u, _ = weigh(s, placed, a, 1, MODE)
+            total += tl.sum(p, 1).to(tl.float64)
+            slope += tl.sum(u, 1).to(tl.float64)
+            # The list is packed in place: it is never written beyond where it is read.
+            tl.store(Tiles + kept, tile)
+            kept += tl.max(tl.max((s > edge[:, None]).to(tl.int32), 1), 0)
+        tl.debug_barrier()
+        count = kept
+        total = tl.where(top == float("-inf"), 1.0, total)
+        sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, TOLERANCE)
+        sweeps += 1
+        far = still_open & (error > tl.where(a > 1.0, TOLERANCE, LOOSE))
+        go = (sweeps < 100) & (tl.max(far.to(tl.int32), 0) > 0)
+
+    # The last of Newton's steps came from close by: what is left of the sum is divided away.
+    placed = place_rows(top, sigma, 1.0, a, MODE)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    acc2 = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float64)
+    slope = tl.zeros([BLOCK_M], tl.float64)
+    mean_log = tl.zeros([BLOCK_M], tl.float64)
+    mean_y = tl.zeros([BLOCK_M], tl.float64)
+    if WITH_ALPHA:
+        reference = reference_of(placed[7].to(tl.float64), a)
+    for t in range(0, count):
+        tile = tl.load(Tiles + t)
+        first = tile * BLOCK_N
+        k = load_tile(K, first, stride_ks, keys, D, BLOCK_N, BLOCK_D)
+        s = masked_scores(
+            dot(q, k.T, UPCAST, PRECISION),
+            i[:, None],
+            (first + j)[None, :],
+            scale,
+            Mask,
+            stride_ml,
+            stride_ms,
+            lowest,
+            queries,
+            keys,
+            limit,
+            offset,
+            CAUSAL,
+        )
+        p, u, deviation = weigh(s, placed, a, 1, MODE)
+        total += tl.sum(p, 1).to(tl.float64)
+        slope += tl.sum(u, 1).to(tl.float64)
+        if Flags is not None:
+            tl.store(Flags + tile, tl.max(tl.max((p > 0.0).to(tl.int32), 1), 0).to(tl.uint8))
+        if WITH_ALPHA:
+            y = deviation_of_y(p, u, deviation, a, reference, 1)
+            mean_log += tl.sum(p * deviation, 1).to(tl.float64)
+            mean_y += tl.sum(y, 1).to(tl.float64)
+        if Seed is not None:
+            kept = dropout(Seed, head, i[:, None], (first + j)[None, :], queries, keys, dropout_p, kept_scale)
+            p, u = p * kept, u * kept
+        v = load_tile(V, first, stride_vs, keys, DV, BLOCK_N, BLOCK_DV)
+        acc += dot(p.to(v.dtype), v, UPCAST, PRECISION)
+        if Second is not None:
+            acc2 += dot(u.to(v.dtype), v, UPCAST, PRECISION)
+    store_rows(
+        Out,
+        Second,
+        Stats,
+        acc,
+        acc2,
+        total,
+        slope,
+        mean_log,
+        mean_y,
+        placed,
+        top,
+        sigma,
+        a,
+        head,
+        i,
+        dv,
+        queries,
+        rows,
+        WITH_ALPHA,
+        DV,
+        MODE,
+    )
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    setting: Setting,
+    training: bool,
+    with_alpha: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output (N, H, L, Dv) and, for the backward, ``Σ u v / Σ u``, statistics of rows and which tiles have weight.
+
+    Args:
+        query: (N, H, L, D), its last dimension contiguous, as in ``key`` and ``value``.
+        key: (N, Hk, S, D), Hk a divisor of H.
+        value: (N, Hk, S, Dv).
+        alpha: (H,), or None for the number in ``setting``.
+        mask: (N or 1, H or 1, L or 1, S or 1), floating, or uint8 where 0 is masked.
+        lengths: (N,), how many keys there are, at most S; int32 or int64.
+        seed: (1,), int64, of the dropout.
+        setting: Everything else.
+        training: Whether the last three results are wanted; they are empty otherwise.
+        with_alpha: Whether they have to serve a gradient for α.
+    """
+    plan = Plan.of(query, value)
+    batch, heads, queries, _ = query.shape
+    keys, device = key.shape[2], query.device
+    tiles_m, tiles_n = triton.cdiv(queries, plan.block_m), triton.cdiv(keys, plan.block_n)
+    rows = batch * heads
+    output = torch.empty(batch, heads, queries, value.shape[3], dtype=query.dtype, device=device)
+    second = torch.empty(output.shape if training else (0,), dtype=query.dtype, device=device)
+    told = (statistics_of(setting.a, alpha, with_alpha), rows * queries)
+    statistics = torch.empty(told if training else (0,), dtype=torch.float32, device=device)
+    flags = torch.zeros((rows, tiles_m, tiles_n) if training else (0,), dtype=torch.uint8, device=device)
+    numbers, (causal, mode, upcast, precision, *sizes) = common_arguments(query, key, value, alpha, mask, setting)
+    # Of the sum of a row: where its last step begins, and where there is none to take.
+    loose, tolerance = (2.4e-7, 2.4e-7) if query.dtype == torch.float32 else (2.0**-10, 2.0**-12)
+    wanted = (second, statistics, flags) if training else (None, None, None)
+    short = plan.short(keys, query.itemsize, shared_memory(device))
+    tensors = (query, key, value, alpha, mask, lengths, seed, output, *wanted)
+    compiled = (upcast, precision, *sizes, plan.block_d, plan.block_dv)
+    if short:
+        block_m, warps = short
+        compiled = (*compiled, block_m, plan.block_n, triton.next_power_of_2(tiles_n), plan.block_m)
+        arguments = (*tensors, *numbers, causal, with_alpha, mode, tolerance, *compiled)
+        launch(forward_short, triton.cdiv(queries, block_m) * rows, *arguments, warps=warps)
+    else:
+        tiles = torch.empty((rows, tiles_m, tiles_n), dtype=torch.int32, device=device)
+        compiled = (*compiled, plan.block_m, plan.block_n)
+        arguments = (*tensors, tiles, *numbers, causal, with_alpha, mode, tolerance, loose, *compiled)
+        launch(_forward, tiles_m * rows, *arguments, warps=plan.warps)
+    return output, second, statistics, flags

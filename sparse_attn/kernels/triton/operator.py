@@ -1,0 +1,242 @@
+"""Fused attention as one differentiable function, and as a custom operator for ``torch.compile``.
+
+Nothing here imports Triton before a kernel is called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_attn.kernels.entmax import entmax_rows
+from sparse_attn.kernels.triton.plan import Plan, Setting, statistics_of
+from sparse_attn.transforms import values_known
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: float | Tensor,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    offset: int | None = None,
+    *,
+    scale: float,
+    key_lengths: Tensor | None = None,
+) -> Tensor:
+    """α-entmax attention without a tensor of scores.
+
+    Args:
+        query: (N, H, L, D).
+        key: (N, Hk, S, D), Hk a divisor of H.
+        value: (N, Hk, S, Dv).
+        alpha: A number or (H,). One out of range gives NaN: nobody waits for the device to look at it.
+        mask: (N or 1, H or 1, L or 1, S or 1), boolean, ``True`` = take part, or floating, added to the scores.
+        dropout_p: Probability that a weight is dropped.
+        offset: Causal: query ``i`` sees the keys up to ``i + offset``. None: all.
+        scale: Factor of the scores.
+        key_lengths: (N,), how many of the keys there are; integers on the device.
+
+    Returns:
+        (N, H, L, Dv). A query that sees nothing gets zeros, and so do all gradients of it.
+    """
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    per_head, a = (alpha, 0.0) if isinstance(alpha, Tensor) else (None, float(alpha) - 1)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    seed = None
+    if dropout_p > 0.0:  # on the device, where a captured graph draws a new one at every replay
+        seed = torch.randint(2**31 - 1, (1,), device=query.device)
+    tensors = (query, key, value, per_head, mask, key_lengths, seed)
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    with_alpha = training and per_head is not None and per_head.requires_grad
+    setting = Setting(a, scale, dropout_p, offset)
+    if torch.compiler.is_compiling():
+        return _attention(*tensors, *setting, training, with_alpha)[0]
+    if training:
+        return _Attention.apply(*tensors, setting, with_alpha)
+    return _forward(*tensors, setting, False, False)[0]
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from sparse_attn.kernels.triton import attention, decode
+
+    query, key, training = *arguments[:2], arguments[-2]
+    if not training and decode.pays(query, key):
+        return decode.forward(*arguments[:-2]), *_nothing(query)
+    return attention.forward(*arguments)
+
+
+def _nothing(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What is kept for no backward."""
+    return query.new_empty(0), query.new_empty(0, dtype=torch.float32), query.new_empty(0, dtype=torch.uint8)
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from sparse_attn.kernels.triton import attention_backward
+
+    return attention_backward.backward(*arguments)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, ctx.setting, ctx.with_alpha = arguments
+        output, *kept = _forward(*tensors, ctx.setting, True, ctx.with_alpha)
+        ctx.save_for_backward(*tensors, *kept)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, second, statistics, flags = ctx.saved_tensors
+        if torch.is_grad_enabled() or not values_known(grads[0]):
+            gradients = _plain_gradients(grads[0], tensors, ctx.setting)
+        else:
+            with_mask = ctx.needs_input_grad[4]
+            arguments = (*tensors, second, statistics, flags, ctx.setting, ctx.with_alpha, with_mask)
+            gradients = _to_inputs(_backward(grads[0], *arguments), tensors)
+        needed = zip(gradients, ctx.needs_input_grad[:5], strict=True)
+        return *(gradient if wanted else None for gradient, wanted in needed), None, None, None, None
+
+
+def _to_inputs(gradients: tuple[Tensor, ...], tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """Gradients in the dtypes of what they are for: those of α and of a mask come in float32."""
+    pairs = zip(gradients, tensors[:5], strict=True)
+    return [None if tensor is None else gradient.to(tensor.dtype) for gradient, tensor in pairs]
+
+
+def _plain_gradients(grad: Tensor, tensors: list[Any], setting: Setting) -> list[Tensor | None]:
+    """The gradients by plain torch, with a matrix of scores: they can be differentiated, and ``grad`` batched."""
+    inputs = [x for x in tensors[:5] if x is not None and x.requires_grad]
+    query, key, value, alpha, mask, lengths, seed = tensors
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        output = plain_attention(query, key, value, alpha, mask, lengths, seed, setting)
+    how = {"create_graph": create_graph, "materialize_grads": True}
+    gradients = iter(torch.autograd.grad(output, inputs, grad, **how))
+    return [None if x is None or not x.requires_grad else next(gradients) for x in tensors[:5]]
+
+
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    setting: Setting,
+) -> Tensor:
+    """What the kernels compute, the same weights dropped, in plain torch and with a matrix of scores."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = (query.float() @ key.float().transpose(-2, -1)) * setting.scale
+    queries, keys = scores.shape[-2:]
+    hidden = torch.zeros((1, 1, queries, keys), dtype=torch.bool, device=query.device)
+    if setting.offset is not None:
+        hidden = ~torch.ones_like(hidden).tril(setting.offset)
+    if lengths is not None:
+        hidden = hidden | (torch.arange(keys, device=query.device) >= lengths.view(-1, 1, 1, 1))
+    if mask is not None and mask.is_floating_point():
+        hidden = hidden | (mask <= torch.finfo(mask.dtype).min)
+        scores = scores + mask
+    elif mask is not None:
+        hidden = hidden | (mask == 0)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    of_rows = setting.a + 1 if alpha is None else alpha.view(-1, 1, 1)
+    weights = entmax_rows(scores, of_rows, torch.finfo(scores.dtype).min)
+    if seed is not None:
+        from sparse_attn.kernels.triton import dropout
+
+        weights = weights * dropout.multipliers(weights, seed, setting.dropout_p)
+    return (weights @ value.float()).to(query.dtype)
+
+
+@torch.library.custom_op("sparse_attn::attention", mutates_args=())
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    a: float,
+    scale: float,
+    dropout_p: float,
+    offset: int | None,
+    training: bool,
+    with_alpha: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    setting = Setting(a, scale, dropout_p, offset)
+    return _forward(query, key, value, alpha, mask, lengths, seed, setting, training, with_alpha)
+
+
+@_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    alpha, a, training, with_alpha = rest[0], rest[4], *rest[-2:]
+    plan = Plan.of(query, value)
+    batch, heads, queries, _ = query.shape
+    tiles = -(-queries // plan.block_m), -(-key.shape[2] // plan.block_n)
+    output = query.new_empty(batch, heads, queries, value.shape[3])
+    if not training:
+        return output, *_nothing(query)
+    told = statistics_of(a, alpha, with_alpha)
+    statistics = query.new_empty(told, batch * heads * queries, dtype=torch.float32)
+    return output, torch.empty_like(output), statistics, query.new_empty(batch * heads, *tiles, dtype=torch.uint8)
+
+
+@torch.library.custom_op("sparse_attn::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    second: Tensor,
+    statistics: Tensor,
+    flags: Tensor,
+    a: float,
+    scale: float,
+    dropout_p: float,
+    offset: int | None,
+    with_alpha: bool,
+    with_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors = (query, key, value, alpha, mask, lengths, seed, second, statistics, flags)
+    return _backward(grad, *tensors, Setting(a, scale, dropout_p, offset), with_alpha, with_mask)
+
+
+@_attention_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor | None, mask: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with_alpha, with_mask = rest[-2:]
+    for_alpha = query.new_empty(query.shape[1] if with_alpha else 0, dtype=torch.float32)
+    for_mask = query.new_empty(mask.shape if with_mask and mask is not None else 0, dtype=torch.float32)
+    for_query, for_key, for_value = (x.new_empty(x.shape) for x in (query, key, value))
+    return for_query, for_key, for_value, for_alpha, for_mask
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.a, ctx.scale, ctx.dropout_p, ctx.offset, _, ctx.with_alpha = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _of_operator(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, second, statistics, flags = ctx.saved_tensors
+    setting = (ctx.a, ctx.scale, ctx.dropout_p, ctx.offset)
+    with_mask = ctx.needs_input_grad[4]
+    arguments = (*tensors, second, statistics, flags, *setting, ctx.with_alpha, with_mask)
+    gradients = _to_inputs(_attention_backward(grads[0], *arguments), tensors)
+    needed = zip(gradients, ctx.needs_input_grad[:5], strict=True)
+    return *(gradient if wanted else None for gradient, wanted in needed), *[None] * 8
+
+
+_attention.register_autograd(_of_operator, setup_context=_setup_context)

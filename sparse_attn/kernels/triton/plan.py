@@ -1,0 +1,72 @@
+"""How attention is cut into tiles, and what is kept for its backward; known before anything runs, or is traced."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LARGEST_HEAD = 256
+# Keys whose scores stay on the chip: without matrix units, which float32 has none of, operands need registers too.
+_SHORT, _SHORT_IN_FLOAT32 = 1024, 32
+_ON_CHIP_SCORES = 2**13
+
+
+class Plan(NamedTuple):
+    """Sizes of tiles, and of what they are padded to."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    block_dv: int
+    warps: int
+
+    @staticmethod
+    def of(query: Tensor, value: Tensor) -> Plan:
+        """What the registers of compute capability 9.0 hold nearly without spilling (`scripts/compile_kernels.py`)."""
+        block_d, block_dv = padded(query.shape[-1]), padded(value.shape[-1])
+        size = max(block_d, block_dv)
+        if query.dtype == torch.float32:  # without matrix units
+            block_m, block_n, warps = {256: (16, 16, 8), 128: (32, 32, 8)}.get(size, (32, 32, 8))
+        else:
+            block_m, block_n, warps = {256: (64, 32, 8), 128: (64, 32, 4)}.get(size, (128, 32, 8))
+        return Plan(block_m, block_n, block_d, block_dv, warps)
+
+    def short(self, keys: int, itemsize: int, shared_memory: int) -> tuple[int, int] | None:
+        """Queries and warps of a program that holds the scores of all keys, or None where there are too many keys."""
+        padded_keys = max(padded(keys), self.block_n)
+        if padded_keys > (_SHORT_IN_FLOAT32 if itemsize == 4 else _SHORT):
+            return None
+        keys_and_more = padded_keys * max(self.block_d, self.block_dv) * itemsize * 5 // 4
+        if keys_and_more > shared_memory:
+            return None
+        return min(self.block_m, max(_ON_CHIP_SCORES // padded_keys, 16)), 8 if padded_keys < 1024 else 16
+
+
+def padded(size: int) -> int:
+    """The smallest power of two that holds it, and that matrix units can use."""
+    power = 16
+    while power < size:  # and no bit_length: a size may be a symbol while it is traced
+        power *= 2
+    return power
+
+
+class Setting(NamedTuple):
+    """What attention has beside its tensors."""
+
+    a: float  # α - 1, where there is no tensor of α
+    scale: float
+    dropout_p: float
+    offset: int | None  # causal: query i sees the keys up to i + offset
+
+
+def statistics_of(a: float, alpha: Tensor | None, with_alpha: bool) -> int:
+    """How many numbers the backward is told of a row.
+
+    They are what ``family.place_rows`` gives, less for the two fixed α than for any other; for a gradient in α also
+    the sum of u and the means of log p and y.
+    """
+    if with_alpha:
+        return 11
+    return 4 if alpha is None and a in (0.5, 1.0) else 8
