@@ -363,9 +363,14 @@ def test_attention_that_was_registered_tells() -> None:
         pass
 
 
-def test_another_number_of_heads_is_refused() -> None:
-    layer = SparseAttention(k=2)
-    with record_attention(nn.Sequential(layer)):
-        layer(*torch.randn(3, N, 2, L, E))
-        with pytest.raises(ValueError, match="weights of '0' must have 2 heads as before, got 3"):
-            layer(*torch.randn(3, N, 3, L, E))
+def test_calls_with_another_number_of_heads_have_an_entry_of_their_own() -> None:
+    model = nn.Sequential(SparseAttention(k=2))
+    with record_attention(model) as record:
+        for heads in (2, 3, 2):
+            model[0](*torch.randn(3, N, heads, L, E))
+        model[0](*torch.randn(3, N, S, E))
+    assert {name: heads.rows.tolist() for name, heads in record.items()} == {
+        "0": [2 * N * L] * 2,
+        "0 (3 heads)": [N * L] * 3,
+        "0 (1 head)": [N * S],
+    }
