@@ -41,8 +41,8 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractCont
     outputs and gradients may differ by rounding. A layer that is not ours is left alone and then run a second time,
     without gradient or hooks and with the random state put back, to see its weights; its dropout is drawn anew for
     that. Weights take (N, H, L, S) numbers for the time of a call. What cannot be recorded is left out with a warning:
-    a class of one's own whose `forward` takes no `need_weights` and `average_attn_weights`, or a call that fails to
-    give weights.
+    a class of one's own whose `forward` takes no `need_weights` and `average_attn_weights`, a call that fails to give
+    weights, calls inside transforms of `torch.func`.
 
     Two things change in the whole process until the context closes: torch's fused inference path for transformer
     encoders is off (`torch.backends.mha.set_fastpath_enabled`), as it never calls the attention layer, so that padded
@@ -108,6 +108,8 @@ def _recording(
     def count(module: nn.Module, weights: Tensor, visible: Tensor | None) -> None:
         if module in names and not _recomputing():
             with _warning_of_errors(names[module]):
+                if torch._C._are_functorch_transforms_active():
+                    raise RuntimeError("inside a transform of torch.func weights have no values to sum up")
                 record.add(names[module], module, weights, visible)
 
     with ExitStack() as stack:

@@ -490,3 +490,12 @@ def test_a_call_that_gives_no_weights_is_left_out_and_the_model_runs() -> None:
         with warnings.catch_warnings(action="ignore"):
             assert layer.to("meta")(x.to("meta")).shape == x.shape
     assert not record
+
+
+def test_calls_inside_a_transform_are_left_out() -> None:
+    layer, x = sparse_layer(), torch.randn(N, 3, L, E)
+    with record_attention(layer) as record:
+        with pytest.warns(UserWarning, match="a call of '' is not recorded: RuntimeError: inside a transform of torch"):
+            torch.func.vmap(lambda x: layer(x, x, x)[0])(x)
+        layer(x[0], x[0], x[0])
+    assert record[""].rows.tolist() == [3 * L] * H
