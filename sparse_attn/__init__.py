@@ -1,5 +1,6 @@
 """Sparse attention for PyTorch: mappings to sparse probabilities, attention layers that learn how sparse to be."""
 
+from sparse_attn.analysis.record import record_attention
 from sparse_attn.kernels.dispatch import backends, use_backend
 from sparse_attn.nn import (
     NAPE,
@@ -78,6 +79,7 @@ __all__ = [
     "entmax_attention",
     "entmax_loss",
     "normmax",
+    "record_attention",
     "replace_attention",
     "restore_attention",
     "sparse_softmax",

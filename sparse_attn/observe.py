@@ -1,7 +1,8 @@
 """Who looks at attention weights while a model runs.
 
 Attention that has no hook where weights could be read (functions called by models of others, layers that return their
-output alone) asks `observed()` whether to make weights at all, and `tell`s them. A block of one's own may do the same.
+output alone) asks `observed()` whether to make weights at all, and `tell`s them. A block of one's own may do the same,
+and `announce` itself, so that a model that has nothing else can be told from one without attention.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 Observer = Callable[[nn.Module, Tensor, Tensor | None], None]
 _observers: list[Observer] = []
+_announced: list[Callable[[nn.Module], bool]] = []
 
 
 def observed() -> bool:
@@ -32,6 +34,17 @@ def tell(module: nn.Module, weights: Tensor, visible: Tensor | None = None) -> N
         observer(module, weights, visible)
 
 
+def announce(is_teller: Callable[[nn.Module], bool]) -> None:
+    """Say which modules :func:`tell`: those that ``is_teller`` is true of."""
+    if is_teller not in _announced:
+        _announced.append(is_teller)
+
+
+def tells(module: nn.Module) -> bool:
+    """Whether a module is of those that were announced."""
+    return any(is_teller(module) for is_teller in _announced)
+
+
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
     """Have ``observer`` called with ``(module, weights, visible)`` by every :func:`tell` while the context is open."""
@@ -40,3 +53,14 @@ def observing(observer: Observer) -> Iterator[None]:
         yield
     finally:
         _observers.remove(observer)
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Have nobody look while the context is open."""
+    looking = _observers.copy()
+    _observers.clear()
+    try:
+        yield
+    finally:
+        _observers[:] = looking

@@ -27,12 +27,13 @@ OPS = [
     *("entmax15_loss", "entmax_loss", "sparsemax_loss"),
     *("entmax_attention", "topk_attention", "support_size", "tau"),
 ]
+OTHERS = ["backends", "record_attention", "replace_attention", "restore_attention", "use_backend"]
 
 
 @pytest.mark.parametrize(
     ("module", "names"),
     [
-        (sparse_attn, [*NN, *OPS, "backends", "replace_attention", "restore_attention", "use_backend"]),
+        (sparse_attn, [*NN, *OPS, *OTHERS]),
         (sparse_attn.nn, [*NN, "SparseMultiheadAttention"]),
         (sparse_attn.ops, OPS),
     ],

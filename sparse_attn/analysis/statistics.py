@@ -52,6 +52,9 @@ class _Sums:
 class AttentionRecord(Mapping[str, HeadStatistics]):
     """Layer name -> :class:`HeadStatistics` of the calls so far; printed, a table with a line per head.
 
+    A layer that is called with another number of heads than at first, as `SparseAttention` can be, has a second entry
+    for these calls: ``"name (3 heads)"``.
+
     Args:
         keep_weights: Whether to keep the weights of each layer's last call.
     """
@@ -68,20 +71,16 @@ class AttentionRecord(Mapping[str, HeadStatistics]):
             module: The layer, whose α is read.
             weights: (N, H, L, S) or (H, L, S).
             visible: True where a query may see a key; broadcasts against ``weights``. None: everywhere.
-
-        Raises:
-            ValueError: The layer had another number of heads before.
         """
         counts, totals = _sums_of(weights, visible)
+        heads = counts.shape[1]
+        if name in self._sums and self._sums[name].counts.shape[1] != heads:
+            name = f"{name} ({heads} head{'s' * (heads > 1)})"
         before = self._sums.get(name)
         if before is not None:
-            if before.counts.shape != counts.shape:
-                raise ValueError(
-                    f"weights of {name!r} must have {before.counts.shape[1]} heads as before, got {counts.shape[1]}"
-                )
             counts, totals = before.counts + counts, before.totals + totals
         kept = weights.detach() if self._keep_weights else None
-        self._sums[name] = _Sums(counts, totals, _alpha_of(module, counts.shape[1]), kept)
+        self._sums[name] = _Sums(counts, totals, _alpha_of(module, heads), kept)
 
     def __getitem__(self, name: str) -> HeadStatistics:
         sums = self._sums[name]

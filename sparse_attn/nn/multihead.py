@@ -19,12 +19,14 @@ from sparse_attn.masks import (
     combine_masks,
     merge_multihead_masks,
     visible_keys,
+    visible_pairs,
     window_mask,
     with_infinities,
 )
 from sparse_attn.nn.cache import KVCache
 from sparse_attn.nn.positions import Positions, Rotary, places, turn
 from sparse_attn.nn.scaling import LengthScaling
+from sparse_attn.observe import observed, tell
 from sparse_attn.ops.attention import ScoreMapping, attend
 
 
@@ -225,9 +227,17 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             q = q * self.length_scaling(rows, visible_keys(mask, k.shape[-2], q.device)).to(q.dtype)
 
         dropout_p = self.dropout if self.training else 0.0
+        looked_at = observed()
         output, weights = attend(
-            q, k, v, self.mapping(), mask, dropout_p, need_weights=need_weights, enable_gqa=heads > self.num_kv_heads
+            *(q, k, v, self.mapping(), mask, dropout_p),
+            need_weights=need_weights or looked_at,
+            enable_gqa=heads > self.num_kv_heads,
         )
+        if looked_at and weights is not None:
+            visible = visible_pairs(mask, False, weights)
+            if not batched:
+                visible = visible[0] if visible is not None and visible.dim() == 4 else visible
+            tell(self, weights if batched else weights[0], visible)
         output = self.out_proj(rearrange(output, "n h l d -> n l (h d)"))
         if cache is not None:
             cache.key, cache.value = to_keep  # at the end: a refused call leaves the cache as it was

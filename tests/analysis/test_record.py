@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from sparse_attn import (
     replace_attention,
 )
 from sparse_attn.analysis import HeadStatistics, density, entropy, record_attention
-from sparse_attn.observe import observed, tell
+from sparse_attn.observe import announce, observed, tell
 
 N, L, S, E, H = 2, 5, 7, 12, 4
 
@@ -158,8 +159,23 @@ def test_pairs_outside_a_window_are_not_visible() -> None:
     assert record[""].support_size.tolist() == pytest.approx([1 + (1 + 4 * 2) / 5] * H)  # with the key of the layer
 
 
-def test_queries_that_see_nothing_do_not_count() -> None:
-    layer = sparse_layer()
+def test_pairs_that_a_bias_of_positions_hides_are_not_visible() -> None:
+    layer = sparse_layer(alpha_range=(0.5, 2.0), add_bias_kv=True)
+    nn.init.constant_(layer.raw_alpha, 1.0)
+    x = torch.randn(N, L, E)
+    bias = torch.randn(H, L, L).masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -math.inf)
+    padding = torch.arange(L).expand(N, L) >= torch.tensor([[L], [3]])
+    with record_attention(layer) as record:
+        layer(x, x, x, position_bias=bias, key_padding_mask=padding)
+        layer(x[1], x[1], x[1], position_bias=bias, key_padding_mask=padding[1])
+    assert record[""].density.tolist() == [1.0] * H
+    whole, padded = 1 + 2 + 3 + 4 + 5, 1 + 2 + 3 + 3 + 3
+    assert record[""].support_size.tolist() == pytest.approx([1 + (whole + 2 * padded) / (3 * L)] * H)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "torch's"])
+def test_queries_that_see_nothing_do_not_count(kind: str) -> None:
+    layer = sparse_layer() if kind == "sparse" else nn.MultiheadAttention(E, H, batch_first=True)
     x = torch.randn(N, L, E)
     padding = torch.zeros(N, L, dtype=torch.bool)
     padding[1] = True
@@ -332,12 +348,9 @@ def test_sparse_attention_tells(heads: int | None, masks: str) -> None:
 
 
 class OwnBlock(nn.Module):
-    """Attention as it is called by a model of others, which says by its config that it runs on ours."""
+    """A block of a user, who tells what it attends to."""
 
-    def __init__(self, implementation: str) -> None:
-        super().__init__()
-        self.config = type("Config", (), {"_attn_implementation": implementation})()
-        self.alpha = 2.0
+    alpha = 2.0
 
     def forward(self, scores: Tensor) -> Tensor:
         weights = scores.softmax(-1).round(decimals=1)
@@ -347,25 +360,142 @@ class OwnBlock(nn.Module):
         return weights
 
 
-def test_attention_that_was_registered_tells() -> None:
-    model, other = nn.Sequential(nn.Identity(), OwnBlock("entmax")), OwnBlock("entmax")
+class OtherBlock(OwnBlock):
+    """One that nobody has announced."""
+
+
+def is_own_block(module: nn.Module) -> bool:
+    return type(module) is OwnBlock
+
+
+def test_attention_that_was_announced_tells() -> None:
+    model, other = nn.Sequential(nn.Identity(), OwnBlock()), OwnBlock()
     scores = torch.randn(N, H, L, S)
+    for _ in range(2):
+        announce(is_own_block)
     with record_attention(model) as record:
         weights = model(scores)
         other(scores)  # somebody else's
     assert list(record) == ["1"] and not observed()
     assert_statistics(record["1"], [(weights, torch.tensor(True))])
     assert record["1"].alpha is not None and record["1"].alpha.tolist() == [2.0] * H
-    with (
-        pytest.raises(ValueError, match="an attn_implementation of ours, such as 'entmax'; got OwnBlock without any"),
-        record_attention(OwnBlock("sdpa")),
-    ):
-        pass
+    with pytest.raises(ValueError, match="an attn_implementation of ours, such as 'entmax'; got OtherBlock without"):
+        record_attention(OtherBlock())
 
 
-def test_another_number_of_heads_is_refused() -> None:
-    layer = SparseAttention(k=2)
-    with record_attention(nn.Sequential(layer)):
-        layer(*torch.randn(3, N, 2, L, E))
-        with pytest.raises(ValueError, match="weights of '0' must have 2 heads as before, got 3"):
-            layer(*torch.randn(3, N, 3, L, E))
+def test_calls_with_another_number_of_heads_have_an_entry_of_their_own() -> None:
+    model = nn.Sequential(SparseAttention(k=2))
+    with record_attention(model) as record:
+        for heads in (2, 3, 2):
+            model[0](*torch.randn(3, N, heads, L, E))
+        model[0](*torch.randn(3, N, S, E))
+    assert {name: heads.rows.tolist() for name, heads in record.items()} == {
+        "0": [2 * N * L] * 2,
+        "0 (3 heads)": [N * L] * 3,
+        "0 (1 head)": [N * S],
+    }
+
+
+# Layers of one's own
+
+
+class Passing(nn.MultiheadAttention):
+    """Passes everything on to torch's."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        return super().forward(*args, **kwargs)
+
+
+class Renaming(nn.MultiheadAttention):
+    """Has arguments of its own and gives weights in torch's way."""
+
+    def forward(
+        self, x: Tensor, average_attn_weights: bool = True, need_weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        return super().forward(x, x, x, need_weights=need_weights, average_attn_weights=average_attn_weights)
+
+
+class SelfAttention(nn.MultiheadAttention):
+    """Cannot be asked for weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, x, x)[0]
+
+
+class Unhelpful(nn.MultiheadAttention):
+    """Takes the question and does not answer it."""
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return super().forward(x, x, x, **kwargs)[0]
+
+
+class Containing(nn.MultiheadAttention):
+    """Attends with layers that are recorded themselves."""
+
+    def __init__(self) -> None:
+        super().__init__(E, H, batch_first=True)
+        self.inner = nn.ModuleList([nn.MultiheadAttention(E, H, batch_first=True), sparse_layer()])
+        self.core = SparseAttention(k=2)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        for layer in self.inner:
+            value = layer(value, value, value)[0]
+        return super().forward(query, key, self.core(value, value, value), **kwargs)
+
+
+def test_subclasses_that_give_weights_are_recorded() -> None:
+    model = nn.ModuleDict({"a": Passing(E, H, batch_first=True), "b": Renaming(E, H, batch_first=True)})
+    x = torch.randn(N, L, E)
+    padding = torch.arange(L).expand(N, L) >= torch.tensor([[3], [5]])
+    with record_attention(model, weights=True) as record:
+        model["a"](x, x, x, padding, False)
+        for args in ((x,), (x, True), (x, True, False)):
+            assert model["b"](*args)[1] is None
+    assert record["a"].density.tolist() == [1.0] * H and record["a"].rows.tolist() == [N * L] * H
+    assert record["a"].support_size.tolist() == [4.0] * H
+    assert record["b"].rows.tolist() == [3 * N * L] * H
+    assert record["b"].weights is not None and record["b"].weights.shape == (N, H, L, L)
+
+
+def test_what_a_layer_attends_with_inside_counts_once() -> None:
+    model, x = Containing(), torch.randn(N, L, E)
+    with record_attention(model) as outer, record_attention(model) as inner:
+        model(x, x, x)
+    for record in (outer, inner):
+        assert {name: heads.rows.tolist() for name, heads in record.items()} == {
+            **dict.fromkeys(["inner.0", "inner.1", ""], [N * L] * H),
+            "core": [N * L],
+        }
+
+
+def test_a_subclass_that_cannot_be_asked_is_left_out() -> None:
+    layer, x = SelfAttention(E, H, batch_first=True), torch.randn(N, L, E)
+    model = nn.Sequential(layer, sparse_layer())
+    with pytest.warns(UserWarning, match="'0' is not recorded: SelfAttention.forward does not take need_weights and"):
+        context = record_attention(model)
+    with context as record:
+        assert torch.equal(layer(x), nn.MultiheadAttention.forward(layer, x, x, x)[0])
+        model[1](x, x, x)
+    assert list(record) == ["1"]
+    with pytest.raises(ValueError, match="got SelfAttention without any"):
+        record_attention(layer)
+
+
+def test_a_call_that_gives_no_weights_is_left_out_and_the_model_runs() -> None:
+    layer, x = Unhelpful(E, H, batch_first=True), torch.randn(N, L, E)
+    expected = layer(x)
+    with record_attention(layer) as record:
+        with pytest.warns(UserWarning, match="a call of '' is not recorded: TypeError: Unhelpful.forward gave no weig"):
+            assert torch.equal(layer(x), expected)
+        with warnings.catch_warnings(action="ignore"):
+            assert layer.to("meta")(x.to("meta")).shape == x.shape
+    assert not record
+
+
+def test_calls_inside_a_transform_are_left_out() -> None:
+    layer, x = sparse_layer(), torch.randn(N, 3, L, E)
+    with record_attention(layer) as record:
+        with pytest.warns(UserWarning, match="a call of '' is not recorded: RuntimeError: inside a transform of torch"):
+            torch.func.vmap(lambda x: layer(x, x, x)[0])(x)
+        layer(x[0], x[0], x[0])
+    assert record[""].rows.tolist() == [3 * L] * H

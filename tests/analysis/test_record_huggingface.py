@@ -57,5 +57,14 @@ def test_nothing_is_left_and_outputs_are_the_same() -> None:
 
 
 def test_a_model_that_does_not_run_on_ours_is_refused() -> None:
-    with pytest.raises(ValueError, match="attn_implementation of ours"), record_attention(build("bert", "sdpa")):
-        pass
+    with pytest.raises(ValueError, match="attn_implementation of ours"):
+        record_attention(build("bert", "sdpa"))
+
+
+def test_a_model_that_takes_the_name_and_ignores_it_is_refused() -> None:
+    register()
+    config = transformers.BloomConfig(vocab_size=23, hidden_size=E, n_layer=1, n_head=H)
+    model = transformers.AutoModel.from_config(config, attn_implementation="entmax")
+    assert model.config._attn_implementation == "entmax"
+    with pytest.raises(ValueError, match="attn_implementation of ours, such as 'entmax'; got BloomModel without any"):
+        record_attention(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -70,6 +71,33 @@ def test_gradients_and_dropout_are_those_without_a_record(sparse: bool, dropout:
     with record_attention(model):
         actual = gradients()
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_of_torchs_gives_exactly_what_it_gives_without(
+    dtype: torch.dtype, need_weights: bool, training: bool
+) -> None:
+    layer = nn.MultiheadAttention(E, H, dropout=0.3, batch_first=True).train(training)
+    x, padding = torch.randn(N, L, E), torch.zeros(N, L, dtype=torch.bool)
+    padding[0], padding[1, 3:] = not need_weights, True  # a row that sees nothing is NaN in torch where weights are
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(11)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output, weights = layer(x, x, x, key_padding_mask=padding, need_weights=need_weights)
+            again = layer(output, x, x, key_padding_mask=padding, need_weights=need_weights)[0]
+        gradients = torch.autograd.grad(again.square().sum(), list(layer.parameters()))
+        return [output, again, *gradients, torch.rand(3), *([weights] if need_weights else [])]
+
+    expected = run()
+    with record_attention(layer) as record:
+        actual = run()
+    assert all(torch.equal(a, b) and bool(b.isfinite().all()) for a, b in zip(actual, expected, strict=True))
+    if not training:
+        assert record[""].rows.tolist() == [2 * L * (2 if need_weights else 1)] * H
+    assert bool(record[""].entropy.isfinite().all())
 
 
 def test_after_dropout_less_of_the_support_is_left() -> None:
@@ -186,6 +214,22 @@ def test_a_hook_of_the_user_sees_what_the_caller_asked_for() -> None:
     assert seen == [None]
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["torch's", "sparse"])
+def test_a_copy_made_inside_is_not_recorded_and_loses_its_hooks(sparse: bool) -> None:
+    model = nn.TransformerEncoderLayer(E, H, 17, batch_first=True).eval()
+    if sparse:
+        replace_attention(model)
+    before, x = traces(model), torch.randn(N, L, E)
+    with record_attention(model) as record:
+        model(x)
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        copies[0](x)
+    for copied in copies:
+        torch.testing.assert_close(copied(x), model(x))
+        assert traces(copied) == before
+    assert record["self_attn"].rows.tolist() == [N * L] * H
+
+
 def test_nested_contexts_record_both() -> None:
     layer = sparse_layer()
     with record_attention(layer) as outer, record_attention(layer) as inner:
@@ -195,9 +239,15 @@ def test_nested_contexts_record_both() -> None:
 
 def test_a_model_without_attention() -> None:
     with (
-        pytest.raises(ValueError, match=r"nn\.MultiheadAttention or SparseAttention layers, .*got Linear without any"),
+        pytest.raises(ValueError, match=r"nn\.MultiheadAttention or SparseAttention layers .*got Linear without any"),
         record_attention(nn.Linear(2, 3)),
     ):
         pass
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"), record_attention("model"):
-        pass
+
+
+@pytest.mark.parametrize("model", [None, "model", nn.Linear, [nn.MultiheadAttention(E, H)]])
+def test_what_is_no_model_is_refused_before_the_context_opens(model: Any) -> None:
+    with pytest.raises(TypeError, match=rf"model must be a torch\.nn\.Module, got {type(model).__name__}"):
+        record_attention(model)
+    with pytest.raises(TypeError, match="weights must be a bool, got str"):
+        record_attention(nn.MultiheadAttention(E, H), weights="all")  # type: ignore[arg-type]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.integrations.huggingface.attention import learns_alpha, require_transformers
+from sparse_attn.integrations.huggingface.attention import calls_interface, learns_alpha, require_transformers
 from sparse_attn.nn.alpha import HeadAlpha, check_alpha_range, head_alpha
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ def _check_model(model: object) -> None:
 def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The attention modules that would use a learnt α, by name."""
     _check_model(model)
-    modules = {name: module for name, module in model.named_modules() if _calls_interface(module)}
+    modules = {name: module for name, module in model.named_modules() if calls_interface(module)}
     if not modules:
         raise ValueError(
             "model must attend through transformers' attention interface, got none of that in "
@@ -136,13 +135,6 @@ def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
             'model.set_attn_implementation("entmax") first'
         )
     return chosen
-
-
-def _calls_interface(module: nn.Module) -> bool:
-    # The name is what all of transformers' attention modules have in common, and what it looks for itself (in
-    # `PreTrainedModel._can_set_attn_implementation`). Of the class: accelerate puts another forward on the module.
-    forward = inspect.unwrap(type(module).forward)
-    return hasattr(forward, "__code__") and "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
 
 
 def num_heads(name: str, module: nn.Module) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from sparse_attn.checks import check_alpha
 from sparse_attn.masks import causal_mask, visible_pairs
 from sparse_attn.nn.alpha import head_alpha
-from sparse_attn.observe import observed, tell
+from sparse_attn.observe import announce, observed, tell
 from sparse_attn.ops.attention import ScoreMapping, attend, entmax_mapping, topk_mapping
 
 _DEFAULT_ALPHA = 1.5
@@ -89,11 +90,25 @@ def register(name: str | None = None, *, alpha: float | None = None, k: int | No
         AttentionInterface.register(key, attention_function(mapping))
         AttentionMaskInterface.register(key, sdpa_mask)
     _registered.update(wanted)
+    announce(_attends_with_ours)
 
 
 def learns_alpha(name: str | None) -> bool:
     """Whether that ``attn_implementation`` uses an α on the module."""
     return name in _registered and _registered[name] is None
+
+
+def calls_interface(module: nn.Module) -> bool:
+    """Whether a module calls the function that its ``attn_implementation`` names."""
+    # The name is what all of transformers' attention modules have in common, and what it looks for itself (in
+    # `PreTrainedModel._can_set_attn_implementation`). Of the class: accelerate puts another forward on the module.
+    forward = inspect.unwrap(type(module).forward)
+    return hasattr(forward, "__code__") and "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
+
+
+def _attends_with_ours(module: nn.Module) -> bool:
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return isinstance(name, str) and name in _registered and calls_interface(module)
 
 
 def require_transformers() -> None:
