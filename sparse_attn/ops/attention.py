@@ -174,13 +174,12 @@ def attend(
     check_dropout(dropout_p, "dropout_p")
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal=True, got both; put the causal part into the mask")
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if not need_weights and isinstance(mapping, ScoreMapping) and mapping.k is None and can_fuse(query, key, value):
-        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         return fused(query, key, value, mapping.alpha, attn_mask, dropout_p, is_causal, scale), None
     if enable_gqa:
         group = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     large = query.shape[-2] * key.shape[-2] >= _LARGE
     if large and not need_weights and isinstance(mapping, ScoreMapping) and _is_plain(query, attn_mask):
         return _in_blocks(query, key, value, mapping, attn_mask, dropout_p, is_causal, scale), None
