@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn.checks import check_alpha
-from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_inside, fill, whole
+from sparse_attn.nn.alpha import WideAlpha, alpha_modules, bounded_alpha, check_inside, fill, whole
 
 
 def alpha_param_groups(
@@ -123,7 +123,7 @@ def set_alpha(model: nn.Module, value: float | Sequence[float] | Tensor | Mappin
         >>> model.alpha.detach()
         tensor([1.2500, 2.0000])
     """
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, WideAlpha)}
+    modules = alpha_modules(model)
     if not modules:
         raise ValueError(f"model must hold an α, got none in {type(model).__name__}")
     values = value if isinstance(value, Mapping) else dict.fromkeys(modules, value)
@@ -257,7 +257,7 @@ def alpha_penalty(
 
 def _learnt(model: nn.Module, *, strict: bool = True) -> list[tuple[WideAlpha, nn.Parameter]]:
     """The modules whose α is a parameter, frozen or not, each with that parameter."""
-    modules = [module for module in model.modules() if isinstance(module, WideAlpha)]
+    modules = alpha_modules(model).values()
     # By its place, not its type: ``torch.func.functional_call`` puts plain tensors there.
     places = [(module, module._parameters.get("raw_alpha")) for module in modules]
     found = [(module, raw_alpha) for module, raw_alpha in places if raw_alpha is not None]

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_attn import AdaptiveSparseMultiheadAttention, Entmax, EntmaxLoss, alpha_per_head, replace_attention
-from sparse_attn.nn.alpha import WideAlpha
+from sparse_attn.nn.alpha import HeadAlpha, WideAlpha
 from sparse_attn.optim import (
     alpha_param_groups,
     alpha_penalty,
@@ -482,6 +482,60 @@ def test_lora(make: Callable[[], nn.Module], targets: dict[str, Any]) -> None:
         assert bool((trained != output).any())
         merged = model.merge_and_unload()
         torch.testing.assert_close(merged(x), trained)
+
+
+class Projected(nn.Module):
+    """A projection for adapters, an attention of ours, and one of others with an α of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(E, E)
+        self.inner = nn.Sequential(AdaptiveSparseMultiheadAttention(E, H, alpha_init=1.25))
+        self.other = nn.Module()
+        self.other.sparse_alpha = HeadAlpha(H, alpha_init=1.25)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return self.inner[0](x, x, x)[0] * self.other.sparse_alpha.alpha.sum()
+
+
+@pytest.mark.parametrize("saved", [["sparse_alpha", "inner.0"], ["sparse_alpha", "inner"]])
+def test_what_peft_keeps_beside_a_saved_module_does_not_count(saved: list[str]) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["linear"], modules_to_save=saved)
+    model = peft.get_peft_model(Projected(), config)
+    prefix = "base_model.model."
+    assert list(alpha_per_head(model)) == [prefix + "inner.0", prefix + "other"]
+    dead = [p for name, p in model.named_parameters() if "original_module" in name and "raw_alpha" in name]
+    assert len(dead) == 2
+
+    unfreeze_alpha(model)
+    assert not any(p.requires_grad for p in dead)
+    assert len(alpha_param_groups(model, lr=0.1)[-1]["params"]) == 2
+    alpha_penalty(model).backward()
+    live = [p for name, p in model.named_parameters() if "modules_to_save" in name and "raw_alpha" in name]
+    assert [p.grad.tolist() for p in live if p.grad is not None] == [[-0.25] * H] * 2
+
+    kept = alpha_per_head(model)
+    set_alpha(model, 1.75)
+    assert all(p.tolist() == [1.75] * H for p in live) and all(p.tolist() == [1.25] * H for p in dead)
+    set_alpha(model, kept)
+    assert all(p.tolist() == [1.25] * H for p in live)
+
+    model.add_adapter("second", config)
+    set_alpha(model, 1.5)
+    model.set_adapter("second")
+    assert all(alpha.tolist() == [1.25] * H for alpha in alpha_per_head(model).values())
+    set_alpha(model, 1.875)
+    with model.disable_adapter():
+        assert all(alpha.tolist() == [1.25] * H for alpha in alpha_per_head(model).values())
+    model.set_adapter("default")
+    assert all(alpha.tolist() == [1.5] * H for alpha in alpha_per_head(model).values())
+    merged = model.merge_and_unload()
+    assert {name: alpha.tolist() for name, alpha in alpha_per_head(merged).items()} == {
+        "inner.0": [1.5] * H,
+        "other": [1.5] * H,
+    }
 
 
 def test_lora_on_a_whole_attention_is_refused_by_peft() -> None:

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn.masks import Window
-from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_alpha_range, fill, head_alpha, initial_alpha, whole
+from sparse_attn.nn.alpha import (
+    HeadAlpha,
+    WideAlpha,
+    alpha_modules,
+    bounded_alpha,
+    check_alpha_range,
+    fill,
+    initial_alpha,
+    whole,
+)
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.nn.positions import Positions
 from sparse_attn.ops.attention import ScoreMapping, entmax_mapping
@@ -165,18 +174,27 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
 def alpha_per_head(model: nn.Module) -> dict[str, Tensor]:
     """The current α of every head of every α-entmax layer in a model.
 
+    Args:
+        model: The model, which may be wrapped.
+
     Returns:
         ``{layer name: (num_heads,) tensor}`` in the order of ``model.named_modules()``, copies without a graph; empty
         without such layers. An attention module of another library counts where it has been given a learnt α. Of a
         model that is sharded over processes (FSDP2) whole tensors; each has to ask for them.
+
+    Raises:
+        TypeError: ``model`` is no module.
 
     Example:
         >>> model = nn.Sequential(AdaptiveSparseMultiheadAttention(8, 2, alpha_init=[1.25, 1.75]))
         >>> alpha_per_head(model)
         {'0': tensor([1.2500, 1.7500])}
     """
-    layers = (
-        (name, module if isinstance(module, AdaptiveSparseMultiheadAttention) else head_alpha(module))
-        for name, module in model.named_modules()
-    )
-    return {name: whole(layer.alpha.detach()).clone() for name, layer in layers if layer is not None}
+    alphas = {}
+    for name, module in alpha_modules(model).items():
+        if isinstance(module, HeadAlpha) and name.rpartition(".")[2] == "sparse_alpha":
+            name = name.rpartition(".")[0]  # that of the attention it has been given to
+        elif not isinstance(module, AdaptiveSparseMultiheadAttention):
+            continue
+        alphas[name] = whole(module.alpha.detach()).clone()
+    return alphas
