@@ -21,6 +21,7 @@ from sparse_attn.nn.alpha import (
 )
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.nn.positions import Positions
+from sparse_attn.nn.sparse import SparseAttention
 from sparse_attn.ops.attention import ScoreMapping, entmax_mapping
 
 
@@ -179,8 +180,9 @@ def alpha_per_head(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         ``{layer name: (num_heads,) tensor}`` in the order of ``model.named_modules()``, copies without a graph; empty
-        without such layers. An attention module of another library counts where it has been given a learnt α. Of a
-        model that is sharded over processes (FSDP2) whole tensors; each has to ask for them.
+        without such layers. A ``SparseAttention`` counts where its α is (H,), an attention module of another library
+        where it has been given a learnt α: also while its ``attn_implementation`` is another, and the α has no effect.
+        Of a model that is sharded over processes (FSDP2) whole tensors; each has to ask for them.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -194,7 +196,9 @@ def alpha_per_head(model: nn.Module) -> dict[str, Tensor]:
     for name, module in alpha_modules(model).items():
         if isinstance(module, HeadAlpha) and name.rpartition(".")[2] == "sparse_alpha":
             name = name.rpartition(".")[0]  # that of the attention it has been given to
-        elif not isinstance(module, AdaptiveSparseMultiheadAttention):
+        elif not isinstance(module, AdaptiveSparseMultiheadAttention | SparseAttention):
             continue
-        alphas[name] = whole(module.alpha.detach()).clone()
+        alpha = module.alpha
+        if isinstance(alpha, Tensor) and alpha.dim() == 1:
+            alphas[name] = whole(alpha.detach()).clone()
     return alphas

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.checks import check_alpha, check_module
+from sparse_attn.checks import check_alpha, check_bool, check_module
 from sparse_attn.transforms import needs_plain_operations
 
 if TYPE_CHECKING:
@@ -189,6 +189,7 @@ class HoldsAlpha(WideAlpha):
     def __init__(self, alpha: float | Tensor, *, learn_alpha: bool, alpha_range: tuple[float, float]) -> None:
         super().__init__()
         check_alpha(alpha)
+        check_bool(learn_alpha, "learn_alpha")
         self.alpha_range = check_alpha_range(alpha_range)
         self.learn_alpha = learn_alpha or isinstance(alpha, nn.Parameter)
         if self.learn_alpha:
