@@ -165,11 +165,10 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
         own = f"alpha_init={init}, alpha_range={self.alpha_range}, learn_alpha={self.learn_alpha}"
         return ", ".join(filter(None, (own, super().extra_repr())))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if self.raw_alpha is not None:
-            current = self._initial_raw_alpha() if self.raw_alpha.is_meta else self.raw_alpha.detach()
-            state_dict.setdefault(prefix + "raw_alpha", current)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _alpha_without_checkpoint(self) -> Tensor | None:
+        if self.raw_alpha is None:
+            return None
+        return self._initial_raw_alpha() if self.raw_alpha.is_meta else self.raw_alpha.detach()
 
 
 def alpha_per_head(model: nn.Module) -> dict[str, Tensor]:
