@@ -8,20 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_attn.checks import check_bool
 from sparse_attn.masks import Window
-from sparse_attn.nn.alpha import (
-    HeadAlpha,
-    WideAlpha,
-    alpha_modules,
-    bounded_alpha,
-    check_alpha_range,
-    fill,
-    initial_alpha,
-    whole,
-)
+from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_alpha_range, fill, initial_alpha
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.nn.positions import Positions
-from sparse_attn.nn.sparse import SparseAttention
 from sparse_attn.ops.attention import ScoreMapping, entmax_mapping
 
 
@@ -126,6 +117,7 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
             positions=positions,
             length_scaling=length_scaling,
         )
+        check_bool(learn_alpha, "learn_alpha")
         self.alpha_range = check_alpha_range(alpha_range)
         self.learn_alpha = learn_alpha
         alpha = initial_alpha(alpha_init, self.alpha_range if learn_alpha else None, num_heads)
@@ -169,35 +161,3 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
         if self.raw_alpha is None:
             return None
         return self._initial_raw_alpha() if self.raw_alpha.is_meta else self.raw_alpha.detach()
-
-
-def alpha_per_head(model: nn.Module) -> dict[str, Tensor]:
-    """The current α of every head of every α-entmax layer in a model.
-
-    Args:
-        model: The model, which may be wrapped.
-
-    Returns:
-        ``{layer name: (num_heads,) tensor}`` in the order of ``model.named_modules()``, copies without a graph; empty
-        without such layers. A ``SparseAttention`` counts where its α is (H,), an attention module of another library
-        where it has been given a learnt α: also while its ``attn_implementation`` is another, and the α has no effect.
-        Of a model that is sharded over processes (FSDP2) whole tensors; each has to ask for them.
-
-    Raises:
-        TypeError: ``model`` is no module.
-
-    Example:
-        >>> model = nn.Sequential(AdaptiveSparseMultiheadAttention(8, 2, alpha_init=[1.25, 1.75]))
-        >>> alpha_per_head(model)
-        {'0': tensor([1.2500, 1.7500])}
-    """
-    alphas = {}
-    for name, module in alpha_modules(model).items():
-        if isinstance(module, HeadAlpha) and name.rpartition(".")[2] == "sparse_alpha":
-            name = name.rpartition(".")[0]  # that of the attention it has been given to
-        elif not isinstance(module, AdaptiveSparseMultiheadAttention | SparseAttention):
-            continue
-        alpha = module.alpha
-        if isinstance(alpha, Tensor) and alpha.dim() == 1:
-            alphas[name] = whole(alpha.detach()).clone()
-    return alphas

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.checks import check_alpha, check_bool, check_module
+from sparse_attn.checks import check_alpha, check_bool
 from sparse_attn.transforms import needs_plain_operations
 
 if TYPE_CHECKING:
@@ -331,39 +331,6 @@ class HeadAlpha(WideAlpha):
     def extra_repr(self) -> str:
         """The current values and their range."""
         return f"alpha={shown(self.alpha)}, alpha_range={self.alpha_range}"
-
-
-def alpha_modules(model: nn.Module) -> dict[str, WideAlpha]:
-    """Every module with an α that the model computes with, by name; one that is at several places by its first.
-
-    PEFT's `modules_to_save` keeps the module it has copied, and the copies of adapters that are not active. They are
-    left out, and what counts has the name that it had before it was wrapped.
-    """
-    check_module(model)
-    found: dict[str, WideAlpha] = {}
-    _collect(model, "", found, set())
-    return found
-
-
-def _collect(module: nn.Module, name: str, found: dict[str, WideAlpha], seen: set[nn.Module]) -> None:
-    module = _unwrapped(module)
-    if module in seen:
-        return
-    seen.add(module)
-    if isinstance(module, WideAlpha):
-        found[name] = module
-    for child_name, child in module.named_children():
-        _collect(child, f"{name}.{child_name}" if name else child_name, found, seen)
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """What PEFT's wrapper passes its input on to; any other module itself."""
-    original, copies = module._modules.get("original_module"), module._modules.get("modules_to_save")
-    if original is None or not isinstance(copies, nn.ModuleDict):
-        return module
-    wrapper = cast(Any, module)
-    active = () if wrapper.disable_adapters else wrapper.active_adapters
-    return next((copies[adapter] for adapter in active if adapter in copies), original)
 
 
 def head_alpha(module: nn.Module) -> HeadAlpha | None:
