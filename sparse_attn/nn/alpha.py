@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _MARGIN = 0.02
 # Of the range: how far a large step or momentum may have carried a parameter past a bound in a training that goes on.
 _CARRIED = 0.5
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class _BoundedInGraphs(torch.autograd.Function):
@@ -161,7 +162,7 @@ class WideAlpha(nn.Module):
             return super()._apply(fn, recurse)
         before = self.raw_alpha.detach()
         super()._apply(fn, recurse)
-        if self.raw_alpha.dtype in (torch.float16, torch.bfloat16):
+        if self.raw_alpha.dtype in _HALF:
             self.raw_alpha.data = before.to(self.raw_alpha.device, torch.float32)
         return self
 
@@ -201,7 +202,7 @@ class WideAlpha(nn.Module):
             if error is not None:
                 error_msgs.append(error)
                 state_dict[key] = current.clone()  # stays as it is
-            elif state_dict[key].dtype in (torch.float16, torch.bfloat16):
+            elif state_dict[key].dtype in _HALF:
                 state_dict[key] = state_dict[key].detach().float()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -252,6 +253,8 @@ class HoldsAlpha(WideAlpha):
                 alpha = nn.Parameter(number.detach().clone())
         if isinstance(alpha, Tensor):
             hold(self, "raw_alpha", alpha)
+            if alpha.dtype in _HALF:
+                self.alpha_as_tensor().data = alpha.detach().float()
         else:
             self.raw_alpha, self._number = None, float(alpha)
 
@@ -281,8 +284,10 @@ def hold(module: nn.Module, name: str, value: float | Tensor) -> None:
 
 
 def shown(value: float | Tensor) -> object:
-    """A number, or the values of a tensor, for ``extra_repr``."""
-    return value.tolist() if isinstance(value, Tensor) else value
+    """A number, or the values of a tensor that has some, for ``extra_repr``."""
+    if isinstance(value, Tensor):
+        return f"<{tuple(value.shape)} on meta>" if value.is_meta else value.tolist()
+    return value
 
 
 class HeadAlpha(WideAlpha):

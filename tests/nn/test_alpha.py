@@ -320,3 +320,19 @@ def test_a_checkpoint_in_half_precision_is_widened(make: Any, assign: bool) -> N
     module.load_state_dict({**module.state_dict(), "raw_alpha": alpha}, assign=assign)
     assert module.raw_alpha.dtype == torch.float32 and set(module.raw_alpha.flatten().tolist()) == {1.75}
     assert module.raw_alpha.requires_grad == isinstance(module, AdaptiveSparseMultiheadAttention)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", [nn.Parameter, torch.clone])
+def test_an_alpha_that_is_given_in_half_precision_is_widened(kind: Any, dtype: torch.dtype) -> None:
+    given = kind(torch.tensor([1.25, 1.5], dtype=dtype))
+    module = Entmax(given)
+    assert module.raw_alpha.dtype == torch.float32 and module.raw_alpha.tolist() == [1.25, 1.5]
+    assert (module.raw_alpha is given) == isinstance(given, nn.Parameter)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Entmax(torch.full((H, 1, 1), 1.5)), lambda: SparseAttention(alpha=torch.ones(H))]
+)
+def test_repr_without_memory(make: Any) -> None:
+    assert f"alpha=<({H}," in repr(make().to("meta"))
