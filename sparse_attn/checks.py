@@ -6,7 +6,7 @@ import math
 from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -101,10 +101,27 @@ def check_int(value: int, name: str) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
 
 
+def check_number(value: float, name: str) -> None:
+    """Raise unless ``value`` is a real number."""
+    if isinstance(value, bool) or not isinstance(value, Real | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_bool(value: bool, name: str) -> None:
+    """Raise unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_module(model: nn.Module, name: str = "model") -> None:
+    """Raise unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def check_dropout(dropout: float, name: str = "dropout") -> None:
     """Raise unless ``dropout`` is a probability."""
-    if isinstance(dropout, bool) or not isinstance(dropout, Real):
-        raise TypeError(f"{name} must be a number, got {dropout!r}")
+    check_number(dropout, name)
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {dropout}")
 

@@ -13,8 +13,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.checks import check_alpha
+from sparse_attn.checks import check_alpha, check_number, check_number_or_tensor
 from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_inside, fill, whole
+from sparse_attn.nn.model_alpha import FilterFn, alpha_modules, of_attention
+
+__all__ = [
+    "FilterFn",
+    "alpha_param_groups",
+    "alpha_penalty",
+    "check_set_alpha",
+    "freeze_alpha",
+    "linear_alpha",
+    "of_attention",
+    "project_alpha",
+    "set_alpha",
+    "unfreeze_alpha",
+]
 
 
 def alpha_param_groups(
@@ -35,6 +49,7 @@ def alpha_param_groups(
         Up to three groups, empty ones left out: weights that decay, those that do not, and α.
 
     Raises:
+        TypeError: ``model`` is no module, or a rate or ``weight_decay`` no number.
         ValueError: A rate or ``weight_decay`` is negative, or there is no learnt α and ``strict`` is True.
 
     Example:
@@ -47,6 +62,7 @@ def alpha_param_groups(
     """
     alpha_lr = lr if alpha_lr is None else alpha_lr
     for name, value in {"lr": lr, "weight_decay": weight_decay, "alpha_lr": alpha_lr}.items():
+        check_number_or_tensor(value, name)
         if not value >= 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
     alphas = {id(raw_alpha) for _, raw_alpha in _learnt(model, strict=strict)}
@@ -65,6 +81,7 @@ def freeze_alpha(model: nn.Module) -> None:
         model: The model. Wrap it for distributed training after this, not before.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: There is no learnt α.
 
     Example:
@@ -86,6 +103,7 @@ def unfreeze_alpha(model: nn.Module) -> None:
         model: The model. An optimizer made while α was frozen may not have it: see :func:`alpha_param_groups`.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: No α is a parameter (``learn_alpha=True``).
 
     Example:
@@ -99,7 +117,12 @@ def unfreeze_alpha(model: nn.Module) -> None:
         raw_alpha.requires_grad_()
 
 
-def set_alpha(model: nn.Module, value: float | Sequence[float] | Tensor | Mapping[str, Any]) -> None:
+def set_alpha(
+    model: nn.Module,
+    value: float | Sequence[float] | Tensor | Mapping[str, Any],
+    *,
+    filter_fn: FilterFn | None = None,
+) -> None:
     """Set every α, learnt or fixed, in place.
 
     ``torch.compile`` does not recompile for it. Only where a fixed α is still a number it becomes a buffer, which is in
@@ -110,11 +133,14 @@ def set_alpha(model: nn.Module, value: float | Sequence[float] | Tensor | Mappin
         value: One α for all heads, one per head, or ``{module name: either}``, as
             :func:`sparse_attn.alpha_per_head` returns it, for the modules named; a module that holds a single α may
             stand for it.
+        filter_fn: Called with the name and module of each α, such as :func:`of_attention`; only where it returns True
+            is α set.
 
     Raises:
-        TypeError: ``value`` is neither numbers nor a floating tensor.
-        ValueError: There is no α in the model or under a name, a shape does not fit, α is outside ``(0, inf)``, or
-            outside the ``alpha_range`` of a learnt one. Nothing is changed then.
+        TypeError: ``model`` is no module, ``value`` neither numbers nor a floating tensor, or ``filter_fn`` no
+            function.
+        ValueError: There is no α in the model, under a name, or that ``filter_fn`` accepts, a shape does not fit, α is
+            outside ``(0, inf)``, or outside the ``alpha_range`` of a learnt one. Nothing is changed then.
 
     Example:
         >>> from sparse_attn import AdaptiveSparseMultiheadAttention
@@ -123,20 +149,35 @@ def set_alpha(model: nn.Module, value: float | Sequence[float] | Tensor | Mappin
         >>> model.alpha.detach()
         tensor([1.2500, 2.0000])
     """
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, WideAlpha)}
-    if not modules:
-        raise ValueError(f"model must hold an α, got none in {type(model).__name__}")
-    values = value if isinstance(value, Mapping) else dict.fromkeys(modules, value)
-    checked = []
-    for name, alpha in values.items():
-        # An attention that is not ours goes by its own name, and not by that of the one α it holds.
-        held = [module for inner, module in modules.items() if inner.rpartition(".")[0] == name]
-        module = modules.get(name, held[0] if len(held) == 1 else None)
-        if module is None:
-            raise ValueError(f"value must be for modules with an α, {', '.join(map(repr, modules))}, got {name!r}")
-        checked.append((module, _fitting(name, module, alpha)))
-    for module, alpha in checked:
+    for module, alpha in _fitted(model, value, filter_fn):
         fill(module.alpha_as_tensor(), alpha)
+
+
+def check_set_alpha(
+    model: nn.Module,
+    value: float | Sequence[float] | Tensor | Mapping[str, Any],
+    *,
+    filter_fn: FilterFn | None = None,
+) -> None:
+    """Raise what :func:`set_alpha` would, and change nothing: to look at the end of a schedule before it begins.
+
+    Args:
+        model: The model.
+        value: As in :func:`set_alpha`.
+        filter_fn: As in :func:`set_alpha`.
+
+    Raises:
+        TypeError: As :func:`set_alpha`.
+        ValueError: As :func:`set_alpha`.
+
+    Example:
+        >>> from sparse_attn import AdaptiveSparseMultiheadAttention
+        >>> check_set_alpha(AdaptiveSparseMultiheadAttention(8, 2), 2.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: value must be in alpha_range [1, 2], got 2.5
+    """
+    _fitted(model, value, filter_fn)
 
 
 def linear_alpha(step: float, start: float, end: float, *, first_step: float = 0, last_step: float) -> float:
@@ -153,6 +194,7 @@ def linear_alpha(step: float, start: float, end: float, *, first_step: float = 0
         last_step: Where it ends, above ``first_step``.
 
     Raises:
+        TypeError: An argument is no number.
         ValueError: An α is outside ``(0, inf)``, or ``last_step`` not above ``first_step``.
 
     Example:
@@ -168,6 +210,8 @@ def linear_alpha(step: float, start: float, end: float, *, first_step: float = 0
     Reference:
         Gonçalves, Treviso & Martins 2025 (ICML), "AdaSplash: Adaptive Sparse Flash Attention".
     """
+    for name, value in {"step": step, "first_step": first_step, "last_step": last_step}.items():
+        check_number(value, name)
     check_alpha(start, "start")
     check_alpha(end, "end")
     if not last_step > first_step:
@@ -188,6 +232,7 @@ def project_alpha(model: nn.Module) -> None:
         model: The model.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: There is no learnt α.
 
     Example:
@@ -204,7 +249,11 @@ def project_alpha(model: nn.Module) -> None:
 
 
 def alpha_penalty(
-    model: nn.Module, target: Literal["sparse", "dense"] | float = "sparse", *, strength: float = 1.0
+    model: nn.Module,
+    target: Literal["sparse", "dense"] | float = "sparse",
+    *,
+    strength: float = 1.0,
+    filter_fn: FilterFn | None = None,
 ) -> Tensor:
     r"""A term for the loss that draws every learnt α to the sparse end of its range, the dense one, or a number.
 
@@ -220,13 +269,17 @@ def alpha_penalty(
         model: The model.
         target: ``"sparse"``, ``"dense"``, or an α inside every ``alpha_range``.
         strength: λ, at least 0.
+        filter_fn: Called with the name and module of each α, such as :func:`of_attention`; only where it returns True
+            does α count.
 
     Returns:
         A scalar in float32 or wider, differentiable.
 
     Raises:
-        TypeError: ``target`` is no such word and no number.
-        ValueError: There is no learnt α, ``target`` is an unknown word or outside a range, or ``strength`` negative.
+        TypeError: ``model`` is no module, ``target`` no such word and no number, ``strength`` no number, or
+            ``filter_fn`` no function.
+        ValueError: There is no learnt α, or none that ``filter_fn`` accepts, ``target`` is an unknown word or outside
+            a range, or ``strength`` negative.
 
     Example:
         >>> from sparse_attn import AdaptiveSparseMultiheadAttention
@@ -235,11 +288,12 @@ def alpha_penalty(
         >>> model.raw_alpha.grad
         tensor([-0.0500, -0.0500])
     """
+    check_number_or_tensor(strength, "strength")
     if not 0 <= strength < math.inf:
         raise ValueError(f"strength must be in [0, inf), got {strength}")
     if isinstance(target, str) and target not in ("sparse", "dense"):
         raise ValueError(f"target must be 'sparse', 'dense' or a number, got {target!r}")
-    learnt = _learnt(model)
+    learnt = _learnt(model, filter_fn=filter_fn)
     if not isinstance(target, str):
         check_alpha(target, "target")
         for module, _ in learnt:
@@ -255,9 +309,25 @@ def alpha_penalty(
     return strength * torch.cat([term.to(terms[0].device) for term in terms]).mean()
 
 
-def _learnt(model: nn.Module, *, strict: bool = True) -> list[tuple[WideAlpha, nn.Parameter]]:
+def _chosen(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, WideAlpha]:
+    """The modules with an α that ``filter_fn`` accepts, by name; empty only where there is no α at all."""
+    modules = alpha_modules(model)
+    if filter_fn is None:
+        return modules
+    if not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function of name and module, or None, got {filter_fn!r}")
+    chosen = {name: module for name, module in modules.items() if filter_fn(name, module)}
+    if modules and not chosen:
+        names = ", ".join(map(repr, modules))
+        raise ValueError(f"filter_fn must accept at least one module with an α, got none of {names}")
+    return chosen
+
+
+def _learnt(
+    model: nn.Module, *, strict: bool = True, filter_fn: FilterFn | None = None
+) -> list[tuple[WideAlpha, nn.Parameter]]:
     """The modules whose α is a parameter, frozen or not, each with that parameter."""
-    modules = [module for module in model.modules() if isinstance(module, WideAlpha)]
+    modules = _chosen(model, filter_fn).values()
     # By its place, not its type: ``torch.func.functional_call`` puts plain tensors there.
     places = [(module, module._parameters.get("raw_alpha")) for module in modules]
     found = [(module, raw_alpha) for module, raw_alpha in places if raw_alpha is not None]
@@ -265,6 +335,23 @@ def _learnt(model: nn.Module, *, strict: bool = True) -> list[tuple[WideAlpha, n
         got = "fixed ones alone" if modules else "none"
         raise ValueError(f"model must hold an α that is a parameter (learn_alpha=True), got {got}")
     return found
+
+
+def _fitted(model: nn.Module, value: Any, filter_fn: FilterFn | None) -> list[tuple[WideAlpha, Tensor]]:
+    """The modules whose α is to be set, each with its value, checked."""
+    modules = _chosen(model, filter_fn)
+    if not modules:
+        raise ValueError(f"model must hold an α, got none in {type(model).__name__}")
+    values = value if isinstance(value, Mapping) else dict.fromkeys(modules, value)
+    fitted = []
+    for name, alpha in values.items():
+        # An attention that is not ours goes by its own name, and not by that of the one α it holds.
+        held = [module for inner, module in modules.items() if inner.rpartition(".")[0] == name]
+        module = modules.get(name, held[0] if len(held) == 1 else None)
+        if module is None:
+            raise ValueError(f"value must be for modules with an α, {', '.join(map(repr, modules))}, got {name!r}")
+        fitted.append((module, _fitting(name, module, alpha)))
+    return fitted
 
 
 def _fitting(name: str, module: WideAlpha, value: float | Sequence[float] | Tensor) -> Tensor:

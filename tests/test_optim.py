@@ -15,13 +15,22 @@ from torch.nn.utils import clip_grad_norm_, parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_attn import AdaptiveSparseMultiheadAttention, Entmax, EntmaxLoss, alpha_per_head, replace_attention
-from sparse_attn.nn.alpha import WideAlpha
+from sparse_attn import (
+    AdaptiveSparseMultiheadAttention,
+    Entmax,
+    EntmaxLoss,
+    SparseAttention,
+    alpha_per_head,
+    replace_attention,
+)
+from sparse_attn.nn.alpha import HeadAlpha, WideAlpha
 from sparse_attn.optim import (
     alpha_param_groups,
     alpha_penalty,
+    check_set_alpha,
     freeze_alpha,
     linear_alpha,
+    of_attention,
     project_alpha,
     set_alpha,
     unfreeze_alpha,
@@ -191,6 +200,54 @@ def test_set_alpha_takes_bounds_that_are_rounded() -> None:
         set_alpha(model, 1.90001)
 
 
+@pytest.mark.parametrize("value", [2.5, {"layers.0.self_attn": 1.5, "layers.1.self_attn": 2.5}])
+def test_a_value_can_be_checked_without_setting_it(value: Any) -> None:
+    model = encoder(alpha_init=1.25)
+    check_set_alpha(model, 1.75)
+    with pytest.raises(ValueError, match=r"must be in alpha_range \[1, 2\], got 2.5"):
+        check_set_alpha(model, value)
+    fixed = Entmax(1.25)
+    check_set_alpha(fixed, 1.75)
+    assert fixed.raw_alpha is None
+    assert all(alpha.tolist() == [1.25] * H for alpha in alpha_per_head(model).values())
+
+
+def test_a_filter_leaves_the_alpha_of_a_loss_to_the_objective() -> None:
+    model = Everything()
+    model.core = SparseAttention(alpha=1.25)
+    model.block = nn.ModuleDict({"sparse_alpha": HeadAlpha(H, alpha_init=1.25)})
+    set_alpha(model, 1.75, filter_fn=of_attention)
+    moved = (model.attention, model.fixed, model.core, model.block["sparse_alpha"])
+    assert all(set(torch.as_tensor(module.alpha).flatten().tolist()) == {1.75} for module in moved)
+    assert model.loss.alpha.item() == pytest.approx(1.6) and set(model.mapping.alpha.flatten().tolist()) == {1.5}
+
+    alpha_penalty(model, filter_fn=of_attention).backward()
+    assert model.loss.raw_alpha.grad is None and model.mapping.raw_alpha.grad is None
+    assert model.attention.raw_alpha.grad.tolist() == [-0.25] * H
+
+    seen = {}
+    set_alpha(model, 1.25, filter_fn=lambda name, module: seen.setdefault(name, module) is model.loss)
+    assert seen["attention"] is model.attention and list(seen)[-1] == "block.sparse_alpha"
+    assert model.loss.alpha.item() == 1.25 and set(model.attention.alpha.tolist()) == {1.75}
+    with pytest.raises(ValueError, match="value must be for modules with an α, 'loss', got 'attention'"):
+        set_alpha(model, {"attention": 1.5}, filter_fn=lambda name, module: name == "loss")
+
+
+@pytest.mark.parametrize(
+    "call", [lambda m, f: set_alpha(m, 1.5, filter_fn=f), lambda m, f: alpha_penalty(m, filter_fn=f)]
+)
+def test_a_filter_that_accepts_nothing_or_is_none(call: Callable[..., Any]) -> None:
+    model = encoder()
+    with pytest.raises(
+        ValueError, match=r"filter_fn must accept at least one .* got none of 'layers.0.self_attn', 'lay"
+    ):
+        call(model, lambda name, module: False)
+    with pytest.raises(TypeError, match="filter_fn must be a function of name and module, or None, got 'self_attn'"):
+        call(model, "self_attn")
+    with pytest.raises(ValueError, match=r"model must hold an α.*, got none"):
+        call(nn.Linear(2, 3), of_attention)
+
+
 def test_linear_alpha() -> None:
     values = [linear_alpha(step, 2.0, 1.0, first_step=3, last_step=7) for step in (-1, 0, 3, 4, 5, 7, 8)]
     assert values == [2.0, 2.0, 2.0, 1.75, 1.5, 1.0, 1.0]
@@ -292,6 +349,34 @@ def test_a_model_without_a_learnt_alpha(call: Callable[[nn.Module], Any], messag
 def test_wrong_arguments(call: Callable[[nn.Module], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(encoder())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        *(
+            (lambda _, f=f: f(None), "model must be a torch.nn.Module, got NoneType")
+            for f in (alpha_per_head, freeze_alpha, unfreeze_alpha, project_alpha, alpha_penalty)
+        ),
+        (lambda _: set_alpha([], 1.5), "model must be a torch.nn.Module, got list"),
+        (lambda _: alpha_param_groups(None, lr=0.1, strict=False), "model must be a torch.nn.Module, got NoneType"),
+        (lambda m: alpha_param_groups(m, lr="x"), "lr must be a number or a floating tensor, got str"),
+        (lambda m: alpha_param_groups(m, lr=0.1, alpha_lr="x"), "alpha_lr must be a number or .*, got str"),
+        (lambda m: alpha_param_groups(m, lr=0.1, weight_decay=None), "weight_decay must be a number .*, got NoneType"),
+        (lambda m: alpha_penalty(m, strength="x"), "strength must be a number or a floating tensor, got str"),
+        (lambda m: alpha_penalty(m, None), "target must be a number or a floating tensor, got NoneType"),
+        (lambda _: linear_alpha(1, 1.0, 2.0, last_step="9"), "last_step must be a number, got '9'"),
+        (lambda _: linear_alpha(1, 1.0, 2.0, first_step=None, last_step=9), "first_step must be a number, got None"),
+        (lambda _: linear_alpha("1", 1.0, 2.0, last_step=9), "step must be a number, got '1'"),
+        (lambda _: encoder(learn_alpha="no"), "learn_alpha must be True or False, got 'no'"),
+        (lambda _: Entmax(1.5, learn_alpha="no"), "learn_alpha must be True or False, got 'no'"),
+        (lambda _: EntmaxLoss(1.5, learn_alpha=None), "learn_alpha must be True or False, got None"),
+    ],
+)
+def test_arguments_of_another_type(call: Callable[[nn.Module], Any], message: str) -> None:
+    model = encoder()
+    with pytest.raises(TypeError, match=message):
+        call(model)
 
 
 # In company
@@ -482,6 +567,60 @@ def test_lora(make: Callable[[], nn.Module], targets: dict[str, Any]) -> None:
         assert bool((trained != output).any())
         merged = model.merge_and_unload()
         torch.testing.assert_close(merged(x), trained)
+
+
+class Projected(nn.Module):
+    """A projection for adapters, an attention of ours, and one of others with an α of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(E, E)
+        self.inner = nn.Sequential(AdaptiveSparseMultiheadAttention(E, H, alpha_init=1.25))
+        self.other = nn.Module()
+        self.other.sparse_alpha = HeadAlpha(H, alpha_init=1.25)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return self.inner[0](x, x, x)[0] * self.other.sparse_alpha.alpha.sum()
+
+
+@pytest.mark.parametrize("saved", [["sparse_alpha", "inner.0"], ["sparse_alpha", "inner"]])
+def test_what_peft_keeps_beside_a_saved_module_does_not_count(saved: list[str]) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["linear"], modules_to_save=saved)
+    model = peft.get_peft_model(Projected(), config)
+    prefix = "base_model.model."
+    assert list(alpha_per_head(model)) == [prefix + "inner.0", prefix + "other"]
+    dead = [p for name, p in model.named_parameters() if "original_module" in name and "raw_alpha" in name]
+    assert len(dead) == 2
+
+    unfreeze_alpha(model)
+    assert not any(p.requires_grad for p in dead)
+    assert len(alpha_param_groups(model, lr=0.1)[-1]["params"]) == 2
+    alpha_penalty(model).backward()
+    live = [p for name, p in model.named_parameters() if "modules_to_save" in name and "raw_alpha" in name]
+    assert [p.grad.tolist() for p in live if p.grad is not None] == [[-0.25] * H] * 2
+
+    kept = alpha_per_head(model)
+    set_alpha(model, 1.75)
+    assert all(p.tolist() == [1.75] * H for p in live) and all(p.tolist() == [1.25] * H for p in dead)
+    set_alpha(model, kept)
+    assert all(p.tolist() == [1.25] * H for p in live)
+
+    model.add_adapter("second", config)
+    set_alpha(model, 1.5)
+    model.set_adapter("second")
+    assert all(alpha.tolist() == [1.25] * H for alpha in alpha_per_head(model).values())
+    set_alpha(model, 1.875)
+    with model.disable_adapter():
+        assert all(alpha.tolist() == [1.25] * H for alpha in alpha_per_head(model).values())
+    model.set_adapter("default")
+    assert all(alpha.tolist() == [1.5] * H for alpha in alpha_per_head(model).values())
+    merged = model.merge_and_unload()
+    assert {name: alpha.tolist() for name, alpha in alpha_per_head(merged).items()} == {
+        "inner.0": [1.5] * H,
+        "other": [1.5] * H,
+    }
 
 
 def test_lora_on_a_whole_attention_is_refused_by_peft() -> None:

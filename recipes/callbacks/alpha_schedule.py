@@ -7,11 +7,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from sparse_attn.optim import linear_alpha, set_alpha
+from sparse_attn.optim import FilterFn, check_set_alpha, linear_alpha, of_attention, set_alpha
 
 
 class AlphaSchedule(L.Callback):
-    """Moves every α of the model on a straight line between two optimizer steps, whether it is learnt or fixed.
+    """Moves the α of attention on a straight line between two optimizer steps, whether it is learnt or fixed.
 
     A learnt α follows the line up to ``last_step`` and learns from there. For any LightningModule.
 
@@ -20,14 +20,27 @@ class AlphaSchedule(L.Callback):
         end: α at ``last_step``; of a fixed α also after it.
         first_step: Optimizer step at which the line begins.
         last_step: The one at which it ends, above ``first_step``.
+        filter_fn: Called with the name and module of each α; only where it returns True does α move. By default that
+            of attention layers; None is for all, also the α of a loss, which changes what is trained for.
 
     Raises:
+        TypeError: A step or an α is no number.
         ValueError: α is outside ``(0, inf)``, or ``last_step`` not above ``first_step``; before the training begins,
-            the model has no α, or a learnt one whose range leaves ``start`` or ``end`` out.
+            the model has no α that ``filter_fn`` accepts, or a learnt one whose range leaves ``start`` or ``end`` out.
+            No α has been changed then.
     """
 
-    def __init__(self, *, start: float = 1.0, end: float = 1.5, first_step: int = 0, last_step: int) -> None:
+    def __init__(
+        self,
+        *,
+        start: float = 1.0,
+        end: float = 1.5,
+        first_step: int = 0,
+        last_step: int,
+        filter_fn: FilterFn | None = of_attention,
+    ) -> None:
         self.start, self.end, self.first_step, self.last_step = start, end, first_step, last_step
+        self.filter_fn = filter_fn
         self.alpha(0)  # refuses what does not fit
 
     def alpha(self, step: int) -> float:
@@ -37,17 +50,23 @@ class AlphaSchedule(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Sets the first value; a fixed number becomes a buffer before anything is compiled or loaded."""
         if stage == "fit" and not is_overridden("configure_model", pl_module):  # which builds the model later
-            set_alpha(pl_module, self.end)  # refused now rather than at the end of the line
-            set_alpha(pl_module, self.start)
+            self._check(pl_module)
+            set_alpha(pl_module, self.start, filter_fn=self.filter_fn)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sets the value of the step the training begins with or goes on from."""
+        self._check(pl_module)
         self._set(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Sets the value of the next step; a validation sees it too."""
         self._set(trainer, pl_module)
 
+    def _check(self, pl_module: L.LightningModule) -> None:
+        """Refuses now what would be refused at the end of the line."""
+        for alpha in (self.start, self.end):
+            check_set_alpha(pl_module, alpha, filter_fn=self.filter_fn)
+
     def _set(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step <= self.last_step:
-            set_alpha(pl_module, self.alpha(trainer.global_step))
+            set_alpha(pl_module, self.alpha(trainer.global_step), filter_fn=self.filter_fn)

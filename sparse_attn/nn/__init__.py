@@ -9,9 +9,10 @@ from sparse_attn.nn.activations import (
     SparseSoftmax,
     TopkSoftmax,
 )
-from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention, alpha_per_head
+from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
 from sparse_attn.nn.cache import DecoderCache, KVCache
 from sparse_attn.nn.losses import Entmax15Loss, EntmaxLoss, SparsemaxLoss
+from sparse_attn.nn.model_alpha import alpha_per_head
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.nn.positions import NAPE, ALiBi, Positions, RotaryPositions
 from sparse_attn.nn.scaling import LengthScaling

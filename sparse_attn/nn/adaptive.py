@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_attn.checks import check_bool
 from sparse_attn.masks import Window
-from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_alpha_range, fill, head_alpha, initial_alpha, whole
+from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_alpha_range, fill, initial_alpha
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.nn.positions import Positions
 from sparse_attn.ops.attention import ScoreMapping, entmax_mapping
@@ -116,6 +117,7 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
             positions=positions,
             length_scaling=length_scaling,
         )
+        check_bool(learn_alpha, "learn_alpha")
         self.alpha_range = check_alpha_range(alpha_range)
         self.learn_alpha = learn_alpha
         alpha = initial_alpha(alpha_init, self.alpha_range if learn_alpha else None, num_heads)
@@ -155,28 +157,7 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
         own = f"alpha_init={init}, alpha_range={self.alpha_range}, learn_alpha={self.learn_alpha}"
         return ", ".join(filter(None, (own, super().extra_repr())))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if self.raw_alpha is not None:
-            current = self._initial_raw_alpha() if self.raw_alpha.is_meta else self.raw_alpha.detach()
-            state_dict.setdefault(prefix + "raw_alpha", current)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def alpha_per_head(model: nn.Module) -> dict[str, Tensor]:
-    """The current α of every head of every α-entmax layer in a model.
-
-    Returns:
-        ``{layer name: (num_heads,) tensor}`` in the order of ``model.named_modules()``, copies without a graph; empty
-        without such layers. An attention module of another library counts where it has been given a learnt α. Of a
-        model that is sharded over processes (FSDP2) whole tensors; each has to ask for them.
-
-    Example:
-        >>> model = nn.Sequential(AdaptiveSparseMultiheadAttention(8, 2, alpha_init=[1.25, 1.75]))
-        >>> alpha_per_head(model)
-        {'0': tensor([1.2500, 1.7500])}
-    """
-    layers = (
-        (name, module if isinstance(module, AdaptiveSparseMultiheadAttention) else head_alpha(module))
-        for name, module in model.named_modules()
-    )
-    return {name: whole(layer.alpha.detach()).clone() for name, layer in layers if layer is not None}
+    def _alpha_without_checkpoint(self) -> Tensor | None:
+        if self.raw_alpha is None:
+            return None
+        return self._initial_raw_alpha() if self.raw_alpha.is_meta else self.raw_alpha.detach()

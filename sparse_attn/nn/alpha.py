@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.checks import check_alpha
+from sparse_attn.checks import check_alpha, check_bool
 from sparse_attn.transforms import needs_plain_operations
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 # Of the range. Some steps of an optimizer wide, so that noise does not cross it, and few enough to come back soon.
 _MARGIN = 0.02
+# Of the range: how far a large step or momentum may have carried a parameter past a bound in a training that goes on.
+_CARRIED = 0.5
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class _BoundedInGraphs(torch.autograd.Function):
@@ -159,7 +162,7 @@ class WideAlpha(nn.Module):
             return super()._apply(fn, recurse)
         before = self.raw_alpha.detach()
         super()._apply(fn, recurse)
-        if self.raw_alpha.dtype in (torch.float16, torch.bfloat16):
+        if self.raw_alpha.dtype in _HALF:
             self.raw_alpha.data = before.to(self.raw_alpha.device, torch.float32)
         return self
 
@@ -171,10 +174,61 @@ class WideAlpha(nn.Module):
             self.register_buffer("raw_alpha", alpha.to(torch.promote_types(alpha.dtype, torch.float32)))
         return cast(Tensor, self.raw_alpha)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if prefix + "raw_alpha" in state_dict:
-            self.alpha_as_tensor()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Beside the version that torch notes for each module: a checkpoint of another kind may lose it.
+        noted = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if noted is not None and self._parameters.get("raw_alpha") is not None:
+            noted["alpha_range"] = self.alpha_range
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + "raw_alpha"
+        if key not in state_dict:
+            default = self._alpha_without_checkpoint()
+            if default is not None:
+                state_dict[key] = default
+        elif isinstance(state_dict[key], Tensor):
+            current = self.alpha_as_tensor().detach()
+            error = self._misfit(key, state_dict[key], local_metadata.get("alpha_range"))
+            if error is not None:
+                error_msgs.append(error)
+                state_dict[key] = current.clone()  # stays as it is
+            elif state_dict[key].dtype in _HALF:
+                state_dict[key] = state_dict[key].detach().float()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _alpha_without_checkpoint(self) -> Tensor | None:
+        """What counts as loaded where a state dict has no α; None if it is missed."""
+        return None
+
+    def _misfit(self, key: str, loaded: Tensor, saved_range: tuple[float, float] | None) -> str | None:
+        """Why a loaded α is not one of this module, if so."""
+        if loaded.is_meta:
+            return None
+        alpha = (loaded.to_local() if hasattr(loaded, "to_local") else loaded).detach().double().flatten()
+        if self._parameters.get("raw_alpha") is None:
+            wrong, allowed = ~((alpha > 0) & alpha.isfinite()), "in (0, inf)"
+        else:
+            low, high = self.alpha_range
+            other = saved_range is not None and tuple(saved_range) != self.alpha_range
+            slack = (_MARGIN if other else _CARRIED) * (high - low)
+            wrong = ~((alpha >= low - slack) & (alpha <= high + slack) & alpha.isfinite())
+            allowed = f"in the layer's alpha_range [{low:g}, {high:g}]"
+        if not bool(wrong.any()):
+            return None
+        trained = "" if saved_range is None else f", learnt in [{saved_range[0]:g}, {saved_range[1]:g}]"
+        return f"{key} must be {allowed}, got {alpha[wrong][0].item():g}{trained}"
 
 
 class HoldsAlpha(WideAlpha):
@@ -189,6 +243,7 @@ class HoldsAlpha(WideAlpha):
     def __init__(self, alpha: float | Tensor, *, learn_alpha: bool, alpha_range: tuple[float, float]) -> None:
         super().__init__()
         check_alpha(alpha)
+        check_bool(learn_alpha, "learn_alpha")
         self.alpha_range = check_alpha_range(alpha_range)
         self.learn_alpha = learn_alpha or isinstance(alpha, nn.Parameter)
         if self.learn_alpha:
@@ -198,6 +253,8 @@ class HoldsAlpha(WideAlpha):
                 alpha = nn.Parameter(number.detach().clone())
         if isinstance(alpha, Tensor):
             hold(self, "raw_alpha", alpha)
+            if alpha.dtype in _HALF:
+                self.alpha_as_tensor().data = alpha.detach().float()
         else:
             self.raw_alpha, self._number = None, float(alpha)
 
@@ -227,8 +284,10 @@ def hold(module: nn.Module, name: str, value: float | Tensor) -> None:
 
 
 def shown(value: float | Tensor) -> object:
-    """A number, or the values of a tensor, for ``extra_repr``."""
-    return value.tolist() if isinstance(value, Tensor) else value
+    """A number, or the values of a tensor that has some, for ``extra_repr``."""
+    if isinstance(value, Tensor):
+        return f"<{tuple(value.shape)} on meta>" if value.is_meta else value.tolist()
+    return value
 
 
 class HeadAlpha(WideAlpha):

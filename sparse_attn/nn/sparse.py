@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparse_attn.checks import check_alpha, check_dropout, check_k
+from sparse_attn.checks import check_dropout, check_k, check_number
 from sparse_attn.masks import visible_pairs
-from sparse_attn.nn.alpha import hold, shown
+from sparse_attn.nn.alpha import HoldsAlpha
 from sparse_attn.observe import observed, tell
 from sparse_attn.ops.attention import attend, entmax_mapping, topk_mapping
 
 
-class SparseAttention(nn.Module):
+class SparseAttention(HoldsAlpha):
     """Attention to the ``k`` best keys, with α-entmax weights, or both: α-entmax over the ``k`` best keys.
 
     Args:
         k: How many keys a query keeps, or None for all. Ties go to the lowest index.
         alpha: α of the weights, a number or a tensor (H,); softmax (1) by default when ``k`` is given. A parameter is
-            learnt, unbounded: keep it in ``(0, inf)``. Any other tensor is copied into a buffer.
+            learnt, any other tensor copied into a buffer.
         scale: Factor of the scores; ``1 / sqrt(E)`` by default.
         dropout: Probability that a weight is dropped in training.
+        learn_alpha: Learn α, whatever it was given as; a number is then one α for all heads.
+        alpha_range: The closed interval that a learnt α stays in; it may start on a bound, and leave it.
+
+    Attributes:
+        alpha: The current α, a number or a tensor.
+        raw_alpha: The parameter or buffer behind it, which is what a state dict has; None where α is a number.
 
     Raises:
-        TypeError: ``k`` is not an int, or ``alpha`` is neither a number nor a floating tensor.
-        ValueError: Neither ``k`` nor ``alpha`` is given, or one of them or ``dropout`` is outside its range.
+        TypeError: ``k`` is not an int, ``scale`` or ``dropout`` no number, ``learn_alpha`` no bool, or ``alpha``
+            neither a number nor a floating tensor.
+        ValueError: Neither ``k`` nor ``alpha`` is given, one of them or ``dropout`` is outside its range, or a learnt α
+            outside ``alpha_range``.
 
     Shape:
         ``query`` (N, L, E) or (N, H, L, D), ``key`` and ``value`` (N, S, E) or (N, H, S, D); the output is the query's.
@@ -39,8 +47,6 @@ class SparseAttention(nn.Module):
         Sequence-to-Sequence Models".
     """
 
-    alpha: float | Tensor
-
     def __init__(
         self,
         k: int | None = None,
@@ -48,19 +54,20 @@ class SparseAttention(nn.Module):
         alpha: float | Tensor | None = None,
         scale: float | None = None,
         dropout: float = 0.0,
+        learn_alpha: bool = False,
+        alpha_range: tuple[float, float] = (1.0, 2.0),
     ) -> None:
-        super().__init__()
         if k is None and alpha is None:
             raise ValueError("SparseAttention must be given k (an int of at least 1), alpha (in (0, inf)) or both")
         if k is not None:
             check_k(k)
-        if alpha is not None:
-            check_alpha(alpha)
+        if scale is not None:
+            check_number(scale, "scale")
         check_dropout(dropout)
+        super().__init__(1.0 if alpha is None else alpha, learn_alpha=learn_alpha, alpha_range=alpha_range)
         self.k = k
         self.scale = scale
         self.dropout = dropout
-        hold(self, "alpha", 1.0 if alpha is None else alpha)
 
     def forward(
         self,
@@ -102,4 +109,4 @@ class SparseAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments; of a tensor α its values."""
-        return f"k={self.k}, alpha={shown(self.alpha)}, scale={self.scale}, dropout={self.dropout}"
+        return f"k={self.k}, {super().extra_repr()}, scale={self.scale}, dropout={self.dropout}"

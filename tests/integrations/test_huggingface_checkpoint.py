@@ -97,6 +97,17 @@ def test_lora_on_the_projections(build, batch, tmp_path):
     assert list(alpha_per_head(merged)) == names
 
 
+def test_a_checkpoint_with_an_alpha_that_is_no_number(build, tmp_path, with_alpha):
+    model = with_alpha(build("gpt2", "entmax"))
+    with torch.no_grad():
+        model.transformer.h[1].attn.sparse_alpha.raw_alpha[1] = float("nan")
+    model.save_pretrained(tmp_path)
+    fresh = build("gpt2", "entmax")
+    with pytest.raises(ValueError, match=r"finite α, got \[.*nan.*\] for 'transformer.h.1.attn'"):
+        load_alpha(fresh, tmp_path)
+    assert not alpha_per_head(fresh)
+
+
 def test_checkpoints_that_do_not_fit(build, tmp_path, with_alpha):
     with_alpha(build("gpt2", "entmax")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"got α of shape \(3,\) for 'transformer.h.0.attn' with 4 heads"):

@@ -12,7 +12,8 @@ import torch
 from entmax import entmax_bisect
 from torch import Tensor, nn
 
-from sparse_attn import SparseAttention
+from sparse_attn import SparseAttention, alpha_per_head
+from sparse_attn.optim import alpha_param_groups, freeze_alpha, set_alpha
 
 N, H, L, S, D = 2, 3, 5, 7, 11
 
@@ -63,14 +64,57 @@ def test_one_alpha_per_head(k: int | None) -> None:
 
 
 def test_a_parameter_is_learnt_and_a_tensor_is_a_buffer() -> None:
-    learnt = SparseAttention(alpha=nn.Parameter(torch.full((H,), 1.5)))
+    parameter = nn.Parameter(torch.full((H,), 1.5))
+    learnt = SparseAttention(alpha=parameter)
     learnt(*inputs()).square().sum().backward()
-    assert [name for name, _ in learnt.named_parameters()] == ["alpha"]
-    assert isinstance(learnt.alpha, nn.Parameter) and learnt.alpha.grad is not None
-    assert bool((learnt.alpha.grad != 0).all())
+    assert learnt.raw_alpha is parameter and [name for name, _ in learnt.named_parameters()] == ["raw_alpha"]
+    assert parameter.grad is not None and bool((parameter.grad != 0).all())
+    assert torch.equal(learnt.alpha, parameter)
     fixed = SparseAttention(alpha=torch.full((H,), 1.5))
-    assert list(fixed.state_dict()) == ["alpha"] and not list(fixed.parameters())
+    assert list(fixed.state_dict()) == ["raw_alpha"] and not list(fixed.parameters())
     assert not list(SparseAttention(k=2).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shape"), [({"k": 3}, ()), ({"alpha": 1.25}, ()), ({"k": 3, "alpha": torch.full((H,), 1.25)}, (H,))]
+)
+def test_whatever_alpha_is_given_as_can_be_learnt(arguments: dict[str, Any], shape: tuple[int, ...]) -> None:
+    attention = SparseAttention(**arguments, learn_alpha=True)
+    (alpha,) = attention.parameters()
+    assert alpha.shape == shape and set(alpha.flatten().tolist()) == {1.25 if "alpha" in arguments else 1.0}
+    tensors = inputs()
+    torch.testing.assert_close(attention(*tensors), SparseAttention(**arguments)(*tensors))
+    attention(*tensors).square().sum().backward()
+    assert alpha.grad is not None and bool((alpha.grad != 0).all())
+    assert "learn_alpha=True, alpha_range=(1.0, 2.0), scale=None" in repr(attention)
+
+
+@pytest.mark.parametrize(("sign", "bound"), [(1, 1.0), (-1, 1.75)])
+def test_a_learnt_alpha_stays_in_its_range_whatever_the_step(sign: int, bound: float) -> None:
+    attention = SparseAttention(alpha=nn.Parameter(torch.full((H,), 1.5)), alpha_range=(1.0, 1.75))
+    optimizer = torch.optim.SGD(attention.parameters(), lr=1e3)
+    (sign * attention.alpha.square().sum()).backward()
+    optimizer.step()
+    assert attention.alpha.tolist() == [bound] * H
+    torch.testing.assert_close(attention(*(tensors := inputs())), SparseAttention(alpha=bound)(*tensors))
+
+
+def test_it_is_known_to_all_that_handles_alpha() -> None:
+    model = nn.Sequential(
+        SparseAttention(alpha=nn.Parameter(torch.full((H,), 1.5))), SparseAttention(k=2), SparseAttention(alpha=1.5)
+    )
+    assert {name: alpha.tolist() for name, alpha in alpha_per_head(model).items()} == {"0": [1.5] * H}
+    (group,) = alpha_param_groups(model, lr=1.0)
+    assert group["params"] == [model[0].raw_alpha]
+    set_alpha(model, {"0": [1.0, 1.25, 2.0]})
+    assert alpha_per_head(model)["0"].tolist() == [1.0, 1.25, 2.0]
+    model.half()
+    assert model[0].alpha.dtype == torch.float32
+    freeze_alpha(model)
+    assert not model[0].raw_alpha.requires_grad
+    copied = nn.Sequential(SparseAttention(alpha=torch.full((H,), 1.5)))
+    copied.load_state_dict(model[:1].state_dict())
+    assert copied[0].alpha.tolist() == [1.0, 1.25, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -122,9 +166,11 @@ def test_a_learnt_mask_and_alpha_get_gradients(attention: SparseAttention) -> No
     tensors = inputs()
 
     def run(bias: Tensor, alpha: Tensor) -> Tensor:
-        return torch.func.functional_call(attention, {"alpha": alpha}, (*tensors, bias))
+        return torch.func.functional_call(attention, {"raw_alpha": alpha}, (*tensors, bias))
 
-    assert torch.autograd.gradcheck(run, (torch.randn(H, L, S, dtype=torch.float64).requires_grad_(), attention.alpha))
+    assert torch.autograd.gradcheck(
+        run, (torch.randn(H, L, S, dtype=torch.float64).requires_grad_(), attention.raw_alpha)
+    )
 
 
 @pytest.mark.parametrize("attention", KINDS, ids=str)
@@ -167,7 +213,7 @@ def test_half_precision_is_near_and_keeps_its_dtype(attention: SparseAttention, 
 
 # torch's tracer makes an autograd function the old way itself.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("attention", KINDS, ids=str)
+@pytest.mark.parametrize("attention", [*KINDS, SparseAttention(alpha=1.3, learn_alpha=True)], ids=str)
 def test_it_compiles_into_one_graph(attention: SparseAttention) -> None:
     tensors = inputs()
     torch._dynamo.reset()
@@ -194,6 +240,10 @@ def test_copies_and_repr_keep_the_arguments() -> None:
         ({"alpha": 0.0}, ValueError, r"alpha must be in \(0, inf\), got 0.0"),
         ({"alpha": torch.tensor([1.5, -1.0])}, ValueError, r"alpha must be in \(0, inf\), got -1"),
         ({"alpha": "entmax"}, TypeError, "alpha must be a number or a floating tensor, got str"),
+        ({"alpha": nn.Parameter(torch.tensor(2.5))}, ValueError, r"alpha must be in alpha_range \[1, 2\], got 2.5"),
+        ({"k": 2, "learn_alpha": True, "alpha_range": (1.25, 2)}, ValueError, r"in alpha_range \[1.25, 2\], got 1$"),
+        ({"k": 2, "learn_alpha": "no"}, TypeError, "learn_alpha must be True or False, got 'no'"),
+        ({"k": 2, "scale": "a"}, TypeError, "scale must be a number, got 'a'"),
         ({"k": 2, "dropout": 1.5}, ValueError, r"dropout must be in \[0, 1\], got 1.5"),
     ],
 )

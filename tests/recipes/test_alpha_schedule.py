@@ -15,7 +15,7 @@ from recipes.resume import resume_arguments
 from recipes.run import load_run
 from recipes.seq2seq.task import Seq2SeqTask
 from recipes.train import train
-from sparse_attn import AdaptiveSparseMultiheadAttention, alpha_per_head
+from sparse_attn import AdaptiveSparseMultiheadAttention, EntmaxLoss, alpha_per_head
 from sparse_attn.optim import alpha_param_groups
 
 E, H, BATCHES = 6, 2, 6
@@ -166,12 +166,48 @@ def test_a_schedule_that_cannot_be(arguments, message):
         AlphaSchedule(**arguments)
 
 
-@pytest.mark.parametrize("arguments", [{"end": 2.5}, {"start": 0.5}])
-def test_a_schedule_outside_the_range_is_refused_before_the_first_step(arguments, tmp_path):
+@pytest.mark.parametrize("name", ["start", "end", "first_step", "last_step"])
+def test_arguments_of_another_type(name):
+    with pytest.raises(TypeError, match=f"{name} must be a number.*, got"):
+        AlphaSchedule(**{"last_step": 9, name: "9"})
+
+
+class Judged(Own):
+    """With an α in its loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.judge = EntmaxLoss(alpha=1.25)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "attention", "judge"),
+    [({}, 1.75, 1.25), ({"filter_fn": None}, 1.75, 1.75), ({"filter_fn": lambda name, _: name == "judge"}, 1.5, 1.75)],
+)
+def test_attention_alone_moves_unless_said_otherwise(arguments, attention, judge, tmp_path):
+    module = Judged()
+    fit(module, AlphaSchedule(end=1.75, last_step=BATCHES, **arguments), tmp_path)
+    assert float(module.judge.alpha) == judge
+    assert module.attention.alpha.tolist() == pytest.approx([attention] * H, abs=0.1)
+
+
+def test_a_model_with_no_alpha_but_that_of_its_loss_is_refused(tmp_path):
+    module = Judged()
+    del module.attention
+    with pytest.raises(ValueError, match="filter_fn must accept at least one module with an α, got none of 'judge'"):
+        fit(module, AlphaSchedule(last_step=5), tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [{"end": 2.5}, {"start": 0.5}, {"start": 1.0, "end": 2.5}])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_schedule_outside_the_range_is_refused_before_the_first_step(arguments, late, tmp_path):
     module = Own(alpha_init=1.75)
+    if late:
+        module.configure_model = lambda: None
     with pytest.raises(ValueError, match=r"value for 'attention' must be in alpha_range \[1, 2\], got"):
-        fit(module, AlphaSchedule(**arguments, last_step=5), tmp_path)
+        fit(module, AlphaSchedule(**arguments, last_step=5), tmp_path, num_sanity_val_steps=0)
     assert module.seen == {"train": [], "val": []}
+    assert module.attention.alpha.tolist() == [1.75] * H
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ def add_alpha(
 
     Call it after loading and before the optimizer is made; give the new parameters no weight decay, which would pull
     them to their lower bound. They are float32 whatever the model's dtype, and on the device of their module.
-    ``save_pretrained`` saves them; :func:`load_alpha` brings them back.
+    ``save_pretrained`` saves them; :func:`load_alpha` brings them back. After ``model.set_attn_implementation("sdpa")``
+    the model is dense: α stays on it, also in :func:`sparse_attn.alpha_per_head`, and has no effect.
 
     Args:
         model: Built or loaded with ``attn_implementation="entmax"``.

@@ -114,5 +114,7 @@ def _by_module(model: PreTrainedModel, saved: dict[str, Tensor], modules: dict[s
                 f"path must be a checkpoint of this model, got α of shape {tuple(value.shape)} for {name!r} with "
                 f"{heads} heads"
             )
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"path must be a checkpoint with finite α, got {value.tolist()} for {name!r}")
         values[name] = value
     return {name: values[name] for name in modules if name in values}
