@@ -148,6 +148,7 @@ class _Blockwise(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _backward_once_more(ctx, grads[0])
         setting: Setting = ctx.setting
+        grad = grads[0].contiguous()  # that of a sum is expanded
         generator, buffer = torch.Generator(query.device).manual_seed(ctx.seed), _buffer(query, key)
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
         grad_alpha = None if alpha is None else torch.zeros_like(alpha)
@@ -155,7 +156,7 @@ class _Blockwise(torch.autograd.Function):
             row, queries, keys = block
             one_alpha = _alpha_of(alpha, block, setting)
             weights = _weights(_scores(query, key, block, setting, buffer), one_alpha, setting)
-            grad_output, values, its_keys = grads[0][row, queries], value[row, keys], key[row, keys]
+            grad_output, values, its_keys = grad[row, queries], value[row, keys], key[row, keys]
             multiply = dispatch.products(weights, grad_output, values, its_keys, query)
             grad_weights = multiply.sampled(weights, grad_output, values).to(weights.dtype)
             dropped = weights

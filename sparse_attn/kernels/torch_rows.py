@@ -20,7 +20,7 @@ _MAX_SWEEPS = 100
 _SHORT, _STRIDE = 256, 16  # rows that long begin at the root of the largest of every sixteen entries
 _LONG, _CANDIDATES = 4096, 64  # in a row that long the support mostly is among so many of the largest entries
 _NEAR = 1e-4  # of Σ p - 1, from where Newton's method lands on the root
-_CHUNK = 2**17  # entries whose gradient for α is computed at once: buffers stay in the cache
+_CHUNK = 2**17  # entries that are computed at once: buffers stay in the cache
 
 
 def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
