@@ -16,6 +16,8 @@
 #define EXPORTED(name) JOIN(name, double, VARIANT)
 #else
 #define EXPORTED(name) JOIN(name, float, VARIANT)
+#define EXPORTED_IN_DOUBLE(name) JOIN(name, double, VARIANT)
+backward_row EXPORTED_IN_DOUBLE(backward);
 #endif
 
 enum { MAX_SWEEPS = 100 };
@@ -282,20 +284,31 @@ static double centre_of(const real *u, const real *g, int64_t size, weighted sum
     return (double)(real)delta + sum_of(rest) / sums.u;
 }
 
-static double dot(const real *x, const real *y, int64_t size) {
-    lanes sum = splat(0);
-    for (int64_t i = 0; i < size; i += LANES) sum += load(x + i) * load(y + i);
-    return sum_of(sum);
+/* What the gradient for α is centred by, and whether float has digits enough for it. */
+typedef struct {
+    real most;
+    double mean; /* Σ p g */
+} overview;
+
+static overview survey(const real *p, const real *g, int64_t size) {
+    lanes sum = splat(0), most = splat(0);
+    for (int64_t i = 0; i < size; i += LANES) {
+        const lanes q = load(p + i);
+        most = at_least(most, q);
+        sum += q * load(g + i);
+    }
+    return (overview){maximum_of(most), sum_of(sum)};
 }
 
-/* The gradient for α of packed p and c = g - const, with u left behind and δ of c in `*delta`.
+/* The gradient for α of packed p, with u left behind and δ in `*delta`.
  *
- * With l = log p and y = l² φ₂(-a l): [Y D - B - a (Y A - H B)] / U, where D = Σ p (c - δ), A = Σ p l (c - δ),
- * B = Σ p y (c - δ), H = Σ p l, Y = Σ p y and U = Σ u. It depends on no constant in c, but for its digits.
+ * With l = log p, y = l² φ₂(-a l) and c = g - mean: [Y D - B - a (Y A - H B)] / U, where D = Σ p (g - δ),
+ * A = Σ p l (g - δ), B = Σ p y (g - δ), H = Σ p l, Y = Σ p y and U = Σ u. It depends on no constant in g, but for its
+ * digits.
  */
 enum { BLOCK = 32 * LANES }; /* sums of reals go that far, and are added in double */
 
-static double alpha_gradient(const real *p, const real *c, int64_t size, real a, real *u, double *delta) {
+static double alpha_gradient(const real *p, const real *g, int64_t size, real a, real mean, real *u, double *delta) {
     double U = 0, UC = 0, P = 0, D = 0, H = 0, A = 0, Y = 0, B = 0;
     const real per_square = 1 / (a * a), ln2 = (real)0.6931471805599453;
     const lanes zero = splat(0), highest = splat(-EXP_LOWEST);
@@ -304,7 +317,7 @@ static double alpha_gradient(const real *p, const real *c, int64_t size, real a,
         lanes sum_u = zero, sum_uc = zero, sum_p = zero, sum_pc = zero;
         lanes sum_pl = zero, sum_plc = zero, sum_py = zero, sum_pyc = zero;
         for (int64_t i = start; i < end; i += LANES) {
-            const lanes q = load(p + i), g = load(c + i);
+            const lanes q = load(p + i), c = load(g + i) - mean;
             const lanes l = log_lanes(q);
             const exponent e = split(at_most(highest, -a * l));
             /* e^x - 1 - x for x = -a l, without cancelling also where x is more than log(2) / 2 */
@@ -314,19 +327,20 @@ static double alpha_gradient(const real *p, const real *c, int64_t size, real a,
             const lanes ql = q * l, qy = q * y;
             store(u + i, slope);
             sum_u += slope;
-            sum_uc += slope * g;
+            sum_uc += slope * c;
             sum_p += q;
-            sum_pc += q * g;
+            sum_pc += q * c;
             sum_pl += ql;
-            sum_plc += ql * g;
+            sum_plc += ql * c;
             sum_py += qy;
-            sum_pyc += qy * g;
+            sum_pyc += qy * c;
         }
         U += sum_of(sum_u), UC += sum_of(sum_uc), P += sum_of(sum_p), D += sum_of(sum_pc);
         H += sum_of(sum_pl), A += sum_of(sum_plc), Y += sum_of(sum_py), B += sum_of(sum_pyc);
     }
-    *delta = UC / U;
-    D -= *delta * P, A -= *delta * H, B -= *delta * Y;
+    const double rest = UC / U;
+    *delta = mean + rest;
+    D -= rest * P, A -= rest * H, B -= rest * Y;
     return (Y * D - B - a * (Y * A - H * B)) / U;
 }
 
@@ -359,10 +373,15 @@ double EXPORTED(backward)(vector p, vector grad, int64_t size, double a, int wit
     const int64_t padded = pad(weights, count, 0);
     pad(g, count, 0);
     if (with_alpha) {
+        const overview seen = survey(weights, g, padded);
+#ifndef REAL_DOUBLE
+        /* Nearly flat or nearly one-hot: the gradient for α is a small difference of logarithms. */
+        if (seen.most * (float)size < 2 || seen.most > 0.99f)
+            return EXPORTED_IN_DOUBLE(backward)(p, grad, size, a, with_alpha, out, scratch);
+#endif
         const real tiny = (real)1e-3 * REAL_EPS; /* in the place of 0, where it makes no difference */
-        const real mean = (real)dot(weights, g, padded);
-        for (int64_t i = 0; i < padded; i++) g[i] -= mean;
-        grad_alpha = alpha_gradient(weights, g, padded, fabs(a) < tiny ? tiny : (real)a, u, &delta);
+        const real of_alpha = fabs(a) < tiny ? tiny : (real)a;
+        grad_alpha = alpha_gradient(weights, g, padded, of_alpha, (real)seen.mean, u, &delta);
     } else {
         const weighted sums = slopes(weights, g, padded, a, u);
         delta = centre_of(u, g, padded, sums);

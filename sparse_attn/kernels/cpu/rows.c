@@ -104,15 +104,6 @@ static vector vector_of(const operand *of, const int64_t *index, int rank) {
     return (vector){row_of(of, index, rank), of->strides[rank - 1], of->type};
 }
 
-/* Whether a row is nearly flat or nearly one-hot: its gradient for α is then a small difference of float logarithms. */
-static int is_delicate(vector p, int64_t size) {
-    const float *x = p.data;
-    float most = 0;
-    if (p.type != FLOAT32 || p.stride != 1) return 0;
-    for (int64_t i = 0; i < size; i++) most = x[i] > most ? x[i] : most;
-    return most * (float)size < 2 || most > 0.99f;
-}
-
 static void compute_row(const task *t, int64_t row, const int64_t *index, void *scratch) {
     const double a = *(const double *)row_of(&t->a, index, t->rank);
     /* Beyond α = 2 an entry enters the support with infinite slope: a rounding of σ to float would be a large error. */
@@ -124,8 +115,7 @@ static void compute_row(const task *t, int64_t row, const int64_t *index, void *
         return;
     }
     const vector grad = vector_of(&t->grad, index, t->rank);
-    const int exact = wide || (t->grad_a && is_delicate(scores, t->size));
-    const double grad_a = t->use->backward[exact](scores, grad, t->size, a, t->grad_a != NULL, out, scratch);
+    const double grad_a = t->use->backward[wide](scores, grad, t->size, a, t->grad_a != NULL, out, scratch);
     if (t->grad_a) t->grad_a[row] = grad_a;
 }
 
