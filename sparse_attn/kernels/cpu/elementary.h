@@ -105,17 +105,43 @@ INLINE lanes log1p_lanes(lanes t) {
     return log_parts(scale * t + (scale - (real)1), unbiased(biased));
 }
 
-/* log(w) for w = 1 + t >= 0, from t where that has the more digits; something finite at 0. */
-INLINE lanes log_lanes_of(lanes w, lanes t) {
-    words biased = biased_exponent(w);
-    lanes scale = (lanes)(((word)(2 * BIAS) - biased) << MANTISSA);
-    lanes rest = select_below(t, splat(-0.5), scale * w - (real)1, scale * t + (scale - (real)1));
-    return log_parts(rest, unbiased(biased));
-}
-
 /* log(w) for w >= 0; something finite at 0. */
 INLINE lanes log_lanes(lanes w) {
     words biased = biased_exponent(w);
     lanes scale = (lanes)(((word)(2 * BIAS) - biased) << MANTISSA);
     return log_parts(scale * w - (real)1, unbiased(biased));
+}
+
+/* w^power for w = 1 + t >= 0, where a small t has more digits than w; at 0 it is 0 for a power of 1 or more, and something
+ * finite for others. In float by logarithms to base 2, whose whole part is exact. */
+INLINE lanes power_of_sum(lanes w, lanes t, real power) {
+    const words biased = biased_exponent(w);
+    const lanes scale = (lanes)(((word)(2 * BIAS) - biased) << MANTISSA), e = unbiased(biased);
+    const lanes r = select_equal(e, splat(0), t, scale * w - (real)1);
+#ifdef REAL_DOUBLE
+    return exp_lanes(log_parts(r, e) * power);
+#else /* log2(1 + r) / r on [√½ - 1, √2 - 1] and 2^f on [-½, ½], to 2.6e-8 and 2e-9 */
+    lanes y = r * -0.109949491918087f + 0.1861749291419983f;
+    y = y * r - 0.19106276333332062f;
+    y = y * r + 0.20460063219070435f;
+    y = y * r - 0.23961740732192993f;
+    y = y * r + 0.2885673940181732f;
+    y = y * r - 0.3606966435909271f;
+    y = y * r + 0.4808982312679291f;
+    y = y * r - 0.7213473320007324f;
+    y = y * r + 1.4426950216293335f;
+    y = at_least(splat(-BIAS), (r * y + e) * power); /* the exponent of 0 */
+    const lanes rounded = y + ROUNDER, f = y - (rounded - ROUNDER);
+    lanes z = f * 1.5353361e-4f + 1.3398875e-3f;
+    z = z * f + 9.6184374e-3f;
+    z = z * f + 5.5503325e-2f;
+    z = z * f + 2.4022648e-1f;
+    z = z * f + 6.9314720e-1f;
+    return (lanes)(((words)rounded + (word)BIAS) << MANTISSA) * (z * f + 1.0f);
+#endif
+}
+
+/* w^power for w >= 0, as above. */
+INLINE lanes power_lanes(lanes w, real power) {
+    return power_of_sum(w, w - (real)1, power);
 }

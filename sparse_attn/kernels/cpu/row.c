@@ -45,7 +45,8 @@ INLINE double total_of(tally of) {
 }
 
 typedef struct {
-    double total, slope, unit; /* Σ p and Σ u, and the p of what is stored as 1 */
+    double total, slope, curve; /* Σ p, Σ u and Σ u²/p, the last for α < 1.5 alone */
+    double unit;                /* the p of what is stored as 1 */
 } norms;
 
 /* α = 2, 1.5 and 1 have their own code, the first two without exp and log; the others lie below or above 1.5. */
@@ -76,16 +77,16 @@ INLINE lanes from(origin o, lanes x) {
  * stored is p / max p, a power of 1 + a z / (1 - a σ): in a long flat row p is small, and its logarithm has lost digits
  * that the one of a number close to 1 has. */
 INLINE norms evaluate(const real *scores, int64_t size, const family of, real a, real top, double sigma, real *p) {
-    const lanes zero = splat(0), one = splat(1), nowhere = splat(NOWHERE), half = splat(-0.5);
+    const lanes zero = splat(0), one = splat(1), nowhere = splat(NOWHERE), half = splat(-0.5), smallest = splat(REAL_MIN);
     const real power = (real)(1 / (double)a - 1);
     const origin edge = origin_at(top, of == SOFTMAX ? 0 : sigma - 1 / (double)a), middle = origin_at(top, sigma);
     const double most = of == GENTLE ? 1 - (double)a * sigma : 1; /* (max p)^a */
     const real rise = (real)((double)a / most);
     tally total = {zero, zero};
-    lanes slope = zero;
+    lanes slope = zero, curve = zero;
     for (int64_t i = 0; i < size; i += LANES) {
         const lanes x = load(scores + i);
-        lanes y, u;
+        lanes w, y, u;
         if (of == SPARSEMAX) {
             y = at_least(zero, from(edge, x));
             u = select_equal(y, zero, zero, one);
@@ -95,16 +96,16 @@ INLINE norms evaluate(const real *scores, int64_t size, const family of, real a,
         } else if (of == SOFTMAX) {
             y = u = exp_lanes(at_least(nowhere, from(middle, x)));
         } else {
-            lanes w, log_w;
+            /* u = w^(1/a - 1), which has fewer digits to lose than p */
             if (of == STEEP) {
                 w = at_least(zero, a * from(edge, x));
-                log_w = log_lanes(w);
+                u = select_equal(w, zero, zero, power_lanes(w, power));
             } else {
-                const lanes t = at_least(-one, rise * at_least(nowhere, x - top));
+                const lanes t = rise * at_least(nowhere, x - top);
                 w = select_below(t, half, at_least(zero, rise * from(edge, x)), t + (real)1);
-                log_w = log_lanes_of(w, t);
+                u = power_of_sum(w, t, power);
+                curve += u / at_least(smallest, w);
             }
-            u = select_equal(w, zero, zero, exp_lanes(log_w * power)); /* w^(1/a - 1), with fewer digits to lose than p */
             y = w * u;
         }
         store(p + i, y);
@@ -112,7 +113,8 @@ INLINE norms evaluate(const real *scores, int64_t size, const family of, real a,
         slope += u;
     }
     const double unit = of == GENTLE ? exp(log1p(-(double)a * sigma) / (double)a) : 1;
-    return (norms){unit * total_of(total), unit / most * sum_of(slope), unit};
+    const double of_slope = unit / most;
+    return (norms){unit * total_of(total), of_slope * sum_of(slope), of_slope / most * sum_of(curve), unit};
 }
 
 INLINE real log1p_real(real t) {
@@ -123,14 +125,23 @@ INLINE real exp_real(real x) {
     return exp_lanes(splat(x))[0];
 }
 
-/* Newton's step for (Σ p)^a = 1: (S - S^(1-a)) / (a U), which is S log(S) / U at a = 0. */
-INLINE double norm_step(norms at, const family of, double a) {
-    if (of == SPARSEMAX) return (at.total - 1) / at.slope;
+/* Newton's step for (Σ p)^a = 1: (S - S^(1-a)) / (a U), which is S log(S) / U at a = 0. For α < 1.5, where Σ p has a
+ * second derivative, it becomes Halley's. */
+INLINE double root_step(norms at, const family of, double a) {
+    const double excess = at.total - 1;
+    double newton;
+    if (of == SPARSEMAX) return excess / at.slope;
     if (of == ENTMAX15) return 2 * (at.total - sqrt(at.total)) / at.slope;
-    real log_total = log1p_real((real)(at.total - 1));
-    real x = (real)a * log_total;
-    real ratio = fabs(x) < 0.1 ? 1 - x / 2 * (1 - x / 3 * (1 - x / 4)) : (1 - exp_real(-x)) / x;
-    return at.total * log_total * ratio / at.slope;
+    if (fabs(excess) < 0.05) {
+        newton = excess * (1 + (1 - a) / 2 * excess * (1 - (1 + a) / 3 * excess)) / at.slope;
+    } else {
+        const real log_total = log1p_real((real)excess), x = (real)a * log_total;
+        const real ratio = fabs(x) < 0.1 ? 1 - x / 2 * (1 - x / 3 * (1 - x / 4)) : (1 - exp_real(-x)) / x;
+        newton = at.total * log_total * ratio / at.slope;
+    }
+    if (of != GENTLE) return newton;
+    const double bend = (1 - a) / 2 * newton * (at.curve / at.slope - at.slope / at.total);
+    return newton / (1 - (bend < 0.5 ? bend : 0.5));
 }
 
 /* Climbs from a σ at or below the root, for α <= 2, where Newton's method passes it by no more than rounding, until
@@ -144,11 +155,25 @@ INLINE double climb_family(const real *x, int64_t size, const family of, real a,
         /* A step from close by lands on the root: what Σ p is off after that is rounding. */
         const int landed = now < 8 * error && before < 1e-3;
         /* softmax is done by the division by Σ p */
-        if (of == SOFTMAX || landed || !(now > error && now < before) || sweep == MAX_SWEEPS)
+        if (of == SOFTMAX || landed || !(now > error && (now < before || now > 1e-3)) || sweep == MAX_SWEEPS)
             return at.total / at.unit;
-        *sigma += norm_step(at, of, a);
+        *sigma += root_step(at, of, a);
         before = now;
     }
+}
+
+/* A step for a long row from every eighth block of it, which takes the place of one from all of it. It may go too far. */
+static double sampled_step(const real *x, int64_t size, double a, real top, double sigma, real *p) {
+    enum { EVERY = 8 };
+    int64_t count = 0;
+    for (int64_t i = 0; i < size; i += EVERY * PADDING, count += PADDING)
+        memcpy(p + count, x + i, PADDING * sizeof *x);
+    norms part = evaluate(p, count, GENTLE, (real)a, top, sigma, p);
+    const double share = (double)count / (double)size;
+    part.total /= share, part.slope /= share, part.curve /= share;
+    const double farthest = -expm1(-a * log((double)size)) / a; /* the σ of a flat row */
+    const double next = sigma + root_step(part, GENTLE, a);
+    return next < farthest ? next : farthest;
 }
 
 static double climb(const real *x, int64_t size, double a, real top, double *sigma, double error, real *p) {
@@ -166,14 +191,14 @@ static double climb(const real *x, int64_t size, double a, real top, double *sig
  * support, so a short step proves nothing: what is asked is that the sum be 1, or the bracket empty. */
 static double bracket(const real *x, int64_t size, double a, real top, real *p) {
     double low = 0, high = -expm1(-a * log((double)size)) / a * (1 + REAL_EPS), sigma = 0, error_before = INFINITY;
-    norms at = {0, 0, 1};
+    norms at = {0, 0, 0, 1};
     for (int sweep = 0; sweep < MAX_SWEEPS; sweep++) {
         at = evaluate(x, size, STEEP, a, top, sigma, p);
         if (at.total >= 1) low = sigma;
         else high = sigma;
         double error = fabs(at.total - 1);
         if (!(error > 2 * REAL_EPS && high - low > REAL_EPS * high)) break;
-        double newton = sigma + norm_step(at, STEEP, a);
+        double newton = sigma + root_step(at, STEEP, a);
         sigma = newton > low && newton < high && error <= error_before / 2 ? newton : (low + high) / 2;
         error_before = error;
     }
@@ -233,6 +258,7 @@ void EXPORTED(forward)(vector scores, int64_t size, int64_t k, double a, double 
         count = pack(x, threshold, size, z);
     }
     const int64_t padded = pad(z, count, -INFINITY);
+    if (count >= 1024 && family_of(a) == GENTLE && a > 0) sigma = sampled_step(z, padded, a, top, sigma, p);
     const double total = solve(z, padded, a, top, sigma, p);
     if (total != total) fill(y, size, NAN);
     else unpack(x, threshold, p, (real)(total > 0 ? 1 / total : 1), size, y);
@@ -253,7 +279,7 @@ INLINE weighted slopes_family(const real *p, const real *g, int64_t size, const 
         if (of == SPARSEMAX) slope = select_equal(x, zero, zero, (real)0 * x + (real)1); /* NaN where p is */
         else if (of == ENTMAX15) slope = square_root(x);
         else if (of == SOFTMAX) slope = x;
-        else slope = select_equal(x, zero, zero, exp_lanes((1 - a) * log_lanes(x)));
+        else slope = select_equal(x, zero, zero, power_lanes(x, 1 - a));
         store(u + i, slope);
         add(&sum_u, slope);
         add(&sum_ug, select_equal(slope, zero, zero, slope * load(g + i))); /* where p is 0, g is not looked at */
