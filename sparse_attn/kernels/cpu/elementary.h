@@ -130,8 +130,9 @@ INLINE lanes power_of_sum(lanes w, lanes t, real power) {
     y = y * r + 0.4808982312679291f;
     y = y * r - 0.7213473320007324f;
     y = y * r + 1.4426950216293335f;
-    y = at_least(splat(-BIAS), (r * y + e) * power); /* the exponent of 0 */
-    const lanes rounded = y + ROUNDER, f = y - (rounded - ROUNDER);
+    const lanes l = r * y + e;
+    const lanes rounded = at_least(splat(-BIAS), l * power) + ROUNDER; /* -BIAS is the exponent of 0 */
+    const lanes f = at_least(splat(-1), l * power - (rounded - ROUNDER)); /* the product is not rounded */
     lanes z = f * 1.5353361e-4f + 1.3398875e-3f;
     z = z * f + 9.6184374e-3f;
     z = z * f + 5.5503325e-2f;

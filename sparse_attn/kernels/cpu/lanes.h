@@ -90,6 +90,20 @@ INLINE lanes select_equal(lanes x, lanes y, lanes then, lanes otherwise) {
 }
 #endif
 
+/* Whether an x is not below y: NaN counts. */
+INLINE int any_beyond(lanes x, lanes y) {
+#if defined(__AVX512F__)
+    return COMPARE(x, y, _CMP_NLT_UQ) != 0;
+#elif defined(__SSE2__)
+    return OP(movemask)((lanes)~(words)(x < y)) != 0;
+#else
+    const words below = (words)(x < y);
+    for (int j = 0; j < LANES; j++)
+        if (!below[j]) return 1;
+    return 0;
+#endif
+}
+
 /* x, but at least `floor`, or at most `ceiling`; NaN in x stays, which is why the operands have this order. */
 #if defined(__SSE2__)
 INLINE lanes at_least(lanes floor, lanes x) {

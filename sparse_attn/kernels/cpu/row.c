@@ -144,6 +144,39 @@ INLINE double root_step(norms at, const family of, double a) {
     return newton / (1 - (bend < 0.5 ? bend : 0.5));
 }
 
+/* p at σ + step from the p that are stored for σ, for 1 < α < 1.5 and a step that is small beside what most entries have
+ * in 1 + a (z - σ): there p changes by the factor (1 - a r)^(1/a), r = step / (1 + a (z - σ)), whose series is short.
+ * The others are computed anew. */
+#ifdef REAL_DOUBLE
+static const double SHORT_STEP = 0; /* three terms are too few for any */
+#else
+static const double SHORT_STEP = 1e-2;
+#endif
+
+INLINE double refine(const real *scores, int64_t size, real a, real top, double sigma, double step, real *p) {
+    const lanes zero = splat(0), half = splat(-0.5), most_ratio = splat((real)0.03);
+    const double most = 1 - (double)a * sigma;
+    const real rise = (real)((double)a / most), relative = (real)(step / most), power = (real)(1 / (double)a - 1);
+    const real second = (1 - a) / 2, third = (1 - 2 * a) / 3;
+    const origin edge = origin_at(top, sigma - 1 / (double)a), edge_after = origin_at(top, sigma + step - 1 / (double)a);
+    tally total = {zero, zero};
+    for (int64_t i = 0; i < size; i += LANES) {
+        const lanes x = load(scores + i), t = rise * (x - top);
+        const lanes w = select_below(t, half, rise * from(edge, x), t + (real)1), r = relative / w;
+        const lanes size_of_r = at_least(r, -r);
+        lanes y = load(p + i);
+        y -= y * r * ((real)1 - second * r * ((real)1 - third * r));
+        if (any_beyond(size_of_r, most_ratio)) {
+            const lanes after = at_least(zero, rise * from(edge_after, x));
+            const lanes fresh = after * power_lanes(after, power);
+            y = select_below(size_of_r, most_ratio, y, fresh);
+        }
+        store(p + i, y);
+        add(&total, y);
+    }
+    return total_of(total);
+}
+
 /* Climbs from a σ at or below the root, for α <= 2, where Newton's method passes it by no more than rounding, until
  * Σ p is within `error` of 1 or comes no closer. What is stored, and its sum, which is returned, are of the last σ. */
 INLINE double climb_family(const real *x, int64_t size, const family of, real a, real top, double *sigma, double error,
@@ -157,12 +190,15 @@ INLINE double climb_family(const real *x, int64_t size, const family of, real a,
         /* softmax is done by the division by Σ p */
         if (of == SOFTMAX || landed || !(now > error && (now < before || now > 1e-3)) || sweep == MAX_SWEEPS)
             return at.total / at.unit;
-        *sigma += root_step(at, of, a);
+        const double step = root_step(at, of, a);
+        if (of == GENTLE && a > 0 && now < SHORT_STEP) return refine(x, size, a, top, *sigma, step, p);
+        *sigma += step;
         before = now;
     }
 }
 
-/* A step for a long row from every eighth block of it, which takes the place of one from all of it. It may go too far. */
+/* A step for a long row from every eighth block of it, which takes the place of one from all of it. It may go too far,
+ * and goes nowhere where the blocks do not hold what has weight. */
 static double sampled_step(const real *x, int64_t size, double a, real top, double sigma, real *p) {
     enum { EVERY = 8 };
     int64_t count = 0;
@@ -173,7 +209,7 @@ static double sampled_step(const real *x, int64_t size, double a, real top, doub
     part.total /= share, part.slope /= share, part.curve /= share;
     const double farthest = -expm1(-a * log((double)size)) / a; /* the σ of a flat row */
     const double next = sigma + root_step(part, GENTLE, a);
-    return next < farthest ? next : farthest;
+    return next > sigma ? (next < farthest ? next : farthest) : sigma;
 }
 
 static double climb(const real *x, int64_t size, double a, real top, double *sigma, double error, real *p) {
@@ -298,16 +334,16 @@ static weighted slopes(const real *p, const real *g, int64_t size, double a, rea
 
 /* Σ u g / Σ u. In a row that is nearly one-hot, where Σ u is little more than 1, what the product with the largest entry
  * has rounded away is as much as the gradient: there, once more from what is left of g. */
-static double centre_of(const real *u, const real *g, int64_t size, weighted sums) {
+static origin centre_of(const real *u, const real *g, int64_t size, weighted sums) {
     const double delta = sums.u_g / sums.u;
-    if (!(sums.u < 1.1)) return delta;
+    if (!(sums.u < 1.1)) return origin_at(0, delta);
     const lanes zero = splat(0), near = splat((real)delta);
     lanes rest = zero;
     for (int64_t i = 0; i < size; i += LANES) {
         const lanes slope = load(u + i);
         rest += select_equal(slope, zero, zero, slope * (load(g + i) - near));
     }
-    return (double)(real)delta + sum_of(rest) / sums.u;
+    return origin_at((real)delta, sum_of(rest) / sums.u);
 }
 
 /* What the gradient for α is centred by, and whether float has digits enough for it. */
@@ -326,7 +362,7 @@ static overview survey(const real *p, const real *g, int64_t size) {
     return (overview){maximum_of(most), sum_of(sum)};
 }
 
-/* The gradient for α of packed p, with u left behind and δ in `*delta`.
+/* The gradient for α of packed p, with u left behind and δ = Σ u g / Σ u in `*delta`.
  *
  * With l = log p, y = l² φ₂(-a l) and c = g - mean: [Y D - B - a (Y A - H B)] / U, where D = Σ p (g - δ),
  * A = Σ p l (g - δ), B = Σ p y (g - δ), H = Σ p l, Y = Σ p y and U = Σ u. It depends on no constant in g, but for its
@@ -334,7 +370,7 @@ static overview survey(const real *p, const real *g, int64_t size) {
  */
 enum { BLOCK = 32 * LANES }; /* sums of reals go that far, and are added in double */
 
-static double alpha_gradient(const real *p, const real *g, int64_t size, real a, real mean, real *u, double *delta) {
+static double alpha_gradient(const real *p, const real *g, int64_t size, real a, real mean, real *u, origin *delta) {
     double U = 0, UC = 0, P = 0, D = 0, H = 0, A = 0, Y = 0, B = 0;
     const real per_square = 1 / (a * a), ln2 = (real)0.6931471805599453;
     const lanes zero = splat(0), highest = splat(-EXP_LOWEST);
@@ -365,18 +401,17 @@ static double alpha_gradient(const real *p, const real *g, int64_t size, real a,
         H += sum_of(sum_pl), A += sum_of(sum_plc), Y += sum_of(sum_py), B += sum_of(sum_pyc);
     }
     const double rest = UC / U;
-    *delta = mean + rest;
+    *delta = origin_at(mean, rest);
     D -= rest * P, A -= rest * H, B -= rest * Y;
     return (Y * D - B - a * (Y * A - H * B)) / U;
 }
 
 /* u becomes u (g - δ). */
-static void centre(real *u, const real *g, int64_t size, double delta) {
+static void centre(real *u, const real *g, int64_t size, origin delta) {
     const lanes zero = splat(0);
-    const origin from_delta = {(real)delta, (real)(delta - (real)delta)};
     for (int64_t i = 0; i < size; i += LANES) {
         const lanes slope = load(u + i);
-        store(u + i, select_equal(slope, zero, zero, slope * from(from_delta, load(g + i))));
+        store(u + i, select_equal(slope, zero, zero, slope * from(delta, load(g + i))));
     }
 }
 
@@ -385,7 +420,8 @@ double EXPORTED(backward)(vector p, vector grad, int64_t size, double a, int wit
     real *weights = scratch, *g = weights + stride, *u = g + stride, *row = u + stride, *grad_row = row + stride;
     const real *all = fetch(p, size, row), *all_grad = fetch(grad, size, grad_row);
     real *result = target(out, p.type, grad_row + stride);
-    double delta, grad_alpha = 0;
+    double grad_alpha = 0;
+    origin delta;
 
     const family of = family_of(a);
     if (!with_alpha && of != GENTLE && of != STEEP && size % PADDING == 0) { /* u is cheaper than packing */
