@@ -185,8 +185,9 @@ INLINE double climb_family(const real *x, int64_t size, const family of, real a,
     for (int sweep = 0;; sweep++) {
         const norms at = evaluate(x, size, of, a, top, *sigma, p);
         const double now = fabs(at.total - 1);
-        /* A step from close by lands on the root: what Σ p is off after that is rounding. */
-        const int landed = now < 8 * error && before < 1e-3;
+        /* A step from close by lands on the root, and for α = 2 any that finds the support: what Σ p is off after that is
+         * rounding. */
+        const int landed = now < 24 * error && (before < 1e-3 || of == SPARSEMAX);
         /* softmax is done by the division by Σ p */
         if (of == SOFTMAX || landed || !(now > error && (now < before || now > 1e-3)) || sweep == MAX_SWEEPS)
             return at.total / at.unit;
