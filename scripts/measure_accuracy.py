@@ -108,6 +108,8 @@ def exact_gradients(x: Tensor, alpha: float, upstream: Tensor) -> tuple[Tensor, 
     a, inside = alpha - 1, p > 0
     v = torch.where(inside, v, 0.0)
     u = p / (1 + a * v)
+    # Counted from that of the largest entry: in a nearly one-hot row float64 would lose its gradient too.
+    upstream = upstream.double() - upstream.double().gather(-1, p.argmax(-1, keepdim=True))
     centred = upstream - (u * upstream).sum(-1, keepdim=True) / u.sum(-1, keepdim=True)
     slope = -(v**2) / 2 if a == 0 else (v / (1 + a * v) - torch.log1p(a * v) / a) / a
     return u * centred, (p * slope * centred).sum(-1, keepdim=True)
