@@ -1,0 +1,189 @@
+/* σ of one row and its probabilities, not yet divided by their sum. See the comment in rows.h for the letters. */
+enum { MAX_SWEEPS = 100 };
+
+/* A distance from σ that has no weight at any α, and still overflows nothing. */
+static const real NOWHERE = -REAL_MAX / 2;
+
+typedef struct {
+    double total, slope, curve; /* Σ p, Σ u and Σ u²/p, the last for α < 1.5 alone */
+    double unit;                /* the p of what is stored as 1 */
+} norms;
+
+/* p at a given σ, counted from the largest score `top`, for padded scores. With z = x - top, an entry is a power of
+ * a z + 1 - a σ = a (z - σ + 1 / a): counted from σ - 1 / a it keeps its digits where it is small. For α < 1.5 what is
+ * stored is p / max p, a power of 1 + a z / (1 - a σ): in a long flat row p is small, and its logarithm has lost digits
+ * that the one of a number close to 1 has. */
+INLINE norms evaluate(const real *scores, int64_t size, const family of, real a, real top, double sigma, real *p) {
+    const lanes zero = splat(0), one = splat(1), nowhere = splat(NOWHERE), half = splat(-0.5), smallest = splat(REAL_MIN);
+    const real power = (real)(1 / (double)a - 1);
+    const origin edge = origin_at(top, of == SOFTMAX ? 0 : sigma - 1 / (double)a), middle = origin_at(top, sigma);
+    const double most = of == GENTLE ? 1 - (double)a * sigma : 1; /* (max p)^a */
+    const real rise = (real)((double)a / most);
+    tally total = {zero, zero};
+    lanes slope = zero, curve = zero;
+    for (int64_t i = 0; i < size; i += LANES) {
+        const lanes x = load(scores + i);
+        lanes w, y, u;
+        if (of == SPARSEMAX) {
+            y = at_least(zero, from(edge, x));
+            u = select_equal(y, zero, zero, one);
+        } else if (of == ENTMAX15) {
+            u = at_least(zero, from(edge, x) * (real)0.5);
+            y = u * u;
+        } else if (of == SOFTMAX) {
+            y = u = exp_lanes(at_least(nowhere, from(middle, x)));
+        } else {
+            /* u = w^(1/a - 1), which has fewer digits to lose than p */
+            if (of == STEEP) {
+                w = at_least(zero, a * from(edge, x));
+                u = select_equal(w, zero, zero, power_lanes(w, power));
+            } else {
+                const lanes t = rise * at_least(nowhere, x - top);
+                w = select_below(t, half, at_least(zero, rise * from(edge, x)), t + (real)1);
+                u = power_of_sum(w, t, power);
+                curve += u / at_least(smallest, w);
+            }
+            y = w * u;
+        }
+        store(p + i, y);
+        add(&total, y);
+        slope += u;
+    }
+    const double unit = of == GENTLE ? exp(log1p(-(double)a * sigma) / (double)a) : 1;
+    const double of_slope = unit / most;
+    return (norms){unit * total_of(total), of_slope * sum_of(slope), of_slope / most * sum_of(curve), unit};
+}
+
+INLINE real log1p_real(real t) {
+    return log1p_lanes(splat(t))[0];
+}
+
+INLINE real exp_real(real x) {
+    return exp_lanes(splat(x))[0];
+}
+
+/* Newton's step for (Σ p)^a = 1: (S - S^(1-a)) / (a U), which is S log(S) / U at a = 0. For α < 1.5, where Σ p has a
+ * second derivative, it becomes Halley's. */
+INLINE double root_step(norms at, const family of, double a) {
+    const double excess = at.total - 1;
+    double newton;
+    if (of == SPARSEMAX) return excess / at.slope;
+    if (of == ENTMAX15) return 2 * (at.total - sqrt(at.total)) / at.slope;
+    if (fabs(excess) < 0.05) {
+        newton = excess * (1 + (1 - a) / 2 * excess * (1 - (1 + a) / 3 * excess)) / at.slope;
+    } else {
+        const real log_total = log1p_real((real)excess), x = (real)a * log_total;
+        const real ratio = fabs(x) < 0.1 ? 1 - x / 2 * (1 - x / 3 * (1 - x / 4)) : (1 - exp_real(-x)) / x;
+        newton = at.total * log_total * ratio / at.slope;
+    }
+    if (of != GENTLE) return newton;
+    const double bend = (1 - a) / 2 * newton * (at.curve / at.slope - at.slope / at.total);
+    return newton / (1 - (bend < 0.5 ? bend : 0.5));
+}
+
+/* p at σ + step from the p that are stored for σ, for 1 < α < 1.5 and a step that is small beside what most entries have
+ * in 1 + a (z - σ): there p changes by the factor (1 - a r)^(1/a), r = step / (1 + a (z - σ)), whose series is short.
+ * The others are computed anew. */
+#ifdef REAL_DOUBLE
+static const double SHORT_STEP = 0; /* three terms are too few for any */
+#else
+static const double SHORT_STEP = 1e-2;
+#endif
+
+INLINE double refine(const real *scores, int64_t size, real a, real top, double sigma, double step, real *p) {
+    const lanes zero = splat(0), half = splat(-0.5), most_ratio = splat((real)0.03);
+    const double most = 1 - (double)a * sigma;
+    const real rise = (real)((double)a / most), relative = (real)(step / most), power = (real)(1 / (double)a - 1);
+    const real second = (1 - a) / 2, third = (1 - 2 * a) / 3;
+    const origin edge = origin_at(top, sigma - 1 / (double)a), edge_after = origin_at(top, sigma + step - 1 / (double)a);
+    tally total = {zero, zero};
+    for (int64_t i = 0; i < size; i += LANES) {
+        const lanes x = load(scores + i), t = rise * (x - top);
+        const lanes w = select_below(t, half, rise * from(edge, x), t + (real)1), r = relative / w;
+        const lanes size_of_r = at_least(r, -r);
+        lanes y = load(p + i);
+        y -= y * r * ((real)1 - second * r * ((real)1 - third * r));
+        if (any_beyond(size_of_r, most_ratio)) {
+            const lanes after = at_least(zero, rise * from(edge_after, x));
+            const lanes fresh = after * power_lanes(after, power);
+            y = select_below(size_of_r, most_ratio, y, fresh);
+        }
+        store(p + i, y);
+        add(&total, y);
+    }
+    return total_of(total);
+}
+
+/* Climbs from a σ at or below the root, for α <= 2, where Newton's method passes it by no more than rounding, until
+ * Σ p is within `error` of 1 or comes no closer. What is stored, and its sum, which is returned, are of the last σ. */
+INLINE double climb_family(const real *x, int64_t size, const family of, real a, real top, double *sigma, double error,
+                           real *p) {
+    double before = INFINITY;
+    for (int sweep = 0;; sweep++) {
+        const norms at = evaluate(x, size, of, a, top, *sigma, p);
+        const double now = fabs(at.total - 1);
+        /* A step from close by lands on the root, and for α = 2 any that finds the support: what Σ p is off after that is
+         * rounding. */
+        const int landed = now < 24 * error && (before < 1e-3 || of == SPARSEMAX);
+        /* softmax is done by the division by Σ p */
+        if (of == SOFTMAX || landed || !(now > error && (now < before || now > 1e-3)) || sweep == MAX_SWEEPS)
+            return at.total / at.unit;
+        const double step = root_step(at, of, a);
+        if (of == GENTLE && a > 0 && now < SHORT_STEP) return refine(x, size, a, top, *sigma, step, p);
+        *sigma += step;
+        before = now;
+    }
+}
+
+/* A step for a long row from every eighth block of it, which takes the place of one from all of it. It may go too far,
+ * and goes nowhere where the blocks do not hold what has weight. */
+static double sampled_step(const real *x, int64_t size, double a, real top, double sigma, real *p) {
+    enum { EVERY = 8 };
+    int64_t count = 0;
+    for (int64_t i = 0; i < size; i += EVERY * PADDING, count += PADDING)
+        memcpy(p + count, x + i, PADDING * sizeof *x);
+    norms part = evaluate(p, count, GENTLE, (real)a, top, sigma, p);
+    const double share = (double)count / (double)size;
+    part.total /= share, part.slope /= share, part.curve /= share;
+    const double farthest = -expm1(-a * log((double)size)) / a; /* the σ of a flat row */
+    const double next = sigma + root_step(part, GENTLE, a);
+    return next > sigma ? (next < farthest ? next : farthest) : sigma;
+}
+
+static double climb(const real *x, int64_t size, double a, real top, double *sigma, double error, real *p) {
+    switch (family_of(a)) { /* a constant in each copy, for the compiler */
+    case SPARSEMAX: return climb_family(x, size, SPARSEMAX, (real)a, top, sigma, error, p);
+    case ENTMAX15: return climb_family(x, size, ENTMAX15, (real)a, top, sigma, error, p);
+    case SOFTMAX: return climb_family(x, size, SOFTMAX, (real)a, top, sigma, error, p);
+    case GENTLE: return climb_family(x, size, GENTLE, (real)a, top, sigma, error, p);
+    default: return climb_family(x, size, STEEP, (real)a, top, sigma, error, p);
+    }
+}
+
+#ifdef REAL_DOUBLE
+/* The same for α > 2: a bracket with bisection as the fall-back. The slope is infinite there where an entry enters the
+ * support, so a short step proves nothing: what is asked is that the sum be 1, or the bracket empty. */
+static double bracket(const real *x, int64_t size, double a, real top, real *p) {
+    double low = 0, high = -expm1(-a * log((double)size)) / a * (1 + REAL_EPS), sigma = 0, error_before = INFINITY;
+    norms at = {0, 0, 0, 1};
+    for (int sweep = 0; sweep < MAX_SWEEPS; sweep++) {
+        at = evaluate(x, size, STEEP, a, top, sigma, p);
+        if (at.total >= 1) low = sigma;
+        else high = sigma;
+        double error = fabs(at.total - 1);
+        if (!(error > 2 * REAL_EPS && high - low > REAL_EPS * high)) break;
+        double newton = sigma + root_step(at, STEEP, a);
+        sigma = newton > low && newton < high && error <= error_before / 2 ? newton : (low + high) / 2;
+        error_before = error;
+    }
+    return at.total;
+}
+#endif
+
+/* Packed scores to p, not yet divided by Σ p, which is returned; σ is a lower bound of the root. */
+static double solve(const real *x, int64_t size, double a, real top, double sigma, real *p) {
+#ifdef REAL_DOUBLE
+    if (a > 1) return bracket(x, size, a, top, p);
+#endif
+    return climb(x, size, a, top, &sigma, REAL_EPS / 8, p);
+}
