@@ -78,6 +78,38 @@ def test_long_rows(alpha, variant):
     assert (forward(x, alpha - 1, variant=variant) - exact(x, alpha - 1)).abs().max() <= 2e-7
 
 
+@pytest.mark.parametrize("alpha", [1.0001, 1.05, 1.2, 1.45])
+def test_long_rows_of_which_a_part_tells_nothing_of_the_rest(alpha, variant):
+    # The kernels look at 16 entries in 128 first.
+    seen = torch.arange(4099) % 128 < 16
+    flat, x = torch.zeros(4099), torch.randn(4099)
+    rows_of = [
+        *(torch.where(seen, flat, flat - gap) for gap in (0.1, 3, 300)),
+        *(torch.where(seen, flat - gap, flat) for gap in (0.1, 3, 300)),
+        *(x.index_fill(0, torch.tensor([place]), 30.0) for place in (0, 77, 4098)),
+        *(x.sort(descending=descending).values * scale for descending in (False, True) for scale in (1, 10)),
+    ]
+    x = torch.stack(rows_of)
+    p, expected = forward(x, alpha - 1, variant=variant), exact(x, alpha - 1)
+    assert (p - expected).abs().max() <= 2e-7
+    assert (p.double().sum(-1) - 1).abs().max() <= 3e-7
+    double = forward(x.double(), alpha - 1, variant=variant)
+    assert (double - expected).abs().max() <= 1e-13
+
+
+@pytest.mark.parametrize("alpha", [1.01, 1.1, 1.3, 1.45])
+def test_small_probabilities_keep_their_digits(alpha, variant):
+    a = alpha - 1
+    for size in (7, 64, 515, 4099):
+        x = torch.randn(5, size)
+        p, expected = forward(x, a, variant=variant), exact(x, a)
+        # A rounding of a score moves p = w^(1/a), w = 1 + a (z - σ), by 1 / w, and one of its logarithm by that.
+        w, shown = expected.pow(a), expected > 1e-30
+        roundings = x.abs().amax() / w + expected.clamp(min=1e-30).log().abs() + 1
+        error = (p - expected).abs() / expected
+        assert (error <= 2 * torch.finfo(torch.float32).eps * roundings)[shown].all(), size
+
+
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_gradients_are_those_of_the_reference(alpha, variant):
     a = alpha - 1
