@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-Observer = Callable[[nn.Module, Tensor, Tensor | None], None]
+Observer = Callable[[nn.Module, Tensor, Tensor | None, float | Tensor | None], None]
 _observers: list[Observer] = []
 _announced: list[Callable[[nn.Module], bool]] = []
 
@@ -22,16 +22,19 @@ def observed() -> bool:
     return bool(_observers)
 
 
-def tell(module: nn.Module, weights: Tensor, visible: Tensor | None = None) -> None:
+def tell(
+    module: nn.Module, weights: Tensor, visible: Tensor | None = None, alpha: float | Tensor | None = None
+) -> None:
     """Show the weights that ``module`` attends with to everybody who looks.
 
     Args:
         module: The one that attends.
         weights: (N, H, L, S).
         visible: True where a query may see a key; broadcasts against ``weights``. None: everywhere.
+        alpha: α that made the weights, a number or one per head; None: ``module.alpha``, if there is one.
     """
     for observer in _observers:
-        observer(module, weights, visible)
+        observer(module, weights, visible, alpha)
 
 
 def announce(is_teller: Callable[[nn.Module], bool]) -> None:
@@ -47,7 +50,7 @@ def tells(module: nn.Module) -> bool:
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Have ``observer`` called with ``(module, weights, visible)`` by every :func:`tell` while the context is open."""
+    """While the context is open every :func:`tell` calls ``observer(module, weights, visible, alpha)``."""
     _observers.append(observer)
     try:
         yield

@@ -105,12 +105,14 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractCont
 def _recording(
     names: dict[nn.Module, str], asked: dict[nn.MultiheadAttention, list[str]], record: AttentionRecord
 ) -> Iterator[AttentionRecord]:
-    def count(module: nn.Module, weights: Tensor, visible: Tensor | None) -> None:
+    @torch.no_grad()  # checkpointing counts what a forward saves, also by reading α
+    def count(module: nn.Module, weights: Tensor, visible: Tensor | None, alpha: float | Tensor | None) -> None:
         if module in names and not _recomputing():
             with _warning_of_errors(names[module]):
                 if torch._C._are_functorch_transforms_active():
                     raise RuntimeError("inside a transform of torch.func weights have no values to sum up")
-                record.add(names[module], module, weights, visible)
+                alpha = getattr(module, "alpha", None) if alpha is None else alpha
+                record.add(names[module], weights, visible, alpha)
 
     with ExitStack() as stack:
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
@@ -173,7 +175,7 @@ class _Ask:
             if visible is not None:
                 sees_nothing = ~visible.any(-1, keepdim=True)
                 weights = weights.masked_fill(sees_nothing & weights.isnan(), 0.0)
-            self.count(self.layer, weights, visible)
+            self.count(self.layer, weights, visible, None)
 
     def __reduce__(self) -> tuple[type[_Left], tuple[()]]:
         return _Left, ()
