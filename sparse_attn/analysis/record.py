@@ -44,7 +44,7 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractCont
     a class of one's own whose `forward` takes no `need_weights` and `average_attn_weights`, a call that fails to give
     weights, calls inside transforms of `torch.func`.
 
-    Two things change in the whole process until the context closes: torch's fused inference path for transformer
+    Two things change in the whole process until the last record closes: torch's fused inference path for transformer
     encoders is off (`torch.backends.mha.set_fastpath_enabled`), as it never calls the attention layer, so that padded
     positions have other outputs than the zeros it gives; and compiled code runs uncompiled
     (`torch.compiler.set_stance`), as it may not look for new hooks. When the context closes, also by an exception, no
@@ -115,17 +115,36 @@ def _recording(
                 record.add(names[module], weights, visible, alpha)
 
     with ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        # Hooks alone make the encoder layer take the slow path, but nn.TransformerEncoder would still hand it
-        # nested tensors, for which no weights can be given.
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_plain_process())
         stack.enter_context(observing(count))
         for layer, positional in asked.items():
             hook = _Ask(layer, names[layer], positional, count)
             # In front of hooks that take the parameters away again, as those of sharded layers do.
             stack.callback(layer.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
         yield record
+
+
+_switches = ExitStack()
+_open_records = 0
+
+
+@contextmanager
+def _plain_process() -> Iterator[None]:
+    """What changes in the whole process from the first record that opens to the last that closes, in any order."""
+    global _open_records
+    if not _open_records:
+        _switches.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        # Hooks alone make the encoder layer take the slow path, but nn.TransformerEncoder would still hand it
+        # nested tensors, for which no weights can be given.
+        torch.backends.mha.set_fastpath_enabled(False)
+        _switches.enter_context(torch.compiler.set_stance("force_eager"))
+    _open_records += 1
+    try:
+        yield
+    finally:
+        _open_records -= 1
+        if not _open_records:
+            _switches.close()
 
 
 def _recomputing() -> bool:

@@ -237,6 +237,22 @@ def test_nested_contexts_record_both() -> None:
     assert str(outer) == str(inner)
 
 
+def test_records_may_close_in_any_order() -> None:
+    layer, graphs = nn.MultiheadAttention(E, H, batch_first=True), list[Any]()
+    before, x = traces(layer), torch.randn(N, L, E)
+    first, second = record_attention(layer), record_attention(layer)
+    records = [first.__enter__(), second.__enter__()]
+    layer(x, x, x)
+    first.__exit__(None, None, None)
+    assert not torch.backends.mha.get_fastpath_enabled()
+    layer(x, x, x)
+    second.__exit__(None, None, None)
+    assert [record[""].rows.tolist() for record in records] == [[N * L] * H, [2 * N * L] * H]
+    assert torch.backends.mha.get_fastpath_enabled() and not observed() and traces(layer) == before
+    torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(graph) or graph.forward)(x)
+    assert len(graphs) == 1  # compiled code is compiled again
+
+
 def test_a_model_without_attention() -> None:
     with (
         pytest.raises(ValueError, match=r"nn\.MultiheadAttention or SparseAttention layers .*got Linear without any"),
