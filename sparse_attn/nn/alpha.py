@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 # Of the range. Some steps of an optimizer wide, so that noise does not cross it, and few enough to come back soon.
 _MARGIN = 0.02
-# Of the range: how far a large step or momentum may have carried a parameter past a bound in a training that goes on.
+# Of the range: how far past a bound a parameter counts as carried there by a training, where a checkpoint does not say
+# in which range it was learnt.
 _CARRIED = 0.5
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -221,8 +222,9 @@ class WideAlpha(nn.Module):
             wrong, allowed = ~((alpha > 0) & alpha.isfinite()), "in (0, inf)"
         else:
             low, high = self.alpha_range
-            other = saved_range is not None and tuple(saved_range) != self.alpha_range
-            slack = (_MARGIN if other else _CARRIED) * (high - low)
+            # Of its own range a training may have carried it anywhere: momentum does, and weight decay if it had any.
+            own = saved_range is not None and tuple(saved_range) == self.alpha_range
+            slack = math.inf if own else (_CARRIED if saved_range is None else _MARGIN) * (high - low)
             wrong = ~((alpha >= low - slack) & (alpha <= high + slack) & alpha.isfinite())
             allowed = f"in the layer's alpha_range [{low:g}, {high:g}]"
         if not bool(wrong.any()):
