@@ -283,7 +283,7 @@ class TransformerDecoderLayer(_Layer):
         x = self._add(tgt, self.norm1, attend)
         try:
             x = self._add(x, self.norm2, attend_to_memory)
-        except (TypeError, ValueError):
+        except Exception:
             if cache is not None and past is not None:  # a refused call leaves both caches as they were
                 cache.self_attention.key, cache.self_attention.value = past
             raise

@@ -308,6 +308,10 @@ def test_a_refused_step_leaves_both_caches_as_they_were() -> None:
         padding = torch.zeros(N, 4, dtype=torch.bool)
         layer(x[:, 2:], memory, tgt_is_causal=True, memory_key_padding_mask=padding, cache=cache)
     assert len(cache) == 2
+    cache.cross_attention = KVCache(static=True)
+    with pytest.raises(RuntimeError, match="dtype"):  # torch's own
+        layer(x[:, 2:], memory.float(), tgt_is_causal=True, cache=cache)
+    assert len(cache) == 2 and len(cache.cross_attention) == 0
     steps.append(layer(x[:, 2:], memory, tgt_is_causal=True, cache=cache))
     torch.testing.assert_close(torch.cat(steps, 1), layer(x, memory, tgt_is_causal=True))
 
