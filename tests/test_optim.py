@@ -173,6 +173,7 @@ def test_set_alpha_by_the_name_of_the_module_that_holds_it() -> None:
         ({"layers.2.self_attn": 1.5}, ValueError, r"'layers.0.self_attn', .*, got 'layers.2.self_attn'"),
         ("sparse", TypeError, "must be a number or one per head, got 'sparse'"),
         (None, TypeError, "must be a number or one per head, got None"),
+        (True, TypeError, "must be a number or one per head, got True"),
     ],
 )
 def test_a_refused_alpha_changes_nothing(value: Any, error: type[Exception], message: str) -> None:
@@ -354,7 +355,8 @@ def test_wrong_arguments(call: Callable[[nn.Module], Any], message: str) -> None
         (lambda m: alpha_param_groups(m, lr=0.1, alpha_lr="x"), "alpha_lr must be a number or .*, got str"),
         (lambda m: alpha_param_groups(m, lr=0.1, weight_decay=None), "weight_decay must be a number .*, got NoneType"),
         (lambda m: alpha_penalty(m, strength="x"), "strength must be a number or a floating tensor, got str"),
-        (lambda m: alpha_penalty(m, None), "target must be a number or a floating tensor, got NoneType"),
+        (lambda m: alpha_penalty(m, None), "target must be a number, got None"),
+        (lambda m: alpha_penalty(m, torch.tensor([1.25, 1.5])), r"target must be a number, got tensor\(\[1.25"),
         (lambda _: linear_alpha(1, 1.0, 2.0, last_step="9"), "last_step must be a number, got '9'"),
         (lambda _: linear_alpha(1, 1.0, 2.0, first_step=None, last_step=9), "first_step must be a number, got None"),
         (lambda _: linear_alpha("1", 1.0, 2.0, last_step=9), "step must be a number, got '1'"),

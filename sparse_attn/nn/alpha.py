@@ -102,16 +102,23 @@ def initial_alpha(
     alpha_init: float | Sequence[float] | Tensor, alpha_range: tuple[float, float] | None, num_heads: int
 ) -> Tensor:
     """``(num_heads,)`` initial values in float64, checked against the range, or ``(0, inf)`` without one."""
-    try:
-        alpha = torch.as_tensor(alpha_init, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, ValueError):
-        raise TypeError(f"alpha_init must be a number or one per head, got {alpha_init!r}") from None
+    alpha = one_or_per_head(alpha_init, "alpha_init")
     if tuple(alpha.shape) not in ((), (num_heads,)):
         raise ValueError(f"alpha_init must be a number or one per head ({num_heads},), got shape {tuple(alpha.shape)}")
     check_alpha(alpha, "alpha_init")
     if alpha_range is not None:
         check_inside(alpha, alpha_range, "alpha_init")
     return alpha.expand(num_heads).clone()
+
+
+def one_or_per_head(alpha: float | Sequence[float] | Tensor, name: str) -> Tensor:
+    """A number, a sequence or a tensor of numbers in float64 on the CPU, without a graph."""
+    try:
+        if torch.as_tensor(alpha).dtype != torch.bool:
+            return torch.as_tensor(alpha, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{name} must be a number or one per head, got {alpha!r}")
 
 
 def check_inside(alpha: Tensor, alpha_range: tuple[float, float], name: str) -> None:
