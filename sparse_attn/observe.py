@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 
 from torch import Tensor, nn
 
 Observer = Callable[[nn.Module, Tensor, Tensor | None, float | Tensor | None], None]
 _observers: list[Observer] = []
+_aside: list[int] = []  # threads in which nobody looks for now
 _announced: list[Callable[[nn.Module], bool]] = []
 
 
 def observed() -> bool:
     """Whether anybody looks."""
-    return bool(_observers)
+    return bool(_observers) and not (_aside and get_ident() in _aside)
 
 
 def tell(
@@ -33,7 +35,7 @@ def tell(
         visible: True where a query may see a key; broadcasts against ``weights``. None: everywhere.
         alpha: α that made the weights, a number or one per head; None: ``module.alpha``, if there is one.
     """
-    for observer in _observers:
+    for observer in tuple(_observers) if observed() else ():
         observer(module, weights, visible, alpha)
 
 
@@ -60,10 +62,10 @@ def observing(observer: Observer) -> Iterator[None]:
 
 @contextmanager
 def unobserved() -> Iterator[None]:
-    """Have nobody look while the context is open."""
-    looking = _observers.copy()
-    _observers.clear()
+    """Have nobody look at what this thread does while the context is open."""
+    thread = get_ident()
+    _aside.append(thread)
     try:
         yield
     finally:
-        _observers[:] = looking
+        _aside.remove(thread)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -126,25 +127,28 @@ def _recording(
 
 _switches = ExitStack()
 _open_records = 0
+_opening = threading.Lock()
 
 
 @contextmanager
 def _plain_process() -> Iterator[None]:
     """What changes in the whole process from the first record that opens to the last that closes, in any order."""
     global _open_records
-    if not _open_records:
-        _switches.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        # Hooks alone make the encoder layer take the slow path, but nn.TransformerEncoder would still hand it
-        # nested tensors, for which no weights can be given.
-        torch.backends.mha.set_fastpath_enabled(False)
-        _switches.enter_context(torch.compiler.set_stance("force_eager"))
-    _open_records += 1
+    with _opening:
+        if not _open_records:
+            _switches.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+            # Hooks alone make the encoder layer take the slow path, but nn.TransformerEncoder would still hand it
+            # nested tensors, for which no weights can be given.
+            torch.backends.mha.set_fastpath_enabled(False)
+            _switches.enter_context(torch.compiler.set_stance("force_eager"))
+        _open_records += 1
     try:
         yield
     finally:
-        _open_records -= 1
-        if not _open_records:
-            _switches.close()
+        with _opening:
+            _open_records -= 1
+            if not _open_records:
+                _switches.close()
 
 
 def _recomputing() -> bool:
