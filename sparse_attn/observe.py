@@ -9,29 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 
 from torch import Tensor, nn
 
-Observer = Callable[[nn.Module, Tensor, Tensor | None], None]
+Observer = Callable[[nn.Module, Tensor, Tensor | None, float | Tensor | None], None]
 _observers: list[Observer] = []
+_aside: list[int] = []  # threads in which nobody looks for now
 _announced: list[Callable[[nn.Module], bool]] = []
 
 
 def observed() -> bool:
     """Whether anybody looks."""
-    return bool(_observers)
+    return bool(_observers) and not (_aside and get_ident() in _aside)
 
 
-def tell(module: nn.Module, weights: Tensor, visible: Tensor | None = None) -> None:
+def tell(
+    module: nn.Module, weights: Tensor, visible: Tensor | None = None, alpha: float | Tensor | None = None
+) -> None:
     """Show the weights that ``module`` attends with to everybody who looks.
 
     Args:
         module: The one that attends.
         weights: (N, H, L, S).
         visible: True where a query may see a key; broadcasts against ``weights``. None: everywhere.
+        alpha: α that made the weights, a number or one per head; None: ``module.alpha``, if there is one.
     """
-    for observer in _observers:
-        observer(module, weights, visible)
+    for observer in tuple(_observers) if observed() else ():
+        observer(module, weights, visible, alpha)
 
 
 def announce(is_teller: Callable[[nn.Module], bool]) -> None:
@@ -47,7 +52,7 @@ def tells(module: nn.Module) -> bool:
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Have ``observer`` called with ``(module, weights, visible)`` by every :func:`tell` while the context is open."""
+    """While the context is open every :func:`tell` calls ``observer(module, weights, visible, alpha)``."""
     _observers.append(observer)
     try:
         yield
@@ -57,10 +62,10 @@ def observing(observer: Observer) -> Iterator[None]:
 
 @contextmanager
 def unobserved() -> Iterator[None]:
-    """Have nobody look while the context is open."""
-    looking = _observers.copy()
-    _observers.clear()
+    """Have nobody look at what this thread does while the context is open."""
+    thread = get_ident()
+    _aside.append(thread)
     try:
         yield
     finally:
-        _observers[:] = looking
+        _aside.remove(thread)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn.checks import check_alpha, check_number, check_number_or_tensor
-from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_inside, fill, whole
+from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_inside, fill, one_or_per_head, whole
 from sparse_attn.nn.model_alpha import FilterFn, alpha_modules, of_attention
 
 __all__ = [
@@ -295,6 +295,7 @@ def alpha_penalty(
         raise ValueError(f"target must be 'sparse', 'dense' or a number, got {target!r}")
     learnt = _learnt(model, filter_fn=filter_fn)
     if not isinstance(target, str):
+        check_number(target, "target")
         check_alpha(target, "target")
         for module, _ in learnt:
             check_inside(torch.tensor(float(target)), module.alpha_range, "target")
@@ -357,10 +358,7 @@ def _fitted(model: nn.Module, value: Any, filter_fn: FilterFn | None) -> list[tu
 def _fitting(name: str, module: WideAlpha, value: float | Sequence[float] | Tensor) -> Tensor:
     """A value as a tensor that broadcasts to the α of a module, checked."""
     what = f"value for {name!r}" if name else "value"
-    try:
-        alpha = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, ValueError):
-        raise TypeError(f"{what} must be a number or one per head, got {value!r}") from None
+    alpha = one_or_per_head(value, what)
     current = torch.as_tensor(module.alpha) if module.raw_alpha is None else module.raw_alpha
     shape = current.shape
     if alpha.dim() == 1 and alpha.numel() == shape.numel():

@@ -1,8 +1,7 @@
-"""α in training: groups, freezing, setting, annealing, the penalty; under compile, EMA, LoRA and mixed dtypes."""
+"""The functions for α in training: groups, freezing, setting, annealing, the penalty."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.utils import clip_grad_norm_, parametrize
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
 
 from sparse_attn import (
     AdaptiveSparseMultiheadAttention,
@@ -23,7 +18,7 @@ from sparse_attn import (
     alpha_per_head,
     replace_attention,
 )
-from sparse_attn.nn.alpha import HeadAlpha, WideAlpha
+from sparse_attn.nn.alpha import HeadAlpha
 from sparse_attn.optim import (
     alpha_param_groups,
     alpha_penalty,
@@ -35,12 +30,6 @@ from sparse_attn.optim import (
     set_alpha,
     unfreeze_alpha,
 )
-
-# Raised inside torch, on its own account, when something is compiled for the first time.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-]
 
 N, L, H, E, F = 3, 5, 2, 14, 11
 
@@ -102,6 +91,7 @@ def test_groups_without_a_learning_alpha_are_left_out() -> None:
     assert alpha_param_groups(nn.Linear(2, 3).requires_grad_(False), lr=0.25, strict=False) == []
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of the compiler, when it is first used
 def test_groups_are_the_same_inside_wrappers() -> None:
     model = encoder()
     expected = [names_of(model, group["params"]) for group in alpha_param_groups(model, lr=0.1)]
@@ -183,6 +173,7 @@ def test_set_alpha_by_the_name_of_the_module_that_holds_it() -> None:
         ({"layers.2.self_attn": 1.5}, ValueError, r"'layers.0.self_attn', .*, got 'layers.2.self_attn'"),
         ("sparse", TypeError, "must be a number or one per head, got 'sparse'"),
         (None, TypeError, "must be a number or one per head, got None"),
+        (True, TypeError, "must be a number or one per head, got True"),
     ],
 )
 def test_a_refused_alpha_changes_nothing(value: Any, error: type[Exception], message: str) -> None:
@@ -364,7 +355,8 @@ def test_wrong_arguments(call: Callable[[nn.Module], Any], message: str) -> None
         (lambda m: alpha_param_groups(m, lr=0.1, alpha_lr="x"), "alpha_lr must be a number or .*, got str"),
         (lambda m: alpha_param_groups(m, lr=0.1, weight_decay=None), "weight_decay must be a number .*, got NoneType"),
         (lambda m: alpha_penalty(m, strength="x"), "strength must be a number or a floating tensor, got str"),
-        (lambda m: alpha_penalty(m, None), "target must be a number or a floating tensor, got NoneType"),
+        (lambda m: alpha_penalty(m, None), "target must be a number, got None"),
+        (lambda m: alpha_penalty(m, torch.tensor([1.25, 1.5])), r"target must be a number, got tensor\(\[1.25"),
         (lambda _: linear_alpha(1, 1.0, 2.0, last_step="9"), "last_step must be a number, got '9'"),
         (lambda _: linear_alpha(1, 1.0, 2.0, first_step=None, last_step=9), "first_step must be a number, got None"),
         (lambda _: linear_alpha("1", 1.0, 2.0, last_step=9), "step must be a number, got '1'"),
@@ -377,254 +369,3 @@ def test_arguments_of_another_type(call: Callable[[nn.Module], Any], message: st
     model = encoder()
     with pytest.raises(TypeError, match=message):
         call(model)
-
-
-# In company
-
-
-@pytest.mark.parametrize("kind", ["learnt", "learnt, projected, with a penalty", "fixed, annealed"])
-def test_a_compiled_training_step_never_recompiles_while_alpha_moves(kind: str) -> None:
-    learnt = kind.startswith("learnt")
-    model = encoder(layers=1, learn_alpha=learnt, alpha_init=1.0).double()
-    set_alpha(model, 1.0)  # before the first trace: a fixed number becomes a buffer
-    twin = copy.deepcopy(model)
-    counter = CompileCounterWithBackend("aot_eager")
-
-    def loss(model: nn.Module, x: Tensor) -> Tensor:
-        return model(x).pow(3).sum() + (alpha_penalty(model, strength=20.0) if "penalty" in kind else 0.0)
-
-    compiled = torch.compile(loss, fullgraph=True, backend=counter)
-    seen = []
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (model, twin)]
-    for step in range(5):
-        x = torch.randn(N, L, E, dtype=torch.float64)
-        for m, function, optimizer in zip((model, twin), (compiled, loss), optimizers, strict=True):
-            optimizer.zero_grad()
-            function(m, x).backward()
-            optimizer.step()
-            if "projected" in kind:
-                project_alpha(m)
-            if not learnt:
-                set_alpha(m, linear_alpha(step + 1, 1.0, 1.5, last_step=4))
-        (alpha,) = alpha_per_head(model).values()
-        seen.append(tuple(alpha.tolist()))
-        torch.testing.assert_close(dict(model.named_parameters()), dict(twin.named_parameters()))
-    assert counter.frame_count == 1
-    assert len(set(seen)) > 2
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_changes_no_gradient(use_reentrant: bool) -> None:
-    model = encoder(alpha_init=[1.0, 1.7])
-    x = torch.randn(N, L, E, requires_grad=True)
-    model(x).pow(3).sum().backward()
-    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    y = x
-    for layer in model.layers:
-        y = checkpoint(layer, y, use_reentrant=use_reentrant)
-    y.pow(3).sum().backward()
-    torch.testing.assert_close({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
-
-
-def test_accumulated_gradients_take_the_steps_of_the_joined_batch() -> None:
-    models = [encoder(alpha_init=[1.0, 2.0]).double()]
-    models.append(copy.deepcopy(models[0]))
-    optimizers = [torch.optim.AdamW(alpha_param_groups(m, lr=1e-2, weight_decay=0.1)) for m in models]
-    for m, optimizer in zip(models, optimizers, strict=True):
-        optimizer.register_step_post_hook(lambda *_, m=m: project_alpha(m))
-    for _ in range(7):
-        x = torch.randn(6, L, E, dtype=torch.float64)
-        for parts, m, optimizer in zip((1, 3), models, optimizers, strict=True):
-            optimizer.zero_grad()
-            for part in x.chunk(parts):
-                m(part).pow(3).sum().backward()
-            optimizer.step()
-    torch.testing.assert_close(*[dict(m.named_parameters()) for m in models])
-    alphas = torch.stack(list(alpha_per_head(models[0]).values()))
-    assert bool((alphas != torch.tensor([1.0, 2.0])).any()), "some head has left its bound"
-
-
-def test_an_averaged_model_averages_alpha() -> None:
-    model = encoder(alpha_init=1.5)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75))
-    averaged.update_parameters(model)
-    optimizer = torch.optim.SGD(alpha_param_groups(model, lr=0.0, alpha_lr=0.01))
-    expected = torch.full((2, H), 1.5)
-    for _ in range(3):
-        train(model, optimizer, 1)
-        averaged.update_parameters(model)
-        expected = 0.75 * expected + 0.25 * torch.stack(list(alpha_per_head(model).values()))
-    found = alpha_per_head(averaged)
-    assert list(found) == ["module.layers.0.self_attn", "module.layers.1.self_attn"]
-    torch.testing.assert_close(torch.stack(list(found.values())), expected)
-    assert bool((expected != 1.5).all())
-
-
-def test_an_averaged_model_follows_an_annealed_alpha() -> None:
-    model = encoder(learn_alpha=False)
-    set_alpha(model, 1.0)
-    averaged = AveragedModel(model)
-    set_alpha(model, 1.25)
-    averaged.update_parameters(model)
-    assert all(alpha.tolist() == [1.25] * H for alpha in alpha_per_head(averaged).values())
-
-
-@pytest.mark.parametrize("how", [{"foreach": True}, {"foreach": False}, {"fused": True}])
-@pytest.mark.parametrize("make_optimizer", [torch.optim.AdamW, torch.optim.SGD])
-def test_every_kind_of_optimizer_takes_a_bfloat16_model_with_a_float32_alpha(
-    make_optimizer: type[torch.optim.Optimizer], how: dict[str, bool]
-) -> None:
-    model = encoder(alpha_init=1.5).bfloat16()
-    optimizer = make_optimizer(alpha_param_groups(model, lr=1e-3), **how)
-    mixed = make_optimizer(model.parameters(), lr=1e-3, **how)  # all dtypes in one group
-    for each in (optimizer, mixed):
-        before = alpha_per_head(model)
-        each.zero_grad()
-        model(torch.randn(N, L, E, dtype=torch.bfloat16)).float().pow(3).sum().backward()
-        norm = clip_grad_norm_(model.parameters(), 0.5, foreach=how.get("foreach"))
-        assert bool(norm.isfinite())
-        total = torch.stack([p.grad.float().norm() for p in model.parameters() if p.grad is not None]).norm()
-        assert total.item() == pytest.approx(0.5, rel=0.02)
-        each.step()
-        for name, alpha in alpha_per_head(model).items():
-            assert alpha.dtype == torch.float32 and bool((alpha != before[name]).all())
-
-
-class LowRank(nn.Module):
-    """A weight with a learnt change of rank 2."""
-
-    def __init__(self, rows: int, columns: int) -> None:
-        super().__init__()
-        self.left, self.right = nn.Parameter(torch.randn(rows, 2)), nn.Parameter(torch.randn(2, columns))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.left @ self.right
-
-
-def test_a_parametrised_in_projection() -> None:
-    model = encoder(layers=1)
-    layer = model.layers[0].self_attn
-    plain = copy.deepcopy(model)
-    model.requires_grad_(False)
-    change = LowRank(3 * E, E)
-    parametrize.register_parametrization(layer, "in_proj_weight", change)
-    unfreeze_alpha(model)
-    plain.layers[0].self_attn.in_proj_weight = nn.Parameter(layer.in_proj_weight.detach().clone())
-    x = torch.randn(N, L, E)
-    torch.testing.assert_close(model(x), plain(x))
-    groups = alpha_param_groups(model, lr=0.1, weight_decay=0.5)
-    assert [len(group["params"]) for group in groups] == [2, 1]
-    model(x).pow(3).sum().backward()
-    assert all(p.grad is not None and bool(p.grad.any()) for group in groups for p in group["params"])
-    model.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), plain(x))
-    parametrize.remove_parametrizations(layer, "in_proj_weight")
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), plain(x))
-
-
-class Block(nn.Module):
-    """One's own block, which calls its attention and asks it nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = AdaptiveSparseMultiheadAttention(E, H, batch_first=True, alpha_init=1.25)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.attention(x, x, x, need_weights=False)[0]
-
-
-@pytest.mark.parametrize(
-    ("make", "targets"),
-    [
-        (encoder, {"target_modules": ["out_proj", "linear1"]}),
-        (Block, {"target_modules": ["out_proj"]}),
-        (Block, {"target_modules": ["out_proj"], "target_parameters": ["attention.in_proj_weight"]}),
-    ],
-    ids=["encoder", "block", "block with in_proj_weight"],
-)
-def test_lora(make: Callable[[], nn.Module], targets: dict[str, Any]) -> None:
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(make(), peft.LoraConfig(r=2, init_lora_weights=False, **targets))
-    assert not any(module.raw_alpha.requires_grad for module in model.modules() if isinstance(module, WideAlpha))
-    unfreeze_alpha(model)
-    x = torch.randn(N, L, E)
-    before, output = alpha_per_head(model), model(x)
-    optimizer = torch.optim.SGD(alpha_param_groups(model, lr=1e-3))
-    output.pow(3).sum().backward()
-    learning = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert all(grad is not None and bool(grad.any()) for grad in learning.values())
-    kinds = {"lora_A", "lora_B", "raw_alpha"}
-    assert all(len(kinds & set(name.split("."))) == 1 for name in learning)
-    optimizer.step()
-    assert all(bool((alpha != before[name]).all()) for name, alpha in alpha_per_head(model).items())
-
-    model.eval()
-    with torch.no_grad():
-        trained = model(x)
-        assert bool((trained != output).any())
-        merged = model.merge_and_unload()
-        torch.testing.assert_close(merged(x), trained)
-
-
-class Projected(nn.Module):
-    """A projection for adapters, an attention of ours, and one of others with an α of ours."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(E, E)
-        self.inner = nn.Sequential(AdaptiveSparseMultiheadAttention(E, H, alpha_init=1.25))
-        self.other = nn.Module()
-        self.other.sparse_alpha = HeadAlpha(H, alpha_init=1.25)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.linear(x)
-        return self.inner[0](x, x, x)[0] * self.other.sparse_alpha.alpha.sum()
-
-
-@pytest.mark.parametrize("saved", [["sparse_alpha", "inner.0"], ["sparse_alpha", "inner"]])
-def test_what_peft_keeps_beside_a_saved_module_does_not_count(saved: list[str]) -> None:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["linear"], modules_to_save=saved)
-    model = peft.get_peft_model(Projected(), config)
-    prefix = "base_model.model."
-    assert list(alpha_per_head(model)) == [prefix + "inner.0", prefix + "other"]
-    dead = [p for name, p in model.named_parameters() if "original_module" in name and "raw_alpha" in name]
-    assert len(dead) == 2
-
-    unfreeze_alpha(model)
-    assert not any(p.requires_grad for p in dead)
-    assert len(alpha_param_groups(model, lr=0.1)[-1]["params"]) == 2
-    alpha_penalty(model).backward()
-    live = [p for name, p in model.named_parameters() if "modules_to_save" in name and "raw_alpha" in name]
-    assert [p.grad.tolist() for p in live if p.grad is not None] == [[-0.25] * H] * 2
-
-    kept = alpha_per_head(model)
-    set_alpha(model, 1.75)
-    assert all(p.tolist() == [1.75] * H for p in live) and all(p.tolist() == [1.25] * H for p in dead)
-    set_alpha(model, kept)
-    assert all(p.tolist() == [1.25] * H for p in live)
-
-    model.add_adapter("second", config)
-    set_alpha(model, 1.5)
-    model.set_adapter("second")
-    assert all(alpha.tolist() == [1.25] * H for alpha in alpha_per_head(model).values())
-    set_alpha(model, 1.875)
-    with model.disable_adapter():
-        assert all(alpha.tolist() == [1.25] * H for alpha in alpha_per_head(model).values())
-    model.set_adapter("default")
-    assert all(alpha.tolist() == [1.5] * H for alpha in alpha_per_head(model).values())
-    merged = model.merge_and_unload()
-    assert {name: alpha.tolist() for name, alpha in alpha_per_head(merged).items()} == {
-        "inner.0": [1.5] * H,
-        "other": [1.5] * H,
-    }
-
-
-def test_lora_on_a_whole_attention_is_refused_by_peft() -> None:
-    # Its wrapper merges weights around nn.MultiheadAttention, and asks for the attribute that we set to False.
-    peft = pytest.importorskip("peft")
-    with pytest.raises(ValueError, match="Only same embed for query/key/value is supported"):
-        peft.get_peft_model(encoder(), peft.LoraConfig(r=2, target_modules=["self_attn"]))

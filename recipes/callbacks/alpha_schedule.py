@@ -50,23 +50,26 @@ class AlphaSchedule(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Sets the first value; a fixed number becomes a buffer before anything is compiled or loaded."""
         if stage == "fit" and not is_overridden("configure_model", pl_module):  # which builds the model later
-            self._check(pl_module)
-            set_alpha(pl_module, self.start, filter_fn=self.filter_fn)
+            self._begin(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sets the value of the step the training begins with or goes on from."""
-        self._check(pl_module)
-        self._set(trainer, pl_module)
+        self._begin(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Notes the step: with several optimizers a batch has several, and may pass the end of the line."""
+        self._began = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Sets the value of the next step; a validation sees it too."""
-        self._set(trainer, pl_module)
+        if self._began < self.last_step:
+            self._set(trainer, pl_module)
 
-    def _check(self, pl_module: L.LightningModule) -> None:
-        """Refuses now what would be refused at the end of the line."""
-        for alpha in (self.start, self.end):
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for alpha in (self.start, self.end):  # refuses now what would be refused at the end of the line
             check_set_alpha(pl_module, alpha, filter_fn=self.filter_fn)
+        if trainer.global_step <= self.last_step:  # else α is what the line, or learning after it, has left
+            self._set(trainer, pl_module)
 
     def _set(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step <= self.last_step:
-            set_alpha(pl_module, self.alpha(trainer.global_step), filter_fn=self.filter_fn)
+        set_alpha(pl_module, self.alpha(trainer.global_step), filter_fn=self.filter_fn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -44,7 +45,7 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractCont
     a class of one's own whose `forward` takes no `need_weights` and `average_attn_weights`, a call that fails to give
     weights, calls inside transforms of `torch.func`.
 
-    Two things change in the whole process until the context closes: torch's fused inference path for transformer
+    Two things change in the whole process until the last record closes: torch's fused inference path for transformer
     encoders is off (`torch.backends.mha.set_fastpath_enabled`), as it never calls the attention layer, so that padded
     positions have other outputs than the zeros it gives; and compiled code runs uncompiled
     (`torch.compiler.set_stance`), as it may not look for new hooks. When the context closes, also by an exception, no
@@ -105,25 +106,49 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractCont
 def _recording(
     names: dict[nn.Module, str], asked: dict[nn.MultiheadAttention, list[str]], record: AttentionRecord
 ) -> Iterator[AttentionRecord]:
-    def count(module: nn.Module, weights: Tensor, visible: Tensor | None) -> None:
+    @torch.no_grad()  # checkpointing counts what a forward saves, also by reading α
+    def count(module: nn.Module, weights: Tensor, visible: Tensor | None, alpha: float | Tensor | None) -> None:
         if module in names and not _recomputing():
             with _warning_of_errors(names[module]):
                 if torch._C._are_functorch_transforms_active():
                     raise RuntimeError("inside a transform of torch.func weights have no values to sum up")
-                record.add(names[module], module, weights, visible)
+                alpha = getattr(module, "alpha", None) if alpha is None else alpha
+                record.add(names[module], weights, visible, alpha)
 
     with ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        # Hooks alone make the encoder layer take the slow path, but nn.TransformerEncoder would still hand it
-        # nested tensors, for which no weights can be given.
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_plain_process())
         stack.enter_context(observing(count))
         for layer, positional in asked.items():
             hook = _Ask(layer, names[layer], positional, count)
             # In front of hooks that take the parameters away again, as those of sharded layers do.
             stack.callback(layer.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
         yield record
+
+
+_switches = ExitStack()
+_open_records = 0
+_opening = threading.Lock()
+
+
+@contextmanager
+def _plain_process() -> Iterator[None]:
+    """What changes in the whole process from the first record that opens to the last that closes, in any order."""
+    global _open_records
+    with _opening:
+        if not _open_records:
+            _switches.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+            # Hooks alone make the encoder layer take the slow path, but nn.TransformerEncoder would still hand it
+            # nested tensors, for which no weights can be given.
+            torch.backends.mha.set_fastpath_enabled(False)
+            _switches.enter_context(torch.compiler.set_stance("force_eager"))
+        _open_records += 1
+    try:
+        yield
+    finally:
+        with _opening:
+            _open_records -= 1
+            if not _open_records:
+                _switches.close()
 
 
 def _recomputing() -> bool:
@@ -173,7 +198,7 @@ class _Ask:
             if visible is not None:
                 sees_nothing = ~visible.any(-1, keepdim=True)
                 weights = weights.masked_fill(sees_nothing & weights.isnan(), 0.0)
-            self.count(self.layer, weights, visible)
+            self.count(self.layer, weights, visible, None)
 
     def __reduce__(self) -> tuple[type[_Left], tuple[()]]:
         return _Left, ()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_attn.analysis.density import full_visible, support_counts
 from sparse_attn.analysis.roles import entropy
@@ -63,14 +63,16 @@ class AttentionRecord(Mapping[str, HeadStatistics]):
         self._keep_weights = keep_weights
         self._sums: dict[str, _Sums] = {}
 
-    def add(self, name: str, module: nn.Module, weights: Tensor, visible: Tensor | None = None) -> None:
+    def add(
+        self, name: str, weights: Tensor, visible: Tensor | None = None, alpha: float | Tensor | None = None
+    ) -> None:
         """Count one call.
 
         Args:
             name: Of the layer.
-            module: The layer, whose α is read.
             weights: (N, H, L, S) or (H, L, S).
             visible: True where a query may see a key; broadcasts against ``weights``. None: everywhere.
+            alpha: α that made the weights, a number or one per head; None where there is none.
         """
         counts, totals = _sums_of(weights, visible)
         heads = counts.shape[1]
@@ -80,7 +82,7 @@ class AttentionRecord(Mapping[str, HeadStatistics]):
         if before is not None:
             counts, totals = before.counts + counts, before.totals + totals
         kept = weights.detach() if self._keep_weights else None
-        self._sums[name] = _Sums(counts, totals, _alpha_of(module, heads), kept)
+        self._sums[name] = _Sums(counts, totals, _alpha_of_heads(alpha, heads), kept)
 
     def __getitem__(self, name: str) -> HeadStatistics:
         sums = self._sums[name]
@@ -124,10 +126,7 @@ def _sums_of(weights: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
     return counts.cpu(), totals.cpu().double()
 
 
-@torch.no_grad()
-def _alpha_of(module: nn.Module, heads: int) -> Tensor | None:
-    # A module of others has its α in a module of ours.
-    alpha = getattr(getattr(module, "sparse_alpha", module), "alpha", None)
+def _alpha_of_heads(alpha: object, heads: int) -> Tensor | None:
     if isinstance(alpha, Tensor) and alpha.numel() in (1, heads):
         return alpha.detach().flatten().float().cpu().expand(heads).clone()
     return torch.full((heads,), float(alpha)) if isinstance(alpha, int | float) else None

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 # Of the range. Some steps of an optimizer wide, so that noise does not cross it, and few enough to come back soon.
 _MARGIN = 0.02
-# Of the range: how far a large step or momentum may have carried a parameter past a bound in a training that goes on.
+# Of the range: how far past a bound a parameter counts as carried there by a training, where a checkpoint does not say
+# in which range it was learnt.
 _CARRIED = 0.5
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -101,16 +102,23 @@ def initial_alpha(
     alpha_init: float | Sequence[float] | Tensor, alpha_range: tuple[float, float] | None, num_heads: int
 ) -> Tensor:
     """``(num_heads,)`` initial values in float64, checked against the range, or ``(0, inf)`` without one."""
-    try:
-        alpha = torch.as_tensor(alpha_init, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, ValueError):
-        raise TypeError(f"alpha_init must be a number or one per head, got {alpha_init!r}") from None
+    alpha = one_or_per_head(alpha_init, "alpha_init")
     if tuple(alpha.shape) not in ((), (num_heads,)):
         raise ValueError(f"alpha_init must be a number or one per head ({num_heads},), got shape {tuple(alpha.shape)}")
     check_alpha(alpha, "alpha_init")
     if alpha_range is not None:
         check_inside(alpha, alpha_range, "alpha_init")
     return alpha.expand(num_heads).clone()
+
+
+def one_or_per_head(alpha: float | Sequence[float] | Tensor, name: str) -> Tensor:
+    """A number, a sequence or a tensor of numbers in float64 on the CPU, without a graph."""
+    try:
+        if torch.as_tensor(alpha).dtype != torch.bool:
+            return torch.as_tensor(alpha, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{name} must be a number or one per head, got {alpha!r}")
 
 
 def check_inside(alpha: Tensor, alpha_range: tuple[float, float], name: str) -> None:
@@ -221,8 +229,9 @@ class WideAlpha(nn.Module):
             wrong, allowed = ~((alpha > 0) & alpha.isfinite()), "in (0, inf)"
         else:
             low, high = self.alpha_range
-            other = saved_range is not None and tuple(saved_range) != self.alpha_range
-            slack = (_MARGIN if other else _CARRIED) * (high - low)
+            # Of its own range a training may have carried it anywhere: momentum does, and weight decay if it had any.
+            own = saved_range is not None and tuple(saved_range) == self.alpha_range
+            slack = math.inf if own else (_CARRIED if saved_range is None else _MARGIN) * (high - low)
             wrong = ~((alpha >= low - slack) & (alpha <= high + slack) & alpha.isfinite())
             allowed = f"in the layer's alpha_range [{low:g}, {high:g}]"
         if not bool(wrong.any()):

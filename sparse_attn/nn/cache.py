@@ -72,7 +72,8 @@ class KVCache:
 
         Raises:
             TypeError: ``rows`` is no tensor of integers.
-            ValueError: It has another shape.
+            ValueError: It has another shape, or a row that is not there (unless the cache is on a GPU, which would have
+                to be waited for).
         """
         if not isinstance(rows, Tensor) or rows.dtype not in (torch.int32, torch.int64):
             got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
@@ -80,7 +81,12 @@ class KVCache:
         if rows.dim() != 1:
             raise ValueError(f"rows must have one dimension, got shape {tuple(rows.shape)}")
         if self.key is not None and self.value is not None:
-            self.key, self.value = self.key.index_select(0, rows), self.value.index_select(0, rows)
+            try:
+                self.key, self.value = self.key.index_select(0, rows), self.value.index_select(0, rows)
+            except IndexError as error:
+                held = len(self.key)
+                wrong = rows[(rows < 0) | (rows >= held)][0].item()
+                raise ValueError(f"rows must be in [0, {held}), the rows of the cache, got {wrong}") from error
 
     def crop(self, length: int) -> None:
         """Forget all positions but the first ``length``: what was tried there is taken back.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sparse_attn.checks import check_dropout, check_floating, check_int
+from sparse_attn.checks import check_bool, check_dropout, check_floating, check_int
 from sparse_attn.masks import (
     Window,
     causal_mask,
@@ -88,6 +88,8 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
                 f"got embed_dim={embed_dim} and num_heads={num_heads}"
             )
         check_dropout(dropout)
+        check_bool(qk_norm, "qk_norm")
+        check_bool(length_scaling, "length_scaling")
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must be a divisor of num_heads, {num_heads}, got {num_kv_heads}")
         if positions is not None:

@@ -6,10 +6,12 @@ numbers computed when they are needed, not tables: no length is too long.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.checks import check_floating, check_int, compute_dtype
+from sparse_attn.checks import check_floating, check_int, check_interval, check_number, compute_dtype
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -67,7 +69,7 @@ class RotaryPositions(Positions):
         base: Of the wavelengths, which go from 2π to almost 2π ``base``.
 
     Raises:
-        ValueError: ``head_dim`` is odd or below 2, or ``base`` is not above 0.
+        ValueError: ``head_dim`` is odd or below 2, or ``base`` is not in ``(0, inf)``.
 
     Shape:
         :meth:`rotary` takes (L,) or (N, L) and gives twice (L, D / 2) or (N, L, D / 2).
@@ -88,8 +90,8 @@ class RotaryPositions(Positions):
         check_int(head_dim, "head_dim")
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"head_dim must be an even number of at least 2, got {head_dim}")
-        if not base > 0:
-            raise ValueError(f"base must be above 0, got {base}")
+        check_number(base, "base")
+        check_interval(base, "base", above=0, below=math.inf)
         self.head_dim = head_dim
         self.base = base
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparse_attn.checks import check_dropout, check_k, check_number
+from sparse_attn.checks import check_bool, check_dropout, check_floating, check_k, check_number
 from sparse_attn.masks import visible_pairs
 from sparse_attn.nn.alpha import HoldsAlpha
 from sparse_attn.observe import observed, tell
@@ -90,6 +90,8 @@ class SparseAttention(HoldsAlpha):
         Returns:
             (N, L, E) or (N, H, L, D).
         """
+        check_floating(query, "query")
+        check_bool(is_causal, "is_causal")
         if query.dim() not in (3, 4):
             raise ValueError(f"query must be (N, L, E) or (N, H, L, D), got shape {tuple(query.shape)}")
         heads = query.shape[-3] if query.dim() == 4 else 1

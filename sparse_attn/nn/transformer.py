@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_attn.checks import check_dropout, check_int
+from sparse_attn.checks import check_bool, check_dropout, check_floating, check_int, check_number
 from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
 from sparse_attn.nn.cache import DecoderCache, KVCache
 from sparse_attn.nn.positions import Rotary
@@ -32,6 +32,7 @@ class _Layer(nn.Module):
     ) -> None:
         super().__init__()
         check_dropout(dropout)
+        check_bool(norm_first, "norm_first")
         check_int(d_model, "d_model")
         width = 4 * d_model if dim_feedforward is None else dim_feedforward
         for name, size in (("d_model", d_model), ("dim_feedforward", width)):
@@ -40,11 +41,19 @@ class _Layer(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if not callable(activation):
             raise TypeError(f"activation must be a function of a tensor such as F.gelu, got {activation!r}")
+        self.d_model = d_model
         self.linear1 = nn.Linear(d_model, width, **factory)
         self.linear2 = nn.Linear(width, d_model, **factory)
         self.dropout = nn.Dropout(dropout)
         self.activation = activation
         self.norm_first = norm_first
+
+    def _check_input(self, x: Tensor, name: str) -> None:
+        check_floating(x, name)
+        if x.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, got a nested tensor")
+        if x.dim() not in (2, 3) or x.shape[-1] != self.d_model:
+            raise ValueError(f"{name} must be (N, L, E) or (L, E) with E = {self.d_model}, got shape {tuple(x.shape)}")
 
     def _add(self, x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
         """``x`` and what a branch makes of it."""
@@ -116,6 +125,7 @@ class TransformerEncoderLayer(_Layer):
         factory: Any = {"bias": bias, "device": device, "dtype": dtype}
         super().__init__(d_model, dim_feedforward, dropout, activation, norm_first, factory)
         factory_of_attention = {"dropout": dropout, "batch_first": batch_first, **factory}
+        _check_attention(attention)
         self.self_attn = attention(d_model, nhead, **factory_of_attention, **attention_kwargs)
         self.norm1, self.norm2 = (_make_norm(norm, d_model, layer_norm_eps, factory) for _ in range(2))
 
@@ -144,6 +154,7 @@ class TransformerEncoderLayer(_Layer):
         Returns:
             (N, L, E).
         """
+        self._check_input(src, "src")
         extra = _given(cache=cache, rotary=rotary, position_bias=position_bias)
 
         def attend(x: Tensor) -> Tensor:
@@ -214,6 +225,7 @@ class TransformerDecoderLayer(_Layer):
         super().__init__(d_model, dim_feedforward, dropout, activation, norm_first, factory)
         factory_of_attention = {"dropout": dropout, "batch_first": batch_first, **factory}
         of_cross = {name: given for name, given in attention_kwargs.items() if name not in ("positions", "window")}
+        _check_attention(attention)
         self.self_attn = attention(d_model, nhead, **factory_of_attention, **attention_kwargs)
         self.multihead_attn = attention(d_model, nhead, **factory_of_attention, **of_cross)
         self.norm1, self.norm2, self.norm3 = (_make_norm(norm, d_model, layer_norm_eps, factory) for _ in range(3))
@@ -251,6 +263,7 @@ class TransformerDecoderLayer(_Layer):
         Returns:
             (N, L, E).
         """
+        self._check_input(tgt, "tgt")
         extra = _given(rotary=rotary, position_bias=position_bias)
         of_cross = {}
         if cache is not None:
@@ -270,7 +283,7 @@ class TransformerDecoderLayer(_Layer):
         x = self._add(tgt, self.norm1, attend)
         try:
             x = self._add(x, self.norm2, attend_to_memory)
-        except (TypeError, ValueError):
+        except Exception:
             if cache is not None and past is not None:  # a refused call leaves both caches as they were
                 cache.self_attention.key, cache.self_attention.value = past
             raise
@@ -282,7 +295,14 @@ def _given(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
+def _check_attention(attention: object) -> None:
+    if not callable(attention) or isinstance(attention, nn.Module):
+        got = type(attention).__name__
+        raise TypeError(f"attention must be a class or a function that makes an attention layer, got {got}")
+
+
 def _make_norm(kind: str, size: int, eps: float, factory: Any) -> nn.Module:
+    check_number(eps, "layer_norm_eps")
     if kind == "layer":
         return nn.LayerNorm(size, eps, **factory)
     if kind == "rms":

@@ -1,10 +1,10 @@
-"""What is recorded: the statistics of every head, over any number of passes, of whatever attends."""
+"""What is recorded: the statistics of every head, over any number of passes."""
 
 from __future__ import annotations
 
 import gc
 import math
-import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,15 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_attn import (
-    AdaptiveSparseMultiheadAttention,
-    KVCache,
-    SparseAttention,
-    TopKMultiheadAttention,
-    replace_attention,
-)
-from sparse_attn.analysis import HeadStatistics, density, entropy, record_attention
-from sparse_attn.observe import announce, observed, tell
+from sparse_attn import AdaptiveSparseMultiheadAttention, KVCache, TopKMultiheadAttention, replace_attention
+from sparse_attn.analysis import density, entropy, record_attention
 
 N, L, S, E, H = 2, 5, 7, 12, 4
 
@@ -35,36 +28,7 @@ def sparse_layer(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
     return AdaptiveSparseMultiheadAttention(E, H, batch_first=True, alpha_init=[1.0, 1.25, 1.5, 2.0], **kwargs)
 
 
-def expected_statistics(passes: list[tuple[Tensor, Tensor]]) -> dict[str, list[float]]:
-    """By loops over single rows: density, entropy, support size, largest weight and number of rows of each head."""
-    found: dict[str, list[float]] = {name: [] for name in ("density", "entropy", "support_size", "max_weight", "rows")}
-    for head in range(H):
-        rows = [
-            [weight for weight, seen in zip(row.tolist(), see.tolist(), strict=True) if seen]
-            for weights, visible in passes
-            for row, see in zip(
-                weights[:, head].flatten(0, 1), visible.expand(weights.shape)[:, head].flatten(0, 1), strict=True
-            )
-        ]
-        rows = [row for row in rows if any(row)]
-        supports = [sum(weight > 0 for weight in row) for row in rows]
-        found["density"].append(sum(supports) / sum(map(len, rows)))
-        found["entropy"].append(sum(-w * math.log(w) for row in rows for w in row if w > 0) / len(rows))
-        found["support_size"].append(sum(supports) / len(rows))
-        found["max_weight"].append(sum(map(max, rows)) / len(rows))
-        found["rows"].append(len(rows))
-    return found
-
-
-def assert_statistics(heads: HeadStatistics, passes: list[tuple[Tensor, Tensor]]) -> None:
-    for name, values in expected_statistics(passes).items():
-        torch.testing.assert_close(getattr(heads, name).double(), torch.tensor(values).double(), rtol=1e-5, atol=1e-6)
-
-
-# What is summed up
-
-
-def test_passes_of_different_sizes_add_up_query_by_query() -> None:
+def test_passes_of_different_sizes_add_up_query_by_query(assert_statistics: Callable[..., None]) -> None:
     layer = sparse_layer()
     passes = []
     with record_attention(layer) as record:
@@ -122,7 +86,9 @@ def visible_of(masks: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("kind", ["sparse", "torch's", "extra keys"])
-def test_density_is_that_of_the_pairs_the_masks_leave(kind: str, masks: dict[str, Any]) -> None:
+def test_density_is_that_of_the_pairs_the_masks_leave(
+    kind: str, masks: dict[str, Any], assert_statistics: Callable[..., None]
+) -> None:
     layer: nn.MultiheadAttention = sparse_layer(add_bias_kv=kind == "extra keys", add_zero_attn=kind == "extra keys")
     if kind == "torch's":
         layer = nn.MultiheadAttention(E, H, batch_first=True)
@@ -174,7 +140,7 @@ def test_pairs_that_a_bias_of_positions_hides_are_not_visible() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sparse", "torch's"])
-def test_queries_that_see_nothing_do_not_count(kind: str) -> None:
+def test_queries_that_see_nothing_do_not_count(kind: str, assert_statistics: Callable[..., None]) -> None:
     layer = sparse_layer() if kind == "sparse" else nn.MultiheadAttention(E, H, batch_first=True)
     x = torch.randn(N, L, E)
     padding = torch.zeros(N, L, dtype=torch.bool)
@@ -188,7 +154,7 @@ def test_queries_that_see_nothing_do_not_count(kind: str) -> None:
     assert record[""].rows.tolist() == [0] * H and bool(record[""].density.isnan().all())
 
 
-def test_unbatched() -> None:
+def test_unbatched(assert_statistics: Callable[..., None]) -> None:
     layer = sparse_layer()
     query, key = torch.randn(L, E), torch.randn(S, E)
     mask = torch.rand(H, L, S) < 0.3
@@ -212,7 +178,9 @@ def test_weights_have_the_batch_first_whatever_the_input(batch_first: bool) -> N
     torch.testing.assert_close(record[""].weights, weights_of(layer, query, key, key))
 
 
-def test_a_layer_called_twice_in_a_pass_counts_twice_under_its_first_name() -> None:
+def test_a_layer_called_twice_in_a_pass_counts_twice_under_its_first_name(
+    assert_statistics: Callable[..., None],
+) -> None:
     shared = sparse_layer()
     model = nn.ModuleDict({"a": shared, "b": shared})
     x, y = torch.randn(N, L, E), torch.randn(N, 3, E)
@@ -318,178 +286,6 @@ def test_printed_it_is_a_table() -> None:
             ("rows", ".0f"),
         )
     ]
-
-
-# Attention without a hook
-
-
-@pytest.mark.parametrize("masks", ["none", "bool", "causal"])
-@pytest.mark.parametrize("heads", [None, H])
-def test_sparse_attention_tells(heads: int | None, masks: str) -> None:
-    model = nn.Sequential(SparseAttention(alpha=1.0), SparseAttention(k=2))
-    shape = (N, L, E) if heads is None else (N, heads, L, 3)
-    query, key, value = (torch.randn(shape) for _ in range(3))
-    mask = torch.rand(N, 1, L, L) < 0.5 if heads else torch.rand(N, L, L) < 0.5
-    mask[..., 0] = True
-    arguments = {"none": {}, "bool": {"attn_mask": mask}, "causal": {"is_causal": True}}[masks]
-    expected = [layer(query, key, value, **arguments) for layer in model]
-    with record_attention(model) as record:
-        for layer, output in zip(model, expected, strict=True):
-            torch.testing.assert_close(layer(query, key, value, **arguments), output)
-    assert list(record) == ["0", "1"] and not observed()
-    dense, top = record["0"], record["1"]
-    assert dense.density.tolist() == [1.0] * (heads or 1)
-    assert dense.alpha is not None and dense.alpha.tolist() == [1.0] * (heads or 1)
-    assert top.rows.tolist() == [N * L] * (heads or 1)
-    assert bool((top.support_size <= 2.0).all())
-    if masks == "none":
-        assert top.support_size.tolist() == [2.0] * (heads or 1)
-        torch.testing.assert_close(top.density, top.support_size / L)
-
-
-class OwnBlock(nn.Module):
-    """A block of a user, who tells what it attends to."""
-
-    alpha = 2.0
-
-    def forward(self, scores: Tensor) -> Tensor:
-        weights = scores.softmax(-1).round(decimals=1)
-        weights[0, :, 1] = 0.0  # a query that sees nothing
-        if observed():
-            tell(self, weights)
-        return weights
-
-
-class OtherBlock(OwnBlock):
-    """One that nobody has announced."""
-
-
-def is_own_block(module: nn.Module) -> bool:
-    return type(module) is OwnBlock
-
-
-def test_attention_that_was_announced_tells() -> None:
-    model, other = nn.Sequential(nn.Identity(), OwnBlock()), OwnBlock()
-    scores = torch.randn(N, H, L, S)
-    for _ in range(2):
-        announce(is_own_block)
-    with record_attention(model) as record:
-        weights = model(scores)
-        other(scores)  # somebody else's
-    assert list(record) == ["1"] and not observed()
-    assert_statistics(record["1"], [(weights, torch.tensor(True))])
-    assert record["1"].alpha is not None and record["1"].alpha.tolist() == [2.0] * H
-    with pytest.raises(ValueError, match="an attn_implementation of ours, such as 'entmax'; got OtherBlock without"):
-        record_attention(OtherBlock())
-
-
-def test_calls_with_another_number_of_heads_have_an_entry_of_their_own() -> None:
-    model = nn.Sequential(SparseAttention(k=2))
-    with record_attention(model) as record:
-        for heads in (2, 3, 2):
-            model[0](*torch.randn(3, N, heads, L, E))
-        model[0](*torch.randn(3, N, S, E))
-    assert {name: heads.rows.tolist() for name, heads in record.items()} == {
-        "0": [2 * N * L] * 2,
-        "0 (3 heads)": [N * L] * 3,
-        "0 (1 head)": [N * S],
-    }
-
-
-# Layers of one's own
-
-
-class Passing(nn.MultiheadAttention):
-    """Passes everything on to torch's."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        return super().forward(*args, **kwargs)
-
-
-class Renaming(nn.MultiheadAttention):
-    """Has arguments of its own and gives weights in torch's way."""
-
-    def forward(
-        self, x: Tensor, average_attn_weights: bool = True, need_weights: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        return super().forward(x, x, x, need_weights=need_weights, average_attn_weights=average_attn_weights)
-
-
-class SelfAttention(nn.MultiheadAttention):
-    """Cannot be asked for weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x, x, x)[0]
-
-
-class Unhelpful(nn.MultiheadAttention):
-    """Takes the question and does not answer it."""
-
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        return super().forward(x, x, x, **kwargs)[0]
-
-
-class Containing(nn.MultiheadAttention):
-    """Attends with layers that are recorded themselves."""
-
-    def __init__(self) -> None:
-        super().__init__(E, H, batch_first=True)
-        self.inner = nn.ModuleList([nn.MultiheadAttention(E, H, batch_first=True), sparse_layer()])
-        self.core = SparseAttention(k=2)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        for layer in self.inner:
-            value = layer(value, value, value)[0]
-        return super().forward(query, key, self.core(value, value, value), **kwargs)
-
-
-def test_subclasses_that_give_weights_are_recorded() -> None:
-    model = nn.ModuleDict({"a": Passing(E, H, batch_first=True), "b": Renaming(E, H, batch_first=True)})
-    x = torch.randn(N, L, E)
-    padding = torch.arange(L).expand(N, L) >= torch.tensor([[3], [5]])
-    with record_attention(model, weights=True) as record:
-        model["a"](x, x, x, padding, False)
-        for args in ((x,), (x, True), (x, True, False)):
-            assert model["b"](*args)[1] is None
-    assert record["a"].density.tolist() == [1.0] * H and record["a"].rows.tolist() == [N * L] * H
-    assert record["a"].support_size.tolist() == [4.0] * H
-    assert record["b"].rows.tolist() == [3 * N * L] * H
-    assert record["b"].weights is not None and record["b"].weights.shape == (N, H, L, L)
-
-
-def test_what_a_layer_attends_with_inside_counts_once() -> None:
-    model, x = Containing(), torch.randn(N, L, E)
-    with record_attention(model) as outer, record_attention(model) as inner:
-        model(x, x, x)
-    for record in (outer, inner):
-        assert {name: heads.rows.tolist() for name, heads in record.items()} == {
-            **dict.fromkeys(["inner.0", "inner.1", ""], [N * L] * H),
-            "core": [N * L],
-        }
-
-
-def test_a_subclass_that_cannot_be_asked_is_left_out() -> None:
-    layer, x = SelfAttention(E, H, batch_first=True), torch.randn(N, L, E)
-    model = nn.Sequential(layer, sparse_layer())
-    with pytest.warns(UserWarning, match="'0' is not recorded: SelfAttention.forward does not take need_weights and"):
-        context = record_attention(model)
-    with context as record:
-        assert torch.equal(layer(x), nn.MultiheadAttention.forward(layer, x, x, x)[0])
-        model[1](x, x, x)
-    assert list(record) == ["1"]
-    with pytest.raises(ValueError, match="got SelfAttention without any"):
-        record_attention(layer)
-
-
-def test_a_call_that_gives_no_weights_is_left_out_and_the_model_runs() -> None:
-    layer, x = Unhelpful(E, H, batch_first=True), torch.randn(N, L, E)
-    expected = layer(x)
-    with record_attention(layer) as record:
-        with pytest.warns(UserWarning, match="a call of '' is not recorded: TypeError: Unhelpful.forward gave no weig"):
-            assert torch.equal(layer(x), expected)
-        with warnings.catch_warnings(action="ignore"):
-            assert layer.to("meta")(x.to("meta")).shape == x.shape
-    assert not record
 
 
 def test_calls_inside_a_transform_are_left_out() -> None:

@@ -53,7 +53,25 @@ def test_nothing_is_left_and_outputs_are_the_same() -> None:
     with record_attention(model) as record:
         torch.testing.assert_close(model(tokens).last_hidden_state, expected)
     assert [sorted(vars(module)) for module in model.modules()] == before
-    assert [(heads.alpha, heads.rows.tolist()) for heads in record.values()] == [(None, [N * L] * H)] * 2
+    assert [heads.rows.tolist() for heads in record.values()] == [[N * L] * H] * 2
+
+
+@pytest.mark.parametrize(
+    ("implementation", "alpha"), [("entmax", 1.5), ("entmax15", 1.5), ("sparsemax", 2.0), ("topk", 1.0)]
+)
+@pytest.mark.parametrize("learnt", [False, True])
+def test_alpha_is_the_one_that_the_model_attends_with(implementation: str, alpha: float, learnt: bool) -> None:
+    model = build("bert", implementation)
+    if learnt:  # and then another implementation, under which it has no effect
+        model.set_attn_implementation("entmax")
+        add_alpha(model, alpha_init=[1.25, 1.75])
+        model.set_attn_implementation(implementation)
+    with record_attention(model) as record:
+        model(torch.randint(23, (N, L)))
+    expected = [1.25, 1.75] if learnt and implementation == "entmax" else [alpha] * H
+    assert len(record) == 2
+    for heads in record.values():
+        assert heads.alpha is not None and heads.alpha.tolist() == expected
 
 
 def test_a_model_that_does_not_run_on_ours_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -235,6 +236,50 @@ def test_nested_contexts_record_both() -> None:
     with record_attention(layer) as outer, record_attention(layer) as inner:
         assert layer(torch.randn(L, E), torch.randn(S, E), torch.randn(S, E), need_weights=False)[1] is None
     assert str(outer) == str(inner)
+
+
+def test_records_may_close_in_any_order() -> None:
+    layer, graphs = nn.MultiheadAttention(E, H, batch_first=True), list[Any]()
+    before, x = traces(layer), torch.randn(N, L, E)
+    first, second = record_attention(layer), record_attention(layer)
+    records = [first.__enter__(), second.__enter__()]
+    layer(x, x, x)
+    first.__exit__(None, None, None)
+    assert not torch.backends.mha.get_fastpath_enabled()
+    layer(x, x, x)
+    second.__exit__(None, None, None)
+    assert [record[""].rows.tolist() for record in records] == [[N * L] * H, [2 * N * L] * H]
+    assert torch.backends.mha.get_fastpath_enabled() and not observed() and traces(layer) == before
+    torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(graph) or graph.forward)(x)
+    assert len(graphs) == 1  # compiled code is compiled again
+
+
+def test_records_of_two_threads_do_not_disturb_each_other() -> None:
+    asked, go_on, rows = threading.Event(), threading.Event(), list[Any]()
+
+    class Waiting(nn.MultiheadAttention):
+        def forward(self, *args: Any, average_attn_weights: bool = True, **kwargs: Any) -> Any:
+            if not average_attn_weights:  # run a second time, for a record
+                asked.set()
+                assert go_on.wait(timeout=60)
+            return super().forward(*args, average_attn_weights=average_attn_weights, **kwargs)
+
+    def in_a_thread() -> None:
+        layer = Waiting(E, H, batch_first=True)
+        with record_attention(layer) as record:
+            layer(x, x, x)
+        rows.append(record[""].rows.tolist())
+
+    x, layer = torch.randn(N, L, E), sparse_layer()
+    thread = threading.Thread(target=in_a_thread)
+    with record_attention(layer) as record:
+        thread.start()
+        assert asked.wait(timeout=60)
+        layer(x, x, x)
+    go_on.set()
+    thread.join()
+    assert rows == [[N * L] * H] and record[""].rows.tolist() == [N * L] * H
+    assert torch.backends.mha.get_fastpath_enabled() and not observed()
 
 
 def test_a_model_without_attention() -> None:

@@ -177,7 +177,7 @@ def test_weights_are_returned_when_asked_for(name, build, batch):
 def test_observers_are_shown_the_weights(name, build, batch):
     model, inputs, seen = build(name, "entmax"), batch(name), []
     expected = model(**inputs, output_attentions=True)
-    with observing(lambda module, weights, _: seen.append((module, weights))):
+    with observing(lambda module, weights, *_: seen.append((module, weights))):
         output = model(**inputs)
     model(**inputs)
     names = {module: key for key, module in model.named_modules()}

@@ -282,6 +282,7 @@ def test_reset_parameters_begins_alpha_anew() -> None:
         ({"alpha_range": (1.0, 1.5, 2.0)}, r"alpha_range must be two numbers \(low, high\), got \(1.0, 1.5, 2.0\)"),
         ({"alpha_range": 2.0}, r"alpha_range must be two numbers \(low, high\), got 2.0"),
         ({"alpha_init": "1.5"}, "alpha_init must be a number or one per head, got '1.5'"),
+        ({"alpha_init": True}, "alpha_init must be a number or one per head, got True"),
         ({"dropout": "0.1"}, "dropout must be a number, got '0.1'"),
         ({"num_heads": 2.0}, "num_heads must be an int, got 2.0"),
     ],

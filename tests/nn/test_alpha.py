@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
-import math
 from typing import Any
 
 import pytest
@@ -237,89 +235,6 @@ def test_a_fixed_number_of_other_modules_becomes_a_buffer(make: Any) -> None:
     fresh.load_state_dict(module.state_dict())
     assert fresh.alpha.item() == 1.5
     assert module.half().raw_alpha.dtype == torch.float32
-
-
-def test_a_checkpoint_with_another_number_of_heads_is_refused() -> None:
-    other = AdaptiveSparseMultiheadAttention(E, 11)
-    with pytest.raises(RuntimeError, match="size mismatch for raw_alpha"):
-        layer_of(alpha_init=1.0, learn_alpha=False).load_state_dict(other.state_dict())
-
-
-# Checkpoints of another kind
-
-
-def saved_and_loaded(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def state_of(alpha: float, **kwargs: Any) -> dict[str, Tensor]:
-    """A training's state, in which the parameter may be past a bound."""
-    model = nn.Sequential(layer_of(**kwargs))
-    with torch.no_grad():
-        model[0].raw_alpha.fill_(alpha)
-    return saved_and_loaded(model.state_dict())
-
-
-WIDE = {"alpha_range": (1.0, 3.0)}
-
-
-@pytest.mark.parametrize(
-    ("state", "message"),
-    [
-        (
-            state_of(2.8, **WIDE),
-            r"0.raw_alpha must be in the layer's alpha_range \[1, 2\], got 2.8, learnt in \[1, 3\]",
-        ),
-        (state_of(2.05, **WIDE), r"got 2.05, learnt in \[1, 3\]"),
-        (dict(state_of(2.8, **WIDE)), r"0.raw_alpha must be in the layer's alpha_range \[1, 2\], got 2.8$"),
-        (state_of(0.25), r"got 0.25, learnt in \[1, 2\]"),
-        (state_of(math.nan), "got nan"),
-        (state_of(math.inf), "got inf"),
-    ],
-)
-@pytest.mark.parametrize("assign", [False, True])
-def test_an_alpha_that_does_not_fit_is_refused_and_kept(state: Any, message: str, assign: bool) -> None:
-    model = nn.Sequential(layer_of(alpha_init=[1.25, 1.5, 1.75]))
-    with pytest.raises(RuntimeError, match=message):
-        model.load_state_dict(state, assign=assign)
-    assert model[0].alpha.tolist() == [1.25, 1.5, 1.75]
-
-
-@pytest.mark.parametrize("wrong", [0.0, -1.5, math.nan])
-def test_a_fixed_alpha_that_is_none_is_refused(wrong: float) -> None:
-    module = Entmax(torch.tensor([1.5, 1.25]))
-    with pytest.raises(RuntimeError, match=r"raw_alpha must be in \(0, inf\), got"):
-        module.load_state_dict({"raw_alpha": torch.tensor([1.5, wrong])})
-    assert module.alpha.tolist() == [1.5, 1.25]
-
-
-@pytest.mark.parametrize(
-    ("state", "alpha"),
-    [
-        (state_of(1.8, **WIDE), 1.8),
-        (state_of(2.01, **WIDE), 2.01),
-        (state_of(2.3), 2.3),  # momentum after a long time on the bound: a training goes on where it was
-        (dict(state_of(0.7)), 0.7),
-        (nn.Sequential(nn.MultiheadAttention(E, H)).state_dict(), 1.5),
-    ],
-)
-def test_what_a_training_of_the_same_range_leaves_is_loaded(state: Any, alpha: float) -> None:
-    model = nn.Sequential(layer_of())
-    model.load_state_dict(state)
-    torch.testing.assert_close(model[0].raw_alpha.detach(), torch.full((H,), alpha))
-
-
-@pytest.mark.parametrize("make", [layer_of, lambda: Entmax(torch.full((H,), 1.5)), lambda: SparseAttention(alpha=1.25)])
-@pytest.mark.parametrize("assign", [False, True])
-def test_a_checkpoint_in_half_precision_is_widened(make: Any, assign: bool) -> None:
-    module = make()
-    alpha = torch.full_like(module.alpha_as_tensor(), 1.75, dtype=torch.bfloat16)
-    module.load_state_dict({**module.state_dict(), "raw_alpha": alpha}, assign=assign)
-    assert module.raw_alpha.dtype == torch.float32 and set(module.raw_alpha.flatten().tolist()) == {1.75}
-    assert module.raw_alpha.requires_grad == isinstance(module, AdaptiveSparseMultiheadAttention)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Grouped heads, windows, norms, positions and scaling, alone and together: against loops, and step by step."""
+"""Grouped heads, windows, norms, positions and scaling, alone and together: against loops, in every mode."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from sparse_attn import (
     Positions,
     RotaryPositions,
     TopKMultiheadAttention,
-    entmax,
 )
 from sparse_attn.nn import SparseMultiheadAttention
 
@@ -34,12 +33,6 @@ MAKE_POSITIONS: dict[str, Callable[[], Positions | None]] = {
     "alibi": lambda: ALiBi(H),
     "nape": lambda: NAPE(H),
 }
-OPTIONS = [
-    {"num_kv_heads": heads, "window": window, "qk_norm": norm, "positions": positions, "length_scaling": scaling}
-    for heads, window, norm, positions, scaling in product(
-        (H, 3, 1), (None, (2, 0)), (False, True), MAKE_POSITIONS, (False, True)
-    )
-]
 ALONE: list[dict[str, Any]] = [
     {"num_kv_heads": 2},
     {"num_kv_heads": 1},
@@ -57,15 +50,10 @@ def short(options: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in options.items() if value not in (None, False, "none", H))
 
 
-def layer_of(
-    options: dict[str, Any],
-    kind: type[SparseMultiheadAttention] = AdaptiveSparseMultiheadAttention,
-    **kwargs: Any,
-) -> Any:
+def layer_of(options: dict[str, Any], **kwargs: Any) -> AdaptiveSparseMultiheadAttention:
     options = {**options, "positions": MAKE_POSITIONS[options.get("positions", "none")]()}
-    if kind is TopKMultiheadAttention:
-        options["k"] = 3
-    layer = kind(E, H, **{"batch_first": True, "dtype": torch.float64, **options, **kwargs})
+    options = {"batch_first": True, "dtype": torch.float64, **options, **kwargs}
+    layer = AdaptiveSparseMultiheadAttention(E, H, **options)
     for name, parameter in layer.named_parameters():
         if name != "raw_alpha":  # weights of norms that are all one, and biases of zero, would hide much
             nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
@@ -138,145 +126,6 @@ def test_output_and_weights_are_those_of_loops(options: dict[str, Any], cross: b
     torch.testing.assert_close(layer(query, memory, memory, need_weights=False, **masks)[0], output, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 3])
-@pytest.mark.parametrize("extra", [{}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 13, "vdim": 17}], ids=str)
-def test_grouped_heads_are_heads_whose_keys_and_values_repeat(kv_heads: int, extra: dict[str, Any]) -> None:
-    grouped = layer_of({"num_kv_heads": kv_heads}, **extra)
-    full = AdaptiveSparseMultiheadAttention(E, H, batch_first=True, dtype=torch.float64, **extra)
-
-    def repeated(rows: Tensor, dim: int = 0) -> Tensor:
-        heads = rows.movedim(dim, 0).unflatten(0, (kv_heads, D)).repeat_interleave(H // kv_heads, 0)
-        return heads.flatten(0, 1).movedim(0, dim)
-
-    state = grouped.state_dict()
-    k, v = repeated(state.pop("k_proj_weight")), repeated(state.pop("v_proj_weight"))
-    b_q, b_k, b_v = state["in_proj_bias"].split([E, kv_heads * D, kv_heads * D])
-    state["in_proj_bias"] = torch.cat([b_q, repeated(b_k), repeated(b_v)])
-    if extra.get("add_bias_kv"):
-        state |= {name: repeated(state[name], 2) for name in ("bias_k", "bias_v")}
-    if "kdim" in extra:
-        state |= {"k_proj_weight": k, "v_proj_weight": v}
-    else:
-        state["in_proj_weight"] = torch.cat([state.pop("q_proj_weight"), k, v])
-    full.load_state_dict(state)
-    query = torch.randn(N, T, E, dtype=torch.float64)
-    key, value = (torch.randn(N, S, extra.get(size, E), dtype=torch.float64) for size in ("kdim", "vdim"))
-    torch.testing.assert_close(grouped(query, key, value), full(query, key, value), rtol=1e-12, atol=1e-12)
-
-
-def test_shapes_and_names_of_grouped_parameters() -> None:
-    layer = AdaptiveSparseMultiheadAttention(
-        E, H, num_kv_heads=2, add_bias_kv=True, kdim=13, qk_norm=True, learn_alpha=False
-    )
-    assert {name: tuple(value.shape) for name, value in layer.state_dict().items()} == {
-        "in_proj_bias": (E + 4 * D,),
-        "q_proj_weight": (E, E),
-        "k_proj_weight": (2 * D, 13),
-        "v_proj_weight": (2 * D, E),
-        "bias_k": (1, 1, 2 * D),
-        "bias_v": (1, 1, 2 * D),
-        "out_proj.weight": (E, E),
-        "out_proj.bias": (E,),
-        "q_norm.weight": (D,),
-        "k_norm.weight": (D,),
-    }
-    assert all(bool(value.isfinite().all()) for value in layer.state_dict().values())
-    assert layer.in_proj_bias.eq(0).all() and not layer.k_proj_weight.eq(0).any()
-    as_many = AdaptiveSparseMultiheadAttention(E, H, num_kv_heads=H)
-    assert list(as_many.state_dict()) == list(AdaptiveSparseMultiheadAttention(E, H).state_dict())
-    assert list(dict(TopKMultiheadAttention(E, H, bias=False, num_kv_heads=3, k=2).named_parameters())) == [
-        *("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
-    ]
-    on_meta = AdaptiveSparseMultiheadAttention(E, H, num_kv_heads=2, qk_norm=True, length_scaling=True, device="meta")
-    assert all(parameter.is_meta for name, parameter in on_meta.named_parameters() if name != "raw_alpha")
-
-
-def steps(layer: SparseMultiheadAttention, x: Tensor, sizes: list[int], padding: Tensor | None) -> tuple[Tensor, Any]:
-    """The causal pass over (N, T, E) in blocks of the given sizes, and the cache."""
-    cache, outputs = KVCache(), []
-    for block in x.split(sizes, 1):
-        seen = None if padding is None else padding[:, : len(cache) + block.shape[1]]
-        masks = {"key_padding_mask": seen, "is_causal": True}
-        outputs.append(layer(block, block, block, need_weights=len(outputs) % 2 == 0, cache=cache, **masks)[0])
-    return torch.cat(outputs, 1), cache
-
-
-@pytest.mark.parametrize("sizes", [[1] * T, [4, 1, 2]], ids=str)
-@pytest.mark.parametrize("options", OPTIONS, ids=short)
-def test_step_by_step_is_the_full_pass(options: dict[str, Any], sizes: list[int]) -> None:
-    x = torch.randn(N, T, E, dtype=torch.float64)
-    left_padding = torch.zeros(N, T, dtype=torch.bool)
-    left_padding[1, :2] = True
-    for kind, padding in ((AdaptiveSparseMultiheadAttention, left_padding), (TopKMultiheadAttention, None)):
-        layer = layer_of(options, kind)
-        full = layer(x, x, x, key_padding_mask=padding, is_causal=True)[0]
-        output, cache = steps(layer, x, sizes, padding)
-        torch.testing.assert_close(output, full, rtol=1e-9, atol=1e-11)
-        assert cache.key.shape == cache.value.shape == (N, options["num_kv_heads"], T, D)
-
-
-@pytest.mark.parametrize("options", [*ALONE, {**TOGETHER, "window": (2, 0)}], ids=short)
-def test_beams_are_reordered_and_guesses_taken_back(options: dict[str, Any]) -> None:
-    layer = layer_of(options)
-    x = torch.randn(N, T, E, dtype=torch.float64)
-    rows = torch.tensor([1, 0, 1])
-    new = torch.randn(3, T - 4, E, dtype=torch.float64)
-    reordered = torch.cat([x[rows, :4], new], 1)
-    expected = layer(reordered, reordered, reordered, is_causal=True)[0][:, 4:]
-    _, cache = steps(layer, x, [T], None)
-    cache.crop(4)
-    cache.select(rows)
-    guess = torch.randn_like(new)
-    layer(guess, guess, guess, is_causal=True, cache=cache)
-    cache.crop(4)
-    outputs = [layer(step, step, step, is_causal=True, cache=cache)[0] for step in new.split(1, 1)]
-    torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.parametrize(
-    "options", [{"num_kv_heads": 2}, {"qk_norm": True}, {"num_kv_heads": 3, "qk_norm": True, "length_scaling": True}]
-)
-def test_a_static_cache_serves_every_step(options: dict[str, Any]) -> None:
-    layer = layer_of(options)
-    x, memory = torch.randn(N, T, E, dtype=torch.float64), torch.randn(N, S, E, dtype=torch.float64)
-    cache = KVCache(static=True)
-    outputs = [layer(step, memory, memory, cache=cache)[0] for step in x.split([1, 2, 4], 1)]
-    torch.testing.assert_close(torch.cat(outputs, 1), layer(x, memory, memory)[0], rtol=1e-9, atol=1e-11)
-    assert cache.key.shape == (N, options.get("num_kv_heads", H), S, D)
-
-
-@pytest.mark.parametrize(
-    ("options", "kwargs", "name"),
-    [
-        ({"positions": "rotary"}, {}, "positions"),
-        ({"positions": "alibi"}, {}, "positions"),
-        ({"window": 3}, {}, "window"),
-        ({}, {"rotary": (torch.ones(1, D // 2), torch.zeros(1, D // 2))}, "rotary"),
-    ],
-)
-def test_what_needs_a_place_of_the_query_is_refused_with_a_static_cache(
-    options: dict[str, Any], kwargs: dict[str, Any], name: str
-) -> None:
-    x, cache = torch.randn(N, 1, E, dtype=torch.float64), KVCache(static=True)
-    with pytest.raises(ValueError, match=f"{name} must be None with a static cache"):
-        layer_of(options)(x, x, x, cache=cache, **kwargs)
-    assert len(cache) == 0
-
-
-def test_tensors_from_outside_by_steps_are_the_full_pass() -> None:
-    layer = layer_of({"num_kv_heads": 2})
-    x = torch.randn(N, T, E, dtype=torch.float64)
-    cos, sin = RotaryPositions(D).rotary(torch.arange(T, dtype=torch.float64))
-    bias = torch.randn(H, T, T, dtype=torch.float64)
-    full = layer(x, x, x, is_causal=True, rotary=(cos, sin), position_bias=bias)[0]
-    cache, outputs = KVCache(), []
-    for start, end in ((0, 3), (3, 4), (4, 7)):
-        block, at = x[:, start:end], slice(start, end)
-        given = {"rotary": (cos[at], sin[at]), "position_bias": bias[:, at, :end]}
-        outputs.append(layer(block, block, block, is_causal=True, cache=cache, **given)[0])
-    torch.testing.assert_close(torch.cat(outputs, 1), full, rtol=1e-9, atol=1e-11)
-
-
 @pytest.mark.parametrize("options", [*ALONE, TOGETHER, {**TOGETHER, "positions": "rotary"}], ids=short)
 def test_gradients_are_those_of_finite_differences(options: dict[str, Any]) -> None:
     layer = layer_of(options, alpha_init=1.4)
@@ -322,21 +171,6 @@ def test_it_compiles_into_one_graph(options: dict[str, Any], need_weights: bool)
         return [output, *torch.autograd.grad(output.square().sum(), list(layer.parameters()))]
 
     torch.testing.assert_close(run(compiled), run(layer), rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_steps_compile_into_one_graph() -> None:
-    layer = layer_of({**TOGETHER, "window": (3, 0)})
-    x = torch.randn(N, T, E, dtype=torch.float64)
-
-    def step(x: Tensor, cache: KVCache) -> Tensor:
-        return layer(x, x, x, is_causal=True, cache=cache)[0]
-
-    torch._dynamo.reset()
-    compiled, cache = torch.compile(step, fullgraph=True, backend="aot_eager"), KVCache()
-    with torch.no_grad():
-        output = torch.cat([compiled(block, cache) for block in x.split([6, 1], 1)], 1)
-        torch.testing.assert_close(output, layer(x, x, x, is_causal=True)[0], rtol=1e-9, atol=1e-11)
 
 
 def test_export_takes_any_length() -> None:
@@ -447,18 +281,6 @@ def test_a_bias_that_keys_share_is_written_down_for_each(shape: tuple[int, ...])
     torch.testing.assert_close(layer(x, x, x, position_bias=bias), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_alpha_of_a_grouped_layer_is_one_per_query_head() -> None:
-    alphas = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
-    layer = layer_of({"num_kv_heads": 2}, alpha_init=alphas, bias=False)
-    x = torch.randn(N, T, E, dtype=torch.float64)
-    q = (x @ layer.q_proj_weight.T).view(N, T, H, D).transpose(1, 2)
-    k = (x @ layer.k_proj_weight.T).view(N, T, 2, D).transpose(1, 2)
-    weights = layer(x, x, x, average_attn_weights=False)[1]
-    for head, alpha in enumerate(alphas):
-        expected = entmax(q[:, head] @ k[:, head // 3].transpose(-2, -1) / math.sqrt(D), alpha)
-        torch.testing.assert_close(weights[:, head], expected, rtol=1e-9, atol=1e-12)
-
-
 def test_the_repr_shows_what_is_not_torchs() -> None:
     layer = TopKMultiheadAttention(E, H, k=2, num_kv_heads=3, window=4)
     assert layer.extra_repr() == "k=2, normalizer='softmax', num_kv_heads=3, window=(4, 4)"
@@ -489,11 +311,3 @@ def test_a_wrong_argument_is_named(
 ) -> None:
     with pytest.raises(error, match=message):
         kind(E, H, **kwargs, **({"k": 2} if kind is TopKMultiheadAttention else {}))
-
-
-def test_a_cache_of_other_heads_is_named_and_left_as_it_was() -> None:
-    cache, x = KVCache(), torch.randn(N, 1, E, dtype=torch.float64)
-    layer_of({"num_kv_heads": 3})(x, x, x, cache=cache)
-    with pytest.raises(ValueError, match=r"\(N, H, D\) = \(2, 2, 10\), got \(2, 3, 10\); give each layer its own"):
-        layer_of({"num_kv_heads": 2})(x, x, x, cache=cache)
-    assert cache.key.shape == (N, 3, 1, D)

@@ -258,3 +258,13 @@ def test_rows_to_keep_are_checked(rows, error):
     cache = KVCache()
     with pytest.raises(error, match="rows must"):
         cache.select(rows)
+
+
+@pytest.mark.parametrize("rows", [[0, N], [-1]])
+def test_rows_that_are_not_there_are_named(rows: list[int]) -> None:
+    cache = DecoderCache()
+    for part in (cache.self_attention, cache.cross_attention):
+        part.append(torch.randn(N, H, 2, 3), torch.randn(N, H, 2, 3))
+    with pytest.raises(ValueError, match=rf"rows must be in \[0, {N}\), the rows of the cache, got {rows[-1]}"):
+        cache.select(torch.tensor(rows))
+    assert cache.self_attention.key.shape[0] == cache.cross_attention.key.shape[0] == N

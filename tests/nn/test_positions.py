@@ -200,7 +200,9 @@ def test_positions_say_how_they_were_made() -> None:
     [
         (lambda: RotaryPositions(7), "head_dim must be an even number of at least 2, got 7"),
         (lambda: RotaryPositions(0), "head_dim must be an even number of at least 2, got 0"),
-        (lambda: RotaryPositions(8, base=0.0), "base must be above 0, got 0.0"),
+        (lambda: RotaryPositions(8, base=0.0), r"base must be in \(0, inf\), got 0.0"),
+        (lambda: RotaryPositions(8, base=math.inf), r"base must be in \(0, inf\), got inf"),
+        (lambda: RotaryPositions(8, base=math.nan), r"base must be in \(0, inf\), got nan"),
         (lambda: ALiBi(0), "num_heads must be at least 1, got 0"),
         (lambda: NAPE(1), "num_heads must be at least 2, got 1"),
         (lambda: layer_with(positions=RotaryPositions(8)), r"must be RotaryPositions\(22\), the size of a head, got"),
@@ -216,6 +218,8 @@ def test_positions_that_do_not_fit_are_named(make: Any, message: str) -> None:
 def test_something_else_as_positions_or_size_is_named() -> None:
     with pytest.raises(TypeError, match=r"head_dim must be an int, got 8\.0"):
         RotaryPositions(8.0)
+    with pytest.raises(TypeError, match="base must be a number, got '500000'"):
+        RotaryPositions(8, base="500000")
     with pytest.raises(TypeError, match="num_heads must be an int, got '4'"):
         NAPE("4")
     with pytest.raises(TypeError, match=r"positions must be a sparse_attn\.nn\.Positions, got str"):

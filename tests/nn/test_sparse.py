@@ -259,6 +259,11 @@ def test_a_wrong_input_is_named() -> None:
         attention(query[0, 0], key[0, 0], value[0, 0])
     with pytest.raises(ValueError, match=r"same last size D; got query \(2, 3, 5, 11\), key \(2, 3, 7, 5\)"):
         attention(query, key[..., :5], value)
+    with pytest.raises(TypeError, match=r"query must be a torch\.Tensor, got list"):
+        attention(query.tolist(), key, value)
+    mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
+    with pytest.raises(TypeError, match="is_causal must be True or False, got tensor"):
+        attention(query, key, value, None, mask)
     with pytest.raises(ValueError, match=r"alpha must be a number or have shape \(H,\) = \(3,\), got \(2,\)"):
         SparseAttention(alpha=torch.tensor([1.5, 2.0]))(query, key, value)
 

@@ -253,6 +253,17 @@ def test_copies_pickles_and_half_precision(kind: Any) -> None:
         ((E, H), {"dropout": 2.0}, ValueError, r"dropout must be in \[0, 1\], got 2.0"),
         ((E, H), {"norm": "batch"}, ValueError, "norm must be one of layer, rms, got 'batch'"),
         ((E, H), {"activation": "gelu"}, TypeError, "activation must be a function of a tensor .* got 'gelu'"),
+        ((E, H), {"norm_first": "no"}, TypeError, "norm_first must be True or False, got 'no'"),
+        ((E, H), {"layer_norm_eps": "small"}, TypeError, "layer_norm_eps must be a number, got 'small'"),
+        (
+            (E, H),
+            {"attention": AdaptiveSparseMultiheadAttention(E, H)},
+            TypeError,
+            "attention must be a class or a fun",
+        ),
+        ((E, H), {"attention": "entmax"}, TypeError, "makes an attention layer, got str"),
+        ((E, H), {"qk_norm": "no"}, TypeError, "qk_norm must be True or False, got 'no'"),
+        ((E, H), {"length_scaling": 0}, TypeError, "length_scaling must be True or False, got 0"),
         ((E, H), {"window": 0}, ValueError, "window must be an int of at least 1"),
         ((E, H), {"heads": 2}, TypeError, "unexpected keyword argument 'heads'"),
     ],
@@ -264,6 +275,30 @@ def test_a_wrong_argument_is_named(
         kind(*args, **kwargs)
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize(("kind", "name"), [(TransformerEncoderLayer, "src"), (TransformerDecoderLayer, "tgt")])
+def test_a_wrong_input_is_named(kind: Any, name: str, norm_first: bool) -> None:
+    layer, x = kind(E, H, norm_first=norm_first), torch.randn(N, L, E)
+    given = {"memory": x} if name == "tgt" else {}
+    for wrong, error, message in (
+        (
+            x[..., 1:],
+            ValueError,
+            rf"{name} must be \(N, L, E\) or \(L, E\) with E = {E}, got shape \({N}, {L}, {E - 1}\)",
+        ),
+        (x[None], ValueError, rf"{name} must be \(N, L, E\) or \(L, E\) with E = {E}, got shape \(1, {N}, {L}, {E}\)"),
+        (x.long(), TypeError, f"{name} must have a floating dtype .*, got torch.int64"),
+        (x.tolist(), TypeError, f"{name} must be a torch.Tensor, got list"),
+        (
+            torch.nested.nested_tensor([x[0], x[1, 1:]], layout=torch.jagged),
+            TypeError,
+            f"{name} must be a dense tensor",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            layer(wrong, **given)
+
+
 def test_a_refused_step_leaves_both_caches_as_they_were() -> None:
     layer = TransformerDecoderLayer(E, H).double().eval()
     x, memory = torch.randn(N, 3, E, dtype=torch.double), torch.randn(N, 5, E, dtype=torch.double)
@@ -273,6 +308,10 @@ def test_a_refused_step_leaves_both_caches_as_they_were() -> None:
         padding = torch.zeros(N, 4, dtype=torch.bool)
         layer(x[:, 2:], memory, tgt_is_causal=True, memory_key_padding_mask=padding, cache=cache)
     assert len(cache) == 2
+    cache.cross_attention = KVCache(static=True)
+    with pytest.raises(RuntimeError, match="dtype"):  # torch's own
+        layer(x[:, 2:], memory.float(), tgt_is_causal=True, cache=cache)
+    assert len(cache) == 2 and len(cache.cross_attention) == 0
     steps.append(layer(x[:, 2:], memory, tgt_is_causal=True, cache=cache))
     torch.testing.assert_close(torch.cat(steps, 1), layer(x, memory, tgt_is_causal=True))
 

@@ -92,6 +92,38 @@ def test_going_on_from_a_checkpoint_goes_on_along_the_line(tmp_path):
     torch.testing.assert_close(seen, 1 + torch.arange(2 * BATCHES) / 16)
 
 
+@pytest.mark.parametrize("learn_alpha", [True, False])
+def test_a_trainer_that_goes_on_after_the_line_leaves_alpha(learn_alpha, tmp_path):
+    module = Own(learn_alpha=learn_alpha)
+    trainer = fit(module, AlphaSchedule(start=1.0, end=1.5, last_step=3), tmp_path)
+    left = module.attention.alpha.tolist()
+    trainer.fit_loop.max_epochs = 2
+    with quiet():
+        trainer.fit(module, DataLoader([torch.randn(5, E)] * 4), DataLoader([torch.randn(5, E)]))
+    assert module.seen["train"][BATCHES] == left and (learn_alpha or left == [1.5] * H)
+
+
+@pytest.mark.parametrize("learn_alpha", [True, False])
+def test_steps_of_several_optimizers_may_pass_the_end_of_the_line(learn_alpha, tmp_path):
+    class Two(Own):
+        automatic_optimization = False
+
+        def training_step(self, x, _):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(self.loss(x, "train"))
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.attention.parameters(), lr=0.1), torch.optim.SGD(self.linear.parameters())
+
+    module = Two(learn_alpha=learn_alpha)
+    fit(module, AlphaSchedule(start=1.0, end=1.5, last_step=3), tmp_path)
+    seen = torch.tensor(module.seen["train"])[::2, 0]
+    torch.testing.assert_close(seen[:3], torch.tensor([1.0, 1 + 2 / 6, 1.5]))
+    assert bool((seen[3:] == 1.5).all()) is not learn_alpha
+
+
 def test_a_model_may_be_built_late(tmp_path):
     class Late(Own):
         def __init__(self):

@@ -145,11 +145,12 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
         if position_bias is not None:
             attention_mask = _with_bias(attention_mask, position_bias, is_causal, query, key)
             is_causal = False
+        weighing = _mapping_of(module, query.shape[1]) if mapping is None else mapping
         output, weights = attend(
             query,
             key,
             value,
-            _mapping_of(module, query.shape[1]) if mapping is None else mapping,
+            weighing,
             attention_mask,
             dropout if module.training else 0.0,
             is_causal,
@@ -158,7 +159,7 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
             need_weights=observed() or _weights_are_returned(kwargs.get("output_attentions")),
         )
         if weights is not None and observed():
-            tell(module, weights, visible_pairs(attention_mask, is_causal, weights))
+            tell(module, weights, visible_pairs(attention_mask, is_causal, weights), weighing.alpha)
         return output.transpose(1, 2).contiguous(), weights
 
     return sparse_attention
