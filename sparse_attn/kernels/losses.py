@@ -20,7 +20,7 @@ from torch.nn.functional import hardshrink
 
 from sparse_attn.kernels.entmax import entmax_rows, shifted
 from sparse_attn.kernels.reference.entmax import _phi2
-from sparse_attn.transforms import batch_in_front, needs_plain_operations
+from sparse_attn.transforms import batch_in_front, needs_plain_operations, values_known
 
 
 def conjugate_rows(scores: Tensor, alpha: float | Tensor, index: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -48,11 +48,12 @@ def _conjugate(scores: Tensor, p: Tensor, a: float | Tensor, index: Tensor | Non
     its square. ``1 - max p`` would have lost a small ``q``: it is summed.
     """
     top, largest = scores.amax(-1, keepdim=True), p.amax(-1, keepdim=True)
+    shift = top.detach()  # a constant to the caller, whatever it is in here
+    picked = () if index is None else (scores.gather(-1, index) - shift,)
+    p, scores = _where_there_is_weight(p, scores)
     above_half = largest > 0.5
     q = torch.where(above_half, -hardshrink(p, 0.5).sub_(p).sum(-1, keepdim=True), 0.0)
     log_largest = torch.where(above_half, torch.log1p(-q), largest.log())
-    shift = top.detach()  # a constant to the caller, whatever it is in here
-    picked = () if index is None else (scores.gather(-1, index) - shift,)
     if isinstance(a, float) and a == 0.0:
         return top - shift - log_largest, *picked
     sigma = -log_largest * _phi1(a * log_largest)
@@ -95,7 +96,18 @@ def _entropy_slope_in_blocks(p: Tensor, a: Tensor) -> Tensor:
     shape, size = p.shape[:-1], p.shape[-1]
     rows = max(1, (2**18 if p.device.type == "cpu" else 2**24) // size)
     blocks = zip(p.reshape(-1, size).split(rows), a.expand(*shape, 1).reshape(-1, 1).split(rows), strict=True)
-    return torch.cat([_entropy_slope(*block) for block in blocks]).view(*shape, 1)
+    slopes = [_entropy_slope(*_where_there_is_weight(part), of_rows) for part, of_rows in blocks]
+    return torch.cat(slopes).view(*shape, 1)
+
+
+def _where_there_is_weight(p: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Rows of all these without the entries that have ``p = 0`` in every row, which of a vocabulary are nearly all."""
+    if p.device.type != "cpu" or not values_known(p):  # a look would break a trace, or make the host wait for a device
+        return p, *others
+    used = p.reshape(-1, p.shape[-1]).sum(0).nonzero().squeeze(1)  # a NaN is not 0
+    if 2 * len(used) > p.shape[-1]:
+        return p, *others
+    return tuple(x.index_select(-1, used) for x in (p, *others))
 
 
 class _Conjugate(torch.autograd.Function):
