@@ -120,6 +120,12 @@ def check_module(model: nn.Module, name: str = "model") -> None:
         raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
 
 
+def check_filter(filter_fn: object) -> None:
+    """Raise unless ``filter_fn`` is a function or None."""
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function of name and module, or None, got {filter_fn!r}")
+
+
 def check_dropout(dropout: float, name: str = "dropout") -> None:
     """Raise unless ``dropout`` is a probability."""
     check_number(dropout, name)

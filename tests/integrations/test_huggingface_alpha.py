@@ -291,6 +291,11 @@ def test_models_that_cannot_learn_alpha(name, error, message, build, tmp_path):
             ValueError,
             "filter_fn must accept at least one .* got none of bert",
         ),
+        (
+            {"filter_fn": "layer.0"},
+            TypeError,
+            "filter_fn must be a function of name and module, or None, got 'layer.0'",
+        ),
         ({"alpha_range": (2.0, 1.0)}, ValueError, r"alpha_range must be \(low, high\) with 0 < low < high"),
         ({"alpha_range": 2.0}, TypeError, "alpha_range must be two numbers"),
         ({"alpha_init": 2.5}, ValueError, r"alpha_init must be in alpha_range \[1, 2\], got 2.5"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sparse_attn.checks import check_filter
 from sparse_attn.integrations.huggingface.attention import calls_interface, learns_alpha, require_transformers
 from sparse_attn.nn.alpha import HeadAlpha, check_alpha_range, head_alpha
 
@@ -44,7 +45,7 @@ def add_alpha(
 
     Raises:
         ImportError: transformers is not installed.
-        TypeError: ``model`` is no ``PreTrainedModel``.
+        TypeError: ``model`` is no ``PreTrainedModel``, or ``filter_fn`` no function.
         ValueError: The model does not attend with ``"entmax"``, or not through transformers' attention interface,
             ``filter_fn`` accepts nothing, ``alpha_init`` lies outside ``alpha_range``, or that is not the one that the
             model has already. Nothing has been changed then.
@@ -61,6 +62,7 @@ def add_alpha(
         Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers".
     """
     alpha_range = check_alpha_range(alpha_range)
+    check_filter(filter_fn)
     modules = attention_modules(model)
     chosen = {name: module for name, module in modules.items() if filter_fn is None or filter_fn(name, module)}
     if not chosen:

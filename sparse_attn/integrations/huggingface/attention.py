@@ -165,12 +165,12 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
     return sparse_attention
 
 
-def mask_function(*args: Any, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:
+def mask_function(*, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:
     """The boolean mask of transformers; none for a causal one where the modules say themselves that they are."""
     from transformers.masking_utils import sdpa_mask
 
     skip = allow_is_causal_skip and _no_mask_is_causal(config)
-    return sdpa_mask(*args, config=config, allow_is_causal_skip=skip, **kwargs)
+    return sdpa_mask(config=config, allow_is_causal_skip=skip, **kwargs)
 
 
 def _no_mask_is_causal(config: Any) -> bool:
