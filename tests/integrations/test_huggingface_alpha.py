@@ -331,6 +331,18 @@ def test_weights_that_are_not_there(build):
         add_alpha(model)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*tensor creation functions .* are deprecated:UserWarning")
+def test_quantised_projections_that_no_gradient_passes(build, batch):
+    model = torch.ao.quantization.quantize_dynamic(build("bert", "entmax"), {torch.nn.Linear}, dtype=torch.qint8)
+    expected = model(**batch("bert")).logits
+    message = r"weights in parameters, got 'bert.encoder.layer.0.attention.self' of BertSelfAttention without; quantise"
+    with pytest.raises(ValueError, match=message):
+        add_alpha(model)
+    assert not alpha_per_head(model)
+    assert torch.equal(model(**batch("bert")).logits, expected)
+
+
 def test_a_module_that_does_not_say_how_many_heads(build):
     model = build("bert", "entmax")
     first = model.bert.encoder.layer[0].attention.self

@@ -155,9 +155,14 @@ def num_heads(name: str, module: nn.Module) -> int:
 
 def _device(name: str, module: nn.Module) -> torch.device:
     """Where a module computes, which accelerate's hooks know where its weights are kept elsewhere."""
-    weights = next(module.parameters()).device
-    if weights.type != "meta":
-        return weights
+    weight = next(module.parameters(), None)
+    if weight is None:
+        raise ValueError(
+            f"model must have its weights in parameters, got {name!r} of {type(module).__name__} without; quantise "
+            "after add_alpha, or leave it out by filter_fn"
+        )
+    if not weight.is_meta:
+        return weight.device
     for child in module.modules():
         device = getattr(getattr(child, "_hf_hook", None), "execution_device", None)
         if device is not None:
