@@ -90,8 +90,9 @@ def check_k(k: int, size: int | None = None) -> None:
     """Raise unless ``k`` is an int of at least 1, and at most ``size`` when that is given."""
     if isinstance(k, bool) or not (isinstance(k, int) or hasattr(k, "__index__")):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
-    upper = "" if size is None else f" and at most {size}, the size of dim"
     if k < 1 or (size is not None and k > size):
+        # Written here alone: a length that is put into words is a constant for the compiler.
+        upper = "" if size is None else f" and at most {size}, the size of dim"
         raise ValueError(f"k must be at least 1{upper}, got {k}")
 
 
@@ -117,6 +118,12 @@ def check_module(model: nn.Module, name: str = "model") -> None:
     """Raise unless ``model`` is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def check_filter(filter_fn: object) -> None:
+    """Raise unless ``filter_fn`` is a function or None."""
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function of name and module, or None, got {filter_fn!r}")
 
 
 def check_dropout(dropout: float, name: str = "dropout") -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.checks import check_alpha, check_number, check_number_or_tensor
+from sparse_attn.checks import check_alpha, check_filter, check_number, check_number_or_tensor
 from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_inside, fill, one_or_per_head, whole
 from sparse_attn.nn.model_alpha import FilterFn, alpha_modules, of_attention
 
@@ -312,11 +312,10 @@ def alpha_penalty(
 
 def _chosen(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, WideAlpha]:
     """The modules with an α that ``filter_fn`` accepts, by name; empty only where there is no α at all."""
+    check_filter(filter_fn)
     modules = alpha_modules(model)
     if filter_fn is None:
         return modules
-    if not callable(filter_fn):
-        raise TypeError(f"filter_fn must be a function of name and module, or None, got {filter_fn!r}")
     chosen = {name: module for name, module in modules.items() if filter_fn(name, module)}
     if modules and not chosen:
         names = ", ".join(map(repr, modules))

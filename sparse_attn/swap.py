@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sparse_attn.checks import check_filter, check_module
 from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 
@@ -25,6 +27,10 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
     "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
 # On an nn.TransformerEncoder: it would use nested tensors if its attention were dense.
 _NESTED = "_nested_tensor_when_dense"
@@ -62,11 +68,11 @@ def replace_attention(
         Empty where all that matches is sparse already.
 
     Raises:
-        TypeError: ``model`` is no module, ``layer`` is not one of our multi-head layers or does not take
-            ``layer_kwargs``.
+        TypeError: ``model`` is no module, ``filter_fn`` no function, ``layer`` is not one of our multi-head layers or
+            does not take ``layer_kwargs``.
         ValueError: Nothing matched; the model itself is an ``nn.MultiheadAttention``, or is wrapped for distributed
-            training; a layer is pruned, parametrised, quantised, sharded, spread over devices or has a ``forward`` of
-            its own; or ``layer`` refuses an argument.
+            training; a layer is pruned, parametrised, quantised, sharded, spread over devices or has a ``forward``,
+            modules or buffers of its own; or ``layer`` refuses an argument.
 
     Example:
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), num_layers=2)
@@ -118,10 +124,10 @@ def restore_attention(model: nn.Module, *, filter_fn: FilterFn | None = None) ->
         Empty where all that matches is dense already.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or ``filter_fn`` no function.
         ValueError: Nothing matched; the model itself is an attention layer, or is wrapped for distributed training; a
             layer has what torch's cannot express (grouped heads, a window, norms or positions), or is pruned,
-            parametrised, quantised, sharded, spread over devices or has a ``forward`` of its own.
+            parametrised, quantised, sharded, spread over devices or has a ``forward``, modules or buffers of its own.
 
     Example:
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), num_layers=2)
@@ -154,8 +160,8 @@ def restore_attention(model: nn.Module, *, filter_fn: FilterFn | None = None) ->
 
 def _attention(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.MultiheadAttention]:
     """Attention layers that are torch's or ours, under their first names."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
+    check_filter(filter_fn)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
     found = {
         name: module
@@ -217,8 +223,7 @@ def _check_tensors(name: str, layer: nn.MultiheadAttention) -> None:
             f"layer {name!r} must have ordinary floating-point parameters, got {got}; swap before quantising or "
             "sharding, or leave it out by filter_fn"
         )
-    if isinstance(layer, SparseMultiheadAttention):
-        _check_expressible(name, layer)
+    _check_expressible(name, layer)
     wanted, found = _shapes(nn.MultiheadAttention(**_arguments(layer), device="meta")), _shapes(layer)
     if wanted != found:
         raise ValueError(
@@ -230,11 +235,14 @@ def _check_tensors(name: str, layer: nn.MultiheadAttention) -> None:
         raise ValueError(f"layer {name!r} must be on one device, got parameters on {' and '.join(devices)}")
 
 
-def _check_expressible(name: str, layer: SparseMultiheadAttention) -> None:
-    """Raise unless a layer of ours has only what torch's has, but for its mapping."""
-    plain = SparseMultiheadAttention(**_arguments(layer), device="meta")
-    ours = [p.name for p in signature(SparseMultiheadAttention).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
-    more = [key for key in ours if getattr(layer, key, None) != getattr(plain, key, None)]
+def _check_expressible(name: str, layer: nn.MultiheadAttention) -> None:
+    """Raise unless a layer has only what torch's has, but for the mapping of ours: what is more would be lost."""
+    more = []
+    if isinstance(layer, SparseMultiheadAttention):
+        plain = SparseMultiheadAttention(**_arguments(layer), device="meta")
+        parameters = signature(SparseMultiheadAttention).parameters.values()
+        ours = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
+        more += [key for key in ours if getattr(layer, key, None) != getattr(plain, key, None)]
     more += [key for key, module in layer._modules.items() if module is not None and key not in (*more, "out_proj")]
     if more:
         raise ValueError(
@@ -260,9 +268,10 @@ def _arguments(layer: nn.MultiheadAttention) -> dict[str, Any]:
 
 
 def _shapes(layer: nn.MultiheadAttention) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a layer's own parameters, without α and the out-projection."""
-    parameters = layer.named_parameters(recurse=False, remove_duplicate=False)
-    return {name: tuple(parameter.shape) for name, parameter in parameters if name != "raw_alpha"}
+    """Names and shapes of a layer's own parameters and buffers, without α and the out-projection."""
+    kinds = (layer.named_parameters, layer.named_buffers)
+    tensors = [entry for named in kinds for entry in named(recurse=False, remove_duplicate=False)]
+    return {name: tuple(tensor.shape) for name, tensor in tensors if name != "raw_alpha"}
 
 
 def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -289,6 +298,11 @@ def _exchange(
         for name, child in list(parent._modules.items()):
             if child in replacement:
                 parent._modules[name] = replacement[child]
+    for layer in new.values():
+        hooks: Mapping[int, Any] = layer._load_state_dict_pre_hooks
+        for hook in hooks.values():
+            if getattr(hook, "with_module", False):  # the one kind that knows its module
+                hook.module = weakref.ref(layer)
 
 
 def _encoders(model: nn.Module) -> list[nn.TransformerEncoder]:

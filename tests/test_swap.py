@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from sparse_attn import (
     TopKMultiheadAttention,
     alpha_per_head,
     replace_attention,
+    restore_attention,
 )
 from sparse_attn.nn import SparseMultiheadAttention
 
@@ -311,6 +314,31 @@ def test_hooks_on_the_layer_run_and_their_handles_remove_them() -> None:
         handle.remove()
     model[0](x, x, x)
     assert len(calls) == 2
+
+
+def test_hooks_on_the_state_dict_go_there_and_back() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(E, H))
+    seen: list[tuple[str, nn.Module]] = []
+
+    def note(kind: str) -> Callable[..., None]:
+        return lambda module, *_: seen.append((kind, module))
+
+    handles = [
+        model[0].register_state_dict_pre_hook(note("save")),
+        model[0].register_state_dict_post_hook(note("saved")),
+        model[0].register_load_state_dict_pre_hook(note("load")),
+        model[0].register_load_state_dict_post_hook(note("loaded")),
+    ]
+    for swap in (replace_attention, restore_attention):
+        swap(model)
+        gc.collect()
+        seen.clear()
+        model.load_state_dict(model.state_dict())
+        assert seen == [(kind, model[0]) for kind in ("save", "saved", "load", "loaded")]
+    for handle in handles:
+        handle.remove()
+    model.load_state_dict(model.state_dict())
+    assert len(seen) == len(handles)
 
 
 def test_a_layer_without_a_mapping_is_refused() -> None:

@@ -76,6 +76,14 @@ def one_weight_less(layer: nn.MultiheadAttention) -> None:
     layer.in_proj_weight = weight  # as a merged adapter leaves it
 
 
+def with_a_buffer(layer: nn.MultiheadAttention) -> None:
+    layer.register_buffer("slopes", torch.ones(H))
+
+
+def with_a_module(layer: nn.MultiheadAttention) -> None:
+    layer.adapter = nn.Linear(E, E)
+
+
 SPOILT: list[tuple[Callable[[nn.MultiheadAttention], None], str]] = [
     (pruned, r"parameters in_proj_bias \(66,\), in_proj_weight \(66, 22\) of .*got .*in_proj_weight_orig.*pruning"),
     (weight_normed, r"before it is parametrised, .*got a torch\.nn\.utils\.parametrize\.Parametrized"),
@@ -85,6 +93,8 @@ SPOILT: list[tuple[Callable[[nn.MultiheadAttention], None], str]] = [
     (on_two_devices, "must be on one device, got parameters on cpu and meta"),
     (patched, "must have the forward of its class, got one set on the layer itself"),
     (one_weight_less, r"must have the parameters .*got in_proj_bias \(66,\); .*unmerge adapters"),
+    (with_a_buffer, r"must have the parameters .*, got .*in_proj_weight \(66, 22\), slopes \(2,\);"),
+    (with_a_module, r"must have only what nn\.MultiheadAttention can express, got adapter; leave it out by filter_fn"),
 ]
 
 
@@ -128,6 +138,8 @@ def test_nothing_to_exchange(way: str) -> None:
     before = everything(model)
     with pytest.raises(ValueError, match="that filter_fn accepts, got only '0', which are refused"):
         swap(model, filter_fn=lambda name, _: False)
+    with pytest.raises(TypeError, match="filter_fn must be a function of name and module, or None, got '0'"):
+        swap(model, filter_fn="0")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"model must be a module that holds .*, got one itself"):
         swap(model[0])
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_alpha_range, fi
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.nn.positions import Positions
 from sparse_attn.ops.attention import ScoreMapping, entmax_mapping
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
@@ -130,6 +133,15 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
     def _initial_raw_alpha(self) -> Tensor:
         weight = next(self.parameters())  # not that of out_proj: what a user has put there need not have one
         return torch.tensor(self.alpha_init, dtype=torch.promote_types(weight.dtype, torch.float32), device="cpu")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        had_no_values = self.raw_alpha is not None and self.raw_alpha.is_meta
+        super()._apply(fn, recurse)
+        if had_no_values and self.raw_alpha is not None and not self.raw_alpha.is_meta:
+            # From the meta device ``to_empty`` alone leads away. Its memory is anything, and a checkpoint without α,
+            # which fills all the rest, would leave it so.
+            fill(self.raw_alpha, self._initial_raw_alpha())
+        return self
 
     def _reset_parameters(self) -> None:
         super()._reset_parameters()

@@ -42,20 +42,18 @@ class _BoundedInGraphs(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(raw: Tensor, low: float, high: float) -> Tensor:
-        return raw.clamp(low, high)
+    def forward(raw: Tensor, alpha: Tensor, below: Tensor, above: Tensor) -> Tensor:
+        return alpha.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float, float], output: Tensor) -> None:
-        raw, ctx.low, ctx.high = inputs
-        ctx.save_for_backward(raw)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[2:])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (raw,), (grad,) = ctx.saved_tensors, grads
-        margin = _MARGIN * (ctx.high - ctx.low)
-        outwards = ((raw <= ctx.low - margin) & (grad > 0)) | ((raw >= ctx.high + margin) & (grad < 0))
-        return grad.masked_fill(outwards, 0.0), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (below, above), (grad,) = ctx.saved_tensors, grads
+        outwards = (below & (grad > 0)) | (above & (grad < 0))
+        return grad.masked_fill(outwards, 0.0), None, None, None
 
 
 class _Bounded(_BoundedInGraphs):
@@ -84,7 +82,10 @@ def bounded_alpha(raw: Tensor, alpha_range: tuple[float, float]) -> Tensor:
     if needs_plain_operations():
         return raw.clamp(*alpha_range).detach() + (raw - raw.detach())
     route = _BoundedInGraphs if torch.compiler.is_compiling() else _Bounded
-    return route.apply(raw, *alpha_range)
+    # Tensors alone go in: the compiler cannot put a number that dynamic shapes make a symbol into two functions.
+    low, high = alpha_range
+    margin, now = _MARGIN * (high - low), raw.detach()
+    return route.apply(raw, now.clamp(low, high), now <= low - margin, now >= high + margin)
 
 
 def check_alpha_range(alpha_range: tuple[float, float]) -> tuple[float, float]:

@@ -60,6 +60,14 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "suppress_tokens": None}
         | {"begin_suppress_tokens": None},
     ),
+    # Made for no other implementation than "eager": their modules do not say what is causal without a mask.
+    "pegasus_x": ("PegasusXForConditionalGeneration", "PegasusXConfig", {**ENCODER_DECODER, "block_size": 8}),
+    "nllb_moe": (
+        "NllbMoeForConditionalGeneration",
+        "NllbMoeConfig",
+        {**ENCODER_DECODER, "pad_token_id": 0, "num_experts": 3, "router_jitter_noise": 0.0},
+    ),
+    "splinter": ("SplinterModel", "SplinterConfig", {**SIZES, "question_token_id": 1}),
     "vit": ("ViTForImageClassification", "ViTConfig", IMAGE),
     "clip": ("CLIPVisionModel", "CLIPVisionConfig", IMAGE),
 }
@@ -106,7 +114,7 @@ def batch() -> Callable[[str], dict[str, torch.Tensor]]:
             "attention_mask": torch.ones(2, 11, dtype=torch.long),
         }
         inputs["attention_mask"][1, -4:] = 0
-        return inputs | ({"decoder_input_ids": target} if name in ("t5", "bart") else {})
+        return inputs | ({"decoder_input_ids": target} if name in ("t5", "bart", "pegasus_x", "nllb_moe") else {})
 
     return batch
 

@@ -57,6 +57,23 @@ def test_alpha_one_is_eager_with_its_gradients(name, build, batch):
             torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-4, atol=1e-5 * largest.item(), msg=key)
 
 
+@pytest.mark.parametrize("name", ["pegasus_x", "nllb_moe", "splinter"])
+def test_what_is_causal_is_not_left_to_modules_that_do_not_say(name, build, batch):
+    inputs = {key: ids for key, ids in batch(name).items() if key != "attention_mask"}  # no mask has to be made
+    expected, got = result(build(name, "eager")(**inputs)), result(build(name, "alpha_one")(**inputs))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_no_mask_is_made_where_the_modules_say_what_is_causal(build, batch):
+    model, seen = build("gpt2", "entmax"), []
+    hooks = [
+        block.attn.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+        for block in model.transformer.h
+    ]
+    model(batch("gpt2")["input_ids"])
+    assert len(seen) == len(hooks) and all(kwargs["attention_mask"] is None for kwargs in seen)
+
+
 @pytest.mark.parametrize(
     ("implementation", "mapping"),
     [

@@ -291,6 +291,11 @@ def test_models_that_cannot_learn_alpha(name, error, message, build, tmp_path):
             ValueError,
             "filter_fn must accept at least one .* got none of bert",
         ),
+        (
+            {"filter_fn": "layer.0"},
+            TypeError,
+            "filter_fn must be a function of name and module, or None, got 'layer.0'",
+        ),
         ({"alpha_range": (2.0, 1.0)}, ValueError, r"alpha_range must be \(low, high\) with 0 < low < high"),
         ({"alpha_range": 2.0}, TypeError, "alpha_range must be two numbers"),
         ({"alpha_init": 2.5}, ValueError, r"alpha_init must be in alpha_range \[1, 2\], got 2.5"),
@@ -324,6 +329,18 @@ def test_weights_that_are_not_there(build):
     model = build("gpt2", "entmax").to("meta")
     with pytest.raises(ValueError, match=r"model must have its weights, got 'transformer.h.0.attn' on the meta device"):
         add_alpha(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*tensor creation functions .* are deprecated:UserWarning")
+def test_quantised_projections_that_no_gradient_passes(build, batch):
+    model = torch.ao.quantization.quantize_dynamic(build("bert", "entmax"), {torch.nn.Linear}, dtype=torch.qint8)
+    expected = model(**batch("bert")).logits
+    message = r"weights in parameters, got 'bert.encoder.layer.0.attention.self' of BertSelfAttention without; quantise"
+    with pytest.raises(ValueError, match=message):
+        add_alpha(model)
+    assert not alpha_per_head(model)
+    assert torch.equal(model(**batch("bert")).logits, expected)
 
 
 def test_a_module_that_does_not_say_how_many_heads(build):

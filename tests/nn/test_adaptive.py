@@ -268,6 +268,16 @@ def test_a_layer_on_the_meta_device_takes_a_dense_checkpoint() -> None:
     assert layer.alpha.tolist() == [1.25, 1.5]
 
 
+def test_memory_given_to_a_layer_on_the_meta_device_begins_with_the_initial_alpha() -> None:
+    dense = nn.Sequential(nn.MultiheadAttention(8, 2))
+    model = nn.Sequential(AdaptiveSparseMultiheadAttention(8, 2, alpha_init=[1.25, 1.5], device="meta"))
+    model.to_empty(device="cpu").load_state_dict(dense.state_dict(), strict=True)
+    assert model[0].alpha.tolist() == [1.25, 1.5]
+    with torch.no_grad():
+        model[0].raw_alpha.fill_(1.75)
+    assert model.to(torch.float64)[0].alpha.tolist() == [1.75, 1.75]
+
+
 def test_reset_parameters_begins_alpha_anew() -> None:
     layer = AdaptiveSparseMultiheadAttention(8, 2, alpha_init=[1.25, 1.5])
     with torch.no_grad():

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from sparse_attn import TopKMultiheadAttention, replace_attention
 
@@ -309,3 +310,23 @@ def test_compiled_and_exported(kind: str) -> None:
     dense.eval(), sparse.eval()
     program = torch.export.export(sparse, (), kwargs=arguments).module()
     torch.testing.assert_close(program(**arguments), dense(**arguments), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("swap", [*SWAPS.values(), {"layer": TopKMultiheadAttention, "k": 3}], ids=str)
+def test_one_graph_serves_every_length(swap: dict[str, Any]) -> None:
+    """Two layers in one graph, where lengths and numbers are symbols."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, WIDTH, 0.0, batch_first=True), 2).double()
+    replace_attention(model, **swap)
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=graphs, dynamic=True)
+    parameters = list(model.parameters())
+    for length in (S - 3, S, S - 1):  # all below the k of "top", and above the other
+        x = torch.randn(N, length, E, dtype=torch.float64)
+        actual, expected = compiled(x), model(x)
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+        gradients = [torch.autograd.grad(output.square().sum(), parameters) for output in (actual, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-9)
+    assert graphs.frame_count == 1

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sparse_attn.checks import check_filter
 from sparse_attn.integrations.huggingface.attention import calls_interface, learns_alpha, require_transformers
 from sparse_attn.nn.alpha import HeadAlpha, check_alpha_range, head_alpha
 
@@ -44,7 +45,7 @@ def add_alpha(
 
     Raises:
         ImportError: transformers is not installed.
-        TypeError: ``model`` is no ``PreTrainedModel``.
+        TypeError: ``model`` is no ``PreTrainedModel``, or ``filter_fn`` no function.
         ValueError: The model does not attend with ``"entmax"``, or not through transformers' attention interface,
             ``filter_fn`` accepts nothing, ``alpha_init`` lies outside ``alpha_range``, or that is not the one that the
             model has already. Nothing has been changed then.
@@ -61,6 +62,7 @@ def add_alpha(
         Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers".
     """
     alpha_range = check_alpha_range(alpha_range)
+    check_filter(filter_fn)
     modules = attention_modules(model)
     chosen = {name: module for name, module in modules.items() if filter_fn is None or filter_fn(name, module)}
     if not chosen:
@@ -153,9 +155,14 @@ def num_heads(name: str, module: nn.Module) -> int:
 
 def _device(name: str, module: nn.Module) -> torch.device:
     """Where a module computes, which accelerate's hooks know where its weights are kept elsewhere."""
-    weights = next(module.parameters()).device
-    if weights.type != "meta":
-        return weights
+    weight = next(module.parameters(), None)
+    if weight is None:
+        raise ValueError(
+            f"model must have its weights in parameters, got {name!r} of {type(module).__name__} without; quantise "
+            "after add_alpha, or leave it out by filter_fn"
+        )
+    if not weight.is_meta:
+        return weight.device
     for child in module.modules():
         device = getattr(getattr(child, "_hf_hook", None), "execution_device", None)
         if device is not None:

@@ -77,7 +77,6 @@ def register(name: str | None = None, *, alpha: float | None = None, k: int | No
     """
     require_transformers()
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     if name is None:
         if alpha is not None or k is not None:
@@ -88,7 +87,7 @@ def register(name: str | None = None, *, alpha: float | None = None, k: int | No
         wanted = {name: _BUILT_IN.get(name) if alpha is None and k is None else _fixed_mapping(alpha, k)}
     for key, mapping in wanted.items():
         AttentionInterface.register(key, attention_function(mapping))
-        AttentionMaskInterface.register(key, sdpa_mask)
+        AttentionMaskInterface.register(key, mask_function)
     _registered.update(wanted)
     announce(_attends_with_ours)
 
@@ -138,9 +137,11 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
                     f"{argument} must be None in sparse attention, got one from {type(module).__name__} ({meaning})"
                 )
         if is_causal is None:
-            is_causal = getattr(module, "is_causal", True)
-        # As in transformers' function for `scaled_dot_product_attention`, whose masks these are: no mask and more than
-        # one query stand for causal attention where the module is causal at all.
+            is_causal = getattr(module, "is_causal", None)
+        if is_causal is None:
+            is_causal = _no_mask_is_causal(getattr(module, "config", None))
+        # As in transformers' function for `scaled_dot_product_attention`: no mask and more than one query stand for
+        # causal attention where the module is causal at all.
         is_causal = query.shape[2] > 1 and attention_mask is None and is_causal
         if position_bias is not None:
             attention_mask = _with_bias(attention_mask, position_bias, is_causal, query, key)
@@ -163,6 +164,28 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
         return output.transpose(1, 2).contiguous(), weights
 
     return sparse_attention
+
+
+def mask_function(*, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:
+    """The boolean mask of transformers; none for a causal one where the modules say themselves that they are."""
+    from transformers.masking_utils import sdpa_mask
+
+    skip = allow_is_causal_skip and _no_mask_is_causal(config)
+    return sdpa_mask(config=config, allow_is_causal_skip=skip, **kwargs)
+
+
+def _no_mask_is_causal(config: Any) -> bool:
+    """Whether a model is made for ``scaled_dot_product_attention``, which it tells what is causal without a mask.
+
+    In others (Pegasus-X, NLLB-MoE) the decoder says it is not causal, and expects its mask.
+    """
+    from transformers import MODEL_MAPPING
+
+    if torch.compiler.is_compiling():  # which cannot look into that table, and does not depend on the answer
+        return False
+    model = MODEL_MAPPING.get(type(config), None)
+    models = model if isinstance(model, tuple) else (model,)
+    return all(kind is not None and kind._supports_sdpa for kind in models)
 
 
 def _weights_are_returned(asked: bool | None) -> bool:
