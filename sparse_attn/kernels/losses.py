@@ -96,7 +96,7 @@ def _entropy_slope_in_blocks(p: Tensor, a: Tensor) -> Tensor:
     shape, size = p.shape[:-1], p.shape[-1]
     rows = max(1, (2**18 if p.device.type == "cpu" else 2**24) // size)
     blocks = zip(p.reshape(-1, size).split(rows), a.expand(*shape, 1).reshape(-1, 1).split(rows), strict=True)
-    slopes = [_entropy_slope(*_where_there_is_weight(part), of_rows) for part, of_rows in blocks]
+    slopes = [_entropy_slope(_where_there_is_weight(part)[0], of_rows) for part, of_rows in blocks]
     return torch.cat(slopes).view(*shape, 1)
 
 
