@@ -27,6 +27,7 @@ from sparse_attn.kernels.triton.family import (
 from sparse_attn.kernels.triton.launch import launch, shared_memory
 from sparse_attn.kernels.triton.plan import Plan, Setting, statistics_of
 from sparse_attn.kernels.triton.tiles import (
+    LENGTHS,
     common_arguments,
     dot,
     dropout,
@@ -37,7 +38,7 @@ from sparse_attn.kernels.triton.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _forward(
     Q,
     K,
@@ -173,7 +174,8 @@ def _forward(
             slope += tl.sum(u, 1).to(tl.float64)
             # The list is packed in place: it is never written beyond where it is read.
             tl.store(Tiles + kept, tile)
-            kept += tl.max(tl.max((s > edge[:, None]).to(tl.int32), 1), 0)
+            # A row that is no number keeps all of its tiles, and makes all of its gradients none.
+            kept += tl.max(tl.max((~(s <= edge[:, None])).to(tl.int32), 1), 0)
         tl.debug_barrier()
         count = kept
         total = tl.where(top == float("-inf"), 1.0, total)
@@ -215,7 +217,7 @@ def _forward(
         total += tl.sum(p, 1).to(tl.float64)
         slope += tl.sum(u, 1).to(tl.float64)
         if Flags is not None:
-            tl.store(Flags + tile, tl.max(tl.max((p > 0.0).to(tl.int32), 1), 0).to(tl.uint8))
+            tl.store(Flags + tile, tl.max(tl.max((p != 0.0).to(tl.int32), 1), 0).to(tl.uint8))
         if WITH_ALPHA:
             y = deviation_of_y(p, u, deviation, a, reference, 1)
             mean_log += tl.sum(p * deviation, 1).to(tl.float64)

@@ -16,6 +16,7 @@ from sparse_attn.kernels.triton.family import alpha_gradient, deviation_of_y, re
 from sparse_attn.kernels.triton.launch import launch
 from sparse_attn.kernels.triton.plan import Plan, Setting
 from sparse_attn.kernels.triton.tiles import (
+    LENGTHS,
     MEAN_LOG,
     MEAN_Y,
     SLOPE,
@@ -28,7 +29,7 @@ from sparse_attn.kernels.triton.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("lines", "size", "stride_head", "stride_line"))
 def _list_tiles(Flags, Lists, Counts, lines, size, stride_head, stride_line, stride_tile, BLOCK: tl.constexpr):
     """The tiles of a line of flags that are set: of a tile of queries, or of one of keys."""
     line = tl.program_id(0).to(tl.int64)
@@ -46,6 +47,7 @@ def _list_tiles(Flags, Lists, Counts, lines, size, stride_head, stride_line, str
 @triton.jit
 def _load_rows(Stats, row, inside, rows, MODE: tl.constexpr):
     """What ``place_rows`` gave for these rows."""
+    rows = tl.cast(rows, tl.int64)
     edge = tl.load(Stats + row, mask=inside, other=0.0)
     edge_rest = tl.load(Stats + rows + row, mask=inside, other=0.0)
     factor = tl.load(Stats + 2 * rows + row, mask=inside, other=0.0)
@@ -60,7 +62,7 @@ def _load_rows(Stats, row, inside, rows, MODE: tl.constexpr):
         return edge, edge_rest, factor, slope_factor, place, place_rest, rise, log_factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _backward_queries(
     Q,
     K,
@@ -136,6 +138,7 @@ def _backward_queries(
     if Lengths is not None:
         limit = tl.minimum(limit, tl.load(Lengths + n).to(tl.int32))
     row = head.to(tl.int64) * queries + i
+    rows = tl.cast(rows, tl.int64)
     q = load_tile(Q + n * stride_qn + h * stride_qh, tile_m * BLOCK_M, stride_ql, queries, D, BLOCK_M, BLOCK_D)
     start = head.to(tl.int64) * queries * DV
     do = load_tile(DO + start, tile_m * BLOCK_M, DV, queries, DV, BLOCK_M, BLOCK_DV)
@@ -205,7 +208,7 @@ def _backward_queries(
         tl.atomic_add(place, sums, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _backward_keys(
     Q,
     K,

@@ -15,10 +15,10 @@ from sparse_attn.kernels.triton.family import (
     solve_on_chip,
     weigh,
 )
-from sparse_attn.kernels.triton.tiles import dot, dropout, head_a, load_tile, masked_scores, store_rows
+from sparse_attn.kernels.triton.tiles import LENGTHS, dot, dropout, head_a, load_tile, masked_scores, store_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def forward_short(
     Q,
     K,
@@ -118,7 +118,7 @@ def forward_short(
     mean_log, mean_y = 0.0 * total, 0.0 * total
     if Flags is not None:
         # A tile of queries of the backward may be several of ours.
-        active = tl.max(tl.max(tl.reshape((p > 0.0).to(tl.int32), [BLOCK_M, TILES_N, BLOCK_N]), 2), 0)
+        active = tl.max(tl.max(tl.reshape((p != 0.0).to(tl.int32), [BLOCK_M, TILES_N, BLOCK_N]), 2), 0)
         tile = tl.arange(0, TILES_N)
         tiles_n = tl.cdiv(keys, BLOCK_N)
         Flags += (head.to(tl.int64) * tl.cdiv(queries, BACKWARD_M) + tile_m * BLOCK_M // BACKWARD_M) * tiles_n

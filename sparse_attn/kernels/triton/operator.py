@@ -14,6 +14,8 @@ from sparse_attn.kernels.entmax import entmax_rows
 from sparse_attn.kernels.triton.plan import Plan, Setting, statistics_of
 from sparse_attn.transforms import values_known
 
+_LARGEST_STRIDE = 2**24
+
 
 def fused_attention(
     query: Tensor,
@@ -43,7 +45,10 @@ def fused_attention(
     Returns:
         (N, H, L, Dv). A query that sees nothing gets zeros, and so do all gradients of it.
     """
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    # Within a tile kernels count in int32.
+    query, key, value = (
+        x if x.stride(-1) == 1 and x.stride(-2) < _LARGEST_STRIDE else x.contiguous() for x in (query, key, value)
+    )
     per_head, a = (alpha, 0.0) if isinstance(alpha, Tensor) else (None, float(alpha) - 1)
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)

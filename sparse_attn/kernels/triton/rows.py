@@ -130,7 +130,7 @@ def _only_largest(z, k):
     return tl.where(kept, z, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count", "k"))
 def _forward_on_chip(
     X,
     A,
@@ -168,7 +168,7 @@ def _forward_on_chip(
     tl.store(P + row[:, None] * size + entry[None, :], p.to(P.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def _forward_in_chunks(
     X, A, P, number, lowest, count, size, stride_row, stride_entry, MODE: tl.constexpr, CHUNK: tl.constexpr
 ):
@@ -222,7 +222,7 @@ def _slope(p, a, largest, MODE: tl.constexpr):
         return tl.where(p != p, p, tl.where(p == 0.0, 0.0, u)), tl.where(p == 0.0, 0.0, log_p * _LN2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def _backward_on_chip(
     P,
     G,
@@ -273,7 +273,7 @@ def _load_both(P, G, p_row, g_row, entry, size, stride_entry, stride_grad_entry)
     return p, tl.where(p == 0.0, 0.0, g)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def _backward_in_chunks(
     P,
     G,

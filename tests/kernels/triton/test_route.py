@@ -10,8 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.nn.parallel import DistributedDataParallel
 
-from sparse_attn import backends, entmax_attention, topk_attention, use_backend
+from sparse_attn import (
+    AdaptiveSparseMultiheadAttention,
+    backends,
+    entmax_attention,
+    topk_attention,
+    use_backend,
+)
 from sparse_attn.kernels.triton import operator, route
 
 
@@ -74,6 +81,45 @@ def test_causal_biases_are_an_offset(bias, device, calls):
     assert calls[0][0][4] is None and calls[0][0][6] == (2 if bias is causal_lower_right else 0)
     with pytest.raises(ValueError, match="attn_mask must broadcast to the scores"):
         entmax_attention(*inputs, 1.5, attn_mask=bias(4, 7))
+
+
+def test_padding_is_where_keys_end(device, calls):
+    inputs = tensors(device, 2, 3)
+    seen = torch.tensor([[1, 1, 0, 1, 0, 0, 0], [0] * 7], dtype=torch.bool, device=device)[:, None, None]
+    added = torch.zeros(1, 1, 1, 7, device=device).masked_fill(~seen[:1], torch.finfo(torch.float32).min)
+    for mask, ends in ((seen, [4, 0]), (seen[0], [4, 4]), (added, [4, 4])):
+        same(lambda *x, mask=mask: entmax_attention(*x, 1.3, attn_mask=mask), inputs)
+        assert calls[-1][1]["key_lengths"].tolist() == ends
+    same(lambda *x: entmax_attention(*x, 1.3, attn_mask=seen.expand(2, 3, 5, 7)), inputs)
+    assert calls[-1][1]["key_lengths"] is None
+
+
+def test_layers_write_no_mask_of_all_pairs_down(device, calls):
+    layer = AdaptiveSparseMultiheadAttention(22, 2, batch_first=True, device=device)
+    x = torch.randn(2, 7, 22, device=device)
+    how = {"need_weights": False}
+    expected = layer(x, x, x, attn_mask=torch.ones(7, 7, dtype=torch.bool, device=device).triu(1), **how)[0]
+    torch.testing.assert_close(layer(x, x, x, is_causal=True, **how)[0], expected)
+    assert calls[-1][0][4] is None and calls[-1][0][6] == 0
+    layer(x, x, x, key_padding_mask=torch.arange(7, device=device).expand(2, 7) > 4, **how)
+    assert calls[-1][0][4].shape == (2, 1, 1, 7) and calls[-1][1]["key_lengths"].tolist() == [5, 5]
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own
+def test_in_ddp(device, calls, tmp_path):
+    layer = AdaptiveSparseMultiheadAttention(22, 2, batch_first=True, device=device)
+    x = torch.randn(2, 5, 22, device=device)
+    layer(x, x, x, need_weights=False)[0].square().sum().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+    layer.zero_grad()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        DistributedDataParallel(layer)(x, x, x, need_weights=False)[0].square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(calls) == 2
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
 
 
 def test_softmax_attention_is_torchs(device, calls):
