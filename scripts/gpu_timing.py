@@ -245,7 +245,7 @@ def active_share(length: int, device: torch.device) -> Run:
     setting = Setting(0.5, 1 / math.sqrt(query.shape[-1]), 0.0, 0)
 
     def share() -> float:
-        *_, flags = forward(query, key, value, None, None, None, None, setting, True, False)
+        *_, flags = forward(query, key, value, None, None, None, None, setting, True)
         plan = Plan.of(query, value)
         last = torch.arange(1, flags.shape[1] + 1) * plan.block_m
         visible = int(((last.clamp(max=length) + plan.block_n - 1) // plan.block_n).sum()) * len(flags)

@@ -17,9 +17,7 @@ from torch import Tensor
 from sparse_attn.kernels.triton.attention_short import forward_short
 from sparse_attn.kernels.triton.family import (
     bound_from_lanes,
-    deviation_of_y,
     place_rows,
-    reference_of,
     start_of,
     step,
     weigh,
@@ -78,7 +76,6 @@ def _forward(
     stride_ml,
     stride_ms,
     CAUSAL: tl.constexpr,
-    WITH_ALPHA: tl.constexpr,
     MODE: tl.constexpr,
     TOLERANCE: tl.constexpr,
     LOOSE: tl.constexpr,
@@ -190,10 +187,6 @@ def _forward(
     acc2 = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float64)
     slope = tl.zeros([BLOCK_M], tl.float64)
-    mean_log = tl.zeros([BLOCK_M], tl.float64)
-    mean_y = tl.zeros([BLOCK_M], tl.float64)
-    if WITH_ALPHA:
-        reference = reference_of(placed[7].to(tl.float64), a)
     for t in range(0, count):
         tile = tl.load(Tiles + t)
         first = tile * BLOCK_N
@@ -213,15 +206,11 @@ def _forward(
             offset,
             CAUSAL,
         )
-        p, u, deviation = weigh(s, placed, a, 1, MODE)
+        p, u, _ = weigh(s, placed, a, 1, MODE)
         total += tl.sum(p, 1).to(tl.float64)
         slope += tl.sum(u, 1).to(tl.float64)
         if Flags is not None:
             tl.store(Flags + tile, tl.max(tl.max((p != 0.0).to(tl.int32), 1), 0).to(tl.uint8))
-        if WITH_ALPHA:
-            y = deviation_of_y(p, u, deviation, a, reference, 1)
-            mean_log += tl.sum(p * deviation, 1).to(tl.float64)
-            mean_y += tl.sum(y, 1).to(tl.float64)
         if Seed is not None:
             kept = dropout(Seed, head, i[:, None], (first + j)[None, :], queries, keys, dropout_p, kept_scale)
             p, u = p * kept, u * kept
@@ -237,9 +226,6 @@ def _forward(
         acc2,
         total,
         slope,
-        mean_log,
-        mean_y,
-        placed,
         top,
         sigma,
         a,
@@ -248,7 +234,6 @@ def _forward(
         dv,
         queries,
         rows,
-        WITH_ALPHA,
         DV,
         MODE,
     )
@@ -264,7 +249,6 @@ def forward(
     seed: Tensor | None,
     setting: Setting,
     training: bool,
-    with_alpha: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output (N, H, L, Dv) and, for the backward, ``Σ u v / Σ u``, statistics of rows and which tiles have weight.
 
@@ -278,7 +262,6 @@ def forward(
         seed: (1,), int64, of the dropout.
         setting: Everything else.
         training: Whether the last three results are wanted; they are empty otherwise.
-        with_alpha: Whether they have to serve a gradient for α.
     """
     plan = Plan.of(query, value)
     batch, heads, queries, _ = query.shape
@@ -287,7 +270,7 @@ def forward(
     rows = batch * heads
     output = torch.empty(batch, heads, queries, value.shape[3], dtype=query.dtype, device=device)
     second = torch.empty(output.shape if training else (0,), dtype=query.dtype, device=device)
-    told = (statistics_of(setting.a, alpha, with_alpha), rows * queries)
+    told = (statistics_of(setting.a, alpha), rows * queries)
     statistics = torch.empty(told if training else (0,), dtype=torch.float32, device=device)
     flags = torch.zeros((rows, tiles_m, tiles_n) if training else (0,), dtype=torch.uint8, device=device)
     numbers, (causal, mode, upcast, precision, *sizes) = common_arguments(query, key, value, alpha, mask, setting)
@@ -300,11 +283,11 @@ def forward(
     if short:
         block_m, warps = short
         compiled = (*compiled, block_m, plan.block_n, triton.next_power_of_2(tiles_n), plan.block_m)
-        arguments = (*tensors, *numbers, causal, with_alpha, mode, tolerance, *compiled)
+        arguments = (*tensors, *numbers, causal, mode, tolerance, *compiled)
         launch(forward_short, triton.cdiv(queries, block_m) * rows, *arguments, warps=warps)
     else:
         tiles = torch.empty((rows, tiles_m, tiles_n), dtype=torch.int32, device=device)
         compiled = (*compiled, plan.block_m, plan.block_n)
-        arguments = (*tensors, tiles, *numbers, causal, with_alpha, mode, tolerance, loose, *compiled)
+        arguments = (*tensors, tiles, *numbers, causal, mode, tolerance, loose, *compiled)
         launch(_forward, tiles_m * rows, *arguments, warps=plan.warps)
     return output, second, statistics, flags

@@ -12,14 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_attn.kernels.triton.family import alpha_gradient, deviation_of_y, reference_of, weigh
+from sparse_attn.kernels.triton.family import alpha_gradient, deviation_from_scores, reference_of, weigh
 from sparse_attn.kernels.triton.launch import launch
 from sparse_attn.kernels.triton.plan import Plan, Setting
 from sparse_attn.kernels.triton.tiles import (
     LENGTHS,
-    MEAN_LOG,
-    MEAN_Y,
-    SLOPE,
     common_arguments,
     dot,
     dropout,
@@ -148,10 +145,13 @@ def _backward_queries(
     placed = _load_rows(Stats, row, inside, rows, MODE)
     a = head_a(Alpha, h, stride_alpha, number) + tl.zeros([BLOCK_M], tl.float64)
     if DAlpha is not None:
-        mean_log = tl.load(Stats + MEAN_LOG * rows + row, mask=inside, other=0.0)
-        mean_y = tl.load(Stats + MEAN_Y * rows + row, mask=inside, other=0.0)
         log_factor = placed[7].to(tl.float64)
         reference = reference_of(log_factor, a)
+    # Sums of u, of ℓ and y counted from ℓ₀, and of these and 1 with the upstream gradient: what α's is made of.
+    slope = tl.zeros([BLOCK_M], tl.float64)
+    mean_log = tl.zeros([BLOCK_M], tl.float64)
+    mean_y = tl.zeros([BLOCK_M], tl.float64)
+    with_one = tl.zeros([BLOCK_M], tl.float64)
     with_log = tl.zeros([BLOCK_M], tl.float64)
     with_y = tl.zeros([BLOCK_M], tl.float64)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -184,9 +184,13 @@ def _backward_queries(
         ds = u * dp
         acc += dot(ds.to(k.dtype), k, UPCAST, PRECISION)
         if DAlpha is not None:
-            y = deviation_of_y(p, u, deviation, a, reference, 1)
-            with_log += tl.sum(p * (deviation - mean_log[:, None]) * dp, 1).to(tl.float64)
-            with_y += tl.sum((y - p * mean_y[:, None]) * dp, 1).to(tl.float64)
+            log, y = p * deviation, deviation_from_scores(s, p, u, deviation, placed, a, reference, 1)
+            slope += tl.sum(u, 1).to(tl.float64)
+            mean_log += tl.sum(log, 1).to(tl.float64)
+            mean_y += tl.sum(y, 1).to(tl.float64)
+            with_one += tl.sum(p * dp, 1).to(tl.float64)
+            with_log += tl.sum(log * dp, 1).to(tl.float64)
+            with_y += tl.sum(y * dp, 1).to(tl.float64)
         if DMask is not None:
             place = DMask + n * stride_dn + h * stride_dh
             if ONE_COLUMN:
@@ -199,7 +203,8 @@ def _backward_queries(
     place = row[:, None] * D + d[None, :]
     tl.store(DQ + place, (acc * scale).to(DQ.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
     if DAlpha is not None:
-        slope = tl.load(Stats + SLOPE * rows + row, mask=inside, other=1.0)
+        slope = tl.where(slope == 0.0, 1.0, slope)
+        with_log, with_y = with_log - mean_log * with_one, with_y - mean_y * with_one
         da = alpha_gradient(with_log, with_y, mean_log, mean_y, slope, a, log_factor, reference)
         seen = placed[2] == placed[2]
         tl.store(DAlpha + row, tl.where(seen, da, float("nan")).to(tl.float32), mask=inside)

@@ -9,9 +9,7 @@ import triton.language as tl
 
 from sparse_attn.kernels.triton.family import (
     bound_from_lanes,
-    deviation_of_y,
     place_rows,
-    reference_of,
     solve_on_chip,
     weigh,
 )
@@ -57,7 +55,6 @@ def forward_short(
     stride_ml,
     stride_ms,
     CAUSAL: tl.constexpr,
-    WITH_ALPHA: tl.constexpr,
     MODE: tl.constexpr,
     TOLERANCE: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -113,9 +110,8 @@ def forward_short(
         start = bound_from_lanes(tl.max(tl.reshape(s, [BLOCK_M, TILES_N, BLOCK_N]), 1), top, keys, a, MODE)
     sigma, _ = solve_on_chip(s, top, start, keys, a, TOLERANCE, MODE)
     placed = place_rows(top, sigma, 1.0, a, MODE)
-    p, u, deviation = weigh(s, placed, a, 1, MODE)
+    p, u, _ = weigh(s, placed, a, 1, MODE)
     total, slope = tl.sum(p, 1).to(tl.float64), tl.sum(u, 1).to(tl.float64)
-    mean_log, mean_y = 0.0 * total, 0.0 * total
     if Flags is not None:
         # A tile of queries of the backward may be several of ours.
         active = tl.max(tl.max(tl.reshape((p != 0.0).to(tl.int32), [BLOCK_M, TILES_N, BLOCK_N]), 2), 0)
@@ -123,9 +119,6 @@ def forward_short(
         tiles_n = tl.cdiv(keys, BLOCK_N)
         Flags += (head.to(tl.int64) * tl.cdiv(queries, BACKWARD_M) + tile_m * BLOCK_M // BACKWARD_M) * tiles_n
         tl.store(Flags + tile, tl.full([TILES_N], 1, tl.uint8), mask=(tile < tiles_n) & (active > 0))
-    if WITH_ALPHA:
-        y = deviation_of_y(p, u, deviation, a, reference_of(placed[7].to(tl.float64), a), 1)
-        mean_log, mean_y = tl.sum(p * deviation, 1).to(tl.float64), tl.sum(y, 1).to(tl.float64)
     if Seed is not None:
         kept = dropout(Seed, head, i[:, None], j[None, :], queries, keys, dropout_p, kept_scale)
         p, u = p * kept, u * kept
@@ -142,9 +135,6 @@ def forward_short(
         acc2,
         total,
         slope,
-        mean_log,
-        mean_y,
-        placed,
         top,
         sigma,
         a,
@@ -153,7 +143,6 @@ def forward_short(
         dv,
         queries,
         rows,
-        WITH_ALPHA,
         DV,
         MODE,
     )

@@ -13,10 +13,6 @@ from sparse_attn.kernels.triton import interpreted
 from sparse_attn.kernels.triton.family import GENERAL, MODES, TINY, place_rows
 from sparse_attn.kernels.triton.plan import Setting
 
-# Places among the statistics of a row; those before are what `place_rows` gives.
-SLOPE, MEAN_LOG, MEAN_Y = tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
-
-
 # What changes with the length alone, and makes no kernel faster where it is known: that 16 divides it compiles nothing.
 LENGTHS = ("offset", "queries", "rows")
 
@@ -93,9 +89,6 @@ def store_rows(
     acc2,
     total,
     slope,
-    mean_log,
-    mean_y,
-    placed,
     top,
     sigma,
     a,
@@ -104,7 +97,6 @@ def store_rows(
     d,
     queries,
     rows,
-    WITH_ALPHA: tl.constexpr,
     DV: tl.constexpr,
     MODE: tl.constexpr,
 ):
@@ -114,7 +106,7 @@ def store_rows(
     final = place_rows(top, sigma, total, a, MODE)
     factor = (1.0 / divisor).to(tl.float32) + (final[2] - final[2])  # NaN where the row or α is
     row = head.to(tl.int64) * queries + i
-    rows = tl.cast(rows, tl.int64)  # eleven times as many statistics may be more than 2³¹
+    rows = tl.cast(rows, tl.int64)  # eight times as many statistics may be more than 2³¹
     place = row[:, None] * DV + d[None, :]
     within = inside[:, None] & (d < DV)[None, :]
     tl.store(Out + place, (acc * factor[:, None]).to(Out.dtype.element_ty), mask=within)
@@ -124,10 +116,6 @@ def store_rows(
         tl.store(Second + place, acc2.to(Second.dtype.element_ty), mask=within)
         for n in tl.static_range(len(final)):
             tl.store(Stats + n * rows + row, final[n], mask=inside)
-        if WITH_ALPHA:
-            tl.store(Stats + SLOPE * rows + row, (slope * (final[3] / placed[3])).to(tl.float32), mask=inside)
-            tl.store(Stats + MEAN_LOG * rows + row, (mean_log / divisor).to(tl.float32), mask=inside)
-            tl.store(Stats + MEAN_Y * rows + row, (mean_y / divisor).to(tl.float32), mask=inside)
 
 
 def common_arguments(
