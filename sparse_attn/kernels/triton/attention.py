@@ -29,6 +29,7 @@ from sparse_attn.kernels.triton.tiles import (
     common_arguments,
     dot,
     dropout,
+    end_of_keys,
     head_a,
     load_tile,
     masked_scores,
@@ -107,6 +108,7 @@ def _forward(
     limit = keys
     if Lengths is not None:
         limit = tl.minimum(limit, tl.load(Lengths + n).to(tl.int32))
+    end = end_of_keys(i, queries, limit, offset, CAUSAL)
     last = limit
     if CAUSAL:
         last = tl.minimum(limit, (tile_m + 1) * BLOCK_M + offset)
@@ -120,16 +122,13 @@ def _forward(
             dot(q, k.T, UPCAST, PRECISION),
             i[:, None],
             (first + j)[None, :],
+            end[:, None],
             scale,
             Mask,
             stride_ml,
             stride_ms,
             lowest,
-            queries,
             keys,
-            limit,
-            offset,
-            CAUSAL,
         )
         lanes = tl.maximum(lanes, s, propagate_nan=tl.PropagateNan.ALL)
     broken = tl.max((lanes != lanes).to(tl.int32), 1) > 0
@@ -155,16 +154,13 @@ def _forward(
                 dot(q, k.T, UPCAST, PRECISION),
                 i[:, None],
                 (first + j)[None, :],
+                end[:, None],
                 scale,
                 Mask,
                 stride_ml,
                 stride_ms,
                 lowest,
-                queries,
                 keys,
-                limit,
-                offset,
-                CAUSAL,
             )
             p, u, _ = weigh(s, placed, a, 1, MODE)
             total += tl.sum(p, 1).to(tl.float64)
@@ -172,7 +168,7 @@ def _forward(
             # The list is packed in place: it is never written beyond where it is read.
             tl.store(Tiles + kept, tile)
             # A row that is no number keeps all of its tiles, and makes all of its gradients none.
-            kept += tl.max(tl.max((~(s <= edge[:, None])).to(tl.int32), 1), 0)
+            kept += tl.max((~(tl.max(s, 1) <= edge)).to(tl.int32), 0)
         tl.debug_barrier()
         count = kept
         total = tl.where(top == float("-inf"), 1.0, total)
@@ -195,22 +191,19 @@ def _forward(
             dot(q, k.T, UPCAST, PRECISION),
             i[:, None],
             (first + j)[None, :],
+            end[:, None],
             scale,
             Mask,
             stride_ml,
             stride_ms,
             lowest,
-            queries,
             keys,
-            limit,
-            offset,
-            CAUSAL,
         )
         p, u, _ = weigh(s, placed, a, 1, MODE)
         total += tl.sum(p, 1).to(tl.float64)
         slope += tl.sum(u, 1).to(tl.float64)
         if Flags is not None:
-            tl.store(Flags + tile, tl.max(tl.max((p != 0.0).to(tl.int32), 1), 0).to(tl.uint8))
+            tl.store(Flags + tile, tl.max((tl.max(p, 1) != 0.0).to(tl.int32), 0).to(tl.uint8))
         if Seed is not None:
             kept = dropout(Seed, head, i[:, None], (first + j)[None, :], queries, keys, dropout_p, kept_scale)
             p, u = p * kept, u * kept

@@ -20,6 +20,7 @@ from sparse_attn.kernels.triton.tiles import (
     common_arguments,
     dot,
     dropout,
+    end_of_keys,
     head_a,
     load_tile,
     masked_scores,
@@ -134,6 +135,7 @@ def _backward_queries(
     limit = keys
     if Lengths is not None:
         limit = tl.minimum(limit, tl.load(Lengths + n).to(tl.int32))
+    end = end_of_keys(i, queries, limit, offset, CAUSAL)
     row = head.to(tl.int64) * queries + i
     rows = tl.cast(rows, tl.int64)
     q = load_tile(Q + n * stride_qn + h * stride_qh, tile_m * BLOCK_M, stride_ql, queries, D, BLOCK_M, BLOCK_D)
@@ -164,16 +166,13 @@ def _backward_queries(
             dot(q, k.T, UPCAST, PRECISION),
             i[:, None],
             (first + j)[None, :],
+            end[:, None],
             scale,
             Mask,
             stride_ml,
             stride_ms,
             lowest,
-            queries,
             keys,
-            limit,
-            offset,
-            CAUSAL,
         )
         p, u, deviation = weigh(s, placed, a, 1, MODE)
         v = load_tile(V, first, stride_vs, keys, DV, BLOCK_N, BLOCK_DV)
@@ -293,6 +292,7 @@ def _backward_keys(
             tile = tl.load(Lists + line * tiles_m + t)
             i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
             inside = i < queries
+            end = end_of_keys(i, queries, limit, offset, CAUSAL)
             row = head * queries + i
             q = load_tile(Q + n * stride_qn + h * stride_qh, tile * BLOCK_M, stride_ql, queries, D, BLOCK_M, BLOCK_D)
             do = load_tile(DO + head * queries * DV, tile * BLOCK_M, DV, queries, DV, BLOCK_M, BLOCK_DV)
@@ -301,16 +301,13 @@ def _backward_keys(
                 dot(k, q.T, UPCAST, PRECISION),
                 i[None, :],
                 j[:, None],
+                end[None, :],
                 scale,
                 mask,
                 stride_ml,
                 stride_ms,
                 lowest,
-                queries,
                 keys,
-                limit,
-                offset,
-                CAUSAL,
             )
             p, u, _ = weigh(s, _load_rows(Stats, row, inside, rows, MODE), a, 0, MODE)
             dp = dot(v, do.T, UPCAST, PRECISION)

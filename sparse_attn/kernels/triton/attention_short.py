@@ -13,7 +13,16 @@ from sparse_attn.kernels.triton.family import (
     solve_on_chip,
     weigh,
 )
-from sparse_attn.kernels.triton.tiles import LENGTHS, dot, dropout, head_a, load_tile, masked_scores, store_rows
+from sparse_attn.kernels.triton.tiles import (
+    LENGTHS,
+    dot,
+    dropout,
+    end_of_keys,
+    head_a,
+    load_tile,
+    masked_scores,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -87,20 +96,18 @@ def forward_short(
     limit = keys
     if Lengths is not None:
         limit = tl.minimum(limit, tl.load(Lengths + n).to(tl.int32))
+    end = end_of_keys(i, queries, limit, offset, CAUSAL)
     s = masked_scores(
         dot(q, k.T, UPCAST, PRECISION),
         i[:, None],
         j[None, :],
+        end[:, None],
         scale,
         Mask,
         stride_ml,
         stride_ms,
         lowest,
-        queries,
         keys,
-        limit,
-        offset,
-        CAUSAL,
     )
     broken = tl.max((s != s).to(tl.int32), 1) > 0
     top = tl.where(broken, float("nan"), tl.max(s, 1))

@@ -37,24 +37,29 @@ def dot(x, y, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def masked_scores(
-    product, i, j, scale, Mask, stride_i, stride_j, lowest, queries, keys, limit, offset, CAUSAL: tl.constexpr
-):
+def end_of_keys(i, queries, limit, offset, CAUSAL: tl.constexpr):
+    """How many keys each of the queries ``i`` sees, masks apart; none where there is no such query."""
+    end = tl.zeros_like(i) + limit
+    if CAUSAL:
+        end = tl.minimum(end, i + offset + 1)
+    return tl.where(i < queries, end, 0)
+
+
+@triton.jit
+def masked_scores(product, i, j, end, scale, Mask, stride_i, stride_j, lowest, keys):
     """Scores from products of queries ``i`` and keys ``j``, which broadcast; ``-inf`` where a query does not see.
 
     Every kernel goes through here: an entry at the edge of the support must not be in it here and out of it there.
-    ``stride_i`` is None where the mask is the same for all queries: it is loaded once for all of them then.
+    ``end`` is of :func:`end_of_keys`, for each query. ``stride_i`` is None where the mask is the same for all queries:
+    it is loaded once for all of them then.
     """
     s = product * scale
-    seen = (i < queries) & (j < limit)
-    if CAUSAL:
-        seen = seen & (j <= i + offset)
+    seen = j < end
     if Mask is not None:
         if stride_i is None:
             mask = tl.load(Mask + j.to(tl.int64) * stride_j, mask=j < keys, other=0)
         else:
-            place = i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j
-            mask = tl.load(Mask + place, mask=(i < queries) & (j < keys), other=0)
+            mask = tl.load(Mask + i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j, mask=seen, other=0)
         if mask.dtype.is_int():
             seen = seen & (mask != 0)
         else:
