@@ -5,6 +5,7 @@ Times come in the order of their importance: what there is no time left for is s
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn import entmax, entmax_attention, entmax_loss, topk_softmax
+from sparse_attn.kernels.triton.plan import Plan, Setting
 
 Measured = dict[str, Any]
 Run = Callable[[], object]
@@ -25,6 +27,8 @@ FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 ROWS = (128, 1024, 4096, 16384, 32000, 131072)
 VOCABULARIES = (32000, 128256, 256000)
+# Queries, keys and warps of a tile; the first is what heads of 64 in half precision have.
+TILES = ((128, 32, 8), (64, 64, 4), (128, 64, 8), (64, 32, 4), (128, 128, 8))
 FIXED, LEARNT, FLASH, V2 = "ours, α 1.5", "ours, α learnt", "flash attention", "adasplash_v2"
 
 
@@ -78,6 +82,9 @@ def timings() -> Iterator[Timing]:
         yield attention("full attention", length, length, FIXED, BOTH)
         yield attention("full attention", length, length, FLASH, BOTH)
     yield attention("cross-attention of 2048 queries", 2048, 16384, FIXED, BOTH)
+    for tile in TILES[1:]:
+        for what in (FIXED, LEARNT):
+            yield other_tiles(tile, 8192, what)
     for keys in (4096, 32768, 131072):
         for what in (LEARNT, "scaled_dot_product_attention"):
             yield Timing("decoding", keys, what, FORWARD, partial(decoding, keys, what))
@@ -195,6 +202,31 @@ def attend(queries: int, keys: int, causal: bool, what: str, step: str, device: 
     return lambda: torch.autograd.grad(function(*inputs), wanted, upstream)
 
 
+@contextlib.contextmanager
+def planned(tile: tuple[int, int, int]) -> Iterator[None]:
+    """Attention of heads of 64 with these tiles, while the context lasts."""
+    of, Plan.of = Plan.of, staticmethod(lambda query, value: Plan(*tile[:2], 64, 64, tile[2]))
+    try:
+        yield
+    finally:
+        Plan.of = staticmethod(of)
+
+
+def other_tiles(tile: tuple[int, int, int], length: int, what: str) -> Timing:
+    """Causal attention with tiles that are not in use: the outcome of what `predict_gpu.py` predicts."""
+
+    def make(device: torch.device) -> Run:
+        run = attend(length, length, True, what, BOTH, device)
+
+        def run_planned() -> object:
+            with planned(tile):
+                return run()
+
+        return run_planned
+
+    return Timing(f"causal attention in tiles {tile[0]} × {tile[1]}, {tile[2]} warps", length, what, BOTH, make)
+
+
 def attending(what: str, causal: bool, learnt: Tensor) -> Attend:
     """The function of a name; a peer is imported here."""
     alphas = {FIXED: 1.5, "ours, α 2": 2.0, LEARNT: learnt}
@@ -239,7 +271,6 @@ def flex(causal: bool) -> Attend:
 def active_share(length: int, device: torch.device) -> Run:
     """Of the tiles that a causal mask leaves, how many have weight at α = 1.5."""
     from sparse_attn.kernels.triton.attention import forward
-    from sparse_attn.kernels.triton.plan import Plan, Setting
 
     query, key, value = local_heads(length, device)
     setting = Setting(0.5, 1 / math.sqrt(query.shape[-1]), 0.0, 0)
