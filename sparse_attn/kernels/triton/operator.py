@@ -57,7 +57,7 @@ def fused_attention(
         seed = torch.randint(2**31 - 1, (1,), device=query.device)
     tensors = (query, key, value, per_head, mask, key_lengths, seed)
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    setting = Setting(a, scale, dropout_p, offset)
+    setting = Setting(a, float(scale), float(dropout_p), offset)  # an int would compile kernels of its own
     if torch.compiler.is_compiling():
         return _attention(*tensors, *setting, training)[0]
     if training:

@@ -361,6 +361,10 @@ def test_no_value_of_alpha_compiles_anything_anew(device, compiled):
     assert count(learnt[0]) == count(*learnt) == 5  # forward, two lists, two backwards
     assert count(1.2) == count(1.2, 1.3, 1.0001) == 5
     assert count(1.2, 1.5, 2.0) == 11  # what lists tiles is the same for all
+    compiled.clear()
+    for scale in (1, 2, 0.3):
+        fused_attention(*inputs, 1.5, scale=scale)
+    assert len(compiled) == 1
 
 
 def test_lengths_compile_anew_only_for_keys_that_16_divides(device, compiled, monkeypatch):

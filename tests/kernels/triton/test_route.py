@@ -172,6 +172,8 @@ def test_wrong_input_is_named_as_elsewhere(device, calls):
         entmax_attention(query, key, value, attn_mask=torch.ones(5, 6, dtype=torch.bool, device=device))
     with pytest.raises(TypeError, match="attn_mask must be boolean or floating"):
         entmax_attention(query, key, value, attn_mask=torch.ones(5, 7, dtype=torch.int64, device=device))
+    with pytest.raises(ValueError, match=r"attn_mask must be on the query's device, .*, got meta"):
+        entmax_attention(query, key, value, attn_mask=torch.ones(5, 7, dtype=torch.bool, device="meta"))
     with pytest.raises(TypeError, match="one dtype"):
         entmax_attention(query, key.bfloat16(), value)
     assert not calls
