@@ -172,7 +172,7 @@ def _forward(
         tl.debug_barrier()
         count = kept
         total = tl.where(top == float("-inf"), 1.0, total)
-        sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, TOLERANCE)
+        sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, TOLERANCE, MODE)
         sweeps += 1
         far = still_open & (error > tl.where(a > 1.0, TOLERANCE, LOOSE))
         go = (sweeps < 100) & (tl.max(far.to(tl.int32), 0) > 0)

@@ -89,14 +89,14 @@ def place_rows(top, sigma, total, a, MODE: tl.constexpr):
     shown = tl.where(top == float("-inf"), 0.0, top).to(tl.float64)
     edge, edge_rest = _split(shown + sigma - 1.0 / a)
     fine = (shown < float("inf")) & (a > -1.0) & (a < float("inf"))
-    total = tl.where(fine, tl.where(total > 0.0, total, 1.0), float("nan")).to(tl.float64)
-    factor = 1.0 / total
+    total = tl.where(total > 0.0, total, 1.0).to(tl.float64)
+    factor = tl.where(fine, 1.0 / total, float("nan"))  # where the total is 1, nothing to compute
     if MODE == 2:
-        return edge, edge_rest, factor.to(tl.float32), (factor * total).to(tl.float32)
+        return edge, edge_rest, factor.to(tl.float32), tl.where(fine, 1.0, float("nan"))
     elif MODE == 1:
         return edge, edge_rest, factor.to(tl.float32), tl.sqrt(factor).to(tl.float32)
     else:
-        return _place_any(edge, edge_rest, shown, sigma, total, a)
+        return _place_any(edge, edge_rest, shown, sigma, tl.where(fine, total, float("nan")), a)
 
 
 @triton.jit
@@ -227,7 +227,7 @@ def start_of(low, size, a):
 
 
 @triton.jit
-def step(sigma, low, high, error_before, total, slope, a, tolerance):
+def step(sigma, low, high, error_before, total, slope, a, tolerance, MODE: tl.constexpr):
     """One of Newton's steps on the norm ``(Σ p)^a = 1``, with bisection where it leaves the bracket.
 
     For α up to 2 the iterates climb from the left, and what no longer brings the sum closer to 1 is rounding; beyond,
@@ -240,11 +240,17 @@ def step(sigma, low, high, error_before, total, slope, a, tolerance):
     low = tl.where(total >= 1.0, sigma, low)
     high = tl.where(total < 1.0, sigma, high)
     still_open = (error > tolerance) & (high - low > 1e-13 * high) & ((a > 1.0) | (error < error_before))
-    log_total = tl.log(tl.where(total > 0.0, total, 1.0))
-    x = -a * log_total
-    small = tl.abs(x) < 1e-3
-    phi1 = tl.where(small, 1.0 + x * (0.5 + x / 6.0), (tl.exp(x) - 1.0) / tl.where(small, 1.0, x))
-    newton = sigma + total * log_total * phi1 / slope
+    if MODE == 2:
+        above = total - 1.0
+    elif MODE == 1:
+        above = 2.0 * (total - tl.sqrt(total))
+    else:  # [Σ p - (Σ p)^(1-a)] / a
+        log_total = tl.log(tl.where(total > 0.0, total, 1.0))
+        x = -a * log_total
+        small = tl.abs(x) < 1e-3
+        phi1 = tl.where(small, 1.0 + x * (0.5 + x / 6.0), (tl.exp(x) - 1.0) / tl.where(small, 1.0, x))
+        above = total * log_total * phi1
+    newton = sigma + above / slope
     good = (newton > low) & (newton < high) & ((a <= 1.0) | (error <= 0.5 * error_before))
     moved = tl.where(good, newton, 0.5 * (low + high))
     return tl.where(still_open, moved, sigma), low, high, error, still_open
@@ -264,7 +270,7 @@ def solve_on_chip(z, top, start, size, a, tolerance, MODE: tl.constexpr):
         p, u, _ = weigh(z, place_rows(top, sigma, 1.0, a, MODE), a, 1, MODE)
         total, slope = tl.sum(p, 1).to(tl.float64), tl.sum(u, 1).to(tl.float64)
         total = tl.where(top == float("-inf"), 1.0, total)  # a row without scores is solved
-        sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, tolerance)
+        sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, tolerance, MODE)
         sweeps += 1
         go = (sweeps < 100) & (tl.max(still_open.to(tl.int32), 0) > 0)
     return sigma, low

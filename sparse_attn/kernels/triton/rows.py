@@ -99,9 +99,12 @@ def _parameter(a: float | Tensor, x: Tensor) -> tuple[Tensor | None, float, int]
 
 
 def _tile(size: int) -> tuple[int, int, int]:
-    """Rows, entries and warps of a program: about one row and at most 32 entries to a thread."""
+    """Rows, entries and warps of a program: one row or a few short ones, and up to 32 entries to a thread.
+
+    What is computed for a row is computed by each of its threads, and takes longer than a few entries do.
+    """
     block = max(triton.next_power_of_2(size), 16)
-    return max(512 // block, 1), block, min(max(block // 1024, 4), 16)
+    return max(128 // block, 1), block, min(max(block // 1024, 1), 16)
 
 
 @triton.jit
@@ -197,7 +200,7 @@ def _forward_in_chunks(
             p, u, _ = weigh(z, placed, a, 1, MODE)
             total += tl.sum(p, 1).to(tl.float64)
             slope += tl.sum(u, 1).to(tl.float64)
-        sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, _TOLERANCE)
+        sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, _TOLERANCE, MODE)
         sweeps += 1
         go = (sweeps < 100) & (tl.max(still_open.to(tl.int32), 0) > 0)
     placed = place_rows(top, sigma, total, a, MODE)
