@@ -173,7 +173,7 @@ def compile_both(
     setting = Setting(0.5, 0.125, dropout_p, offset)
     seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
     tensors = (alpha, mask, None, seed)
-    output, *kept = attention.forward(query, key, key, *tensors, setting, True, alpha is not None)
+    output, *kept = attention.forward(query, key, key, *tensors, setting, True)
     wanted = (alpha is not None, mask is not None)
     attention_backward.backward(output, query, key, key, *tensors, *kept, setting, *wanted)
 

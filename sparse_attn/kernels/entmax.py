@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_attn.checks import check_alpha
+from sparse_attn.checks import check_alpha, compute_dtype
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.reference.entmax import entmax_backward, entmax_tangent, largest_first
 from sparse_attn.kernels.reference.unrolled import entmax_unrolled
@@ -24,7 +24,7 @@ def entmax_rows(scores: Tensor, alpha: float | Tensor, lowest: float, k: int | N
     """Probabilities along the last dimension.
 
     Args:
-        scores: (..., d), float32 or float64.
+        scores: (..., d), float32 or float64; half precision where nothing has a gradient and Triton's kernels compute.
         alpha: A number, or a tensor that broadcasts with size 1 in the last dimension.
         lowest: Scores at or below are masked.
         k: Only the k largest scores of a row take part, if given; the first of ties.
@@ -76,7 +76,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | No
 
 def shifted(alpha: Tensor, scores: Tensor) -> Tensor:
     """``α - 1`` before any rounding to the dtype of the scores: near 1 the difference is what counts."""
-    return (alpha.to(torch.promote_types(alpha.dtype, torch.float32)) - 1).to(scores.dtype)
+    return (alpha.to(compute_dtype(alpha)) - 1).to(compute_dtype(scores))
 
 
 class _Entmax(torch.autograd.Function):

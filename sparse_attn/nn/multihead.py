@@ -210,8 +210,6 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         (batch, heads, queries, _), keys = q.shape, k.shape[-2]
         mask = merge_multihead_masks(attn_mask, key_padding_mask, batch=batch, heads=heads, queries=queries, keys=keys)
         offset = 0 if cache is None else keys - queries
-        if is_causal and attn_mask is None:
-            mask = combine_masks(mask, causal_mask(queries, keys, q.device, offset=offset))
         if self.window is not None:
             mask = combine_masks(mask, window_mask(queries, keys, self.window, q.device, offset=offset))
         if position_bias is not None:
@@ -222,6 +220,9 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             mask = combine_masks(mask, position_bias)
         if self.positions is not None:
             mask = combine_masks(mask, self.positions.bias(places(offset, q), places(0, k)))
+        is_causal = is_causal and attn_mask is None
+        if is_causal and not (mask is None and offset == 0 and self._sees_no_other_keys()):
+            mask, is_causal = combine_masks(mask, causal_mask(queries, keys, q.device, offset=offset)), False
         to_keep = k, v
         k, v, mask = self._extend_keys(k, v, mask)
         if self.length_scaling is not None:
@@ -231,12 +232,12 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         looked_at = observed()
         output, weights = attend(
-            *(q, k, v, self.mapping(), mask, dropout_p),
+            *(q, k, v, self.mapping(), mask, dropout_p, is_causal),
             need_weights=need_weights or looked_at,
             enable_gqa=heads > self.num_kv_heads,
         )
         if looked_at and weights is not None:
-            visible = visible_pairs(mask, False, weights)
+            visible = visible_pairs(mask, is_causal, weights)
             if not batched:
                 visible = visible[0] if visible is not None and visible.dim() == 4 else visible
             tell(self, weights if batched else weights[0], visible)
@@ -329,6 +330,10 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         if self.positions is not None or rotary is not None:
             q, k = turn(q, k, self.positions, rotary, query_start=offset, key_start=start)
         return q, *((k, v) if cache is None else cache.joined(k, v))
+
+    def _sees_no_other_keys(self) -> bool:
+        """Whether causal attention is all there is: it is not written down as a mask of (L, S) entries then."""
+        return self.bias_k is None and not self.add_zero_attn and self.length_scaling is None
 
     def _extend_keys(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Add the keys that belong to the layer, which every query sees: ``bias_k`` and the zero key."""

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
 from sparse_attn.checks import check_dropout, check_floating, check_k
 from sparse_attn.kernels.attention import Setting, blockwise_attention
@@ -174,6 +175,8 @@ def attend(
     check_dropout(dropout_p, "dropout_p")
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal=True, got both; put the causal part into the mask")
+    if isinstance(attn_mask, Tensor) and not isinstance(attn_mask, CausalBias) and attn_mask.device != query.device:
+        raise ValueError(f"attn_mask must be on the query's device, {query.device}, got {attn_mask.device}")
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if not need_weights and isinstance(mapping, ScoreMapping) and mapping.k is None and can_fuse(query, key, value):
         return fused(query, key, value, mapping.alpha, attn_mask, dropout_p, is_causal, scale), None

@@ -17,9 +17,7 @@ from torch import Tensor
 from sparse_attn.kernels.triton.attention_short import forward_short
 from sparse_attn.kernels.triton.family import (
     bound_from_lanes,
-    deviation_of_y,
     place_rows,
-    reference_of,
     start_of,
     step,
     weigh,
@@ -27,9 +25,11 @@ from sparse_attn.kernels.triton.family import (
 from sparse_attn.kernels.triton.launch import launch, shared_memory
 from sparse_attn.kernels.triton.plan import Plan, Setting, statistics_of
 from sparse_attn.kernels.triton.tiles import (
+    LENGTHS,
     common_arguments,
     dot,
     dropout,
+    end_of_keys,
     head_a,
     load_tile,
     masked_scores,
@@ -37,7 +37,7 @@ from sparse_attn.kernels.triton.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _forward(
     Q,
     K,
@@ -77,7 +77,6 @@ def _forward(
     stride_ml,
     stride_ms,
     CAUSAL: tl.constexpr,
-    WITH_ALPHA: tl.constexpr,
     MODE: tl.constexpr,
     TOLERANCE: tl.constexpr,
     LOOSE: tl.constexpr,
@@ -109,6 +108,7 @@ def _forward(
     limit = keys
     if Lengths is not None:
         limit = tl.minimum(limit, tl.load(Lengths + n).to(tl.int32))
+    end = end_of_keys(i, queries, limit, offset, CAUSAL)
     last = limit
     if CAUSAL:
         last = tl.minimum(limit, (tile_m + 1) * BLOCK_M + offset)
@@ -122,16 +122,13 @@ def _forward(
             dot(q, k.T, UPCAST, PRECISION),
             i[:, None],
             (first + j)[None, :],
+            end[:, None],
             scale,
             Mask,
             stride_ml,
             stride_ms,
             lowest,
-            queries,
             keys,
-            limit,
-            offset,
-            CAUSAL,
         )
         lanes = tl.maximum(lanes, s, propagate_nan=tl.PropagateNan.ALL)
     broken = tl.max((lanes != lanes).to(tl.int32), 1) > 0
@@ -157,27 +154,25 @@ def _forward(
                 dot(q, k.T, UPCAST, PRECISION),
                 i[:, None],
                 (first + j)[None, :],
+                end[:, None],
                 scale,
                 Mask,
                 stride_ml,
                 stride_ms,
                 lowest,
-                queries,
                 keys,
-                limit,
-                offset,
-                CAUSAL,
             )
             p, u, _ = weigh(s, placed, a, 1, MODE)
             total += tl.sum(p, 1).to(tl.float64)
             slope += tl.sum(u, 1).to(tl.float64)
             # The list is packed in place: it is never written beyond where it is read.
             tl.store(Tiles + kept, tile)
-            kept += tl.max(tl.max((s > edge[:, None]).to(tl.int32), 1), 0)
+            # A row that is no number keeps all of its tiles, and makes all of its gradients none.
+            kept += tl.max((~(tl.max(s, 1) <= edge)).to(tl.int32), 0)
         tl.debug_barrier()
         count = kept
         total = tl.where(top == float("-inf"), 1.0, total)
-        sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, TOLERANCE)
+        sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, TOLERANCE, MODE)
         sweeps += 1
         far = still_open & (error > tl.where(a > 1.0, TOLERANCE, LOOSE))
         go = (sweeps < 100) & (tl.max(far.to(tl.int32), 0) > 0)
@@ -188,10 +183,6 @@ def _forward(
     acc2 = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float64)
     slope = tl.zeros([BLOCK_M], tl.float64)
-    mean_log = tl.zeros([BLOCK_M], tl.float64)
-    mean_y = tl.zeros([BLOCK_M], tl.float64)
-    if WITH_ALPHA:
-        reference = reference_of(placed[7].to(tl.float64), a)
     for t in range(0, count):
         tile = tl.load(Tiles + t)
         first = tile * BLOCK_N
@@ -200,26 +191,19 @@ def _forward(
             dot(q, k.T, UPCAST, PRECISION),
             i[:, None],
             (first + j)[None, :],
+            end[:, None],
             scale,
             Mask,
             stride_ml,
             stride_ms,
             lowest,
-            queries,
             keys,
-            limit,
-            offset,
-            CAUSAL,
         )
-        p, u, deviation = weigh(s, placed, a, 1, MODE)
+        p, u, _ = weigh(s, placed, a, 1, MODE)
         total += tl.sum(p, 1).to(tl.float64)
         slope += tl.sum(u, 1).to(tl.float64)
         if Flags is not None:
-            tl.store(Flags + tile, tl.max(tl.max((p > 0.0).to(tl.int32), 1), 0).to(tl.uint8))
-        if WITH_ALPHA:
-            y = deviation_of_y(p, u, deviation, a, reference, 1)
-            mean_log += tl.sum(p * deviation, 1).to(tl.float64)
-            mean_y += tl.sum(y, 1).to(tl.float64)
+            tl.store(Flags + tile, tl.max((tl.max(p, 1) != 0.0).to(tl.int32), 0).to(tl.uint8))
         if Seed is not None:
             kept = dropout(Seed, head, i[:, None], (first + j)[None, :], queries, keys, dropout_p, kept_scale)
             p, u = p * kept, u * kept
@@ -235,9 +219,6 @@ def _forward(
         acc2,
         total,
         slope,
-        mean_log,
-        mean_y,
-        placed,
         top,
         sigma,
         a,
@@ -246,7 +227,6 @@ def _forward(
         dv,
         queries,
         rows,
-        WITH_ALPHA,
         DV,
         MODE,
     )
@@ -262,7 +242,6 @@ def forward(
     seed: Tensor | None,
     setting: Setting,
     training: bool,
-    with_alpha: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output (N, H, L, Dv) and, for the backward, ``Σ u v / Σ u``, statistics of rows and which tiles have weight.
 
@@ -276,7 +255,6 @@ def forward(
         seed: (1,), int64, of the dropout.
         setting: Everything else.
         training: Whether the last three results are wanted; they are empty otherwise.
-        with_alpha: Whether they have to serve a gradient for α.
     """
     plan = Plan.of(query, value)
     batch, heads, queries, _ = query.shape
@@ -285,7 +263,7 @@ def forward(
     rows = batch * heads
     output = torch.empty(batch, heads, queries, value.shape[3], dtype=query.dtype, device=device)
     second = torch.empty(output.shape if training else (0,), dtype=query.dtype, device=device)
-    told = (statistics_of(setting.a, alpha, with_alpha), rows * queries)
+    told = (statistics_of(setting.a, alpha), rows * queries)
     statistics = torch.empty(told if training else (0,), dtype=torch.float32, device=device)
     flags = torch.zeros((rows, tiles_m, tiles_n) if training else (0,), dtype=torch.uint8, device=device)
     numbers, (causal, mode, upcast, precision, *sizes) = common_arguments(query, key, value, alpha, mask, setting)
@@ -298,11 +276,11 @@ def forward(
     if short:
         block_m, warps = short
         compiled = (*compiled, block_m, plan.block_n, triton.next_power_of_2(tiles_n), plan.block_m)
-        arguments = (*tensors, *numbers, causal, with_alpha, mode, tolerance, *compiled)
+        arguments = (*tensors, *numbers, causal, mode, tolerance, *compiled)
         launch(forward_short, triton.cdiv(queries, block_m) * rows, *arguments, warps=warps)
     else:
         tiles = torch.empty((rows, tiles_m, tiles_n), dtype=torch.int32, device=device)
         compiled = (*compiled, plan.block_m, plan.block_n)
-        arguments = (*tensors, tiles, *numbers, causal, with_alpha, mode, tolerance, loose, *compiled)
+        arguments = (*tensors, tiles, *numbers, causal, mode, tolerance, loose, *compiled)
         launch(_forward, tiles_m * rows, *arguments, warps=plan.warps)
     return output, second, statistics, flags

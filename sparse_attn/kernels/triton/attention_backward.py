@@ -12,23 +12,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_attn.kernels.triton.family import alpha_gradient, deviation_of_y, reference_of, weigh
+from sparse_attn.kernels.triton.family import alpha_gradient, deviation_from_scores, reference_of, weigh
 from sparse_attn.kernels.triton.launch import launch
 from sparse_attn.kernels.triton.plan import Plan, Setting
 from sparse_attn.kernels.triton.tiles import (
-    MEAN_LOG,
-    MEAN_Y,
-    SLOPE,
+    LENGTHS,
     common_arguments,
     dot,
     dropout,
+    end_of_keys,
     head_a,
     load_tile,
     masked_scores,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("lines", "size", "stride_head", "stride_line"))
 def _list_tiles(Flags, Lists, Counts, lines, size, stride_head, stride_line, stride_tile, BLOCK: tl.constexpr):
     """The tiles of a line of flags that are set: of a tile of queries, or of one of keys."""
     line = tl.program_id(0).to(tl.int64)
@@ -46,6 +45,7 @@ def _list_tiles(Flags, Lists, Counts, lines, size, stride_head, stride_line, str
 @triton.jit
 def _load_rows(Stats, row, inside, rows, MODE: tl.constexpr):
     """What ``place_rows`` gave for these rows."""
+    rows = tl.cast(rows, tl.int64)
     edge = tl.load(Stats + row, mask=inside, other=0.0)
     edge_rest = tl.load(Stats + rows + row, mask=inside, other=0.0)
     factor = tl.load(Stats + 2 * rows + row, mask=inside, other=0.0)
@@ -60,7 +60,7 @@ def _load_rows(Stats, row, inside, rows, MODE: tl.constexpr):
         return edge, edge_rest, factor, slope_factor, place, place_rest, rise, log_factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _backward_queries(
     Q,
     K,
@@ -135,7 +135,9 @@ def _backward_queries(
     limit = keys
     if Lengths is not None:
         limit = tl.minimum(limit, tl.load(Lengths + n).to(tl.int32))
+    end = end_of_keys(i, queries, limit, offset, CAUSAL)
     row = head.to(tl.int64) * queries + i
+    rows = tl.cast(rows, tl.int64)
     q = load_tile(Q + n * stride_qn + h * stride_qh, tile_m * BLOCK_M, stride_ql, queries, D, BLOCK_M, BLOCK_D)
     start = head.to(tl.int64) * queries * DV
     do = load_tile(DO + start, tile_m * BLOCK_M, DV, queries, DV, BLOCK_M, BLOCK_DV)
@@ -145,10 +147,13 @@ def _backward_queries(
     placed = _load_rows(Stats, row, inside, rows, MODE)
     a = head_a(Alpha, h, stride_alpha, number) + tl.zeros([BLOCK_M], tl.float64)
     if DAlpha is not None:
-        mean_log = tl.load(Stats + MEAN_LOG * rows + row, mask=inside, other=0.0)
-        mean_y = tl.load(Stats + MEAN_Y * rows + row, mask=inside, other=0.0)
         log_factor = placed[7].to(tl.float64)
         reference = reference_of(log_factor, a)
+    # Sums of u, of ℓ and y counted from ℓ₀, and of these and 1 with the upstream gradient: what α's is made of.
+    slope = tl.zeros([BLOCK_M], tl.float64)
+    mean_log = tl.zeros([BLOCK_M], tl.float64)
+    mean_y = tl.zeros([BLOCK_M], tl.float64)
+    with_one = tl.zeros([BLOCK_M], tl.float64)
     with_log = tl.zeros([BLOCK_M], tl.float64)
     with_y = tl.zeros([BLOCK_M], tl.float64)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -161,16 +166,13 @@ def _backward_queries(
             dot(q, k.T, UPCAST, PRECISION),
             i[:, None],
             (first + j)[None, :],
+            end[:, None],
             scale,
             Mask,
             stride_ml,
             stride_ms,
             lowest,
-            queries,
             keys,
-            limit,
-            offset,
-            CAUSAL,
         )
         p, u, deviation = weigh(s, placed, a, 1, MODE)
         v = load_tile(V, first, stride_vs, keys, DV, BLOCK_N, BLOCK_DV)
@@ -181,9 +183,13 @@ def _backward_queries(
         ds = u * dp
         acc += dot(ds.to(k.dtype), k, UPCAST, PRECISION)
         if DAlpha is not None:
-            y = deviation_of_y(p, u, deviation, a, reference, 1)
-            with_log += tl.sum(p * (deviation - mean_log[:, None]) * dp, 1).to(tl.float64)
-            with_y += tl.sum((y - p * mean_y[:, None]) * dp, 1).to(tl.float64)
+            log, y = p * deviation, deviation_from_scores(s, p, u, deviation, placed, a, reference, 1)
+            slope += tl.sum(u, 1).to(tl.float64)
+            mean_log += tl.sum(log, 1).to(tl.float64)
+            mean_y += tl.sum(y, 1).to(tl.float64)
+            with_one += tl.sum(p * dp, 1).to(tl.float64)
+            with_log += tl.sum(log * dp, 1).to(tl.float64)
+            with_y += tl.sum(y * dp, 1).to(tl.float64)
         if DMask is not None:
             place = DMask + n * stride_dn + h * stride_dh
             if ONE_COLUMN:
@@ -196,7 +202,8 @@ def _backward_queries(
     place = row[:, None] * D + d[None, :]
     tl.store(DQ + place, (acc * scale).to(DQ.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
     if DAlpha is not None:
-        slope = tl.load(Stats + SLOPE * rows + row, mask=inside, other=1.0)
+        slope = tl.where(slope == 0.0, 1.0, slope)
+        with_log, with_y = with_log - mean_log * with_one, with_y - mean_y * with_one
         da = alpha_gradient(with_log, with_y, mean_log, mean_y, slope, a, log_factor, reference)
         seen = placed[2] == placed[2]
         tl.store(DAlpha + row, tl.where(seen, da, float("nan")).to(tl.float32), mask=inside)
@@ -205,7 +212,7 @@ def _backward_queries(
         tl.atomic_add(place, sums, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _backward_keys(
     Q,
     K,
@@ -285,6 +292,7 @@ def _backward_keys(
             tile = tl.load(Lists + line * tiles_m + t)
             i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
             inside = i < queries
+            end = end_of_keys(i, queries, limit, offset, CAUSAL)
             row = head * queries + i
             q = load_tile(Q + n * stride_qn + h * stride_qh, tile * BLOCK_M, stride_ql, queries, D, BLOCK_M, BLOCK_D)
             do = load_tile(DO + head * queries * DV, tile * BLOCK_M, DV, queries, DV, BLOCK_M, BLOCK_DV)
@@ -293,16 +301,13 @@ def _backward_keys(
                 dot(k, q.T, UPCAST, PRECISION),
                 i[None, :],
                 j[:, None],
+                end[None, :],
                 scale,
                 mask,
                 stride_ml,
                 stride_ms,
                 lowest,
-                queries,
                 keys,
-                limit,
-                offset,
-                CAUSAL,
             )
             p, u, _ = weigh(s, _load_rows(Stats, row, inside, rows, MODE), a, 0, MODE)
             dp = dot(v, do.T, UPCAST, PRECISION)

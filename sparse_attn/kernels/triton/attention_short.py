@@ -9,16 +9,23 @@ import triton.language as tl
 
 from sparse_attn.kernels.triton.family import (
     bound_from_lanes,
-    deviation_of_y,
     place_rows,
-    reference_of,
     solve_on_chip,
     weigh,
 )
-from sparse_attn.kernels.triton.tiles import dot, dropout, head_a, load_tile, masked_scores, store_rows
+from sparse_attn.kernels.triton.tiles import (
+    LENGTHS,
+    dot,
+    dropout,
+    end_of_keys,
+    head_a,
+    load_tile,
+    masked_scores,
+    store_rows,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def forward_short(
     Q,
     K,
@@ -57,7 +64,6 @@ def forward_short(
     stride_ml,
     stride_ms,
     CAUSAL: tl.constexpr,
-    WITH_ALPHA: tl.constexpr,
     MODE: tl.constexpr,
     TOLERANCE: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -90,20 +96,18 @@ def forward_short(
     limit = keys
     if Lengths is not None:
         limit = tl.minimum(limit, tl.load(Lengths + n).to(tl.int32))
+    end = end_of_keys(i, queries, limit, offset, CAUSAL)
     s = masked_scores(
         dot(q, k.T, UPCAST, PRECISION),
         i[:, None],
         j[None, :],
+        end[:, None],
         scale,
         Mask,
         stride_ml,
         stride_ms,
         lowest,
-        queries,
         keys,
-        limit,
-        offset,
-        CAUSAL,
     )
     broken = tl.max((s != s).to(tl.int32), 1) > 0
     top = tl.where(broken, float("nan"), tl.max(s, 1))
@@ -113,19 +117,15 @@ def forward_short(
         start = bound_from_lanes(tl.max(tl.reshape(s, [BLOCK_M, TILES_N, BLOCK_N]), 1), top, keys, a, MODE)
     sigma, _ = solve_on_chip(s, top, start, keys, a, TOLERANCE, MODE)
     placed = place_rows(top, sigma, 1.0, a, MODE)
-    p, u, deviation = weigh(s, placed, a, 1, MODE)
+    p, u, _ = weigh(s, placed, a, 1, MODE)
     total, slope = tl.sum(p, 1).to(tl.float64), tl.sum(u, 1).to(tl.float64)
-    mean_log, mean_y = 0.0 * total, 0.0 * total
     if Flags is not None:
         # A tile of queries of the backward may be several of ours.
-        active = tl.max(tl.max(tl.reshape((p > 0.0).to(tl.int32), [BLOCK_M, TILES_N, BLOCK_N]), 2), 0)
+        active = tl.max(tl.max(tl.reshape((p != 0.0).to(tl.int32), [BLOCK_M, TILES_N, BLOCK_N]), 2), 0)
         tile = tl.arange(0, TILES_N)
         tiles_n = tl.cdiv(keys, BLOCK_N)
         Flags += (head.to(tl.int64) * tl.cdiv(queries, BACKWARD_M) + tile_m * BLOCK_M // BACKWARD_M) * tiles_n
         tl.store(Flags + tile, tl.full([TILES_N], 1, tl.uint8), mask=(tile < tiles_n) & (active > 0))
-    if WITH_ALPHA:
-        y = deviation_of_y(p, u, deviation, a, reference_of(placed[7].to(tl.float64), a), 1)
-        mean_log, mean_y = tl.sum(p * deviation, 1).to(tl.float64), tl.sum(y, 1).to(tl.float64)
     if Seed is not None:
         kept = dropout(Seed, head, i[:, None], j[None, :], queries, keys, dropout_p, kept_scale)
         p, u = p * kept, u * kept
@@ -142,9 +142,6 @@ def forward_short(
         acc2,
         total,
         slope,
-        mean_log,
-        mean_y,
-        placed,
         top,
         sigma,
         a,
@@ -153,7 +150,6 @@ def forward_short(
         dv,
         queries,
         rows,
-        WITH_ALPHA,
         DV,
         MODE,
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparse_attn.kernels.triton import rows
 from sparse_attn.kernels.triton.launch import launch
 from sparse_attn.kernels.triton.plan import Plan, Setting
-from sparse_attn.kernels.triton.tiles import common_arguments, dot, load_tile, masked_scores
+from sparse_attn.kernels.triton.tiles import LENGTHS, common_arguments, dot, end_of_keys, load_tile, masked_scores
 
 _FEW = 16  # rows of one head of the keys: what a tile of matrix units has at least
 _MANY = 2048
@@ -30,7 +30,7 @@ def pays(query: Tensor, key: Tensor) -> bool:
     return query.shape[2] * (query.shape[1] // key.shape[1]) <= _FEW and key.shape[2] >= _MANY
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _scores(
     Q,
     K,
@@ -83,32 +83,31 @@ def _scores(
     place = (key_head * group + member) * stride_qh + i * stride_ql
     mask = inside[:, None] & (d < D)[None, :]
     q = tl.load(Q + n * stride_qn + place[:, None] + d[None, :], mask=mask, other=0.0)
-    k = load_tile(K + n * stride_kn + key_head * stride_kh, first, stride_ks, keys, D, BLOCK, BLOCK_D)
     limit = keys
     if Lengths is not None:
         limit = tl.minimum(limit, tl.load(Lengths + n).to(tl.int32))
+    end = end_of_keys(tl.where(inside, i, queries), queries, limit, offset, CAUSAL)
+    # What lies behind the last key, as in a cache that is not full yet, is not read.
+    k = load_tile(K + n * stride_kn + key_head * stride_kh, first, stride_ks, limit, D, BLOCK, BLOCK_D)
     if Mask is not None:
         Mask += n * stride_mn + ((key_head * group + member) * stride_mh)[:, None]
     s = masked_scores(
         dot(q, k.T, UPCAST, PRECISION),
-        tl.where(inside, i, queries)[:, None],
+        i[:, None],
         j[None, :],
+        end[:, None],
         scale,
         Mask,
         stride_ml,
         stride_ms,
         lowest,
-        queries,
         keys,
-        limit,
-        offset,
-        CAUSAL,
     )
     place = (pair.to(tl.int64) * group * queries + row)[:, None] * keys + j[None, :]
     tl.store(Scores + place, s, mask=inside[:, None] & (j < keys)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(*LENGTHS[1:], "tiles_of_a_split", "splits"))
 def _outputs(
     P,
     V,

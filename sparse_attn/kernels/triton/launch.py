@@ -22,8 +22,9 @@ def shared_memory(device: torch.device) -> int:
 def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: int = 2) -> None:
     """Start ``programs`` programs of a kernel; the first argument is a tensor, whose device is used."""
     first: Tensor = arguments[0]
-    if interpreted():
-        kernel[(programs,)](*arguments)
+    if interpreted():  # where a number would keep the digits that a device takes from it
+        numbers = (torch.tensor(x, dtype=torch.float32).item() if isinstance(x, float) else x for x in arguments)
+        kernel[(programs,)](*numbers)
         return
     # A kernel is started on the current device, whatever its tensors are on.
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():

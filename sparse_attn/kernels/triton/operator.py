@@ -14,6 +14,8 @@ from sparse_attn.kernels.entmax import entmax_rows
 from sparse_attn.kernels.triton.plan import Plan, Setting, statistics_of
 from sparse_attn.transforms import values_known
 
+_LARGEST_STRIDE = 2**24
+
 
 def fused_attention(
     query: Tensor,
@@ -43,7 +45,10 @@ def fused_attention(
     Returns:
         (N, H, L, Dv). A query that sees nothing gets zeros, and so do all gradients of it.
     """
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    # Within a tile kernels count in int32.
+    query, key, value = (
+        x if x.stride(-1) == 1 and x.stride(-2) < _LARGEST_STRIDE else x.contiguous() for x in (query, key, value)
+    )
     per_head, a = (alpha, 0.0) if isinstance(alpha, Tensor) else (None, float(alpha) - 1)
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
@@ -52,21 +57,20 @@ def fused_attention(
         seed = torch.randint(2**31 - 1, (1,), device=query.device)
     tensors = (query, key, value, per_head, mask, key_lengths, seed)
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    with_alpha = training and per_head is not None and per_head.requires_grad
-    setting = Setting(a, scale, dropout_p, offset)
+    setting = Setting(a, float(scale), float(dropout_p), offset)  # an int would compile kernels of its own
     if torch.compiler.is_compiling():
-        return _attention(*tensors, *setting, training, with_alpha)[0]
+        return _attention(*tensors, *setting, training)[0]
     if training:
-        return _Attention.apply(*tensors, setting, with_alpha)
-    return _forward(*tensors, setting, False, False)[0]
+        return _Attention.apply(*tensors, setting)
+    return _forward(*tensors, setting, False)[0]
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from sparse_attn.kernels.triton import attention, decode
 
-    query, key, training = *arguments[:2], arguments[-2]
+    query, key, training = *arguments[:2], arguments[-1]
     if not training and decode.pays(query, key):
-        return decode.forward(*arguments[:-2]), *_nothing(query)
+        return decode.forward(*arguments[:-1]), *_nothing(query)
     return attention.forward(*arguments)
 
 
@@ -84,8 +88,8 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, ctx.setting, ctx.with_alpha = arguments
-        output, *kept = _forward(*tensors, ctx.setting, True, ctx.with_alpha)
+        *tensors, ctx.setting = arguments
+        output, *kept = _forward(*tensors, ctx.setting, True)
         ctx.save_for_backward(*tensors, *kept)
         return output
 
@@ -95,11 +99,10 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled() or not values_known(grads[0]):
             gradients = _plain_gradients(grads[0], tensors, ctx.setting)
         else:
-            with_mask = ctx.needs_input_grad[4]
-            arguments = (*tensors, second, statistics, flags, ctx.setting, ctx.with_alpha, with_mask)
+            arguments = (*tensors, second, statistics, flags, ctx.setting, *ctx.needs_input_grad[3:5])
             gradients = _to_inputs(_backward(grads[0], *arguments), tensors)
         needed = zip(gradients, ctx.needs_input_grad[:5], strict=True)
-        return *(gradient if wanted else None for gradient, wanted in needed), None, None, None, None
+        return *(gradient if wanted else None for gradient, wanted in needed), None, None, None
 
 
 def _to_inputs(gradients: tuple[Tensor, ...], tensors: list[Tensor | None]) -> list[Tensor | None]:
@@ -169,22 +172,21 @@ def _attention(
     dropout_p: float,
     offset: int | None,
     training: bool,
-    with_alpha: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     setting = Setting(a, scale, dropout_p, offset)
-    return _forward(query, key, value, alpha, mask, lengths, seed, setting, training, with_alpha)
+    return _forward(query, key, value, alpha, mask, lengths, seed, setting, training)
 
 
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    alpha, a, training, with_alpha = rest[0], rest[4], *rest[-2:]
+    alpha, a, training = rest[0], rest[4], rest[-1]
     plan = Plan.of(query, value)
     batch, heads, queries, _ = query.shape
     tiles = -(-queries // plan.block_m), -(-key.shape[2] // plan.block_n)
     output = query.new_empty(batch, heads, queries, value.shape[3])
     if not training:
         return output, *_nothing(query)
-    told = statistics_of(a, alpha, with_alpha)
+    told = statistics_of(a, alpha)
     statistics = query.new_empty(told, batch * heads * queries, dtype=torch.float32)
     return output, torch.empty_like(output), statistics, query.new_empty(batch * heads, *tiles, dtype=torch.uint8)
 
@@ -225,18 +227,17 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.a, ctx.scale, ctx.dropout_p, ctx.offset, _, ctx.with_alpha = inputs
+    *tensors, ctx.a, ctx.scale, ctx.dropout_p, ctx.offset, _ = inputs
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _of_operator(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, second, statistics, flags = ctx.saved_tensors
     setting = (ctx.a, ctx.scale, ctx.dropout_p, ctx.offset)
-    with_mask = ctx.needs_input_grad[4]
-    arguments = (*tensors, second, statistics, flags, *setting, ctx.with_alpha, with_mask)
+    arguments = (*tensors, second, statistics, flags, *setting, *ctx.needs_input_grad[3:5])
     gradients = _to_inputs(_attention_backward(grads[0], *arguments), tensors)
     needed = zip(gradients, ctx.needs_input_grad[:5], strict=True)
-    return *(gradient if wanted else None for gradient, wanted in needed), *[None] * 8
+    return *(gradient if wanted else None for gradient, wanted in needed), *[None] * 7
 
 
 _attention.register_autograd(_of_operator, setup_context=_setup_context)

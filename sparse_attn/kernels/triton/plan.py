@@ -61,12 +61,6 @@ class Setting(NamedTuple):
     offset: int | None  # causal: query i sees the keys up to i + offset
 
 
-def statistics_of(a: float, alpha: Tensor | None, with_alpha: bool) -> int:
-    """How many numbers the backward is told of a row.
-
-    They are what ``family.place_rows`` gives, less for the two fixed α than for any other; for a gradient in α also
-    the sum of u and the means of log p and y.
-    """
-    if with_alpha:
-        return 11
+def statistics_of(a: float, alpha: Tensor | None) -> int:
+    """How many numbers the backward is told of a row: what ``family.place_rows`` gives, less for the two fixed α."""
     return 4 if alpha is None and a in (0.5, 1.0) else 8

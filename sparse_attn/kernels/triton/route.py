@@ -62,7 +62,8 @@ def fused(
     else:
         if isinstance(alpha, Tensor):
             alpha = alpha.to(query.device).expand(heads, 1, 1).reshape(heads)
-        output = fused_attention(q, k, v, alpha, attn_mask, dropout_p, offset, scale=scale)
+        lengths = None if attn_mask is None else _lengths(attn_mask, len(q), shape[-1])
+        output = fused_attention(q, k, v, alpha, attn_mask, dropout_p, offset, scale=scale, key_lengths=lengths)
     return output.reshape(*shape[:-1], value.shape[-1])
 
 
@@ -105,6 +106,15 @@ def _batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
 def _heads(x: Tensor, batch: tuple[int, ...], heads: int) -> Tensor:
     """(N, H, L, D) of a tensor whose batch dimensions and heads broadcast."""
     return x.expand(*batch, heads, *x.shape[-2:]).reshape(-1, heads, *x.shape[-2:])
+
+
+def _lengths(mask: Tensor, batch: int, keys: int) -> Tensor | None:
+    """Where padding begins, (N,), under a mask that is the same for all heads and queries: nobody looks beyond."""
+    if mask.shape[1] != 1 or mask.shape[2] != 1:
+        return None
+    seen = mask if mask.dtype == torch.bool else ~(mask.detach() <= torch.finfo(mask.dtype).min)
+    ends = torch.arange(1, keys + 1, device=mask.device) * seen
+    return ends.amax((1, 2, 3)).expand(batch).contiguous()
 
 
 def _four_dimensions(mask: Tensor, shape: tuple[int, ...]) -> Tensor:

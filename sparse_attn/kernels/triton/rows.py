@@ -99,9 +99,12 @@ def _parameter(a: float | Tensor, x: Tensor) -> tuple[Tensor | None, float, int]
 
 
 def _tile(size: int) -> tuple[int, int, int]:
-    """Rows, entries and warps of a program: about one row and at most 32 entries to a thread."""
+    """Rows, entries and warps of a program: one row or a few short ones, and up to 32 entries to a thread.
+
+    What is computed for a row is computed by each of its threads, and takes longer than a few entries do.
+    """
     block = max(triton.next_power_of_2(size), 16)
-    return max(512 // block, 1), block, min(max(block // 1024, 4), 16)
+    return max(128 // block, 1), block, min(max(block // 1024, 1), 16)
 
 
 @triton.jit
@@ -130,7 +133,7 @@ def _only_largest(z, k):
     return tl.where(kept, z, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count", "k"))
 def _forward_on_chip(
     X,
     A,
@@ -168,7 +171,7 @@ def _forward_on_chip(
     tl.store(P + row[:, None] * size + entry[None, :], p.to(P.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def _forward_in_chunks(
     X, A, P, number, lowest, count, size, stride_row, stride_entry, MODE: tl.constexpr, CHUNK: tl.constexpr
 ):
@@ -197,7 +200,7 @@ def _forward_in_chunks(
             p, u, _ = weigh(z, placed, a, 1, MODE)
             total += tl.sum(p, 1).to(tl.float64)
             slope += tl.sum(u, 1).to(tl.float64)
-        sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, _TOLERANCE)
+        sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, _TOLERANCE, MODE)
         sweeps += 1
         go = (sweeps < 100) & (tl.max(still_open.to(tl.int32), 0) > 0)
     placed = place_rows(top, sigma, total, a, MODE)
@@ -222,7 +225,7 @@ def _slope(p, a, largest, MODE: tl.constexpr):
         return tl.where(p != p, p, tl.where(p == 0.0, 0.0, u)), tl.where(p == 0.0, 0.0, log_p * _LN2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def _backward_on_chip(
     P,
     G,
@@ -273,7 +276,7 @@ def _load_both(P, G, p_row, g_row, entry, size, stride_entry, stride_grad_entry)
     return p, tl.where(p == 0.0, 0.0, g)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def _backward_in_chunks(
     P,
     G,

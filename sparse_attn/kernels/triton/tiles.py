@@ -13,8 +13,8 @@ from sparse_attn.kernels.triton import interpreted
 from sparse_attn.kernels.triton.family import GENERAL, MODES, TINY, place_rows
 from sparse_attn.kernels.triton.plan import Setting
 
-# Places among the statistics of a row; those before are what `place_rows` gives.
-SLOPE, MEAN_LOG, MEAN_Y = tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
+# What changes with the length alone, and makes no kernel faster where it is known: that 16 divides it compiles nothing.
+LENGTHS = ("offset", "queries", "rows")
 
 
 @triton.jit
@@ -37,20 +37,29 @@ def dot(x, y, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def masked_scores(
-    product, i, j, scale, Mask, stride_i, stride_j, lowest, queries, keys, limit, offset, CAUSAL: tl.constexpr
-):
+def end_of_keys(i, queries, limit, offset, CAUSAL: tl.constexpr):
+    """How many keys each of the queries ``i`` sees, masks apart; none where there is no such query."""
+    end = tl.zeros_like(i) + limit
+    if CAUSAL:
+        end = tl.minimum(end, i + offset + 1)
+    return tl.where(i < queries, end, 0)
+
+
+@triton.jit
+def masked_scores(product, i, j, end, scale, Mask, stride_i, stride_j, lowest, keys):
     """Scores from products of queries ``i`` and keys ``j``, which broadcast; ``-inf`` where a query does not see.
 
     Every kernel goes through here: an entry at the edge of the support must not be in it here and out of it there.
+    ``end`` is of :func:`end_of_keys`, for each query. ``stride_i`` is None where the mask is the same for all queries:
+    it is loaded once for all of them then.
     """
     s = product * scale
-    seen = (i < queries) & (j < limit)
-    if CAUSAL:
-        seen = seen & (j <= i + offset)
+    seen = j < end
     if Mask is not None:
-        place = i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j
-        mask = tl.load(Mask + place, mask=(i < queries) & (j < keys), other=0)
+        if stride_i is None:
+            mask = tl.load(Mask + j.to(tl.int64) * stride_j, mask=j < keys, other=0)
+        else:
+            mask = tl.load(Mask + i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j, mask=seen, other=0)
         if mask.dtype.is_int():
             seen = seen & (mask != 0)
         else:
@@ -85,9 +94,6 @@ def store_rows(
     acc2,
     total,
     slope,
-    mean_log,
-    mean_y,
-    placed,
     top,
     sigma,
     a,
@@ -96,7 +102,6 @@ def store_rows(
     d,
     queries,
     rows,
-    WITH_ALPHA: tl.constexpr,
     DV: tl.constexpr,
     MODE: tl.constexpr,
 ):
@@ -106,6 +111,7 @@ def store_rows(
     final = place_rows(top, sigma, total, a, MODE)
     factor = (1.0 / divisor).to(tl.float32) + (final[2] - final[2])  # NaN where the row or α is
     row = head.to(tl.int64) * queries + i
+    rows = tl.cast(rows, tl.int64)  # eight times as many statistics may be more than 2³¹
     place = row[:, None] * DV + d[None, :]
     within = inside[:, None] & (d < DV)[None, :]
     tl.store(Out + place, (acc * factor[:, None]).to(Out.dtype.element_ty), mask=within)
@@ -115,10 +121,6 @@ def store_rows(
         tl.store(Second + place, acc2.to(Second.dtype.element_ty), mask=within)
         for n in tl.static_range(len(final)):
             tl.store(Stats + n * rows + row, final[n], mask=inside)
-        if WITH_ALPHA:
-            tl.store(Stats + SLOPE * rows + row, (slope * (final[3] / placed[3])).to(tl.float32), mask=inside)
-            tl.store(Stats + MEAN_LOG * rows + row, (mean_log / divisor).to(tl.float32), mask=inside)
-            tl.store(Stats + MEAN_Y * rows + row, (mean_y / divisor).to(tl.float32), mask=inside)
 
 
 def common_arguments(
@@ -133,11 +135,10 @@ def common_arguments(
     heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
     kept_scale = 0.0 if setting.dropout_p >= 1 else 1 / (1 - setting.dropout_p)
     lowest = float("-inf") if mask is None or not mask.is_floating_point() else torch.finfo(mask.dtype).min
-    mask_strides = (
-        (0,) * 4
-        if mask is None
-        else tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
-    )
+    mask_strides: tuple[int | None, ...] = (0,) * 4
+    if mask is not None:
+        n, h, i, j = (0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True))
+        mask_strides = n, h, i or None, j
     numbers = (
         *(setting.a, setting.scale, setting.dropout_p, kept_scale, max(lowest, torch.finfo(torch.float32).min)),
         *(setting.offset or 0, heads, heads // key.shape[1], queries, keys, query.shape[0] * heads * queries),
@@ -145,7 +146,7 @@ def common_arguments(
         *(0 if alpha is None else alpha.stride(0), *mask_strides),
     )
     half = query.dtype != torch.float32
-    tensor_cores = half or torch.get_float32_matmul_precision() != "highest"
+    tensor_cores = half or torch.backends.cuda.matmul.fp32_precision == "tf32"  # whichever way that was asked for
     compiled = (
         setting.offset is not None,
         GENERAL if alpha is not None else MODES.get(setting.a, GENERAL),

@@ -10,8 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.nn.parallel import DistributedDataParallel
 
-from sparse_attn import backends, entmax_attention, topk_attention, use_backend
+from sparse_attn import (
+    AdaptiveSparseMultiheadAttention,
+    backends,
+    entmax_attention,
+    topk_attention,
+    use_backend,
+)
 from sparse_attn.kernels.triton import operator, route
 
 
@@ -76,6 +83,45 @@ def test_causal_biases_are_an_offset(bias, device, calls):
         entmax_attention(*inputs, 1.5, attn_mask=bias(4, 7))
 
 
+def test_padding_is_where_keys_end(device, calls):
+    inputs = tensors(device, 2, 3)
+    seen = torch.tensor([[1, 1, 0, 1, 0, 0, 0], [0] * 7], dtype=torch.bool, device=device)[:, None, None]
+    added = torch.zeros(1, 1, 1, 7, device=device).masked_fill(~seen[:1], torch.finfo(torch.float32).min)
+    for mask, ends in ((seen, [4, 0]), (seen[0], [4, 4]), (added, [4, 4])):
+        same(lambda *x, mask=mask: entmax_attention(*x, 1.3, attn_mask=mask), inputs)
+        assert calls[-1][1]["key_lengths"].tolist() == ends
+    same(lambda *x: entmax_attention(*x, 1.3, attn_mask=seen.expand(2, 3, 5, 7)), inputs)
+    assert calls[-1][1]["key_lengths"] is None
+
+
+def test_layers_write_no_mask_of_all_pairs_down(device, calls):
+    layer = AdaptiveSparseMultiheadAttention(22, 2, batch_first=True, device=device)
+    x = torch.randn(2, 7, 22, device=device)
+    how = {"need_weights": False}
+    expected = layer(x, x, x, attn_mask=torch.ones(7, 7, dtype=torch.bool, device=device).triu(1), **how)[0]
+    torch.testing.assert_close(layer(x, x, x, is_causal=True, **how)[0], expected)
+    assert calls[-1][0][4] is None and calls[-1][0][6] == 0
+    layer(x, x, x, key_padding_mask=torch.arange(7, device=device).expand(2, 7) > 4, **how)
+    assert calls[-1][0][4].shape == (2, 1, 1, 7) and calls[-1][1]["key_lengths"].tolist() == [5, 5]
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own
+def test_in_ddp(device, calls, tmp_path):
+    layer = AdaptiveSparseMultiheadAttention(22, 2, batch_first=True, device=device)
+    x = torch.randn(2, 5, 22, device=device)
+    layer(x, x, x, need_weights=False)[0].square().sum().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+    layer.zero_grad()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        DistributedDataParallel(layer)(x, x, x, need_weights=False)[0].square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(calls) == 2
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+
+
 def test_softmax_attention_is_torchs(device, calls):
     inputs = tensors(device, 2, 3)
     mask = torch.zeros(5, 7, device=device)
@@ -126,6 +172,8 @@ def test_wrong_input_is_named_as_elsewhere(device, calls):
         entmax_attention(query, key, value, attn_mask=torch.ones(5, 6, dtype=torch.bool, device=device))
     with pytest.raises(TypeError, match="attn_mask must be boolean or floating"):
         entmax_attention(query, key, value, attn_mask=torch.ones(5, 7, dtype=torch.int64, device=device))
+    with pytest.raises(ValueError, match=r"attn_mask must be on the query's device, .*, got meta"):
+        entmax_attention(query, key, value, attn_mask=torch.ones(5, 7, dtype=torch.bool, device="meta"))
     with pytest.raises(TypeError, match="one dtype"):
         entmax_attention(query, key.bfloat16(), value)
     assert not calls

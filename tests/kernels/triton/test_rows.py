@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sparse_attn import entmax, entmax_loss, sparse_softmax, topk_softmax
 from sparse_attn.kernels import dispatch
@@ -84,6 +85,27 @@ def test_half_precision_is_computed_in_float32(device):
         torch.testing.assert_close(p, reference.entmax_forward(x.double(), 0.3, low).to(dtype), atol=0, rtol=1e-2)
         grad, _ = rows.entmax_backward(p, 0.3, torch.ones_like(p))
         assert grad.dtype == dtype
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, about how it knows forward mode
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_read_as_it_is_where_nothing_has_a_gradient(dtype, device, monkeypatch):
+    seen = []
+    launch = rows.launch
+    monkeypatch.setattr(rows, "launch", lambda *args, **how: seen.append(args[2].dtype) or launch(*args, **how))
+    rounding = 2**-7 if dtype == torch.bfloat16 else 0.0  # the interpreter cuts bfloat16 off
+    x = torch.randn(9, 61, device=device).to(dtype)
+    for alpha in (1.5, ALPHAS[:, None].to(device)):
+        learnt = x.clone().requires_grad_()
+        torch.testing.assert_close(entmax(x, alpha), entmax(learnt, alpha), atol=0, rtol=rounding)
+        with torch.no_grad():
+            assert torch.equal(topk_softmax(learnt, 5), topk_softmax(x, 5))
+    assert seen == [dtype, torch.float32, dtype, dtype] * 2
+    tangent = torch.ones_like(x)
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(entmax(forward_ad.make_dual(x, tangent), 1.5)).tangent.dtype == dtype
+    with torch.autocast(device.type, dtype):
+        assert entmax(x).dtype == torch.softmax(x, -1).dtype
 
 
 def test_what_is_no_number_stays_in_its_row(device):

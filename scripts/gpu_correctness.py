@@ -1,0 +1,304 @@
+"""What `gpu_check.py` checks: values and every gradient against float64, and how the kernels behave on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from sparse_attn import entmax, entmax_attention, entmax_loss, topk_softmax, use_backend
+from sparse_attn.kernels.triton.dropout import multipliers
+
+Measured = dict[str, Any]
+
+ALPHAS = (1.0, 1.0001, 1.01, 1.3, 1.5, 1.8, 2.0, 2.5)
+PER_HEAD = (1.0, 1.01, 1.4, 2.0)
+BOUNDS = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+HEADS, KEY_HEADS = 4, 2
+# α and what else there is: together every feature, and each with an α of its own and one for all heads.
+FEATURES = (
+    ("per head", "learnt mask"),
+    ("per head", "causal"),
+    ("per head", "dropout"),
+    (1.3, "lower right"),
+    (1.3, "dropout"),
+    (1.5, "causal"),
+    (1.5, "boolean mask"),
+    (2.0, "padding"),
+    (2.0, "learnt mask"),
+)
+
+
+def tasks(device: torch.device) -> list[Callable[[], Measured]]:
+    """What is checked; on a CPU less of it."""
+    small = device.type == "cpu"
+    wide, both = (torch.float32,), (torch.float32, torch.bfloat16)
+    checks: list[partial[Measured]] = []
+    for queries, keys in ((37, 53),) if small else ((37, 53), (777, 777), (129, 2051), (2500, 1500)):
+        for dtype in wide if small else both:
+            for alpha, feature in FEATURES:
+                checks.append(partial(check_attention, alpha, feature, queries, keys, 64, dtype, device))
+    for head in (16, 40, 128, 256):
+        for dtype in wide if small else both:
+            queries, keys = (37, 53) if small else (300, 1100)
+            checks.append(partial(check_attention, "per head", "causal", queries, keys, head, dtype, device))
+    for dtype in wide if small else (*both, torch.float16):
+        checks.append(partial(check_attention, 1.0, "boolean mask", 37, 53, 64, dtype, device))
+        checks.append(partial(check_decoding, 2051 if small else 20011, dtype, device))
+    for size in (1, 7, 1021, 16411) if small else (1, 7, 127, 1021, 4099, 16384, 32000, 50257, 131101):
+        for dtype in wide if small else (*both, torch.float16):
+            checks.append(partial(check_rows, size, dtype, device))
+        if size > 7:
+            checks.append(partial(check_top_k, size, device))
+    for size in (1021,) if small else (32000, 128256, 256000):
+        checks.append(partial(check_loss, size, device))
+    if not small:
+        alone = (check_graph, check_compiled, check_checkpoint, check_compiles_once, check_far_places)
+        checks += [partial(check, device) for check in alone]
+    return [partial(guarded, check) for check in checks]
+
+
+def guarded(check: partial[Measured]) -> Measured:
+    """A kernel that does not compile or start is wrong, and the others are to be checked."""
+    try:
+        return check()
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return {"case": name_of(check), "error": why, "bound": 0.0, "right": False, "lost": is_lost()}
+
+
+def name_of(task: partial[Measured]) -> str:
+    """What a check is called by when it has no result that says so."""
+    check = task.args[0] if task.func is guarded else task
+    return " ".join(str(x) for x in (check.func.__name__, *check.args))
+
+
+def is_lost() -> bool:
+    """Whether this process can use its device no more."""
+    try:
+        if torch.cuda.is_available():
+            torch.zeros(1, device="cuda").item()
+    except RuntimeError:
+        return True
+    return False
+
+
+def judged(case: str, got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], bound: float) -> Measured:
+    """The largest error, relative to the largest entry of each tensor."""
+    errors = [
+        float((x.double() - y.double()).abs().max() / y.double().abs().max().clamp(min=1e-30))
+        for x, y in zip(got, wanted, strict=True)
+    ]
+    right = all(error <= bound for error in errors)  # NaN is not
+    return {"case": case, "error": f"{max(errors):.1e}", "bound": bound, "right": right}
+
+
+def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
+    """A result and its gradients."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    output = function(*inputs)
+    return output.detach(), *torch.autograd.grad(output, inputs, upstream.to(output.dtype))
+
+
+def check_rows(size: int, dtype: torch.dtype, device: torch.device) -> Measured:
+    """Eight rows, each with an α, and its gradient."""
+    x = (torch.randn(len(ALPHAS), size, device=device) * 2).to(dtype)
+    alpha = torch.tensor(ALPHAS, device=device)[:, None]
+    upstream = torch.randn(x.shape, device=device).to(dtype)
+    got = with_gradients(entmax, [x, alpha], upstream)
+    with use_backend("torch"):
+        wanted = with_gradients(entmax, [x.double(), alpha.double()], upstream)
+    if size == 1:  # no gradient but rounding
+        got, wanted = got[:1], wanted[:1]
+    return judged(f"rows of {size}, {str(dtype)[6:]}", got, wanted, BOUNDS[dtype])
+
+
+def check_top_k(size: int, device: torch.device) -> Measured:
+    """The seven largest, with ties."""
+    x, upstream = torch.randint(-9, 9, (8, size), device=device).float(), torch.randn(8, size, device=device)
+    got = with_gradients(lambda x: topk_softmax(x, 7), [x], upstream)
+    with use_backend("torch"):
+        wanted = with_gradients(lambda x: topk_softmax(x, 7), [x.double()], upstream)
+    return judged(f"top 7 of {size}", got, wanted, BOUNDS[torch.float32])
+
+
+def check_loss(size: int, device: torch.device) -> Measured:
+    """Of a vocabulary's size, with a learnt α."""
+    x, target = torch.randn(3, size, device=device), torch.tensor([0, 7, size - 1], device=device)
+    inputs, upstream = [x, torch.tensor(1.4, device=device)], torch.ones((), device=device)
+    got = with_gradients(lambda x, alpha: entmax_loss(x, target, alpha), inputs, upstream)
+    with use_backend("torch"):
+        wide = [x.double() for x in inputs]
+        wanted = with_gradients(lambda x, alpha: entmax_loss(x, target, alpha), wide, upstream)
+    return judged(f"loss of {size} classes", got, wanted, BOUNDS[torch.float32])
+
+
+def check_attention(
+    alpha: str | float,
+    feature: str,
+    queries: int,
+    keys: int,
+    head: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Measured:
+    """Grouped heads, with one more feature; in float64 with the matrix of weights."""
+    shapes = ((2, HEADS, queries, head), (2, KEY_HEADS, keys, head), (2, KEY_HEADS, keys, head))
+    inputs = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    if alpha == "per head":
+        inputs.append(torch.tensor(PER_HEAD, device=device))
+    if feature == "learnt mask":
+        inputs.append(torch.randn(1, HEADS, 1, keys, device=device))
+    upstream = torch.randn(2, HEADS, queries, head, device=device).to(dtype)
+    mask: Tensor | None = None
+    if feature == "boolean mask":
+        mask = torch.rand(2, 1, queries, keys, device=device) < 0.5
+        mask[:, :, 3] = False
+    elif feature == "padding":
+        mask = torch.arange(keys, device=device) < torch.tensor([keys, keys // 3], device=device).view(2, 1, 1, 1)
+    elif feature == "lower right":
+        mask = causal_lower_right(queries, keys)
+    dropout_p = 0.3 if feature == "dropout" else 0.0
+
+    def attend(*tensors: Tensor) -> Tensor:
+        rest = list(tensors[3:])
+        one = rest.pop(0) if alpha == "per head" else alpha
+        how = {"is_causal": feature == "causal", "enable_gqa": True}
+        torch.manual_seed(7)  # of the dropout
+        if tensors[0].dtype != torch.float64 or not dropout_p:
+            return entmax_attention(*tensors[:3], one, rest[0] if rest else mask, dropout_p, **how)
+        seed = torch.randint(2**31 - 1, (1,), device=device)
+        query, key, value = tensors[0], *(x.repeat_interleave(HEADS // KEY_HEADS, 1) for x in tensors[1:3])
+        scores = query @ key.transpose(-2, -1) / head**0.5
+        weights = entmax(scores, one.view(-1, 1, 1) if isinstance(one, Tensor) else one)
+        return (weights * multipliers(weights, seed, dropout_p)) @ value
+
+    got = with_gradients(attend, inputs, upstream)
+    with use_backend("torch"):
+        wanted = with_gradients(attend, [x.double() for x in inputs], upstream)
+    case = f"attention, α {alpha}, {feature}, L {queries} S {keys} D {head}, {str(dtype)[6:]}"
+    return judged(case, got, wanted, BOUNDS[dtype])
+
+
+def check_decoding(keys: int, dtype: torch.dtype, device: torch.device) -> Measured:
+    """One query against a cache that is not full."""
+    query, key, value = (
+        torch.randn(3, heads, n, 64, device=device).to(dtype) for heads, n in ((8, 1), (2, keys), (2, keys))
+    )
+    mask = torch.arange(keys, device=device) < torch.tensor([keys, 1500, 17], device=device).view(3, 1, 1, 1)
+    alpha = torch.linspace(1, 2, 8, device=device)
+    got = entmax_attention(query, key, value, alpha, mask, enable_gqa=True)
+    with use_backend("torch"):
+        wide = (x.double() for x in (query, key, value, alpha))
+        wanted = entmax_attention(*wide, mask, enable_gqa=True)
+    return judged(f"decoding with {keys} keys, {str(dtype)[6:]}", (got,), (wanted,), BOUNDS[dtype])
+
+
+def few_inputs(device: torch.device) -> list[Tensor]:
+    """Query, key, value and α, with gradients."""
+    inputs = [torch.randn(1, HEADS, 300, 64, device=device, requires_grad=True) for _ in range(3)]
+    return [*inputs, torch.tensor([1.0, 1.3, 1.5, 2.0], device=device, requires_grad=True)]
+
+
+def check_graph(device: torch.device) -> Measured:
+    """A captured forward and backward, replayed on other data: nothing in them waits for the device."""
+    inputs = few_inputs(device)
+
+    def step(dropout_p: float = 0.0) -> tuple[Tensor, ...]:
+        output = entmax_attention(*inputs, is_causal=True, dropout_p=dropout_p)
+        return output, *torch.autograd.grad(output, inputs, torch.ones_like(output))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+            step(0.5)
+    torch.cuda.current_stream().wait_stream(side)
+    graph, dropping = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.cuda.graph(dropping):
+        dropped, *_ = step(0.5)
+    with torch.no_grad():
+        for x in inputs[:3]:
+            x.copy_(torch.randn_like(x))
+        inputs[3].copy_(torch.tensor([2.0, 1.1, 1.7, 1.2]))
+    graph.replay()
+    result = judged("a CUDA graph", captured, step(), BOUNDS[torch.float32])
+    dropping.replay()
+    first = dropped.clone()
+    dropping.replay()
+    if torch.equal(first, dropped):
+        result |= {"right": False, "error": "each replay drops the same weights"}
+    return result
+
+
+def check_compiled(device: torch.device) -> Measured:
+    """Under torch.compile, in training."""
+    inputs = few_inputs(device)
+    upstream = torch.randn(inputs[0].shape, device=device)
+    compiled = torch.compile(lambda *x: entmax_attention(*x, is_causal=True) * 2, fullgraph=True)
+    wanted = with_gradients(lambda *x: entmax_attention(*x, is_causal=True) * 2, inputs, upstream)
+    got = with_gradients(compiled, inputs, upstream)
+    return judged("torch.compile(fullgraph=True)", got, wanted, BOUNDS[torch.float32])
+
+
+def check_checkpoint(device: torch.device) -> Measured:
+    """Activation checkpointing under autocast: the same weights are dropped once more."""
+    inputs = few_inputs(device)
+    upstream = torch.randn(inputs[0].shape, device=device)
+
+    def attend(*x: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return entmax_attention(*x, dropout_p=0.5)
+
+    def again(*x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(attend, *x, use_reentrant=False)
+
+    results = []
+    for function in (again, attend):
+        torch.manual_seed(1)
+        results.append(with_gradients(function, inputs, upstream))
+    return judged("activation checkpointing, autocast, dropout", *results, 1e-6)
+
+
+def check_compiles_once(device: torch.device) -> Measured:
+    """No value of a learnt α, and no length that 16 does not divide, compiles a kernel anew."""
+    from triton import knobs
+
+    compiled: list[str] = []
+    before = knobs.runtime.jit_post_compile_hook
+    knobs.runtime.jit_post_compile_hook = lambda **what: compiled.append(str(what.get("repr")))
+    try:
+        counts = []
+        for values, length in (((1.3, 1.7), 2051), ((1.0, 2.0), 2053), ((1.5, 1.5), 2054), ((1.0001, 3.0), 2063)):
+            inputs = [torch.randn(1, 2, length, 64, device=device).bfloat16() for _ in range(3)]
+            inputs.append(torch.tensor(values, device=device))
+            with_gradients(lambda *x: entmax_attention(*x, is_causal=True), inputs, inputs[0])
+            counts.append(len(compiled))
+    finally:
+        knobs.runtime.jit_post_compile_hook = before
+    right = 0 < counts[0] == counts[-1]
+    return {"case": "kernels compiled, step by step", "error": str(counts), "bound": 0.0, "right": right}
+
+
+def check_far_places(device: torch.device) -> Measured:
+    """Tensors of more than 2³¹ entries: the last of the batch is what it is alone."""
+    case, batch = "more than 2³¹ entries", 33000
+    needed = 10 * batch * 16 * 64 * 64 * 2
+    if torch.cuda.mem_get_info()[0] < needed:
+        return {"case": case, "error": "skipped: too little memory", "bound": 0.0, "right": True}
+    base = torch.randn(3, 1, 16, 64, 64, device=device).bfloat16()
+    alpha = torch.linspace(1, 2, 16, device=device)
+    inputs = [x.repeat(batch, 1, 1, 1).requires_grad_() for x in base]
+    output = entmax_attention(*inputs, alpha)
+    got = (output[-1:], *(grad[-1:] for grad in torch.autograd.grad(output, inputs, output.detach())))
+    alone = [x.detach()[-1:].requires_grad_() for x in inputs]
+    output = entmax_attention(*alone, alpha)
+    wanted = (output, *torch.autograd.grad(output, alone, output.detach()))
+    return judged(case, got, wanted, 1e-6)

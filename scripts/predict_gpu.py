@@ -1,0 +1,139 @@
+"""Predict from the compiled kernels, without a GPU, what a change of tiles brings, and what a learnt α costs.
+
+    python scripts/predict_gpu.py [--write]     five minutes; --write keeps the page as benchmarks/gpu_predictions.md
+
+Counts the instructions of the innermost loops, which go over tiles of keys or of queries, for each score of a tile: the
+kernels have far more of other arithmetic than of matrix products, so that issuing instructions is what they wait for. A
+prediction is a ratio of these counts. It knows nothing of latencies, of caches, or of how many tiles have weight.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import compile_kernels
+import torch
+import triton
+from gpu_timing import TILES, planned
+from triton.backends.nvidia import compiler
+
+from sparse_attn.kernels.triton import attention, attention_backward
+from sparse_attn.kernels.triton.plan import Setting
+
+PAGE = Path(__file__).parents[1] / "benchmarks" / "gpu_predictions.md"
+SWEEPS = 2  # of Newton's method, usually
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)\S*\s*(.*?);")
+
+
+_INTRODUCTION = """\
+# What the compiled kernels predict for a GPU
+
+Made by `python scripts/predict_gpu.py --write` on {today} with Triton {triton}, for compute capability 9.0.
+**Nothing here has been measured.** `scripts/gpu_check.py` times the same tiles on a device: that is the outcome of
+each line.
+
+Instructions for each score of a tile, heads of 64 in bfloat16, causal: in the sweep for the largest scores, in one of
+Newton's, for the output, for the gradients of queries (and α) and of keys and values. All of them, with {sweeps} of
+Newton's, and what that is of the tiles in use, the first line for each α. Spilled bytes are of all kernels: they make
+one slower than this says. So does a larger tile where few keys have weight.
+"""
+_COLUMNS = (
+    *("α", "queries × keys, warps", "largest", "Newton", "output", "d queries", "d keys"),
+    *("all", "of those in use", "spilled"),
+)
+
+
+class Count(NamedTuple):
+    """Instructions for each score."""
+
+    largest: float
+    newton: float
+    output: float
+    queries: float
+    keys: float
+    spilled: int  # bytes of a thread, of all kernels
+
+    def total(self) -> float:
+        """Of a forward and backward pass in which all tiles have weight."""
+        return self.largest + SWEEPS * self.newton + self.output + self.queries + self.keys
+
+
+def main() -> None:
+    """Print the page, and keep it."""
+    text = "\n".join(page()) + "\n"
+    print(text, end="")
+    if "--write" in sys.argv:
+        PAGE.write_text(text, encoding="utf-8")
+
+
+def page() -> Iterator[str]:
+    """The table, largest predicted gain first."""
+    yield _INTRODUCTION.format(today=date.today(), triton=triton.__version__, sweeps=SWEEPS)
+    yield f"| {' | '.join(_COLUMNS)} |"
+    yield "|---" * len(_COLUMNS) + "|"
+    counts = {
+        (name, tile): count(tile, alpha) for name, alpha in (("1.5", None), ("learnt", torch.ones(2))) for tile in TILES
+    }
+    for name in ("1.5", "learnt"):
+        now = counts[name, TILES[0]].total()
+        for tile in (TILES[0], *sorted(TILES[1:], key=lambda tile: counts[name, tile].total())):
+            one = counts[name, tile]
+            figures = " | ".join(f"{x:.1f}" for x in (*one[:-1], one.total()))
+            shape = f"{tile[0]} × {tile[1]}, {tile[2]}"
+            yield f"| {name} | {shape} | {figures} | {one.total() / now:.2f} | {one.spilled} |"
+    ratio = counts["learnt", TILES[0]].total() / counts["1.5", TILES[0]].total()
+    yield ""
+    yield f"By these counts a learnt α with its gradient takes {ratio:.1f} times as long as a fixed 1.5; 1.3 is wanted."
+
+
+def count(tile: tuple[int, int, int], alpha: torch.Tensor | None) -> Count:
+    """What the three kernels of attention are compiled to with these tiles."""
+    found: list[list[float]] = []
+    spilled: list[int] = []
+
+    def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: int = 2) -> None:
+        if kernel.__name__ == "_list_tiles":
+            return
+        compiled = compile_kernels.compile_kernel(kernel, *arguments, warps=warps, stages=stages)
+        each = warps * 32 / (tile[0] * tile[1])
+        found.append([length * each for length in loops(compiled.asm["cubin"])])
+        spilled.append(compile_kernels.resources(compiled)[1])
+
+    attention.launch = attention_backward.launch = launch
+    with planned(tile):
+        query, key = (torch.zeros(1, 2, length, 64, dtype=torch.bfloat16) for length in (256, 5120))
+        setting = Setting(0.5, 0.125, 0.0, 0)
+        tensors = (query, key, key, alpha, None, None, None)
+        output, *kept = attention.forward(*tensors, setting, True)
+        attention_backward.backward(output, *tensors, *kept, setting, alpha is not None, False)
+    (largest, newton, out), (queries,), (keys,) = found
+    return Count(largest, newton, out, queries, keys, sum(spilled))
+
+
+def loops(cubin: bytes) -> list[int]:
+    """Lengths of the innermost loops that multiply matrices, in the order of the program."""
+    tool = Path(compiler.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        text = subprocess.run([tool, "-sass", file.name], check=True, capture_output=True, text=True).stdout
+    code = [(int(address, 16), name, rest) for address, name, rest in _INSTRUCTION.findall(text)]
+    places = {address: number for number, (address, *_) in enumerate(code)}
+    spans = []
+    for number, (address, name, rest) in enumerate(code):
+        target = re.search(r"0x([0-9a-f]+)", rest) if name == "BRA" else None
+        if target and int(target[1], 16) < address:
+            spans.append((places[int(target[1], 16)], number))
+    innermost = [(i, j) for i, j in spans if not any(i <= k and m <= j and (i, j) != (k, m) for k, m in spans)]
+    products = [(i, j) for i, j in innermost if any("MMA" in name for _, name, _ in code[i : j + 1])]
+    return [j - i + 1 for i, j in sorted(products)]
+
+
+if __name__ == "__main__":
+    main()
