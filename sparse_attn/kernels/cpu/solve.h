@@ -62,13 +62,17 @@ INLINE real exp_real(real x) {
     return exp_lanes(splat(x))[0];
 }
 
-/* Newton's step for (Σ p)^a = 1: (S - S^(1-a)) / (a U), which is S log(S) / U at a = 0. For α < 1.5, where Σ p has a
- * second derivative, it becomes Halley's. */
+/* Newton's step for (Σ p)^a = 1: S h(a) / U with h(a) = (1 - S^-a) / a, which is log(S) at a = 0. For α >= 1.5 without
+ * logarithms: 1 / h is convex in a, and the line through its values at a = ½ and 1, from above, makes the step a little
+ * shorter. For α < 1.5, where Σ p has a second derivative, it becomes Halley's. */
 INLINE double root_step(norms at, const family of, double a) {
     const double excess = at.total - 1;
-    double newton;
     if (of == SPARSEMAX) return excess / at.slope;
-    if (of == ENTMAX15) return 2 * (at.total - sqrt(at.total)) / at.slope;
+    if (of != GENTLE) {
+        const double root = sqrt(at.total);
+        return root * excess / ((a * root + (1 - a)) * at.slope);
+    }
+    double newton;
     if (fabs(excess) < 0.05) {
         newton = excess * (1 + (1 - a) / 2 * excess * (1 - (1 + a) / 3 * excess)) / at.slope;
     } else {
@@ -76,7 +80,6 @@ INLINE double root_step(norms at, const family of, double a) {
         const real ratio = fabs(x) < 0.1 ? 1 - x / 2 * (1 - x / 3 * (1 - x / 4)) : (1 - exp_real(-x)) / x;
         newton = at.total * log_total * ratio / at.slope;
     }
-    if (of != GENTLE) return newton;
     const double bend = (1 - a) / 2 * newton * (at.curve / at.slope - at.slope / at.total);
     return newton / (1 - (bend < 0.5 ? bend : 0.5));
 }
