@@ -26,7 +26,7 @@ _SHORT, _LANES = 256, 16  # rows that long begin at the root of the largest of e
 _FIRST_SWEEPS = 5  # over that part, unchecked
 _NEAR = 1e-4  # of Σ p - 1, from where a step of Newton's method lands on the root
 _FAR = 1e3  # so far below the largest score an entry has no weight at any α
-_SMALL = 2**14  # entries that are gone over in less time than it takes to pick some out
+_SMALL = 2**15  # entries that are gone over in less time than it takes to pick some out
 _BUFFERED = 2**17  # entries of all buffers together: they stay in the cache
 
 
@@ -41,11 +41,12 @@ def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
 
 def topk_entmax_forward(scores: Tensor, k: int, a: float | Tensor, lowest: float) -> Tensor:
     """As :func:`sparse_attn.kernels.reference.entmax.topk_entmax_forward`, which sorts all scores."""
-    largest, index = scores.topk(min(k + 1, scores.shape[-1]), -1)
-    last, after = largest[..., k - 1 : k], largest[..., k:]
-    if bool(((after == last) & (last > lowest)).any()):  # torch.topk takes any of equal scores, not the first
+    largest, index = scores.topk(k, -1)
+    last = largest[..., -1:]
+    p = torch.ge(scores, last, out=torch.empty_like(scores))  # numbers: booleans cost five times that
+    if bool(((p.sum(-1, keepdim=True) > k) & (last > lowest)).any()):  # torch.topk takes any of equal ones
         return reference.topk_entmax_forward(scores, k, a, lowest)
-    return torch.zeros_like(scores).scatter_(-1, index[..., :k], entmax_forward(largest[..., :k], a, lowest))
+    return p.zero_().scatter_(-1, index, entmax_forward(largest, a, lowest))
 
 
 def _probabilities(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
