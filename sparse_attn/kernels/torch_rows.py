@@ -1,150 +1,345 @@
-"""The fall-back where no kernel is compiled: ``kernels.reference.entmax`` in fewer and cheaper operations.
+"""The fall-back where no kernel is compiled: what ``kernels.reference.entmax`` computes, in few and cheap operations.
 
-Comparisons, ``where`` and ``masked_fill`` cost five times what arithmetic does on a CPU, so there are none in a sweep.
-Newton's method begins at the root of a part of the row and goes most of the way in the plain form; the careful form of
-the reference takes the last two steps. Not differentiable; α between 1 and 2, everything else goes to the reference.
+On a CPU an operation of plain torch costs its call, its pass over the data and above all any fresh memory; where a
+comparison selects (``where``, ``masked_fill``), and for a logarithm of 0 or in float64, the pass costs ten times what
+arithmetic does. So rows go in blocks through the same few buffers, their statistics are computed for all of them at
+once, and masked scores need no care: what is far below the largest has no weight anyway.
+
+Not differentiable; α between 1 and 2, everything else goes to the reference.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_attn.kernels.reference import entmax as reference
-from sparse_attn.kernels.reference.entmax import norm_step
+from sparse_attn.kernels.reference.entmax import away_from_zero, norm_step
 
 _MAX_SWEEPS = 100
-_SHORT, _STRIDE = 256, 16  # rows that long begin at the root of the largest of every sixteen entries
-_LONG, _CANDIDATES = 4096, 64  # in a row that long the support mostly is among so many of the largest entries
-_NEAR = 1e-4  # of Σ p - 1, from where Newton's method lands on the root
-_CHUNK = 2**17  # entries that are computed at once: buffers stay in the cache
+_SHORT, _LANES = 256, 16  # rows that long begin at the root of the largest of every sixteen entries
+_FIRST_SWEEPS = 5  # over that part, unchecked
+_NEAR = 1e-4  # of Σ p - 1, from where a step of Newton's method lands on the root
+_FAR = 1e3  # so far below the largest score an entry has no weight at any α
+_SMALL = 2**15  # entries that are gone over in less time than it takes to pick some out
+_BUFFERED = 2**17  # entries of all buffers together: they stay in the cache
 
 
 def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
     """As :func:`sparse_attn.kernels.reference.entmax.entmax_forward`."""
-    if not _between_one_and_two(a):
+    if scores.numel() == 0 or not _between_one_and_two(a) or (isinstance(a, float) and a == 0.0):
         return reference.entmax_forward(scores, a, lowest)
-    size = scores.shape[-1]
-    if size >= _LONG and not isinstance(a, Tensor) and a >= 0.5:
-        largest, index = scores.topk(_CANDIDATES, -1)
-        p = entmax_forward(largest, a, lowest)
-        if bool((p[..., -1] == 0.0).all()):  # then no other entry has weight
-            return torch.zeros_like(scores).scatter_(-1, index, p)
-    rows = scores.reshape(-1, size)
-    per_row = a.expand(*scores.shape[:-1], 1).reshape(-1, 1) if isinstance(a, Tensor) else None
-    p = torch.empty_like(rows)
-    for part in _chunks(rows):
-        p[part] = _probabilities(rows[part], a if per_row is None else per_row[part], lowest)
-    return p.view(scores.shape)
+    if isinstance(a, Tensor):
+        a = _per_row(away_from_zero(a, scores.dtype), scores)
+    return _probabilities(scores.reshape(-1, scores.shape[-1]), a, lowest).view(scores.shape)
 
 
 def topk_entmax_forward(scores: Tensor, k: int, a: float | Tensor, lowest: float) -> Tensor:
     """As :func:`sparse_attn.kernels.reference.entmax.topk_entmax_forward`, which sorts all scores."""
     largest, index = scores.topk(k, -1)
     last = largest[..., -1:]
-    ties = ((scores >= last).sum(-1, keepdim=True) > k) & (last > lowest)
-    if bool(ties.any()):  # torch.topk takes any of equal scores, not the first
+    p = torch.ge(scores, last, out=torch.empty_like(scores))  # numbers: booleans cost five times that
+    if bool(((p.sum(-1, keepdim=True) > k) & (last > lowest)).any()):  # torch.topk takes any of equal ones
         return reference.topk_entmax_forward(scores, k, a, lowest)
-    return torch.zeros_like(scores).scatter_(-1, index, entmax_forward(largest, a, lowest))
-
-
-def _chunks(rows: Tensor) -> Iterator[slice]:
-    step = max(1, _CHUNK // rows.shape[-1])
-    return (slice(begin, begin + step) for begin in range(0, len(rows), step))
+    return p.zero_().scatter_(-1, index, entmax_forward(largest, a, lowest))
 
 
 def _probabilities(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
-    scores, top, _ = reference.without_masked(scores, lowest)
-    if isinstance(a, Tensor):
-        a = reference.away_from_zero(a, scores.dtype)
-    z, sigma = scores - top, torch.zeros_like(top)
-    size = scores.shape[-1]
-    if size >= _SHORT:
-        maxima = z[..., : size // _STRIDE * _STRIDE].unflatten(-1, (_STRIDE, -1)).amax(-2)
-        sigma = _approach(maxima, a, sigma, 1e-2).clamp_(min=0.0)  # all of them may lie below the largest score
-    sigma = _approach(z, a, sigma, _NEAR)
-    return reference.normalised(reference.climb(scores, top, a, sigma.double()))
+    """Of rows (n, size), with ``a`` a number or (n, 1).
 
-
-def _between_one_and_two(a: float | Tensor) -> bool:
-    if not isinstance(a, Tensor):
-        return 0 < a <= 1
-    least, most = a.aminmax()
-    return bool(least >= 0) and bool(most <= 1)
-
-
-def _approach(z: Tensor, a: float | Tensor, sigma: Tensor, error: float) -> Tensor:
-    """σ of scores whose maximum is 0, such that Σ p is about 1 + ``error`` or less, and hardly below 1."""
-    t, w, u = (torch.empty_like(z) for _ in range(3))
-    error_before = math.inf
+    Newton's method climbs in a plain form, first on a part of the row, then on all of it. The form that writes ``p``
+    loses no digits; where it finds the root not quite reached, it steps on from there.
+    """
+    maxima = _maxima(scores)
+    top = maxima.amax(-1, keepdim=True)
+    if not bool((top - lowest).amin() > _FAR):  # nor where it is NaN
+        top = top.masked_fill(top <= lowest, 0.0)
+        scores = scores.masked_fill(scores <= lowest, -math.inf)
+        maxima = _maxima(scores)
+    buffers = _buffers(scores, 1 if _is_closed(a) else 3)
+    at = torch.zeros_like(top).sub_(_lift(a))
+    for _ in range(0 if maxima is scores else _FIRST_SWEEPS):
+        at += norm_step(*_sums(maxima, top, a, at, None, buffers), a)
+    sigma = _climb(scores, top, a, at, buffers) + _lift(a)
+    p = torch.empty_like(scores)
+    rows: Tensor | None = None
+    error_before: float | Tensor = math.inf
     for _ in range(_MAX_SWEEPS):
-        if isinstance(a, float) and a == 1.0:
-            total = torch.sub(z, sigma - 1, out=w).clamp_(min=0.0).sum(-1, keepdim=True)
-            slope = w.sign_().sum(-1, keepdim=True)
-        elif isinstance(a, float) and a == 0.5:
-            torch.sub(z, sigma - 2, out=u).mul_(0.5).clamp_(min=0.0)
-            total, slope = torch.linalg.vecdot(u, u).unsqueeze(-1), u.sum(-1, keepdim=True)
-        else:
-            torch.sub(z, sigma, out=t).mul_(a).clamp_(min=-1.0)
-            torch.add(t, 1.0, out=w)
-            t.clamp_(min=-0.999999).log1p_().mul_((1 / a - 1) / math.log(2)).exp2_()  # exp is slow where it underflows
-            torch.sign(w, out=u).mul_(t)
-            total, slope = torch.linalg.vecdot(w, u).unsqueeze(-1), u.sum(-1, keepdim=True)
-        now = total.max().item() - 1
-        if not error < now < error_before:  # nor where it is NaN
+        total, largest = _write(p, scores, top, a, sigma, rows, buffers)
+        error = (total - 1).abs_() * largest.clamp(min=0.1)  # no entry of p is off by more than (Σ p - 1) max p
+        late = _where((error > torch.finfo(p.dtype).eps) & (error < error_before))
+        if not len(late):
             break
-        sigma = sigma + norm_step(total, slope, a)
-        error_before = now
-    return sigma
+        rows, total, error_before = late if rows is None else rows[late], total[late], error[late]
+        its_a = _of(a, rows)
+        blocks = _blocks(buffers, p, rows, its_a)
+        slope = _joined(_slopes(block, b, spare[0]).sum(-1, keepdim=True) for spare, block, b in blocks)
+        sigma[rows] += norm_step(total, slope * total ** (1 - its_a), its_a)  # the p there are divided by their sum
+    return p
+
+
+def _maxima(scores: Tensor) -> Tensor:
+    """The largest of every sixteen entries: a part of a row, whose root is a lower bound; a short row itself."""
+    size = scores.shape[-1]
+    if size < _SHORT:
+        return scores
+    whole = size // _LANES * _LANES
+    maxima = scores[:, :whole].unflatten(-1, (_LANES, -1)).amax(-2)
+    return torch.cat([maxima, scores[:, whole:]], -1) if whole < size else maxima
+
+
+def _climb(scores: Tensor, top: Tensor, a: float | Tensor, at: Tensor, buffers: list[Tensor]) -> Tensor:
+    """The root in float64, from a lower bound: counted as :func:`_sums` has it.
+
+    Rows that have arrived are left alone, where it costs less to pick the others out than to go over all.
+    """
+    result = at.double()
+    rows: Tensor | None = None
+    total_before: float | Tensor = math.inf
+    for _ in range(_MAX_SWEEPS):
+        total, slope = _sums(scores, top, a, at, rows, buffers)
+        step = norm_step(total, slope, a)
+        late = (total > 1 + _NEAR) & (total < total_before)
+        count, total_before = int(late.sum()), total
+        is_small = len(late) * scores.shape[-1] < _SMALL
+        if count > (0 if is_small else 0.75 * len(late)):
+            at = at + step
+            continue
+        landed = at.double() + step
+        if rows is None:
+            result = landed
+        else:
+            result[rows] = landed
+        if count == 0:
+            break
+        late = _where(late)
+        rows = late if rows is None else rows[late]
+        top, a, at, total_before = top[late], _of(a, late), landed[late].to(at.dtype), total[late]
+    return result
+
+
+def _sums(
+    scores: Tensor, top: Tensor, a: float | Tensor, at: Tensor, rows: Tensor | None, buffers: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Σ p and Σ u in a plain form, with σ counted from the largest score and less :func:`_lift`."""
+    sums = [_plain_sums(*block, *spare) for spare, *block in _blocks(buffers, scores, rows, top, a, at)]
+    total, slope = map(_joined, zip(*sums, strict=True))
+    return total, slope
+
+
+def _plain_sums(
+    scores: Tensor, top: Tensor, a: float | Tensor, at: Tensor, w: Tensor, p: Tensor | None = None, *_: Tensor
+) -> tuple[Tensor, Tensor]:
+    if p is None:
+        torch.sub(scores, top, out=w).sub_(at).relu_()
+        if a == 1.0:
+            return w.sum(-1, keepdim=True), w.sign_().sum(-1, keepdim=True)
+        total = torch.linalg.vector_norm(w, dim=-1, keepdim=True).square_()
+        return total.mul_(0.25), w.sum(-1, keepdim=True).mul_(0.5)
+    torch.sub(scores, top, out=p).sub_(at).mul_(a).clamp_(min=-1.0)
+    torch.add(p, 1.0, out=w).clamp_(min=1e-8)  # a float32 next to 1 is further away
+    p.log1p_().mul_(1 / a / math.log(2)).clamp_(min=-120.0).exp2_()  # numbers below are slow
+    return p.sum(-1, keepdim=True), p.div_(w).sum(-1, keepdim=True)
+
+
+def _write(
+    p: Tensor,
+    scores: Tensor,
+    top: Tensor,
+    a: float | Tensor,
+    sigma: Tensor,
+    rows: Tensor | None,
+    buffers: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Put what is ``p`` at σ, divided by its sum, into some rows or all; returns the sum and the largest before that.
+
+    ``1 + a (z - σ)`` is ``a (z - (σ - 1/a))``: counted from there, in two numbers, an entry keeps its digits where it
+    is small. Counted from the top, many equal scores would all be rounded the same way, by as much as their weight.
+    """
+    if rows is not None:
+        top, a, sigma = top[rows], _of(a, rows), sigma[rows]
+    wide = a.double() if isinstance(a, Tensor) else a
+    edge = sigma - 1 / wide
+    high = (top + edge).to(p.dtype)
+    low = ((top.double() - high) + edge).to(p.dtype)
+    rise = 1.0 if _is_closed(a) else (wide / (1 - wide * sigma)).to(p.dtype)
+    largest = torch.exp(torch.log1p(-wide * sigma) / wide)
+    step = _step(buffers, scores)
+    places: Iterable[Any] = p.split(step) if rows is None else rows.split(step)
+    totals: list[Tensor] = []
+    for place, (spare, *block) in zip(places, _blocks(buffers, scores, rows, top, a, high, low, rise), strict=True):
+        part = place if rows is None else spare[0]
+        totals.append(_exact(part, *block, *spare[1:]))
+        if rows is not None:
+            p[place] = part
+    total = _joined(totals)
+    return (total if _is_closed(a) else total * largest), largest
+
+
+def _exact(
+    p: Tensor,
+    scores: Tensor,
+    top: Tensor,
+    a: float | Tensor,
+    high: Tensor,
+    low: Tensor,
+    rise: float | Tensor,
+    w: Tensor | None = None,
+    log_w: Tensor | None = None,
+) -> Tensor:
+    """Of ``p``, or where its form is not closed ``p / max p``; the sum."""
+    tiny = torch.finfo(p.dtype).tiny
+    if w is None or log_w is None:
+        torch.sub(scores, high, out=p).sub_(low).relu_()
+        if a == 0.5:
+            p.mul_(0.5).square_()
+    else:
+        # (p / max p)^a, which close to the top is better known by how far it is from 1, and at the edge by itself.
+        torch.sub(scores, high, out=w).sub_(low).mul_(rise).clamp_(min=tiny)
+        torch.sub(scores, top, out=p).mul_(rise).clamp_(min=torch.finfo(p.dtype).eps - 1).log1p_()
+        torch.lerp(torch.log(w, out=log_w), p, w, out=p)
+        torch.threshold_(p.mul_(1 / a / math.log(2)).exp2_(), 1.001 * tiny, 0.0)
+    total = reference.row_sums(p)
+    p.div_(total.to(p.dtype).clamp_(min=tiny))
+    return total
 
 
 def entmax_backward(
     p: Tensor, a: float | Tensor, grad: Tensor, *, with_alpha: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`sparse_attn.kernels.reference.entmax.entmax_backward`."""
-    if isinstance(a, float) and not with_alpha and a in (0.5, 1.0):
-        u = p.sign() if a == 1.0 else p.sqrt()
-        return u.mul_(_centred(grad, u)), None
-    if not with_alpha or p.dtype == torch.float64 or not _between_one_and_two(a):
+    if p.numel() == 0 or not _between_one_and_two(a) or (with_alpha and p.dtype == torch.float64):
         return reference.entmax_backward(p, a, grad, with_alpha=with_alpha)
     size = p.shape[-1]
-    rows, grads = p.reshape(-1, size), grad.reshape(-1, size)
-    per_row = torch.as_tensor(a, dtype=torch.float64, device=p.device).expand(*p.shape[:-1], 1).reshape(-1, 1)
-    grad_scores, grad_alpha = torch.empty_like(rows), rows.new_empty(len(rows), 1)
-    for part in _chunks(rows):
-        grad_scores[part], grad_alpha[part] = _gradients(rows[part].double(), per_row[part], grads[part].double())
-    return grad_scores.view(p.shape), grad_alpha.view(*p.shape[:-1], 1)
+    rows = p.reshape(-1, size)
+    grad_scores = torch.empty_like(rows)
+    if with_alpha:
+        a = torch.as_tensor(a, dtype=torch.float64, device=p.device)
+    if isinstance(a, Tensor):
+        a = _per_row(away_from_zero(a, p.dtype), p)
+    gradients = _gradients if with_alpha else _gradient
+    blocks = _blocks(_buffers(rows, 2), rows, None, a, grad.reshape(-1, size), grad_scores)
+    parts = [gradients(*block, *spare) for spare, *block in blocks]
+    grad_alpha = _joined(parts).to(p.dtype).view(*p.shape[:-1], 1) if with_alpha else None
+    return grad_scores.view(p.shape), grad_alpha
 
 
-def _gradients(p: Tensor, a: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Both gradients in float64, in which the reference's formulas need no series: see there for the letters."""
-    a = reference.away_from_zero(a, torch.float32)
-    log_p = p.clamp(min=torch.finfo(torch.float32).tiny).log_()
-    x = log_p * -a
+def _gradient(p: Tensor, a: float | Tensor, grad: Tensor, out: Tensor, c: Tensor, _: Tensor) -> None:
+    """``u (g - Σ u g / Σ u)`` into ``out``."""
+    u = _slopes(p, a, out)
+    _centre(grad, u, c)
+    u.mul_(c)
+
+
+def _gradients(p: Tensor, a: Tensor, grad: Tensor, out: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """The same, and the gradient for α, which is returned.
+
+    In the reference's formula ``ℓ`` may be counted from ``m = log max p``, where float32 has digits to tell entries
+    apart that are nearly alike:
+
+        dα = [(1 - a m) (S D - B) - m (A - L D) - a (A S - B L)] / Σ p e^(-a λ),    λ = log(p / max p)
+
+    with ``s = λ² φ₂(-a λ)``, the sums ``D = Σ p c, A = Σ p λ c, B = Σ p s c, L = Σ p λ, S = Σ p s``, and ``c`` the
+    gradient that is centred. ``u`` is ``p e^(-a λ)`` times ``(max p)^(-a)``. In float64 φ₂ needs no series.
+    """
+    tiny = torch.finfo(p.dtype).tiny
+    largest = p.amax(-1, keepdim=True).clamp_(min=tiny)
+    log_p = torch.div(p, largest).clamp_(min=tiny).log_()
+    x = log_p.double().mul_(-a)
     grown = x.expm1()
-    u = torch.addcmul(p, p, grown)
-    c = _centred(grad, u)
-    x.clamp_(min=1e-7)
-    y = x.expm1().sub_(x).div_(x.square_()).mul_(log_p).mul_(log_p)
-    weighted = p * c
-    total = _sum(u).clamp_(min=torch.finfo(u.dtype).tiny)
-    d, a_sum, b = _sum(weighted), _dot(weighted, log_p), _dot(weighted, y)
-    h, y_mean = _dot(p, log_p), _dot(p, y)
-    return u.mul_(c), (y_mean * d - b - a * (y_mean * a_sum - h * b)) / total
+    u = torch.addcmul(p, p, s.copy_(grown), out=out)
+    s.copy_(grown.sub_(x))
+    m, squared = largest.double().log_(), a.square()
+    total = _centre(grad, u, c).double()
+    u.mul_(torch.exp(-a * m).to(p.dtype)).mul_(c)
+    log_sum, s_sum = _dot(p, log_p).double(), _dot(p, s).double() / squared
+    weighted = c.mul_(p)
+    d = weighted.sum(-1, keepdim=True).double()
+    a_sum, b = _dot(weighted, log_p).double(), _dot(weighted, s).double() / squared
+    return ((1 - a * m) * (s_sum * d - b) - m * (a_sum - log_sum * d) - a * (a_sum * s_sum - b * log_sum)) / total
 
 
-def _centred(grad: Tensor, u: Tensor) -> Tensor:
-    """``g - Σ u g / Σ u``; in two steps, for rows that are nearly one-hot, where what is left is small beside g."""
-    total = _sum(u).clamp_(min=torch.finfo(u.dtype).tiny)
-    c = grad - _dot(u, grad) / total
-    return c.sub_(_dot(u, c) / total)
+def _slopes(p: Tensor, a: float | Tensor, out: Tensor) -> Tensor:
+    """``u = p^(1 - a)`` where ``p`` is not 0; ``out`` may be ``p`` itself."""
+    if isinstance(a, float) and a in (0.0, 0.5, 1.0):
+        return out.copy_(p) if a == 0.0 else torch.sqrt(p, out=out) if a == 0.5 else torch.sign(p, out=out)
+    power = -a.to(p.dtype) if isinstance(a, Tensor) else -a
+    return torch.clamp(p, min=torch.finfo(p.dtype).tiny, out=out).log2_().mul_(power).exp2_().mul_(p)
 
 
-def _sum(x: Tensor) -> Tensor:
-    return x.sum(-1, keepdim=True)
+def _centre(grad: Tensor, u: Tensor, out: Tensor) -> Tensor:
+    """``g - Σ u g / Σ u`` into ``out``; returns ``Σ u``.
+
+    In two steps, for rows that are nearly one-hot, where what is left is small beside ``g``.
+    """
+    total = u.sum(-1, keepdim=True).clamp_(min=torch.finfo(u.dtype).tiny)
+    torch.sub(grad, _dot(u, grad).div_(total), out=out)
+    out.sub_(_dot(u, out).div_(total))
+    return total
+
+
+def _buffers(rows: Tensor, count: int) -> list[Tensor]:
+    """Flat ones, for :func:`_blocks`."""
+    return list(rows.new_empty(count, min(rows.numel(), max(_BUFFERED // count, rows.shape[-1]))))
+
+
+def _step(buffers: list[Tensor], rows: Tensor) -> int:
+    """How many rows a buffer holds."""
+    return max(1, len(buffers[0]) // rows.shape[-1])
+
+
+def _blocks(buffers: list[Tensor], x: Tensor, rows: Tensor | None, *per_row: Any) -> Iterator[tuple[Any, ...]]:
+    """Blocks of some rows of ``x``, or of all: buffers of their shape, the rows, and what belongs to them of the rest.
+
+    Rows that are picked out lie in the last buffer.
+    """
+    step, picked = _step(buffers, x), x if rows is None else rows
+    parts: Iterable[Any] = [(picked, *per_row)]
+    if len(picked) > step:
+        parts = zip(*(y.split(step) if isinstance(y, Tensor) else repeat(y) for y in (picked, *per_row)), strict=False)
+    for part, *others in parts:
+        spare = [buffer[: len(part) * x.shape[-1]].view(-1, x.shape[-1]) for buffer in buffers]
+        yield spare, part if rows is None else torch.index_select(x, 0, part, out=spare[-1]), *others
+
+
+def _joined(blocks: Iterable[Any]) -> Tensor:
+    first, *others = blocks
+    return torch.cat([first, *others]) if others else first
+
+
+def _where(x: Tensor) -> Tensor:
+    """Indices (m,) of the rows that (n, 1) says."""
+    return x.squeeze(-1).nonzero().squeeze(-1)
+
+
+def _of(a: float | Tensor, rows: Tensor) -> float | Tensor:
+    return a[rows] if isinstance(a, Tensor) else a
+
+
+def _per_row(a: Tensor, x: Tensor) -> Tensor:
+    return a.expand(*x.shape[:-1], 1).reshape(-1, 1)
+
+
+def _is_closed(a: float | Tensor) -> bool:
+    """Whether ``p = [a (z - (σ - 1/a))]^(1/a)`` needs neither exp nor log."""
+    return isinstance(a, float) and a in (0.5, 1.0)
+
+
+def _lift(a: float | Tensor) -> float:
+    """How far σ is above what the closed forms subtract; the others subtract σ."""
+    return 1 / a if isinstance(a, float) and _is_closed(a) else 0.0
+
+
+def _between_one_and_two(a: float | Tensor) -> bool:
+    if not isinstance(a, Tensor):
+        return 0 <= a <= 1
+    least, most = a.aminmax()
+    return bool(least >= 0) and bool(most <= 1)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ TENSORS = {"between 1 and 2": [1.0, 1.000001, 1.3, 1.5, 2.0], "beyond": [0.8, 1.
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_rows, "_CHUNK", 600)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_rows, "_BUFFERED", 600)
+    monkeypatch.setattr(torch_rows, "_SMALL", 0)
 
 
 def rows(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -73,14 +74,25 @@ def test_gradients(alpha, with_alpha, dtype):
             torch.testing.assert_close(one, other, **close)
 
 
-def test_one_undefined_row_leaves_the_others_alone():
-    x = rows(257)
-    clean = torch_rows.entmax_forward(x, 0.5, LOWEST)
+@pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0, "between 1 and 2"])
+def test_one_undefined_row_leaves_the_others_alone(alpha):
+    x, a = rows(257), shifts(alpha)
+    clean = torch_rows.entmax_forward(x, a, LOWEST)
     x[0, 0, 11], x[1, 2, 256] = math.nan, math.inf
-    got = torch_rows.entmax_forward(x, 0.5, LOWEST)
+    got = torch_rows.entmax_forward(x, a, LOWEST)
     undefined = got.isnan()
     assert undefined[0, 0].all() and undefined[1, 2].all() and undefined.sum() == 2 * 257
     torch.testing.assert_close(got[~undefined], clean[~undefined], atol=2e-7, rtol=0)
+
+
+@pytest.mark.parametrize("alpha", [1.0001, 1.3, 1.5, 2.0])
+def test_what_is_masked_has_no_weight_however_close_it_is(alpha):
+    x = torch.randn(5, 300).sub_(1000.0)
+    x[:, ::3] = -1003.0
+    got = torch_rows.entmax_forward(x, alpha - 1, lowest=-1003.0)
+    exact = reference.entmax_forward(x.masked_fill(x <= -1003.0, -math.inf).double(), alpha - 1, LOWEST)
+    assert (got[x <= -1003.0] == 0).all()
+    torch.testing.assert_close(got.double(), exact, atol=3e-7, rtol=1e-6)
 
 
 @pytest.mark.parametrize("ties", [False, True])

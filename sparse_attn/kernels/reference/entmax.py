@@ -183,7 +183,9 @@ def row_sums(x: Tensor) -> Tensor:
     if x.dtype == torch.float64 or x.shape[-1] < 256:
         return x.sum(-1, keepdim=True, dtype=torch.float64)
     parts = x[..., :whole].unflatten(-1, (4, -1)).sum(-2)
-    return torch.cat([parts, x[..., whole:]], -1).sum(-1, keepdim=True, dtype=torch.float64)
+    if whole < x.shape[-1]:
+        parts = torch.cat([parts, x[..., whole:]], -1)
+    return parts.sum(-1, keepdim=True, dtype=torch.float64)
 
 
 def norm_step(total: Tensor, slope: Tensor, a: float | Tensor) -> Tensor:
