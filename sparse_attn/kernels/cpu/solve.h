@@ -5,7 +5,7 @@ enum { MAX_SWEEPS = 100 };
 static const real NOWHERE = -REAL_MAX / 2;
 
 typedef struct {
-    double total, slope, curve; /* Σ p, Σ u and Σ u²/p, the last for α < 1.5 alone */
+    double total, slope, curve; /* Σ p, Σ u and Σ u²/p, the last for α <= 1.5 alone */
     double unit;                /* the p of what is stored as 1 */
 } norms;
 
@@ -30,6 +30,7 @@ INLINE norms evaluate(const real *scores, int64_t size, const family of, real a,
         } else if (of == ENTMAX15) {
             u = at_least(zero, from(edge, x) * (real)0.5);
             y = u * u;
+            curve += select_equal(u, zero, zero, one);
         } else if (of == SOFTMAX) {
             y = u = exp_lanes(at_least(nowhere, from(middle, x)));
         } else {
@@ -64,16 +65,16 @@ INLINE real exp_real(real x) {
 
 /* Newton's step for (Σ p)^a = 1: S h(a) / U with h(a) = (1 - S^-a) / a, which is log(S) at a = 0. For α >= 1.5 without
  * logarithms: 1 / h is convex in a, and the line through its values at a = ½ and 1, from above, makes the step a little
- * shorter. For α < 1.5, where Σ p has a second derivative, it becomes Halley's. */
+ * shorter. Up to α = 1.5, where the second derivative of Σ p is finite, it becomes Halley's. */
 INLINE double root_step(norms at, const family of, double a) {
     const double excess = at.total - 1;
     if (of == SPARSEMAX) return excess / at.slope;
+    double newton;
     if (of != GENTLE) {
         const double root = sqrt(at.total);
-        return root * excess / ((a * root + (1 - a)) * at.slope);
-    }
-    double newton;
-    if (fabs(excess) < 0.05) {
+        newton = root * excess / ((a * root + (1 - a)) * at.slope);
+        if (of == STEEP) return newton;
+    } else if (fabs(excess) < 0.05) {
         newton = excess * (1 + (1 - a) / 2 * excess * (1 - (1 + a) / 3 * excess)) / at.slope;
     } else {
         const real log_total = log1p_real((real)excess), x = (real)a * log_total;
@@ -81,7 +82,7 @@ INLINE double root_step(norms at, const family of, double a) {
         newton = at.total * log_total * ratio / at.slope;
     }
     const double bend = (1 - a) / 2 * newton * (at.curve / at.slope - at.slope / at.total);
-    return newton / (1 - (bend < 0.5 ? bend : 0.5));
+    return newton * (1 + (bend < 0.5 ? bend * (1 + bend) : 0.75)); /* 1 / (1 - bend), as far as it counts */
 }
 
 /* p at σ + step from the p that are stored for σ, for 1 < α < 1.5 and a step that is small beside what most entries have
