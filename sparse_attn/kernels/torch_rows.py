@@ -25,6 +25,7 @@ _MAX_SWEEPS = 100
 _SHORT, _LANES = 256, 16  # rows that long begin at the root of the largest of every sixteen entries
 _FIRST_SWEEPS = 5  # over that part, unchecked
 _NEAR = 1e-4  # of Σ p - 1, from where a step of Newton's method lands on the root
+_LONG, _FEW = 4096, 4  # rows that long are made shorter where one entry in so many may have weight
 _FAR = 1e3  # so far below the largest score an entry has no weight at any α
 _SMALL = 2**15  # entries that are gone over in less time than it takes to pick some out
 _BUFFERED = 2**17  # entries of all buffers together: they stay in the cache
@@ -61,10 +62,15 @@ def _probabilities(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
         top = top.masked_fill(top <= lowest, 0.0)
         scores = scores.masked_fill(scores <= lowest, -math.inf)
         maxima = _maxima(scores)
-    buffers = _buffers(scores, 1 if _is_closed(a) else 3)
+    needed = 1 if _is_closed(a) else 3
     at = torch.zeros_like(top).sub_(_lift(a))
+    buffers = _buffers(maxima, needed)
     for _ in range(0 if maxima is scores else _FIRST_SWEEPS):
         at += norm_step(*_sums(maxima, top, a, at, None, buffers), a)
+    index, size = _where_there_may_be_weight(scores, maxima, top, a, at), scores.shape[-1]
+    if index is not None:
+        scores = scores.gather(-1, index)
+    buffers = _buffers(scores, needed)
     sigma = _climb(scores, top, a, at, buffers) + _lift(a)
     p = torch.empty_like(scores)
     rows: Tensor | None = None
@@ -80,7 +86,7 @@ def _probabilities(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
         blocks = _blocks(buffers, p, rows, its_a)
         slope = _joined(_slopes(block, b, spare[0]).sum(-1, keepdim=True) for spare, block, b in blocks)
         sigma[rows] += norm_step(total, slope * total ** (1 - its_a), its_a)  # the p there are divided by their sum
-    return p
+    return p if index is None else p.new_zeros(len(p), size).scatter_(-1, index, p)
 
 
 def _maxima(scores: Tensor) -> Tensor:
@@ -91,6 +97,29 @@ def _maxima(scores: Tensor) -> Tensor:
     whole = size // _LANES * _LANES
     maxima = scores[:, :whole].unflatten(-1, (_LANES, -1)).amax(-2)
     return torch.cat([maxima, scores[:, whole:]], -1) if whole < size else maxima
+
+
+def _where_there_may_be_weight(
+    scores: Tensor, maxima: Tensor, top: Tensor, a: float | Tensor, at: Tensor
+) -> Tensor | None:
+    """Indices (n, m) of the entries whose maximum is above the edge of the support at a lower bound of the root.
+
+    None where they are not few, or a row has no largest score.
+    """
+    size = scores.shape[-1]
+    if size < _LONG:
+        return None
+    width = size // _LANES
+    edge = top + at if _is_closed(a) else top + at - 1 / a
+    edge -= 1e-5 * (1 + edge.abs())  # more than it is rounded by
+    count = int((maxima[:, :width] > edge).sum(-1).amax())
+    rest = size - _LANES * width
+    if _FEW * (_LANES * count + rest) > size or not bool(top.isfinite().all()):
+        return None
+    first = maxima[:, :width].topk(count, -1, sorted=False).indices
+    lanes = torch.arange(0, _LANES * width, width, device=scores.device).unsqueeze(-1)
+    last = torch.arange(size - rest, size, device=scores.device).expand(len(scores), rest)
+    return torch.cat([(first.unsqueeze(-2) + lanes).flatten(-2), last], -1)
 
 
 def _climb(scores: Tensor, top: Tensor, a: float | Tensor, at: Tensor, buffers: list[Tensor]) -> Tensor:

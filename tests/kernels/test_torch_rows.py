@@ -16,10 +16,11 @@ ALPHAS = (0.7, 1.0, 1.0001, 1.2, 1.5, 1.7, 2.0, 3.0)
 TENSORS = {"between 1 and 2": [1.0, 1.000001, 1.3, 1.5, 2.0], "beyond": [0.8, 1.3, 1.5, 2.0, 2.5]}
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=[100, 10_000], ids=["shortened", "whole"])
+def small_blocks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.setattr(torch_rows, "_BUFFERED", 600)
     monkeypatch.setattr(torch_rows, "_SMALL", 0)
+    monkeypatch.setattr(torch_rows, "_LONG", request.param)
 
 
 def rows(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -55,6 +56,16 @@ def test_long_rows(alpha, scale):
     x[1, :4999], x[2] = -math.inf, LOWEST
     exact = reference.entmax_forward(x.double(), a.double() if isinstance(a, Tensor) else a, LOWEST)
     torch.testing.assert_close(torch_rows.entmax_forward(x, a, LOWEST).double(), exact, atol=3e-7, rtol=1e-6)
+
+
+def test_rows_with_little_weight_are_shortened(monkeypatch):
+    monkeypatch.setattr(torch_rows, "_LONG", 1000)
+    seen = []
+    plain = torch_rows._write
+    monkeypatch.setattr(torch_rows, "_write", lambda p, *others: seen.append(p.shape[-1]) or plain(p, *others))
+    for x in (torch.randn(3, 5003), torch.zeros(3, 5003)):
+        torch_rows.entmax_forward(x, 1.0, LOWEST)
+    assert max(seen[:-1]) < 5003 / 4 and seen[-1] == 5003
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
