@@ -176,6 +176,8 @@ static double bracket(const real *x, int64_t size, double a, real top, real *p) 
         sigma = newton > low && newton < high && error <= error_before / 2 ? newton : (low + high) / 2;
         error_before = error;
     }
+    /* At the upper end of an empty bracket all of many equal scores may have left the support. */
+    if (1 - at.total > 2 * REAL_EPS) at = evaluate(x, size, STEEP, a, top, low, p);
     return at.total;
 }
 #endif
