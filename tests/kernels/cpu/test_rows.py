@@ -97,6 +97,15 @@ def test_long_rows_of_which_a_part_tells_nothing_of_the_rest(alpha, variant):
     assert (double - expected).abs().max() <= 1e-13
 
 
+@pytest.mark.parametrize("alpha", [1.1, 1.3, 1.4, 1.45, 1.49, 1.5, 1.55, 1.75, 2.0])
+def test_one_score_above_many_at_the_edge_of_the_support(alpha, variant):
+    a = alpha - 1
+    for size, spread in itertools.product((50, 900, 5000), (0, 1e-6, 1e-3, 1e-2)):
+        x = torch.randn(19, size) * spread
+        x[:, 7] += torch.linspace(0.9, 1, 19) / a
+        assert (forward(x, a, variant=variant) - exact(x, a)).abs().max() <= 6e-7, (size, spread)
+
+
 @pytest.mark.parametrize("alpha", [1.01, 1.1, 1.3, 1.45])
 def test_small_probabilities_keep_their_digits(alpha, variant):
     a = alpha - 1
