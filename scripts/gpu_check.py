@@ -195,7 +195,7 @@ def driver() -> str:
 
 
 def short_table(timings: list[Measured]) -> Iterator[str]:
-    """The figures that issue 5 asks for: what is to be reached, and what was."""
+    """The figures that are to be reached, and what was measured."""
     yield "| figure, the worst of its cases | to reach | measured | where |"
     yield "|---|---|---|---|"
     for name, bound, values in gpu_timing.figures(timings):

@@ -299,7 +299,7 @@ Figure = tuple[str, str, list[tuple[float, str]]]
 
 
 def figures(timings: list[Measured]) -> Iterator[Figure]:
-    """What issue 5 asks for: a name, a bound, and what was measured where."""
+    """What is to be reached: a name, a bound, and what was measured where."""
     found = {(x["group"], x["length"], x["who"], x["step"]): x for x in timings if "skipped" not in x}
     seconds = {key: x["seconds"] for key, x in found.items() if "seconds" in x}
 

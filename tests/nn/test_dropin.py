@@ -204,9 +204,12 @@ def test_trap_5_inside_torchs_encoder_a_mask_is_honoured(padded: bool, train: bo
 
 @pytest.mark.parametrize("padding", ["none", "bool", "float"])
 @pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("extra", ["no more keys", "add_bias_kv", "add_zero_attn"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_trap_5_is_causal_without_a_mask_builds_the_causal_one(kind: str, need_weights: bool, padding: str) -> None:
-    layer = layer_of(kind, add_bias_kv=True)
+def test_trap_5_is_causal_without_a_mask_builds_the_causal_one(
+    kind: str, extra: str, need_weights: bool, padding: str
+) -> None:
+    layer = layer_of(kind, **({extra: True} if extra.startswith("add") else {}))
     x = torch.randn(N, S, E, dtype=torch.float64)
     masks = {"none": None, "bool": torch.rand(N, S) < 0.3, "float": torch.randn(N, S, dtype=torch.float64)}
     causal = torch.ones(S, S, dtype=torch.bool).triu(1)

@@ -235,6 +235,12 @@ def test_steep_alpha_and_tiny_scores(oracle):
     assert (entmax(x, 4.0) - oracle(x.double(), 4.0)).abs().max() <= 2e-7
 
 
+def test_equal_scores_keep_their_weight_at_any_alpha(backend):
+    for size, alpha in itertools.product((2, 29, 59, 100, 2000), (4.0, 7.0, 9.0, 12.0, 60.0)):
+        x = torch.stack([torch.full((size,), score) for score in (0.0, -5.0, 7.3)])
+        assert (entmax(x, alpha) * size - 1).abs().max() <= 1e-6, (size, alpha)
+
+
 def test_float8_is_refused():
     with pytest.raises(TypeError, match=r"bfloat16, float32, float64\), got torch.float8_e4m3fn"):
         entmax(torch.zeros(3).to(torch.float8_e4m3fn))

@@ -122,18 +122,22 @@ INLINE double refine(const real *scores, int64_t size, real a, real top, double 
  * Σ p is within `error` of 1 or comes no closer. What is stored, and its sum, which is returned, are of the last σ. */
 INLINE double climb_family(const real *x, int64_t size, const family of, real a, real top, double *sigma, double error,
                            real *p) {
+    const double rounding = 24 * error;
     double before = INFINITY;
     for (int sweep = 0;; sweep++) {
         const norms at = evaluate(x, size, of, a, top, *sigma, p);
         const double now = fabs(at.total - 1);
         /* A step from close by lands on the root, and for α = 2 any that finds the support: what Σ p is off after that is
          * rounding. */
-        const int landed = now < 24 * error && (before < 1e-3 || of == SPARSEMAX);
+        const int landed = now < rounding && (before < 1e-3 || of == SPARSEMAX);
         /* softmax is done by the division by Σ p */
         if (of == SOFTMAX || landed || !(now > error && (now < before || now > 1e-3)) || sweep == MAX_SWEEPS)
             return at.total / at.unit;
         const double step = root_step(at, of, a);
-        if (of == GENTLE && a > 0 && now < SHORT_STEP) return refine(x, size, a, top, *sigma, step, p);
+        if (of == GENTLE && a > 0 && now < SHORT_STEP) {
+            const double total = refine(x, size, a, top, *sigma, step, p);
+            if (fabs(at.unit * total - 1) < rounding) return total; /* else many entries are at the edge of the support */
+        }
         *sigma += step;
         before = now;
     }
@@ -180,6 +184,8 @@ static double bracket(const real *x, int64_t size, double a, real top, real *p) 
         sigma = newton > low && newton < high && error <= error_before / 2 ? newton : (low + high) / 2;
         error_before = error;
     }
+    /* At the upper end of an empty bracket all of many equal scores may have left the support. */
+    if (1 - at.total > 2 * REAL_EPS) at = evaluate(x, size, STEEP, a, top, low, p);
     return at.total;
 }
 #endif

@@ -124,7 +124,9 @@ def _solve_bracketed(scores: Tensor, top: Tensor, a: float | Tensor) -> Tensor:
         good = (newton > low) & (newton < high) & (error <= error_before / 2)
         sigma = torch.where(open_rows, torch.where(good, newton, (low + high) / 2), sigma)
         error_before = error
-    return p
+    # At the upper end of an empty bracket all of many equal scores may have left the support.
+    outside = 1 - total > 2 * eps
+    return torch.where(outside, _power(scores, top, low, a)[0], p) if bool(outside.any()) else p
 
 
 def _power(scores: Tensor, top: Tensor, sigma: Tensor, a: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -231,7 +231,8 @@ def step(sigma, low, high, error_before, total, slope, a, tolerance, MODE: tl.co
     """One of Newton's steps on the norm ``(Σ p)^a = 1``, with bisection where it leaves the bracket.
 
     For α up to 2 the iterates climb from the left, and what no longer brings the sum closer to 1 is rounding; beyond,
-    the slope is infinite where an entry enters the support, and only the sum or an empty bracket proves anything.
+    the slope is infinite where an entry enters the support, and only the sum or an empty bracket proves anything. There
+    all of many equal scores may have left the support at the upper end: such a row ends at the lower one.
 
     Returns:
         The next σ, the bracket, the error of the sum, and which rows are still open: the others keep their σ.
@@ -239,7 +240,9 @@ def step(sigma, low, high, error_before, total, slope, a, tolerance, MODE: tl.co
     error = tl.abs(total - 1.0)
     low = tl.where(total >= 1.0, sigma, low)
     high = tl.where(total < 1.0, sigma, high)
-    still_open = (error > tolerance) & (high - low > 1e-13 * high) & ((a > 1.0) | (error < error_before))
+    empty = high - low <= 1e-13 * high
+    improves = tl.where(a > 1.0, ~empty | (sigma > low), ~empty & (error < error_before))
+    still_open = (error > tolerance) & improves
     if MODE == 2:
         above = total - 1.0
     elif MODE == 1:
@@ -252,7 +255,7 @@ def step(sigma, low, high, error_before, total, slope, a, tolerance, MODE: tl.co
         above = total * log_total * phi1
     newton = sigma + above / slope
     good = (newton > low) & (newton < high) & ((a <= 1.0) | (error <= 0.5 * error_before))
-    moved = tl.where(good, newton, 0.5 * (low + high))
+    moved = tl.where(empty, low, tl.where(good, newton, 0.5 * (low + high)))
     return tl.where(still_open, moved, sigma), low, high, error, still_open
 
 

@@ -97,6 +97,15 @@ def test_long_rows_of_which_a_part_tells_nothing_of_the_rest(alpha, variant):
     assert (double - expected).abs().max() <= 1e-13
 
 
+@pytest.mark.parametrize("alpha", [1.1, 1.3, 1.4, 1.45, 1.49, 1.5, 1.55, 1.75, 2.0])
+def test_one_score_above_many_at_the_edge_of_the_support(alpha, variant):
+    a = alpha - 1
+    for size, spread in itertools.product((50, 900, 5000), (0, 1e-6, 1e-3, 1e-2)):
+        x = torch.randn(19, size) * spread
+        x[:, 7] += torch.linspace(0.9, 1, 19) / a
+        assert (forward(x, a, variant=variant) - exact(x, a)).abs().max() <= 6e-7, (size, spread)
+
+
 @pytest.mark.parametrize("alpha", [1.01, 1.1, 1.3, 1.45])
 def test_small_probabilities_keep_their_digits(alpha, variant):
     a = alpha - 1
@@ -127,6 +136,23 @@ def test_gradients_are_those_of_the_reference(alpha, variant):
             assert (grad_scores - expected).abs().max() <= bound, (size, scale, dtype)
             assert (alone - expected).abs().max() <= bound, (size, scale, dtype)
             assert (grad_a - expected_a).abs().max() <= bound_a * (1 + expected_a.abs().max()), (size, scale, dtype)
+
+
+@pytest.mark.parametrize("alpha", [0.9, 1.0, 1.0001, 1.3, 1.5, 1.9])
+def test_gradients_of_nearly_one_hot_rows_keep_their_digits(alpha, variant):
+    a = alpha - 1
+    rest = torch.logspace(-9, -2, 43)[:, None]  # what the largest entry leaves to the others
+    p = torch.cat([1 - rest, rest * torch.tensor([0.5, 0.3, 0.2])], -1).repeat(3, 1)
+    grad = torch.randn(len(p), 4)
+    expected, expected_a = exact_gradients(p, a, grad)
+    for size in (4, 4096):  # packed, and as it is
+        wide, wide_grad = (torch.nn.functional.pad(x, (0, size - 4)) for x in (p, grad))
+        for with_alpha in (False, True):
+            grad_scores, grad_a = rows.entmax_backward(wide, a, wide_grad, with_alpha, variant=variant)
+            error = (grad_scores[:, :4] - expected).abs().amax(-1) / expected.abs().amax(-1)
+            assert error.max() <= 5e-6, (size, with_alpha)
+            if grad_a is not None:
+                assert ((grad_a - expected_a).abs() / expected_a.abs()).max() <= 5e-6, size
 
 
 def test_every_row_goes_by_its_own_alpha(variant):

@@ -64,6 +64,13 @@ def test_values_and_gradients_are_the_reference(size, alpha, device):
         assert (got[1].double() - wanted[1]).abs().max() <= 2e-6 * largest
 
 
+@pytest.mark.parametrize("size", [59, 100, 16411])
+def test_equal_scores_keep_their_weight_at_any_alpha(size, device):
+    x = torch.stack([torch.full((size,), score, device=device) for score in (0.0, -5.0, 7.3)])
+    for alpha in (10.0, 12.0):
+        assert (rows.entmax_forward(x, alpha - 1, LOWEST) * size - 1).abs().max() <= 1e-6, alpha
+
+
 @pytest.mark.parametrize("size", [61, 16411])
 def test_top_k_takes_the_first_of_ties(size, device):
     x = torch.randint(-3, 4, (5, size), device=device).float()
@@ -101,9 +108,9 @@ def test_half_precision_is_read_as_it_is_where_nothing_has_a_gradient(dtype, dev
         with torch.no_grad():
             assert torch.equal(topk_softmax(learnt, 5), topk_softmax(x, 5))
     assert seen == [dtype, torch.float32, dtype, dtype] * 2
-    tangent = torch.ones_like(x)
     with forward_ad.dual_level():
-        assert forward_ad.unpack_dual(entmax(forward_ad.make_dual(x, tangent), 1.5)).tangent.dtype == dtype
+        assert forward_ad.unpack_dual(entmax(forward_ad.make_dual(x, x), 1.5)).tangent.dtype == dtype
+    assert seen[-1] == torch.float32
     with torch.autocast(device.type, dtype):
         assert entmax(x).dtype == torch.softmax(x, -1).dtype
 
