@@ -65,7 +65,7 @@ void EXPORTED(forward)(vector scores, int64_t size, int64_t k, double a, double 
         count = pack_largest(x, size, k, (real)lowest, maxima, strands, top, z, &threshold);
     } else {
         if (a > 0 && a <= 1 && size >= 256) { /* a part of the row has its root at or below that of the whole */
-            climb(maxima, strands, a, top, &sigma, 1e-2, p);
+            climb(maxima, strands, a, top, &sigma, 1e-2, 1, p);
         }
         if (a > 0) threshold = weightless(top, a, sigma, lowest);
         count = pack(x, threshold, size, z);

@@ -65,22 +65,25 @@ INLINE real exp_real(real x) {
 
 /* Newton's step for (Σ p)^a = 1: S h(a) / U with h(a) = (1 - S^-a) / a, which is log(S) at a = 0. For α >= 1.5 without
  * logarithms: 1 / h is convex in a, and the line through its values at a = ½ and 1, from above, makes the step a little
- * shorter. Up to α = 1.5, where the second derivative of Σ p is finite, it becomes Halley's. */
-INLINE double root_step(norms at, const family of, double a) {
+ * shorter. From below it does not pass the root, but for rounding. */
+INLINE double newton_step(norms at, const family of, double a) {
     const double excess = at.total - 1;
     if (of == SPARSEMAX) return excess / at.slope;
-    double newton;
     if (of != GENTLE) {
         const double root = sqrt(at.total);
-        newton = root * excess / ((a * root + (1 - a)) * at.slope);
-        if (of == STEEP) return newton;
-    } else if (fabs(excess) < 0.05) {
-        newton = excess * (1 + (1 - a) / 2 * excess * (1 - (1 + a) / 3 * excess)) / at.slope;
-    } else {
-        const real log_total = log1p_real((real)excess), x = (real)a * log_total;
-        const real ratio = fabs(x) < 0.1 ? 1 - x / 2 * (1 - x / 3 * (1 - x / 4)) : (1 - exp_real(-x)) / x;
-        newton = at.total * log_total * ratio / at.slope;
+        return root * excess / ((a * root + (1 - a)) * at.slope);
     }
+    if (fabs(excess) < 0.05)
+        return excess * (1 + (1 - a) / 2 * excess * (1 - (1 + a) / 3 * excess)) / at.slope;
+    const real log_total = log1p_real((real)excess), x = (real)a * log_total;
+    const real ratio = fabs(x) < 0.1 ? 1 - x / 2 * (1 - x / 3 * (1 - x / 4)) : (1 - exp_real(-x)) / x;
+    return at.total * log_total * ratio / at.slope;
+}
+
+/* Halley's for the same, which gets nearer and may pass the root; up to α = 1.5 the second derivative of Σ p is finite. */
+INLINE double halley_step(norms at, const family of, double a) {
+    const double newton = newton_step(at, of, a);
+    if (of != GENTLE && of != ENTMAX15) return newton;
     const double bend = (1 - a) / 2 * newton * (at.curve / at.slope - at.slope / at.total);
     return newton * (1 + (bend < 0.5 ? bend * (1 + bend) : 0.75)); /* 1 / (1 - bend), as far as it counts */
 }
@@ -118,11 +121,11 @@ INLINE double refine(const real *scores, int64_t size, real a, real top, double 
     return total_of(total);
 }
 
-/* Climbs from a σ at or below the root, for α <= 2, where Newton's method passes it by no more than rounding, until
- * Σ p is within `error` of 1 or comes no closer. What is stored, and its sum, which is returned, are of the last σ. */
+/* Climbs from a σ at or below the root, for α <= 2, until Σ p is within `error` of 1 or comes no closer; stays `below` the
+ * root if asked to. What is stored, and its sum, which is returned, are of the last σ. */
 INLINE double climb_family(const real *x, int64_t size, const family of, real a, real top, double *sigma, double error,
-                           real *p) {
-    const double rounding = 24 * error;
+                           int below, real *p) {
+    const double rounding = 12 * error;
     double before = INFINITY;
     for (int sweep = 0;; sweep++) {
         const norms at = evaluate(x, size, of, a, top, *sigma, p);
@@ -133,7 +136,7 @@ INLINE double climb_family(const real *x, int64_t size, const family of, real a,
         /* softmax is done by the division by Σ p */
         if (of == SOFTMAX || landed || !(now > error && (now < before || now > 1e-3)) || sweep == MAX_SWEEPS)
             return at.total / at.unit;
-        const double step = root_step(at, of, a);
+        const double step = below ? newton_step(at, of, a) : halley_step(at, of, a);
         if (of == GENTLE && a > 0 && now < SHORT_STEP) {
             const double total = refine(x, size, a, top, *sigma, step, p);
             if (fabs(at.unit * total - 1) < rounding) return total; /* else many entries are at the edge of the support */
@@ -154,17 +157,17 @@ static double sampled_step(const real *x, int64_t size, double a, real top, doub
     const double share = (double)count / (double)size;
     part.total /= share, part.slope /= share, part.curve /= share;
     const double farthest = -expm1(-a * log((double)size)) / a; /* the σ of a flat row */
-    const double next = sigma + root_step(part, GENTLE, a);
+    const double next = sigma + halley_step(part, GENTLE, a);
     return next > sigma ? (next < farthest ? next : farthest) : sigma;
 }
 
-static double climb(const real *x, int64_t size, double a, real top, double *sigma, double error, real *p) {
+static double climb(const real *x, int64_t size, double a, real top, double *sigma, double error, int below, real *p) {
     switch (family_of(a)) { /* a constant in each copy, for the compiler */
-    case SPARSEMAX: return climb_family(x, size, SPARSEMAX, (real)a, top, sigma, error, p);
-    case ENTMAX15: return climb_family(x, size, ENTMAX15, (real)a, top, sigma, error, p);
-    case SOFTMAX: return climb_family(x, size, SOFTMAX, (real)a, top, sigma, error, p);
-    case GENTLE: return climb_family(x, size, GENTLE, (real)a, top, sigma, error, p);
-    default: return climb_family(x, size, STEEP, (real)a, top, sigma, error, p);
+    case SPARSEMAX: return climb_family(x, size, SPARSEMAX, (real)a, top, sigma, error, below, p);
+    case ENTMAX15: return climb_family(x, size, ENTMAX15, (real)a, top, sigma, error, below, p);
+    case SOFTMAX: return climb_family(x, size, SOFTMAX, (real)a, top, sigma, error, below, p);
+    case GENTLE: return climb_family(x, size, GENTLE, (real)a, top, sigma, error, below, p);
+    default: return climb_family(x, size, STEEP, (real)a, top, sigma, error, below, p);
     }
 }
 
@@ -180,7 +183,7 @@ static double bracket(const real *x, int64_t size, double a, real top, real *p) 
         else high = sigma;
         double error = fabs(at.total - 1);
         if (!(error > 2 * REAL_EPS && high - low > REAL_EPS * high)) break;
-        double newton = sigma + root_step(at, STEEP, a);
+        double newton = sigma + newton_step(at, STEEP, a);
         sigma = newton > low && newton < high && error <= error_before / 2 ? newton : (low + high) / 2;
         error_before = error;
     }
@@ -195,5 +198,5 @@ static double solve(const real *x, int64_t size, double a, real top, double sigm
 #ifdef REAL_DOUBLE
     if (a > 1) return bracket(x, size, a, top, p);
 #endif
-    return climb(x, size, a, top, &sigma, REAL_EPS / 8, p);
+    return climb(x, size, a, top, &sigma, REAL_EPS / 8, 0, p);
 }
