@@ -89,6 +89,7 @@ class TransformerEncoderLayer(_Layer):
         **attention_kwargs: What ``attention`` takes beside those.
 
     Raises:
+        TypeError: ``attention`` makes no layer, ``activation`` is no function, a size no int, ``norm_first`` no bool.
         ValueError: A size, ``dropout`` or ``norm`` that is not allowed.
 
     Shape:
@@ -189,6 +190,7 @@ class TransformerDecoderLayer(_Layer):
         **attention_kwargs: What ``attention`` takes beside those.
 
     Raises:
+        TypeError: ``attention`` makes no layer, ``activation`` is no function, a size no int, ``norm_first`` no bool.
         ValueError: A size, ``dropout`` or ``norm`` that is not allowed.
 
     Shape:
