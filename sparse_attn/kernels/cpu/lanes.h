@@ -132,6 +132,11 @@ INLINE lanes square_root(lanes x) {
 }
 #endif
 
+/* x, but 0 where it is less or -0, of which no power could be taken by its bits; NaN stays. */
+INLINE lanes not_negative(lanes x) {
+    return at_least(splat(0), x) + (real)0;
+}
+
 #if defined(__AVX512F__)
 INLINE real sum_of(lanes x) {
     return OP(reduce_add)(x);

@@ -25,10 +25,10 @@ INLINE norms evaluate(const real *scores, int64_t size, const family of, real a,
         const lanes x = load(scores + i);
         lanes w, y, u;
         if (of == SPARSEMAX) {
-            y = at_least(zero, from(edge, x));
+            y = not_negative(from(edge, x));
             u = select_equal(y, zero, zero, one);
         } else if (of == ENTMAX15) {
-            u = at_least(zero, from(edge, x) * (real)0.5);
+            u = not_negative(from(edge, x) * (real)0.5);
             y = u * u;
             curve += select_equal(u, zero, zero, one);
         } else if (of == SOFTMAX) {
@@ -36,11 +36,11 @@ INLINE norms evaluate(const real *scores, int64_t size, const family of, real a,
         } else {
             /* u = w^(1/a - 1), which has fewer digits to lose than p */
             if (of == STEEP) {
-                w = at_least(zero, a * from(edge, x));
+                w = not_negative(a * from(edge, x));
                 u = select_equal(w, zero, zero, power_lanes(w, power));
             } else {
                 const lanes t = rise * at_least(nowhere, x - top);
-                w = select_below(t, half, at_least(zero, rise * from(edge, x)), t + (real)1);
+                w = select_below(t, half, not_negative(rise * from(edge, x)), t + (real)1);
                 u = power_of_sum(w, t, power);
                 curve += u / at_least(smallest, w);
             }
@@ -80,12 +80,14 @@ INLINE double newton_step(norms at, const family of, double a) {
     return at.total * log_total * ratio / at.slope;
 }
 
-/* Halley's for the same, which gets nearer and may pass the root; up to α = 1.5 the second derivative of Σ p is finite. */
-INLINE double halley_step(norms at, const family of, double a) {
-    const double newton = newton_step(at, of, a);
+/* Halley's step in the place of Newton's, which gets nearer and may pass the root; up to α = 1.5 the second derivative of
+ * Σ p is finite. Where many entries leave the support at once it may jump to and fro, or beyond `end`, where even the
+ * largest has left: then it is Newton's. */
+INLINE double halley_step(norms at, const family of, double a, double newton, double end) {
     if (of != GENTLE && of != ENTMAX15) return newton;
     const double bend = (1 - a) / 2 * newton * (at.curve / at.slope - at.slope / at.total);
-    return newton * (1 + (bend < 0.5 ? bend * (1 + bend) : 0.75)); /* 1 / (1 - bend), as far as it counts */
+    const double step = newton / (1 - (bend < 0.5 ? bend : 0.5));
+    return step < end ? step : newton;
 }
 
 /* p at σ + step from the p that are stored for σ, for 1 < α < 1.5 and a step that is small beside what most entries have
@@ -111,7 +113,7 @@ INLINE double refine(const real *scores, int64_t size, real a, real top, double 
         lanes y = load(p + i);
         y -= y * r * ((real)1 - second * r * ((real)1 - third * r));
         if (any_beyond(size_of_r, most_ratio)) {
-            const lanes after = at_least(zero, rise * from(edge_after, x));
+            const lanes after = not_negative(rise * from(edge_after, x));
             const lanes fresh = after * power_lanes(after, power);
             y = select_below(size_of_r, most_ratio, y, fresh);
         }
@@ -136,7 +138,9 @@ INLINE double climb_family(const real *x, int64_t size, const family of, real a,
         /* softmax is done by the division by Σ p */
         if (of == SOFTMAX || landed || !(now > error && (now < before || now > 1e-3)) || sweep == MAX_SWEEPS)
             return at.total / at.unit;
-        const double step = below ? newton_step(at, of, a) : halley_step(at, of, a);
+        below |= now > before / 2; /* jumping to and fro */
+        const double newton = newton_step(at, of, a), end = a > 0 ? 0.999 / (double)a - *sigma : INFINITY;
+        const double step = below ? newton : halley_step(at, of, a, newton, end);
         if (of == GENTLE && a > 0 && now < SHORT_STEP) {
             const double total = refine(x, size, a, top, *sigma, step, p);
             if (fabs(at.unit * total - 1) < rounding) return total; /* else many entries are at the edge of the support */
@@ -157,7 +161,8 @@ static double sampled_step(const real *x, int64_t size, double a, real top, doub
     const double share = (double)count / (double)size;
     part.total /= share, part.slope /= share, part.curve /= share;
     const double farthest = -expm1(-a * log((double)size)) / a; /* the σ of a flat row */
-    const double next = sigma + halley_step(part, GENTLE, a);
+    const double newton = newton_step(part, GENTLE, a);
+    const double next = sigma + halley_step(part, GENTLE, a, newton, farthest - sigma);
     return next > sigma ? (next < farthest ? next : farthest) : sigma;
 }
 

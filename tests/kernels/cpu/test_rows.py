@@ -78,6 +78,20 @@ def test_long_rows(alpha, variant):
     assert (forward(x, alpha - 1, variant=variant) - exact(x, alpha - 1)).abs().max() <= 2e-7
 
 
+@pytest.mark.parametrize("alpha", [1.05, 1.1, 1.3, 1.49, 1.5, 1.75, 2.0])
+def test_rows_of_few_levels(alpha, variant):
+    # Many entries leave the support at once, some of them at 1 / (α - 1) below the largest to the last bit.
+    counts = torch.tensor(list(itertools.product([1, 2], range(0, 120, 3), [0, 1, 5, 30, 60, 100])))
+    top, second, _ = starts = counts.cumsum(-1).split(1, -1)
+    place = torch.arange(255)
+    for offset, step in itertools.product([0.0, 20.0], [1.0, 0.5 / (alpha - 1), 0.9]):
+        x = -(step * sum((place >= start).float() for start in starts) - offset)  # a score of 0 is -0
+        x = x.masked_fill(place >= second + 100, offset - 50.0).masked_fill(place < top, offset)
+        expected = exact(x, alpha - 1)
+        assert (forward(x, alpha - 1, variant=variant) - expected).abs().max() <= 3e-7, (offset, step)
+        assert (forward(x.double(), alpha - 1, variant=variant) - expected).abs().max() <= 1e-12, (offset, step)
+
+
 @pytest.mark.parametrize("alpha", [1.3, 1.5, 1.75])
 def test_what_is_left_out_of_a_row_has_no_weight(alpha):
     # A bound from a part of the row decides; one that is too high in one row of 2,500 shows here.
