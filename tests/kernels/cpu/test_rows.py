@@ -92,6 +92,15 @@ def test_rows_of_few_levels(alpha, variant):
         assert (forward(x.double(), alpha - 1, variant=variant) - expected).abs().max() <= 1e-12, (offset, step)
 
 
+@pytest.mark.parametrize("alpha", [1.0625, 1.25, 1.5, 1.75, 2.0])
+def test_a_score_of_minus_zero_on_the_edge_of_the_support(alpha, variant):
+    x = torch.tensor([[1 / (alpha - 1), 0.8 / (alpha - 1), -0.0, -1.0]])
+    for scores in (x, x.double()):
+        p = forward(scores, alpha - 1, variant=variant)
+        assert (p - exact(x, alpha - 1)).abs().max() <= 2e-7
+        assert not (p == 0).logical_and(p.signbit()).any()
+
+
 @pytest.mark.parametrize("alpha", [1.3, 1.5, 1.75])
 def test_what_is_left_out_of_a_row_has_no_weight(alpha):
     # A bound from a part of the row decides; one that is too high in one row of 2,500 shows here.
