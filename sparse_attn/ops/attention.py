@@ -183,8 +183,7 @@ def attend(
     if enable_gqa:
         group = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
-    large = query.shape[-2] * key.shape[-2] >= _LARGE
-    if large and not need_weights and isinstance(mapping, ScoreMapping) and _is_plain(query, attn_mask):
+    if not need_weights and isinstance(mapping, ScoreMapping) and _is_plain(query, attn_mask) and _is_large(query, key):
         return _in_blocks(query, key, value, mapping, attn_mask, dropout_p, is_causal, scale), None
     if is_causal:
         attn_mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
@@ -193,6 +192,10 @@ def attend(
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
     return weights.to(value.dtype) @ value, weights
+
+
+def _is_large(query: Tensor, key: Tensor) -> bool:
+    return query.shape[-2] * key.shape[-2] >= _LARGE
 
 
 def _is_plain(query: Tensor, attn_mask: Tensor | None) -> bool:
