@@ -60,7 +60,7 @@ class RecordedLayer(NamedTuple):
 
 def layer_kind(name: str) -> Kind:
     """The kind of an attention layer, from its name in `Seq2SeqTransformer`."""
-    if "cross" in name:
+    if name.endswith("multihead_attn"):
         return "cross"
     return "encoder" if name.startswith("encoder.") else "decoder"
 

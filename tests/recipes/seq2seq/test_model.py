@@ -45,10 +45,10 @@ def test_every_kind_in_every_place_builds_and_learns(kind: str, place: str) -> N
         assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
         assert bool(parameter.grad.any()), name
     name = {
-        "encoder_attention": "encoder.layers.{}.self_attention",
-        "decoder_attention": "decoder.layers.{}.self_attention",
+        "encoder_attention": "encoder.layers.{}.self_attn",
+        "decoder_attention": "decoder.layers.{}.self_attn",
     }
-    chosen = [model.get_submodule(name.get(place, "decoder.layers.{}.cross_attention").format(i)) for i in (0, 1)]
+    chosen = [model.get_submodule(name.get(place, "decoder.layers.{}.multihead_attn").format(i)) for i in (0, 1)]
     for layer in chosen:
         if kind == "topk":
             assert isinstance(layer, TopKMultiheadAttention) and layer.k == 2
@@ -65,11 +65,11 @@ def test_every_kind_in_every_place_builds_and_learns(kind: str, place: str) -> N
 
 def test_attention_modules_have_the_names_that_reports_rely_on() -> None:
     assert list(alpha_per_head(model_of(encoder_layers=1, decoder_layers=2))) == [
-        "encoder.layers.0.self_attention",
-        "decoder.layers.0.self_attention",
-        "decoder.layers.0.cross_attention",
-        "decoder.layers.1.self_attention",
-        "decoder.layers.1.cross_attention",
+        "encoder.layers.0.self_attn",
+        "decoder.layers.0.self_attn",
+        "decoder.layers.0.multihead_attn",
+        "decoder.layers.1.self_attn",
+        "decoder.layers.1.multihead_attn",
     ]
 
 
