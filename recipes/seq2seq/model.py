@@ -201,6 +201,7 @@ class Decoder(nn.Module):
         self, x: Tensor, memory: Tensor, source_padding: Tensor, caches: list[DecoderCache] | None = None
     ) -> Tensor:
         """(N, T, dim) -> (N, T, dim). Target padding is on the right, where the causal mask hides it."""
-        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+        for index, layer in enumerate(self.layers):
+            cache = caches[index] if caches else None
             x = layer(x, memory, memory_key_padding_mask=source_padding, tgt_is_causal=True, cache=cache)
         return self.norm(x)

@@ -192,7 +192,8 @@ class TransformerDecoderLayer(_Layer):
         **attention_kwargs: What ``attention`` takes beside those.
 
     Raises:
-        TypeError: ``attention`` or ``cross_attention`` makes no layer, ``activation`` is no function, a size no int, ``norm_first`` no bool.
+        TypeError: ``attention`` or ``cross_attention`` makes no layer, ``activation`` is no function, a size no int,
+            ``norm_first`` no bool.
         ValueError: A size, ``dropout`` or ``norm`` that is not allowed.
 
     Shape:

@@ -350,8 +350,8 @@ def test_the_attention_to_the_memory_may_be_of_another_kind() -> None:
     with record_attention(layer) as record:
         layer(x, memory, tgt_is_causal=True)
     assert record["multihead_attn"].support_size.tolist() == [2.0] * H
-    with pytest.raises(TypeError, match="cross_attention must be a class or a function .*, got str"):
-        TransformerDecoderLayer(E, H, cross_attention="topk")
+    with pytest.raises(TypeError, match=r"cross_attention must be a class or a function .*, got str"):
+        TransformerDecoderLayer(E, H, cross_attention="topk")  # type: ignore[arg-type]
 
 
 class LanguageModel(nn.Module):
