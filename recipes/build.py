@@ -14,13 +14,13 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from recipes.bind import check_arguments
-from recipes.callbacks.alpha import AlphaCourse
-from recipes.callbacks.checkpoints import BestAndLast
-from recipes.callbacks.progress import progress
-from recipes.seq2seq.data import Seq2SeqData
-from recipes.seq2seq.model import Seq2SeqTransformer
-from recipes.seq2seq.task import Seq2SeqTask
+from .bind import check_arguments
+from .callbacks.alpha import AlphaCourse
+from .callbacks.checkpoints import BestAndLast
+from .callbacks.progress import progress
+from .seq2seq.data import Seq2SeqData
+from .seq2seq.model import Seq2SeqTransformer
+from .seq2seq.task import Seq2SeqTask
 
 SECTIONS = (
     "seed",

@@ -23,8 +23,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from recipes.curves import drop_rows_after
-from recipes.seq2seq.task import Seq2SeqTask
+from .curves import drop_rows_after
+from .seq2seq.task import Seq2SeqTask
 
 CONFIG, OVERRIDES, VERSIONS, RESULTS = "config.yaml", "overrides.yaml", "versions.json", "results.json"
 METRICS, ALPHA, CHECKPOINTS = "metrics.csv", "alpha.csv", "checkpoints"

@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recipes.seq2seq.tokenizer import PAD
 from sparse_attn import TopKMultiheadAttention
 from sparse_attn.analysis import (
     entropy,
@@ -20,6 +19,8 @@ from sparse_attn.analysis import (
     strongest_at_offset,
     support_counts,
 )
+
+from ..seq2seq.tokenizer import PAD
 
 Kind = Literal["encoder", "decoder", "cross"]
 KINDS: tuple[Kind, ...] = ("encoder", "decoder", "cross")

@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.table import Table
 from torch import Tensor
 
-from recipes.report.measure import OFFSETS, LayerHeads
 from sparse_attn.analysis import ROLE_THRESHOLDS
+
+from .measure import OFFSETS, LayerHeads
 
 # So many heads fit beside the longest layer name.
 HEADS_PER_LINE = 8

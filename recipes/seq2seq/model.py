@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from recipes.seq2seq.attention import ATTENTION_KINDS, make_attention
-from recipes.seq2seq.tokenizer import PAD
 from sparse_attn import KVCache
 from sparse_attn.checks import check_alpha, check_dropout, check_k
 from sparse_attn.nn import SparseMultiheadAttention
+
+from .attention import ATTENTION_KINDS, make_attention
+from .tokenizer import PAD
 
 
 class Seq2SeqTransformer(nn.Module):

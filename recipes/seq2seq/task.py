@@ -11,12 +11,13 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
-from recipes.seq2seq.data.batching import pad
-from recipes.seq2seq.decode import greedy_decode
-from recipes.seq2seq.model import Seq2SeqTransformer
-from recipes.seq2seq.scores import Scores
-from recipes.seq2seq.tokenizer import PAD, Tokenizer
 from sparse_attn.optim import alpha_param_groups
+
+from .data.batching import pad
+from .decode import greedy_decode
+from .model import Seq2SeqTransformer
+from .scores import Scores
+from .tokenizer import PAD, Tokenizer
 
 
 class Seq2SeqTask(L.LightningModule):
