@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn.checks import check_dropout, check_floating, check_k
-from sparse_attn.kernels.attention import Setting, blockwise_attention
-from sparse_attn.kernels.triton.route import can_fuse, fused
+from sparse_attn.kernels.choose_attention import can_fuse, fused
+from sparse_attn.kernels.functions.blockwise import Setting, blockwise_attention
 from sparse_attn.masks import apply_mask, causal_mask, check_mask, dense_mask, described_causal
 from sparse_attn.ops.entmax import entmax
 from sparse_attn.ops.topk import topk_entmax

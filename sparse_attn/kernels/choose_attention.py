@@ -9,8 +9,8 @@ from torch.autograd import forward_ad
 
 from sparse_attn.checks import check_alpha
 from sparse_attn.kernels import dispatch
-from sparse_attn.kernels.triton.operator import fused_attention
-from sparse_attn.kernels.triton.plan import LARGEST_HEAD
+from sparse_attn.kernels.functions.fused import fused_attention
+from sparse_attn.kernels.triton.attention.plan import LARGEST_HEAD
 from sparse_attn.masks import check_mask, described_causal
 
 
