@@ -7,12 +7,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from recipes.launch import run_hydra
-from recipes.report import rates_table
-from recipes.run import Run, load_run, short_path, write_json
-from recipes.seq2seq.data import Seq2SeqData
-from recipes.seq2seq.scores import score
-from recipes.seq2seq.task import Seq2SeqTask
+from .launch import run_hydra
+from .report import rates_table
+from .run import Run, load_run, short_path, write_json
+from .seq2seq.data import Seq2SeqData
+from .seq2seq.scores import score
+from .seq2seq.task import Seq2SeqTask
 
 EVALUATION = "evaluation.json"
 SPLITS = {"val": ("val",), "test": ("test",), "both": ("val", "test")}

@@ -11,8 +11,8 @@ from pathlib import Path
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from recipes.seq2seq.data import Seq2SeqData
-from recipes.seq2seq.task import Seq2SeqTask
+from .seq2seq.data import Seq2SeqData
+from .seq2seq.task import Seq2SeqTask
 
 
 def fit(trainer: L.Trainer, task: Seq2SeqTask, data: Seq2SeqData, checkpoint: Path | None) -> None:

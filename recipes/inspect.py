@@ -5,14 +5,15 @@ from __future__ import annotations
 from omegaconf import DictConfig
 from rich.console import Console
 
-from recipes.evaluate import data_section, evaluation_data
-from recipes.launch import run_hydra
-from recipes.report import alpha_table, attention_density, measure_heads, roles_table, top_k_per_layer
-from recipes.report.maps import choose_word, word_maps
-from recipes.report.tables import ROLES_EXPLAINED
-from recipes.report.write import Report, write_report
-from recipes.run import load_run, short_path
 from sparse_attn import alpha_per_head
+
+from .evaluate import data_section, evaluation_data
+from .launch import run_hydra
+from .report import alpha_table, attention_density, measure_heads, roles_table, top_k_per_layer
+from .report.maps import choose_word, word_maps
+from .report.tables import ROLES_EXPLAINED
+from .report.write import Report, write_report
+from .run import load_run, short_path
 
 
 def inspect(cfg: DictConfig) -> dict[str, list[float]]:

@@ -32,7 +32,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from recipes.arguments import check_deletions, check_flags, is_multirun, quoted, read_as_text, split
+from .arguments import check_deletions, check_flags, is_multirun, quoted, read_as_text, split
 
 WRONG_INPUT, INTERRUPTED = 2, 130
 _OURS = ("recipes", "sparse_attn", "__main__")

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO, TextIO
 
 from omegaconf import DictConfig
 
-from recipes.launch import run_hydra
-from recipes.run import load_run
-from recipes.seq2seq.task import Seq2SeqTask
+from .launch import run_hydra
+from .run import load_run
+from .seq2seq.task import Seq2SeqTask
 
 BATCH_LINES = 512
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.arguments import is_multirun, quoted
-from recipes.launch import config_groups
+from .arguments import is_multirun, quoted
+from .launch import config_groups
 
 # The rest of the configuration has shaped the weights and the optimizer in the checkpoint.
 _ALLOWED = ("trainer.", "logger.", "hydra.")
@@ -29,7 +29,7 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     if not runs or runs[-1] in ("", "null"):
         return list(arguments), None
     # Here, because it loads torch: a run that starts anew need not wait for it yet.
-    from recipes.run import CONFIG, checkpoint_file, read_checkpoint, run_folder
+    from .run import CONFIG, checkpoint_file, read_checkpoint, run_folder
 
     others = [argument for argument in arguments if not argument.startswith("resume=")]
     if is_multirun(others):

@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from recipes.report import alpha_table, attention_density, rates_table, top_k_per_layer
-from recipes.run import CHECKPOINTS, RESULTS, checkpoint_file, read_checkpoint, short_path, write_json
-from recipes.seq2seq.data import Seq2SeqData
-from recipes.seq2seq.scores import Scores, score
-from recipes.seq2seq.task import Seq2SeqTask
 from sparse_attn import alpha_per_head
+
+from .report import alpha_table, attention_density, rates_table, top_k_per_layer
+from .run import CHECKPOINTS, RESULTS, checkpoint_file, read_checkpoint, short_path, write_json
+from .seq2seq.data import Seq2SeqData
+from .seq2seq.scores import Scores, score
+from .seq2seq.task import Seq2SeqTask
 
 EXAMPLES = 10
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from recipes.arguments import is_multirun
-from recipes.launch import Interrupted, config_dir, config_groups, reported, run_hydra
-from recipes.resume import check_continues, resume_arguments
+from .arguments import is_multirun
+from .launch import Interrupted, config_dir, config_groups, reported, run_hydra
+from .resume import check_continues, resume_arguments
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -43,7 +43,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     import lightning as L
     import torch
 
-    from recipes.build import (
+    from .build import (
         build_callbacks,
         build_data,
         build_loggers,
@@ -52,9 +52,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
         recorded,
         resolved,
     )
-    from recipes.fit import fit, quiet
-    from recipes.run import checkpoint_file, continue_record, read_checkpoint, start_record
-    from recipes.summary import conclude, farewell, headline
+    from .fit import fit, quiet
+    from .run import checkpoint_file, continue_record, read_checkpoint, start_record
+    from .summary import conclude, farewell, headline
 
     settings = resolved(cfg)
     if settings["threads"] is not None:
@@ -115,7 +115,7 @@ def main() -> None:
 
     run_hydra("train", kept, arguments=arguments, config=config)
     if is_multirun(arguments):
-        from recipes.summary import print_comparison
+        from .summary import print_comparison
 
         print_comparison(finished)
 

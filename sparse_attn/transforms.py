@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.fx import _symbolic_trace
 
 
 def is_traced() -> bool:
@@ -14,7 +15,12 @@ def is_traced() -> bool:
     A kernel that is called through a pointer leaves no operation behind: the graph would hold a constant, or memory
     that nothing has written to.
     """
-    return torch._C._is_tracing() or torch.fx._symbolic_trace._is_fx_tracing_flag or torch.compiler.is_exporting()
+    return torch._C._is_tracing() or _symbolic_trace._is_fx_tracing_flag or torch.compiler.is_exporting()
+
+
+def writes_onnx() -> bool:
+    """Whether what is traced may become ONNX, which has fewer operations than torch."""
+    return torch.compiler.is_exporting() or (torch._C._is_tracing() and torch.onnx.is_in_onnx_export())
 
 
 def values_known(x: Tensor) -> bool:

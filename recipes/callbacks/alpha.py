@@ -9,9 +9,10 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from recipes.run import ALPHA
-from recipes.seq2seq.task import Seq2SeqTask
 from sparse_attn import alpha_per_head
+
+from ..run import ALPHA
+from ..seq2seq.task import Seq2SeqTask
 
 COLUMNS = ("step", "layer", "head", "alpha")
 

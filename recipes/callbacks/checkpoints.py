@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from recipes.run import CHECKPOINTS
+from ..run import CHECKPOINTS
 
 
 class BestAndLast(Checkpoint):

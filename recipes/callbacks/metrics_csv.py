@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from recipes.curves import read_rows, write_rows
-from recipes.run import METRICS
+from ..curves import read_rows, write_rows
+from ..run import METRICS
 
 
 class MetricsCsv(Logger):

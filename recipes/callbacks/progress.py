@@ -10,8 +10,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
 
-from recipes.seq2seq.task import Seq2SeqTask
 from sparse_attn import alpha_per_head
+
+from ..seq2seq.task import Seq2SeqTask
 
 
 def progress() -> L.Callback:

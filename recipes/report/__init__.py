@@ -3,8 +3,8 @@
 The pictures and the page (`recipes.report.write`) are imported where they are drawn: matplotlib loads slowly.
 """
 
-from recipes.report.measure import LayerHeads, attention_density, measure_heads, top_k_per_layer
-from recipes.report.tables import alpha_table, rates_table, roles_table
+from .measure import LayerHeads, attention_density, measure_heads, top_k_per_layer
+from .tables import alpha_table, rates_table, roles_table
 
 __all__ = [
     "LayerHeads",

@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch import Tensor
 
-from recipes.report.measure import KINDS, Kind, record_batch
-from recipes.report.tables import setting
-from recipes.seq2seq.decode import greedy_decode
-from recipes.seq2seq.tokenizer import BOS
+from ..seq2seq.decode import greedy_decode
+from ..seq2seq.tokenizer import BOS
+from .measure import KINDS, Kind, record_batch
+from .tables import setting
 
 NEVER_VISIBLE = "#bdbdbd"
 # The smallest non-zero weight is already blue; exactly zero is left white.

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from recipes.report.measure import KINDS, Kind, layer_kind
-from recipes.report.tables import percent, setting
+from .measure import KINDS, Kind, layer_kind
+from .tables import percent, setting
 
 KIND_TITLES: dict[Kind, str] = {
     "encoder": "encoder self-attention",

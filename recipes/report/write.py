@@ -11,12 +11,12 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from recipes.report import html
-from recipes.report.maps import WordMaps, attention_figure
-from recipes.report.measure import OFFSETS, LayerHeads
-from recipes.report.plots import alpha_course, heat_map, save
-from recipes.report.tables import ROLES_EXPLAINED, SPLIT_NAMES, head_rows, percent, setting, write_rows
-from recipes.run import ALPHA, RESULTS, Run
+from ..run import ALPHA, RESULTS, Run
+from . import html
+from .maps import WordMaps, attention_figure
+from .measure import OFFSETS, LayerHeads
+from .plots import alpha_course, heat_map, save
+from .tables import ROLES_EXPLAINED, SPLIT_NAMES, head_rows, percent, setting, write_rows
 
 FOLDER = "report"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recipes.seq2seq.model import Seq2SeqTransformer
-from recipes.seq2seq.tokenizer import BOS, EOS, PAD, UNK
+from .model import Seq2SeqTransformer
+from .tokenizer import BOS, EOS, PAD, UNK
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recipes.seq2seq.metrics import error_rates
+from .metrics import error_rates
 
 if TYPE_CHECKING:
-    from recipes.seq2seq.task import Seq2SeqTask
+    from .task import Seq2SeqTask
 
 
 @dataclass

@@ -11,12 +11,16 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
-from recipes.seq2seq.data.batching import pad
-from recipes.seq2seq.decode import greedy_decode
-from recipes.seq2seq.model import Seq2SeqTransformer
-from recipes.seq2seq.scores import Scores
-from recipes.seq2seq.tokenizer import PAD, Tokenizer
 from sparse_attn.optim import alpha_param_groups
+
+from .data.batching import pad
+from .decode import greedy_decode
+from .model import Seq2SeqTransformer
+from .scores import Scores
+from .tokenizer import PAD, Tokenizer
+
+# Of checkpoints: raised when the weights or hyper-parameters of an earlier version no longer fit.
+LAYOUT = 2
 
 
 class Seq2SeqTask(L.LightningModule):
@@ -82,6 +86,10 @@ class Seq2SeqTask(L.LightningModule):
         """Logits of the next target token, see ``Seq2SeqTransformer``."""
         logits: Tensor = self.model(source, target)
         return logits
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes the layout of the weights, so that a later version can tell whether it reads them."""
+        checkpoint["layout"] = LAYOUT
 
     def on_train_epoch_start(self) -> None:
         """Makes dropout a function of seed and epoch: a resumed run goes on as if it had never stopped."""

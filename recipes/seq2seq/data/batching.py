@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from recipes.seq2seq.tokenizer import BOS, PAD
+from ..tokenizer import BOS, PAD
 
 # Sorted within random pools of this many batches, 95 % of the source positions of CMUdict are letters (57 %
 # unsorted), and the 57 batches of a SIGMORPHON language still differ from epoch to epoch.

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from recipes.seq2seq.data.examples import Example, Splits, check_optional_count, limit_splits
+from .examples import Example, Splits, check_optional_count, limit_splits
 
 _ALTERNATIVE = re.compile(r"\(\d+\)$")  # the dictionary lists a second pronunciation of "read" as "read(2)"
 _STRESS = re.compile(r"\d")

@@ -9,9 +9,10 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from recipes.seq2seq.data.batching import BatchByLength, Row, collate
-from recipes.seq2seq.data.cmudict import load_cmudict
-from recipes.seq2seq.data.examples import (
+from ..tokenizer import NORMALIZATIONS, SPLITS, Tokenizer, check_choice
+from .batching import BatchByLength, Row, collate
+from .cmudict import load_cmudict
+from .examples import (
     Example,
     Splits,
     check_count,
@@ -20,8 +21,7 @@ from recipes.seq2seq.data.examples import (
     pairs,
     subset,
 )
-from recipes.seq2seq.data.tsv import load_tsv
-from recipes.seq2seq.tokenizer import NORMALIZATIONS, SPLITS, Tokenizer, check_choice
+from .tsv import load_tsv
 
 NAMES = ("cmudict", "tsv")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from pathlib import Path
 
-from recipes.seq2seq.data.examples import Example, Splits
+from .examples import Example, Splits
 
 
 def read_pairs(path: str | Path) -> list[Example]:

@@ -1,4 +1,8 @@
-/* Vectors of any element type and stride to contiguous `real`, and contiguous `real` to any element type. */
+/* Converts vectors of any element type and stride to contiguous `real` and back, for row.c. */
+#ifndef SPARSE_ATTN_CONVERT_H
+#define SPARSE_ATTN_CONVERT_H
+
+#include "lanes.h"
 #include "rows.h"
 
 INLINE float float_of(uint32_t bits) {
@@ -84,3 +88,5 @@ static void deliver(const real *from, int64_t size, void *out, element type) {
     }
 #undef SCATTER
 }
+
+#endif

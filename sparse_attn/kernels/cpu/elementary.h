@@ -1,4 +1,8 @@
-/* exp and log of lanes without tables, branches or libm. */
+/* exp, log and powers of lanes for solve.h and gradients.h, without tables, branches or libm. */
+#ifndef SPARSE_ATTN_ELEMENTARY_H
+#define SPARSE_ATTN_ELEMENTARY_H
+
+#include "lanes.h"
 
 #ifdef REAL_DOUBLE
 #define MANTISSA 52
@@ -146,3 +150,5 @@ INLINE lanes power_of_sum(lanes w, lanes t, real power) {
 INLINE lanes power_lanes(lanes w, real power) {
     return power_of_sum(w, w - (real)1, power);
 }
+
+#endif

@@ -1,4 +1,13 @@
-/* The gradients of one row, from its packed probabilities. */
+/* Gradients for the scores and for α of one row of packed probabilities, for row.c. rows.h defines the letters. */
+#ifndef SPARSE_ATTN_GRADIENTS_H
+#define SPARSE_ATTN_GRADIENTS_H
+
+#include "elementary.h"
+#include "family.h"
+#include "lanes.h"
+#include "origin.h"
+#include "tally.h"
+
 typedef struct {
     double u, u_g; /* Σ u and Σ u g */
 } weighted;
@@ -112,3 +121,5 @@ static void centre(real *u, const real *g, int64_t size, origin delta) {
         store(u + i, select_equal(slope, zero, zero, slope * from(delta, load(g + i))));
     }
 }
+
+#endif

@@ -1,7 +1,10 @@
-/* `real`, float or double, and `lanes`, as many of them as the processor computes with at once.
+/* Vectors for all kernels: `real` is float or double, `lanes` is a vector of as many as the processor computes at once.
  *
- * GNU C's vectors are all that the kernels need, for any processor; where they would be slow, x86 has its own words.
+ * GNU C's vector extension serves every processor; x86 intrinsics are used where it compiles to slow code.
  */
+#ifndef SPARSE_ATTN_LANES_H
+#define SPARSE_ATTN_LANES_H
+
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
@@ -157,4 +160,6 @@ INLINE real maximum_of(lanes x) {
         for (int j = 0; j < half; j++) x[j] = x[j] > x[j + half] ? x[j] : x[j + half];
     return x[0];
 }
+#endif
+
 #endif

@@ -1,8 +1,14 @@
-/* The few entries of a row that matter, packed together, and put back where they came from.
+/* Packs the entries of a row that take part side by side, and puts results back in their places, for row.c.
  *
  * An entry takes part when its key is not <= threshold, so that NaN always does. `pack` and `unpack` see the same keys
  * and so need no indices. Both touch up to one vector past the last packed entry.
  */
+#ifndef SPARSE_ATTN_PACK_H
+#define SPARSE_ATTN_PACK_H
+
+#include "lanes.h"
+#include "rows.h"
+
 #if defined(__AVX512F__)
 #define PACKED_AT_ONCE LANES
 
@@ -122,3 +128,11 @@ static void unpack(const real *key, real threshold, const real *packed, real fac
         packed += kept;
     }
 }
+
+/* Fills up to a multiple of PADDING; returns the size with it. */
+static int64_t pad(real *x, int64_t size, real value) {
+    for (int i = 0; i < PADDING; i++) x[size + i] = value;
+    return (size + PADDING - 1) & -PADDING;
+}
+
+#endif

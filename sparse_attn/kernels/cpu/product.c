@@ -1,17 +1,9 @@
 /* Products with a matrix P (rows, size) that is mostly zero: what attention does with sparse weights. A dense product
  * would spend its time on the zeros. Compiled for float and for double at every vector width.
  */
+#include "exported.h"
 #include "lanes.h"
-
 #include "rows.h"
-
-#define JOIN_(name, type, variant) name##_##type##_##variant
-#define JOIN(name, type, variant) JOIN_(name, type, variant)
-#ifdef REAL_DOUBLE
-#define EXPORTED(name) JOIN(name, double, VARIANT)
-#else
-#define EXPORTED(name) JOIN(name, float, VARIANT)
-#endif
 
 /* A bit for each lane that is not zero; NaN is not. */
 INLINE uint32_t nonzero_bits(lanes x) {

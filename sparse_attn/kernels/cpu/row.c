@@ -3,23 +3,18 @@
  * A row is read for its maximum, the entries that can have weight are packed together, Newton's method runs on those,
  * and the result is unpacked. See the comment in rows.h for the letters.
  */
-#include "lanes.h"
-
 #include "convert.h"
-#include "elementary.h"
+#include "exported.h"
 #include "family.h"
 #include "gradients.h"
+#include "lanes.h"
 #include "pack.h"
+#include "rows.h"
 #include "select.h"
 #include "solve.h"
+#include "strands.h"
 
-#define JOIN_(name, type, variant) name##_##type##_##variant
-#define JOIN(name, type, variant) JOIN_(name, type, variant)
-#ifdef REAL_DOUBLE
-#define EXPORTED(name) JOIN(name, double, VARIANT)
-#else
-#define EXPORTED(name) JOIN(name, float, VARIANT)
-#define EXPORTED_IN_DOUBLE(name) JOIN(name, double, VARIANT)
+#ifndef REAL_DOUBLE
 backward_row EXPORTED_IN_DOUBLE(backward);
 #endif
 

@@ -1,4 +1,4 @@
-/* What row.c and product.c offer to rows.c, compiled once per element type and vector width.
+/* The interface between rows.c and the kernels row.c and product.c, compiled once per element type and variant.
  *
  * Notation: z scores, p probabilities, a = α - 1, p_i = [1 + a (z_i - σ)]_+^(1/a), u = p^(1 - a).
  */

@@ -1,48 +1,10 @@
-/* Maxima of the strands of a row (every n-th entry), which bound what follows from below, and the k largest entries. */
+/* The k largest scores of a row, for row.c: a threshold from below first, then an exact choice. */
+#ifndef SPARSE_ATTN_SELECT_H
+#define SPARSE_ATTN_SELECT_H
 
-enum { MAX_STRANDS = 1024 };
-
-/* Fills up to a multiple of PADDING; returns the size with it. */
-static int64_t pad(real *x, int64_t size, real value) {
-    for (int i = 0; i < PADDING; i++) x[size + i] = value;
-    return (size + PADDING - 1) & -PADDING;
-}
-
-INLINE real strided_maxima(const real *x, int64_t size, const int strands, real *maxima) {
-    lanes most[MAX_STRANDS / LANES];
-    for (int j = 0; j < strands; j += LANES) most[j / LANES] = splat(-INFINITY);
-    int64_t start = 0;
-    for (; start + strands <= size; start += strands)
-        for (int j = 0; j < strands; j += LANES) most[j / LANES] = at_least(load(x + start + j), most[j / LANES]);
-    int j = 0;
-    for (; start + j + LANES <= size; j += LANES) most[j / LANES] = at_least(load(x + start + j), most[j / LANES]);
-    for (int i = 0; i < strands; i += LANES) store(maxima + i, most[i / LANES]);
-    for (; start + j < size; j++) maxima[j] = x[start + j] > maxima[j] ? x[start + j] : maxima[j];
-    lanes all = load(maxima);
-    for (int i = LANES; i < strands; i += LANES) all = at_least(load(maxima + i), all);
-    return maximum_of(all);
-}
-
-/* The maximum of x[j], x[j + strands], x[j + 2 strands] ... for each j, and of all. NaN is passed over. */
-static real strand_maxima(const real *x, int64_t size, int strands, real *maxima) {
-    switch (strands) { /* a constant in each copy, for the compiler */
-    case 1024: return strided_maxima(x, size, 1024, maxima);
-    case 256: return strided_maxima(x, size, 256, maxima);
-    case 64: return strided_maxima(x, size, 64, maxima);
-    default: return strided_maxima(x, size, 16, maxima);
-    }
-}
-
-static int strands_for_start(int64_t size) {
-    return size < 256 ? 16 : size < 4096 ? 64 : 256;
-}
-
-/* Enough strands that their k-th largest maximum leaves few other entries above it; 16 where that cannot be. */
-static int strands_for_largest(int64_t size, int64_t k) {
-    for (int strands = 64; strands <= MAX_STRANDS; strands *= 4)
-        if (2 * k <= strands && 4 * strands <= size) return strands;
-    return 16;
-}
+#include "lanes.h"
+#include "pack.h"
+#include "strands.h"
 
 /* How many of the padded x are above a cut. */
 static int64_t count_above(const real *x, int64_t size, real cut) {
@@ -134,3 +96,5 @@ static int64_t pack_largest(const real *x, int64_t size, int64_t k, real lowest,
         if (packed[i] <= smallest && (packed[i] < smallest || ties-- <= 0)) packed[i] = -INFINITY;
     return count;
 }
+
+#endif

@@ -1,4 +1,17 @@
-/* σ of one row and its probabilities, not yet divided by their sum. See the comment in rows.h for the letters. */
+/* Solves Σ p = 1 for σ in one row of packed scores, for row.c; p is not yet divided by its sum.
+ *
+ * rows.h defines the letters.
+ */
+#ifndef SPARSE_ATTN_SOLVE_H
+#define SPARSE_ATTN_SOLVE_H
+
+#include "elementary.h"
+#include "family.h"
+#include "lanes.h"
+#include "origin.h"
+#include "rows.h"
+#include "tally.h"
+
 enum { MAX_SWEEPS = 100 };
 
 /* A distance from σ that has no weight at any α, and still overflows nothing. */
@@ -205,3 +218,5 @@ static double solve(const real *x, int64_t size, double a, real top, double sigm
 #endif
     return climb(x, size, a, top, &sigma, REAL_EPS / 8, 0, p);
 }
+
+#endif

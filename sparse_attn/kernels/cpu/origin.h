@@ -1,0 +1,23 @@
+/* Differences between scores and a number of twice their precision, for solve.h and gradients.h. */
+#ifndef SPARSE_ATTN_ORIGIN_H
+#define SPARSE_ATTN_ORIGIN_H
+
+#include "lanes.h"
+
+/* A score that everything is counted from, in two parts: one alone would shift all entries by what it rounds away,
+ * which in a row of many equal scores is as much as their weight. */
+typedef struct {
+    real high, low;
+} origin;
+
+INLINE origin origin_at(real top, double below) {
+    const double place = (double)top + below;
+    const real high = (real)place;
+    return (origin){high, (real)(((double)top - high) + below)};
+}
+
+INLINE lanes from(origin o, lanes x) {
+    return (x - o.high) - o.low;
+}
+
+#endif
