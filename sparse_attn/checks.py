@@ -151,4 +151,4 @@ def rows_last(value: Tensor, x: Tensor, dim: int) -> Tensor:
     """A view of a parameter of the rows of ``x`` that fits ``x.movedim(dim, -1)``."""
     if not x.dim() or (value.dim() and dim in (-1, x.dim() - 1)):  # dimensions in front are not missed
         return value
-    return value.view([1] * (x.dim() - value.dim()) + list(value.shape)).movedim(dim, -1)
+    return value.view([1] * (x.dim() - value.dim()) + list(value.shape)).movedim(dim % x.dim(), x.dim() - 1)
