@@ -12,10 +12,17 @@ SUBSET_SEED = 2020
 
 @dataclass(frozen=True)
 class Example:
-    """A source text and every target text that counts as right."""
+    """A source text and every target text that counts as right.
+
+    Attributes:
+        source: The fields that a model reads, with tabs between them if there are several: ``hun<TAB>szép``.
+        references: The targets, the first of which a model is trained on where only one is.
+        group: The part of the data that gets scores of its own: a language, a length. Empty without parts.
+    """
 
     source: str
     references: tuple[str, ...]
+    group: str = ""
 
 
 @dataclass(frozen=True)
