@@ -25,7 +25,7 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 class Tokenizer:
-    """Splits text into characters, at spaces or into subwords, and numbers the tokens.
+    r"""Splits text into characters, at spaces or into subwords, and numbers the tokens.
 
     Text is normalised first, so that ``split="characters"`` with ``normalization="NFD"`` sees the letters of
     a Korean syllable and the accent of an accented letter as tokens of their own. With ``"characters"`` a

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 # Which words a limit keeps never depends on the seed of a run: runs with different seeds see the same words.
 SUBSET_SEED = 2020
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def check_optional_count(name: str, value: int | None) -> None:
         check_count(name, value)
 
 
-def subset(examples: list[Example], count: int | None) -> list[Example]:
+def subset(examples: list[Item], count: int | None) -> list[Item]:
     """``count`` examples drawn with a fixed seed, in their original order; all of them for ``None``.
 
     A smaller subset lies within every larger one. A count above the number of examples keeps them all.

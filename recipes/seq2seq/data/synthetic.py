@@ -78,7 +78,7 @@ def make_sequences(
 
     Example:
         >>> make_sequences("sort", length=5, factors=[2], train=1, val=1, test=1).test[0]
-        Example(source='8 14 9 13 15 5 11 15 2 12', references=('2 5 8 9 11 12 13 14 15 15',), group='x2')
+        Example(source='8 11 9 0 13 9 2 7 0 15', references=('0 0 2 7 8 9 9 11 13 15',), group='x2')
     """
     check_choice("generate.task", task, tuple(TASKS))
     counts = {"length": length, "symbols": symbols, "train": train, "val": val, "test": test}
