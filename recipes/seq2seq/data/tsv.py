@@ -70,8 +70,8 @@ def _parse(line: str, columns: Sequence[str], language: str | None, place: str) 
     if len(values) != len(columns):
         form = "<TAB>".join(columns)
         raise ValueError(
-            f"{place}: a line must be {form}, got {len(values)} column{'s' * (len(values) != 1)} in "
-            f"{reprlib.repr(line)}; data.columns says which columns there are"
+            f"{place}: a line must be {form}, got {len(values) - 1} tabs in {reprlib.repr(line)}; "
+            "data.columns says which columns there are"
         )
     fields = dict(zip(columns, values, strict=True))
     for name, value in fields.items():

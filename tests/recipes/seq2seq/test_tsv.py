@@ -50,12 +50,12 @@ def test_line_separators_inside_a_text_do_not_end_the_line(write):
         (
             "a\tA\n\nb B\n",
             3,
-            "a line must be source<TAB>target, got 1 column in 'b B'; data.columns says which columns there are",
+            "a line must be source<TAB>target, got 0 tabs in 'b B'; data.columns says which columns there are",
         ),
         (
             "a\tA\tB\n",
             1,
-            "a line must be source<TAB>target, got 3 columns in 'a\\tA\\tB'; data.columns says which columns there are",
+            "a line must be source<TAB>target, got 2 tabs in 'a\\tA\\tB'; data.columns says which columns there are",
         ),
         ("a\tA\n\tA\n", 2, "the source must not be empty, got '\\tA'"),
         ("a\tA\nb\t \n", 2, "the target must not be empty, got 'b\\t '"),
@@ -81,7 +81,7 @@ def test_rows_with_another_number_of_columns_are_named(write):
     with pytest.raises(ValueError) as error:
         read_examples(path, ["source", "target", "features"])
     assert str(error.value) == (
-        f"{path}:2: a line must be source<TAB>target<TAB>features, got 2 columns in 'sehen\\tsah'; "
+        f"{path}:2: a line must be source<TAB>target<TAB>features, got 1 tabs in 'sehen\\tsah'; "
         "data.columns says which columns there are"
     )
 
