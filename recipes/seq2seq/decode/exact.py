@@ -117,7 +117,7 @@ class _Search:
         if self.dive is not None:
             return [self.dive]
         count = min(1 + self.expansions // GROWTH, WIDEST, self.budget - self.expansions)
-        chosen = []
+        chosen: list[_Prefix] = []
         while len(chosen) < count and self._can_win():
             chosen.append(heapq.heappop(self.open))
         return chosen

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -38,25 +40,40 @@ def words(seed: int = 0) -> Tensor:
     return source
 
 
-@torch.no_grad()
-def after(models: list[Seq2SeqTransformer], row: Tensor, prefix: tuple[int, ...]) -> Tensor:
-    """Log-probabilities of the next token, the whole prefix at once and no padding."""
-    target = torch.tensor([[BOS, *prefix]])
-    logits = [model.eval()(row[row != PAD][None], target)[0, -1] for model in models]
-    each = [
-        next_token_log_probabilities(one, model.output_alpha).exp() for one, model in zip(logits, models, strict=True)
-    ]
-    return (sum(each) / len(each)).log()
+Steps = Callable[[tuple[int, ...]], list[float]]
+
+
+def steps_of(models: list[Seq2SeqTransformer], row: Tensor) -> Steps:
+    """Prefix -> log-probabilities of the next token: the whole prefix at once, no cache, no other word."""
+
+    @functools.cache
+    def of_length(length: int) -> dict[tuple[int, ...], list[float]]:
+        letters = range(4, models[0].output.out_features)
+        prefixes = list(itertools.product(letters, repeat=length))
+        target = torch.tensor([[BOS, *prefix] for prefix in prefixes])
+        source = row[row != PAD].expand(len(prefixes), -1)
+        mean = torch.zeros(())
+        for model in models:
+            logits = model.eval()(source, target)[:, -1]
+            mean = mean + next_token_log_probabilities(logits, model.output_alpha).exp() / len(models)
+        return dict(zip(prefixes, mean.log().tolist(), strict=True))
+
+    def after(prefix: tuple[int, ...]) -> list[float]:
+        with torch.no_grad():
+            return of_length(len(prefix))[prefix]
+
+    return after
 
 
 def enumerated(models: list[Seq2SeqTransformer], row: Tensor) -> Scored:
     """Log-probability of every hypothesis up to ``MAX_LENGTH`` tokens that is possible."""
-    steps = {prefix: after(models, row, prefix) for prefix in EVERY}
-    totals = {}
-    for ids in EVERY:
-        tokens = [*ids, EOS]
-        totals[ids] = sum(float(steps[ids[:i]][token]) for i, token in enumerate(tokens))
+    after = steps_of(models, row)
+    totals = {ids: total_of(after, [*ids, EOS]) for ids in EVERY}
     return {ids: total for ids, total in totals.items() if total > -math.inf}
+
+
+def total_of(after: Steps, tokens: Sequence[int]) -> float:
+    return sum(after(tuple(tokens[:i]))[token] for i, token in enumerate(tokens))
 
 
 def penalised(log_probability: float, ids: tuple[int, ...], penalty: float) -> float:
@@ -67,11 +84,11 @@ def plain_beam(
     models: list[Seq2SeqTransformer], row: Tensor, beam_size: int, penalty: float, n_best: int
 ) -> list[tuple[tuple[int, ...], float]]:
     """Beam search of one word as its definition says, until no prefix is left, without any early end."""
-    beam, ended = [((), 0.0)], []
+    after, beam, ended = steps_of(models, row), [((), 0.0)], []
     for length in range(MAX_LENGTH + 1):
         extended = []
         for ids, total in beam:
-            for token, more in enumerate(after(models, row, ids).tolist()):
+            for token, more in enumerate(after(ids)):
                 if more > -math.inf and (token == EOS or length < MAX_LENGTH):
                     extended.append(((*ids, token), total + more))
         best = sorted(extended, key=lambda one: -one[1])[:beam_size]
@@ -107,12 +124,12 @@ def test_a_beam_as_wide_as_the_space_ranks_every_possible_hypothesis(output: str
 
 @pytest.mark.parametrize(("beam_size", "n_best"), [(1, 1), (2, 1), (3, 3), (7, 5)])
 @pytest.mark.parametrize("penalty", [0.0, 1.0, -0.6])
-@pytest.mark.parametrize("output", ["softmax", "entmax15", "entmax"])
+@pytest.mark.parametrize("output", ["softmax", "entmax15"])
 def test_a_beam_is_that_of_a_loop_without_cache_batch_or_early_end(
     output: str, penalty: float, beam_size: int, n_best: int
 ) -> None:
     settings: Any = {"beam_size": beam_size, "max_length": MAX_LENGTH, "n_best": n_best, "length_penalty": penalty}
-    for seed in range(3):
+    for seed in range(2):
         model, source = model_of(output, seed=seed), words(seed)
         together = beam_search(model, source, **settings)
         for row, hypotheses in zip(source, together, strict=True):
@@ -134,8 +151,7 @@ def test_a_beam_of_one_is_greedy(output: str) -> None:
         finished |= {hypotheses[0].finished for hypotheses in found}
         for row, [hypothesis] in zip(source, found, strict=True):
             tokens = [*hypothesis.tokens, *([EOS] if hypothesis.finished else [])]
-            steps = (float(after([model], row, tuple(tokens[:i]))[token]) for i, token in enumerate(tokens))
-            assert hypothesis.log_probability == pytest.approx(sum(steps), abs=1e-6)
+            assert hypothesis.log_probability == pytest.approx(total_of(steps_of([model], row), tokens), abs=1e-6)
     assert finished == ({True} if output == "softmax" else {True, False})  # some sparse models cannot end there
 
 
@@ -161,22 +177,22 @@ def test_exact_search_finds_the_best_of_all_and_proves_it(output: str, seed: int
 
 
 def test_exact_search_cuts_what_cannot_win() -> None:
-    model, source = model_of("softmax", letters=5), words()
-    found = exact_search(model, source, budget=10**6, max_length=6)
+    model, source = model_of("softmax", letters=4), words()
+    found = exact_search(model, source, budget=10**6, max_length=5)
     assert all(one.proved for one in found)
     for row, one in zip(source, found, strict=True):
         # Expanded are the prefixes that are more probable than the best hypothesis, and those of the dive; as many
         # are taken at a time as one in 16 of those before.
-        needed, level = 0, [((), 0.0)]
+        after, needed, level = steps_of([model], row), 0, [((), 0.0)]
         while level:
             needed += len(level)
             level = [
                 ((*ids, token), total + more)
                 for ids, total in level
-                for token, more in enumerate(after([model], row, ids).tolist())
-                if token != EOS and total + more > one.log_probability and len(ids) < 6
+                for token, more in enumerate(after(ids))
+                if token != EOS and total + more > one.log_probability and len(ids) < 5
             ]
-        assert needed <= one.expansions <= needed * 17 / 16 + 6 + 1
+        assert needed <= one.expansions <= needed * 17 / 16 + 5 + 1
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 7])
@@ -185,8 +201,7 @@ def test_a_budget_is_kept_and_named_as_such(budget: int) -> None:
     for row, found in zip(source, exact_search(model, source, budget=budget, max_length=9), strict=True):
         assert (found.expansions, found.proved) == (budget, False)
         assert found.finished and found.log_probability > -math.inf
-        steps = [*found.tokens, EOS]
-        total = sum(float(after([model], row, tuple(steps[:i]))[token]) for i, token in enumerate(steps))
+        total = total_of(steps_of([model], row), [*found.tokens, EOS])
         assert found.log_probability == pytest.approx(total, abs=1e-6)
 
 
