@@ -64,7 +64,7 @@ def spend(x: Tensor, budget: float | Tensor, dim: int = -1) -> Tensor:
     masked = scores <= torch.finfo(x.dtype).min
     if isinstance(budget, Tensor):
         budget = rows_last(double_noticing_changes(budget), x, dim)
-    # Both counted from the front: ``torch.onnx.export(dynamo=False)`` writes a negative one into the graph as it is.
+    # Counted from the front: ``torch.onnx.export(dynamo=False)`` writes negative ones into the graph as they are.
     last, dim = scores.dim() - 1, dim % scores.dim()
     scores, masked = scores.movedim(dim, last), masked.movedim(dim, last)
     budget = torch.as_tensor(budget, dtype=torch.float64, device=x.device)

@@ -117,7 +117,7 @@ def entmax_along(x: Tensor, alpha: float | Tensor, dim: int, k: int | None = Non
     if dim in (-1, x.dim() - 1):  # as nearly always: two views less, each of which autograd would follow
         p = entmax_rows(scores, alpha, lowest, k)
     else:
-        # Both counted from the front: ``torch.onnx.export(dynamo=False)`` writes a negative one into the graph as it is.
+        # Counted from the front: ``torch.onnx.export(dynamo=False)`` writes negative ones into the graph as they are.
         last, dim = x.dim() - 1, dim % x.dim()
         p = entmax_rows(scores.movedim(dim, last), alpha, lowest, k).movedim(last, dim)
     return p.to(result_dtype(x)).contiguous()
