@@ -147,6 +147,13 @@ def result_dtype(x: Tensor) -> torch.dtype:
     return torch.softmax(x.new_zeros(1), -1).dtype
 
 
+def autocast_input(x: Tensor) -> Tensor:
+    """``x`` in the dtype that autocast asks of ``scaled_dot_product_attention``."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
 def rows_last(value: Tensor, x: Tensor, dim: int) -> Tensor:
     """A view of a parameter of the rows of ``x`` that fits ``x.movedim(dim, -1)``."""
     if not x.dim() or (value.dim() and dim in (-1, x.dim() - 1)):  # dimensions in front are not missed

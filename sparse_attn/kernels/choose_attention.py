@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sparse_attn.checks import check_alpha
+from sparse_attn.checks import autocast_input, check_alpha
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.functions.fused import fused_attention
 from sparse_attn.kernels.triton.attention.plan import LARGEST_HEAD
@@ -19,7 +19,7 @@ def can_fuse(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the fused kernels take these: not in an export, a transform or forward mode, and not in float64."""
     if needs_plain_operations() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    if not dispatch.by_triton(_cast(query)):
+    if not dispatch.by_triton(autocast_input(query)):
         return False
     plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in (query, key, value)) or torch.compiler.is_compiling()
     sizes = (query.shape[-1], value.shape[-1])
@@ -40,7 +40,7 @@ def fused(
 
     ``alpha`` is a number or a tensor that broadcasts to (H, 1, 1).
     """
-    query, key, value = _cast(query), _cast(key), _cast(value)
+    query, key, value = autocast_input(query), autocast_input(key), autocast_input(value)
     shape = (*_batch(query, key, value), query.shape[-2], key.shape[-2])
     offset = 0 if is_causal else None
     if described := described_causal(attn_mask):
@@ -84,13 +84,6 @@ def _softmax(
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout_p, offset == 0, scale=scale, enable_gqa=grouped
     )
-
-
-def _cast(x: Tensor) -> Tensor:
-    """In the dtype that autocast asks of ``scaled_dot_product_attention``."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:

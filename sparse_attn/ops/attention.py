@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_attn.checks import check_dropout, check_floating, check_k
+from sparse_attn.checks import autocast_input, check_dropout, check_floating, check_k, compute_dtype, result_dtype
 from sparse_attn.kernels.choose_attention import can_fuse, fused
 from sparse_attn.kernels.functions.blockwise import Setting, blockwise_attention
 from sparse_attn.masks import apply_mask, causal_mask, check_mask, dense_mask, described_causal
-from sparse_attn.ops.entmax import entmax
-from sparse_attn.ops.topk import topk_entmax
+from sparse_attn.ops.entmax import entmax_along
 from sparse_attn.transforms import values_known
 
 Normalizer = Literal["softmax", "sparsemax"]
@@ -31,10 +30,8 @@ class ScoreMapping:
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Weights of the scores."""
-        # No keys at all are fewer than k, too.
-        if self.k is None or scores.shape[-1] <= self.k:
-            return entmax(scores, self.alpha)
-        return topk_entmax(scores, self.k, self.alpha)
+        # Only the kernels ask whether there are more than k keys: a branch here would limit an exported length.
+        return entmax_along(scores, self.alpha, -1, self.k)
 
 
 # Blocks of queries are faster than one large matrix from about this size of the matrix of a head.
@@ -58,7 +55,7 @@ def entmax_attention(
     """α-entmax attention: ``entmax(scale * query @ key^T + mask, alpha) @ value``.
 
     Args:
-        query: (..., H, L, D).
+        query: (..., H, L, D). Dimensions before the last two broadcast, also where one tensor has fewer of them.
         key: (..., H, S, D).
         value: (..., H, S, Dv).
         alpha: A number or (H,), in ``(0, inf)``; 1 is softmax attention.
@@ -176,21 +173,60 @@ def attend(
         raise ValueError("attn_mask must be None when is_causal=True, got both; put the causal part into the mask")
     if isinstance(attn_mask, Tensor) and described_causal(attn_mask) is None and attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device, {query.device}, got {attn_mask.device}")
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    query, key, value = _of_one_rank(query, key, value)
+    # Heads of size 0 have scores of 0 whatever the factor.
+    scale = 1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
     if not need_weights and isinstance(mapping, ScoreMapping) and mapping.k is None and can_fuse(query, key, value):
         return fused(query, key, value, mapping.alpha, attn_mask, dropout_p, is_causal, scale), None
+    arguments = (attn_mask, dropout_p, is_causal, scale, enable_gqa, need_weights)
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return _attend_in_full(query, key, value, mapping, *arguments)
+    # Autocast would round the scores. It decides on the dtypes alone: that of the input of
+    # ``scaled_dot_product_attention``, and that of what softmax returns.
+    weights_dtype = result_dtype(query)
+    query, key, value = (autocast_input(x) for x in (query, key, value))
+    with torch.autocast(device, enabled=False):
+        output, weights = _attend_in_full(query, key, value, mapping, *arguments)
+    return output, None if weights is None else weights.to(weights_dtype)
+
+
+def _attend_in_full(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mapping: Callable[[Tensor], Tensor],
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    enable_gqa: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of half precision in float32, as fused kernels compute it too; the results in the query's dtype.
+
+    Rounded to bfloat16 a score of 10 is off by up to 0.03, and so would be the weights of a sparse mapping.
+    """
+    dtype, wide = query.dtype, compute_dtype(query)
+    query, key, value = query.to(wide), key.to(wide), value.to(wide)
     if enable_gqa:
         group = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
     if not need_weights and isinstance(mapping, ScoreMapping) and _is_plain(query, attn_mask) and _is_large(query, key):
-        return _in_blocks(query, key, value, mapping, attn_mask, dropout_p, is_causal, scale), None
+        return _in_blocks(query, key, value, mapping, attn_mask, dropout_p, is_causal, scale).to(dtype), None
     if is_causal:
         attn_mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
     scores = (query * scale) @ key.transpose(-2, -1)
     weights = mapping(apply_mask(scores, attn_mask))
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
-    return weights.to(value.dtype) @ value, weights
+    return (weights @ value).to(dtype), weights.to(dtype)
+
+
+def _of_one_rank(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with leading dimensions of size 1 where others have more."""
+    rank = max(x.dim() for x in tensors)
+    return tuple(x if x.dim() == rank else x[(None,) * (rank - x.dim())] for x in tensors)
 
 
 def _is_large(query: Tensor, key: Tensor) -> bool:
@@ -199,8 +235,7 @@ def _is_large(query: Tensor, key: Tensor) -> bool:
 
 def _is_plain(query: Tensor, attn_mask: Tensor | None) -> bool:
     """Whether no transform is at work, and no gradient is wanted for a mask, which has the size of the scores."""
-    in_autocast = torch.is_autocast_enabled(query.device.type)
-    return values_known(query) and not in_autocast and (attn_mask is None or not attn_mask.requires_grad)
+    return values_known(query) and (attn_mask is None or not attn_mask.requires_grad)
 
 
 def _in_blocks(
@@ -248,8 +283,8 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
     if len(set(dtypes)) > 1 and not torch.is_autocast_enabled(query.device.type):
         raise TypeError(f"query, key and value must have one dtype, got {', '.join(map(str, dtypes))}")
     shapes = f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if not (query.dim() == key.dim() == value.dim() >= 2):
-        raise ValueError(f"query, key and value must have the same number of dimensions, at least 2; {shapes}")
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        raise ValueError(f"query, key and value must have at least 2 dimensions; {shapes}")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"query and key must have the same last size D; {shapes}")
     if key.shape[-2] != value.shape[-2]:
@@ -258,7 +293,10 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         devices = f"{query.device}, {key.device} and {value.device}"
         raise ValueError(f"query, key and value must be on one device, got {devices}")
     if enable_gqa and (
-        query.dim() < 3 or not key.shape[-3] or query.shape[-3] % key.shape[-3] or key.shape[-3] != value.shape[-3]
+        min(query.dim(), key.dim(), value.dim()) < 3
+        or not key.shape[-3]
+        or query.shape[-3] % key.shape[-3]
+        or key.shape[-3] != value.shape[-3]
     ):
         raise ValueError(f"key and value must have the same number of heads, a divisor of the query's; {shapes}")
     axes = -3 if enable_gqa else -2

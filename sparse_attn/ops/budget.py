@@ -59,7 +59,8 @@ def budget_sparsemax(x: Tensor, budget: float | Tensor = 2.0, dim: int = -1) -> 
 def spend(x: Tensor, budget: float | Tensor, dim: int = -1) -> Tensor:
     """:func:`budget_sparsemax` for a budget that has been checked; 0 and NaN are taken as well."""
     if x.numel() == 0:
-        return x + 0 * budget.sum().to(x.dtype) if isinstance(budget, Tensor) else x.clone()
+        p = torch.softmax(x, dim)  # the gradients of an empty batch, of every order, are zero, not missing
+        return p * (1 + 0 * budget.sum().to(x.dtype)) if isinstance(budget, Tensor) else p
     scores = x.double() if x.dim() else x.double().view(1)
     masked = scores <= torch.finfo(x.dtype).min
     if isinstance(budget, Tensor):

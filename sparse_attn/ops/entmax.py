@@ -108,8 +108,9 @@ def entmax_along(x: Tensor, alpha: float | Tensor, dim: int, k: int | None = Non
     else:
         check_alpha(alpha)
     if x.numel() == 0:
-        # An empty batch still reaches α: its gradient is zero, not missing.
-        return x + 0 * alpha.sum().to(x.dtype) if isinstance(alpha, Tensor) else x.clone()
+        # The gradients of an empty batch, of every order, are zero, not missing.
+        p = torch.softmax(x, dim)
+        return p * (1 + 0 * alpha.sum().to(x.dtype)) if isinstance(alpha, Tensor) else p
     scores = x if _is_read_as_it_is(x, alpha) else x.to(compute_dtype(x))
     lowest = torch.finfo(x.dtype).min
     if not x.dim():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_attn.checks import check_alpha, compute_dtype
+from sparse_attn.checks import check_alpha
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.functions.entmax import entmax_rows, shifted
 from sparse_attn.kernels.plain import products as dense_products
@@ -36,7 +36,7 @@ def blockwise_attention(query: Tensor, key: Tensor, value: Tensor, alpha: Tensor
     """Attention of R pairs of batch and head, each by itself.
 
     Args:
-        query: (R, L, D).
+        query: (R, L, D), float32 or float64.
         key: (R, S, D).
         value: (R, S, Dv).
         alpha: (R,), or None for the number in ``setting``.
@@ -94,12 +94,10 @@ def _buffer(query: Tensor, key: Tensor) -> Tensor | None:
 
 def _weights(scores: Tensor, alpha: float | Tensor, setting: Setting) -> Tensor:
     """Weights in float32 or wider; the scores are used up where no gradient flows through them."""
-    k = None if setting.k is None or setting.k >= scores.shape[-1] else setting.k
     lowest = torch.finfo(scores.dtype).min
-    scores = scores.to(compute_dtype(scores))
     if torch.is_grad_enabled():
-        return entmax_rows(scores, alpha, lowest, k)
-    return dispatch.entmax_forward(scores, _shift(alpha, scores), lowest, k, in_place=True)
+        return entmax_rows(scores, alpha, lowest, setting.k)
+    return dispatch.entmax_forward(scores, _shift(alpha, scores), lowest, setting.k, in_place=True)
 
 
 def _alpha_of(alpha: Tensor | None, block: _Block, setting: Setting) -> float | Tensor:
@@ -144,34 +142,39 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, alpha = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _backward_once_more(ctx, grads[0])
-        setting: Setting = ctx.setting
-        grad = grads[0].contiguous()  # that of a sum is expanded
-        generator, buffer = torch.Generator(query.device).manual_seed(ctx.seed), _buffer(query, key)
-        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
-        grad_alpha = None if alpha is None else torch.zeros_like(alpha)
-        for block in _blocks(query, key, setting.is_causal):
-            row, queries, keys = block
-            one_alpha = _alpha_of(alpha, block, setting)
-            weights = _weights(_scores(query, key, block, setting, buffer), one_alpha, setting)
-            grad_output, values, its_keys = grad[row, queries], value[row, keys], key[row, keys]
-            multiply = dispatch.products(weights, grad_output, values, its_keys, query)
-            grad_weights = multiply.sampled(weights, grad_output, values).to(weights.dtype)
-            dropped = weights
-            if setting.dropout_p > 0:
-                dropout = _dropout(weights, setting, generator)
-                grad_weights, dropped = grad_weights * dropout, weights * dropout
-            multiply.scatter_(grad_value[row, keys], dropped.to(value.dtype), grad_output)
-            a, with_alpha = _shift(one_alpha, weights), alpha is not None
-            grad_scores, grad_a = dispatch.entmax_backward(weights, a, grad_weights, with_alpha=with_alpha)
-            grad_scores = grad_scores.to(query.dtype) * setting.scale
-            grad_query[row, queries] = multiply.gathered(grad_scores, its_keys)
-            multiply.scatter_(grad_key[row, keys], grad_scores, query[row, queries])
-            if grad_alpha is not None and grad_a is not None:
-                grad_alpha[row] += grad_a.sum().to(grad_alpha.dtype)
-        return grad_query, grad_key, grad_value, grad_alpha, None
+        with torch.autocast(grads[0].device.type, enabled=False):  # as in the forward, also for a call inside of one
+            return _backward(ctx, grads[0])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, alpha = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return _backward_once_more(ctx, grad)
+    setting: Setting = ctx.setting
+    grad = grad.contiguous()  # that of a sum is expanded
+    generator, buffer = torch.Generator(query.device).manual_seed(ctx.seed), _buffer(query, key)
+    grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
+    grad_alpha = None if alpha is None else torch.zeros_like(alpha)
+    for block in _blocks(query, key, setting.is_causal):
+        row, queries, keys = block
+        one_alpha = _alpha_of(alpha, block, setting)
+        weights = _weights(_scores(query, key, block, setting, buffer), one_alpha, setting)
+        grad_output, values, its_keys = grad[row, queries], value[row, keys], key[row, keys]
+        multiply = dispatch.products(weights, grad_output, values, its_keys, query)
+        grad_weights = multiply.sampled(weights, grad_output, values).to(weights.dtype)
+        dropped = weights
+        if setting.dropout_p > 0:
+            dropout = _dropout(weights, setting, generator)
+            grad_weights, dropped = grad_weights * dropout, weights * dropout
+        multiply.scatter_(grad_value[row, keys], dropped.to(value.dtype), grad_output)
+        a, with_alpha = _shift(one_alpha, weights), alpha is not None
+        grad_scores, grad_a = dispatch.entmax_backward(weights, a, grad_weights, with_alpha=with_alpha)
+        grad_scores = grad_scores.to(query.dtype) * setting.scale
+        grad_query[row, queries] = multiply.gathered(grad_scores, its_keys)
+        multiply.scatter_(grad_key[row, keys], grad_scores, query[row, queries])
+        if grad_alpha is not None and grad_a is not None:
+            grad_alpha[row] += grad_a.sum().to(grad_alpha.dtype)
+    return grad_query, grad_key, grad_value, grad_alpha, None
 
 
 def _backward_once_more(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
