@@ -31,8 +31,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler
 from triton.compiler import ASTSource
 
-from sparse_attn.kernels.triton import attention, attention_backward, decode, dropout, rows
-from sparse_attn.kernels.triton.plan import Setting
+from sparse_attn.kernels.triton import rows
+from sparse_attn.kernels.triton.attention import backward, decode, dropout, forward
+from sparse_attn.kernels.triton.attention.plan import Setting
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 227 * 1024  # bytes that a program can have on this target
@@ -168,14 +169,14 @@ def compile_both(
     """Forward and backward."""
     given = {"α per head": alpha is not None, "mask": mask is not None, "dropout": dropout_p, "causal": offset == 0}
     variant = ", ".join([f"L {queries} S {keys} D {size} {str(dtype)[6:]}", *(name for name in given if given[name])])
-    attention.launch = attention_backward.launch = compile_instead(variant)
+    forward.launch = backward.launch = compile_instead(variant)
     query, key = torch.zeros(1, heads, queries, size, dtype=dtype), torch.zeros(1, heads, keys, size, dtype=dtype)
     setting = Setting(0.5, 0.125, dropout_p, offset)
     seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
     tensors = (alpha, mask, None, seed)
-    output, *kept = attention.forward(query, key, key, *tensors, setting, True)
+    output, *kept = forward.forward(query, key, key, *tensors, setting, True)
     wanted = (alpha is not None, mask is not None)
-    attention_backward.backward(output, query, key, key, *tensors, *kept, setting, *wanted)
+    backward.backward(output, query, key, key, *tensors, *kept, setting, *wanted)
 
 
 PARTS = {"rows": compile_rows, "attention": compile_attention, "decode": compile_decode, "few": compile_few}

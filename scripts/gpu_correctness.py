@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from sparse_attn import entmax, entmax_attention, entmax_loss, topk_softmax, use_backend
-from sparse_attn.kernels.triton.dropout import multipliers
+from sparse_attn.kernels.triton.attention.dropout import multipliers
 
 Measured = dict[str, Any]
 

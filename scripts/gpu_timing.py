@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn import entmax, entmax_attention, entmax_loss, topk_softmax
-from sparse_attn.kernels.triton.plan import Plan, Setting
+from sparse_attn.kernels.triton.attention.plan import Plan, Setting
 
 Measured = dict[str, Any]
 Run = Callable[[], object]
@@ -270,7 +270,7 @@ def flex(causal: bool) -> Attend:
 
 def active_share(length: int, device: torch.device) -> Run:
     """Of the tiles that a causal mask leaves, how many have weight at α = 1.5."""
-    from sparse_attn.kernels.triton.attention import forward
+    from sparse_attn.kernels.triton.attention.forward import forward
 
     query, key, value = local_heads(length, device)
     setting = Setting(0.5, 1 / math.sqrt(query.shape[-1]), 0.0, 0)

@@ -24,8 +24,8 @@ import triton
 from gpu_timing import TILES, planned
 from triton.backends.nvidia import compiler
 
-from sparse_attn.kernels.triton import attention, attention_backward
-from sparse_attn.kernels.triton.plan import Setting
+from sparse_attn.kernels.triton.attention import backward, forward
+from sparse_attn.kernels.triton.attention.plan import Setting
 
 PAGE = Path(__file__).parents[1] / "benchmarks" / "gpu_predictions.md"
 SWEEPS = 2  # of Newton's method, usually
@@ -106,13 +106,13 @@ def count(tile: tuple[int, int, int], alpha: torch.Tensor | None) -> Count:
         found.append([length * each for length in loops(compiled.asm["cubin"])])
         spilled.append(compile_kernels.resources(compiled)[1])
 
-    attention.launch = attention_backward.launch = launch
+    forward.launch = backward.launch = launch
     with planned(tile):
         query, key = (torch.zeros(1, 2, length, 64, dtype=torch.bfloat16) for length in (256, 5120))
         setting = Setting(0.5, 0.125, 0.0, 0)
         tensors = (query, key, key, alpha, None, None, None)
-        output, *kept = attention.forward(*tensors, setting, True)
-        attention_backward.backward(output, *tensors, *kept, setting, alpha is not None, False)
+        output, *kept = forward.forward(*tensors, setting, True)
+        backward.backward(output, *tensors, *kept, setting, alpha is not None, False)
     (largest, newton, out), (queries,), (keys,) = found
     return Count(largest, newton, out, queries, keys, sum(spilled))
 

@@ -13,10 +13,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparse_attn.kernels import torch_rows, triton
+from sparse_attn.kernels import triton
 from sparse_attn.kernels.cpu import products as sparse_products
 from sparse_attn.kernels.cpu import rows
-from sparse_attn.kernels.reference import products as dense_products
+from sparse_attn.kernels.plain import products as dense_products
+from sparse_attn.kernels.plain import rows as plain_rows
 
 _NAMES = ("triton", "compiled", "torch")
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -87,8 +88,8 @@ def entmax_forward(
     if _compiled(scores):
         return rows.entmax_forward(scores, a, lowest, k, in_place=in_place)
     if k is None:
-        return torch_rows.entmax_forward(scores, a, lowest)
-    return torch_rows.topk_entmax_forward(scores, k, a, lowest)
+        return plain_rows.entmax_forward(scores, a, lowest)
+    return plain_rows.topk_entmax_forward(scores, k, a, lowest)
 
 
 def entmax_backward(
@@ -99,7 +100,7 @@ def entmax_backward(
         return _triton_rows().entmax_backward(p, a, grad, with_alpha)
     if _compiled(p):
         return rows.entmax_backward(p, a, grad, with_alpha)
-    return torch_rows.entmax_backward(p, a, grad, with_alpha=with_alpha)
+    return plain_rows.entmax_backward(p, a, grad, with_alpha=with_alpha)
 
 
 def products(p: Tensor, *others: Tensor) -> ModuleType:
@@ -115,7 +116,6 @@ def by_triton(x: Tensor) -> bool:
     return x.dtype in _TRITON_DTYPES and _triton_computes(x.device.type)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _triton_computes(device: str) -> bool:
     """What is compiled stays with the backend that there was then."""
     if device == "cpu":  # in the interpreter alone, see use_backend
@@ -126,6 +126,10 @@ def _triton_computes(device: str) -> bool:
     if not available:
         _warn_once(f"CUDA tensors are computed by plain torch, slowly: {why}")
     return available
+
+
+# What torch.compiler.assume_constant_result does, but that imports Dynamo, which takes a second.
+_triton_computes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

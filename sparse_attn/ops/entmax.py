@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from sparse_attn.checks import check_alpha, check_row_parameter, check_scores, compute_dtype, result_dtype, rows_last
 from sparse_attn.kernels import dispatch
-from sparse_attn.kernels.entmax import entmax_rows
+from sparse_attn.kernels.functions.entmax import entmax_rows
 from sparse_attn.transforms import values_known
 
 

@@ -29,7 +29,7 @@ from sparse_attn.checks import (
     compute_dtype,
     rows_last,
 )
-from sparse_attn.kernels.losses import conjugate_rows
+from sparse_attn.kernels.functions.conjugate import conjugate_rows
 from sparse_attn.transforms import values_known
 
 _REDUCTIONS = ("none", "mean", "sum")

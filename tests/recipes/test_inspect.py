@@ -10,9 +10,9 @@ from recipes.run import load_run
 from sparse_attn import alpha_per_head
 
 KINDS = (
-    "encoder.layers.{}.self_attention",
-    "decoder.layers.{}.self_attention",
-    "decoder.layers.{}.cross_attention",
+    "encoder.layers.{}.self_attn",
+    "decoder.layers.{}.self_attn",
+    "decoder.layers.{}.multihead_attn",
 )
 LAYERS = [name.format(layer) for name in KINDS for layer in range(2)]
 FILES = ["alpha.png", "alpha_course.png", "attention.png", "heads.csv", "report.html"]

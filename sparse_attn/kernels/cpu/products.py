@@ -28,7 +28,7 @@ def worth_it(p: Tensor, *others: Tensor) -> bool:
 
 
 def gathered(p: Tensor, x: Tensor) -> Tensor:
-    """As in :mod:`sparse_attn.kernels.reference.products`, and likewise below."""
+    """As in :mod:`sparse_attn.kernels.plain.products`, and likewise below."""
     out = torch.empty(len(p), x.shape[1], dtype=p.dtype)
     _multiply(_GATHERED, p, x, x, out, x.shape[1])
     return out

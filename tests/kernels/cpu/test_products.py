@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.kernels.cpu import products, rows
-from sparse_attn.kernels.reference import products as dense
+from sparse_attn.kernels.plain import products as dense
 
 pytestmark = pytest.mark.skipif(not rows.available(), reason="no compiled kernels")
 

@@ -11,10 +11,13 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparse_attn.kernels import triton
-from sparse_attn.kernels.entmax import entmax_rows
-from sparse_attn.kernels.triton import attention, attention_backward, decode, operator, plan, tiles
-from sparse_attn.kernels.triton.dropout import multipliers
-from sparse_attn.kernels.triton.operator import fused_attention
+from sparse_attn.kernels.functions import fused as operator
+from sparse_attn.kernels.functions.entmax import entmax_rows
+from sparse_attn.kernels.functions.fused import fused_attention
+from sparse_attn.kernels.triton.attention import backward as attention_backward
+from sparse_attn.kernels.triton.attention import decode, plan, tiles
+from sparse_attn.kernels.triton.attention import forward as attention
+from sparse_attn.kernels.triton.attention.dropout import multipliers
 
 ALPHAS = (1.0, 1.0001, 1.01, 1.3, 1.5, 2.0)
 

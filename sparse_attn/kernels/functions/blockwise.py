@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sparse_attn.checks import check_alpha, compute_dtype
 from sparse_attn.kernels import dispatch
-from sparse_attn.kernels.entmax import entmax_rows, shifted
-from sparse_attn.kernels.reference import products as dense_products
+from sparse_attn.kernels.functions.entmax import entmax_rows, shifted
+from sparse_attn.kernels.plain import products as dense_products
 from sparse_attn.masks import apply_mask
 
 _QUERIES = 256

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_attn.kernels.entmax import entmax_rows
-from sparse_attn.kernels.triton.plan import Plan, Setting, statistics_of
+from sparse_attn.kernels.functions.entmax import entmax_rows
+from sparse_attn.kernels.triton.attention.plan import Plan, Setting, statistics_of
 from sparse_attn.transforms import values_known
 
 _LARGEST_STRIDE = 2**24
@@ -66,12 +66,12 @@ def fused_attention(
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from sparse_attn.kernels.triton import attention, decode
+    from sparse_attn.kernels.triton.attention import decode, forward
 
     query, key, training = *arguments[:2], arguments[-1]
     if not training and decode.pays(query, key):
         return decode.forward(*arguments[:-1]), *_nothing(query)
-    return attention.forward(*arguments)
+    return forward.forward(*arguments)
 
 
 def _nothing(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,9 +80,9 @@ def _nothing(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from sparse_attn.kernels.triton import attention_backward
+    from sparse_attn.kernels.triton.attention import backward
 
-    return attention_backward.backward(*arguments)
+    return backward.backward(*arguments)
 
 
 class _Attention(torch.autograd.Function):
@@ -152,7 +152,7 @@ def plain_attention(
     of_rows = setting.a + 1 if alpha is None else alpha.view(-1, 1, 1)
     weights = entmax_rows(scores, of_rows, torch.finfo(scores.dtype).min)
     if seed is not None:
-        from sparse_attn.kernels.triton import dropout
+        from sparse_attn.kernels.triton.attention import dropout
 
         weights = weights * dropout.multipliers(weights, seed, setting.dropout_p)
     return (weights @ value.float()).to(query.dtype)

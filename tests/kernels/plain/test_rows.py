@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_attn.kernels import torch_rows
+from sparse_attn.kernels.plain import rows as torch_rows
 from sparse_attn.kernels.reference import entmax as reference
 
 LOWEST = torch.finfo(torch.float32).min

@@ -7,13 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_attn.kernels.triton.family import (
-    bound_from_lanes,
-    place_rows,
-    solve_on_chip,
-    weigh,
-)
-from sparse_attn.kernels.triton.tiles import (
+from sparse_attn.kernels.triton.attention.tiles import (
     LENGTHS,
     dot,
     dropout,
@@ -22,6 +16,12 @@ from sparse_attn.kernels.triton.tiles import (
     load_tile,
     masked_scores,
     store_rows,
+)
+from sparse_attn.kernels.triton.family import (
+    bound_from_lanes,
+    place_rows,
+    solve_on_chip,
+    weigh,
 )
 
 

@@ -14,17 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_attn.kernels.triton.attention_short import forward_short
-from sparse_attn.kernels.triton.family import (
-    bound_from_lanes,
-    place_rows,
-    start_of,
-    step,
-    weigh,
-)
-from sparse_attn.kernels.triton.launch import launch, shared_memory
-from sparse_attn.kernels.triton.plan import Plan, Setting, statistics_of
-from sparse_attn.kernels.triton.tiles import (
+from sparse_attn.kernels.triton.attention.plan import Plan, Setting, statistics_of
+from sparse_attn.kernels.triton.attention.short import forward_short
+from sparse_attn.kernels.triton.attention.tiles import (
     LENGTHS,
     common_arguments,
     dot,
@@ -35,6 +27,14 @@ from sparse_attn.kernels.triton.tiles import (
     masked_scores,
     store_rows,
 )
+from sparse_attn.kernels.triton.family import (
+    bound_from_lanes,
+    place_rows,
+    start_of,
+    step,
+    weigh,
+)
+from sparse_attn.kernels.triton.launch import launch, shared_memory
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -19,7 +19,8 @@ from sparse_attn import (
     topk_attention,
     use_backend,
 )
-from sparse_attn.kernels.triton import operator, route
+from sparse_attn.kernels import choose_attention
+from sparse_attn.kernels.functions import fused as operator
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         seen.append((args, kwargs))
         return operator.fused_attention(*args, **kwargs)
 
-    monkeypatch.setattr(route, "fused_attention", recorded)
+    monkeypatch.setattr(choose_attention, "fused_attention", recorded)
     return seen
 
 

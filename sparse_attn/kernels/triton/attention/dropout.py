@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_attn.kernels.triton.attention.tiles import dropout
 from sparse_attn.kernels.triton.launch import launch
-from sparse_attn.kernels.triton.tiles import dropout
 
 
 @triton.jit

@@ -12,10 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_attn.kernels.triton.family import alpha_gradient, deviation_from_scores, reference_of, weigh
-from sparse_attn.kernels.triton.launch import launch
-from sparse_attn.kernels.triton.plan import Plan, Setting
-from sparse_attn.kernels.triton.tiles import (
+from sparse_attn.kernels.triton.attention.plan import Plan, Setting
+from sparse_attn.kernels.triton.attention.tiles import (
     LENGTHS,
     common_arguments,
     dot,
@@ -25,6 +23,8 @@ from sparse_attn.kernels.triton.tiles import (
     load_tile,
     masked_scores,
 )
+from sparse_attn.kernels.triton.family import alpha_gradient, deviation_from_scores, reference_of, weigh
+from sparse_attn.kernels.triton.launch import launch
 
 
 @triton.jit(do_not_specialize=("lines", "size", "stride_head", "stride_line"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import sparse_attn.kernels.attention as blocks
+import sparse_attn.kernels.functions.blockwise as blocks
 import sparse_attn.ops.attention as ops
 from sparse_attn import entmax_attention, topk_attention
 

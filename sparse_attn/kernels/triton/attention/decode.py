@@ -15,9 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_attn.kernels.triton import rows
+from sparse_attn.kernels.triton.attention.plan import Plan, Setting
+from sparse_attn.kernels.triton.attention.tiles import (
+    LENGTHS,
+    common_arguments,
+    dot,
+    end_of_keys,
+    load_tile,
+    masked_scores,
+)
 from sparse_attn.kernels.triton.launch import launch
-from sparse_attn.kernels.triton.plan import Plan, Setting
-from sparse_attn.kernels.triton.tiles import LENGTHS, common_arguments, dot, end_of_keys, load_tile, masked_scores
 
 _FEW = 16  # rows of one head of the keys: what a tile of matrix units has at least
 _MANY = 2048
@@ -170,7 +177,7 @@ def forward(
     a = setting.a if alpha is None else (alpha.double() - 1).float().view(-1, 1, 1)
     weights = rows.entmax_forward(scores, a, torch.finfo(torch.float32).min, in_place=True)
     if seed is not None:
-        from sparse_attn.kernels.triton.dropout import multipliers
+        from sparse_attn.kernels.triton.attention.dropout import multipliers
 
         weights *= multipliers(weights, seed, setting.dropout_p)
     splits = min(_SPLITS, tiles)

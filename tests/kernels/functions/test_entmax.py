@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sparse_attn.kernels.entmax import _entmax, entmax_rows
+from sparse_attn.kernels.functions.entmax import _entmax, entmax_rows
 from sparse_attn.kernels.reference.entmax import entmax_forward
 from sparse_attn.kernels.reference.unrolled import entmax_unrolled
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from sparse_attn.kernels.entmax import entmax_rows, shifted
+from sparse_attn.kernels.functions.entmax import entmax_rows, shifted
 from sparse_attn.kernels.reference.entmax import _phi2
 from sparse_attn.transforms import batch_in_front, needs_plain_operations, values_known
 

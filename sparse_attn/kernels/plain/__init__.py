@@ -1,0 +1,1 @@
+"""The backend "torch": plain operations of PyTorch, for any dtype and device."""

@@ -1,0 +1,1 @@
+"""Fused attention in Triton: forward, backward and decoding, with the tiles, plans and dropout they share."""
