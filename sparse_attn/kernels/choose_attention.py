@@ -10,19 +10,30 @@ from torch.autograd import forward_ad
 from sparse_attn.checks import check_alpha
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.functions.fused import fused_attention
+from sparse_attn.kernels.functions.native import native_attention
 from sparse_attn.kernels.triton.attention.plan import LARGEST_HEAD
 from sparse_attn.masks import check_mask, described_causal
+from sparse_attn.transforms import values_known
 
 
-def can_fuse(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the fused kernels take these: not in an export, a transform or forward mode, and not in float64."""
+def can_fuse(query: Tensor, key: Tensor, value: Tensor, k: int | None = None) -> bool:
+    """Whether fused kernels take these: not in an export, a transform or forward mode, and in C or Triton's dtypes."""
     if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    if not dispatch.by_triton(_cast(query)):
+    by_triton = dispatch.by_triton(_cast(query))
+    if not (k is None if by_triton else _native(query, key, value)):
         return False
     plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in (query, key, value)) or torch.compiler.is_compiling()
-    sizes = (query.shape[-1], value.shape[-1])
-    return plain and max(sizes) <= LARGEST_HEAD and min(*query.shape, *key.shape, *value.shape) > 0
+    fits = not by_triton or max(query.shape[-1], value.shape[-1]) <= LARGEST_HEAD
+    return plain and fits and min(*query.shape, *key.shape, *value.shape) > 0
+
+
+def _native(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the C kernel takes these."""
+    if torch.compiler.is_compiling():
+        return dispatch.by_c(query.device)
+    known = values_known(query) and values_known(key) and values_known(value)
+    return known and dispatch.by_c(query.device)
 
 
 def fused(
@@ -34,10 +45,11 @@ def fused(
     dropout_p: float,
     is_causal: bool,
     scale: float,
+    k: int | None = None,
 ) -> Tensor:
     """Attention of any number of batch dimensions; key and value may have fewer heads, a divisor of the query's.
 
-    ``alpha`` is a number or a tensor that broadcasts to (H, 1, 1).
+    ``alpha`` is a number or a tensor that broadcasts to (H, 1, 1). With ``k`` a query keeps its ``k`` best keys.
     """
     query, key, value = _cast(query), _cast(key), _cast(value)
     shape = (*_batch(query, key, value), query.shape[-2], key.shape[-2])
@@ -53,14 +65,19 @@ def fused(
     if not isinstance(alpha, Tensor):
         check_alpha(alpha)
     heads, key_heads = (1, 1) if query.dim() == 2 else (shape[-3], max(key.shape[-3], value.shape[-3]))
-    q, k, v = (_heads(x, shape[:-3], n) for x, n in ((query, heads), (key, key_heads), (value, key_heads)))
-    if not isinstance(alpha, Tensor) and alpha == 1:
-        output = _softmax(q, k, v, attn_mask, dropout_p, offset, scale)
+    q, kv_key, v = (_heads(x, shape[:-3], n) for x, n in ((query, heads), (key, key_heads), (value, key_heads)))
+    if not dispatch.by_triton(query):
+        if isinstance(alpha, Tensor):
+            alpha = alpha.to(query.device).expand(heads, 1, 1).reshape(heads)
+        options = {"scale": scale, "k": k, "right": offset}
+        output = native_attention(q, kv_key, v, alpha, attn_mask, dropout_p, **options)
+    elif not isinstance(alpha, Tensor) and alpha == 1:
+        output = _softmax(q, kv_key, v, attn_mask, dropout_p, offset, scale)
     else:
         if isinstance(alpha, Tensor):
             alpha = alpha.to(query.device).expand(heads, 1, 1).reshape(heads)
         lengths = None if attn_mask is None else _lengths(attn_mask, len(q), shape[-1])
-        output = fused_attention(q, k, v, alpha, attn_mask, dropout_p, offset, scale=scale, key_lengths=lengths)
+        output = fused_attention(q, kv_key, v, alpha, attn_mask, dropout_p, offset, scale=scale, key_lengths=lengths)
     return output.reshape(*shape[:-1], value.shape[-1])
 
 

@@ -141,5 +141,10 @@ def _triton_rows() -> ModuleType:
     return importlib.import_module("sparse_attn.kernels.triton.rows")  # which imports Triton
 
 
+def by_c(device: torch.device) -> bool:
+    """Whether kernels in C compute with tensors of a device."""
+    return device.type == "cpu" and _forced.get() in (None, "compiled") and rows.available()
+
+
 def _compiled(x: Tensor) -> bool:
-    return x.device.type == "cpu" and _forced.get() in (None, "compiled") and rows.available()
+    return by_c(x.device)

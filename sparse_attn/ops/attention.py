@@ -177,8 +177,8 @@ def attend(
     if isinstance(attn_mask, Tensor) and described_causal(attn_mask) is None and attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device, {query.device}, got {attn_mask.device}")
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if not need_weights and isinstance(mapping, ScoreMapping) and mapping.k is None and can_fuse(query, key, value):
-        return fused(query, key, value, mapping.alpha, attn_mask, dropout_p, is_causal, scale), None
+    if not need_weights and isinstance(mapping, ScoreMapping) and can_fuse(query, key, value, mapping.k):
+        return fused(query, key, value, mapping.alpha, attn_mask, dropout_p, is_causal, scale, mapping.k), None
     if enable_gqa:
         group = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)

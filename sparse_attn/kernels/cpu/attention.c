@@ -88,10 +88,10 @@ static int run_backward(attention_task *t, const kernels *use, size_t bytes, int
         j.part = use->reduce, j.items = c->batch * c->kv_heads;
         if (run_job(&j, threads)) return 1;
     }
-    if (c->grad_alpha)
-        for (int64_t item = 0; item < items; item++)
-            for (int64_t head = 0; head < c->heads; head++)
-                c->grad_alpha[head * c->a_stride] += t->alpha_sums[item * c->heads + head];
+    for (int64_t head = 0; c->grad_alpha && head < c->heads; head++) {
+        c->grad_alpha[head] = 0;
+        for (int64_t item = 0; item < items; item++) c->grad_alpha[head] += t->alpha_sums[item * c->heads + head];
+    }
     return 0;
 }
 
@@ -109,11 +109,11 @@ EXPORT int attention_run(int variant, int threads, int backward, const attention
     return failed;
 }
 
-/* What dropout multiplies weights by, for rows `first` .. `first + rows`: see drop_out in tile.h for how they count. */
+/* What dropout multiplies the weights of some rows by; rows are counted by batch entry, query and head. */
 EXPORT void attention_multipliers(int64_t seed, double probability, int64_t first, int64_t rows, int64_t keys,
                                   double *out) {
     for (int64_t i = 0; i < rows; i++) {
         const uint64_t stream = stream_of(seed, first + i);
-        for (int64_t j = 0; j < keys; j++) *out++ = multiplier(stream, j, probability);
+        for (int64_t key = 0; key < keys; key++) *out++ = multiplier(stream, key, probability);
     }
 }

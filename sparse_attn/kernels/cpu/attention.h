@@ -26,8 +26,8 @@ typedef struct {
     int64_t left, right;
     int64_t seed;
     double scale, dropout_p;
-    const double *a; /* one per head, or one for all with a stride of 0 */
-    int64_t a_stride;
+    double a;               /* of all heads, or */
+    const double *a_heads;  /* of each; NULL where all have the same */
     const int64_t *query_starts, *key_starts; /* packed sequences: batch + 1 places in rows; else NULL */
     tensor query, key, value, mask, output;
     /* Weights of each tile, kept for the backward: how many each row has (-1 in the first: not kept), where, and which. */
@@ -35,8 +35,12 @@ typedef struct {
     void *weights;
     tensor grad, grad_query, grad_key, grad_value;
     tensor grad_mask; /* float or double as computed, added to; a stride is 0 where the mask is broadcast */
-    double *grad_alpha; /* per head, added to; NULL where it is not wanted */
+    double *grad_alpha; /* per head; NULL where it is not wanted */
 } attention;
+
+static inline double a_of(const attention *c, int64_t head) {
+    return c->a_heads ? c->a_heads[head] : c->a;
+}
 
 /* What sequence b of the batch consists of. */
 typedef struct {

@@ -24,7 +24,7 @@ static void use_kept_lists(workspace *w, int64_t tile) {
 /* The gradient for the scores of one row, from that for its weights in `grad`, into `grad`. */
 static double grad_scores(workspace *w, int64_t r, real *grad) {
     const attention *c = &w->task->call;
-    const double a = c->a[w->head * c->a_stride];
+    const double a = a_of(c, w->head);
     backward_row *backward = a > 1 ? EXPORTED_IN_DOUBLE(backward) : EXPORTED(backward);
     const vector p = {w->list_weights[r], 1, REAL_TYPE}, g = {grad, 1, REAL_TYPE};
     if (c->dropout_p > 0) drop_out(w, r, w->list_places[r], grad, w->sizes[r], grad);

@@ -27,6 +27,7 @@ class _Library(NamedTuple):
     backward: Any
     product: Any
     attention: Any
+    multipliers: Any
     variants: dict[str | None, int]  # None is the widest
 
 
@@ -54,8 +55,10 @@ def _load() -> _Library | str:
     library.rows_product.argtypes = (c_int, c_int, c_int, c_int, POINTER(c_int64), *(c_void_p,) * 4)
     # variant, threads, whether backward, the members of `attention` in attention.h
     library.attention_run.argtypes = (c_int, c_int, c_int, c_char_p)
-    functions = (library.rows_forward, library.rows_backward, library.rows_product, library.attention_run)
-    return _Library(*functions, variants)
+    # seed, probability, first row, rows, keys, output
+    library.attention_multipliers.argtypes = (c_int64, c_double, c_int64, c_int64, c_int64, c_void_p)
+    functions = (library.rows_forward, library.rows_backward, library.rows_product)
+    return _Library(*functions, library.attention_run, library.attention_multipliers, variants)
 
 
 def library() -> _Library:
