@@ -18,6 +18,7 @@ from sparse_attn.kernels.cpu import products as sparse_products
 from sparse_attn.kernels.cpu import rows
 from sparse_attn.kernels.plain import products as dense_products
 from sparse_attn.kernels.plain import rows as plain_rows
+from sparse_attn.kernels.triton.attention import entry as fused_attention
 
 _NAMES = ("triton", "compiled", "torch")
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -104,8 +105,17 @@ def entmax_backward(
 
 
 def products(p: Tensor, *others: Tensor) -> ModuleType:
-    """Who multiplies weights ``p`` with these matrices: :mod:`reference.products`, or what skips the zeros."""
-    return sparse_products if _compiled(p) and sparse_products.worth_it(p, *others) else dense_products
+    """The module that multiplies weights ``p`` with these matrices: dense products, or products that skip the zeros.
+
+    Only dense products have gradients.
+    """
+    skip_zeros = not torch.is_grad_enabled() and _compiled(p) and sparse_products.worth_it(p, *others)
+    return sparse_products if skip_zeros else dense_products
+
+
+def fused_kernels() -> ModuleType:
+    """The module of fused attention: for tensors of which :func:`by_triton` is true."""
+    return fused_attention
 
 
 def by_triton(x: Tensor) -> bool:
