@@ -50,19 +50,20 @@ def attend_without_weights(call: Call) -> Tensor | None:
     return None
 
 
-def repeat_heads(query: Tensor, x: Tensor) -> Tensor:
-    """Keys or values with a head for each head of the query, where they have fewer (but not one)."""
-    if query.dim() < 3 or x.shape[-3] in (1, query.shape[-3]) or query.shape[-3] == 1:
-        return x
-    return x.repeat_interleave(query.shape[-3] // x.shape[-3], -3)
+def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with a head for each head of the query, where one of theirs serves several."""
+    if query.dim() < 3 or key.shape[-3] in (1, query.shape[-3]) or query.shape[-3] == 1:
+        return key, value
+    group = query.shape[-3] // key.shape[-3]
+    return key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
 
 
 def _can_fuse(call: Call) -> bool:
     """Whether the fused kernels take a call: not in an export, a transform or forward mode, and not in float64."""
-    if call.k is not None or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
-        return False
     query, key, value = call[:3]
-    if forward_ad._current_level >= 0 or not dispatch.by_triton(_cast(query)):
+    if call.k is not None or not dispatch.by_triton(_cast(query)):
+        return False
+    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in (query, key, value)) or torch.compiler.is_compiling()
     fits = max(query.shape[-1], value.shape[-1]) <= dispatch.fused_kernels().LARGEST_HEAD
@@ -102,7 +103,7 @@ def _fused(call: Call) -> Tensor:
 
 def _in_blocks(call: Call) -> Tensor:
     """In blocks of queries, which take (R, L, D): batch and heads one by one."""
-    query, key, value = call.query, repeat_heads(call.query, call.key), repeat_heads(call.query, call.value)
+    query, (key, value) = call.query, repeat_heads(*call[:3])
     batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     shape = (*batch, query.shape[-2], key.shape[-2])
     mask, offset = _mask_and_offset(call, shape)

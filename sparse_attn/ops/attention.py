@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_attn.checks import check_dropout, check_floating, check_k
 from sparse_attn.kernels.choose_attention import Call, attend_without_weights, repeat_heads
 from sparse_attn.masks import apply_mask, causal_mask, described_causal
-from sparse_attn.ops.entmax import entmax
+from sparse_attn.ops.entmax import entmax_along
 from sparse_attn.ops.topk import topk_entmax
 
 Normalizer = Literal["softmax", "sparsemax"]
@@ -31,7 +31,7 @@ class ScoreMapping:
         """Weights of the scores."""
         # No keys at all are fewer than k, too.
         if self.k is None or scores.shape[-1] <= self.k:
-            return entmax(scores, self.alpha)
+            return entmax_along(scores, self.alpha, -1)
         return topk_entmax(scores, self.k, self.alpha)
 
 
@@ -177,7 +177,7 @@ def attend(
         output = attend_without_weights(call)
         if output is not None:
             return output, None
-    key, value = repeat_heads(query, key), repeat_heads(query, value)
+    key, value = repeat_heads(query, key, value)
     if is_causal:
         attn_mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
     scores = (query * scale) @ key.transpose(-2, -1)
@@ -220,6 +220,8 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
     ):
         raise ValueError(f"key and value must have the same number of heads, a divisor of the query's; {shapes}")
     axes = -3 if enable_gqa else -2
+    if query.shape[:axes] == key.shape[:axes] == value.shape[:axes]:
+        return
     try:
         torch.broadcast_shapes(query.shape[:axes], key.shape[:axes], value.shape[:axes])
     except RuntimeError as error:

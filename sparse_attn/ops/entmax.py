@@ -69,7 +69,7 @@ def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
     Reference:
         Martins & Astudillo 2016 (ICML), "From Softmax to Sparsemax", eq. 2.
     """
-    return entmax(x, 2.0, dim)
+    return entmax_along(x, 2.0, dim)
 
 
 def entmax15(x: Tensor, dim: int = -1) -> Tensor:
@@ -93,7 +93,7 @@ def entmax15(x: Tensor, dim: int = -1) -> Tensor:
     Reference:
         Peters, Niculae & Martins 2019 (ACL), "Sparse Sequence-to-Sequence Models", section 3.
     """
-    return entmax(x, 1.5, dim)
+    return entmax_along(x, 1.5, dim)
 
 
 def entmax_along(x: Tensor, alpha: float | Tensor, dim: int, k: int | None = None) -> Tensor:
