@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from sparse_attn.kernels import triton
+from sparse_attn.kernels.cpu import attention as native_attention
 from sparse_attn.kernels.cpu import products as sparse_products
 from sparse_attn.kernels.cpu import rows
 from sparse_attn.kernels.plain import products as dense_products
 from sparse_attn.kernels.plain import rows as plain_rows
+from sparse_attn.kernels.triton.attention import entry as fused_attention
 
 _NAMES = ("triton", "compiled", "torch")
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -104,8 +106,22 @@ def entmax_backward(
 
 
 def products(p: Tensor, *others: Tensor) -> ModuleType:
-    """Who multiplies weights ``p`` with these matrices: :mod:`reference.products`, or what skips the zeros."""
-    return sparse_products if _compiled(p) and sparse_products.worth_it(p, *others) else dense_products
+    """The module that multiplies weights ``p`` with these matrices: dense products, or products that skip the zeros.
+
+    Only dense products have gradients.
+    """
+    skip_zeros = not torch.is_grad_enabled() and _compiled(p) and sparse_products.worth_it(p, *others)
+    return sparse_products if skip_zeros else dense_products
+
+
+def fused_kernels() -> ModuleType:
+    """The module of fused attention: for tensors of which :func:`by_triton` is true."""
+    return fused_attention
+
+
+def native_kernels() -> ModuleType:
+    """The module of attention in C: for tensors of a device of which :func:`by_c` is true."""
+    return native_attention
 
 
 def by_triton(x: Tensor) -> bool:
@@ -143,8 +159,15 @@ def _triton_rows() -> ModuleType:
 
 def by_c(device: torch.device) -> bool:
     """Whether kernels in C compute with tensors of a device."""
-    return device.type == "cpu" and _forced.get() in (None, "compiled") and rows.available()
+    return _c_computes(device.type)
+
+
+def _c_computes(device: str) -> bool:
+    return device == "cpu" and _forced.get() in (None, "compiled") and rows.available()
 
 
 def _compiled(x: Tensor) -> bool:
     return by_c(x.device)
+
+
+_c_computes._dynamo_marked_constant = True  # type: ignore[attr-defined] # as above

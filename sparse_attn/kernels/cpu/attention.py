@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.kernels.cpu import rows
+from sparse_attn.kernels.setting import Setting
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _ELEMENTS = {**DTYPES, torch.bool: 4}
@@ -24,30 +25,8 @@ _NO_TENSOR = (0,) * 6
 _NOTHING = 5 * _NO_TENSOR
 
 
-class Setting(NamedTuple):
-    """The numbers of a call.
-
-    Args:
-        a: α - 1 of all heads, where there is no tensor of them.
-        scale: Factor of the scores.
-        k: Only the ``k`` best keys take part; None for all.
-        left: Query ``i`` sees no key before ``i - left``; None for no limit.
-        right: Query ``i`` sees no key after ``i + right``, which makes attention causal; None for no limit.
-        dropout_p: Probability that a weight is dropped.
-        seed: Of dropout.
-    """
-
-    a: float
-    scale: float
-    k: int | None = None
-    left: int | None = None
-    right: int | None = None
-    dropout_p: float = 0.0
-    seed: int = 0
-
-
 class Kept(NamedTuple):
-    """Weights that are not zero, kept for the backward: how many each query has, where, and which, by tiles of queries."""
+    """Weights that are not zero, kept for the backward by tiles of queries: how many each query has, where, which."""
 
     counts: Tensor
     places: Tensor
@@ -92,7 +71,8 @@ def forward(
     a: Tensor | None,
     mask: Tensor | None,
     setting: Setting,
-    kept: Kept | None,
+    seed: int,
+    kept: tuple[Tensor, ...] | None,
     *,
     variant: str | None = None,
 ) -> Tensor:
@@ -104,13 +84,14 @@ def forward(
         value: (N, Hk, S, Dv).
         a: α - 1 of each head, (H,) in float64.
         mask: (N or 1, H or 1, L or 1, S or 1): boolean, ``True`` = take part, or floating, added to the scores.
-        setting: Everything else.
+        setting: The numbers that the call is made of.
+        seed: Of dropout.
         kept: Where to keep the weights for the backward.
         variant: One of :func:`rows.variants`; None for the widest.
     """
     output = output_like(query, value.shape[3])
     results = (*_described(output), *_addresses(kept), *_NOTHING, 0)
-    _run(False, query, key, value, a, mask, setting, results, variant)
+    _run(False, query, key, value, a, mask, setting, seed, results, variant)
     return output
 
 
@@ -122,22 +103,24 @@ def backward(
     a: Tensor | None,
     mask: Tensor | None,
     setting: Setting,
-    kept: Kept | None,
+    seed: int,
+    kept: tuple[Tensor, ...] | None,
     with_alpha: bool,
     with_mask: bool,
     *,
     variant: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients for query, key, value, α in float64, and the mask in float32 or wider."""
-    grads = tuple(output_like(x, x.shape[3]) for x in (query, key, value))
+    grad_query, grad_key, grad_value = grads = [output_like(x, x.shape[3]) for x in (query, key, value)]
     grad_alpha = torch.empty_like(a) if with_alpha and a is not None else None
     grad_mask = None
     if with_mask and mask is not None:
         grad_mask = torch.zeros(mask.shape, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
     address = 0 if grad_alpha is None else grad_alpha.data_ptr()
-    tensors = (value for x in (grad, *grads, grad_mask) for value in _described(x))
-    _run(True, query, key, value, a, mask, setting, (*_NO_TENSOR, *_addresses(kept), *tensors, address), variant)
-    return *grads, grad_alpha, grad_mask
+    tensors = (number for x in (grad, *grads, grad_mask) for number in _described(x))
+    results = (*_NO_TENSOR, *_addresses(kept), *tensors, address)
+    _run(True, query, key, value, a, mask, setting, seed, results, variant)
+    return grad_query, grad_key, grad_value, grad_alpha, grad_mask
 
 
 def _run(
@@ -148,18 +131,19 @@ def _run(
     a: Tensor | None,
     mask: Tensor | None,
     setting: Setting,
+    seed: int,
     results: tuple[int, ...],
     variant: str | None,
 ) -> None:
     library = rows.library()
     batch, heads, queries, depth = query.shape
     _, kv_heads, keys, width = value.shape
-    number, scale, k, left, right, dropout_p, seed = setting
+    a_of_all, scale, dropout_p, right, k, left = setting
     call = _CALL.pack(
         *(batch, heads, kv_heads, queries, keys, depth, width),
         *(tile_rows(queries, keys), min(keys, _KEPT_PER_ROW), k or 0),
         *(_FAR if left is None else left, _FAR if right is None else right, seed),
-        *(scale, dropout_p, number),
+        *(scale, dropout_p, a_of_all),
         *(0 if a is None else a.data_ptr(), 0, 0),
         *(_described(query) + _described(key) + _described(value) + _described(mask)),
         *results,
@@ -177,7 +161,7 @@ def _described(x: Tensor | None) -> tuple[int, ...]:
     return x.data_ptr(), _ELEMENTS[x.dtype], *strides
 
 
-def _addresses(kept: Kept | None) -> tuple[int, ...]:
+def _addresses(kept: tuple[Tensor, ...] | None) -> tuple[int, ...]:
     return (0, 0, 0) if kept is None else tuple(x.data_ptr() for x in kept)
 
 

@@ -178,9 +178,8 @@ static int is_finite(workspace *w) {
 
 /* The keys that query i sees by its place alone, within a range. */
 static void narrow(const attention *c, int64_t i, int64_t *begin, int64_t *end) {
-    if (i - c->left > *begin) *begin = i - c->left;
-    if (i + c->right + 1 < *end) *end = i + c->right + 1;
-    if (*end < *begin) *end = *begin;
+    if (i + c->right + 1 < *end) *end = i + c->right + 1 > *begin ? i + c->right + 1 : *begin;
+    if (i - c->left > *begin) *begin = i - c->left < *end ? i - c->left : *end;
 }
 
 static double lowest_of(int64_t type) {

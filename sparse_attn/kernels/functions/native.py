@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_attn.checks import check_alpha
-from sparse_attn.kernels.cpu import attention
-from sparse_attn.kernels.cpu.attention import Kept, Setting
+from sparse_attn.kernels import dispatch
+from sparse_attn.kernels.alpha import split_alpha
 from sparse_attn.kernels.functions.entmax import entmax_rows
+from sparse_attn.kernels.setting import Setting
 from sparse_attn.masks import causal_mask
 from sparse_attn.transforms import values_known
 
 
 def native_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    alpha: float | Tensor,
-    mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    *,
-    scale: float,
-    k: int | None = None,
-    left: int | None = None,
-    right: int | None = None,
+    query: Tensor, key: Tensor, value: Tensor, alpha: float | Tensor, mask: Tensor | None, setting: Setting
 ) -> Tensor:
     """Attention on CPU tensors without a matrix of scores.
 
@@ -36,28 +28,21 @@ def native_attention(
         value: (N, Hk, S, Dv).
         alpha: A number or (H,).
         mask: (N or 1, H or 1, L or 1, S or 1), boolean, ``True`` = take part, or floating, added to the scores.
-        dropout_p: Probability that a weight is dropped.
-        scale: Factor of the scores.
-        k: Each query keeps its ``k`` best keys; None for all.
-        left: Query ``i`` sees no key before ``i - left``.
-        right: Query ``i`` sees no key after ``i + right``.
+        setting: Everything but ``a``.
 
     Returns:
         (N, H, L, Dv). A query that sees nothing gets zeros, and so do all gradients of it.
     """
-    per_head, a = (alpha, 0.0) if isinstance(alpha, Tensor) else (None, float(alpha) - 1)
-    seed = torch.randint(2**62, ()) if dropout_p > 0.0 else None
+    per_head, a = split_alpha(alpha)
+    setting = setting._replace(a=a, scale=float(setting.scale), dropout_p=float(setting.dropout_p))
+    seed = torch.randint(2**62, ()) if setting.dropout_p > 0.0 else None
     tensors = (query, key, value, per_head, mask, seed)
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    setting = (a, float(scale), k, left, right, float(dropout_p))
     if torch.compiler.is_compiling():
         return _attention(*tensors, *setting, training)[0]
     if training:
         return _Attention.apply(*tensors, setting)
-    return _forward(*tensors, setting, None)
-
-
-_Numbers = tuple[float, float, int | None, int | None, int | None, float]
+    return _forward(query, key, value, per_head, mask, seed, setting, None)
 
 
 def _forward(
@@ -67,40 +52,45 @@ def _forward(
     alpha: Tensor | None,
     mask: Tensor | None,
     seed: Tensor | None,
-    numbers: _Numbers,
-    kept: Kept | None,
+    setting: Setting,
+    kept: tuple[Tensor, ...] | None,
 ) -> Tensor:
     if alpha is not None:
         check_alpha(alpha)
-    return attention.forward(query, key, value, _shifted(alpha), mask, _setting(numbers, seed), kept)
+    return dispatch.native_kernels().forward(query, key, value, _shifted(alpha), mask, setting, _number(seed), kept)
 
 
 def _shifted(alpha: Tensor | None) -> Tensor | None:
     return None if alpha is None else alpha.to(torch.float64) - 1
 
 
-def _setting(numbers: _Numbers, seed: Tensor | None) -> Setting:
-    return Setting(*numbers, 0 if seed is None else int(seed))
+def _number(seed: Tensor | None) -> int:
+    return 0 if seed is None else int(seed)
 
 
 def _backward(
-    grad: Tensor, tensors: tuple[Any, ...], kept: Kept, numbers: _Numbers, with_alpha: bool, with_mask: bool
+    grad: Tensor,
+    tensors: Sequence[Tensor | None],
+    kept: tuple[Tensor, ...],
+    setting: Setting,
+    with_alpha: bool,
+    with_mask: bool,
 ) -> list[Tensor | None]:
     """Gradients of the first five tensors, each in the dtype of its own."""
     query, key, value, alpha, mask, seed = tensors
-    arguments = (query, key, value, _shifted(alpha), mask, _setting(numbers, seed), kept)
-    gradients = attention.backward(grad, *arguments, with_alpha, with_mask)
-    pairs = zip(gradients, tensors[:5], strict=True)
-    return [None if gradient is None else gradient.to(tensor.dtype) for gradient, tensor in pairs]
+    arguments = (query, key, value, _shifted(alpha), mask, setting, _number(seed), kept)
+    gradients = dispatch.native_kernels().backward(grad, *arguments, with_alpha, with_mask)
+    pairs = zip(gradients, tensors, strict=False)
+    return [None if x is None or of is None else x.to(of.dtype) for x, of in pairs]
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, ctx.numbers = arguments
-        kept = attention.room_for_kept(tensors[0], tensors[1])
-        output = _forward(*tensors, ctx.numbers, kept)
-        ctx.save_for_backward(*tensors, *kept)
+        query, key, value, alpha, mask, seed, ctx.setting = arguments
+        kept = dispatch.native_kernels().room_for_kept(query, key)
+        output = _forward(query, key, value, alpha, mask, seed, ctx.setting, kept)
+        ctx.save_for_backward(query, key, value, alpha, mask, seed, *kept)
         return output
 
     @staticmethod
@@ -108,21 +98,21 @@ class _Attention(torch.autograd.Function):
         *tensors, counts, places, weights = ctx.saved_tensors
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled() or not values_known(grads[0]):
-            gradients = _plain_gradients(grads[0], tensors, needed, ctx.numbers)
+            gradients = _plain_gradients(grads[0], tensors, needed, ctx.setting)
         else:
-            kept = Kept(counts, places, weights)
-            gradients = _backward(grads[0], tensors, kept, ctx.numbers, needed[3], needed[4])
+            gradients = _backward(grads[0], tensors, (counts, places, weights), ctx.setting, needed[3], needed[4])
         return *(gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=False)), None, None
 
 
 def _plain_gradients(
-    grad: Tensor, tensors: list[Any], needed: tuple[bool, ...], numbers: _Numbers
+    grad: Tensor, tensors: list[Any], needed: tuple[bool, ...], setting: Setting
 ) -> list[Tensor | None]:
     """The gradients by plain torch, with a matrix of scores: they can be differentiated, and ``grad`` batched."""
     create_graph = torch.is_grad_enabled()
     inputs = [x for x, wanted in zip(tensors, needed, strict=False) if wanted]
+    query, key, value, alpha, mask, seed = tensors
     with torch.enable_grad():
-        output = plain_attention(*tensors, numbers)
+        output = plain_attention(query, key, value, alpha, mask, seed, setting)
     gradients = iter(torch.autograd.grad(output, inputs, grad, create_graph=create_graph, materialize_grads=True))
     return [next(gradients) if wanted else None for wanted in needed[:5]]
 
@@ -134,10 +124,10 @@ def plain_attention(
     alpha: Tensor | None,
     mask: Tensor | None,
     seed: Tensor | None,
-    numbers: _Numbers,
+    setting: Setting,
 ) -> Tensor:
     """The same in plain torch with a matrix of scores, the same weights dropped."""
-    a, scale, k, left, right, dropout_p = numbers
+    a, scale, dropout_p, right, k, left = setting
     wide = torch.promote_types(query.dtype, torch.float32)
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -157,7 +147,7 @@ def plain_attention(
     of_rows = a + 1 if alpha is None else alpha.view(-1, 1, 1)
     weights = entmax_rows(scores, of_rows, torch.finfo(wide).min, None if k is None or k >= keys else k)
     if seed is not None:
-        weights = weights * attention.multipliers(weights.shape, int(seed), dropout_p).to(wide)
+        weights = weights * dispatch.native_kernels().multipliers(weights.shape, int(seed), dropout_p).to(wide)
     return (weights @ value.to(wide)).to(query.dtype)
 
 
@@ -171,25 +161,27 @@ def _attention(
     seed: Tensor | None,
     a: float,
     scale: float,
+    dropout_p: float,
+    offset: int | None,
     k: int | None,
     left: int | None,
-    right: int | None,
-    dropout_p: float,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kept = attention.room_for_kept(query, key) if training else _no_room(query)
-    numbers = (a, scale, k, left, right, dropout_p)
-    return _forward(query, key, value, alpha, mask, seed, numbers, kept if training else None), *kept
+    kept = _room(query, key, training)
+    setting = Setting(a, scale, dropout_p, offset, k, left)
+    return _forward(query, key, value, alpha, mask, seed, setting, kept if training else None), *kept
 
 
-def _no_room(query: Tensor) -> Kept:
-    return Kept(query.new_empty(0, dtype=torch.int32), query.new_empty(0, dtype=torch.int32), query.new_empty(0))
+def _room(query: Tensor, key: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what is kept, all of it defined: two calls of the operator have to agree in every entry."""
+    if training:
+        return tuple(x.zero_() for x in dispatch.native_kernels().room_for_kept(query, key))
+    return query.new_empty(0, dtype=torch.int32), query.new_empty(0, dtype=torch.int32), query.new_empty(0)
 
 
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kept = attention.room_for_kept(query, key) if rest[-1] else _no_room(query)
-    return attention.output_like(query, value.shape[3]), *kept
+    return dispatch.native_kernels().output_like(query, value.shape[3]), *_room(query, key, rest[-1])
 
 
 @torch.library.custom_op("sparse_attn::attention_cpu_backward", mutates_args=(), device_types="cpu")
@@ -206,16 +198,16 @@ def _attention_backward(
     weights: Tensor,
     a: float,
     scale: float,
+    dropout_p: float,
+    offset: int | None,
     k: int | None,
     left: int | None,
-    right: int | None,
-    dropout_p: float,
     with_alpha: bool,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors = (query, key, value, alpha, mask, seed)
-    kept = Kept(counts, places, weights)
-    gradients = _backward(grad, tensors, kept, (a, scale, k, left, right, dropout_p), with_alpha, with_mask)
+    tensors, kept = (query, key, value, alpha, mask, seed), (counts, places, weights)
+    setting = Setting(a, scale, dropout_p, offset, k, left)
+    gradients = _backward(grad, tensors, kept, setting, with_alpha, with_mask)
     for_query, for_key, for_value, for_alpha, for_mask = (query.new_empty(0) if x is None else x for x in gradients)
     return for_query, for_key, for_value, for_alpha, for_mask
 
@@ -227,19 +219,20 @@ def _(
     with_alpha, with_mask = rest[-2:]
     for_alpha = torch.empty_like(alpha) if with_alpha and alpha is not None else query.new_empty(0)
     for_mask = mask.new_empty(mask.shape) if with_mask and mask is not None else query.new_empty(0)
-    for_query, for_key, for_value = (attention.output_like(x, x.shape[3]) for x in (query, key, value))
+    like = dispatch.native_kernels().output_like
+    for_query, for_key, for_value = (like(x, x.shape[3]) for x in (query, key, value))
     return for_query, for_key, for_value, for_alpha, for_mask
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.a, ctx.scale, ctx.k, ctx.left, ctx.right, ctx.dropout_p, _ = inputs
+    *tensors, a, scale, dropout_p, offset, k, left, _ = inputs
+    ctx.setting = (a, scale, dropout_p, offset, k, left)
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _of_operator(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad
-    numbers = (ctx.a, ctx.scale, ctx.k, ctx.left, ctx.right, ctx.dropout_p)
-    gradients = _attention_backward(grads[0], *ctx.saved_tensors, *numbers, needed[3], needed[4])
+    gradients = _attention_backward(grads[0], *ctx.saved_tensors, *ctx.setting, needed[3], needed[4])
     return *(x if wanted else None for x, wanted in zip(gradients, needed, strict=False)), *[None] * 8
 
 

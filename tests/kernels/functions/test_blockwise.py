@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+import sparse_attn.kernels.choose_attention as ops
 import sparse_attn.kernels.functions.blockwise as blocks
-import sparse_attn.ops.attention as ops
 from sparse_attn import entmax_attention, topk_attention
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_QUERIES", 11)
-    monkeypatch.setattr(ops, "can_fuse", lambda *_: False)
+    monkeypatch.setattr(ops, "_is_native", lambda _: False)
 
 
 def with_gradients(blockwise: bool, attend, inputs: tuple[Tensor, ...], monkeypatch) -> list[Tensor]:

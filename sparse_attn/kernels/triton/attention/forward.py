@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_attn.kernels.triton.attention.plan import Plan, Setting, statistics_of
+from sparse_attn.kernels.setting import Setting
+from sparse_attn.kernels.triton.attention.plan import Plan, statistics_of
 from sparse_attn.kernels.triton.attention.short import forward_short
 from sparse_attn.kernels.triton.attention.tiles import (
     LENGTHS,

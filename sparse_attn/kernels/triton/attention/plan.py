@@ -52,15 +52,6 @@ def padded(size: int) -> int:
     return power
 
 
-class Setting(NamedTuple):
-    """What attention has beside its tensors."""
-
-    a: float  # α - 1, where there is no tensor of α
-    scale: float
-    dropout_p: float
-    offset: int | None  # causal: query i sees the keys up to i + offset
-
-
 def statistics_of(a: float, alpha: Tensor | None) -> int:
     """How many numbers the backward is told of a row: what ``family.place_rows`` gives, less for the two fixed α."""
     return 4 if alpha is None and a in (0.5, 1.0) else 8
