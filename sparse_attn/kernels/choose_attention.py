@@ -7,6 +7,7 @@ one matrix   `ops.attention`: all scores at once, under every transform, and whe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,13 +42,11 @@ class Call(NamedTuple):
     scale: float
 
 
-def attend_without_weights(call: Call) -> Tensor | None:
-    """The output (..., H, L, Dv) of a call that does not need its weights; None where one matrix has to do."""
+def choose_attention(call: Call) -> Callable[[Call], Tensor] | None:
+    """The function that computes (..., H, L, Dv) of a call without its weights; None where one matrix has to do."""
     if _can_fuse(call):
-        return _fused(call)
-    if _can_block(call):
-        return _in_blocks(call)
-    return None
+        return _fused
+    return _in_blocks if _can_block(call) else None
 
 
 def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,12 +60,12 @@ def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 def _can_fuse(call: Call) -> bool:
     """Whether the fused kernels take a call: not in an export, a transform or forward mode, and not in float64."""
     query, key, value = call[:3]
-    if call.k is not None or not dispatch.by_triton(_cast(query)):
+    if call.k is not None or not dispatch.by_triton(query, _autocast_dtype(query)):
         return False
     if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in (query, key, value)) or torch.compiler.is_compiling()
-    fits = max(query.shape[-1], value.shape[-1]) <= dispatch.fused_kernels().LARGEST_HEAD
+    fits = max(query.shape[-1], value.shape[-1]) <= dispatch.fused_plan().LARGEST_HEAD
     return plain and fits and min(*query.shape, *key.shape, *value.shape) > 0
 
 
@@ -81,16 +80,24 @@ def _can_block(call: Call) -> bool:
 
 def _fused(call: Call) -> Tensor:
     """By the fused kernels, which take (N, H, L, D), fewer heads of keys and values, and a mask of four dimensions."""
-    query, key, value = (_cast(x) for x in call[:3])
+    dtype = _autocast_dtype(call.query)
+    query, key, value = (x if dtype is None else x.to(dtype) for x in call[:3])
     alpha, dropout_p, scale = call.alpha, call.dropout_p, call.scale
-    shape = (*_batch(query, key, value), query.shape[-2], key.shape[-2])
-    mask, offset = _mask_and_offset(call, shape)
+    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    heads, key_heads = (1, 1)
+    if query.dim() > 2:
+        key_heads = max(key.shape[-3], value.shape[-3])
+        heads = max(query.shape[-3], key_heads)
+    shape = (*batch, *(() if query.dim() == 2 else (heads,)), query.shape[-2], key.shape[-2])
+    mask, offset = _mask_and_offset(call.mask, call.is_causal, shape, query.device)
     if mask is not None:
         mask = _four_dimensions(mask, shape)
     if not isinstance(alpha, Tensor):
         check_alpha(alpha)
-    heads, key_heads = (1, 1) if query.dim() == 2 else (shape[-3], max(key.shape[-3], value.shape[-3]))
-    q, k, v = (_heads(x, shape[:-3], n) for x, n in ((query, heads), (key, key_heads), (value, key_heads)))
+    q, k, v = (
+        x.expand(*batch, n, *x.shape[-2:]).reshape(-1, n, *x.shape[-2:])
+        for x, n in ((query, heads), (key, key_heads), (value, key_heads))
+    )
     if not isinstance(alpha, Tensor) and alpha == 1:
         output = _softmax(q, k, v, mask, dropout_p, offset, scale)
     else:
@@ -106,7 +113,7 @@ def _in_blocks(call: Call) -> Tensor:
     query, (key, value) = call.query, repeat_heads(*call[:3])
     batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     shape = (*batch, query.shape[-2], key.shape[-2])
-    mask, offset = _mask_and_offset(call, shape)
+    mask, offset = _mask_and_offset(call.mask, call.is_causal, shape, query.device)
     if mask is not None:
         mask = mask.expand(shape)
     check_alpha(call.alpha)
@@ -118,15 +125,16 @@ def _in_blocks(call: Call) -> Tensor:
     return blockwise_attention(query, key, value, alpha, mask, setting).view(*shape[:-1], -1)
 
 
-def _mask_and_offset(call: Call, shape: tuple[int, ...]) -> tuple[Tensor | None, int | None]:
+def _mask_and_offset(
+    mask: Tensor | None, is_causal: bool, shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor | None, int | None]:
     """The mask, checked against scores of that shape; a causal one as the offset of ``Setting`` in its place."""
-    mask = call.mask
     if mask is None:
-        return None, 0 if call.is_causal else None
+        return None, 0 if is_causal else None
     described = described_causal(mask)
     if described is not None and described[:2] == shape[-2:]:
         return None, described[2]
-    mask = dense_mask(mask, call.query.device)
+    mask = dense_mask(mask, device)
     check_mask(mask, shape)
     return mask, None
 
@@ -152,24 +160,11 @@ def _softmax(
     )
 
 
-def _cast(x: Tensor) -> Tensor:
-    """In the dtype that autocast asks of ``scaled_dot_product_attention``."""
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks of ``scaled_dot_product_attention``; None for the tensor's own."""
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
-
-
-def _batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
-    """The batch dimensions and the query's heads, if there are any."""
-    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    if query.dim() == 2:
-        return ()
-    return *batch, max(x.shape[-3] for x in (query, key, value))
-
-
-def _heads(x: Tensor, batch: tuple[int, ...], heads: int) -> Tensor:
-    """(N, H, L, D) of a tensor whose batch dimensions and heads broadcast."""
-    return x.expand(*batch, heads, *x.shape[-2:]).reshape(-1, heads, *x.shape[-2:])
+        return None
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def _lengths(mask: Tensor, batch: int, keys: int) -> Tensor | None:
