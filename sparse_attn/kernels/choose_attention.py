@@ -1,6 +1,6 @@
 """The one place that says what runs an attention call, and brings its tensors into shape for that.
 
-fused        `functions.fused`: without a tensor of scores, in Triton
+fused        `functions.fused`: without a tensor of scores, by Triton
 native       `functions.native`: likewise on a CPU, in C
 in blocks    `functions.blockwise`: over blocks of queries, where scores are many
 one matrix   `ops.attention`: all scores at once, under every transform, and where the weights are asked for
@@ -8,6 +8,7 @@ one matrix   `ops.attention`: all scores at once, under every transform, and whe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,15 +44,13 @@ class Call(NamedTuple):
     scale: float
 
 
-def attend_without_weights(call: Call) -> Tensor | None:
-    """The output (..., H, L, Dv) of a call that does not need its weights; None where one matrix has to do."""
+def choose_attention(call: Call) -> Callable[[Call], Tensor] | None:
+    """The function that computes (..., H, L, Dv) of a call without its weights; None where one matrix has to do."""
     if _can_fuse(call):
-        return _fused(call)
+        return _fused
     if _is_native(call):
-        return _native(call)
-    if _can_block(call):
-        return _in_blocks(call)
-    return None
+        return _native
+    return _in_blocks if _can_block(call) else None
 
 
 def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,12 +64,12 @@ def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 def _can_fuse(call: Call) -> bool:
     """Whether the fused kernels take a call: not in an export, a transform or forward mode, and not in float64."""
     query, key, value = call[:3]
-    if call.k is not None or not dispatch.by_triton(_cast(query)):
+    if call.k is not None or not dispatch.by_triton(query, _autocast_dtype(query)):
         return False
     if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in (query, key, value)) or torch.compiler.is_compiling()
-    fits = max(query.shape[-1], value.shape[-1]) <= dispatch.fused_kernels().LARGEST_HEAD
+    fits = max(query.shape[-1], value.shape[-1]) <= dispatch.fused_plan().LARGEST_HEAD
     return plain and fits and min(*query.shape, *key.shape, *value.shape) > 0
 
 
@@ -96,45 +95,65 @@ def _can_block(call: Call) -> bool:
     return call.query.shape[-2] * call.key.shape[-2] >= _LARGE
 
 
-def _fused(call: Call) -> Tensor:
-    """By the fused kernels, which take (N, H, L, D), fewer heads of keys and values, and a mask of four dimensions."""
-    query, key, value = (_cast(x) for x in call[:3])
-    alpha, dropout_p, scale = call.alpha, call.dropout_p, call.scale
-    shape = (*_batch(query, key, value), query.shape[-2], key.shape[-2])
-    mask, offset = _mask_and_offset(call, shape)
+class _Heads(NamedTuple):
+    """A call as fused and native kernels take it; scores have the shape (..., H, L, S)."""
+
+    query: Tensor  # (N, H, L, D)
+    key: Tensor  # (N, Hk, S, D), Hk a divisor of H
+    value: Tensor  # (N, Hk, S, Dv)
+    alpha: float | Tensor  # a number or (H,)
+    mask: Tensor | None  # (N or 1, H or 1, L or 1, S or 1)
+    offset: int | None
+    output: tuple[int, ...]  # the shape that the call asks for
+
+
+def _in_heads(call: Call) -> _Heads:
+    query, key, value = call[:3]
+    dtype = _autocast_dtype(query)
+    if dtype is not None:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if query.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0] and key.shape[1] == value.shape[1] != 1:
+        batch, heads, key_heads = query.shape[:1], query.shape[1], key.shape[1]
+    else:
+        batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+        heads, key_heads = (1, 1)
+        if query.dim() > 2:
+            key_heads = max(key.shape[-3], value.shape[-3])
+            heads = max(query.shape[-3], key_heads)
+    shape = (*batch, *(() if query.dim() == 2 else (heads,)), query.shape[-2], key.shape[-2])
+    mask, offset = _mask_and_offset(call.mask, call.is_causal, shape, query.device)
     if mask is not None:
         mask = _four_dimensions(mask, shape)
-    if not isinstance(alpha, Tensor):
-        check_alpha(alpha)
-    heads, key_heads = (1, 1) if query.dim() == 2 else (shape[-3], max(key.shape[-3], value.shape[-3]))
-    q, k, v = (_heads(x, shape[:-3], n) for x, n in ((query, heads), (key, key_heads), (value, key_heads)))
-    if not isinstance(alpha, Tensor) and alpha == 1:
-        output = _softmax(q, k, v, mask, dropout_p, offset, scale)
+    alpha = call.alpha
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(query.device).expand(heads, 1, 1).reshape(heads)
     else:
-        if isinstance(alpha, Tensor):
-            alpha = alpha.to(query.device).expand(heads, 1, 1).reshape(heads)
-        lengths = None if mask is None else _lengths(mask, len(q), shape[-1])
-        output = fused_attention(q, k, v, alpha, mask, dropout_p, offset, scale=scale, key_lengths=lengths)
-    return output.reshape(*shape[:-1], value.shape[-1])
+        check_alpha(alpha)
+    q, k, v = (
+        x if x.shape[:-2] == (*batch, n) and x.dim() == 4 else x.expand(*batch, n, *x.shape[-2:]).flatten(0, -4)
+        for x, n in ((query, heads), (key, key_heads), (value, key_heads))
+    )
+    return _Heads(q, k, v, alpha, mask, offset, (*shape[:-1], value.shape[-1]))
+
+
+def _fused(call: Call) -> Tensor:
+    """By the fused kernels."""
+    q, k, v, alpha, mask, offset, shape = _in_heads(call)
+    if not isinstance(alpha, Tensor) and alpha == 1:
+        output = _softmax(q, k, v, mask, call.dropout_p, offset, call.scale)
+    else:
+        lengths = None if mask is None else _lengths(mask, len(q), k.shape[2])
+        tensors, numbers = (q, k, v, alpha, mask), (call.dropout_p, offset)
+        output = fused_attention(*tensors, *numbers, scale=call.scale, key_lengths=lengths)
+    return output.reshape(shape)
 
 
 def _native(call: Call) -> Tensor:
-    """By the kernel in C, which takes what the fused kernels take, and ``k``."""
-    query, key, value = (_cast(x) for x in call[:3])
-    alpha = call.alpha
-    shape = (*_batch(query, key, value), query.shape[-2], key.shape[-2])
-    mask, offset = _mask_and_offset(call, shape)
-    if mask is not None:
-        mask = _four_dimensions(mask, shape)
-    heads, key_heads = (1, 1) if query.dim() == 2 else (shape[-3], max(key.shape[-3], value.shape[-3]))
-    q, k, v = (_heads(x, shape[:-3], n) for x, n in ((query, heads), (key, key_heads), (value, key_heads)))
-    if isinstance(alpha, Tensor):
-        alpha = alpha.expand(heads, 1, 1).reshape(heads)
-    else:
-        check_alpha(alpha)
+    """By the kernel in C, which also knows ``k``."""
+    q, k, v, alpha, mask, offset, shape = _in_heads(call)
     setting = Setting(0.0, call.scale, call.dropout_p, offset, call.k)
     output = native_attention(q, k, v, alpha, mask, setting)
-    return output if query.dim() == 4 else output.reshape(*shape[:-1], value.shape[-1])
+    return output if output.shape == shape else output.reshape(shape)
 
 
 def _in_blocks(call: Call) -> Tensor:
@@ -142,7 +161,7 @@ def _in_blocks(call: Call) -> Tensor:
     query, (key, value) = call.query, repeat_heads(*call[:3])
     batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     shape = (*batch, query.shape[-2], key.shape[-2])
-    mask, offset = _mask_and_offset(call, shape)
+    mask, offset = _mask_and_offset(call.mask, call.is_causal, shape, query.device)
     if mask is not None:
         mask = mask.expand(shape)
     check_alpha(call.alpha)
@@ -154,15 +173,16 @@ def _in_blocks(call: Call) -> Tensor:
     return blockwise_attention(query, key, value, alpha, mask, setting).view(*shape[:-1], -1)
 
 
-def _mask_and_offset(call: Call, shape: tuple[int, ...]) -> tuple[Tensor | None, int | None]:
+def _mask_and_offset(
+    mask: Tensor | None, is_causal: bool, shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor | None, int | None]:
     """The mask, checked against scores of that shape; a causal one as the offset of ``Setting`` in its place."""
-    mask = call.mask
     if mask is None:
-        return None, 0 if call.is_causal else None
+        return None, 0 if is_causal else None
     described = described_causal(mask)
     if described is not None and described[:2] == shape[-2:]:
         return None, described[2]
-    mask = dense_mask(mask, call.query.device)
+    mask = dense_mask(mask, device)
     check_mask(mask, shape)
     return mask, None
 
@@ -188,28 +208,11 @@ def _softmax(
     )
 
 
-def _cast(x: Tensor) -> Tensor:
-    """In the dtype that autocast asks of ``scaled_dot_product_attention``."""
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks of ``scaled_dot_product_attention``; None for the tensor's own."""
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
-
-
-def _batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
-    """The batch dimensions and the query's heads, if there are any."""
-    if query.dim() == 2:
-        return ()
-    batch = query.shape[:-3]
-    if not batch == key.shape[:-3] == value.shape[:-3]:
-        batch = torch.broadcast_shapes(batch, key.shape[:-3], value.shape[:-3])
-    return *batch, max(x.shape[-3] for x in (query, key, value))
-
-
-def _heads(x: Tensor, batch: tuple[int, ...], heads: int) -> Tensor:
-    """(N, H, L, D) of a tensor whose batch dimensions and heads broadcast."""
-    if x.dim() == 4 and x.shape[:2] == (*batch, heads):
-        return x
-    return x.expand(*batch, heads, *x.shape[-2:]).reshape(-1, heads, *x.shape[-2:])
+        return None
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def _lengths(mask: Tensor, batch: int, keys: int) -> Tensor | None:

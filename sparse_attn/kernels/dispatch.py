@@ -19,7 +19,7 @@ from sparse_attn.kernels.cpu import products as sparse_products
 from sparse_attn.kernels.cpu import rows
 from sparse_attn.kernels.plain import products as dense_products
 from sparse_attn.kernels.plain import rows as plain_rows
-from sparse_attn.kernels.triton.attention import entry as fused_attention
+from sparse_attn.kernels.triton.attention import plan
 
 _NAMES = ("triton", "compiled", "torch")
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -115,8 +115,8 @@ def products(p: Tensor, *others: Tensor) -> ModuleType:
 
 
 def fused_kernels() -> ModuleType:
-    """The module of fused attention: for tensors of which :func:`by_triton` is true."""
-    return fused_attention
+    """The module of fused attention, for tensors of which :func:`by_triton` is true; the first call imports Triton."""
+    return importlib.import_module("sparse_attn.kernels.triton.attention.entry")
 
 
 def native_kernels() -> ModuleType:
@@ -124,12 +124,17 @@ def native_kernels() -> ModuleType:
     return native_attention
 
 
-def by_triton(x: Tensor) -> bool:
+def fused_plan() -> ModuleType:
+    """Sizes of the fused kernels and of what they keep for a backward, for which Triton need not be there."""
+    return plan
+
+
+def by_triton(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether kernels in Triton compute with ``x``: they answer an α out of range with NaN, since nobody looks at it.
 
     A look would make the host wait for the device, at every call.
     """
-    return x.dtype in _TRITON_DTYPES and _triton_computes(x.device.type)
+    return (x.dtype if dtype is None else dtype) in _TRITON_DTYPES and _triton_computes(x.device.type)
 
 
 def _triton_computes(device: str) -> bool:

@@ -272,19 +272,18 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         biases = [None] * 3 if self.in_proj_bias is None else list(self.in_proj_bias.split(sizes))
         pattern = ("n l" if batch_first else "l n") + " (h d) -> n h l d"
 
-        def split(x: Tensor) -> Tensor:
-            return rearrange(x, pattern, d=self.head_dim)
+        def heads_of(x: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
+            x = rearrange(x, pattern, d=self.head_dim)
+            return x if norm is None else norm(x.to(norm.weight.dtype)).to(x.dtype)
 
         if cache is not None and cache.complete and cache.key is not None and cache.value is not None:
-            q = split(F.linear(query, weights[0], biases[0]))
-            return _normalised(q, self.q_norm), cache.key, cache.value
+            q = F.linear(query, weights[0], biases[0])
+            return heads_of(q, self.q_norm), cache.key, cache.value
         if self.in_proj_weight is not None and query is key and key is value:
-            projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-            q, k, v = (split(x) for x in projected.chunk(3, -1))
+            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         else:
-            q = split(F.linear(query, weights[0], biases[0]))
-            k, v = (split(F.linear(x, weights[i], biases[i])) for i, x in ((1, key), (2, value)))
-        q, k = _normalised(q, self.q_norm), _normalised(k, self.k_norm)
+            q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        q, k, v = heads_of(q, self.q_norm), heads_of(k, self.k_norm), heads_of(v)
         start = 0 if cache is None else len(cache)
         offset = 0 if cache is None else start + k.shape[-2] - q.shape[-2]
         if self.positions is not None or rotary is not None:
@@ -346,7 +345,3 @@ def _as_batch(
         shape = tuple(key_padding_mask.shape)
         raise ValueError(f"key_padding_mask must be 1-D (S,) for unbatched input, got shape {shape}")
     return query, key, value, key_padding_mask[None]
-
-
-def _normalised(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
-    return x if norm is None else norm(x.to(norm.weight.dtype)).to(x.dtype)

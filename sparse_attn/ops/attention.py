@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn.checks import check_dropout, check_floating, check_k
-from sparse_attn.kernels.choose_attention import Call, attend_without_weights, repeat_heads
+from sparse_attn.kernels.choose_attention import Call, choose_attention, repeat_heads
 from sparse_attn.masks import apply_mask, causal_mask, described_causal
 from sparse_attn.ops.entmax import entmax_along
 from sparse_attn.ops.topk import topk_entmax
@@ -130,15 +130,19 @@ def topk_attention(
     return attend(query, key, value, mapping, *arguments, scale=scale, enable_gqa=enable_gqa, need_weights=False)[0]
 
 
-def entmax_mapping(alpha: float | Tensor, heads: int) -> ScoreMapping:
-    """α-entmax with one α or one per head."""
-    return ScoreMapping(_per_head(alpha, heads))
+def entmax_mapping(alpha: float | Tensor, heads: int, k: int | None = None) -> ScoreMapping:
+    """α-entmax with one α or one per head, over all keys or the ``k`` best."""
+    if not isinstance(alpha, Tensor) or alpha.dim() == 0:
+        return ScoreMapping(alpha, k)
+    if tuple(alpha.shape) != (heads,):
+        raise ValueError(f"alpha must be a number or have shape (H,) = ({heads},), got {tuple(alpha.shape)}")
+    return ScoreMapping(alpha.view(-1, 1, 1), k)
 
 
 def topk_mapping(k: int, alpha: float | Tensor = 1.0, heads: int = 1) -> ScoreMapping:
     """α-entmax over the ``k`` best keys, all of them where there are fewer."""
     check_k(k)
-    return ScoreMapping(_per_head(alpha, heads), k)
+    return entmax_mapping(alpha, heads, k)
 
 
 def normalizer_alpha(normalizer: str) -> float:
@@ -174,9 +178,9 @@ def attend(
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if not need_weights and isinstance(mapping, ScoreMapping):
         call = Call(query, key, value, mapping.alpha, mapping.k, attn_mask, dropout_p, is_causal, scale)
-        output = attend_without_weights(call)
-        if output is not None:
-            return output, None
+        compute = choose_attention(call)
+        if compute is not None:
+            return compute(call), None
     key, value = repeat_heads(query, key, value)
     if is_causal:
         attn_mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
@@ -189,14 +193,6 @@ def attend(
 
 def _heads(x: Tensor) -> int:
     return x.shape[-3] if x.dim() > 2 else 1
-
-
-def _per_head(alpha: float | Tensor, heads: int) -> float | Tensor:
-    if not isinstance(alpha, Tensor) or alpha.dim() == 0:
-        return alpha
-    if tuple(alpha.shape) != (heads,):
-        raise ValueError(f"alpha must be a number or have shape (H,) = ({heads},), got {tuple(alpha.shape)}")
-    return alpha.view(-1, 1, 1)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:

@@ -142,7 +142,7 @@ def plain_attention(
     of_rows = setting.a + 1 if alpha is None else alpha.view(-1, 1, 1)
     weights = entmax_rows(scores, of_rows, torch.finfo(scores.dtype).min)
     if seed is not None:
-        weights = weights * dispatch.fused_kernels().dropout_multipliers(weights, seed, setting.dropout_p)
+        weights = weights * dispatch.fused_kernels().multipliers(weights, seed, setting.dropout_p)
     return (weights @ value.float()).to(query.dtype)
 
 
@@ -169,7 +169,7 @@ def _attention(
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     alpha, a, training = rest[0], rest[4], rest[-1]
     output = query.new_empty(*query.shape[:-1], value.shape[-1])
-    return output, *dispatch.fused_kernels().kept(query, key, value, alpha, a, training)
+    return output, *dispatch.fused_plan().kept(query, key, value, alpha, a, training)
 
 
 @torch.library.custom_op("sparse_attn::attention_backward", mutates_args=())
