@@ -46,10 +46,10 @@ class Call(NamedTuple):
 
 def choose_attention(call: Call) -> Callable[[Call], Tensor] | None:
     """The function that computes (..., H, L, Dv) of a call without its weights; None where one matrix has to do."""
-    if _can_fuse(call):
-        return _fused
     if _is_native(call):
         return _native
+    if _can_fuse(call):
+        return _fused
     return _in_blocks if _can_block(call) else None
 
 
@@ -75,15 +75,15 @@ def _can_fuse(call: Call) -> bool:
 
 def _is_native(call: Call) -> bool:
     """Whether the kernel in C takes a call: not in an export, a transform or forward mode."""
-    query, key, value = tensors = call[:3]
+    query, key, value = call[:3]
     if not dispatch.by_c(query.device) or forward_ad._current_level >= 0:
         return False
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
             return False
-    elif not all(values_known(x) for x in tensors):
+    elif not values_known(query, key, value):
         return False
-    return min(*query.shape, *key.shape, *value.shape) > 0
+    return query.numel() > 0 and key.numel() > 0 and value.numel() > 0
 
 
 def _can_block(call: Call) -> bool:
@@ -112,15 +112,16 @@ def _in_heads(call: Call) -> _Heads:
     dtype = _autocast_dtype(query)
     if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if query.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0] and key.shape[1] == value.shape[1] != 1:
-        batch, heads, key_heads = query.shape[:1], query.shape[1], key.shape[1]
+    sizes, key_sizes, value_sizes = query.shape, key.shape, value.shape
+    if len(sizes) == 4 and key_sizes[:2] == value_sizes[:2] and sizes[0] == key_sizes[0] and sizes[1] >= key_sizes[1]:
+        batch, heads, key_heads = sizes[:1], sizes[1], key_sizes[1]
     else:
         batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
         heads, key_heads = (1, 1)
         if query.dim() > 2:
             key_heads = max(key.shape[-3], value.shape[-3])
             heads = max(query.shape[-3], key_heads)
-    shape = (*batch, *(() if query.dim() == 2 else (heads,)), query.shape[-2], key.shape[-2])
+    shape = (*batch, *(() if len(sizes) == 2 else (heads,)), sizes[-2], key_sizes[-2])
     mask, offset = _mask_and_offset(call.mask, call.is_causal, shape, query.device)
     if mask is not None:
         mask = _four_dimensions(mask, shape)
@@ -129,11 +130,14 @@ def _in_heads(call: Call) -> _Heads:
         alpha = alpha.to(query.device).expand(heads, 1, 1).reshape(heads)
     else:
         check_alpha(alpha)
+    output = (*shape[:-1], value_sizes[-1])
+    if len(batch) == 1 and sizes[:2] == (*batch, heads) and key_sizes[:2] == value_sizes[:2] == (*batch, key_heads):
+        return _Heads(query, key, value, alpha, mask, offset, output)
     q, k, v = (
-        x if x.shape[:-2] == (*batch, n) and x.dim() == 4 else x.expand(*batch, n, *x.shape[-2:]).flatten(0, -4)
+        x.expand(*batch, n, *x.shape[-2:]).reshape(-1, n, *x.shape[-2:])
         for x, n in ((query, heads), (key, key_heads), (value, key_heads))
     )
-    return _Heads(q, k, v, alpha, mask, offset, (*shape[:-1], value.shape[-1]))
+    return _Heads(q, k, v, alpha, mask, offset, output)
 
 
 def _fused(call: Call) -> Tensor:

@@ -6,7 +6,6 @@ Half precision is computed in float32 and rounded once. Nothing here is differen
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,30 +24,29 @@ _NO_TENSOR = (0,) * 6
 _NOTHING = 5 * _NO_TENSOR
 
 
-class Kept(NamedTuple):
-    """Weights that are not zero, kept for the backward by tiles of queries: how many each query has, where, which."""
-
-    counts: Tensor
-    places: Tensor
-    weights: Tensor
-
-
 def tile_rows(queries: int, keys: int) -> int:
     """How many queries are computed together: their scores stay in the second-level cache."""
     fitting = 48 if keys <= 2048 else 24 if keys <= 4096 else 12
     return max(1, min(fitting, queries))
 
 
-def room_for_kept(query: Tensor, key: Tensor) -> Kept:
-    """Memory for the weights of one call, not more than 64 for a query on average."""
+def _tiles(query: Tensor, key: Tensor) -> tuple[int, int]:
+    """How many queries and how many kept weights there are in all tiles together."""
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
-    rows_of_tile = tile_rows(queries, keys)
-    tiles = batch * heads * -(-queries // rows_of_tile)
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    size = (tiles, rows_of_tile * min(keys, _KEPT_PER_ROW))
-    counts = query.new_empty((tiles, rows_of_tile), dtype=torch.int32)
-    return Kept(counts, query.new_empty(size, dtype=torch.int32), query.new_empty(size, dtype=wide))
+    size = tile_rows(queries, keys)
+    places = batch * heads * -(-queries // size) * size
+    return places, places * min(keys, _KEPT_PER_ROW)
+
+
+def room_for_kept(query: Tensor, key: Tensor) -> Tensor:
+    """Memory for the weights that are not zero, kept for the backward: at most 64 for a query on average.
+
+    They lie one after the other by tiles of queries; after them, how many each query has and where.
+    """
+    queries, weights = _tiles(query, key)
+    words = 2 if query.dtype == torch.float64 else 1
+    return query.new_empty((words + 1) * weights + queries, dtype=torch.int32)
 
 
 def output_like(query: Tensor, width: int) -> Tensor:
@@ -72,7 +70,7 @@ def forward(
     mask: Tensor | None,
     setting: Setting,
     seed: int,
-    kept: tuple[Tensor, ...] | None,
+    kept: Tensor | None,
     *,
     variant: str | None = None,
 ) -> Tensor:
@@ -90,7 +88,7 @@ def forward(
         variant: One of :func:`rows.variants`; None for the widest.
     """
     output = output_like(query, value.shape[3])
-    results = (*_described(output), *_addresses(kept), *_NOTHING, 0)
+    results = (*_described(output), *_addresses(kept, query, key), *_NOTHING, 0)
     _run(False, query, key, value, a, mask, setting, seed, results, variant)
     return output
 
@@ -104,7 +102,7 @@ def backward(
     mask: Tensor | None,
     setting: Setting,
     seed: int,
-    kept: tuple[Tensor, ...] | None,
+    kept: Tensor | None,
     with_alpha: bool,
     with_mask: bool,
     *,
@@ -117,8 +115,8 @@ def backward(
     if with_mask and mask is not None:
         grad_mask = torch.zeros(mask.shape, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
     address = 0 if grad_alpha is None else grad_alpha.data_ptr()
-    tensors = (number for x in (grad, *grads, grad_mask) for number in _described(x))
-    results = (*_NO_TENSOR, *_addresses(kept), *tensors, address)
+    tensors = sum((_described(x) for x in (grad, *grads)), ())
+    results = (*_NO_TENSOR, *_addresses(kept, query, key), *tensors, *_broadcast(grad_mask), address)
     _run(True, query, key, value, a, mask, setting, seed, results, variant)
     return grad_query, grad_key, grad_value, grad_alpha, grad_mask
 
@@ -145,24 +143,33 @@ def _run(
         *(_FAR if left is None else left, _FAR if right is None else right, seed),
         *(scale, dropout_p, a_of_all),
         *(0 if a is None else a.data_ptr(), 0, 0),
-        *(_described(query) + _described(key) + _described(value) + _described(mask)),
+        *(_described(query) + _described(key) + _described(value) + _broadcast(mask)),
         *results,
     )
     rows.check(library.attention(library.variants[variant], torch.get_num_threads(), is_backward, call))
 
 
 def _described(x: Tensor | None) -> tuple[int, ...]:
-    """The members of `tensor` in attention.h; a dimension of size 1 is broadcast."""
+    """The members of `tensor` in attention.h."""
+    return _NO_TENSOR if x is None else (x.data_ptr(), _ELEMENTS[x.dtype], *x.stride())
+
+
+def _broadcast(x: Tensor | None) -> tuple[int, ...]:
+    """Likewise, with strides of 0 where the size is 1."""
     if x is None:
         return _NO_TENSOR
-    sizes, strides = x.shape, x.stride()
-    if 1 in sizes:
-        strides = tuple(0 if size == 1 else step for size, step in zip(sizes, strides, strict=True))
+    strides = (0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
     return x.data_ptr(), _ELEMENTS[x.dtype], *strides
 
 
-def _addresses(kept: tuple[Tensor, ...] | None) -> tuple[int, ...]:
-    return (0, 0, 0) if kept is None else tuple(x.data_ptr() for x in kept)
+def _addresses(kept: Tensor | None, query: Tensor, key: Tensor) -> tuple[int, int, int]:
+    """Of how many weights each query has, of their places, and of the weights."""
+    if kept is None:
+        return 0, 0, 0
+    queries, weights = _tiles(query, key)
+    start = kept.data_ptr()
+    counts = start + weights * (8 if query.dtype == torch.float64 else 4)
+    return counts, counts + 4 * queries, start
 
 
 def multipliers(shape: torch.Size, seed: int, dropout_p: float) -> Tensor:

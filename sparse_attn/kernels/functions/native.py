@@ -53,7 +53,7 @@ def _forward(
     mask: Tensor | None,
     seed: Tensor | None,
     setting: Setting,
-    kept: tuple[Tensor, ...] | None,
+    kept: Tensor | None,
 ) -> Tensor:
     if alpha is not None:
         check_alpha(alpha)
@@ -71,7 +71,7 @@ def _number(seed: Tensor | None) -> int:
 def _backward(
     grad: Tensor,
     tensors: Sequence[Tensor | None],
-    kept: tuple[Tensor, ...],
+    kept: Tensor | None,
     setting: Setting,
     with_alpha: bool,
     with_mask: bool,
@@ -90,17 +90,17 @@ class _Attention(torch.autograd.Function):
         query, key, value, alpha, mask, seed, ctx.setting = arguments
         kept = dispatch.native_kernels().room_for_kept(query, key)
         output = _forward(query, key, value, alpha, mask, seed, ctx.setting, kept)
-        ctx.save_for_backward(query, key, value, alpha, mask, seed, *kept)
+        ctx.save_for_backward(query, key, value, alpha, mask, seed, kept)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, counts, places, weights = ctx.saved_tensors
+        *tensors, kept = ctx.saved_tensors
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled() or not values_known(grads[0]):
             gradients = _plain_gradients(grads[0], tensors, needed, ctx.setting)
         else:
-            gradients = _backward(grads[0], tensors, (counts, places, weights), ctx.setting, needed[3], needed[4])
+            gradients = _backward(grads[0], tensors, kept, ctx.setting, needed[3], needed[4])
         return *(gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=False)), None, None
 
 
@@ -166,22 +166,22 @@ def _attention(
     k: int | None,
     left: int | None,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     kept = _room(query, key, training)
     setting = Setting(a, scale, dropout_p, offset, k, left)
-    return _forward(query, key, value, alpha, mask, seed, setting, kept if training else None), *kept
+    return _forward(query, key, value, alpha, mask, seed, setting, kept if training else None), kept
 
 
-def _room(query: Tensor, key: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _room(query: Tensor, key: Tensor, training: bool) -> Tensor:
     """Memory for what is kept, all of it defined: two calls of the operator have to agree in every entry."""
     if training:
-        return tuple(x.zero_() for x in dispatch.native_kernels().room_for_kept(query, key))
-    return query.new_empty(0, dtype=torch.int32), query.new_empty(0, dtype=torch.int32), query.new_empty(0)
+        return dispatch.native_kernels().room_for_kept(query, key).zero_()
+    return query.new_empty(0, dtype=torch.int32)
 
 
 @_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return dispatch.native_kernels().output_like(query, value.shape[3]), *_room(query, key, rest[-1])
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return dispatch.native_kernels().output_like(query, value.shape[3]), _room(query, key, rest[-1])
 
 
 @torch.library.custom_op("sparse_attn::attention_cpu_backward", mutates_args=(), device_types="cpu")
@@ -193,9 +193,7 @@ def _attention_backward(
     alpha: Tensor | None,
     mask: Tensor | None,
     seed: Tensor | None,
-    counts: Tensor,
-    places: Tensor,
-    weights: Tensor,
+    kept: Tensor,
     a: float,
     scale: float,
     dropout_p: float,
@@ -205,7 +203,7 @@ def _attention_backward(
     with_alpha: bool,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors, kept = (query, key, value, alpha, mask, seed), (counts, places, weights)
+    tensors = (query, key, value, alpha, mask, seed)
     setting = Setting(a, scale, dropout_p, offset, k, left)
     gradients = _backward(grad, tensors, kept, setting, with_alpha, with_mask)
     for_query, for_key, for_value, for_alpha, for_mask = (query.new_empty(0) if x is None else x for x in gradients)
@@ -227,7 +225,7 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, a, scale, dropout_p, offset, k, left, _ = inputs
     ctx.setting = (a, scale, dropout_p, offset, k, left)
-    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.save_for_backward(*tensors, output[1])
 
 
 def _of_operator(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
