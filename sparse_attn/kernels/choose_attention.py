@@ -53,6 +53,19 @@ def choose_attention(call: Call) -> Callable[[Call], Tensor] | None:
     return _in_blocks if _can_block(call) else None
 
 
+def attend_packed(call: Call, query_starts: Tensor, key_starts: Tensor) -> Tensor | None:
+    """The output of packed sequences in one call of the kernel in C; None where each has to be computed by itself.
+
+    The call has query (1, H, L, D), key (1, Hk, S, D), value (1, Hk, S, Dv) and no mask; lengths are checked.
+    """
+    if not _is_native(call):
+        return None
+    q, k, v, alpha, _, offset, _ = _in_heads(call)
+    setting = Setting(0.0, call.scale, call.dropout_p, offset, call.k)
+    starts = (query_starts.to(torch.int64).contiguous(), key_starts.to(torch.int64).contiguous())
+    return native_attention(q, k, v, alpha, None, setting, *starts)
+
+
 def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values with a head for each head of the query, where one of theirs serves several."""
     if query.dim() < 3 or key.shape[-3] in (1, query.shape[-3]) or query.shape[-3] == 1:

@@ -6,6 +6,7 @@ Half precision is computed in float32 and rounded once. Nothing here is differen
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,27 +25,36 @@ _NO_TENSOR = (0,) * 6
 _NOTHING = 5 * _NO_TENSOR
 
 
+class Starts(NamedTuple):
+    """Packed sequences: where each begins, and behind them the total; (N + 1,) contiguous int64, already checked."""
+
+    query: Tensor
+    key: Tensor
+
+
 def tile_rows(queries: int, keys: int) -> int:
     """How many queries are computed together: their scores stay in the second-level cache."""
     fitting = 48 if keys <= 2048 else 24 if keys <= 4096 else 12
     return max(1, min(fitting, queries))
 
 
-def _tiles(query: Tensor, key: Tensor) -> tuple[int, int]:
-    """How many queries and how many kept weights there are in all tiles together."""
+def _tiles(query: Tensor, key: Tensor, starts: Starts | None) -> tuple[int, int]:
+    """How many queries and how many kept weights have room in all tiles together."""
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
     size = tile_rows(queries, keys)
-    places = batch * heads * -(-queries // size) * size
+    # Each of packed sequences may begin a tile that it does not fill.
+    tiles = batch * -(-queries // size) if starts is None else queries // size + len(starts.query) - 1
+    places = heads * tiles * size
     return places, places * min(keys, _KEPT_PER_ROW)
 
 
-def room_for_kept(query: Tensor, key: Tensor) -> Tensor:
+def room_for_kept(query: Tensor, key: Tensor, starts: Starts | None) -> Tensor:
     """Memory for the weights that are not zero, kept for the backward: at most 64 for a query on average.
 
     They lie one after the other by tiles of queries; after them, how many each query has and where.
     """
-    queries, weights = _tiles(query, key)
+    queries, weights = _tiles(query, key, starts)
     words = 2 if query.dtype == torch.float64 else 1
     return query.new_empty((words + 1) * weights + queries, dtype=torch.int32)
 
@@ -71,6 +81,7 @@ def forward(
     setting: Setting,
     seed: int,
     kept: Tensor | None,
+    starts: Starts | None = None,
     *,
     variant: str | None = None,
 ) -> Tensor:
@@ -85,11 +96,12 @@ def forward(
         setting: The numbers that the call is made of.
         seed: Of dropout.
         kept: Where to keep the weights for the backward.
+        starts: Of packed sequences, where N is 1.
         variant: One of :func:`rows.variants`; None for the widest.
     """
     output = output_like(query, value.shape[3])
-    results = (*_described(output), *_addresses(kept, query, key), *_NOTHING, 0)
-    _run(False, query, key, value, a, mask, setting, seed, results, variant)
+    results = (*_described(output), *_addresses(kept, query, key, starts), *_NOTHING, 0)
+    _run(False, query, key, value, a, mask, setting, seed, starts, results, variant)
     return output
 
 
@@ -105,6 +117,7 @@ def backward(
     kept: Tensor | None,
     with_alpha: bool,
     with_mask: bool,
+    starts: Starts | None = None,
     *,
     variant: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -116,8 +129,8 @@ def backward(
         grad_mask = torch.zeros(mask.shape, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
     address = 0 if grad_alpha is None else grad_alpha.data_ptr()
     tensors = sum((_described(x) for x in (grad, *grads)), ())
-    results = (*_NO_TENSOR, *_addresses(kept, query, key), *tensors, *_broadcast(grad_mask), address)
-    _run(True, query, key, value, a, mask, setting, seed, results, variant)
+    results = (*_NO_TENSOR, *_addresses(kept, query, key, starts), *tensors, *_broadcast(grad_mask), address)
+    _run(True, query, key, value, a, mask, setting, seed, starts, results, variant)
     return grad_query, grad_key, grad_value, grad_alpha, grad_mask
 
 
@@ -130,6 +143,7 @@ def _run(
     mask: Tensor | None,
     setting: Setting,
     seed: int,
+    starts: Starts | None,
     results: tuple[int, ...],
     variant: str | None,
 ) -> None:
@@ -137,12 +151,15 @@ def _run(
     batch, heads, queries, depth = query.shape
     _, kv_heads, keys, width = value.shape
     a_of_all, scale, dropout_p, right, k, left = setting
+    sequences = (0, 0)
+    if starts is not None:
+        batch, sequences = len(starts.query) - 1, (starts.query.data_ptr(), starts.key.data_ptr())
     call = _CALL.pack(
         *(batch, heads, kv_heads, queries, keys, depth, width),
         *(tile_rows(queries, keys), min(keys, _KEPT_PER_ROW), k or 0),
         *(_FAR if left is None else left, _FAR if right is None else right, seed),
         *(scale, dropout_p, a_of_all),
-        *(0 if a is None else a.data_ptr(), 0, 0),
+        *(0 if a is None else a.data_ptr(), *sequences),
         *(_described(query) + _described(key) + _described(value) + _broadcast(mask)),
         *results,
     )
@@ -162,11 +179,11 @@ def _broadcast(x: Tensor | None) -> tuple[int, ...]:
     return x.data_ptr(), _ELEMENTS[x.dtype], *strides
 
 
-def _addresses(kept: Tensor | None, query: Tensor, key: Tensor) -> tuple[int, int, int]:
+def _addresses(kept: Tensor | None, query: Tensor, key: Tensor, starts: Starts | None) -> tuple[int, int, int]:
     """Of how many weights each query has, of their places, and of the weights."""
     if kept is None:
         return 0, 0, 0
-    queries, weights = _tiles(query, key)
+    queries, weights = _tiles(query, key, starts)
     start = kept.data_ptr()
     counts = start + weights * (8 if query.dtype == torch.float64 else 4)
     return counts, counts + 4 * queries, start

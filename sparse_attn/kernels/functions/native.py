@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparse_attn.checks import check_alpha
+from sparse_attn.checks import check_alpha, check_starts
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.alpha import split_alpha
 from sparse_attn.kernels.functions.entmax import entmax_rows
 from sparse_attn.kernels.setting import Setting
-from sparse_attn.masks import causal_mask
 from sparse_attn.transforms import values_known
 
 
 def native_attention(
-    query: Tensor, key: Tensor, value: Tensor, alpha: float | Tensor, mask: Tensor | None, setting: Setting
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: float | Tensor,
+    mask: Tensor | None,
+    setting: Setting,
+    query_starts: Tensor | None = None,
+    key_starts: Tensor | None = None,
 ) -> Tensor:
     """Attention on CPU tensors without a matrix of scores.
 
@@ -29,6 +34,8 @@ def native_attention(
         alpha: A number or (H,).
         mask: (N or 1, H or 1, L or 1, S or 1), boolean, ``True`` = take part, or floating, added to the scores.
         setting: Everything but ``a``.
+        query_starts: Where packed sequences begin along L, and L at the end: integers; N is then 1.
+        key_starts: Likewise along S.
 
     Returns:
         (N, H, L, Dv). A query that sees nothing gets zeros, and so do all gradients of it.
@@ -36,28 +43,41 @@ def native_attention(
     per_head, a = split_alpha(alpha)
     setting = setting._replace(a=a, scale=float(setting.scale), dropout_p=float(setting.dropout_p))
     seed = torch.randint(2**62, ()) if setting.dropout_p > 0.0 else None
-    tensors = (query, key, value, per_head, mask, seed)
-    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    tensors = _Tensors(query, key, value, per_head, mask, seed, query_starts, key_starts)
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:5])
     if torch.compiler.is_compiling():
         return _attention(*tensors, *setting, training)[0]
     if training:
         return _Attention.apply(*tensors, setting)
-    return _forward(query, key, value, per_head, mask, seed, setting, None)
+    return _forward(tensors, setting, None)
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    alpha: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    setting: Setting,
-    kept: Tensor | None,
-) -> Tensor:
+class _Tensors(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    alpha: Tensor | None
+    mask: Tensor | None
+    seed: Tensor | None
+    query_starts: Tensor | None
+    key_starts: Tensor | None
+
+
+def _starts(tensors: _Tensors) -> tuple[Tensor, Tensor] | None:
+    if tensors.query_starts is None or tensors.key_starts is None:
+        return None
+    return dispatch.native_kernels().Starts(tensors.query_starts, tensors.key_starts)
+
+
+def _forward(tensors: _Tensors, setting: Setting, kept: Tensor | None) -> Tensor:
+    query, key, value, alpha, mask, seed, query_starts, key_starts = tensors
     if alpha is not None:
         check_alpha(alpha)
-    return dispatch.native_kernels().forward(query, key, value, _shifted(alpha), mask, setting, _number(seed), kept)
+    if query_starts is not None and key_starts is not None:
+        check_starts(query_starts, query.shape[2], "cu_seqlens_q")
+        check_starts(key_starts, key.shape[2], "cu_seqlens_k")
+    arguments = (_shifted(alpha), mask, setting, _number(seed), kept, _starts(tensors))
+    return dispatch.native_kernels().forward(query, key, value, *arguments)
 
 
 def _shifted(alpha: Tensor | None) -> Tensor | None:
@@ -69,17 +89,12 @@ def _number(seed: Tensor | None) -> int:
 
 
 def _backward(
-    grad: Tensor,
-    tensors: Sequence[Tensor | None],
-    kept: Tensor | None,
-    setting: Setting,
-    with_alpha: bool,
-    with_mask: bool,
+    grad: Tensor, tensors: _Tensors, kept: Tensor | None, setting: Setting, with_alpha: bool, with_mask: bool
 ) -> list[Tensor | None]:
     """Gradients of the first five tensors, each in the dtype of its own."""
-    query, key, value, alpha, mask, seed = tensors
+    query, key, value, alpha, mask, seed, *_ = tensors
     arguments = (query, key, value, _shifted(alpha), mask, setting, _number(seed), kept)
-    gradients = dispatch.native_kernels().backward(grad, *arguments, with_alpha, with_mask)
+    gradients = dispatch.native_kernels().backward(grad, *arguments, with_alpha, with_mask, _starts(tensors))
     pairs = zip(gradients, tensors, strict=False)
     return [None if x is None or of is None else x.to(of.dtype) for x, of in pairs]
 
@@ -87,57 +102,54 @@ def _backward(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        query, key, value, alpha, mask, seed, ctx.setting = arguments
-        kept = dispatch.native_kernels().room_for_kept(query, key)
-        output = _forward(query, key, value, alpha, mask, seed, ctx.setting, kept)
-        ctx.save_for_backward(query, key, value, alpha, mask, seed, kept)
+        tensors, ctx.setting = _Tensors(*arguments[:-1]), arguments[-1]
+        kept = dispatch.native_kernels().room_for_kept(tensors.query, tensors.key, _starts(tensors))
+        output = _forward(tensors, ctx.setting, kept)
+        ctx.save_for_backward(*tensors, kept)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, kept = ctx.saved_tensors
-        needed = ctx.needs_input_grad
+        *saved, kept = ctx.saved_tensors
+        tensors, needed = _Tensors(*saved), ctx.needs_input_grad
         if torch.is_grad_enabled() or not values_known(grads[0]):
             gradients = _plain_gradients(grads[0], tensors, needed, ctx.setting)
         else:
             gradients = _backward(grads[0], tensors, kept, ctx.setting, needed[3], needed[4])
-        return *(gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=False)), None, None
+        return *(x if wanted else None for x, wanted in zip(gradients, needed, strict=False)), *[None] * 4
 
 
 def _plain_gradients(
-    grad: Tensor, tensors: list[Any], needed: tuple[bool, ...], setting: Setting
+    grad: Tensor, tensors: _Tensors, needed: tuple[bool, ...], setting: Setting
 ) -> list[Tensor | None]:
     """The gradients by plain torch, with a matrix of scores: they can be differentiated, and ``grad`` batched."""
     create_graph = torch.is_grad_enabled()
-    inputs = [x for x, wanted in zip(tensors, needed, strict=False) if wanted]
-    query, key, value, alpha, mask, seed = tensors
+    inputs = [x for x, wanted in zip(tensors, needed, strict=False) if wanted and x is not None]
     with torch.enable_grad():
-        output = plain_attention(query, key, value, alpha, mask, seed, setting)
+        output = plain_attention(tensors, setting)
     gradients = iter(torch.autograd.grad(output, inputs, grad, create_graph=create_graph, materialize_grads=True))
     return [next(gradients) if wanted else None for wanted in needed[:5]]
 
 
-def plain_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    alpha: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    setting: Setting,
-) -> Tensor:
+def plain_attention(tensors: _Tensors, setting: Setting) -> Tensor:
     """The same in plain torch with a matrix of scores, the same weights dropped."""
+    query, key, value, alpha, mask, seed, query_starts, key_starts = tensors
     a, scale, dropout_p, right, k, left = setting
     wide = torch.promote_types(query.dtype, torch.float32)
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = (query.to(wide) * scale) @ key.to(wide).transpose(-2, -1)
     queries, keys = scores.shape[-2:]
+    place, key_place = torch.arange(queries)[:, None], torch.arange(keys)
     hidden = torch.zeros((1, 1, queries, keys), dtype=torch.bool)
+    if query_starts is not None and key_starts is not None:
+        sequence = torch.bucketize(place, query_starts, right=True)
+        hidden = hidden | (sequence != torch.bucketize(key_place, key_starts, right=True))
+        place, key_place = place - query_starts[sequence - 1], key_place - key_starts[sequence - 1]
     if right is not None:
-        hidden = hidden | ~causal_mask(queries, keys, offset=right)
+        hidden = hidden | (key_place > place + right)
     if left is not None:
-        hidden = hidden | causal_mask(queries, keys, offset=-left - 1)
+        hidden = hidden | (key_place < place - left)
     if mask is not None and mask.is_floating_point():
         hidden = hidden | (mask <= torch.finfo(mask.dtype).min)
         scores = scores + mask.to(wide)
@@ -159,6 +171,8 @@ def _attention(
     alpha: Tensor | None,
     mask: Tensor | None,
     seed: Tensor | None,
+    query_starts: Tensor | None,
+    key_starts: Tensor | None,
     a: float,
     scale: float,
     dropout_p: float,
@@ -167,21 +181,23 @@ def _attention(
     left: int | None,
     training: bool,
 ) -> tuple[Tensor, Tensor]:
-    kept = _room(query, key, training)
-    setting = Setting(a, scale, dropout_p, offset, k, left)
-    return _forward(query, key, value, alpha, mask, seed, setting, kept if training else None), kept
+    tensors = _Tensors(query, key, value, alpha, mask, seed, query_starts, key_starts)
+    kept, setting = _room(tensors, training), Setting(a, scale, dropout_p, offset, k, left)
+    return _forward(tensors, setting, kept if training else None), kept
 
 
-def _room(query: Tensor, key: Tensor, training: bool) -> Tensor:
+def _room(tensors: _Tensors, training: bool) -> Tensor:
     """Memory for what is kept, all of it defined: two calls of the operator have to agree in every entry."""
     if training:
-        return dispatch.native_kernels().room_for_kept(query, key).zero_()
-    return query.new_empty(0, dtype=torch.int32)
+        return dispatch.native_kernels().room_for_kept(tensors.query, tensors.key, _starts(tensors)).zero_()
+    return tensors.query.new_empty(0, dtype=torch.int32)
 
 
 @_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return dispatch.native_kernels().output_like(query, value.shape[3]), _room(query, key, rest[-1])
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    tensors = _Tensors(*arguments[:8])
+    output = dispatch.native_kernels().output_like(tensors.query, tensors.value.shape[3])
+    return output, _room(tensors, arguments[-1])
 
 
 @torch.library.custom_op("sparse_attn::attention_cpu_backward", mutates_args=(), device_types="cpu")
@@ -193,6 +209,8 @@ def _attention_backward(
     alpha: Tensor | None,
     mask: Tensor | None,
     seed: Tensor | None,
+    query_starts: Tensor | None,
+    key_starts: Tensor | None,
     kept: Tensor,
     a: float,
     scale: float,
@@ -203,7 +221,7 @@ def _attention_backward(
     with_alpha: bool,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors = (query, key, value, alpha, mask, seed)
+    tensors = _Tensors(query, key, value, alpha, mask, seed, query_starts, key_starts)
     setting = Setting(a, scale, dropout_p, offset, k, left)
     gradients = _backward(grad, tensors, kept, setting, with_alpha, with_mask)
     for_query, for_key, for_value, for_alpha, for_mask = (query.new_empty(0) if x is None else x for x in gradients)
@@ -231,7 +249,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _of_operator(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad
     gradients = _attention_backward(grads[0], *ctx.saved_tensors, *ctx.setting, needed[3], needed[4])
-    return *(x if wanted else None for x, wanted in zip(gradients, needed, strict=False)), *[None] * 8
+    return *(x if wanted else None for x, wanted in zip(gradients, needed, strict=False)), *[None] * 10
 
 
 _attention.register_autograd(_of_operator, setup_context=_setup_context)

@@ -49,6 +49,10 @@ def compare(attend, inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> li
     return got
 
 
+def plain_attention(*qkv: Tensor, setting: Setting, seed: Tensor | None = None) -> Tensor:
+    return native.plain_attention(native._Tensors(*qkv, None, None, seed, None, None), setting)
+
+
 def tensors(
     dtype: torch.dtype, queries: int = 61, keys: int = 67, *, heads: int = 3, kv_heads: int = 3, sizes=(5, 7)
 ) -> list[Tensor]:
@@ -137,7 +141,7 @@ def test_bounds_are_masks(keys, offset, left, monkeypatch):
     masked = run(
         lambda *qkv: native.native_attention(*qkv, 1.5, seen[None, None], Setting(0.0, 0.4, 0.0, None)), inputs
     )
-    plain = run(lambda *qkv: native.plain_attention(*qkv, None, None, None, setting._replace(a=0.5)), inputs)
+    plain = run(lambda *qkv: plain_attention(*qkv, setting=setting._replace(a=0.5)), inputs)
     for x, y, z in zip(bounded, masked, plain, strict=True):
         torch.testing.assert_close(x, y, atol=1e-12, rtol=1e-12)
         torch.testing.assert_close(x, z, atol=1e-10, rtol=1e-10)
@@ -203,8 +207,8 @@ def test_ties_of_the_best_keys_go_to_the_first():
 def test_dropout_is_that_of_the_plain_path_and_of_its_backward():
     inputs = [x.requires_grad_() for x in tensors(torch.float64, 31, 300)]
     seed, setting = torch.tensor(12345), Setting(0.5, 0.3, 0.4, None)
-    plain = run(lambda *qkv: native.plain_attention(*qkv, None, None, seed, setting), inputs)
-    ours = run(lambda *qkv: native._Attention.apply(*qkv, None, None, seed, setting), inputs)
+    plain = run(lambda *qkv: plain_attention(*qkv, seed=seed, setting=setting), inputs)
+    ours = run(lambda *qkv: native._Attention.apply(*qkv, None, None, seed, None, None, setting), inputs)
     for x, y in zip(ours, plain, strict=True):
         torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-10)
     query, key, _ = inputs
@@ -254,7 +258,16 @@ def test_the_operator_is_one(training):
     tensors_ = [x.requires_grad_(training) for x in tensors(torch.float32, 11, 13)]
     alpha = torch.tensor([1.2, 1.5, 2.0], requires_grad=training)
     numbers = (0.0, 0.4, 0.0, None, None, None)
-    arguments = (*tensors_, alpha, torch.randn(1, 1, 11, 13, requires_grad=training), None, *numbers, training)
+    arguments = (
+        *tensors_,
+        alpha,
+        torch.randn(1, 1, 11, 13, requires_grad=training),
+        None,
+        None,
+        None,
+        *numbers,
+        training,
+    )
     torch.library.opcheck(native._attention, arguments)
 
 
