@@ -8,6 +8,7 @@ Example:
     >>> import torch
     >>> from torch import Tensor, nn
     >>> from sparse_attn import record_attention, sparsemax
+    >>> from sparse_attn.observe import register_reporter, report_weights, weights_are_observed
     >>> class Pooling(nn.Linear):
     ...     def forward(self, x: Tensor) -> Tensor:  # (N, S, E) to (N, E)
     ...         weights = sparsemax(super().forward(x).transpose(1, 2))  # (N, 1, S)
