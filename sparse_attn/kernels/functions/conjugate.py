@@ -88,9 +88,8 @@ def _entropy_slope(p: Tensor, a: Tensor) -> Tensor:
 
 def _entropy_slope_in_blocks(p: Tensor, a: Tensor) -> Tensor:
     """The same, a few rows at a time: it has ten temporaries, each as large as the scores of a vocabulary."""
-    if (
-        torch.is_grad_enabled() or torch.compiler.is_compiling()
-    ):  # autograd would save all temporaries, the compiler fuses them
+    # Autograd would save all temporaries of all blocks; the compiler fuses them.
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _entropy_slope(p, a)
     shape, size = p.shape[:-1], p.shape[-1]
     rows = max(1, (2**18 if p.device.type == "cpu" else 2**24) // size)
@@ -101,9 +100,8 @@ def _entropy_slope_in_blocks(p: Tensor, a: Tensor) -> Tensor:
 
 def _where_there_is_weight(p: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """All these without the columns in which ``p`` is 0 in every row: nearly all columns of a vocabulary."""
-    if p.device.type != "cpu" or not values_known(
-        p
-    ):  # reading values breaks a trace, or makes the host wait for a device
+    # Reading values breaks a trace, or makes the host wait for a device.
+    if p.device.type != "cpu" or not values_known(p):
         return p, *others
     used = p.reshape(-1, p.shape[-1]).sum(0).nonzero().squeeze(1)  # a NaN is not 0
     if 2 * len(used) > p.shape[-1]:

@@ -1,7 +1,7 @@
 """The backend "triton": kernels for a GPU, written in the language of the package Triton.
 
-This folder is ``sparse_attn.kernels.triton``; ``import triton`` means the package. The package is imported when the first
-kernel is called: ``family``, ``rows``, ``launch`` and ``attention`` import it, this file and ``attention.plan`` do not.
+This folder is ``sparse_attn.kernels.triton``; ``import triton`` means the package. The package is imported when the
+first kernel is called: ``family``, ``rows`` and all of ``attention`` but ``plan`` import it, this file does not.
 """
 
 from __future__ import annotations
@@ -42,5 +42,5 @@ def interpreted() -> bool:
     from triton import knobs, language  # type: ignore[import-untyped, unused-ignore]
     from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped, unused-ignore]
 
-    # Triton reads the variable also when it is imported: functions of its own are then compiled or interpreted for good.
+    # Triton reads the variable also when it is imported, and keeps that choice for its own functions.
     return bool(knobs.runtime.interpret) and isinstance(language.sum, InterpretedFunction)

@@ -108,6 +108,7 @@ def test_causal_blocks_do_not_look_at_later_keys(monkeypatch):
     assert sorted({x.shape[-1] for x in seen}) == [11, 22, 33, 37]
 
 
+@pytest.mark.filterwarnings("ignore:Lower right causal bias:UserWarning")  # of torch, for queries without keys
 @pytest.mark.parametrize(("queries", "keys"), [(37, 41), (41, 13), (1, 23), (13, 2)])
 @pytest.mark.parametrize("bias", [causal_lower_right, causal_upper_left])
 def test_a_described_causal_mask_is_no_tensor(bias, queries, keys, monkeypatch):
