@@ -7,7 +7,7 @@ visible to a record: report the weights where they are made, and register a func
 Example:
     >>> import torch
     >>> from torch import Tensor, nn
-    >>> from sparse_attn import record_attention, sparsemax
+    >>> from sparse_attn import sparsemax
     >>> class Pooling(nn.Linear):
     ...     def forward(self, x: Tensor) -> Tensor:  # (N, S, E) to (N, E)
     ...         weights = sparsemax(super().forward(x).transpose(1, 2))  # (N, 1, S)
@@ -15,11 +15,12 @@ Example:
     ...             report_weights(self, weights.unsqueeze(1))
     ...         return (weights @ x).squeeze(1)
     >>> register_reporter(lambda module: isinstance(module, Pooling))
-    >>> model = nn.Sequential(Pooling(5, 1))
-    >>> with record_attention(model) as record:
-    ...     _ = model(torch.randn(2, 3, 5))
-    >>> list(record)
-    ['0']
+
+    From now on ``record_attention(model)`` records every ``Pooling`` of a model. An observer of your own sees it too:
+
+    >>> with observe_weights(lambda module, weights, visible, alpha: print(tuple(weights.shape))):
+    ...     _ = Pooling(5, 1)(torch.randn(2, 3, 5))
+    (2, 1, 1, 3)
 """
 
 from __future__ import annotations
