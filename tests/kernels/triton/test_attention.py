@@ -332,17 +332,19 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
 
     def record(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
         free = kernel.kwargs["do_not_specialize"] if triton.interpreted() else kernel.do_not_specialize
-        key = []
-        for parameter, value in zip(kernel.arg_names, arguments, strict=True):
-            constant = parameter.isupper() and not isinstance(value, Tensor)
+
+        def specialised(parameter: str, value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(specialised(parameter, field) for field in value)
             if isinstance(value, Tensor):
-                key.append(value.dtype)
-            elif constant or value is None:
-                key.append(value)
-            elif isinstance(value, int) and parameter not in (free or ()):
-                key.append((value == 1, value % 16 == 0))
-            else:
-                key.append(type(value))
+                return value.dtype
+            if parameter.isupper() or value is None:
+                return value
+            if isinstance(value, int) and parameter not in (free or ()):
+                return value == 1, value % 16 == 0
+            return type(value)
+
+        key = [specialised(*pair) for pair in zip(kernel.arg_names, arguments, strict=True)]
         found.add((kernel.__name__, *key, *options.items()))
 
     for module in (attention, attention_backward, decode, decode.rows):
