@@ -1,5 +1,6 @@
 """Statistics of attention: what each head looks at, how much of it, and how widely."""
 
+from sparse_attn.analysis.alignment import AlignmentRule, align
 from sparse_attn.analysis.density import density, support_counts
 from sparse_attn.analysis.diversity import head_diversity
 from sparse_attn.analysis.pieces import merge_pieces, own_word_weight, word_groups
@@ -19,9 +20,11 @@ from sparse_attn.analysis.worth import HeadChange, count_head_changes, head_wort
 
 __all__ = [
     "ROLE_THRESHOLDS",
+    "AlignmentRule",
     "AttentionRecord",
     "HeadChange",
     "HeadStatistics",
+    "align",
     "attention_rollout",
     "count_head_changes",
     "density",

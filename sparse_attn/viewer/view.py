@@ -27,6 +27,15 @@ class AttentionView:
     """Attention to look at; made by :func:`attention_view`.
 
     A notebook shows it when it is the last value of a cell.
+
+    Attributes:
+        layers: what is shown.
+        title: of the page.
+        examples: their numbers in the batch.
+        first: which of them the page begins with, and pictures show.
+        courses: run -> layer -> head -> α by step.
+        labels: a name for each example; without, it goes by its tokens.
+        sections: heading and HTML of what else the page tells, in a view of its own.
     """
 
     layers: list[Layer] = field(repr=False)
@@ -34,6 +43,7 @@ class AttentionView:
     examples: list[int] = field(repr=False)
     first: int = field(repr=False)
     courses: Courses = field(repr=False)
+    labels: Sequence[str] = field(default=(), repr=False)
     sections: Sequence[tuple[str, str]] = field(default=(), repr=False)
 
     def html(self) -> str:

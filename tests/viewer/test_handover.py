@@ -63,6 +63,7 @@ def imported(name: str) -> Any:
         return pytest.importorskip(name)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_bertviz_takes_them(encoder_record: Records, translation: AttentionRecord) -> None:
     bertviz = imported("bertviz")
     for view in (attention_view(encoder_record(5), QUERIES), attention_view(translation, QUERIES, KEYS)):

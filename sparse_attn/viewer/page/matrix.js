@@ -31,7 +31,7 @@ function layOutMatrix(map) {
   const rowWidth = textWidth(matrix.rowNames, narrow ? 76 : 120) + 12;
   const columnWidth = textWidth(matrix.columnNames, narrow ? 76 : 110) + 12;
   const room = Math.max(260, Math.min(window.innerHeight * 0.72, 760));
-  const fitting = (left, top) => Math.min((box.clientWidth - left - 2) / map.columns, (room - top - 2) / map.rows, 30);
+  const fitting = (left, top) => Math.min((box.clientWidth - left - 2) / map.columns, (room - top - 2) / map.rows, LARGEST_CELL);
   const labelled = (state.zoom || fitting(rowWidth, columnWidth)) >= SMALLEST_LABELLED;
   matrix.left = labelled ? rowWidth : 42;
   matrix.top = labelled ? columnWidth : 26;
