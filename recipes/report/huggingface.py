@@ -28,6 +28,8 @@ ATTENTION = ("entmax", "entmax15", "sparsemax", "topk", "softmax")
 LONGEST_OUTPUT = 64
 _SOFTMAX = "sparse_attn_softmax"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# Without any of these transformers makes some tokenizers without a word.
+_TOKENIZER = ("tokenizer*", "vocab*", "*.model")
 
 
 def inspect_model(cfg: DictConfig) -> dict[str, list[float]]:
@@ -91,11 +93,14 @@ def _model_folder(given: str) -> Path:
         raise ValueError(f"model must be a folder with config.json, got {str(given)!r} without")
     if not any(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
         raise ValueError(f"model must be a folder with weights (model.safetensors), got {str(given)!r} without")
+    if not any(file for pattern in _TOKENIZER for file in folder.glob(pattern)):
+        raise ValueError(f"model must be a folder with a tokenizer (tokenizer.json), got {str(given)!r} without")
     return folder.resolve()
 
 
 def _load(folder: Path, attention: str | None) -> tuple[Any, Any]:
     import transformers
+    from safetensors import SafetensorError
 
     from sparse_attn.integrations.huggingface import load_alpha, register
     from sparse_attn.integrations.huggingface.alpha import RANGE_KEY
@@ -117,7 +122,7 @@ def _load(folder: Path, attention: str | None) -> tuple[Any, Any]:
         model = kind.from_pretrained(folder, attn_implementation=name, local_files_only=True, dtype=torch.float32)
         if learnt:
             load_alpha(model, folder)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model must hold weights that fit its config, got {str(folder)!r}: {_line(error)}") from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -137,7 +137,8 @@ def test_wrong_input_is_one_line(
         (wordless / name).write_bytes((folder / name).read_bytes())
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "config.json").write_bytes((folder / "config.json").read_bytes())
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (broken / name).write_bytes((folder / name).read_bytes())
     (broken / "model.safetensors").write_bytes(b"no weights")
     text = "text=the cat"
     for arguments, message in [
