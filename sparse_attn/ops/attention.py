@@ -11,12 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_attn.checks import autocast_input, check_dropout, check_floating, check_k, compute_dtype, result_dtype
-from sparse_attn.kernels.choose_attention import can_fuse, fused
-from sparse_attn.kernels.functions.blockwise import Setting, blockwise_attention
-from sparse_attn.masks import apply_mask, causal_mask, check_mask, dense_mask, described_causal
+from sparse_attn.checks import check_dropout, check_floating, check_k, compute_dtype, result_dtype
+from sparse_attn.kernels.choose_attention import Call, autocast_dtype, choose_attention, repeat_heads
+from sparse_attn.masks import apply_mask, causal_mask, described_causal
 from sparse_attn.ops.entmax import entmax_along
-from sparse_attn.transforms import values_known
 
 Normalizer = Literal["softmax", "sparsemax"]
 
@@ -33,9 +31,6 @@ class ScoreMapping:
         # Only the kernels ask whether there are more than k keys: a branch here would limit an exported length.
         return entmax_along(scores, self.alpha, -1, self.k)
 
-
-# Blocks of queries are faster than one large matrix from about this size of the matrix of a head.
-_LARGE = 2**18
 
 _ALPHA_OF = {"softmax": 1.0, "sparsemax": 2.0}
 
@@ -55,7 +50,7 @@ def entmax_attention(
     """α-entmax attention: ``entmax(scale * query @ key^T + mask, alpha) @ value``.
 
     Args:
-        query: (..., H, L, D). Dimensions before the last two broadcast, also where one tensor has fewer of them.
+        query: (..., H, L, D). Dimensions before the last two broadcast, also where a tensor has fewer of them.
         key: (..., H, S, D).
         value: (..., H, S, Dv).
         alpha: A number or (H,), in ``(0, inf)``; 1 is softmax attention.
@@ -132,15 +127,19 @@ def topk_attention(
     return attend(query, key, value, mapping, *arguments, scale=scale, enable_gqa=enable_gqa, need_weights=False)[0]
 
 
-def entmax_mapping(alpha: float | Tensor, heads: int) -> ScoreMapping:
-    """α-entmax with one α or one per head."""
-    return ScoreMapping(_per_head(alpha, heads))
+def entmax_mapping(alpha: float | Tensor, heads: int, k: int | None = None) -> ScoreMapping:
+    """α-entmax with one α or one per head, over all keys or the ``k`` best."""
+    if not isinstance(alpha, Tensor) or alpha.dim() == 0:
+        return ScoreMapping(alpha, k)
+    if tuple(alpha.shape) != (heads,):
+        raise ValueError(f"alpha must be a number or have shape (H,) = ({heads},), got {tuple(alpha.shape)}")
+    return ScoreMapping(alpha.view(-1, 1, 1), k)
 
 
 def topk_mapping(k: int, alpha: float | Tensor = 1.0, heads: int = 1) -> ScoreMapping:
     """α-entmax over the ``k`` best keys, all of them where there are fewer."""
     check_k(k)
-    return ScoreMapping(_per_head(alpha, heads), k)
+    return entmax_mapping(alpha, heads, k)
 
 
 def normalizer_alpha(normalizer: str) -> float:
@@ -167,7 +166,7 @@ def attend(
 
     Arguments are as in the public functions.
     """
-    _check_shapes(query, key, value, enable_gqa)
+    check_shapes(query, key, value, enable_gqa)
     check_dropout(dropout_p, "dropout_p")
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal=True, got both; put the causal part into the mask")
@@ -176,46 +175,40 @@ def attend(
     query, key, value = _of_one_rank(query, key, value)
     # Heads of size 0 have scores of 0 whatever the factor.
     scale = 1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
-    if not need_weights and isinstance(mapping, ScoreMapping) and mapping.k is None and can_fuse(query, key, value):
-        return fused(query, key, value, mapping.alpha, attn_mask, dropout_p, is_causal, scale), None
-    arguments = (attn_mask, dropout_p, is_causal, scale, enable_gqa, need_weights)
-    device = query.device.type
-    if not torch.is_autocast_enabled(device):
-        return _attend_in_full(query, key, value, mapping, *arguments)
-    # Autocast would round the scores. It decides on the dtypes alone: that of the input of
-    # ``scaled_dot_product_attention``, and that of what softmax returns.
+    if not need_weights and isinstance(mapping, ScoreMapping):
+        call = Call(query, key, value, mapping.alpha, mapping.k, attn_mask, dropout_p, is_causal, scale)
+        compute = choose_attention(call)
+        if compute is not None:
+            return compute(call), None
+    if is_causal:
+        attn_mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
+    dtype = autocast_dtype(query)
+    if dtype is None:
+        return _by_one_matrix(query, key, value, mapping, attn_mask, dropout_p, scale)
+    # Autocast chooses the dtypes of the inputs and of the weights; it would also round the scores.
     weights_dtype = result_dtype(query)
-    query, key, value = (autocast_input(x) for x in (query, key, value))
-    with torch.autocast(device, enabled=False):
-        output, weights = _attend_in_full(query, key, value, mapping, *arguments)
-    return output, None if weights is None else weights.to(weights_dtype)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        output, weights = _by_one_matrix(query, key, value, mapping, attn_mask, dropout_p, scale)
+    return output, weights.to(weights_dtype)
 
 
-def _attend_in_full(
+def _by_one_matrix(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mapping: Callable[[Tensor], Tensor],
     attn_mask: Tensor | None,
     dropout_p: float,
-    is_causal: bool,
     scale: float,
-    enable_gqa: bool,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of half precision in float32, as fused kernels compute it too; the results in the query's dtype.
+) -> tuple[Tensor, Tensor]:
+    """Output and weights by a matrix of all scores, in the query's dtype; half precision is computed in float32.
 
-    Rounded to bfloat16 a score of 10 is off by up to 0.03, and so would be the weights of a sparse mapping.
+    Rounded to bfloat16, a score of 10 is off by up to 0.03, and so would be the weights of a sparse mapping.
     """
     dtype, wide = query.dtype, compute_dtype(query)
     query, key, value = query.to(wide), key.to(wide), value.to(wide)
-    if enable_gqa:
-        group = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
-    if not need_weights and isinstance(mapping, ScoreMapping) and _is_plain(query, attn_mask) and _is_large(query, key):
-        return _in_blocks(query, key, value, mapping, attn_mask, dropout_p, is_causal, scale).to(dtype), None
-    if is_causal:
-        attn_mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
+    key, value = repeat_heads(query, key, value)
     scores = (query * scale) @ key.transpose(-2, -1)
     weights = mapping(apply_mask(scores, attn_mask))
     if dropout_p > 0.0:
@@ -229,54 +222,12 @@ def _of_one_rank(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dim() == rank else x[(None,) * (rank - x.dim())] for x in tensors)
 
 
-def _is_large(query: Tensor, key: Tensor) -> bool:
-    return query.shape[-2] * key.shape[-2] >= _LARGE
-
-
-def _is_plain(query: Tensor, attn_mask: Tensor | None) -> bool:
-    """Whether no transform is at work, and no gradient is wanted for a mask, which has the size of the scores."""
-    return values_known(query) and (attn_mask is None or not attn_mask.requires_grad)
-
-
-def _in_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mapping: ScoreMapping,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
-) -> Tensor:
-    """The output without the weights: heads one by one, in blocks of queries."""
-    batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-    shape = (*batch, query.shape[-2], key.shape[-2])
-    if attn_mask is not None:
-        attn_mask = dense_mask(attn_mask, query.device)
-        check_mask(attn_mask, shape)
-        attn_mask = attn_mask.expand(shape)
-    alpha = mapping.alpha
-    number, per_row = (0.0, alpha) if isinstance(alpha, Tensor) else (alpha, None)
-    if per_row is not None:
-        per_row = per_row.expand(*batch, 1, 1).reshape(-1)
-    setting = Setting(number, mapping.k, attn_mask, dropout_p, is_causal, scale)
-    query, key, value = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (query, key, value))
-    return blockwise_attention(query, key, value, per_row, setting).view(*batch, *shape[-2:-1], -1)
-
-
 def _heads(x: Tensor) -> int:
     return x.shape[-3] if x.dim() > 2 else 1
 
 
-def _per_head(alpha: float | Tensor, heads: int) -> float | Tensor:
-    if not isinstance(alpha, Tensor) or alpha.dim() == 0:
-        return alpha
-    if tuple(alpha.shape) != (heads,):
-        raise ValueError(f"alpha must be a number or have shape (H,) = ({heads},), got {tuple(alpha.shape)}")
-    return alpha.view(-1, 1, 1)
-
-
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+def check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    """Raise unless query, key and value have one dtype and device and shapes that fit."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_floating(x, name)
     dtypes = (query.dtype, key.dtype, value.dtype)
@@ -300,6 +251,8 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
     ):
         raise ValueError(f"key and value must have the same number of heads, a divisor of the query's; {shapes}")
     axes = -3 if enable_gqa else -2
+    if query.shape[:axes] == key.shape[:axes] == value.shape[:axes]:
+        return
     try:
         torch.broadcast_shapes(query.shape[:axes], key.shape[:axes], value.shape[:axes])
     except RuntimeError as error:
