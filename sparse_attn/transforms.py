@@ -20,7 +20,9 @@ def is_traced() -> bool:
 
 def writes_onnx() -> bool:
     """Whether what is traced may become ONNX, which has fewer operations than torch."""
-    return torch.compiler.is_exporting() or (torch._C._is_tracing() and torch.onnx.is_in_onnx_export())
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._is_tracing() and torch.onnx.is_in_onnx_export()
 
 
 def values_known(*tensors: Tensor) -> bool:

@@ -186,10 +186,9 @@ def test_learnt_alpha_is_trained_in_a_trace() -> None:
     [
         {"window": 3},
         {"add_bias_kv": True, "add_zero_attn": True},
-        {"positions": RotaryPositions(4)},
         {"num_kv_heads": 1},
     ],
-    ids=["window", "extra keys", "positions", "grouped heads"],
+    ids=["window", "extra keys", "grouped heads"],
 )
 def test_a_traced_layer_takes_other_batches_and_lengths(kwargs: dict[str, Any]) -> None:
     layer = TopKMultiheadAttention(8, 2, k=7, batch_first=True, **kwargs).eval()
