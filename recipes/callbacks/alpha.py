@@ -13,12 +13,15 @@ from sparse_attn import alpha_per_head
 
 from ..run import ALPHA
 from ..seq2seq.task import Seq2SeqTask
+from .metrics_csv import MetricsCsv
 
 COLUMNS = ("step", "layer", "head", "alpha")
 
 
 class AlphaCourse(L.Callback):
-    """Writes α of every head to ``alpha.csv`` and TensorBoard, at the start and as often as the trainer logs.
+    """Writes α of every head to ``alpha.csv`` and to every logger, at the start and as often as the trainer logs.
+
+    A logger gets one number for each head, ``alpha/LAYER/headN``; TensorBoard also a histogram of each layer.
 
     Args:
         folder: The run folder.
@@ -48,11 +51,18 @@ class AlphaCourse(L.Callback):
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
-        boards = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        alpha = alpha_per_head(cast(Seq2SeqTask, pl_module).model)
+        curves = {
+            f"alpha/{layer}/head{head}": float(a) for layer, alphas in alpha.items() for head, a in enumerate(alphas)
+        }
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCsv) or not curves:
+                continue  # metrics.csv has a column for each curve, and alpha.csv has these
+            logger.log_metrics(curves, step)
+            if isinstance(logger, TensorBoardLogger):
+                for layer, alphas in alpha.items():
+                    logger.experiment.add_histogram(f"alpha/{layer}", alphas, step)
         with self.file.open("a", encoding="utf-8", newline="") as lines:
             rows = csv.writer(lines)
-            for layer, alphas in alpha_per_head(cast(Seq2SeqTask, pl_module).model).items():
-                for head, alpha in enumerate(alphas.tolist()):
-                    rows.writerow((step, layer, head, f"{alpha:.6f}"))
-                    for board in boards:
-                        board.add_scalar(f"alpha/{layer}/head{head}", alpha, step)
+            for layer, alphas in alpha.items():
+                rows.writerows((step, layer, head, f"{a:.6f}") for head, a in enumerate(alphas.tolist()))
