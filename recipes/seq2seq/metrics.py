@@ -61,8 +61,8 @@ def computed(names: Sequence[str]) -> list[str]:
 
 def closest_references(
     predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
-) -> list[tuple[int, int]]:
-    """For every prediction the Levenshtein distance to its closest reference, and the length of that reference.
+) -> list[tuple[int, Tokens]]:
+    """For every prediction the Levenshtein distance to its closest reference, and that reference.
 
     Among equally close references the first one counts.
 
@@ -81,7 +81,7 @@ def closest_references(
             raise ValueError(f"every word needs at least one reference, got none for word {index}")
         distances = [Levenshtein.distance(prediction, reference) for reference in accepted]
         closest = min(range(len(distances)), key=distances.__getitem__)
-        found.append((distances[closest], len(accepted[closest])))
+        found.append((distances[closest], accepted[closest]))
     return found
 
 
@@ -112,7 +112,7 @@ def edit_scores(predictions: Sequence[Tokens], references: Sequence[Sequence[Tok
         {'per': 20.0, 'wer': 50.0, 'accuracy': 50.0, 'edit_distance': 0.5}
     """
     counts = closest_references(predictions, references)
-    words, errors, length = len(counts), sum(d for d, _ in counts), sum(n for _, n in counts)
+    words, errors, length = len(counts), sum(d for d, _ in counts), sum(len(r) for _, r in counts)
     if length == 0:
         raise ValueError("references must hold at least one token in all, got only empty ones")
     wrong = sum(distance > 0 for distance, _ in counts)

@@ -23,8 +23,9 @@ def check_schedule(name: str, warmup: float) -> None:
 def rate_factor(step: int, warmup: int, total: int, *, schedule: str = "linear", dim: int = 1) -> float:
     r"""What the learning rate is multiplied by at a step, counted from 0.
 
-    With :math:`s = \text{step} + 1` all of them rise linearly for :math:`w` steps. Afterwards ``linear`` falls to zero at
-    ``total`` in a straight line, ``cosine`` in half a wave, and ``inverse_sqrt`` by :math:`\sqrt{w / s}`. ``noam`` is
+    With :math:`s = \text{step} + 1` all of them rise linearly for :math:`w` steps. Afterwards ``linear`` falls to
+    zero at ``total`` in a straight line, ``cosine`` in half a wave, and ``inverse_sqrt`` by :math:`\sqrt{w / s}`.
+    ``noam`` is
 
     .. math:: d^{-1/2} \min(s^{-1/2}, s \, w^{-3/2})
 

@@ -37,19 +37,24 @@ class Scores:
         """Mean ``loss`` and ``support`` of a token under teacher forcing, and the metrics that were asked for.
 
         Where the words belong to several groups, such as languages, a metric is the mean of those of the groups, and
-        ``per/hun`` that of one of them. The unit of the loss is that of the model's output: nats for softmax. The support is the number of tokens that
-        are possible next. An ensemble has neither.
+        ``per/hun`` is that of one of them. The unit of the loss is that of the model's output: nats for softmax. The
+        support is the number of tokens that are possible next. An ensemble has neither.
         """
         means = {"loss": self.loss_sum / self.tokens, "support": self.support_sum / self.tokens} if self.tokens else {}
         scores, parts = self.scores()
-        return {**means, **scores, **{f"{name}/{part}": x for part, found in parts.items() for name, x in found.items()}}
+        return {
+            **means,
+            **scores,
+            **{f"{name}/{part}": x for part, found in parts.items() for name, x in found.items()},
+        }
 
     def scores(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """The metrics of all words and of every group; see :func:`by_group`."""
         return by_group(self._score, self.groups or [""] * len(self.predictions))
 
     def _score(self, chosen: Sequence[int]) -> dict[str, float]:
-        predictions, references = ([side[index] for index in chosen] for side in (self.predictions, self.references))
+        predictions = [self.predictions[index] for index in chosen]
+        references = [self.references[index] for index in chosen]
         scores: dict[str, float] = {}
         names = computed(self.names)
         if set(names) & set(EDIT_METRICS):

@@ -197,7 +197,11 @@ class Seq2SeqTask(L.LightningModule):
         optimizer = torch.optim.AdamW(
             self.parameter_groups(), lr=self.hparams["learning_rate"], betas=(0.9, 0.98), eps=1e-9, fused=fused
         )
-        warmup, kind, dim = self.warmup_steps(total), self.hparams["schedule"], self.model.target_embedding.tokens.embedding_dim
+        warmup, kind, dim = (
+            self.warmup_steps(total),
+            self.hparams["schedule"],
+            self.model.target_embedding.tokens.embedding_dim,
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: rate_factor(step, warmup, total, schedule=kind, dim=dim)
         )
@@ -212,4 +216,3 @@ class Seq2SeqTask(L.LightningModule):
         """Weight matrices; biases and norms, which do not decay; α, which has a learning rate of its own."""
         rates = {"lr": self.hparams["learning_rate"], "alpha_lr": self.hparams["alpha_learning_rate"]}
         return alpha_param_groups(self.model, **rates, weight_decay=self.hparams["weight_decay"], strict=False)
-

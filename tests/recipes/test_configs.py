@@ -16,6 +16,7 @@ from recipes.launch import config_dir, config_groups
 from recipes.seq2seq.attention import ATTENTION_KINDS
 from recipes.seq2seq.data import Seq2SeqData
 from recipes.seq2seq.model import Seq2SeqTransformer
+from recipes.seq2seq.schedules import check_schedule
 from recipes.seq2seq.task import Seq2SeqTask
 
 FILES = sorted(config_dir().rglob("*.yaml"))
@@ -36,7 +37,16 @@ def name(file) -> str:
 
 def test_there_are_configs():
     assert {name(file) for file in FILES} >= {f"{command}.yaml" for command in COMMANDS}
-    assert set(config_groups()) == {"callbacks", "data", "experiment", "logger", "model", "paths", "trainer"}
+    assert set(config_groups()) == {
+        "callbacks",
+        "data",
+        "experiment",
+        "logger",
+        "model",
+        "paths",
+        "schedule",
+        "trainer",
+    }
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
@@ -73,6 +83,8 @@ def test_every_key_binds_to_what_it_configures(option):
         )
     for section in ("optimizer", "loss"):
         check_arguments(Seq2SeqTask, section, settings[section])
+    check_arguments(check_schedule, "schedule", settings["schedule"])
+    check_schedule(**settings["schedule"])
     check_arguments(L.Trainer, "trainer", settings["trainer"])
     build_callbacks(settings["callbacks"])
     for node in settings["logger"].values():

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from recipes.seq2seq.schedules import rate_factor
 from recipes.seq2seq.scores import Scores, score
-from recipes.seq2seq.task import Seq2SeqTask, rate_factor
+from recipes.seq2seq.task import Seq2SeqTask
 from recipes.seq2seq.tokenizer import Tokenizer
 from sparse_attn import entmax15_loss, sparsemax, sparsemax_loss
 
