@@ -205,6 +205,21 @@ def located(target: str) -> str:
     return f"{__package__}.{rest}" if package == "recipes" else target
 
 
+def check_trainer(section: dict[str, Any]) -> None:
+    """Refuses settings of the trainer that cannot be used."""
+    check_arguments(L.Trainer, "trainer", section, reserved=("logger", "callbacks", "default_root_dir"))
+    devices = section.get("devices", 1)
+    one = len(devices) == 1 if isinstance(devices, list) else devices in (1, "1")
+    if not one or section.get("num_nodes", 1) != 1:
+        came = {key: section[key] for key in ("devices", "num_nodes") if key in section}
+        raise ValueError(f"trainer.devices must be 1, or a list of one such as [0], on one node, got {came}")
+    # The learning rate needs an end to fall towards, and the run a checkpoint to score.
+    for name in ("max_epochs", "limit_train_batches"):
+        value = section.get(name)
+        if value is not None and not value > 0:
+            raise ValueError(f"trainer.{name} must be above 0, got {value}")
+
+
 def build_trainer(
     section: dict[str, Any],
     loggers: list[Logger],
@@ -215,17 +230,7 @@ def build_trainer(
     higher_is_better: bool = False,
 ) -> L.Trainer:
     """The trainer of a config section, writing into the run folder."""
-    check_arguments(L.Trainer, "trainer", section, reserved=("logger", "callbacks", "default_root_dir"))
-    devices = section.get("devices", 1)
-    one = len(devices) == 1 if isinstance(devices, list) else devices in (1, "1")
-    if not one or section.get("num_nodes", 1) != 1:
-        came = {key: section[key] for key in ("devices", "num_nodes") if key in section}
-        raise ValueError(f"trainer.devices must be 1, or a list of one such as [0], on one node, got {came}")
-    # The learning rate needs an end to fall towards, and the run a checkpoint to score.
-    for name in ("max_epochs", "limit_train_batches"):
-        value = section.get(name, 1)
-        if value is None or not value > 0:
-            raise ValueError(f"trainer.{name} must be above 0, got {value}")
+    check_trainer(section)
     shown = progress()
     defaults = {
         "enable_progress_bar": isinstance(shown, ProgressBar),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -37,6 +38,16 @@ def headline(folder: Path, data: Seq2SeqData, task: Seq2SeqTask, trainer: L.Trai
     device = trainer.strategy.root_device.type
     start = f", going on after step {step}" if step else ""
     return f"{data.title}: {words}\n{weights:,} parameters on {device}{start}; run folder {short_path(folder)}"
+
+
+def early_stop(trainer: L.Trainer) -> str | None:
+    """Why a training ended before its last epoch, if a callback has ended it."""
+    for callback in trainer.early_stopping_callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
+            waited = f"{callback.patience} epoch{'s' * (callback.patience != 1)}"
+            last = callback.stopped_epoch + 1
+            return f"stopped early after epoch {last}: {callback.monitor} has not improved for {waited}"
+    return None
 
 
 def farewell(folder: Path) -> str:

@@ -49,6 +49,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         build_loggers,
         build_task,
         build_trainer,
+        check_trainer,
         monitored,
         recorded,
         resolved,
@@ -56,7 +57,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from .fit import fit, quiet
     from .plan import plan_training
     from .run import checkpoint_file, continue_record, read_checkpoint, start_record
-    from .summary import conclude, farewell, headline
+    from .summary import conclude, early_stop, farewell, headline
 
     settings = resolved(cfg)
     if settings["threads"] is not None:
@@ -66,6 +67,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     state = read_checkpoint(last) if last else None
     step = state["global_step"] if state else 0
     with quiet():
+        check_trainer(settings["trainer"])
         data = build_data(settings["data"])
         plan = plan_training(settings["trainer"], len(data.train_dataloader()))
         settings["trainer"]["max_epochs"] = plan.epochs
@@ -96,6 +98,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
             print(f"note: {note}", flush=True)
         try:
             fit(trainer, task, data, last)
+            if stopped := early_stop(trainer):
+                print(stopped, flush=True)
             return conclude(folder, task, data, device=trainer.strategy.root_device, begin=begin)
         except KeyboardInterrupt:
             raise Interrupted(farewell(folder)) from None
