@@ -20,7 +20,7 @@ from recipes.seq2seq.schedules import check_schedule
 from recipes.seq2seq.task import Seq2SeqTask
 
 FILES = sorted(config_dir().rglob("*.yaml"))
-COMMANDS = ("train", "evaluate", "predict", "inspect")
+COMMANDS = ("train", "evaluate", "predict", "inspect", "compare")
 OPTIONS = [
     f"{group}={file.stem}" for group in config_groups() for file in sorted((config_dir() / group).glob("*.yaml"))
 ]
@@ -56,7 +56,9 @@ def test_every_file_begins_with_the_command_that_launches_it(file):
     command = re.fullmatch(r"# sparse-attn (\w+)(.*)", first)
     assert command, first
     optional = re.sub(r"\[.*?\]", "", command[2])
-    overrides = [argument for argument in shlex.split(optional) if not argument.startswith("hydra.run.dir=")]
+    # A folder without a key is for the command itself.
+    given = [argument for argument in shlex.split(optional) if "=" in argument]
+    overrides = [argument for argument in given if not argument.startswith("hydra.run.dir=")]
     assert composed(command[1], *overrides)
     group = file.parent.name
     if group in config_groups() and group not in ("paths", "trainer"):
