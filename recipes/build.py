@@ -29,7 +29,6 @@ SECTIONS = (
     "seed",
     "resume",
     "threads",
-    "monitor",
     "data",
     "model",
     "optimizer",
@@ -39,6 +38,7 @@ SECTIONS = (
     "callbacks",
     "logger",
     "paths",
+    "monitor",
 )
 _PLAIN = ("seed", "resume", "threads", "monitor")
 # What older runs lack.
