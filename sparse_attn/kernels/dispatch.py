@@ -1,4 +1,7 @@
-"""The one place that chooses who computes a mapping: kernels where there are any for a tensor, else plain torch."""
+"""Chooses the backend that computes rows and products: kernels where a tensor has any, plain torch otherwise.
+
+No other module above the backends imports one.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ _forced: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
 def backends() -> dict[str, str]:
-    """What there is to compute with, in the order in which it is chosen, and how it runs or why it cannot.
+    """The backends in order of preference: how each runs, or why it cannot.
 
     Example:
         >>> list(backends())
@@ -39,7 +42,7 @@ def backends() -> dict[str, str]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Compute with one backend alone while the context lasts, in this thread.
+    """Compute with one backend only, in this thread, until the context ends.
 
     Args:
         name: A key of :func:`backends`. What a backend has no kernel for is still computed by torch. "triton" computes
@@ -124,16 +127,16 @@ def fused_plan() -> ModuleType:
 
 
 def by_triton(x: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether kernels in Triton compute with ``x``: they answer an α out of range with NaN, since nobody looks at it.
+    """Whether kernels in Triton compute with ``x``, or with ``x`` cast to ``dtype``.
 
-    A look would make the host wait for the device, at every call.
+    They give NaN for an α out of range: checking it would make the host wait for the device at every call.
     """
     return (x.dtype if dtype is None else dtype) in _TRITON_DTYPES and _triton_computes(x.device.type)
 
 
 def _triton_computes(device: str) -> bool:
-    """What is compiled stays with the backend that there was then."""
-    if device == "cpu":  # in the interpreter alone, see use_backend
+    """Constant in compiled code: it keeps the backend that was chosen when it was compiled."""
+    if device == "cpu":  # only in the interpreter, see use_backend
         return _forced.get() == "triton" and triton.interpreted()
     if device != "cuda" or _forced.get() not in (None, "triton"):
         return False
