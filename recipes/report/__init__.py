@@ -3,7 +3,7 @@
 The pictures and the page (`recipes.report.write`) are imported where they are drawn: matplotlib loads slowly.
 """
 
-from .measure import LayerHeads, attention_density, measure_heads, top_k_per_layer
+from .measure import LayerHeads, attention_density, measure_at, measure_heads, top_k_per_layer
 from .tables import alpha_table, groups_table, rates_table, roles_table
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "alpha_table",
     "attention_density",
     "groups_table",
+    "measure_at",
     "measure_heads",
     "rates_table",
     "roles_table",
