@@ -240,7 +240,7 @@ def test_versions_name_the_commit_only_in_a_checkout(tmp_path):
 
 def test_no_group_is_nothing():
     check_groups(["logger=csv", "resume=null", "optimizer.max_steps=null"])
-    with pytest.raises(ValueError, match="logger must be one of csv, default, got null"):
+    with pytest.raises(ValueError, match="logger must be one of csv, default, mlflow, wandb, got null"):
         check_groups(["logger=null"])
 
 
