@@ -41,9 +41,8 @@ class BestAndLast(Checkpoint):
 
     def _save(self, trainer: L.Trainer, name: str) -> None:
         """Saves beside and renames: an interruption leaves a whole checkpoint, old or new."""
-        unfinished = self.folder / f"{name}.tmp"
-        trainer.save_checkpoint(unfinished)
-        unfinished.replace(self.folder / name)
+        with replacing(self.folder / name) as unfinished:
+            trainer.save_checkpoint(unfinished)
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far, and how long the training took over all its sessions."""
