@@ -137,7 +137,7 @@ def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Logger]:
     loggers = []
     for node in (cfg.logger or {}).values():
         purge = {"purge_step": step} if step and "purge_step" in node else {}
-        loggers.append(instantiate(node, save_dir=str(folder), **purge))
+        loggers.append(instantiate(node, _target_=located(node["_target_"]), save_dir=str(folder), **purge))
     return loggers
 
 
@@ -147,7 +147,7 @@ def build_callbacks(section: dict[str, Any] | None) -> list[L.Callback]:
     for name, node in (section or {}).items():
         target, arguments = node["_target_"], {key: value for key, value in node.items() if key != "_target_"}
         try:
-            kind = get_class(target)
+            kind = get_class(located(target))
         except (ImportError, TypeError, ValueError) as error:
             raise ValueError(f"callbacks.{name}._target_ must name a class, got {target!r}") from error
         if not issubclass(kind, L.Callback):
@@ -155,6 +155,12 @@ def build_callbacks(section: dict[str, Any] | None) -> list[L.Callback]:
         check_arguments(kind, f"callbacks.{name}", arguments)
         callbacks.append(kind(**arguments))
     return callbacks
+
+
+def located(target: str) -> str:
+    """The import path of a ``_target_``: ``recipes.`` stands for this package, which a wheel has in ``sparse_attn``."""
+    package, _, rest = target.partition(".")
+    return f"{__package__}.{rest}" if package == "recipes" else target
 
 
 def build_trainer(

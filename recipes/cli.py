@@ -62,7 +62,6 @@ def main() -> None:
 
 def _start(command: str, *rest: str) -> None:
     if command == "--version":
-        # Takes seconds, as it imports torch: the help should not wait for it.
         from sparse_attn import __version__
 
         print(f"sparse-attn {__version__}")
@@ -76,7 +75,13 @@ def _start(command: str, *rest: str) -> None:
             f'sparse-attn: {command} needs packages that are not installed; run: pip install "sparse-attn[recipes]"'
         )
     sys.argv = [sys.argv[0], *rest]
-    importlib.import_module(f"recipes.{command}").main()
+    if command == "train":
+        importlib.import_module(".train", __package__).main()
+    else:
+        from .launch import run_hydra
+
+        # The command's module loads torch, for which neither its help nor a mistyped key should wait.
+        run_hydra(command, lambda cfg: getattr(importlib.import_module(f".{command}", __package__), command)(cfg))
 
 
 def _refuse(message: str, status: int = 2) -> None:

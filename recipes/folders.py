@@ -141,6 +141,8 @@ def _lock(folder: Path) -> int | None:
         except OSError as error:
             os.close(descriptor)
             if error.errno in _TAKEN:
-                raise Busy(f"another process is at work in {folder}; wait for its end or choose another folder") from None
+                raise Busy(
+                    f"another process is at work in {folder}; wait for its end or choose another folder"
+                ) from None
             return None  # some network file systems have no such lock
         os.close(descriptor)  # another process removed the folder and perhaps made it anew

@@ -25,7 +25,7 @@ from yaml import YAMLError
 
 from .curves import drop_rows_after
 from .folders import write_text
-from .seq2seq.task import Seq2SeqTask
+from .seq2seq.task import LAYOUT, Seq2SeqTask
 
 CONFIG, OVERRIDES, VERSIONS, RESULTS = "config.yaml", "overrides.yaml", "versions.json", "results.json"
 METRICS, ALPHA, CHECKPOINTS = "metrics.csv", "alpha.csv", "checkpoints"
@@ -104,7 +104,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     """The content of a checkpoint, tensors on the CPU; runs no code that the file might bring along.
 
     Raises:
-        ValueError: If the file is cut short, damaged or no checkpoint of this program.
+        ValueError: If the file is cut short, damaged, no checkpoint of this program or one of another layout.
     """
     with file.open("rb") as content:
         try:
@@ -114,6 +114,14 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
             raise ValueError(f"checkpoint {file} ({size} bytes) cannot be read: it is cut short or damaged") from error
     if not isinstance(state, dict) or not {"state_dict", "hyper_parameters"} <= state.keys():
         raise ValueError(f"{file} must be a checkpoint of sparse-attn train, got other data")
+    if (layout := state.get("layout", 1)) != LAYOUT:
+        cause = (
+            "the model is now made of sparse_attn's own layers" if layout == 1 else "the weights changed their names"
+        )
+        raise ValueError(
+            f"checkpoint {file} must have layout {LAYOUT}, got layout {layout} of another version of sparse-attn: "
+            f"{cause}; train again, or read it with that version"
+        )
     return state
 
 
@@ -125,9 +133,12 @@ def start_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> Non
     Raises:
         FileExistsError: If the folder already holds a run with a checkpoint, or a ``config.yaml`` of something else.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     refuse_taken(folder)
     if (folder / VERSIONS).is_file():
-        for old in (*(folder / name for name in _WRITTEN), *folder.glob("tensorboard/events.out.tfevents.*")):
+        # versions.json last: without it a kill in between would leave a folder that looks like another's.
+        others = [folder / name for name in _WRITTEN if name != VERSIONS]
+        for old in (*others, *folder.glob("tensorboard/events.out.tfevents.*"), folder / VERSIONS):
             old.unlink(missing_ok=True)
     write_json(folder / VERSIONS, versions())
     write_text(folder / OVERRIDES, OmegaConf.to_yaml(OmegaConf.create(list(overrides))))

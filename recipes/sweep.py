@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from .arguments import quoted
-from .folders import Busy, claimed, new_folder, remove_if_empty, write_text
+from .folders import claimed, new_folder, write_text
 from .launch import Interrupted, explained, reported, run_hydra
 
 SWEEP, FAILURE = "sweep.json", "failure.json"
@@ -46,12 +46,17 @@ def sweep(arguments: Sequence[str]) -> None:
             known = (folder / SWEEP).exists()
             if not known:
                 write_text(folder / SWEEP, json.dumps({"arguments": others}, indent=2) + "\n")
+            elif (before := _recorded(folder)) != others:
+                raise FileExistsError(
+                    f"{folder} already holds another sweep ({' '.join(before)}); choose another {_FOLDER}"
+                )
             try:
                 run_hydra("train", run_of_sweep, arguments=[*others, f"{_FOLDER}={quoted(str(folder))}"])
             finally:
                 outcomes = read_outcomes(folder)
-                if not outcomes and not known:
-                    (folder / SWEEP).unlink()  # nothing was run: the command line was wrong
+                if not outcomes and not known:  # the command line was wrong
+                    for name in (SWEEP, "multirun.yaml"):
+                        (folder / name).unlink(missing_ok=True)
     from .summary import print_comparison
 
     print_comparison(outcomes)
@@ -59,7 +64,7 @@ def sweep(arguments: Sequence[str]) -> None:
     if failed:
         print(
             f"sparse-attn train: {failed} of {len(outcomes)} runs failed; to do again what is missing: "
-            f"sparse-attn train resume={quoted_for_shell(folder)}",
+            f"sparse-attn train resume={shlex.quote(str(folder))}",
             file=sys.stderr,
         )
         sys.exit(FAILED_RUNS)
@@ -87,7 +92,9 @@ def run_of_sweep(cfg: DictConfig) -> float:
             results = train(cfg)
         return results["val/per"]
     except KeyboardInterrupt:
-        place = quoted_for_shell(folder.parent)
+        from .run import short_path
+
+        place = shlex.quote(short_path(folder.parent))
         raise Interrupted(f"stopped; to do what is missing of the sweep: sparse-attn train resume={place}") from None
     except Exception as error:
         message = explained(error, "train")
@@ -95,7 +102,7 @@ def run_of_sweep(cfg: DictConfig) -> float:
             traceback.print_exc()
             message = f"{type(error).__name__}: {error}"
         print(f"sparse-attn train: run {hydra.job.num} failed: {message}", file=sys.stderr, flush=True)
-        if not isinstance(error, Busy):  # then the folder is another's
+        if not isinstance(error, FileExistsError):  # then the folder is another's
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / FAILURE, json.dumps({"overrides": changes, "error": message}, indent=2) + "\n")
         return math.inf
@@ -109,11 +116,15 @@ def resumed_sweep(folder: Path, others: Sequence[str]) -> list[str]:
     """
     if others:
         raise ValueError(f"resume continues a sweep with its own command line, got also {' '.join(others)}")
+    return [*_recorded(folder), f"{_FOLDER}={quoted(str(folder))}"]
+
+
+def _recorded(folder: Path) -> list[str]:
     try:
-        arguments = json.loads((folder / SWEEP).read_text(encoding="utf-8"))["arguments"]
+        arguments: list[str] = json.loads((folder / SWEEP).read_text(encoding="utf-8"))["arguments"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / SWEEP} must hold the command line of a sweep, got damaged content") from None
-    return [*arguments, f"{_FOLDER}={quoted(str(folder))}"]
+    return arguments
 
 
 def read_outcomes(folder: Path) -> list[tuple[list[str], dict[str, float] | str]]:

@@ -1,93 +1,27 @@
 """Sparse attention for PyTorch: mappings to sparse probabilities, attention layers that learn how sparse to be."""
 
-from sparse_attn.analysis.record import record_attention
-from sparse_attn.kernels.dispatch import backends, use_backend
-from sparse_attn.nn import (
-    NAPE,
-    AdaptiveSparseMultiheadAttention,
-    ALiBi,
-    BudgetSparsemax,
-    DecoderCache,
-    Entmax,
-    Entmax15,
-    Entmax15Loss,
-    EntmaxLoss,
-    KVCache,
-    LengthScaling,
-    Normmax,
-    Positions,
-    RotaryPositions,
-    SparseAttention,
-    Sparsemax,
-    SparsemaxLoss,
-    SparseSoftmax,
-    TopKMultiheadAttention,
-    TopkSoftmax,
-    TransformerDecoderLayer,
-    TransformerEncoderLayer,
-    alpha_per_head,
-)
-from sparse_attn.ops import (
-    budget_sparsemax,
-    entmax,
-    entmax15,
-    entmax15_loss,
-    entmax_attention,
-    entmax_loss,
-    normmax,
-    sparse_softmax,
-    sparsemax,
-    sparsemax_loss,
-    support_size,
-    tau,
-    topk_attention,
-    topk_softmax,
-)
-from sparse_attn.swap import replace_attention, restore_attention
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "NAPE",
-    "ALiBi",
-    "AdaptiveSparseMultiheadAttention",
-    "BudgetSparsemax",
-    "DecoderCache",
-    "Entmax",
-    "Entmax15",
-    "Entmax15Loss",
-    "EntmaxLoss",
-    "KVCache",
-    "LengthScaling",
-    "Normmax",
-    "Positions",
-    "RotaryPositions",
-    "SparseAttention",
-    "SparseSoftmax",
-    "Sparsemax",
-    "SparsemaxLoss",
-    "TopKMultiheadAttention",
-    "TopkSoftmax",
-    "TransformerDecoderLayer",
-    "TransformerEncoderLayer",
-    "alpha_per_head",
-    "backends",
-    "budget_sparsemax",
-    "entmax",
-    "entmax15",
-    "entmax15_loss",
-    "entmax_attention",
-    "entmax_loss",
-    "normmax",
-    "record_attention",
-    "replace_attention",
-    "restore_attention",
-    "sparse_softmax",
-    "sparsemax",
-    "sparsemax_loss",
-    "support_size",
-    "tau",
-    "topk_attention",
-    "topk_softmax",
-    "use_backend",
-]
+
+def _runs_the_command() -> bool:
+    """Whether this process is the command ``sparse-attn``, whose help should not wait for torch."""
+    return bool(sys.argv[:1]) and Path(sys.argv[0]).stem == "sparse-attn"
+
+
+if not TYPE_CHECKING and _runs_the_command():
+
+    def __getattr__(name: str) -> Any:
+        public = importlib.import_module("sparse_attn.public")
+        try:
+            return getattr(public, name)
+        except AttributeError:
+            raise AttributeError(f"module 'sparse_attn' has no attribute {name!r}") from None
+
+else:
+    from sparse_attn.public import *  # noqa: F403
+    from sparse_attn.public import __all__ as __all__

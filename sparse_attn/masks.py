@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 Window = int | tuple[int | None, int | None]
 
@@ -116,11 +115,24 @@ def visible_pairs(attn_mask: Tensor | None, is_causal: bool, weights: Tensor) ->
 
 def dense_mask(attn_mask: Tensor, device: torch.device) -> Tensor:
     """A mask that torch keeps as a description, written out."""
-    if not isinstance(attn_mask, CausalBias):
+    described = described_causal(attn_mask)
+    if described is None:
         return attn_mask
-    lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
-    offset = attn_mask.seq_len_kv - attn_mask.seq_len_q if lower_right else 0
-    return causal_mask(attn_mask.seq_len_q, attn_mask.seq_len_kv, device, offset=offset)
+    queries, keys, offset = described
+    return causal_mask(queries, keys, device, offset=offset)
+
+
+def described_causal(attn_mask: Tensor | None) -> tuple[int, int, int] | None:
+    """Queries, keys and offset of a causal mask from ``torch.nn.attention.bias``; None for any other mask."""
+    if attn_mask is None or type(attn_mask) in (Tensor, torch.nn.Parameter):
+        return None
+    # Importing that module loads Dynamo, which takes a second. A mask that comes from it is of a type of its own.
+    from torch.nn.attention.bias import CausalBias, CausalVariant
+
+    if not isinstance(attn_mask, CausalBias):
+        return None
+    queries, keys = attn_mask.seq_len_q, attn_mask.seq_len_kv
+    return queries, keys, keys - queries if attn_mask.variant == CausalVariant.LOWER_RIGHT else 0
 
 
 def check_mask(attn_mask: Tensor, shape: Sequence[int], name: str = "attn_mask") -> None:

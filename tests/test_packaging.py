@@ -11,6 +11,7 @@ import pytest
 
 import recipes
 import sparse_attn
+from recipes.cli import COMMANDS
 
 # Imports every module of a package, then prints the top-level names of all that was loaded by it.
 LOAD = """
@@ -32,6 +33,60 @@ def test_core_loads_no_framework():
     loaded = loaded_by("sparse_attn")
     assert {"sparse_attn", "torch"} <= loaded
     assert not loaded & {"lightning", "hydra", "omegaconf", "transformers", "matplotlib", "rich", "recipes"}
+
+
+def modules_after(code: str, *arguments: str) -> set[str]:
+    """Names of all modules that are loaded once the code has run in a process of its own."""
+    code += "\nimport sys; print(*sys.modules)"
+    command = [sys.executable, "-c", code, *arguments]
+    return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1].split())
+
+
+def test_import_loads_neither_dynamo_nor_sympy():
+    loaded = modules_after("import sparse_attn; sparse_attn.sparsemax")
+    assert "sparse_attn.ops.entmax" in loaded
+    assert not loaded & {"torch._dynamo", "sympy", "triton"}
+
+
+def test_import_loads_nothing_but_torch_and_einops():
+    added = modules_after("import sparse_attn") - modules_after("import torch")
+    outside = {name.partition(".")[0] for name in added} - sys.stdlib_module_names
+    assert outside == {"sparse_attn", "einops"}
+
+
+HELP = """
+import sys
+sys.argv = ["sparse-attn", *sys.argv[1:]]
+from sparse_attn.recipes.cli import main
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+"""
+
+
+@pytest.mark.parametrize("command", [["-h"], ["--version"], *([name, "-h"] for name in COMMANDS)], ids=" ".join)
+def test_help_and_version_load_no_torch(command):
+    assert not modules_after(HELP, *command) & {"torch", "lightning", "numpy", "matplotlib"}
+
+
+def test_public_names_are_there_when_the_command_asks_for_them():
+    code = 'import sys; sys.argv = ["/bin/sparse-attn"]; import sparse_attn; assert "torch" not in sys.modules'
+    loaded = modules_after(f"{code}; from sparse_attn import alpha_per_head, nn; assert not hasattr(sparse_attn, 'x')")
+    assert "torch" in loaded
+
+
+def test_recipes_are_found_inside_the_package_whatever_else_is_called_recipes(tmp_path: Path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "__init__.py").write_text("raise ImportError('the recipes of another project')")
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from sparse_attn.recipes import build, callbacks
+from sparse_attn.recipes.callbacks.alpha_schedule import AlphaSchedule
+assert build.get_class(build.located("recipes.callbacks.alpha_schedule.AlphaSchedule")) is AlphaSchedule
+"""
+    assert "recipes" not in modules_after(code, str(tmp_path))
 
 
 def test_transformer_is_plain_torch():

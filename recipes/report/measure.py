@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from sparse_attn import TopKMultiheadAttention
 from sparse_attn.analysis import (
+    AttentionRecord,
+    HeadStatistics,
     entropy,
     monotonicity,
     name_roles,
     offset_weight,
     record_attention,
     strongest_at_offset,
-    support_counts,
 )
 
 from ..seq2seq.tokenizer import PAD
@@ -61,7 +62,7 @@ class RecordedLayer(NamedTuple):
 
 def layer_kind(name: str) -> Kind:
     """The kind of an attention layer, from its name in `Seq2SeqTransformer`."""
-    if "cross" in name:
+    if name.endswith("multihead_attn"):
         return "cross"
     return "encoder" if name.startswith("encoder.") else "decoder"
 
@@ -111,13 +112,10 @@ def attention_density(task: Any, loader: Iterable[dict[str, Any]]) -> dict[str, 
     Raises:
         ValueError: if the loader has no batch.
     """
-    used: dict[str, Tensor] = {}
-    pairs: dict[str, Tensor] = {}
+    record = AttentionRecord()
     for layer in _recorded_layers(task.model, loader):
-        counts = support_counts(layer.weights, layer.visible)
-        used[layer.name] = used.get(layer.name, 0) + counts[0].cpu()
-        pairs[layer.name] = pairs.get(layer.name, 0) + counts[1].cpu()
-    return {name: used[name] / pairs[name] for name in used}
+        _add(record, layer)
+    return {name: heads.density for name, heads in record.items()}
 
 
 def measure_heads(task: Any, loader: Iterable[dict[str, Any]]) -> dict[str, LayerHeads]:
@@ -136,16 +134,25 @@ def measure_heads(task: Any, loader: Iterable[dict[str, Any]]) -> dict[str, Laye
     sums: dict[tuple[str, str], Tensor] = {}
     counts: dict[tuple[str, str], Tensor] = {}
     kinds: dict[str, Kind] = {}
+    record = AttentionRecord()
     for layer in _recorded_layers(task.model, loader):
         kinds[layer.name] = layer.kind
+        _add(record, layer)
         for statistic, (total, count) in _statistics(layer).items():
             key = (layer.name, statistic)
             sums[key] = sums.get(key, 0) + total.double().cpu()
             counts[key] = counts.get(key, 0) + count.cpu()
     return {
-        name: _layer_heads(kind, {key[1]: (sums[key] / counts[key]).float() for key in sums if key[0] == name})
+        name: _layer_heads(
+            kind, record[name], {key[1]: (sums[key] / counts[key]).float() for key in sums if key[0] == name}
+        )
         for name, kind in kinds.items()
     }
+
+
+def _add(record: AttentionRecord, layer: RecordedLayer) -> None:
+    """Counts the weights of real positions alone: a query without weight, as padding has it here, does not count."""
+    record.add(layer.name, layer.weights * layer.visible, layer.visible)
 
 
 def _recorded_layers(model: nn.Module, loader: Iterable[dict[str, Any]]) -> Iterator[RecordedLayer]:
@@ -164,9 +171,9 @@ def _recorded_layers(model: nn.Module, loader: Iterable[dict[str, Any]]) -> Iter
 
 
 def _statistics(layer: RecordedLayer) -> dict[str, tuple[Tensor, Tensor]]:
-    """Sum and count per head of each statistic of one batch."""
+    """Sum and count per head of each statistic of one batch that a head's role depends on."""
     weights, visible = layer.weights, layer.visible
-    values = {"entropy": entropy(weights, visible), "diffuse": entropy(weights, visible, relative=True)}
+    values = {"diffuse": entropy(weights, visible, relative=True)}
     if layer.kind == "cross":
         values["monotone"] = monotonicity(weights, visible)
     for position, offset in OFFSETS.items():
@@ -174,11 +181,10 @@ def _statistics(layer: RecordedLayer) -> dict[str, tuple[Tensor, Tensor]]:
         if layer.kind == "encoder" or (layer.kind == "decoder" and offset <= 0):
             values[f"weight {position}"] = offset_weight(weights, offset, visible)
             values[f"strongest {position}"] = strongest_at_offset(weights, offset, visible)
-    sums = {name: (v.nansum(dim=(0, 2)), v.isfinite().sum(dim=(0, 2))) for name, v in values.items()}
-    return {"density": support_counts(weights, visible), **sums}
+    return {name: (v.nansum(dim=(0, 2)), v.isfinite().sum(dim=(0, 2))) for name, v in values.items()}
 
 
-def _layer_heads(kind: Kind, means: dict[str, Tensor]) -> LayerHeads:
+def _layer_heads(kind: Kind, recorded: HeadStatistics, means: dict[str, Tensor]) -> LayerHeads:
     weight, strongest = (
         {position: means[f"{what} {position}"] for position in OFFSETS if f"{what} {position}" in means}
         for what in ("weight", "strongest")
@@ -186,8 +192,8 @@ def _layer_heads(kind: Kind, means: dict[str, Tensor]) -> LayerHeads:
     others: dict[str, Tensor] = {name: means[name] for name in ("monotone", "diffuse") if name in means}
     return LayerHeads(
         kind=kind,
-        density=means["density"],
-        entropy=means["entropy"],
+        density=recorded.density,
+        entropy=recorded.entropy,
         weight=weight,
         strongest=strongest,
         monotonicity=means.get("monotone"),

@@ -15,7 +15,7 @@ from .measure import OFFSETS, LayerHeads
 
 # So many heads fit beside the longest layer name.
 HEADS_PER_LINE = 8
-LONGEST_NAME = len("decoder.layers.0.cross_attention")
+LONGEST_NAME = len("decoder.layers.0.multihead_attn")
 SPLIT_NAMES = {"val": "validation", "test": "test"}
 ROLES_EXPLAINED = (
     "previous, self, next: at least {previous:.0%} of the weight is on that position; monotone: moves "

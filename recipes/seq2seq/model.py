@@ -1,17 +1,18 @@
-"""A pre-norm encoder-decoder transformer in plain torch, each of its three attentions of a kind of its own."""
+"""A pre-norm encoder-decoder transformer of ``sparse_attn``'s layers, each of its three attentions of its own kind."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_attn import KVCache
+from sparse_attn import DecoderCache, TransformerDecoderLayer, TransformerEncoderLayer
 from sparse_attn.checks import check_alpha, check_dropout, check_k
-from sparse_attn.nn import SparseMultiheadAttention
 
-from .attention import ATTENTION_KINDS, make_attention
+from .attention import ATTENTION_KINDS, attention_factory
 from .tokenizer import PAD
 
 
@@ -27,7 +28,7 @@ class Seq2SeqTransformer(nn.Module):
         encoder_layers: Number of encoder layers.
         decoder_layers: Number of decoder layers.
         dropout: On embeddings, attention weights, feed-forward activations and residual branches.
-        encoder_attention: Kind of the encoder's self-attention; see :func:`recipes.seq2seq.attention.make_attention`.
+        encoder_attention: Kind of the encoder's self-attention; see ``attention_factory``.
         decoder_attention: Kind of the decoder's self-attention.
         cross_attention: Kind of the decoder's attention to the encoder's output.
         alpha: The fixed α of "entmax", the initial one of "adaptive".
@@ -91,25 +92,21 @@ class Seq2SeqTransformer(nn.Module):
             raise ValueError(f"alpha must be in [1, 2], where adaptive attention learns it, got {alpha}")
         check_k(k)
 
-        def attention(place: str) -> SparseMultiheadAttention:
-            return make_attention(kinds[place], dim, num_heads, dropout=dropout, alpha=alpha, k=k)
+        make = {place: attention_factory(kind, alpha=alpha, k=k) for place, kind in kinds.items()}
+        options: dict[str, Any] = {"dim_feedforward": ff_dim, "dropout": dropout, "activation": F.relu}
 
-        def feed_forward() -> nn.Sequential:
-            return nn.Sequential(nn.Linear(dim, ff_dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ff_dim, dim))
+        def encoder_layer() -> TransformerEncoderLayer:
+            return TransformerEncoderLayer(dim, num_heads, attention=make["encoder"], **options)
+
+        def decoder_layer() -> TransformerDecoderLayer:
+            return TransformerDecoderLayer(
+                dim, num_heads, attention=make["decoder"], cross_attention=make["cross"], **options
+            )
 
         self.source_embedding = Embedding(source_size, dim, dropout)
         self.target_embedding = Embedding(target_size, dim, dropout)
-        self.encoder = Encoder(
-            [EncoderLayer(attention("encoder"), feed_forward(), dropout) for _ in range(encoder_layers)],
-            dim,
-        )
-        self.decoder = Decoder(
-            [
-                DecoderLayer(attention("decoder"), attention("cross"), feed_forward(), dropout)
-                for _ in range(decoder_layers)
-            ],
-            dim,
-        )
+        self.encoder = Encoder([encoder_layer() for _ in range(encoder_layers)], dim)
+        self.decoder = Decoder([decoder_layer() for _ in range(decoder_layers)], dim)
         self.output = nn.Linear(dim, target_size)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
@@ -129,7 +126,7 @@ class Seq2SeqTransformer(nn.Module):
         return self.encoder(self.source_embedding(source), source == PAD)
 
     def decode(
-        self, target: Tensor, memory: Tensor, source_padding: Tensor, caches: list[LayerCache] | None = None
+        self, target: Tensor, memory: Tensor, source_padding: Tensor, caches: list[DecoderCache] | None = None
     ) -> Tensor:
         """Logits for target ids, given the encoder's output.
 
@@ -142,26 +139,13 @@ class Seq2SeqTransformer(nn.Module):
         Returns:
             (N, T, target_size) logits.
         """
-        start = len(caches[0].self_attention) if caches else 0
+        start = len(caches[0]) if caches else 0
         hidden = self.decoder(self.target_embedding(target, start), memory, source_padding, caches)
         return self.output(hidden)
 
-    def new_caches(self) -> list[LayerCache]:
+    def new_caches(self) -> list[DecoderCache]:
         """Empty caches, one per decoder layer, for :meth:`decode`."""
-        return [LayerCache() for _ in self.decoder.layers]
-
-
-class LayerCache:
-    """Keys and values of one decoder layer: past target positions, and the encoder's output."""
-
-    def __init__(self) -> None:
-        self.self_attention = KVCache()
-        self.cross_attention = KVCache(static=True)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these batch rows."""
-        self.self_attention.select(rows)
-        self.cross_attention.select(rows)
+        return [DecoderCache() for _ in self.decoder.layers]
 
 
 class Embedding(nn.Module):
@@ -193,81 +177,31 @@ def sinusoids(start: int, length: int, dim: int, device: torch.device | None = N
 class Encoder(nn.Module):
     """Layers, then a final norm."""
 
-    def __init__(self, layers: list[EncoderLayer], dim: int) -> None:
+    def __init__(self, layers: list[TransformerEncoderLayer], dim: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
-        """(N, S, dim) -> (N, S, dim)."""
+        """(N, S, dim) -> (N, S, dim); ``padding`` (N, S) marks the keys that no query may see."""
         for layer in self.layers:
-            x = layer(x, padding)
+            x = layer(x, src_key_padding_mask=padding)
         return self.norm(x)
-
-
-class EncoderLayer(nn.Module):
-    """Self-attention and a feed-forward block, each normalised before and added after."""
-
-    def __init__(self, self_attention: SparseMultiheadAttention, feed_forward: nn.Module, dropout: float) -> None:
-        super().__init__()
-        dim = self_attention.embed_dim
-        self.self_attention = self_attention
-        self.feed_forward = feed_forward
-        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
-        """(N, S, dim) -> (N, S, dim); ``padding`` (N, S) marks the keys that nobody may see."""
-        y = self.attention_norm(x)
-        x = x + self.dropout(self.self_attention(y, y, y, key_padding_mask=padding, need_weights=False)[0])
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
 class Decoder(nn.Module):
     """Layers, then a final norm."""
 
-    def __init__(self, layers: list[DecoderLayer], dim: int) -> None:
+    def __init__(self, layers: list[TransformerDecoderLayer], dim: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(dim)
 
     def forward(
-        self, x: Tensor, memory: Tensor, source_padding: Tensor, caches: list[LayerCache] | None = None
+        self, x: Tensor, memory: Tensor, source_padding: Tensor, caches: list[DecoderCache] | None = None
     ) -> Tensor:
-        """(N, T, dim) -> (N, T, dim)."""
-        for index, layer in enumerate(self.layers):
-            x = layer(x, memory, source_padding, caches[index] if caches else None)
-        return self.norm(x)
-
-
-class DecoderLayer(nn.Module):
-    """Causal self-attention, attention to the encoder, a feed-forward block; each normalised before, added after."""
-
-    def __init__(
-        self,
-        self_attention: SparseMultiheadAttention,
-        cross_attention: SparseMultiheadAttention,
-        feed_forward: nn.Module,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        dim = self_attention.embed_dim
-        self.self_attention = self_attention
-        self.cross_attention = cross_attention
-        self.feed_forward = feed_forward
-        self.self_norm, self.cross_norm, self.feed_forward_norm = (nn.LayerNorm(dim) for _ in range(3))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, memory: Tensor, source_padding: Tensor, cache: LayerCache | None = None) -> Tensor:
         """(N, T, dim) -> (N, T, dim). Target padding is on the right, where the causal mask hides it."""
-        y = self.self_norm(x)
-        self_cache = cache.self_attention if cache else None
-        y = self.self_attention(y, y, y, need_weights=False, is_causal=True, cache=self_cache)[0]
-        x = x + self.dropout(y)
-        cross_cache = cache.cross_attention if cache else None
-        y = self.cross_norm(x)
-        y = self.cross_attention(
-            y, memory, memory, key_padding_mask=source_padding, need_weights=False, cache=cross_cache
-        )[0]
-        x = x + self.dropout(y)
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        for index, layer in enumerate(self.layers):
+            cache = caches[index] if caches else None
+            x = layer(x, memory, memory_key_padding_mask=source_padding, tgt_is_causal=True, cache=cache)
+        return self.norm(x)

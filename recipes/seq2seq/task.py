@@ -19,6 +19,9 @@ from .model import Seq2SeqTransformer
 from .scores import Scores
 from .tokenizer import PAD, Tokenizer
 
+# Of checkpoints: raised when the weights or hyper-parameters of an earlier version no longer fit.
+LAYOUT = 2
+
 
 class Seq2SeqTask(L.LightningModule):
     """A ``Seq2SeqTransformer`` under teacher forcing, with AdamW, a linear warm-up and a linear fall to zero.
@@ -83,6 +86,10 @@ class Seq2SeqTask(L.LightningModule):
         """Logits of the next target token, see ``Seq2SeqTransformer``."""
         logits: Tensor = self.model(source, target)
         return logits
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes the layout of the weights, so that a later version can tell whether it reads them."""
+        checkpoint["layout"] = LAYOUT
 
     def on_train_epoch_start(self) -> None:
         """Makes dropout a function of seed and epoch: a resumed run goes on as if it had never stopped."""

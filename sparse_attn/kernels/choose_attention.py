@@ -6,13 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from sparse_attn.checks import check_alpha
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.functions.fused import fused_attention
 from sparse_attn.kernels.triton.attention.plan import LARGEST_HEAD
-from sparse_attn.masks import check_mask
+from sparse_attn.masks import check_mask, described_causal
 
 
 def can_fuse(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -43,12 +42,10 @@ def fused(
     query, key, value = _cast(query), _cast(key), _cast(value)
     shape = (*_batch(query, key, value), query.shape[-2], key.shape[-2])
     offset = 0 if is_causal else None
-    if isinstance(attn_mask, CausalBias):
-        lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
-        offset = attn_mask.seq_len_kv - attn_mask.seq_len_q if lower_right else 0
-        described = (attn_mask.seq_len_q, attn_mask.seq_len_kv)
-        if described != shape[-2:]:
-            raise ValueError(f"attn_mask must broadcast to the scores {shape}, got shape {described}")
+    if described := described_causal(attn_mask):
+        *sizes, offset = described
+        if tuple(sizes) != shape[-2:]:
+            raise ValueError(f"attn_mask must broadcast to the scores {shape}, got shape {tuple(sizes)}")
         attn_mask = None
     if attn_mask is not None:
         check_mask(attn_mask, shape)

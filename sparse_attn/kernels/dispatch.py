@@ -116,7 +116,6 @@ def by_triton(x: Tensor) -> bool:
     return x.dtype in _TRITON_DTYPES and _triton_computes(x.device.type)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _triton_computes(device: str) -> bool:
     """What is compiled stays with the backend that there was then."""
     if device == "cpu":  # in the interpreter alone, see use_backend
@@ -127,6 +126,10 @@ def _triton_computes(device: str) -> bool:
     if not available:
         _warn_once(f"CUDA tensors are computed by plain torch, slowly: {why}")
     return available
+
+
+# What torch.compiler.assume_constant_result does, but that imports Dynamo, which takes a second.
+_triton_computes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

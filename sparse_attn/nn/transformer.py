@@ -187,10 +187,13 @@ class TransformerDecoderLayer(_Layer):
         device: Of the parameters.
         dtype: Of the parameters.
         attention: What makes the attention layers, called with the arguments of ``nn.MultiheadAttention``.
+        cross_attention: What makes the attention to the memory, if it is of another kind; it is called with the
+            arguments of ``nn.MultiheadAttention`` alone, ``functools.partial`` adds others.
         **attention_kwargs: What ``attention`` takes beside those.
 
     Raises:
-        TypeError: ``attention`` makes no layer, ``activation`` is no function, a size no int, ``norm_first`` no bool.
+        TypeError: ``attention`` or ``cross_attention`` makes no layer, ``activation`` is no function, a size no int,
+            ``norm_first`` no bool.
         ValueError: A size, ``dropout`` or ``norm`` that is not allowed.
 
     Shape:
@@ -200,6 +203,11 @@ class TransformerDecoderLayer(_Layer):
         >>> layer = TransformerDecoderLayer(16, 2, norm="rms", qk_norm=True, window=(3, 0))
         >>> layer(torch.randn(3, 5, 16), torch.randn(3, 7, 16), tgt_is_causal=True).shape
         torch.Size([3, 5, 16])
+        >>> from functools import partial
+        >>> from sparse_attn import TopKMultiheadAttention
+        >>> layer = TransformerDecoderLayer(16, 2, cross_attention=partial(TopKMultiheadAttention, k=3))
+        >>> type(layer.self_attn).__name__, type(layer.multihead_attn).__name__
+        ('AdaptiveSparseMultiheadAttention', 'TopKMultiheadAttention')
 
     Reference:
         Vaswani et al. 2017, "Attention Is All You Need"; pre-norm after Xiong et al. 2020 (ICML).
@@ -221,15 +229,19 @@ class TransformerDecoderLayer(_Layer):
         device: Any = None,
         dtype: torch.dtype | None = None,
         attention: Callable[..., nn.MultiheadAttention] = AdaptiveSparseMultiheadAttention,
+        cross_attention: Callable[..., nn.MultiheadAttention] | None = None,
         **attention_kwargs: Any,
     ) -> None:
         factory: Any = {"bias": bias, "device": device, "dtype": dtype}
         super().__init__(d_model, dim_feedforward, dropout, activation, norm_first, factory)
         factory_of_attention = {"dropout": dropout, "batch_first": batch_first, **factory}
         of_cross = {name: given for name, given in attention_kwargs.items() if name not in ("positions", "window")}
+        if cross_attention is not None:
+            _check_attention(cross_attention, "cross_attention")
+            of_cross = {}
         _check_attention(attention)
         self.self_attn = attention(d_model, nhead, **factory_of_attention, **attention_kwargs)
-        self.multihead_attn = attention(d_model, nhead, **factory_of_attention, **of_cross)
+        self.multihead_attn = (cross_attention or attention)(d_model, nhead, **factory_of_attention, **of_cross)
         self.norm1, self.norm2, self.norm3 = (_make_norm(norm, d_model, layer_norm_eps, factory) for _ in range(3))
 
     def forward(
@@ -297,10 +309,10 @@ def _given(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _check_attention(attention: object) -> None:
+def _check_attention(attention: object, name: str = "attention") -> None:
     if not callable(attention) or isinstance(attention, nn.Module):
         got = type(attention).__name__
-        raise TypeError(f"attention must be a class or a function that makes an attention layer, got {got}")
+        raise TypeError(f"{name} must be a class or a function that makes an attention layer, got {got}")
 
 
 def _make_norm(kind: str, size: int, eps: float, factory: Any) -> nn.Module:

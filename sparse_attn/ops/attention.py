@@ -10,12 +10,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias
 
 from sparse_attn.checks import check_dropout, check_floating, check_k
 from sparse_attn.kernels.choose_attention import can_fuse, fused
 from sparse_attn.kernels.functions.blockwise import Setting, blockwise_attention
-from sparse_attn.masks import apply_mask, causal_mask, check_mask, dense_mask
+from sparse_attn.masks import apply_mask, causal_mask, check_mask, dense_mask, described_causal
 from sparse_attn.ops.entmax import entmax
 from sparse_attn.ops.topk import topk_entmax
 from sparse_attn.transforms import values_known
@@ -175,7 +174,7 @@ def attend(
     check_dropout(dropout_p, "dropout_p")
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal=True, got both; put the causal part into the mask")
-    if isinstance(attn_mask, Tensor) and not isinstance(attn_mask, CausalBias) and attn_mask.device != query.device:
+    if isinstance(attn_mask, Tensor) and described_causal(attn_mask) is None and attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device, {query.device}, got {attn_mask.device}")
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if not need_weights and isinstance(mapping, ScoreMapping) and mapping.k is None and can_fuse(query, key, value):

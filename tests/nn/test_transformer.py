@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -334,6 +335,23 @@ def test_the_attention_may_be_any_factory() -> None:
     layer = TransformerDecoderLayer(E, H, attention=factory)
     assert [alpha[0].item() for alpha in alpha_per_head(layer).values()] == [1.25, 1.5]
     assert all(kwargs["batch_first"] for kwargs in made)
+
+
+def test_the_attention_to_the_memory_may_be_of_another_kind() -> None:
+    make = partial(TopKMultiheadAttention, k=2)
+    layer = TransformerDecoderLayer(E, H, num_kv_heads=1, alpha_init=1.25, cross_attention=make, dropout=0.3)
+    assert isinstance(layer.self_attn, AdaptiveSparseMultiheadAttention)
+    assert (layer.self_attn.num_kv_heads, layer.self_attn.alpha.tolist()) == (1, [1.25] * H)
+    cross = layer.multihead_attn
+    assert isinstance(cross, TopKMultiheadAttention)
+    assert (cross.k, cross.num_kv_heads, cross.dropout, cross.batch_first) == (2, H, 0.3, True)
+    layer.eval()
+    x, memory = torch.randn(N, L, E), torch.randn(N, L + 2, E)
+    with record_attention(layer) as record:
+        layer(x, memory, tgt_is_causal=True)
+    assert record["multihead_attn"].support_size.tolist() == [2.0] * H
+    with pytest.raises(TypeError, match=r"cross_attention must be a class or a function .*, got str"):
+        TransformerDecoderLayer(E, H, cross_attention="topk")  # type: ignore[arg-type]
 
 
 class LanguageModel(nn.Module):

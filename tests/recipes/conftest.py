@@ -61,6 +61,7 @@ def run_folder(tmp_path: Path) -> Path:
             if "alpha" not in name:
                 parameter.mul_(2)  # attention that is not nearly uniform
     state = {"state_dict": task.state_dict(), "hyper_parameters": dict(task.hparams)}
+    task.on_save_checkpoint(state)
     for name in ("best", "last"):
         torch.save(state, folder / "checkpoints" / f"{name}.ckpt")
     data = {

@@ -28,9 +28,9 @@ from sparse_attn.analysis import record_attention
 SOURCES = [[4, 5, 6, 2, 0, 0], [5, 4, 5, 4, 6, 2], [6, 2, 0, 0, 0, 0]]
 TARGETS = [[BOS, 4, 5, 0, 0], [BOS, 6, 5, 4, 4], [BOS, 0, 0, 0, 0]]
 KINDS = (
-    "encoder.layers.{}.self_attention",
-    "decoder.layers.{}.self_attention",
-    "decoder.layers.{}.cross_attention",
+    "encoder.layers.{}.self_attn",
+    "decoder.layers.{}.self_attn",
+    "decoder.layers.{}.multihead_attn",
 )
 
 
@@ -157,7 +157,7 @@ def test_a_compared_run_has_a_line_of_its_own() -> None:
 def test_roles_are_listed_by_layer() -> None:
     ones = torch.ones(4)
     heads = LayerHeads("encoder", ones, ones, {}, {}, None, ["self", "mixed", "self", "next"])
-    assert lines(roles_table({"encoder.layers.0.self_attention": heads}))[2].split(maxsplit=1)[1].strip() == (
+    assert lines(roles_table({"encoder.layers.0.self_attn": heads}))[2].split(maxsplit=1)[1].strip() == (
         "self: 0 2; mixed: 1; next: 3"
     )
 

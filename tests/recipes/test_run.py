@@ -60,6 +60,18 @@ def test_a_damaged_configuration(run_folder, content):
         load_run(run_folder)
 
 
+@pytest.mark.parametrize(
+    ("layout", "reason"), [(1, "the model is now made of sparse_attn's own layers"), (99, "the weights changed")]
+)
+def test_a_checkpoint_of_another_layout(run_folder, layout, reason):
+    file = run_folder / "checkpoints/best.ckpt"
+    state = read_checkpoint(file)
+    assert state.pop("layout") == 2  # the first layout had no number
+    torch.save(state if layout == 1 else {**state, "layout": layout}, file)
+    with pytest.raises(ValueError, match=rf"must have layout 2, got layout {layout} of another .*: {reason}"):
+        load_run(run_folder)
+
+
 def test_a_checkpoint_that_would_run_code_is_not_loaded(tmp_path):
     torch.save({"state_dict": print, "hyper_parameters": {}}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match="cannot be read"):

@@ -17,9 +17,9 @@ from recipes.summary import print_comparison
 from recipes.train import check_groups, train
 
 LAYERS = (
-    "encoder.layers.0.self_attention",
-    "decoder.layers.0.self_attention",
-    "decoder.layers.0.cross_attention",
+    "encoder.layers.0.self_attn",
+    "decoder.layers.0.self_attn",
+    "decoder.layers.0.multihead_attn",
 )
 
 
@@ -112,8 +112,8 @@ def test_other_attention_trains_and_one_can_be_chosen_alone(tiny_config, tmp_pat
     config = load_run(tmp_path / "run").config.model
     assert (config.encoder_attention, config.decoder_attention) == (kind, "sparsemax")
     finals = {row["layer"]: row["alpha"] for row in read_rows(tmp_path / "run/alpha.csv")}
-    assert finals["decoder.layers.0.self_attention"] == "2.000000"
-    assert finals.get("encoder.layers.0.self_attention") == {"softmax": "1.000000", "topk": None}[kind]
+    assert finals["decoder.layers.0.self_attn"] == "2.000000"
+    assert finals.get("encoder.layers.0.self_attn") == {"softmax": "1.000000", "topk": None}[kind]
 
 
 def test_all_loggers_write_into_the_run_folder(tiny_config, tmp_path):
@@ -122,7 +122,7 @@ def test_all_loggers_write_into_the_run_folder(tiny_config, tmp_path):
     train(tiny_config("logger=default", "trainer.max_epochs=1"))
     board = EventAccumulator(str(tmp_path / "run/tensorboard"))
     board.Reload()
-    assert [event.step for event in board.Scalars("alpha/encoder.layers.0.self_attention/head1")] == list(range(6))
+    assert [event.step for event in board.Scalars("alpha/encoder.layers.0.self_attn/head1")] == list(range(6))
     assert len(board.Scalars("val/per")) == 1
     assert (tmp_path / "run/metrics.csv").exists()
 

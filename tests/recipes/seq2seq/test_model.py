@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipes.seq2seq.attention import ATTENTION_KINDS, make_attention
+from recipes.seq2seq.attention import ATTENTION_KINDS, attention_factory
 from recipes.seq2seq.model import Seq2SeqTransformer, sinusoids
 from sparse_attn import AdaptiveSparseMultiheadAttention, TopKMultiheadAttention, alpha_per_head
 
@@ -45,10 +45,10 @@ def test_every_kind_in_every_place_builds_and_learns(kind: str, place: str) -> N
         assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
         assert bool(parameter.grad.any()), name
     name = {
-        "encoder_attention": "encoder.layers.{}.self_attention",
-        "decoder_attention": "decoder.layers.{}.self_attention",
+        "encoder_attention": "encoder.layers.{}.self_attn",
+        "decoder_attention": "decoder.layers.{}.self_attn",
     }
-    chosen = [model.get_submodule(name.get(place, "decoder.layers.{}.cross_attention").format(i)) for i in (0, 1)]
+    chosen = [model.get_submodule(name.get(place, "decoder.layers.{}.multihead_attn").format(i)) for i in (0, 1)]
     for layer in chosen:
         if kind == "topk":
             assert isinstance(layer, TopKMultiheadAttention) and layer.k == 2
@@ -65,17 +65,17 @@ def test_every_kind_in_every_place_builds_and_learns(kind: str, place: str) -> N
 
 def test_attention_modules_have_the_names_that_reports_rely_on() -> None:
     assert list(alpha_per_head(model_of(encoder_layers=1, decoder_layers=2))) == [
-        "encoder.layers.0.self_attention",
-        "decoder.layers.0.self_attention",
-        "decoder.layers.0.cross_attention",
-        "decoder.layers.1.self_attention",
-        "decoder.layers.1.cross_attention",
+        "encoder.layers.0.self_attn",
+        "decoder.layers.0.self_attn",
+        "decoder.layers.0.multihead_attn",
+        "decoder.layers.1.self_attn",
+        "decoder.layers.1.multihead_attn",
     ]
 
 
-def test_make_attention_hands_on_its_arguments() -> None:
+def test_a_factory_hands_on_its_arguments() -> None:
     for kind in ATTENTION_KINDS:
-        layer = make_attention(kind, 22, 2, dropout=0.3)
+        layer = attention_factory(kind)(22, 2, dropout=0.3, batch_first=True)
         assert (layer.embed_dim, layer.num_heads, layer.dropout, layer.batch_first) == (22, 2, 0.3, True)
 
 
@@ -143,9 +143,9 @@ def test_every_block_is_normalised_before_and_added_after() -> None:
         if isinstance(module, nn.MultiheadAttention):
             nn.init.zeros_(module.out_proj.weight)
             module.register_forward_pre_hook(lambda module, args: seen.append(args))
-        elif name.endswith("feed_forward"):
-            nn.init.zeros_(module[-1].weight)
-            nn.init.zeros_(module[-1].bias)
+        elif name.endswith("linear2"):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
     source, target = ids()
     # With every branch at zero the stream goes straight through, to the final norm.
     memory, x = model.source_embedding(source), model.target_embedding(target)
@@ -153,8 +153,8 @@ def test_every_block_is_normalised_before_and_added_after() -> None:
     torch.testing.assert_close(model(source, target), model.output(model.decoder.norm(x)))
     # And each attention has been given the norm of the stream; the encoder ran twice.
     encoder, decoder = model.encoder.layers, model.decoder.layers
-    queries = [encoder[0].attention_norm(memory), encoder[1].attention_norm(memory)] * 2
-    queries += [norm(x) for layer in decoder for norm in (layer.self_norm, layer.cross_norm)]
+    queries = [encoder[0].norm1(memory), encoder[1].norm1(memory)] * 2
+    queries += [norm(x) for layer in decoder for norm in (layer.norm1, layer.norm2)]
     for args, query in zip(seen, queries, strict=True):
         torch.testing.assert_close(args[0], query)
     torch.testing.assert_close(seen[-1][1], model.encode(source))  # keys and values of cross-attention: the memory
