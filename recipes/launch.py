@@ -38,6 +38,9 @@ from .folders import remove_if_empty
 WRONG_INPUT, INTERRUPTED = 2, 130
 _OURS = ("recipes", "sparse_attn", "__main__")
 
+# Groups whose options are packages of their own.
+_PLUGGED = ("hydra/launcher", "hydra/sweeper")
+
 # What a value that has no default stands for, in the message that asks for it.
 MANDATORY = {
     "data.path": "DIR, the folder of the data files",
@@ -55,6 +58,11 @@ def config_dir() -> Path:
     here = Path(__file__).resolve().parent
     packed = here / "_configs"
     return packed if packed.is_dir() else here.parent / "configs"
+
+
+def config_options(group: str) -> list[str]:
+    """Names of the options of a config group, such as ``base`` and ``small`` of ``model``."""
+    return sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
 
 
 def config_groups() -> list[str]:
@@ -99,6 +107,12 @@ def run_hydra(
                 main(_through_hydra(task, restart))()
         except _TaskError as carrier:
             raise carrier.error from carrier.error.__cause__
+        except (HydraException, OmegaConfBaseException, OSError):
+            raise
+        except Exception as error:
+            # The task's own errors come in a carrier: this one is Hydra's, which it raises for values that no group or
+            # key can have.
+            raise ValueError(f"the command line cannot be composed: {error}") from error
 
 
 @contextlib.contextmanager
@@ -108,6 +122,7 @@ def reported(name: str) -> Any:
     Raises:
         SystemExit: In place of such an error or of an interruption.
     """
+    _open_standard_streams()
     # Hydra then raises its errors instead of printing them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -123,6 +138,13 @@ def reported(name: str) -> Any:
         if message is None:
             raise
         _stop(name, error, message, WRONG_INPUT)
+
+
+def _open_standard_streams() -> None:
+    """Gives output a place to go to where the standard streams were closed, as with ``>&-``."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 until the process ends
 
 
 def _stop(name: str, error: BaseException, message: str, status: int) -> NoReturn:
@@ -210,7 +232,8 @@ def _composition_message(error: HydraException, name: str) -> str:
     cause = error.__cause__
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
-        return f"unknown {group} {option!r}{_allowed(option, error.options)}"
+        extra = '; more come with pip install "sparse-attn[sweep]"' if group in _PLUGGED else ""
+        return f"unknown {group} {option!r}{_allowed(option, error.options)}{extra}"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         return _config_message(cause, name)
     if isinstance(error, OverrideParseException):

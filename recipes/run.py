@@ -60,10 +60,19 @@ def load_run(run: str | Path, checkpoint: str = "best") -> Run:
         task.load_state_dict(state["state_dict"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{checkpoint} checkpoint of {folder} must be one of this version's model: {error}") from error
-    config = _read_yaml(folder / CONFIG)
-    if not isinstance(config, DictConfig) or "data" not in config:
-        raise ValueError(f"{folder / CONFIG} must hold the configuration of a run, got damaged or other content")
-    return Run(folder, config, task.eval())
+    return Run(folder, check_config(folder / CONFIG), task.eval())
+
+
+def check_config(file: Path) -> DictConfig:
+    """The configuration that a run folder keeps.
+
+    Raises:
+        ValueError: If the file is damaged, empty or something else.
+    """
+    config = _read_yaml(file)
+    if not isinstance(config, DictConfig) or not isinstance(config.get("data"), DictConfig):
+        raise ValueError(f"{file} must hold the configuration of a run, got damaged, empty or other content")
+    return config
 
 
 def run_folder(run: str | Path) -> Path:
@@ -72,6 +81,8 @@ def run_folder(run: str | Path) -> Path:
     Raises:
         FileNotFoundError: If it does not exist or holds no run.
     """
+    if not isinstance(run, str | Path) or not str(run):
+        raise ValueError(f"run must be a folder that a training has printed, such as runs/DATE_TIME, got {run!r}")
     folder = Path(run).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(

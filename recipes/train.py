@@ -7,6 +7,7 @@ validation and test words.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -18,9 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from .arguments import asks_for_help, is_multirun
 from .folders import claimed, is_disk_full
-from .launch import Interrupted, config_dir, config_groups, reported, run_hydra
-from .resume import check_continues, resume_arguments
+from .launch import Interrupted, config_groups, config_options, reported, run_hydra
+from .resume import check_continues, check_weights, resume_arguments
 from .sweep import sweep
+
+_NO_EXPERIMENT = ("experiment", "null")
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -75,8 +78,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
         task = build_task(settings, data)
         callbacks = build_callbacks(settings.get("callbacks"))
         trainer = build_trainer(settings["trainer"], build_loggers(cfg, folder, step), folder, callbacks)
-        if state:
+        if state and last:
             check_continues(state, task.hparams, trainer.max_epochs or 0)
+            check_weights(state, task.state_dict(), last)
             begin -= state["callbacks"]["BestAndLast"].get("seconds", 0.0)
         # Everything has been checked: only now does the run leave traces.
         overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
@@ -105,16 +109,26 @@ def _is_named_by_time(folder: Path) -> bool:
 
 
 def check_groups(arguments: Sequence[str]) -> None:
-    """Refuses ``GROUP=null``, on which Hydra fails with a traceback.
+    """Refuses an option that no group can have, such as ``GROUP=null`` or a number, on which Hydra gives a traceback.
 
     Raises:
-        ValueError: If a group is chosen to be nothing.
+        ValueError: If a group is chosen to be something else than one of its options.
     """
+    sweeps = is_multirun(arguments)
     for argument in arguments:
-        group, _, option = argument.partition("=")
-        if option == "null" and group in config_groups():
-            options = sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
-            raise ValueError(f"{group} must be one of {', '.join(options)}, got null")
+        group, equals, value = argument.lstrip("+").partition("=")
+        group = group.partition("@")[0]
+        if not equals or group not in config_groups():
+            continue
+        values = value.split(",") if sweeps else [value]
+        for option in (value.strip(" '\"") for value in values):
+            if (
+                re.fullmatch(r"(null|true|false|[-+.\d]+)?", option, re.IGNORECASE)
+                and (group, option) != _NO_EXPERIMENT
+            ):
+                raise ValueError(
+                    f"{group} must be one of {', '.join(config_options(group))}, got {option or 'nothing'}"
+                )
 
 
 def main() -> None:
