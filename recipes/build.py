@@ -19,7 +19,7 @@ from .bind import check_arguments
 from .callbacks.alpha import AlphaCourse
 from .callbacks.checkpoints import BestAndLast
 from .callbacks.progress import progress
-from .seq2seq.data import Seq2SeqData
+from .seq2seq.data import Seq2SeqData, make_sequences
 from .seq2seq.model import Seq2SeqTransformer
 from .seq2seq.task import Seq2SeqTask
 
@@ -39,8 +39,8 @@ SECTIONS = (
 _PLAIN = ("seed", "resume", "threads")
 _INSTANTIATED = ("callbacks", "logger")
 # Keys of the config that only serve to write other keys.
-_SHORTHANDS = {"data": ("path", "language"), "model": ("attention",)}
-_FILES = ("path", "train", "val", "test")
+_SHORTHANDS = {"data": ("path", "language", "tokens"), "model": ("attention",)}
+_FILES = ("path", "train", "val", "test", "cache")
 # Of numbers that Lightning takes without a look, or fails on in the middle of a training: the lowest, whether that is
 # left out, and whether null is allowed. The learning rate needs an end to fall towards, and the run a checkpoint to
 # score; -1 asks Lightning for an endless training.
@@ -58,8 +58,6 @@ _TRAINER_RANGES = {
     "reload_dataloaders_every_n_epochs": (0, False, False),
     "num_sanity_val_steps": (-1, False, True),
 }
-# An output may be a little longer than the longest one seen in training.
-EXTRA_LENGTH = 8
 _BYTES_PER_LAYER = 100_000  # of the Python objects of a layer, however small its weights
 
 
@@ -131,6 +129,7 @@ def build_data(section: dict[str, Any]) -> Seq2SeqData:
     """The data of a config section, read and encoded."""
     arguments = _without_shorthands("data", section)
     check_arguments(Seq2SeqData, "data", arguments)
+    check_arguments(make_sequences, "data.generate", arguments.get("generate") or {})
     data = Seq2SeqData(**arguments)
     data.setup()
     return data
@@ -143,14 +142,18 @@ def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
     given = ("source_tokenizer", "target_tokenizer", "model", "max_length", "seed")
     for section in ("optimizer", "loss"):
         check_arguments(Seq2SeqTask, section, settings[section], reserved=given)
+    if model.get("language_dim") and data.languages is None:
+        raise ValueError(f"model.language_dim needs data.languages, got {model['language_dim']} and no languages")
+    for key, most in (("model.dropout", 0.99), ("loss.label_smoothing", 0.9)):
+        section, name = key.split(".")
+        if not 0 <= (value := settings[section].get(name, 0.0)) <= most:
+            raise ValueError(f"{key} must lie in [0, {most}], since nothing is learnt beyond; got {value}")
     check_size(model, len(data.source_tokenizer), len(data.target_tokenizer))
-    tokenizer = data.target_tokenizer
-    texts = (text for example in data.splits.train for text in example.references)
     return Seq2SeqTask(
         source_tokenizer=data.source_tokenizer.state(),
-        target_tokenizer=tokenizer.state(),
+        target_tokenizer=data.target_tokenizer.state(),
         model=model,
-        max_length=max(len(tokenizer.encode(text)) for text in texts) + EXTRA_LENGTH,
+        max_length=data.longest_output(),
         seed=settings["seed"],
         **settings["optimizer"],
         **settings["loss"],
