@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
     [
         ("optimizer.alpha_learning_rate=inf", "optimizer.alpha_learning_rate must be a finite number, got inf"),
         ("optimizer.weight_decay=nan", "optimizer.weight_decay must be a finite number, got nan"),
-        ("model.dropout=.inf", "model.dropout must be a finite number, got inf"),
+        ("model.dropout=inf", "model.dropout must be a finite number, got inf"),
         ("threads=9999", r"threads must be a whole number from 1 to \d+, the cores of this machine, .* got 9999"),
         ("model.dim=100000000", r"model must fit into the memory of this machine, .*model.dim=100000000"),
         ("model.ff_dim=100000000000", r"model must fit into the memory of this machine, .*model.ff_dim=100000000000"),
@@ -34,8 +34,8 @@ ROOT = Path(__file__).parents[2]
         ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val must be at least 0 or null, got -1"),
         ("trainer.max_epochs=-1", "trainer.max_epochs must be above 0, got -1"),
         ("+trainer.val_check_interval=100", r"trainer: `val_check_interval` \(100\) must be less than or equal"),
-        ("model.dropout=1.0", "dropout must"),
-        ("loss.label_smoothing=0.999999", "label_smoothing must"),
+        ("model.dropout=1.0", r"model.dropout must lie in \[0, 0.99\], since nothing is learnt beyond; got 1.0"),
+        ("loss.label_smoothing=0.999999", r"label_smoothing must lie in \[0, 0.9\], since .* got 0.999999"),
     ],
 )
 def test_a_value_beyond_reason_is_refused_in_one_line(tiny_config, override, message):
@@ -90,9 +90,7 @@ def test_a_diverged_training_keeps_the_last_finite_checkpoint(tiny_config, tmp_p
     losses = iter([2.0, float("nan")])
     found = Scores.metrics
     monkeypatch.setattr(Scores, "metrics", lambda self: {**found(self), "loss": next(losses)})
-    with pytest.raises(
-        ValueError, match=r"diverged in epoch 2: the validation loss must be finite, got nan; .* rate too"
-    ):
+    with pytest.raises(ValueError, match=r"diverged in epoch 2: the validation loss .* got nan; .* rate too"):
         train(tiny_config())
     for name in ("best", "last"):
         state = read_checkpoint(tmp_path / f"run/checkpoints/{name}.ckpt")
@@ -121,9 +119,7 @@ def test_resuming_a_damaged_configuration_is_one_line(run_folder, content):
 
 
 def test_resuming_from_weights_alone_is_one_line(run_folder):
-    with pytest.raises(
-        ValueError, match=r"last\.ckpt must hold the state of a training to go on from; it has no epoch"
-    ):
+    with pytest.raises(ValueError, match=r"last\.ckpt must hold the state of a training .*; it has no epoch"):
         resume_arguments([f"resume={run_folder}"])
 
 
