@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from .bind import check_arguments
 from .callbacks.alpha import AlphaCourse
 from .callbacks.checkpoints import BestAndLast
+from .callbacks.learning_rate import LearningRate
 from .callbacks.progress import progress
 from .seq2seq.data import Seq2SeqData, make_sequences
 from .seq2seq.model import Seq2SeqTransformer
@@ -231,11 +232,6 @@ def build_trainer(
 ) -> L.Trainer:
     """The trainer of a config section, writing into the run folder."""
     check_arguments(L.Trainer, "trainer", section, reserved=("logger", "callbacks", "default_root_dir"))
-    devices = section.get("devices", 1)
-    one = len(devices) == 1 if isinstance(devices, list) else devices in (1, "1")
-    if not one or section.get("num_nodes", 1) != 1:
-        came = {key: section[key] for key in ("devices", "num_nodes") if key in section}
-        raise ValueError(f"trainer.devices must be 1, or a list of one such as [0], on one node, got {came}")
     for name, (lowest, above, optional) in _TRAINER_RANGES.items():
         value = section.get(name, lowest + 1)
         if (value is None and not optional) or (value is not None and (value < lowest or (above and value == lowest))):
@@ -246,8 +242,9 @@ def build_trainer(
         "enable_progress_bar": isinstance(shown, ProgressBar),
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # the task takes its share of each batch itself
     }
-    own = [AlphaCourse(folder), BestAndLast(folder)]  # which write what the others have done
+    own = [LearningRate(), AlphaCourse(folder), BestAndLast(folder)]  # which write what the others have done
     try:
         return L.Trainer(
             **{**defaults, **section}, default_root_dir=folder, logger=loggers, callbacks=[shown, *callbacks, *own]

@@ -59,6 +59,7 @@ def quiet() -> Iterator[None]:
                 r".*does not have many workers",  # the data is in memory
                 r".*available but not used",  # trainer.accelerator=cpu was a choice
                 r".*smaller than the logging interval",
+                r".*recommended to use `self.log.*sync_dist=True",  # every process scores all words
                 r".*LeafSpec.* is deprecated",  # Lightning calling torch
             ):
                 warnings.filterwarnings("ignore", message=message)

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -99,12 +100,12 @@ def run_hydra(
         if name != "train" and is_multirun(flags):
             # The sweeper writes down what it ran; only a training has a folder for that.
             overrides.append(f"hydra.sweep.dir={quoted(scratch)}")
-        restart = _restart(name)
+        program, typed = _program(name), sys.argv[1:]
         main = hydra.main(config_path=str(folder.resolve()), config_name=config_name, version_base="1.3")
         try:
             # Its parser takes no override behind a flag that follows an override.
             with _arguments([f"sparse-attn {name}", *overrides, *flags]), _unchecked_help_texts():
-                main(_through_hydra(task, restart))()
+                main(_through_hydra(task, program, typed))()
         except _TaskError as carrier:
             raise carrier.error from carrier.error.__cause__
         except (HydraException, OmegaConfBaseException, OSError):
@@ -162,30 +163,32 @@ class _TaskError(BaseException):
         self.error = error
 
 
-def _through_hydra(task: Callable[[DictConfig], Any], restart: list[str]) -> Callable[[DictConfig], Any]:
+def _through_hydra(task: Callable[[DictConfig], Any], program: list[str], typed: list[str]) -> Callable[..., Any]:
+    """The task as Hydra calls it, with the command line in place that further processes would be started with."""
+
     @functools.wraps(task)
     def carried(cfg: DictConfig) -> Any:
-        folder = Path(HydraConfig.get().runtime.output_dir)
+        hydra = HydraConfig.get()
+        folder = Path(hydra.runtime.output_dir)
+        # Further processes of a run of a multirun take part in that run alone.
+        arguments = list(hydra.overrides.task) if hydra.mode == RunMode.MULTIRUN else typed
         try:
-            with _arguments(restart):
+            with _arguments([*program, *arguments]):
                 return task(cfg)
-        except BaseException as error:
+        except Exception as error:
+            raise _TaskError(error) from error
+        finally:
             # Hydra made the folder before the task could look at its input.
             if folder != Path.cwd():
                 remove_if_empty(folder)
-            if isinstance(error, Exception):
-                raise _TaskError(error) from error
-            raise
 
     return carried
 
 
-def _restart(name: str) -> list[str]:
-    """The command line that Lightning starts further processes with, one for each device."""
-    program, *arguments = sys.argv
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    # Without one it is the script sparse-attn, which needs the command; otherwise python -m recipes.NAME.
-    return [program, *([] if spec else [name]), *arguments]
+def _program(name: str) -> list[str]:
+    """How the command was started: the script sparse-attn with its command, or ``python -m recipes.NAME``."""
+    by_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
+    return [sys.argv[0], *([] if by_module else [name])]
 
 
 @contextlib.contextmanager
