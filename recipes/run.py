@@ -158,7 +158,7 @@ def start_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> Non
     refuse_taken(folder)
     if (folder / VERSIONS).is_file():
         # versions.json last: without it a kill in between would leave a folder that looks like another's.
-        others = [folder / name for name in _WRITTEN if name != VERSIONS]
+        others = [folder / name for name in (*_WRITTEN, f"{CHECKPOINTS}/best.ckpt") if name != VERSIONS]
         for old in (*others, *folder.glob("tensorboard/events.out.tfevents.*"), folder / VERSIONS):
             old.unlink(missing_ok=True)
     write_json(folder / VERSIONS, versions())
@@ -173,11 +173,11 @@ def refuse_taken(folder: Path) -> None:
         FileExistsError: If it holds a run with a checkpoint, or a ``config.yaml`` of something else.
     """
     ours = (folder / VERSIONS).is_file()
-    if checkpoint := any((folder / CHECKPOINTS / f"{name}.ckpt").exists() for name in ("last", "best")):
+    if run := (folder / CHECKPOINTS / "last.ckpt").exists() or (ours and (folder / RESULTS).exists()):
         found = f"a run; continue it with resume={folder} or"
     else:
         found = f"a {CONFIG};"
-    if checkpoint or ((folder / CONFIG).exists() and not ours):
+    if run or ((folder / CONFIG).exists() and not ours):
         raise FileExistsError(f"{folder} already holds {found} choose another hydra.run.dir")
 
 
