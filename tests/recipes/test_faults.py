@@ -61,7 +61,7 @@ def in_a_process(cfg, seconds: float | None = None) -> bool:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork")
 def test_killed_again_and_again_and_resumed_equals_never_killed(tiny_config, tmp_path):
-    options = ("trainer.max_epochs=8", "model.dropout=0.2")
+    options = ("trainer.max_epochs=16", "model.dropout=0.2")
     begin = time.monotonic()
     assert in_a_process(tiny_config(*options, f"paths.output_dir={tmp_path / 'straight'}"))
     whole = time.monotonic() - begin
@@ -72,14 +72,14 @@ def test_killed_again_and_again_and_resumed_equals_never_killed(tiny_config, tmp
         going = (folder / "checkpoints/last.ckpt").exists()
         cfg = resumed_config(folder) if going else tiny_config(*options)
         # Somewhere in the length of a run, less as it goes on: so it advances in spite of the kills.
-        done = in_a_process(cfg, times.uniform(0.05, 0.8) * whole if kills < 6 else None)
+        done = in_a_process(cfg, times.uniform(0.05, 0.4) * whole if kills < 6 else None)
         kills += not done
     assert kills >= 5
     assert_same(folder, tmp_path / "straight")
     assert (folder / "results.json").exists()
 
 
-@pytest.mark.parametrize("fails_at", [1, 2, 4])
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
 def test_a_full_disk_names_the_file_and_how_to_go_on(tiny_config, tmp_path, monkeypatch, fails_at):
     straight = tmp_path / "straight"
     train(tiny_config(f"paths.output_dir={straight}"))
@@ -88,6 +88,7 @@ def test_a_full_disk_names_the_file_and_how_to_go_on(tiny_config, tmp_path, monk
     def full(self, file, *arguments, **options):
         saved.append(file)
         if len(saved) == fails_at:
+            Path(file).parent.mkdir(exist_ok=True)
             Path(file).write_bytes(b"half a checkpoint")
             raise OSError(errno.ENOSPC, "No space left on device")
         save(self, file, *arguments, **options)
@@ -119,7 +120,7 @@ def test_two_processes_give_the_numbers_of_one_and_can_be_resumed(tiny_arguments
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    tiny = [argument for argument in tiny_arguments("model.dropout=0") if "output_dir" not in argument]
+    tiny = [argument for argument in tiny_arguments("model.dropout=0", "optimizer.max_steps=10") if "output_dir" not in argument]
     run(*tiny, f"hydra.run.dir={tmp_path / 'one'}")
     output = run(*tiny, "trainer=ddp", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path / 'two'}")
     assert output.count("epoch 1/1") == output.count("test words") - 1 == 1
@@ -129,5 +130,5 @@ def test_two_processes_give_the_numbers_of_one_and_can_be_resumed(tiny_arguments
     assert [row["step"] for row in rows[1]] == [str(step) for step in range(1, 11)]
     for key in ("val/loss", "val/per"):
         one, two = ([float(row[key]) for row in table if row[key]] for table in rows)
-        assert two[:1] == pytest.approx(one[:1], rel=1e-4)
+        assert two == pytest.approx(one, rel=1e-4)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"one", "two"}

@@ -119,6 +119,7 @@ def test_resuming_a_damaged_configuration_is_one_line(run_folder, content):
 
 
 def test_resuming_from_weights_alone_is_one_line(run_folder):
+    (run_folder / "checkpoints/best.ckpt").replace(run_folder / "checkpoints/last.ckpt")
     with pytest.raises(ValueError, match=r"last\.ckpt must hold the state of a training .*; it has no epoch"):
         resume_arguments([f"resume={run_folder}"])
 
