@@ -120,7 +120,11 @@ def test_two_processes_give_the_numbers_of_one_and_can_be_resumed(tiny_arguments
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    tiny = [argument for argument in tiny_arguments("model.dropout=0", "optimizer.max_steps=10") if "output_dir" not in argument]
+    tiny = [
+        argument
+        for argument in tiny_arguments("model.dropout=0", "optimizer.max_steps=10")
+        if "output_dir" not in argument
+    ]
     run(*tiny, f"hydra.run.dir={tmp_path / 'one'}")
     output = run(*tiny, "trainer=ddp", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path / 'two'}")
     assert output.count("epoch 1/1") == output.count("test words") - 1 == 1
