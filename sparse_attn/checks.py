@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from numbers import Real
 
@@ -40,7 +41,7 @@ def check_number_or_tensor(value: float | Tensor, name: str) -> None:
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a number or a floating tensor, got a tensor of {value.dtype}")
-    elif isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat):
+    elif type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat)):
         raise TypeError(f"{name} must be a number or a floating tensor, got {type(value).__name__}")
 
 
@@ -104,6 +105,8 @@ def check_int(value: int, name: str) -> None:
 
 def check_number(value: float, name: str) -> None:
     """Raise unless ``value`` is a real number."""
+    if type(value) is float:  # as nearly always: the question below takes a microsecond
+        return
     if isinstance(value, bool) or not isinstance(value, Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
@@ -151,3 +154,15 @@ def rows_last(value: Tensor, x: Tensor, dim: int) -> Tensor:
     if not x.dim() or (value.dim() and dim in (-1, x.dim() - 1)):  # dimensions in front are not missed
         return value
     return value.view([1] * (x.dim() - value.dim()) + list(value.shape)).movedim(dim, -1)
+
+
+def check_starts(starts: Tensor, total: int, name: str) -> None:
+    """Raise unless packed sequences begin at 0, never before the one before them, and end at the total."""
+    values = starts.tolist()
+    if not values or values[0] != 0:
+        raise ValueError(f"{name} must begin with 0, got {values[0] if values else 'no entries'}")
+    for before, after in itertools.pairwise(values):
+        if after < before:
+            raise ValueError(f"{name} must not fall, got {after} after {before}")
+    if values[-1] != total:
+        raise ValueError(f"{name} must end with the total length {total}, got {values[-1]}")
