@@ -185,7 +185,7 @@ def test_a_folder_is_used_once(tiny_config, tmp_path):
 
 def test_a_diverged_training_stops(tiny_config):
     with pytest.raises(
-        ValueError, match=r"must be finite, got nan at step [2-9]; a learning_rate below 1e\+38 may help"
+        ValueError, match=r"must be finite, got nan at step [2-9]; a learning_rate below 1e\+38, or a weight"
     ):
         train(tiny_config("optimizer.learning_rate=1e38", "model.attention=softmax"))
 
