@@ -9,6 +9,7 @@ from collections.abc import Sequence
 _TEXTS = [
     "run",
     "compare",
+    "baseline",
     "input",
     "output",
     "word",
