@@ -103,11 +103,8 @@ def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float] | s
     if not runs:
         return
     common = set.intersection(*(set(changes) for changes, _ in runs))
-    shown = [
-        name
-        for name in METRICS
-        if any(f"test/{name}" in results for _, results in runs if not isinstance(results, str))
-    ][:2]
+    finished = [results for _, results in runs if not isinstance(results, str)]
+    shown = [name for name in METRICS if any(f"test/{name}" in results for results in finished)][:2]
     labels = {f"{split}/{name}": METRICS[name].label.removesuffix(" %") for split in ("val", "test") for name in shown}
     columns = {f"{key.partition('/')[0]} {label}": key for key, label in labels.items()}
     table = Table(box=None, padding=(0, 2, 0, 0))
