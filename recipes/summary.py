@@ -27,7 +27,7 @@ from .seq2seq.scores import Scores, score
 from .seq2seq.task import Seq2SeqTask
 
 EXAMPLES = 10
-LONGEST_EXAMPLE = 72
+LONGEST_EXAMPLE = 48
 
 
 def headline(folder: Path, data: Seq2SeqData, task: Seq2SeqTask, trainer: L.Trainer, step: int) -> str:
