@@ -85,7 +85,7 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractCont
     names = {module: name for name, module in model.named_modules()}
     others = [m for m in names if isinstance(m, nn.MultiheadAttention) and not isinstance(m, SparseMultiheadAttention)]
     asked = {layer: positional for layer in others if (positional := _positional_arguments(layer)) is not None}
-    ours = any(isinstance(module, SparseMultiheadAttention | SparseAttention) or tells(module) for module in names)
+    ours = any(isinstance(module, (SparseMultiheadAttention, SparseAttention)) or tells(module) for module in names)
     if not asked and not ours:
         raise ValueError(
             "model must have nn.MultiheadAttention or SparseAttention layers that give weights, or be a Hugging Face "
@@ -211,7 +211,7 @@ class _Ask:
             else:
                 named[argument] = wanted
         devices = {x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.device.type != "cpu"}
-        kind = next(iter(devices)).type if devices else None
+        kind = next(iter(devices)).type if devices else "cuda"  # the default, which torch before 2.12 asks for by name
         with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind), unobserved():
             answer = self.layer.forward(*positional, **named)
         weights = answer[1] if isinstance(answer, tuple) and len(answer) == 2 else None

@@ -12,11 +12,12 @@ from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.functions.fused import fused_attention
 from sparse_attn.kernels.triton.attention.plan import LARGEST_HEAD
 from sparse_attn.masks import check_mask, described_causal
+from sparse_attn.versions import is_exporting
 
 
 def can_fuse(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the fused kernels take these: not in an export, a transform or forward mode, and not in float64."""
-    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_exporting() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     if not dispatch.by_triton(_cast(query)):
         return False

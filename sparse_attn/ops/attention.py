@@ -22,7 +22,7 @@ from sparse_attn.transforms import values_known
 Normalizer = Literal["softmax", "sparsemax"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # Dynamo before torch 2.13 would ask for a hash before the fields are there
 class ScoreMapping:
     """Scores (..., H, L, S) to weights: α-entmax over the ``k`` best keys of each query, or over all of them."""
 
@@ -181,7 +181,7 @@ def attend(
         return fused(query, key, value, mapping.alpha, attn_mask, dropout_p, is_causal, scale), None
     if enable_gqa:
         group = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
+        key, value = _repeat_heads(key, group), _repeat_heads(value, group)
     large = query.shape[-2] * key.shape[-2] >= _LARGE
     if large and not need_weights and isinstance(mapping, ScoreMapping) and _is_plain(query, attn_mask):
         return _in_blocks(query, key, value, mapping, attn_mask, dropout_p, is_causal, scale), None
@@ -192,6 +192,11 @@ def attend(
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
     return weights.to(value.dtype) @ value, weights
+
+
+def _repeat_heads(x: Tensor, group: int) -> Tensor:
+    """Each head ``group`` times in a row; ``repeat_interleave`` would fix the length in an export before torch 2.13."""
+    return x.unsqueeze(-3).expand(*x.shape[:-2], group, *x.shape[-2:]).flatten(-4, -3)
 
 
 def _is_plain(query: Tensor, attn_mask: Tensor | None) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparse_attn.kernels.triton import interpreted
 from sparse_attn.kernels.triton.attention.plan import Setting
 from sparse_attn.kernels.triton.family import GENERAL, MODES, TINY, place_rows
+from sparse_attn.versions import tf32_allowed
 
 # What changes with the length alone, and makes no kernel faster where it is known: that 16 divides it compiles nothing.
 LENGTHS = ("offset", "queries", "rows")
@@ -146,7 +147,7 @@ def common_arguments(
         *(0 if alpha is None else alpha.stride(0), *mask_strides),
     )
     half = query.dtype != torch.float32
-    tensor_cores = half or torch.backends.cuda.matmul.fp32_precision == "tf32"  # whichever way that was asked for
+    tensor_cores = half or tf32_allowed()
     compiled = (
         setting.offset is not None,
         GENERAL if alpha is not None else MODES.get(setting.a, GENERAL),

@@ -1,0 +1,115 @@
+"""What differs between the versions of Python, torch and Triton that are supported.
+
+Each difference has one name here and says with which version it ends. No other module of the package asks for a
+version. ``docs/versions.md`` lists the versions that the tests have passed with and what the older ones cannot do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import warnings
+from importlib import metadata
+
+if sys.version_info < (3, 10):  # noqa: UP036  a checkout can be imported where pip would have refused
+    raise ImportError(f"sparse_attn needs Python 3.10 or newer, got {sys.version.split()[0]}")
+
+import torch
+
+OLDEST_TORCH = (2, 6)
+OLDEST_TRITON = (3, 2)
+
+
+def check_versions() -> None:
+    """Raise under a torch that is too old; warn about a Triton that is, whose kernels are then not used."""
+    if TORCH < OLDEST_TORCH:
+        raise ImportError(f"sparse_attn needs torch {_joined(OLDEST_TORCH)} or newer, got {torch.__version__}")
+    if (problem := triton_problem()) and triton_version():
+        warnings.warn(f"the GPU kernels of sparse_attn are off: {problem}", stacklevel=2)
+
+
+def triton_problem() -> str | None:
+    """Why the installed Triton cannot be used, if it cannot. Triton itself is not imported, which takes long."""
+    found = triton_version()
+    if found is None:
+        return "Triton is not installed"
+    if _numbers(found) < OLDEST_TRITON:
+        return f"Triton {_joined(OLDEST_TRITON)} or newer is needed, got {found}"
+    return None
+
+
+def triton_version() -> str | None:
+    """The version of Triton that is installed, None without one."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return _joined(OLDEST_TRITON)  # a build of another name: it is tried
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    """The first two numbers of a version: 2.6.0a0+git counts as 2.6."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _joined(numbers: tuple[int, int]) -> str:
+    return ".".join(map(str, numbers))
+
+
+TORCH = _numbers(torch.__version__)
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is at work, also where Dynamo traces for it.
+
+    Before torch 2.13 Dynamo answers ``torch.compiler.is_exporting()`` with True in ``torch.compile``, too. The variable
+    behind that function is right there. Torch 2.6 has neither the function nor the variable.
+    """
+    if TORCH >= (2, 13):
+        return torch.compiler.is_exporting()
+    if TORCH >= (2, 7):
+        return torch.compiler._is_exporting_flag
+    return _dynamo_is_exporting() if torch.compiler.is_dynamo_compiling() else torch.compiler._is_compiling_flag
+
+
+def _dynamo_is_exporting() -> bool:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return bool(InstructionTranslator.current_tx().export)
+
+
+def loops_export() -> bool:
+    """Whether a ``while_loop`` can be exported, in every way and to ONNX; else a fixed number of steps is written out.
+
+    Torch 2.6 exports it in strict mode alone; before 2.9 it has no ONNX, and before 2.13 it forgets which sizes are 1.
+    """
+    return TORCH >= (2, 13)
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for a device; False for one that has none, where torch raises."""
+    return _autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _autocast_available(device_type: str) -> bool:
+    """Dynamo before torch 2.13 cannot trace the function of torch; marked as below, it calls this one instead."""
+    return torch.amp.is_autocast_available(device_type)
+
+
+# What torch.compiler.assume_constant_result does, but that imports Dynamo, which takes a second.
+_dynamo_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_autocast_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 matrix products may round their factors to TF32 on a GPU, in whichever way that was asked for.
+
+    Torch before 2.9 knows the older of the two ways alone.
+    """
+    if TORCH >= (2, 9):
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return torch.backends.cuda.matmul.allow_tf32
