@@ -13,7 +13,7 @@ INSTALL  = $(BIN)/python -m pip install --constraint constraints.txt
 # Two processes share the machine in `make test`; waiting threads must not spin on the cores the other one needs.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help train test peer-tests sanitize lint format format-check types wheel wheel-check clean
+.PHONY: help train test peer-tests sanitize lint format format-check types wheels wheel-check clean
 
 help:           ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -43,8 +43,8 @@ format-check: $(VENV)/.installed-dev  ## say which files are not formatted
 types: $(VENV)/.installed-dev      ## check the types with mypy
 	$(BIN)/mypy
 
-wheel: $(VENV)/.installed-dev      ## build the source distribution, and the wheel from it, into dist/
-	$(BIN)/python -m build
+wheels: $(VENV)/.installed-dev     ## build the source distribution and every wheel that this machine can build, into dist/
+	scripts/build_wheels.sh $(BIN)/python
 
 wheel-check: $(VENV)/.installed-dev  ## build the wheel, install it into an empty environment and use it there
 	scripts/check_wheel.sh $(BIN)/python

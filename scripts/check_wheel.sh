@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build the wheel, install it into an empty environment, and walk through its commands in an empty folder.
+# Build the wheel, install it into an empty environment, and walk through its commands in a folder of another project.
 # Usage: check_wheel.sh PYTHON   (an interpreter that has the package `build`)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -34,8 +34,14 @@ step "install the core into an empty environment"
 export PATH="$work/venv/bin:$PATH"
 unset PYTHONPATH
 python -m pip install --quiet --constraint "$constraints" "$wheel"
-mkdir "$work/empty"
-cd "$work/empty"
+# Another project's package of the same name, installed and in the current folder: neither may hide or be hidden.
+installed=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+for place in "$installed" "$work/a folder"; do
+    mkdir -p "$place/recipes"
+    echo 'print("the recipes of another project")' >"$place/recipes/__init__.py"
+done
+cd "$work/a folder"
+touch "$work/installed"
 python -c "import sparse_attn; print('sparse_attn', sparse_attn.__version__, sparse_attn.backends())"
 if sparse-attn train; then
     echo "sparse-attn train must refuse to run without the extra [recipes]" >&2
@@ -59,3 +65,10 @@ printf 'attention\nsparse\n' | sparse-attn predict run=run
 
 step "sparse-attn inspect"
 sparse-attn inspect run=run
+
+step "nothing was written beside the installed code, which may be read-only"
+written=$(find "$installed/sparse_attn" -type f -newer "$work/installed" -not -name "*.pyc")
+if [ -n "$written" ]; then
+    echo "$written" >&2
+    exit 1
+fi

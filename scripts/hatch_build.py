@@ -1,13 +1,15 @@
 """The build hook of hatchling: compiles the row kernels into the wheel, or goes on without them.
 
-A wheel with the library is tagged ``py3-none-<platform>``, since the library knows nothing of Python. Without a
-compiler the wheel is pure, and the operators run in torch alone.
+A wheel with the library is tagged ``py3-none-<platform>``, since the library knows nothing of Python; on Linux the
+platform is the manylinux that the library's symbols allow. Without a compiler the wheel is pure, and the operators run
+in torch alone.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import platform
+import re
 import sys
 import sysconfig
 import tempfile
@@ -38,7 +40,7 @@ class RowKernelsHook(BuildHookInterface):  # type: ignore[type-arg]
             print(f"sparse-attn: no compiled row kernels, torch will do: {reason.splitlines()[0]}", file=sys.stderr)
             return
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{_platform_tag()}"
+        build_data["tag"] = f"py3-none-{_platform_tag(compiler.target(), library)}"
         if not editable:
             build_data["force_include"][str(library)] = f"{_KERNELS}/{library.name}"
 
@@ -57,7 +59,17 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
-def _platform_tag() -> str:
+def _platform_tag(target: str, library: Path) -> str:
+    """The platform of a wheel.
+
+    Args:
+        target: What the compiler says it compiles for, such as ``x86_64-linux-gnu``.
+        library: The compiled library.
+    """
+    versions = {tuple(map(int, found)) for found in re.findall(rb"GLIBC_(\d+)\.(\d+)", library.read_bytes())}
+    if "linux" in target and versions:
+        # 2.17 is the oldest glibc with a manylinux name on every machine.
+        return "manylinux_{}_{}_{}".format(*max(versions | {(2, 17)}), target.partition("-")[0])
     # Python may be built for two kinds of Mac at once; the compiler is asked for the one it runs on.
     tag = sysconfig.get_platform().replace("universal2", platform.machine())
     return tag.replace("-", "_").replace(".", "_")

@@ -6,10 +6,13 @@ version. ``docs/versions.md`` lists the versions that the tests have passed with
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import os
 import sys
 import warnings
 from importlib import metadata
+from typing import Any
 
 if sys.version_info < (3, 10):  # noqa: UP036  a checkout can be imported where pip would have refused
     raise ImportError(f"sparse_attn needs Python 3.10 or newer, got {sys.version.split()[0]}")
@@ -113,3 +116,28 @@ def tf32_allowed() -> bool:
     if TORCH >= (2, 9):
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
     return torch.backends.cuda.matmul.allow_tf32
+
+
+def triton_interprets() -> bool:
+    """Whether ``TRITON_INTERPRET`` asks for Triton's interpreter. Triton before 3.4 has no ``knobs`` to ask."""
+    try:
+        from triton import knobs  # type: ignore[import-untyped, unused-ignore]
+    except ImportError:
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def mend_interpreter() -> None:
+    """Let Triton's interpreter count loops: before 3.7 it takes arrays for numbers, which numpy 2.5 refuses."""
+    if _numbers(triton_version() or "0.0") >= (3, 7):
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def with_index(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = with_index

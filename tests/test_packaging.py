@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -104,3 +105,12 @@ def test_core_requires_torch_and_einops_only():
 def test_packages_are_typed(package):
     assert package.__file__ is not None
     assert Path(package.__file__).with_name("py.typed").is_file()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="symbols have versions on Linux alone")
+def test_kernels_ask_for_no_symbol_newer_than_glibc_2_17():
+    library = Path(sparse_attn.__file__).parent / "kernels" / "cpu" / "rows.shared"
+    if not library.is_file():
+        pytest.skip("no compiled row kernels")
+    versions = {tuple(map(int, found)) for found in re.findall(rb"GLIBC_(\d+)\.(\d+)", library.read_bytes())}
+    assert max(versions, default=(0, 0)) <= (2, 17)

@@ -106,18 +106,20 @@ def roles_table(heads: Mapping[str, LayerHeads]) -> Table:
 
 
 def rates_table(rates: Mapping[str, Mapping[str, float]], words: Mapping[str, int]) -> Table:
-    """Phone and word error rate and loss of each split.
+    """Phone and word error rate, loss and mean support of each split.
 
     Args:
-        rates: "val" or "test" -> "per" and "wer" in percent, "loss" in nats per token.
+        rates: "val" or "test" -> "per" and "wer" in percent; "loss" per token in the unit of the model's output and
+            "support", the mean number of possible next tokens, both missing for an ensemble.
         words: how many words each split has.
     """
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("", "PER %", "WER %", "loss", "words"):
+    for column in ("", "PER %", "WER %", "loss", "support", "words"):
         table.add_column(column, justify="right" if column else "left")
     for split, found in rates.items():
-        numbers = (f"{found['per']:.2f}", f"{found['wer']:.2f}", f"{found['loss']:.3f}", f"{words[split]:,}")
-        table.add_row(SPLIT_NAMES[split], *numbers)
+        rounded = {"per": 2, "wer": 2, "loss": 3, "support": 2}
+        numbers = (f"{found[name]:.{digits}f}" if name in found else "-" for name, digits in rounded.items())
+        table.add_row(SPLIT_NAMES[split], *numbers, f"{words[split]:,}")
     return table
 
 

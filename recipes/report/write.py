@@ -154,7 +154,7 @@ def _results(file: Path) -> str:
             "words": name,
             "PER, %": f"{content[f'{split}/per']:.2f}",
             "WER, %": f"{content[f'{split}/wer']:.2f}",
-            "loss, nats per token": f"{content[f'{split}/loss']:.3f}",
+            "loss per token": f"{content[f'{split}/loss']:.3f}",
         }
         for split, name in SPLIT_NAMES.items()
     ]

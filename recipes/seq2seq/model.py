@@ -13,6 +13,7 @@ from sparse_attn import DecoderCache, TransformerDecoderLayer, TransformerEncode
 from sparse_attn.checks import check_alpha, check_dropout, check_k
 
 from .attention import ATTENTION_KINDS, attention_factory
+from .output import output_alpha as alpha_of_output
 from .tokenizer import PAD
 
 
@@ -33,6 +34,11 @@ class Seq2SeqTransformer(nn.Module):
         cross_attention: Kind of the decoder's attention to the encoder's output.
         alpha: The fixed α of "entmax", the initial one of "adaptive".
         k: Keys kept by "topk".
+        output: Distribution of the next token: "softmax", "sparsemax", "entmax15" or "entmax".
+        output_alpha: The α of the output "entmax".
+
+    Attributes:
+        output_alpha: The α of the output, whichever its kind.
 
     Raises:
         ValueError: An argument outside its range, named with what is allowed.
@@ -66,6 +72,8 @@ class Seq2SeqTransformer(nn.Module):
         cross_attention: str = "adaptive",
         alpha: float = 1.5,
         k: int = 4,
+        output: str = "softmax",
+        output_alpha: float = 1.5,
     ) -> None:
         super().__init__()
         counts = {
@@ -91,6 +99,7 @@ class Seq2SeqTransformer(nn.Module):
         if "adaptive" in kinds.values() and not 1.0 <= alpha <= 2.0:
             raise ValueError(f"alpha must be in [1, 2], where adaptive attention learns it, got {alpha}")
         check_k(k)
+        self.output_alpha = alpha_of_output(output, output_alpha)
 
         make = {place: attention_factory(kind, alpha=alpha, k=k) for place, kind in kinds.items()}
         options: dict[str, Any] = {"dim_feedforward": ff_dim, "dropout": dropout, "activation": F.relu}

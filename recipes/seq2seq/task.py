@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,14 +10,14 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparse_attn.optim import alpha_param_groups
 
 from .data.batching import pad
 from .decode import greedy_decode
 from .model import Seq2SeqTransformer
-from .scores import Scores
+from .output import next_token_log_probabilities, output_loss
+from .scores import Decode, Scores
 from .tokenizer import PAD, Tokenizer
 
 # Of checkpoints: raised when the weights or hyper-parameters of an earlier version no longer fit.
@@ -38,7 +39,7 @@ class Seq2SeqTask(L.LightningModule):
         weight_decay: Decay of the weight matrices; biases, norms and α have none.
         warmup_steps: Steps of the linear rise.
         max_steps: Steps of the whole schedule; those of the trainer if ``None``.
-        label_smoothing: Probability spread evenly over the wrong tokens of the training targets.
+        label_smoothing: ε of the loss: the share of each training target that is spread evenly over all tokens.
         max_length: Longest output in tokens.
         seed: Chooses the dropout of every epoch, whatever was drawn before it.
 
@@ -96,16 +97,16 @@ class Seq2SeqTask(L.LightningModule):
         torch.manual_seed((self.hparams["seed"] << 20) + self.current_epoch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Cross-entropy of the target tokens, padding left out.
+        """The loss of the output's mapping at the target tokens, padding left out.
 
         Raises:
             ValueError: If it is not a finite number: the training has diverged.
         """
         logits = self(batch["source"], batch["target_in"])
-        loss = F.cross_entropy(
+        loss = output_loss(
             logits.flatten(0, 1),
             batch["target_out"].flatten(),
-            ignore_index=PAD,
+            self.model.output_alpha,
             label_smoothing=self.hparams["label_smoothing"],
         )
         if not torch.isfinite(loss):
@@ -126,19 +127,26 @@ class Seq2SeqTask(L.LightningModule):
         self.score_batch(batch, self._scores)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val/loss``, ``val/per`` and ``val/wer``."""
+        """Logs ``val/loss``, ``val/support``, ``val/per`` and ``val/wer``."""
         for name, value in self._scores.metrics().items():
             self.log(f"val/{name}", value, prog_bar=name == "per")
 
-    def score_batch(self, batch: dict[str, Any], scores: Scores) -> None:
-        """Adds the words of an evaluation batch to ``scores``; its tensors are on the device of the task."""
+    def score_batch(self, batch: dict[str, Any], scores: Scores, decode: Decode | None = None) -> None:
+        """Adds the words of an evaluation batch to ``scores``; its tensors are on the device of the task.
+
+        Args:
+            batch: An evaluation batch.
+            scores: What is added to.
+            decode: From source ids (N, S) to the target ids of each row; greedy decoding if not given.
+        """
         source, target = batch["source"], batch["target_out"]
-        logits = self(source, batch["target_in"])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=PAD, reduction="sum")
-        scores.loss_sum += loss.item()
-        scores.tokens += int((target != PAD).sum())
+        logits, real = self(source, batch["target_in"]).float()[target != PAD], target[target != PAD]
+        scores.loss_sum += output_loss(logits, real, self.model.output_alpha, reduction="sum").item()
+        probable = next_token_log_probabilities(logits, self.model.output_alpha) > -math.inf
+        scores.support_sum += int(probable.sum())
+        scores.tokens += len(real)
         scores.sources += batch["sources"]
-        scores.predictions += self._decode(source)
+        scores.predictions += self._decode(source) if decode is None else self._written(decode(source))
         scores.references += batch["references"]
 
     @torch.no_grad()
@@ -151,7 +159,9 @@ class Seq2SeqTask(L.LightningModule):
         return predictions
 
     def _decode(self, source: Tensor) -> list[list[str]]:
-        rows = greedy_decode(self.model, source, max_length=self.hparams["max_length"])
+        return self._written(greedy_decode(self.model, source, max_length=self.hparams["max_length"]))
+
+    def _written(self, rows: Sequence[Sequence[int]]) -> list[list[str]]:
         return [self.target_tokenizer.decode(row) for row in rows]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -1,6 +1,7 @@
 """Statistics of attention: what each head looks at, how much of it, and how widely."""
 
 from sparse_attn.analysis.density import density, support_counts
+from sparse_attn.analysis.pieces import merge_pieces, word_groups
 from sparse_attn.analysis.record import record_attention
 from sparse_attn.analysis.roles import (
     ROLE_THRESHOLDS,
@@ -20,10 +21,12 @@ __all__ = [
     "density",
     "entropy",
     "mean_per_head",
+    "merge_pieces",
     "monotonicity",
     "name_roles",
     "offset_weight",
     "record_attention",
     "strongest_at_offset",
     "support_counts",
+    "word_groups",
 ]

@@ -36,7 +36,10 @@ def test_a_run_folder_holds_everything(tiny_config, tmp_path, capsys):
     files = {"config.yaml", "overrides.yaml", "versions.json", "results.json", "metrics.csv", "alpha.csv"}
     assert there == {*files, "checkpoints"}
     assert json.loads((folder / "results.json").read_text()) == results
-    assert set(results) == {*(f"{s}/{m}" for s in ("val", "test") for m in ("loss", "per", "wer")), "seconds"}
+    assert set(results) == {
+        *(f"{s}/{m}" for s in ("val", "test") for m in ("loss", "support", "per", "wer")),
+        "seconds",
+    }
     config = OmegaConf.load(folder / "config.yaml")
     assert (config.seed, config.data.seed, config.model.cross_attention) == (3, 3, "adaptive")
     versions = json.loads((folder / "versions.json").read_text())

@@ -41,7 +41,7 @@ def build(target_dir: str | Path, extra_flags: tuple[str, ...] = ()) -> Path:
     """
     compiler = _compiler()
     variants = {"baseline": [], **(_X86_VARIANTS if _targets_x86_64(compiler) else {})}
-    common = [*compiler, *_FLAGS, *extra_flags]
+    common = [*compiler, *_FLAGS, "-include", str(_SOURCES / "glibc.h"), *extra_flags]
     target = Path(target_dir) / LIBRARY
     with tempfile.TemporaryDirectory() as folder:
         objects = [os.path.join(folder, "rows.o")]
@@ -60,6 +60,15 @@ def build(target_dir: str | Path, extra_flags: tuple[str, ...] = ()) -> Path:
         shutil.copyfile(fresh, beside)
         os.replace(beside, target)
     return target
+
+
+def target() -> str:
+    """What the C compiler compiles for, such as ``x86_64-linux-gnu``.
+
+    Raises:
+        RuntimeError: There is no C compiler, or it failed.
+    """
+    return _run([*_compiler(), "-dumpmachine"]).strip()
 
 
 def _compiler() -> list[str]:

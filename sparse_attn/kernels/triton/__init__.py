@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
+
+from sparse_attn.versions import mend_interpreter, triton_interprets, triton_problem
 
 _OLDEST = (8, 0)  # compute capability: bfloat16 in matrix products
 
@@ -13,8 +14,8 @@ _OLDEST = (8, 0)  # compute capability: bfloat16 in matrix products
 @functools.cache
 def status() -> tuple[bool, str]:
     """Whether the kernels are available; where they run, or why they do not."""
-    if importlib.util.find_spec("triton") is None:
-        return False, "Triton is not installed"
+    if problem := triton_problem():
+        return False, problem
     if interpreted():
         return True, "any tensors, slowly, in Triton's interpreter"
     if not torch.cuda.is_available():
@@ -33,10 +34,13 @@ def available() -> bool:
 @functools.cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors, which ``TRITON_INTERPRET=1`` asks for."""
-    if importlib.util.find_spec("triton") is None:
+    if triton_problem():
         return False
-    from triton import knobs, language  # type: ignore[import-untyped, unused-ignore]
+    from triton import language  # type: ignore[import-untyped, unused-ignore]
     from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped, unused-ignore]
 
     # The variable counts when Triton is imported, too: later it is too late for what Triton itself has in kernels.
-    return bool(knobs.runtime.interpret) and isinstance(language.sum, InterpretedFunction)
+    if not (triton_interprets() and isinstance(language.sum, InterpretedFunction)):
+        return False
+    mend_interpreter()
+    return True

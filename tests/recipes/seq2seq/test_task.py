@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from recipes.seq2seq.scores import Scores, score
 from recipes.seq2seq.task import Seq2SeqTask, rate_factor
 from recipes.seq2seq.tokenizer import Tokenizer
+from sparse_attn import entmax15_loss, sparsemax, sparsemax_loss
 
 SOURCE = Tokenizer.fit(["abcde"], split="characters", normalization="NFC")
 TARGET = Tokenizer.fit(["A B C"], split="spaces", normalization="NFC")
@@ -95,8 +96,41 @@ def test_scores(monkeypatch):
     assert task.training
     logits = task.model(BATCH["source"], BATCH["target_in"])
     expected = F.cross_entropy(logits.flatten(0, 1), BATCH["target_out"].flatten(), ignore_index=0)
-    assert scores.metrics() == {"loss": pytest.approx(expected.item()), "per": 0.0, "wer": 0.0}
+    # Every token but the three that are never written is possible under softmax: A, B, C and the end.
+    assert scores.metrics() == {"loss": pytest.approx(expected.item()), "support": 4.0, "per": 0.0, "wer": 0.0}
     assert scores.sources == ["ab", "cde"]
+
+
+def test_scores_are_in_the_unit_of_the_output_and_count_its_support():
+    task = make_task(model={**MODEL, "output": "sparsemax"}).eval()
+    with torch.no_grad():
+        task.model.output.weight.mul_(0.5)
+    decoded = []
+
+    def decode(source):
+        decoded.append(source)
+        return [[4, 6], [5]]
+
+    scores = score(task, [BATCH], decode)
+    assert torch.equal(decoded[0], BATCH["source"])
+    assert scores.predictions == [["A", "C"], ["B"]]
+    real = BATCH["target_out"] != 0
+    logits = task.model(BATCH["source"], BATCH["target_in"])[real].detach()
+    expected = sparsemax_loss(logits, BATCH["target_out"][real])
+    written = logits[:, [2, 4, 5, 6]]
+    support = sparsemax(written).count_nonzero() / len(written)
+    assert 1 < support < 4
+    metrics = scores.metrics()
+    assert (metrics["loss"], metrics["support"]) == (pytest.approx(expected.item()), pytest.approx(support.item()))
+
+
+def test_training_takes_the_loss_of_the_output(monkeypatch):
+    for output, loss in (("sparsemax", sparsemax_loss), ("entmax15", entmax15_loss)):
+        task = make_task(model={**MODEL, "output": output}, label_smoothing=0.1)
+        monkeypatch.setattr(task, "log", lambda *_, **__: None)
+        logits = task.model(BATCH["source"], BATCH["target_in"]).flatten(0, 1)
+        expected = loss(logits, BATCH["target_out"].flatten(), ignore_index=0, label_smoothing=0.1)
+        torch.testing.assert_close(task.training_step(BATCH, 0), expected)
 
 
 def test_no_words_no_scores():

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Build the source distribution and every wheel that this machine can build, into a folder.
+# Usage: build_wheels.sh PYTHON [FOLDER=dist]   (an interpreter that has the package `build`)
+# The wheels: one for this machine's C compiler, one for each cross compiler of Linux that is installed, and one that is
+# pure. pip takes the best that fits.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=$(realpath --no-symlinks "$1")
+folder=${2:-dist}
+
+"$python" -m build --outdir "$folder" .
+for compiler in x86_64-linux-gnu-gcc aarch64-linux-gnu-gcc; do
+    if command -v "$compiler" >/dev/null; then
+        CC=$compiler "$python" -m build --wheel --outdir "$folder" .
+    else
+        echo "no $compiler: no wheel for ${compiler%%-*}, unless it is this machine's own"
+    fi
+done
+CC=false "$python" -m build --wheel --outdir "$folder" .
+
+printf '\nwheels in %s:\n' "$folder"
+ls "$folder"/*.whl

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Run the tests of the C kernels as an ARM processor would: cross-compiled, in qemu's user mode, with a Python and a torch
+# for aarch64. Takes about ten minutes on an idle machine, after downloads of 300 MB. Needs, as Debian packages:
+#   apt-get install debootstrap qemu-user gcc-aarch64-linux-gnu
+# Usage: test_aarch64.sh PYTHON [FOLDER] [pytest arguments ...]
+#   PYTHON   an interpreter with pip;  FOLDER   keeps the downloaded system for the next time
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# The newest torch whose wheel for aarch64 is made for CPUs alone.
+TORCH=2.9.1
+PACKAGES="torch==$TORCH numpy==2.3.5 einops pytest hypothesis attrs sortedcontainers iniconfig pluggy packaging pygments
+    typing_extensions filelock fsspec jinja2 markupsafe networkx sympy mpmath entmax"
+
+python=$(realpath --no-symlinks "$1")
+root=$(realpath --canonicalize-missing "${2:-$(mktemp -d)}")
+shift "$(($# < 2 ? $# : 2))"
+
+if [ ! -e "$root/usr/bin/python3.11" ]; then
+    # Only unpacked: installing would run programs of the other architecture, which needs binfmt_misc.
+    debootstrap --foreign --arch=arm64 --variant=minbase --include=python3,libgomp1,libstdc++6 bookworm "$root"
+    for package in "$root"/var/cache/apt/archives/*.deb; do dpkg-deb -x "$package" "$root"; done
+fi
+if [ ! -d "$root/site/torch" ]; then
+    # shellcheck disable=SC2086
+    "$python" -m pip install --quiet --no-deps --only-binary=:all: --target "$root/site" \
+        --implementation cp --python-version 3.11 --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
+        --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 $PACKAGES
+fi
+
+# The library of this machine stays where it is.
+tree=$(mktemp -d)
+trap 'rm -rf "$tree"' EXIT
+cp -r sparse_attn tests pyproject.toml README.md "$tree"
+cd "$tree"
+CC=aarch64-linux-gnu-gcc "$python" sparse_attn/kernels/cpu/build.py
+qemu-aarch64 -L "$root" -E PYTHONPATH="$root/site" -E OMP_NUM_THREADS=1 "$root/usr/bin/python3.11" \
+    -m pytest -p no:cacheprovider "${@:-tests/kernels/cpu}"
