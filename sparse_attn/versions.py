@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 import warnings
+from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
@@ -19,39 +20,6 @@ if sys.version_info < (3, 10):  # noqa: UP036  a checkout can be imported where 
 
 import torch
 
-OLDEST_TORCH = (2, 6)
-OLDEST_TRITON = (3, 2)
-
-
-def check_versions() -> None:
-    """Raise under a torch that is too old; warn about a Triton that is, whose kernels are then not used."""
-    if TORCH < OLDEST_TORCH:
-        raise ImportError(f"sparse_attn needs torch {_joined(OLDEST_TORCH)} or newer, got {torch.__version__}")
-    if (problem := triton_problem()) and triton_version():
-        warnings.warn(f"the GPU kernels of sparse_attn are off: {problem}", stacklevel=2)
-
-
-def triton_problem() -> str | None:
-    """Why the installed Triton cannot be used, if it cannot. Triton itself is not imported, which takes long."""
-    found = triton_version()
-    if found is None:
-        return "Triton is not installed"
-    if _numbers(found) < OLDEST_TRITON:
-        return f"Triton {_joined(OLDEST_TRITON)} or newer is needed, got {found}"
-    return None
-
-
-def triton_version() -> str | None:
-    """The version of Triton that is installed, None without one."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return _joined(OLDEST_TRITON)  # a build of another name: it is tried
-
 
 def _numbers(version: str) -> tuple[int, int]:
     """The first two numbers of a version: 2.6.0a0+git counts as 2.6."""
@@ -59,11 +27,33 @@ def _numbers(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _joined(numbers: tuple[int, int]) -> str:
-    return ".".join(map(str, numbers))
-
-
 TORCH = _numbers(torch.__version__)
+
+if TORCH < (2, 6):
+    raise ImportError(f"sparse_attn needs torch 2.6 or newer, got {torch.__version__}")
+
+
+@functools.cache
+def triton_version() -> str | None:
+    """The version of Triton that is installed, None without one. It is not imported, which takes long."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows"):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
+
+
+def triton_problem() -> str | None:
+    """Why Triton cannot be used, if it cannot."""
+    found = triton_version()
+    if found is None:
+        return "Triton is not installed"
+    return f"Triton 3.2 or newer is needed, got {found}" if _numbers(found) < (3, 2) else None
+
+
+if triton_version() and triton_problem():
+    warnings.warn(f"the GPU kernels of sparse_attn are not used: {triton_problem()}", stacklevel=2)
 
 
 def is_exporting() -> bool:
@@ -132,7 +122,7 @@ def mend_interpreter() -> None:
     """Let Triton's interpreter count loops: before 3.7 it takes arrays for numbers, which numpy 2.5 refuses."""
     if _numbers(triton_version() or "0.0") >= (3, 7):
         return
-    from triton.runtime import interpreter
+    from triton.runtime import interpreter  # type: ignore[import-untyped, unused-ignore]
 
     patch = interpreter._patch_lang_tensor
 
