@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import sys
 import warnings
 from contextlib import suppress
@@ -49,10 +48,11 @@ def triton_problem() -> str | None:
     found = triton_version()
     if found is None:
         return "Triton is not installed"
-    return f"Triton 3.2 or newer is needed, got {found}" if _numbers(found) < (3, 2) else None
+    return f"Triton 3.4 or newer is needed, got {found}" if _numbers(found) < (3, 4) else None
 
 
-if triton_version() and triton_problem():
+# Torch before 2.8 brings an older Triton along, which does no harm where there is no GPU.
+if triton_version() and triton_problem() and (TORCH >= (2, 8) or torch.cuda.device_count()):
     warnings.warn(f"the GPU kernels of sparse_attn are not used: {triton_problem()}", stacklevel=2)
 
 
@@ -106,15 +106,6 @@ def tf32_allowed() -> bool:
     if TORCH >= (2, 9):
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
     return torch.backends.cuda.matmul.allow_tf32
-
-
-def triton_interprets() -> bool:
-    """Whether ``TRITON_INTERPRET`` asks for Triton's interpreter. Triton before 3.4 has no ``knobs`` to ask."""
-    try:
-        from triton import knobs  # type: ignore[import-untyped, unused-ignore]
-    except ImportError:
-        return os.environ.get("TRITON_INTERPRET") == "1"
-    return bool(knobs.runtime.interpret)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from sparse_attn.versions import mend_interpreter, triton_interprets, triton_problem
+from sparse_attn.versions import mend_interpreter, triton_problem
 
 _OLDEST = (8, 0)  # compute capability: bfloat16 in matrix products
 
@@ -36,11 +36,11 @@ def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors, which ``TRITON_INTERPRET=1`` asks for."""
     if triton_problem():
         return False
-    from triton import language  # type: ignore[import-untyped, unused-ignore]
+    from triton import knobs, language  # type: ignore[import-untyped, unused-ignore]
     from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped, unused-ignore]
 
     # The variable counts when Triton is imported, too: later it is too late for what Triton itself has in kernels.
-    if not (triton_interprets() and isinstance(language.sum, InterpretedFunction)):
+    if not (knobs.runtime.interpret and isinstance(language.sum, InterpretedFunction)):
         return False
     mend_interpreter()
     return True
