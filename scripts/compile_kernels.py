@@ -31,9 +31,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler
 from triton.compiler import ASTSource
 
+from sparse_attn.kernels.setting import Setting
 from sparse_attn.kernels.triton import rows
 from sparse_attn.kernels.triton.attention import backward, decode, dropout, forward
-from sparse_attn.kernels.triton.attention.plan import Setting
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 227 * 1024  # bytes that a program can have on this target

@@ -18,6 +18,7 @@ from sparse_attn.kernels.cpu import products as sparse_products
 from sparse_attn.kernels.cpu import rows
 from sparse_attn.kernels.plain import products as dense_products
 from sparse_attn.kernels.plain import rows as plain_rows
+from sparse_attn.kernels.triton.attention import plan
 
 _NAMES = ("triton", "compiled", "torch")
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -104,16 +105,30 @@ def entmax_backward(
 
 
 def products(p: Tensor, *others: Tensor) -> ModuleType:
-    """Who multiplies weights ``p`` with these matrices: :mod:`reference.products`, or what skips the zeros."""
-    return sparse_products if _compiled(p) and sparse_products.worth_it(p, *others) else dense_products
+    """The module that multiplies weights ``p`` with these matrices: dense products, or products that skip the zeros.
+
+    Only dense products have gradients.
+    """
+    skip_zeros = not torch.is_grad_enabled() and _compiled(p) and sparse_products.worth_it(p, *others)
+    return sparse_products if skip_zeros else dense_products
 
 
-def by_triton(x: Tensor) -> bool:
+def fused_kernels() -> ModuleType:
+    """The module of fused attention, for tensors of which :func:`by_triton` is true; the first call imports Triton."""
+    return importlib.import_module("sparse_attn.kernels.triton.attention.entry")
+
+
+def fused_plan() -> ModuleType:
+    """Sizes of the fused kernels and of what they keep for a backward, for which Triton need not be there."""
+    return plan
+
+
+def by_triton(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether kernels in Triton compute with ``x``: they answer an α out of range with NaN, since nobody looks at it.
 
     A look would make the host wait for the device, at every call.
     """
-    return x.dtype in _TRITON_DTYPES and _triton_computes(x.device.type)
+    return (x.dtype if dtype is None else dtype) in _TRITON_DTYPES and _triton_computes(x.device.type)
 
 
 def _triton_computes(device: str) -> bool:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import sparse_attn.kernels.choose_attention as ops
 import sparse_attn.kernels.functions.blockwise as blocks
-import sparse_attn.ops.attention as ops
 from sparse_attn import entmax_attention, topk_attention
 
 

@@ -14,6 +14,7 @@ from sparse_attn.kernels import triton
 from sparse_attn.kernels.functions import fused as operator
 from sparse_attn.kernels.functions.entmax import entmax_rows
 from sparse_attn.kernels.functions.fused import fused_attention
+from sparse_attn.kernels.setting import Setting
 from sparse_attn.kernels.triton.attention import backward as attention_backward
 from sparse_attn.kernels.triton.attention import decode, plan, tiles
 from sparse_attn.kernels.triton.attention import forward as attention
@@ -178,7 +179,7 @@ def test_tiles_without_weight_are_skipped(device):
         key[:, :, 40:50, 0] = 1.0  # the only keys with weight: of ten tiles, one
     compare((query, key, value), 1.5)
     sizes = plan.Plan.of(query, value)
-    setting = plan.Setting(0.5, 0.3, 0.0, None)
+    setting = Setting(0.5, 0.3, 0.0, None)
     *_, flags = attention.forward(query, key, value, None, None, None, None, setting, True)
     used = sorted({position // sizes.block_n for position in range(40, 50)})
     assert flags.shape[2] >= 9
@@ -404,7 +405,7 @@ def test_rows_far_apart_are_copied(device, monkeypatch):
 
 def test_tf32_may_be_allowed_either_way(device):
     inputs = tensors(device)
-    setting = plan.Setting(0.5, 0.3, 0.0, None)
+    setting = Setting(0.5, 0.3, 0.0, None)
 
     def precision() -> str:
         fused_attention(*inputs, 1.5, scale=0.3)

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_attn.kernels.triton.attention.plan import Plan, Setting
+from sparse_attn.kernels.setting import Setting
+from sparse_attn.kernels.triton.attention.plan import Plan
 from sparse_attn.kernels.triton.attention.tiles import (
     LENGTHS,
     common_arguments,

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_attn.kernels.triton.attention.plan import Plan, Setting, statistics_of
+from sparse_attn.kernels.setting import Setting
+from sparse_attn.kernels.triton.attention import decode
+from sparse_attn.kernels.triton.attention.plan import Plan, kept, statistics_of
 from sparse_attn.kernels.triton.attention.short import forward_short
 from sparse_attn.kernels.triton.attention.tiles import (
     LENGTHS,
@@ -256,6 +258,9 @@ def forward(
         setting: Everything else.
         training: Whether the last three results are wanted; they are empty otherwise.
     """
+    if not training and decode.pays(query, key):
+        output = decode.forward(query, key, value, alpha, mask, lengths, seed, setting)
+        return output, *kept(query, key, value, alpha, setting.a, False)
     plan = Plan.of(query, value)
     batch, heads, queries, _ = query.shape
     keys, device = key.shape[2], query.device

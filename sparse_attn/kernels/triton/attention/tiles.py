@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_attn.kernels.setting import Setting
 from sparse_attn.kernels.triton import interpreted
-from sparse_attn.kernels.triton.attention.plan import Setting
 from sparse_attn.kernels.triton.family import GENERAL, MODES, TINY, place_rows
 from sparse_attn.versions import tf32_allowed
 
