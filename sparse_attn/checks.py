@@ -8,6 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
+from sparse_attn.versions import autocast_enabled
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -40,7 +42,7 @@ def check_number_or_tensor(value: float | Tensor, name: str) -> None:
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a number or a floating tensor, got a tensor of {value.dtype}")
-    elif type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat)):
+    elif type(value) is not float and (isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat))):
         raise TypeError(f"{name} must be a number or a floating tensor, got {type(value).__name__}")
 
 
@@ -106,7 +108,7 @@ def check_number(value: float, name: str) -> None:
     """Raise unless ``value`` is a real number."""
     if type(value) is float:  # as nearly always: the question below takes a microsecond
         return
-    if isinstance(value, bool) or not isinstance(value, Real | torch.SymInt | torch.SymFloat):
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
@@ -142,8 +144,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def result_dtype(x: Tensor) -> torch.dtype:
     """The input's dtype; under autocast whatever ``torch.softmax`` returns there, which differs between devices."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocast_enabled(x.device):
         return x.dtype
     return torch.softmax(x.new_zeros(1), -1).dtype
 

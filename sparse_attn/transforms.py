@@ -7,6 +7,8 @@ from torch import Tensor
 from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
+from sparse_attn.versions import is_exporting
+
 
 def values_known(x: Tensor) -> bool:
     """Whether the entries of ``x`` can be looked at: not while compiling, in ``torch.func`` or on the meta device."""
@@ -23,7 +25,7 @@ def needs_plain_operations() -> bool:
     forward mode in custom operators; and for forward mode over forward mode, where an autograd function that saves its
     inputs loses the outer tangent.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return True
     if not torch._C._are_functorch_transforms_active():
         return False

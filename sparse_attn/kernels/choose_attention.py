@@ -23,6 +23,7 @@ from sparse_attn.kernels.functions.fused import fused_attention
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.masks import check_mask, dense_mask, described_causal
 from sparse_attn.transforms import values_known
+from sparse_attn.versions import is_exporting
 
 # Blocks of queries are faster than one matrix from about this size of the matrix of a head.
 _LARGE = 2**18
@@ -54,7 +55,9 @@ def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
     if query.dim() < 3 or key.shape[-3] in (1, query.shape[-3]) or query.shape[-3] == 1:
         return key, value
     group = query.shape[-3] // key.shape[-3]
-    return key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
+    # Torch before 2.13 exports ``repeat_interleave`` with a fixed length.
+    repeated = (x.unsqueeze(-3).expand(*x.shape[:-2], group, *x.shape[-2:]).flatten(-4, -3) for x in (key, value))
+    return next(repeated), next(repeated)
 
 
 def _can_fuse(call: Call) -> bool:
@@ -62,7 +65,7 @@ def _can_fuse(call: Call) -> bool:
     query, key, value = call[:3]
     if call.k is not None or not dispatch.by_triton(query, _autocast_dtype(query)):
         return False
-    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_exporting() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in (query, key, value)) or torch.compiler.is_compiling()
     fits = max(query.shape[-1], value.shape[-1]) <= dispatch.fused_plan().LARGEST_HEAD

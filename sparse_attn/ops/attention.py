@@ -20,7 +20,7 @@ from sparse_attn.ops.topk import topk_entmax
 Normalizer = Literal["softmax", "sparsemax"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # Dynamo before torch 2.13 would ask for a hash before the fields are there
 class ScoreMapping:
     """Scores (..., H, L, S) to weights: α-entmax over the ``k`` best keys of each query, or over all of them."""
 

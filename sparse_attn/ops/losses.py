@@ -31,6 +31,7 @@ from sparse_attn.checks import (
 )
 from sparse_attn.kernels.functions.conjugate import conjugate_rows
 from sparse_attn.transforms import values_known
+from sparse_attn.versions import autocast_enabled
 
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -276,8 +277,7 @@ def _below_top(scores: Tensor) -> Tensor:
 def _result_dtype(x: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
     """What cross-entropy returns."""
     dtype = x.dtype
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if autocast_enabled(x.device):
         dtype = torch.nn.functional.cross_entropy(x.new_zeros(1), x.new_zeros(1)).dtype
     if target.shape != x.shape:
         return dtype

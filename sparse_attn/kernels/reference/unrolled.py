@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops import while_loop
 
+from sparse_attn.versions import is_exporting, loops_export
+
 
 def entmax_unrolled(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
     """The probabilities; arguments and result as those of ``reference.entmax.entmax_forward``."""
@@ -64,7 +66,7 @@ def _bisect(z: Tensor, a: float | Tensor, masked: Tensor) -> Tensor:
 def _repeat(
     step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], low: Tensor, high: Tensor, *, times: int
 ) -> tuple[Tensor, Tensor]:
-    if not torch.compiler.is_exporting():
+    if not (is_exporting() and loops_export()):
         for _ in range(times):
             low, high = step(low, high)
         return low, high
