@@ -62,7 +62,7 @@ def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 
 def _can_fuse(call: Call) -> bool:
     """Whether the fused kernels take a call: not in an export, a transform or forward mode, and not in float64."""
-    query, key, value = call[:3]
+    query, key, value = call.query, call.key, call.value  # Dynamo before torch 2.9 cannot slice a named tuple
     if call.k is not None or not dispatch.by_triton(query, _autocast_dtype(query)):
         return False
     if is_exporting() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -84,7 +84,7 @@ def _can_block(call: Call) -> bool:
 def _fused(call: Call) -> Tensor:
     """By the fused kernels, which take (N, H, L, D), fewer heads of keys and values, and a mask of four dimensions."""
     dtype = _autocast_dtype(call.query)
-    query, key, value = (x if dtype is None else x.to(dtype) for x in call[:3])
+    query, key, value = (x if dtype is None else x.to(dtype) for x in (call.query, call.key, call.value))
     alpha, dropout_p, scale = call.alpha, call.dropout_p, call.scale
     batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     heads, key_heads = (1, 1)
