@@ -79,7 +79,7 @@ def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 
 def _can_fuse(call: Call) -> bool:
     """Whether the fused kernels take a call: not in an export, a transform or forward mode, and not in float64."""
-    query, key, value = call[:3]
+    query, key, value = call.query, call.key, call.value  # Dynamo before torch 2.9 cannot slice a named tuple
     if call.k is not None or not dispatch.by_triton(query, _autocast_dtype(query)):
         return False
     if is_exporting() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -124,7 +124,7 @@ class _Heads(NamedTuple):
 
 
 def _in_heads(call: Call) -> _Heads:
-    query, key, value = call[:3]
+    query, key, value = call.query, call.key, call.value  # Dynamo before torch 2.9 cannot slice a named tuple
     dtype = _autocast_dtype(query)
     if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
