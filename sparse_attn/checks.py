@@ -115,7 +115,8 @@ def check_number(value: float, name: str) -> None:
 
 def check_bool(value: bool, name: str) -> None:
     """Raise unless ``value`` is True or False."""
-    if not isinstance(value, bool):
+    # `torch.onnx.export(dynamo=False)` passes default arguments as tensors.
+    if not isinstance(value, bool) and not (torch.jit.is_tracing() and isinstance(value, Tensor)):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
@@ -154,7 +155,7 @@ def rows_last(value: Tensor, x: Tensor, dim: int) -> Tensor:
     """A view of a parameter of the rows of ``x`` that fits ``x.movedim(dim, -1)``."""
     if not x.dim() or (value.dim() and dim in (-1, x.dim() - 1)):  # dimensions in front are not missed
         return value
-    return value.view([1] * (x.dim() - value.dim()) + list(value.shape)).movedim(dim, -1)
+    return value.view([1] * (x.dim() - value.dim()) + list(value.shape)).movedim(dim % x.dim(), x.dim() - 1)
 
 
 def check_starts(starts: Tensor, total: int, name: str) -> None:

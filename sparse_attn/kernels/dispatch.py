@@ -86,8 +86,12 @@ def entmax_forward(
 ) -> Tensor:
     """As :func:`kernels.reference.entmax.entmax_forward`, of the ``k`` largest scores of each row if ``k`` is given.
 
+    A row of ``k`` scores or fewer keeps all of them.
+
     ``in_place`` allows the scores to be overwritten.
     """
+    if k is not None and k >= scores.shape[-1]:
+        k = None
     if by_triton(scores):
         return _triton_rows().entmax_forward(scores, a, lowest, k, in_place=in_place)
     if _compiled(scores):

@@ -111,9 +111,9 @@ def entmax_loss(
     scores = x.to(compute_dtype(x)).movedim(dim, -1)
     weight = None if weight is None else weight.to(torch.promote_types(weight.dtype, scores.dtype))
     if not x.numel():
-        # Nothing is counted; an empty batch still reaches α.
+        # Nothing is counted; an empty batch still reaches α, with gradients of every order.
         total: float | Tensor = 0.0
-        losses = scores.sum(-1) + (0 * alpha.sum() if isinstance(alpha, Tensor) else 0.0)
+        losses = torch.softmax(scores, -1).sum(-1) * (1 + 0 * alpha.sum() if isinstance(alpha, Tensor) else 1.0)
     elif target.shape == x.shape:
         losses, total = _of_probabilities(scores, target.movedim(dim, -1), alpha, weight, label_smoothing)
     else:

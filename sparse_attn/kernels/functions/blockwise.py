@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_attn.checks import compute_dtype
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.alpha import shift_alpha
 from sparse_attn.kernels.functions.entmax import entmax_rows
@@ -28,7 +27,7 @@ def blockwise_attention(
     """Attention of R pairs of batch and head, each by itself.
 
     Args:
-        query: (R, L, D).
+        query: (R, L, D), float32 or float64.
         key: (R, S, D).
         value: (R, S, Dv).
         alpha: (R,), or None for the number in ``setting``.
@@ -91,10 +90,9 @@ def _buffer(query: Tensor, key: Tensor) -> Tensor | None:
 
 
 def _weights(scores: Tensor, alpha: Tensor | None, setting: Setting) -> Tensor:
-    """Weights in float32 or wider; they overwrite the scores where no gradient flows through these."""
+    """Weights; they overwrite the scores where no gradient flows through these."""
     k = None if setting.k is None or setting.k >= scores.shape[-1] else setting.k
     lowest = torch.finfo(scores.dtype).min
-    scores = scores.to(compute_dtype(scores))
     if torch.is_grad_enabled():
         return entmax_rows(scores, setting.a + 1 if alpha is None else alpha, lowest, k)
     return dispatch.entmax_forward(scores, shift_alpha(alpha, setting.a, scores), lowest, k, in_place=True)

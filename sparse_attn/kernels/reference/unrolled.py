@@ -31,7 +31,8 @@ def entmax_unrolled(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
     top = scores.amax(-1, keepdim=True)
     empty = top <= lowest
     if not isinstance(a, Tensor) and a == 0:
-        return torch.softmax(scores, -1).masked_fill(empty, 0.0).to(dtype)
+        # Also before: the gradient of a row of NaN is NaN, whatever is done to it afterwards.
+        return torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0).to(dtype)
     # A masked entry gets a harmless score and is dropped afterwards: -inf times a zero gradient would be NaN.
     z = torch.where(masked, 0.0, scores - torch.where(empty, 0.0, top))
     with torch.no_grad():
