@@ -85,6 +85,19 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
+def sweep_arguments(arguments: Sequence[str]) -> list[str]:
+    """The command line of ``compare``, whose folders need no key.
+
+    Example:
+        >>> sweep_arguments(["runs/a", "runs/b", "format=csv"])
+        ["sweep=['runs/a','runs/b']", 'format=csv']
+    """
+    flags, others = split(arguments)
+    folders = [argument for argument in others if "=" not in argument]
+    given = [f"sweep=[{','.join(map(quoted, folders))}]"] if folders else []
+    return [*given, *(argument for argument in others if argument not in folders), *flags]
+
+
 def check_flags(flags: Sequence[str]) -> None:
     """Raise where Hydra would answer with a usage message of many lines."""
     names = [flag.partition("=")[0] for flag in flags if flag.startswith("-")]

@@ -27,7 +27,7 @@ from .seq2seq.scores import Scores, score
 from .seq2seq.task import Seq2SeqTask
 
 EXAMPLES = 10
-LONGEST_EXAMPLE = 72
+LONGEST_EXAMPLE = 48
 
 
 def headline(folder: Path, data: Seq2SeqData, task: Seq2SeqTask, trainer: L.Trainer, step: int) -> str:
@@ -103,11 +103,8 @@ def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float] | s
     if not runs:
         return
     common = set.intersection(*(set(changes) for changes, _ in runs))
-    shown = [
-        name
-        for name in METRICS
-        if any(f"test/{name}" in results for _, results in runs if not isinstance(results, str))
-    ][:2]
+    finished = [results for _, results in runs if not isinstance(results, str)]
+    shown = [name for name in METRICS if any(f"test/{name}" in results for results in finished)][:2]
     labels = {f"{split}/{name}": METRICS[name].label.removesuffix(" %") for split in ("val", "test") for name in shown}
     columns = {f"{key.partition('/')[0]} {label}": key for key, label in labels.items()}
     table = Table(box=None, padding=(0, 2, 0, 0))
