@@ -19,6 +19,7 @@ from .callbacks.alpha import AlphaCourse
 from .callbacks.checkpoints import BestAndLast
 from .callbacks.progress import progress
 from .seq2seq.data import Seq2SeqData
+from .seq2seq.decode import Decoding
 from .seq2seq.model import Seq2SeqTransformer
 from .seq2seq.task import Seq2SeqTask
 
@@ -26,8 +27,10 @@ SECTIONS = (
     "seed",
     "resume",
     "threads",
+    "keep_checkpoints",
     "data",
     "model",
+    "decoding",
     "optimizer",
     "loss",
     "trainer",
@@ -35,7 +38,9 @@ SECTIONS = (
     "logger",
     "paths",
 )
-_PLAIN = ("seed", "resume", "threads")
+_PLAIN = ("seed", "resume", "threads", "keep_checkpoints")
+# Sections that runs of earlier versions lack.
+_OPTIONAL = ("callbacks", "decoding", "keep_checkpoints")
 _INSTANTIATED = ("callbacks", "logger")
 # Keys of the config that only serve to write other keys.
 _SHORTHANDS = {"data": ("path", "language"), "model": ("attention",)}
@@ -54,11 +59,11 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     """
     if unknown := [name for name in cfg if name not in SECTIONS]:
         raise ValueError(f"unknown key {unknown[0]!r}; allowed: {', '.join(SECTIONS)}")
-    if missing := [name for name in SECTIONS if name not in cfg and name != "callbacks"]:  # which older runs lack
+    if missing := [name for name in SECTIONS if name not in cfg and name not in _OPTIONAL]:
         raise ValueError(f"the configuration must have {', '.join(SECTIONS)}, got no {', '.join(missing)}")
     for name in SECTIONS:
         # No logger or callback at all is a choice.
-        optional = name in _INSTANTIATED and cfg.get(name) is None
+        optional = (name in _INSTANTIATED and cfg.get(name) is None) or (name in _OPTIONAL and name not in cfg)
         if name not in _PLAIN and not optional and not isinstance(cfg[name], DictConfig):
             raise TypeError(f"{name} must be a group of keys, got {cfg[name]!r}")
     for section in _INSTANTIATED:
@@ -76,6 +81,9 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     threads = settings["threads"]
     if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
         raise ValueError(f"threads must be a whole number of at least 1, or null for all cores, got {threads!r}")
+    keep = settings.setdefault("keep_checkpoints", 0)
+    if not isinstance(keep, int) or isinstance(keep, bool) or keep < 0:
+        raise ValueError(f"keep_checkpoints must be a whole number of at least 0, got {keep!r}")
     if not isinstance(folder, str) or not folder:
         raise TypeError(f"paths.output_dir must be a folder, got {folder!r}")
     return settings
@@ -132,6 +140,12 @@ def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
     )
 
 
+def build_decoding(section: dict[str, Any] | None) -> Decoding:
+    """The decoding of a config section; greedy for a run of an earlier version, which has none."""
+    check_arguments(Decoding, "decoding", section or {})
+    return Decoding(**(section or {}))
+
+
 def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Logger]:
     """The loggers of the config; what a resumed run will log again is taken back first."""
     loggers = []
@@ -164,9 +178,13 @@ def located(target: str) -> str:
 
 
 def build_trainer(
-    section: dict[str, Any], loggers: list[Logger], folder: Path, callbacks: Sequence[L.Callback] = ()
+    section: dict[str, Any],
+    loggers: list[Logger],
+    folder: Path,
+    callbacks: Sequence[L.Callback] = (),
+    keep_checkpoints: int = 0,
 ) -> L.Trainer:
-    """The trainer of a config section, writing into the run folder."""
+    """The trainer of a config section, writing into the run folder; it keeps the weights of so many last epochs."""
     check_arguments(L.Trainer, "trainer", section, reserved=("logger", "callbacks", "default_root_dir"))
     devices = section.get("devices", 1)
     one = len(devices) == 1 if isinstance(devices, list) else devices in (1, "1")
@@ -184,7 +202,7 @@ def build_trainer(
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
     }
-    own = [AlphaCourse(folder), BestAndLast(folder)]  # which write what the others have done
+    own = [AlphaCourse(folder), BestAndLast(folder, keep=keep_checkpoints)]  # which write what the others have done
     try:
         return L.Trainer(
             **{**defaults, **section}, default_root_dir=folder, logger=loggers, callbacks=[shown, *callbacks, *own]

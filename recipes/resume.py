@@ -10,7 +10,7 @@ from .arguments import is_multirun, quoted
 from .launch import config_groups
 
 # The rest of the configuration has shaped the weights and the optimizer in the checkpoint.
-_ALLOWED = ("trainer.", "logger.", "hydra.")
+_ALLOWED = ("trainer.", "logger.", "hydra.", "decoding.")
 _FILES = ("data.train", "data.val", "data.test")
 
 
@@ -42,7 +42,7 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
             wrong = "chooses a group" if _is_group(key) else "would change what has been learnt"
             raise ValueError(
                 f"resume continues a run with its own configuration: {argument!r} {wrong}; "
-                f"allowed are single keys of trainer and logger, such as trainer.max_epochs=8, and {', '.join(_FILES)}"
+                f"allowed are single keys of trainer, decoding and logger, such as trainer.max_epochs=8, and {', '.join(_FILES)}"
             )
     folder = run_folder(runs[-1].strip("'\""))
     read_checkpoint(checkpoint_file(folder, "last"))

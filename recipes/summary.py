@@ -19,6 +19,7 @@ from sparse_attn import alpha_per_head
 from .report import alpha_table, attention_density, rates_table, top_k_per_layer
 from .run import CHECKPOINTS, RESULTS, checkpoint_file, read_checkpoint, short_path, write_json
 from .seq2seq.data import Seq2SeqData
+from .seq2seq.decode import Decoding
 from .seq2seq.scores import Scores, score
 from .seq2seq.task import Seq2SeqTask
 
@@ -47,7 +48,7 @@ def farewell(folder: Path) -> str:
 
 
 def conclude(
-    folder: Path, task: Seq2SeqTask, data: Seq2SeqData, *, device: torch.device, begin: float
+    folder: Path, task: Seq2SeqTask, data: Seq2SeqData, decoding: Decoding, *, device: torch.device, begin: float
 ) -> dict[str, float]:
     """Scores the best checkpoint on all validation and test words; prints and writes the results.
 
@@ -55,6 +56,7 @@ def conclude(
         folder: The run folder.
         task: The model, whose weights become those of the best checkpoint.
         data: Its data.
+        decoding: How the words are decoded.
         device: Where to compute.
         begin: ``time.monotonic()`` at the start of the run, less what sessions before a resumption took.
     """
@@ -62,7 +64,8 @@ def conclude(
     task.load_state_dict(read_checkpoint(checkpoint_file(folder, "best"))["state_dict"])
     task.to(device)
     with console.status("scoring the best checkpoint on all validation and test words"):
-        scores = {"val": score(task, data.full_val_dataloader()), "test": score(task, data.test_dataloader())}
+        loaders = {"val": data.full_val_dataloader(), "test": data.test_dataloader()}
+        scores = {split: score(task, loader, task.decoder(decoding)) for split, loader in loaders.items()}
         density = attention_density(task, data.full_val_dataloader())
     rates = {split: found.metrics() for split, found in scores.items()}
     results = {f"{split}/{name}": value for split, found in rates.items() for name, value in found.items()}

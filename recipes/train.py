@@ -46,6 +46,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from .build import (
         build_callbacks,
         build_data,
+        build_decoding,
         build_loggers,
         build_task,
         build_trainer,
@@ -68,7 +69,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
         L.seed_everything(settings["seed"], verbose=False)
         task = build_task(settings, data)
         callbacks = build_callbacks(settings.get("callbacks"))
-        trainer = build_trainer(settings["trainer"], build_loggers(cfg, folder, step), folder, callbacks)
+        decoding = build_decoding(settings.get("decoding"))
+        loggers = build_loggers(cfg, folder, step)
+        trainer = build_trainer(settings["trainer"], loggers, folder, callbacks, settings["keep_checkpoints"])
         if state:
             check_continues(state, task.hparams, trainer.max_epochs or 0)
             begin -= state["callbacks"]["BestAndLast"].get("seconds", 0.0)
@@ -81,7 +84,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         print(headline(folder, data, task, trainer, step), flush=True)
         try:
             fit(trainer, task, data, last)
-            return conclude(folder, task, data, device=trainer.strategy.root_device, begin=begin)
+            return conclude(folder, task, data, decoding, device=trainer.strategy.root_device, begin=begin)
         except KeyboardInterrupt:
             raise Interrupted(farewell(folder)) from None
 

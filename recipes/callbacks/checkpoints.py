@@ -1,4 +1,4 @@
-"""The two checkpoints of a run."""
+"""The checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from ..run import CHECKPOINTS
+from ..run import CHECKPOINTS, epoch_checkpoints
 
 
 class BestAndLast(Checkpoint):
@@ -22,11 +22,13 @@ class BestAndLast(Checkpoint):
     Args:
         folder: The run folder.
         monitor: The metric to lower. Without a validation every epoch counts as the best.
+        keep: Also write the weights after each epoch, as ``epoch_0001.ckpt`` and so on, and keep so many of the last.
     """
 
-    def __init__(self, folder: Path, monitor: str = "val/per") -> None:
+    def __init__(self, folder: Path, monitor: str = "val/per", keep: int = 0) -> None:
         self.folder = folder / CHECKPOINTS
         self.monitor = monitor
+        self.keep = keep
         self.best = math.inf
         self.earlier = 0.0
         self._begin = time.monotonic()
@@ -37,12 +39,16 @@ class BestAndLast(Checkpoint):
         if score is None or score < self.best:
             self.best = math.inf if score is None else float(score)
             self._save(trainer, "best.ckpt")
+        if self.keep:
+            self._save(trainer, f"epoch_{trainer.current_epoch + 1:04d}.ckpt", weights_only=True)
+            for old in epoch_checkpoints(self.folder.parent)[: -self.keep]:
+                old.unlink()
         self._save(trainer, "last.ckpt")
 
-    def _save(self, trainer: L.Trainer, name: str) -> None:
+    def _save(self, trainer: L.Trainer, name: str, *, weights_only: bool = False) -> None:
         """Saves beside and renames: an interruption leaves a whole checkpoint, old or new."""
         unfinished = self.folder / f"{name}.tmp"
-        trainer.save_checkpoint(unfinished)
+        trainer.save_checkpoint(unfinished, weights_only)
         unfinished.replace(self.folder / name)
 
     def state_dict(self) -> dict[str, Any]:
