@@ -18,7 +18,7 @@ from .bind import check_arguments
 from .callbacks.alpha import AlphaCourse
 from .callbacks.checkpoints import BestAndLast
 from .callbacks.progress import progress
-from .seq2seq.data import Seq2SeqData
+from .seq2seq.data import Seq2SeqData, make_sequences
 from .seq2seq.decode import Decoding
 from .seq2seq.model import Seq2SeqTransformer
 from .seq2seq.task import Seq2SeqTask
@@ -43,10 +43,8 @@ _PLAIN = ("seed", "resume", "threads", "keep_checkpoints")
 _OPTIONAL = ("callbacks", "decoding", "keep_checkpoints")
 _INSTANTIATED = ("callbacks", "logger")
 # Keys of the config that only serve to write other keys.
-_SHORTHANDS = {"data": ("path", "language"), "model": ("attention",)}
-_FILES = ("path", "train", "val", "test")
-# An output may be a little longer than the longest one seen in training.
-EXTRA_LENGTH = 8
+_SHORTHANDS = {"data": ("path", "language", "tokens"), "model": ("attention",)}
+_FILES = ("path", "train", "val", "test", "cache")
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
@@ -115,6 +113,7 @@ def build_data(section: dict[str, Any]) -> Seq2SeqData:
     """The data of a config section, read and encoded."""
     arguments = _without_shorthands("data", section)
     check_arguments(Seq2SeqData, "data", arguments)
+    check_arguments(make_sequences, "data.generate", arguments.get("generate") or {})
     data = Seq2SeqData(**arguments)
     data.setup()
     return data
@@ -127,13 +126,13 @@ def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
     given = ("source_tokenizer", "target_tokenizer", "model", "max_length", "seed")
     for section in ("optimizer", "loss"):
         check_arguments(Seq2SeqTask, section, settings[section], reserved=given)
-    tokenizer = data.target_tokenizer
-    texts = (text for example in data.splits.train for text in example.references)
+    if model.get("language_dim") and data.languages is None:
+        raise ValueError(f"model.language_dim needs data.languages, got {model['language_dim']} and no languages")
     return Seq2SeqTask(
         source_tokenizer=data.source_tokenizer.state(),
-        target_tokenizer=tokenizer.state(),
+        target_tokenizer=data.target_tokenizer.state(),
         model=model,
-        max_length=max(len(tokenizer.encode(text)) for text in texts) + EXTRA_LENGTH,
+        max_length=data.longest_output(),
         seed=settings["seed"],
         **settings["optimizer"],
         **settings["loss"],

@@ -18,7 +18,23 @@ EVALUATION = "evaluation.json"
 SPLITS = {"val": ("val",), "test": ("test",), "both": ("val", "test")}
 # Stands in the config for "what the run was trained with", where null is a value of its own (no limit).
 AS_TRAINED = "as_trained"
-DATA_KEYS = ("name", "train", "val", "test", "limit", "eval_batch_size")
+# What decides which texts are scored. How they become tokens, the checkpoint knows.
+DATA_KEYS = (
+    "name",
+    "title",
+    "train",
+    "val",
+    "test",
+    "columns",
+    "languages",
+    "sides",
+    "generate",
+    "limit",
+    "max_length",
+    "eval_batch_size",
+    "eval_batch_tokens",
+)
+FROM_FILES = ("tsv", "parallel")
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
@@ -67,15 +83,20 @@ def data_section(run: Run, given: dict[str, Any], splits: tuple[str, ...]) -> di
         ValueError: If there is no file for a split.
     """
     given = {key: value for key, value in given.items() if value != AS_TRAINED}
-    trained = {key: run.config.data[key] for key in DATA_KEYS if key in run.config.data}
+    own: dict[str, Any] = OmegaConf.to_container(run.config.data, resolve=True)  # type: ignore[assignment]
+    trained = {key: own[key] for key in DATA_KEYS if key in own}
     files = [key for key in ("train", "val", "test") if given.get(key) is not None]
-    section = {**trained, **({"name": "tsv", "limit": None} if files else {}), **given}
-    if section["name"] != "tsv":
+    if files:
+        trained["limit"] = None
+        if trained["name"] not in FROM_FILES:
+            trained = {**{key: value for key, value in trained.items() if key != "generate"}, "name": "tsv"}
+    section = {**trained, **given}
+    if section["name"] not in FROM_FILES:
         return section
     for split in splits:
         if section.get(split) is None:
             raise ValueError(
-                f"no {split} file: the run was trained on {trained['name']}, got "
+                f"no {split} file: the run was trained on {run.config.data.name}, got "
                 f"{', '.join(f'data.{key}' for key in files) or 'data.name=tsv'}; "
                 f"give data.{split}=FILE or split={'test' if split == 'val' else 'val'}"
             )

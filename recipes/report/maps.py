@@ -91,7 +91,7 @@ def word_maps(task: Any, word: str) -> WordMaps:
         for kind in KINDS
         if kind in last
     ]
-    return WordMaps(word, target.join(predicted), maps)
+    return WordMaps(word.replace("\t", " "), target.join(predicted), maps)
 
 
 def attention_figure(sample: WordMaps, alpha: Mapping[str, Tensor], top_k: Mapping[str, int]) -> Figure:

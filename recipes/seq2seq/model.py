@@ -34,6 +34,8 @@ class Seq2SeqTransformer(nn.Module):
         cross_attention: Kind of the decoder's attention to the encoder's output.
         alpha: The fixed α of "entmax", the initial one of "adaptive".
         k: Keys kept by "topk".
+        language_dim: Of ``dim``, the part of every source embedding that holds the language, which the first token
+            names; 0 for none.
         output: Distribution of the next token: "softmax", "sparsemax", "entmax15" or "entmax".
         output_alpha: The α of the output "entmax".
 
@@ -72,6 +74,7 @@ class Seq2SeqTransformer(nn.Module):
         cross_attention: str = "adaptive",
         alpha: float = 1.5,
         k: int = 4,
+        language_dim: int = 0,
         output: str = "softmax",
         output_alpha: float = 1.5,
     ) -> None:
@@ -89,6 +92,8 @@ class Seq2SeqTransformer(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {count}")
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, got dim={dim} and num_heads={num_heads}")
+        if not 0 <= language_dim < dim:
+            raise ValueError(f"language_dim must be from 0 to dim - 1 = {dim - 1}, got {language_dim}")
         check_dropout(dropout)
         kinds = {"encoder": encoder_attention, "decoder": decoder_attention, "cross": cross_attention}
         for place, kind in kinds.items():
@@ -112,7 +117,7 @@ class Seq2SeqTransformer(nn.Module):
                 dim, num_heads, attention=make["decoder"], cross_attention=make["cross"], **options
             )
 
-        self.source_embedding = Embedding(source_size, dim, dropout)
+        self.source_embedding = Embedding(source_size, dim, dropout, language_dim)
         self.target_embedding = Embedding(target_size, dim, dropout)
         self.encoder = Encoder([encoder_layer() for _ in range(encoder_layers)], dim)
         self.decoder = Decoder([decoder_layer() for _ in range(decoder_layers)], dim)
@@ -158,20 +163,30 @@ class Seq2SeqTransformer(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embeddings with sinusoidal positions, of any length."""
+    """Token embeddings with sinusoidal positions, of any length.
 
-    def __init__(self, size: int, dim: int, dropout: float) -> None:
+    The last ``language_dim`` numbers of every position are an embedding of the first token, the language
+    (Peters & Martins 2020, "One-Size-Fits-All Multilingual Models").
+    """
+
+    def __init__(self, size: int, dim: int, dropout: float, language_dim: int = 0) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(size, dim, padding_idx=PAD)
+        self.tokens = nn.Embedding(size, dim - language_dim, padding_idx=PAD)
         nn.init.normal_(self.tokens.weight, std=dim**-0.5)
         with torch.no_grad():
             self.tokens.weight[PAD] = 0.0
+        self.language = nn.Embedding(size, language_dim) if language_dim else None
+        if self.language is not None:
+            nn.init.normal_(self.language.weight, std=dim**-0.5)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, ids: Tensor, start: int = 0) -> Tensor:
         """(N, T) ids at positions ``start``, ``start + 1``, ... -> (N, T, dim)."""
-        dim = self.tokens.embedding_dim
-        embedded = self.tokens(ids) * math.sqrt(dim)
+        embedded = self.tokens(ids)
+        if self.language is not None:
+            embedded = torch.cat([embedded, self.language(ids[:, :1]).expand(-1, ids.shape[1], -1)], -1)
+        dim = embedded.shape[-1]
+        embedded = embedded * math.sqrt(dim)
         return self.dropout(embedded + sinusoids(start, ids.shape[1], dim, ids.device).to(embedded.dtype))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_attn.optim import alpha_param_groups
 
-from .data.batching import pad
+from .data.batching import EVAL_BATCH_TOKENS, BatchByLength, pad
 from .decode import greedy_decode
 from .model import Seq2SeqTransformer
 from .output import next_token_log_probabilities, output_loss
@@ -152,17 +152,21 @@ class Seq2SeqTask(L.LightningModule):
     @torch.no_grad()
     def predict_words(self, words: Sequence[str], *, batch_size: int = 512) -> list[list[str]]:
         """The target tokens of each word; source tokens never seen in training are read as unknown."""
-        predictions: list[list[str]] = []
-        for start in range(0, len(words), batch_size):
-            rows = [self.source_tokenizer.encode(word) for word in words[start : start + batch_size]]
-            predictions += self._decode(pad(rows).to(self.device))
+        rows = [self.source_tokenizer.encode(word) for word in words]
+        lengths = [(len(row), 0) for row in rows]
+        predictions: list[list[str]] = [[] for _ in rows]
+        for batch in BatchByLength(lengths, batch_size, batch_tokens=EVAL_BATCH_TOKENS, shuffle=False, seed=0):
+            decoded = self._decode(pad([rows[index] for index in batch]).to(self.device))
+            for index, prediction in zip(batch, decoded, strict=True):
+                predictions[index] = prediction
         return predictions
 
     def _decode(self, source: Tensor) -> list[list[str]]:
         return self._written(greedy_decode(self.model, source, max_length=self.hparams["max_length"]))
 
     def _written(self, rows: Sequence[Sequence[int]]) -> list[list[str]]:
-        return [self.target_tokenizer.decode(row) for row in rows]
+        tokenizer = self.target_tokenizer
+        return [tokenizer.words(tokenizer.decode(row)) for row in rows]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW in three groups, and the schedule of each of its steps."""

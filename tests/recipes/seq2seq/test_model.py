@@ -216,3 +216,20 @@ def test_dropout_is_for_training_only() -> None:
 def test_a_wrong_argument_is_named(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model_of(**kwargs)
+
+
+def test_the_language_is_in_every_source_embedding_and_takes_part_in_training():
+    model = Seq2SeqTransformer(11, 13, dim=16, num_heads=2, ff_dim=32, language_dim=3, dropout=0.0)
+    source = torch.tensor([[5, 7, 8, 2], [6, 7, 8, 2]])
+    first, second = model.source_embedding(source)
+    # The same characters of two languages differ in the last three numbers and in no other.
+    assert torch.equal(first[1:, :13], second[1:, :13])
+    assert (first[1:, 13:] != second[1:, 13:]).all()
+    model(source, torch.tensor([[1, 4], [1, 4]])).sum().backward()
+    assert (model.source_embedding.language.weight.grad[[5, 6]] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("language_dim", [-1, 16])
+def test_a_language_dim_out_of_range(language_dim):
+    with pytest.raises(ValueError, match=rf"^language_dim must be from 0 to dim - 1 = 15, got {language_dim}$"):
+        Seq2SeqTransformer(11, 13, dim=16, num_heads=2, language_dim=language_dim)
