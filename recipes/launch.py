@@ -33,6 +33,7 @@ from omegaconf.errors import (
 )
 
 from .arguments import check_deletions, check_flags, is_multirun, quoted, read_as_text, split
+from .folders import remove_if_empty
 
 WRONG_INPUT, INTERRUPTED = 2, 130
 _OURS = ("recipes", "sparse_attn", "__main__")
@@ -118,7 +119,7 @@ def reported(name: str) -> Any:
     except KeyboardInterrupt as error:
         _stop(name, error, str(error) or "stopped", INTERRUPTED)
     except Exception as error:
-        message = _message(error, name)
+        message = explained(error, name)
         if message is None:
             raise
         _stop(name, error, message, WRONG_INPUT)
@@ -149,8 +150,7 @@ def _through_hydra(task: Callable[[DictConfig], Any], restart: list[str]) -> Cal
         except BaseException as error:
             # Hydra made the folder before the task could look at its input.
             if folder != Path.cwd():
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+                remove_if_empty(folder)
             if isinstance(error, Exception):
                 raise _TaskError(error) from error
             raise
@@ -186,7 +186,7 @@ def _unchecked_help_texts() -> Any:
         del argparse.ArgumentParser._check_help  # type: ignore[attr-defined]
 
 
-def _message(error: Exception, name: str) -> str | None:
+def explained(error: Exception, name: str) -> str | None:
     """What to tell the user, or ``None`` for a bug."""
     if isinstance(error, HydraException):
         return _composition_message(error, name)

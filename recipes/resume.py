@@ -8,6 +8,7 @@ from typing import Any
 
 from .arguments import is_multirun, quoted
 from .launch import config_groups
+from .sweep import SWEEP, resumed_sweep
 
 # The rest of the configuration has shaped the weights and the optimizer in the checkpoint.
 _ALLOWED = ("trainer.", "logger.", "hydra.", "decoding.")
@@ -32,6 +33,8 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     from .run import CONFIG, checkpoint_file, read_checkpoint, run_folder
 
     others = [argument for argument in arguments if not argument.startswith("resume=")]
+    if (Path(place := runs[-1].strip("'\"")).expanduser() / SWEEP).is_file():
+        return resumed_sweep(Path(place).expanduser(), [other for other in others if not is_multirun([other])]), None
     if is_multirun(others):
         raise ValueError("resume continues one run; it cannot be combined with -m")
     for argument in others:
@@ -44,13 +47,13 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
                 f"resume continues a run with its own configuration: {argument!r} {wrong}; "
                 f"allowed are single keys of trainer, decoding and logger, such as trainer.max_epochs=8, and {', '.join(_FILES)}"
             )
-    folder = run_folder(runs[-1].strip("'\""))
+    folder = run_folder(place)
     read_checkpoint(checkpoint_file(folder, "last"))
-    place = quoted(str(folder))
+    quoted_folder = quoted(str(folder))
     own = [
-        f"resume={place}",
-        f"paths.output_dir={place}",
-        f"hydra.run.dir={place}",
+        f"resume={quoted_folder}",
+        f"paths.output_dir={quoted_folder}",
+        f"hydra.run.dir={quoted_folder}",
         "hydra.output_subdir=null",
     ]
     return [*others, *own, "hydra/job_logging=none", "hydra/hydra_logging=none"], folder / CONFIG

@@ -83,22 +83,30 @@ def conclude(
     return results
 
 
-def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float]]]) -> None:
+def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float] | str]]) -> None:
     """Prints a row for each of several runs.
 
     Args:
-        runs: The overrides and the results of each.
+        runs: The overrides of each, and its results or, in words, why it has none.
     """
+    if not runs:
+        return
     common = set.intersection(*(set(changes) for changes, _ in runs))
     columns = {"val PER": "val/per", "val WER": "val/wer", "test PER": "test/per", "test WER": "test/wer"}
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("run")
     for column in (*columns, "seconds"):
         table.add_column(column, justify="right")
+    failures = any(isinstance(results, str) for _, results in runs)
+    if failures:
+        table.add_column("failed because")
     for changes, results in runs:
-        name = " ".join(change for change in changes if change not in common) or "-"
-        rates = (f"{results[key]:.2f}" for key in columns.values())
-        table.add_row(Text(name), *rates, f"{results['seconds']:.0f}")
+        name = Text(" ".join(change for change in changes if change not in common) or "-")
+        if isinstance(results, str):
+            table.add_row(name, *["-"] * (len(columns) + 1), Text(results))
+        else:
+            rates = (f"{results[key]:.2f}" for key in columns.values())
+            table.add_row(name, *rates, f"{results['seconds']:.0f}")
     # Long overrides go beyond the edge of the terminal rather than being cut.
     needed = Console(width=1000).measure(table).maximum
     console = Console(highlight=False, width=max(Console().width, needed))

@@ -7,18 +7,20 @@ validation and test words.
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
-from .arguments import is_multirun
+from .arguments import asks_for_help, is_multirun
+from .folders import claimed, is_disk_full
 from .launch import Interrupted, config_dir, config_groups, reported, run_hydra
 from .resume import check_continues, resume_arguments
+from .sweep import sweep
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -34,6 +36,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     Raises:
         FileNotFoundError: If a file or checkpoint is missing.
+        FileExistsError: If the folder holds another run, or another process is at work in it.
         Interrupted: After Ctrl-C or SIGTERM; the message says how to go on.
         TypeError: If a value has the wrong type.
         ValueError: If a value or a file has a content that is not allowed.
@@ -54,7 +57,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         resolved,
     )
     from .fit import fit, quiet
-    from .run import checkpoint_file, continue_record, read_checkpoint, start_record
+    from .run import checkpoint_file, continue_record, read_checkpoint, refuse_taken, start_record
     from .summary import conclude, farewell, headline
 
     settings = resolved(cfg)
@@ -62,9 +65,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
         torch.set_num_threads(settings["threads"])
     folder = Path(settings["resume"] or settings["paths"]["output_dir"])
     last = checkpoint_file(folder, "last") if settings["resume"] else None
-    state = read_checkpoint(last) if last else None
-    step = state["global_step"] if state else 0
-    with quiet():
+    with claimed(folder, fixed=bool(last) or not _is_named_by_time(folder)) as folder, quiet():
+        cfg.paths.output_dir = str(folder)
+        if not last:
+            refuse_taken(folder)
+        state = read_checkpoint(last) if last else None
+        step = state["global_step"] if state else 0
         data = build_data(settings["data"])
         L.seed_everything(settings["seed"], verbose=False)
         task = build_task(settings, data)
@@ -90,6 +96,18 @@ def train(cfg: DictConfig) -> dict[str, float]:
             return conclude(folder, task, data, decoding, device=trainer.strategy.root_device, begin=begin)
         except KeyboardInterrupt:
             raise Interrupted(farewell(folder)) from None
+        except OSError as error:
+            if is_disk_full(error):
+                raise OSError(error.errno, f"{error.strerror}: {error.filename}; {farewell(folder)}") from error
+            raise
+
+
+def _is_named_by_time(folder: Path) -> bool:
+    """Whether Hydra chose the name of a run folder, in which case another name does as well."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode == RunMode.MULTIRUN:
+        return False
+    chosen = OmegaConf.to_container(HydraConfig.get().run, resolve=False)
+    return folder == Path(HydraConfig.get().runtime.output_dir) and "${now:" in str(chosen)
 
 
 def check_groups(arguments: Sequence[str]) -> None:
@@ -106,24 +124,14 @@ def check_groups(arguments: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """The command; several runs are compared at the end."""
+    """The command."""
     with reported("train"):
         arguments, config = resume_arguments(sys.argv[1:])
         check_groups(arguments)
-    finished: list[tuple[list[str], dict[str, float]]] = []
-
-    @functools.wraps(train)
-    def kept(cfg: DictConfig) -> None:
-        changes = list(HydraConfig.get().overrides.task)
-        if is_multirun(arguments):
-            print(f"\nrun {len(finished)}: {' '.join(changes)}", flush=True)
-        finished.append((changes, train(cfg)))
-
-    run_hydra("train", kept, arguments=arguments, config=config)
-    if is_multirun(arguments):
-        from .summary import print_comparison
-
-        print_comparison(finished)
+    if is_multirun(arguments) and not asks_for_help(arguments):
+        sweep(arguments)
+    else:
+        run_hydra("train", train, arguments=arguments, config=config)
 
 
 if __name__ == "__main__":

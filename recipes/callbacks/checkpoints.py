@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from ..run import CHECKPOINTS, epoch_checkpoints
+from ..folders import replacing
+from ..run import CHECKPOINTS, RESULTS, epoch_checkpoints
 
 
 class BestAndLast(Checkpoint):
@@ -34,22 +36,33 @@ class BestAndLast(Checkpoint):
         self._begin = time.monotonic()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves; Lightning calls this after every other callback, when all metrics of the epoch are known."""
+        """Saves; Lightning calls this after every other callback, when all metrics of the epoch are known.
+
+        Raises:
+            ValueError: If the training has diverged: a weight or the validation loss is not finite. Nothing is saved.
+        """
+        check_finite(trainer, pl_module)
+        if trainer.is_global_zero:
+            # The results of an earlier session are those of a checkpoint that now goes.
+            (self.folder.parent / RESULTS).unlink(missing_ok=True)
         score = trainer.callback_metrics.get(self.monitor)
         if score is None or score < self.best:
             self.best = math.inf if score is None else float(score)
             self._save(trainer, "best.ckpt")
         if self.keep:
             self._save(trainer, f"epoch_{trainer.current_epoch + 1:04d}.ckpt", weights_only=True)
-            for old in epoch_checkpoints(self.folder.parent)[: -self.keep]:
-                old.unlink()
+            if trainer.is_global_zero:
+                for old in epoch_checkpoints(self.folder.parent)[: -self.keep]:
+                    old.unlink()
         self._save(trainer, "last.ckpt")
 
     def _save(self, trainer: L.Trainer, name: str, *, weights_only: bool = False) -> None:
         """Saves beside and renames: an interruption leaves a whole checkpoint, old or new."""
-        unfinished = self.folder / f"{name}.tmp"
-        trainer.save_checkpoint(unfinished, weights_only)
-        unfinished.replace(self.folder / name)
+        if trainer.is_global_zero:
+            with replacing(self.folder / name) as unfinished:
+                trainer.save_checkpoint(unfinished, weights_only)
+        else:
+            trainer.save_checkpoint(self.folder / name, weights_only)  # takes part in it; the first process writes
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far, and how long the training took over all its sessions."""
@@ -59,3 +72,30 @@ class BestAndLast(Checkpoint):
         """Goes on from what the checkpoint has."""
         self.best = state_dict["best"]
         self.earlier = state_dict.get("seconds", 0.0)
+
+
+def check_finite(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Refuses to go on with a model that has diverged.
+
+    Raises:
+        ValueError: If a weight or the validation loss is not finite.
+    """
+    loss = trainer.callback_metrics.get("val/loss")
+    if loss is not None and not torch.isfinite(loss):
+        raise diverged(f"the validation loss must be finite, got {loss.item()}", module, trainer.current_epoch)
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise diverged(f"every weight must be finite, {name} is not", module, trainer.current_epoch)
+
+
+def diverged(what: str, module: L.LightningModule, epoch: int) -> ValueError:
+    """The error of a training that has diverged, with its likely cause and what is kept."""
+    rates = ", ".join(
+        f"optimizer.{name}={module.hparams[name]}"
+        for name in ("learning_rate", "alpha_learning_rate", "weight_decay")
+        if name in module.hparams
+    )
+    kept = f"; the checkpoints of epoch {epoch} and before are kept" if epoch else ""
+    return ValueError(
+        f"the training has diverged in epoch {epoch + 1}: {what}; the likely cause is a rate too high: {rates}{kept}"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +11,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from ..curves import read_rows
+from ..folders import write_text
 from ..run import ALPHA, RESULTS, Run
 from . import html
 from .maps import WordMaps, attention_figure
@@ -62,26 +64,19 @@ def write_report(report: Report) -> list[Path]:
         save(alpha_course(rows), course)
     save(attention_figure(report.sample, report.alpha, report.top_k), attention)
     write_rows(head_rows(report.heads, report.alpha, report.top_k), heads)
-    page.write_text(_page(report, heat, course if rows else None, attention), encoding="utf-8")
+    write_text(page, _page(report, heat, course if rows else None, attention))
     return [page, heat, *([course] if rows else []), attention, heads]
 
 
 def read_course(file: Path) -> list[tuple[int, str, int, float]]:
     """The rows (step, layer, head, α) of a run's alpha.csv; none if there is no such file.
 
-    Raises:
-        ValueError: if a line cannot be read.
+    Rows that cannot be read are left out: a training that was killed may have cut one short.
     """
-    if not file.is_file():
-        return []
-    with file.open(newline="", encoding="utf-8") as stream:
-        rows = []
-        reader = csv.DictReader(stream)
-        for row in reader:
-            try:
-                rows.append((int(row["step"]), row["layer"], int(row["head"]), float(row["alpha"])))
-            except (KeyError, TypeError, ValueError):
-                raise ValueError(f"{file}:{reader.line_num}: a line must be step,layer,head,alpha, got {row}") from None
+    rows = []
+    for row in read_rows(file):
+        with contextlib.suppress(KeyError, ValueError):
+            rows.append((int(row["step"]), row["layer"], int(row["head"]), float(row["alpha"])))
     return rows
 
 
