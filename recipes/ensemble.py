@@ -42,7 +42,9 @@ class Ensemble:
         return max(run.task.hparams["max_length"] for run in self.runs)
 
 
-def load_ensemble(run: str | Path | Sequence[str | Path], checkpoint: str = "best", average: int | None = None) -> Ensemble:
+def load_ensemble(
+    run: str | Path | Sequence[str | Path], checkpoint: str = "best", average: int | None = None
+) -> Ensemble:
     """Reads one run folder, or several as an ensemble.
 
     Args:

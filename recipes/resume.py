@@ -45,7 +45,8 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
             wrong = "chooses a group" if _is_group(key) else "would change what has been learnt"
             raise ValueError(
                 f"resume continues a run with its own configuration: {argument!r} {wrong}; "
-                f"allowed are single keys of trainer, decoding and logger, such as trainer.max_epochs=8, and {', '.join(_FILES)}"
+                "allowed are single keys of trainer, decoding and logger, such as trainer.max_epochs=8, and "
+                f"{', '.join(_FILES)}"
             )
     folder = run_folder(place)
     read_checkpoint(checkpoint_file(folder, "last"))

@@ -81,7 +81,10 @@ def run_folder(run: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: If it does not exist or holds no run.
+        TypeError: If it is a list of folders.
     """
+    if not isinstance(run, str | Path):
+        raise TypeError(f"run must be one run folder, got {run}; evaluate and predict take several")
     folder = Path(run).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(

@@ -6,6 +6,7 @@ import random
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -66,7 +67,8 @@ def conclude(
     task.to(device)
     with console.status("scoring the best checkpoint on all validation and test words"):
         loaders = {"val": data.full_val_dataloader(), "test": data.test_dataloader()}
-        scores = {split: score(task, loader, task.decoder(decoding)) for split, loader in loaders.items()}
+        decode = partial(decoding.best, task.model, max_length=task.hparams["max_length"])
+        scores = {split: score(task, loader, decode) for split, loader in loaders.items()}
         density = attention_density(task, data.full_val_dataloader())
     rates = {split: found.metrics() for split, found in scores.items()}
     results = {f"{split}/{name}": value for split, found in rates.items() for name, value in found.items()}
