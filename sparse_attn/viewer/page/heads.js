@@ -33,6 +33,8 @@ function headLabel(entry) {
   return `${data.layers[entry.layer].name || "attention"} \u00b7 head ${entry.head}`;
 }
 
+const MOST_PIXELS = 96; // of a small map, along each side
+
 const thumbnails = new IntersectionObserver(
   (seen) => {
     for (const { target, isIntersecting } of seen) {
@@ -40,11 +42,7 @@ const thumbnails = new IntersectionObserver(
       thumbnails.unobserve(target);
       loadLayer(Number(target.dataset.layer), exampleIndex(state.example)).then((heads) => {
         const map = heads[Number(target.dataset.head)];
-        const side = 96;
-        const scale = side / Math.max(map.rows, map.columns);
-        const across = Math.max(1, Math.min(side, Math.round(map.columns * Math.max(scale, 1))));
-        const down = Math.max(1, Math.min(side, Math.round(map.rows * Math.max(scale, 1))));
-        thumbnail(target, map, across, down);
+        thumbnail(target, map, Math.min(map.columns, MOST_PIXELS), Math.min(map.rows, MOST_PIXELS));
       }, () => {});
     }
   },
