@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -64,7 +65,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     decoding = chosen_decoding(cfg)
     ensemble = load_ensemble(cfg.run, cfg.checkpoint, cfg.average)
     run, several = ensemble.first, len(ensemble.runs) > 1
-    section = data_section(run, OmegaConf.to_container(cfg.data), splits)  # type: ignore[arg-type]
+    section = data_section(run, given_data(cfg), splits)
     data = evaluation_data(section, run.task)
     console = Console(highlight=False)
     rates, words, searches = {}, {}, {}
@@ -84,7 +85,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     if searches:
         console.print()
         console.print(search_table(searches, beam_size=decoding.beam_size, budget=decoding.budget))
-    file = run.folder / (ENSEMBLE if several else EVALUATION)
+    own = run.folder / (ENSEMBLE if several else EVALUATION)
+    file = own if cfg.output is None else Path(str(cfg.output)).expanduser()
     settings = {
         **({"runs": [str(member.folder) for member in ensemble.runs]} if several else {}),
         "checkpoint": cfg.checkpoint,
@@ -92,7 +94,12 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         "decoding": asdict(decoding),
         "data": section,
     }
-    write_json(file, {**settings, **results})
+    try:
+        write_json(file, {**settings, **results})
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}; the rates above are not kept: give output=FILE", str(file)
+        ) from None
     console.print(f"\nwritten to {short_path(file)}", markup=False, soft_wrap=True)
     return results
 
@@ -109,6 +116,17 @@ def chosen_decoding(cfg: DictConfig) -> Decoding:
     section: dict[str, Any] = OmegaConf.to_container(cfg.decoding)  # type: ignore[assignment]
     n_best = {} if cfg.get("n_best") is None else {"n_best": cfg.n_best}
     return build_decoding({**section, **n_best})
+
+
+def given_data(cfg: DictConfig) -> dict[str, Any]:
+    """The ``data`` section of a command that reads a run folder.
+
+    Raises:
+        TypeError: If it is no group of keys.
+    """
+    if not isinstance(cfg.data, DictConfig):
+        raise TypeError(f"data must be a group of keys, such as data.val=FILE, got data={cfg.data}")
+    return {str(key): value for key, value in cfg.data.items()}
 
 
 def data_section(run: Run, given: dict[str, Any], splits: tuple[str, ...]) -> dict[str, Any]:

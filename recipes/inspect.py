@@ -7,7 +7,7 @@ from rich.console import Console
 
 from sparse_attn import alpha_per_head
 
-from .evaluate import data_section, evaluation_data
+from .evaluate import data_section, evaluation_data, given_data
 from .launch import run_hydra
 from .report import alpha_table, attention_density, measure_heads, roles_table, top_k_per_layer
 from .report.maps import choose_word, word_maps
@@ -31,7 +31,7 @@ def inspect(cfg: DictConfig) -> dict[str, list[float]]:
     """
     run = load_run(cfg.run, cfg.checkpoint)
     other = load_run(cfg.compare, cfg.checkpoint) if cfg.compare is not None else None
-    section = data_section(run, {}, ("val",))
+    section = data_section(run, given_data(cfg), ("val",))
     data = evaluation_data(section, run.task)
     console = Console(highlight=False)
     compared = {}

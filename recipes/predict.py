@@ -126,6 +126,8 @@ def _warn(task: Seq2SeqTask, batch: list[tuple[int, str]], counts: dict[str, int
 
 def _open_input(path: str | None, stack: contextlib.ExitStack) -> tuple[BinaryIO, str]:
     if path is None:
+        if sys.stdin is None:
+            raise ValueError("standard input is closed; give input=FILE")
         return sys.stdin.buffer, "standard input"
     try:
         return stack.enter_context(Path(path).expanduser().open("rb")), str(path)
@@ -135,6 +137,8 @@ def _open_input(path: str | None, stack: contextlib.ExitStack) -> tuple[BinaryIO
 
 def _open_output(path: str | None, source: str | None, stack: contextlib.ExitStack) -> TextIO:
     if path is None:
+        if getattr(sys.stdout, "name", None) == os.devnull:  # what a closed stream was replaced with
+            raise ValueError("standard output is closed; give output=FILE")
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(encoding="utf-8")
         return sys.stdout

@@ -70,10 +70,19 @@ def load_run(run: str | Path, checkpoint: str = "best") -> Run:
         task.load_state_dict(state["state_dict"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{checkpoint} checkpoint of {folder} must be one of this version's model: {error}") from error
-    config = _read_yaml(folder / CONFIG)
-    if not isinstance(config, DictConfig) or "data" not in config:
-        raise ValueError(f"{folder / CONFIG} must hold the configuration of a run, got damaged or other content")
-    return Run(folder, config, task.eval())
+    return Run(folder, check_config(folder / CONFIG), task.eval())
+
+
+def check_config(file: Path) -> DictConfig:
+    """The configuration that a run folder keeps.
+
+    Raises:
+        ValueError: If the file is damaged, empty or something else.
+    """
+    config = _read_yaml(file)
+    if not isinstance(config, DictConfig) or not isinstance(config.get("data"), DictConfig):
+        raise ValueError(f"{file} must hold the configuration of a run, got damaged, empty or other content")
+    return config
 
 
 def run_folder(run: str | Path) -> Path:
@@ -81,10 +90,10 @@ def run_folder(run: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: If it does not exist or holds no run.
-        TypeError: If it is a list of folders.
+        ValueError: If it is no path.
     """
-    if not isinstance(run, str | Path):
-        raise TypeError(f"run must be one run folder, got {run}; evaluate and predict take several")
+    if not isinstance(run, str | Path) or not str(run):
+        raise ValueError(f"run must be a folder that a training has printed, such as runs/DATE_TIME, got {run!r}")
     folder = Path(run).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -155,7 +164,7 @@ def start_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> Non
     refuse_taken(folder)
     if (folder / VERSIONS).is_file():
         # versions.json last: without it a kill in between would leave a folder that looks like another's.
-        others = [folder / name for name in _WRITTEN if name != VERSIONS]
+        others = [folder / name for name in (*_WRITTEN, f"{CHECKPOINTS}/best.ckpt") if name != VERSIONS]
         for old in (*others, *folder.glob("tensorboard/events.out.tfevents.*"), folder / VERSIONS):
             old.unlink(missing_ok=True)
     write_json(folder / VERSIONS, versions())
@@ -170,11 +179,11 @@ def refuse_taken(folder: Path) -> None:
         FileExistsError: If it holds a run with a checkpoint, or a ``config.yaml`` of something else.
     """
     ours = (folder / VERSIONS).is_file()
-    if checkpoint := any((folder / CHECKPOINTS / f"{name}.ckpt").exists() for name in ("last", "best")):
+    if run := (folder / CHECKPOINTS / "last.ckpt").exists() or (ours and (folder / RESULTS).exists()):
         found = f"a run; continue it with resume={folder} or"
     else:
         found = f"a {CONFIG};"
-    if checkpoint or ((folder / CONFIG).exists() and not ours):
+    if run or ((folder / CONFIG).exists() and not ours):
         raise FileExistsError(f"{folder} already holds {found} choose another hydra.run.dir")
 
 

@@ -33,7 +33,8 @@ class AlphaCourse(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the values a new run starts from."""
         if trainer.global_step == 0:
-            write_rows(self.file, [], COLUMNS)
+            if trainer.is_global_zero:
+                write_rows(self.file, [], COLUMNS)
             self._write(trainer, pl_module)
         self._written = trainer.global_step
 
@@ -48,6 +49,8 @@ class AlphaCourse(L.Callback):
             self._write(trainer, pl_module)
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
         step = trainer.global_step
         boards = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         rows = io.StringIO(newline="")

@@ -12,12 +12,13 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 from sparse_attn import alpha_per_head
 
+from ..processes import rank
 from ..seq2seq.task import Seq2SeqTask
 
 
 def progress() -> L.Callback:
     """A bar if a person watches, plain lines if the output goes to a file or another program."""
-    return EpochBar() if sys.stdout.isatty() else EpochLines()
+    return EpochBar() if sys.stdout.isatty() and rank() == 0 else EpochLines()
 
 
 class EpochLines(L.Callback):
@@ -31,7 +32,8 @@ class EpochLines(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prints the line."""
-        print(epoch_line(trainer, cast(Seq2SeqTask, pl_module), time.monotonic() - self._start), flush=True)
+        if trainer.is_global_zero:
+            print(epoch_line(trainer, cast(Seq2SeqTask, pl_module), time.monotonic() - self._start), flush=True)
 
 
 class EpochBar(RichProgressBar):
@@ -62,11 +64,11 @@ class EpochBar(RichProgressBar):
 
 
 def epoch_line(trainer: L.Trainer, task: Seq2SeqTask, seconds: float) -> str:
-    """Where the training stands: losses, error rates in percent, and the mean of all α."""
+    """Where the training stands: losses, error rates in percent, and the mean of all α, in 80 columns."""
     metrics = trainer.callback_metrics
-    parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", f"step {trainer.global_step}"]
+    parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
     for label, name, form in (
-        ("train loss", "train/loss_epoch", ".3f"),
+        ("loss", "train/loss_epoch", ".3f"),
         ("val loss", "val/loss", ".3f"),
         ("PER", "val/per", ".2f"),
         ("WER", "val/wer", ".2f"),
@@ -74,5 +76,5 @@ def epoch_line(trainer: L.Trainer, task: Seq2SeqTask, seconds: float) -> str:
         if name in metrics:
             parts.append(f"{label} {metrics[name].item():{form}}")
     if alphas := list(alpha_per_head(task.model).values()):
-        parts.append(f"mean α {torch.cat(alphas).mean().item():.3f}")
-    return "  ".join([*parts, f"{seconds:.1f} s"])
+        parts.append(f"α {torch.cat(alphas).mean().item():.3f}")
+    return "  ".join([*parts, f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"])

@@ -235,7 +235,7 @@ def test_several_runs_where_one_is_wanted_or_none(run_folder, capsys) -> None:
         refused(capsys, "evaluate", "run=[]") == "run must be a run folder or a list of run folders, got an empty list"
     )
     assert "no run folder 'gone'" in refused(capsys, "predict", f"run=[{run_folder},gone]")
-    with pytest.raises(TypeError, match=r"run must be one run folder, got \['a', 'b'\]; evaluate and predict take"):
+    with pytest.raises(ValueError, match=r"run must be a folder that a training has printed, .* got \['a', 'b'\]"):
         load_run(["a", "b"])  # type: ignore[arg-type]
 
 

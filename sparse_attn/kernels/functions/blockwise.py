@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_attn.checks import check_alpha, compute_dtype
 from sparse_attn.kernels import dispatch
+from sparse_attn.kernels.dropout import dropout_noise
 from sparse_attn.kernels.functions.entmax import entmax_rows, shifted
 from sparse_attn.kernels.plain import products as dense_products
 from sparse_attn.masks import apply_mask
@@ -110,12 +111,6 @@ def _shift(alpha: float | Tensor, scores: Tensor) -> float | Tensor:
     return shifted(alpha, scores) if isinstance(alpha, Tensor) else float(alpha) - 1
 
 
-def _dropout(weights: Tensor, setting: Setting, generator: torch.Generator) -> Tensor:
-    """What the weights are multiplied by, the same in the forward and the backward of one call."""
-    kept = torch.empty_like(weights).bernoulli_(1 - setting.dropout_p, generator=generator)
-    return kept.div_(1 - setting.dropout_p) if setting.dropout_p < 1 else kept
-
-
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, alpha: Tensor | None, setting: Setting, seed: int
 ) -> Iterator[Tensor]:
@@ -124,7 +119,7 @@ def _attend(
     for block in _blocks(query, key, setting.is_causal):
         weights = _weights(_scores(query, key, block, setting, buffer), _alpha_of(alpha, block, setting), setting)
         if setting.dropout_p > 0:
-            weights = weights * _dropout(weights, setting, generator)
+            weights = weights * dropout_noise(weights, setting.dropout_p, generator)
         weights, values = weights.to(value.dtype), value[block.row, block.keys]
         multiply = dense_products if torch.is_grad_enabled() else dispatch.products(weights, values)
         yield multiply.gathered(weights, values)
@@ -161,7 +156,7 @@ class _Blockwise(torch.autograd.Function):
             grad_weights = multiply.sampled(weights, grad_output, values).to(weights.dtype)
             dropped = weights
             if setting.dropout_p > 0:
-                dropout = _dropout(weights, setting, generator)
+                dropout = dropout_noise(weights, setting.dropout_p, generator)
                 grad_weights, dropped = grad_weights * dropout, weights * dropout
             multiply.scatter_(grad_value[row, keys], dropped.to(value.dtype), grad_output)
             a, with_alpha = _shift(one_alpha, weights), alpha is not None
