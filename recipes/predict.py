@@ -44,6 +44,8 @@ def predict(cfg: DictConfig) -> dict[str, int]:
             be read, or the runs of an ensemble have different vocabularies.
     """
     counts = {"lines": 0, "unknown": 0}
+    if cfg.output is None and getattr(sys.stdout, "name", None) == os.devnull:  # what a closed stream was replaced with
+        raise ValueError("standard output is closed; give output=FILE")
     with contextlib.ExitStack() as stack:
         source, name = _open_input(cfg.input, stack)
         decoding = chosen_decoding(cfg)
@@ -137,8 +139,6 @@ def _open_input(path: str | None, stack: contextlib.ExitStack) -> tuple[BinaryIO
 
 def _open_output(path: str | None, source: str | None, stack: contextlib.ExitStack) -> TextIO:
     if path is None:
-        if getattr(sys.stdout, "name", None) == os.devnull:  # what a closed stream was replaced with
-            raise ValueError("standard output is closed; give output=FILE")
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(encoding="utf-8")
         return sys.stdout
