@@ -33,7 +33,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from .arguments import check_deletions, check_flags, is_multirun, quoted, read_as_text, split
+from .arguments import check_deletions, check_flags, is_multirun, quoted, read_as_text, split, with_config_names
 from .folders import remove_if_empty
 
 WRONG_INPUT, INTERRUPTED = 2, 130
@@ -96,6 +96,7 @@ def run_hydra(
         flags, overrides = split(arguments)
         check_flags(flags)
         check_deletions(overrides)
+        overrides = with_config_names(name, overrides)
         overrides = [read_as_text(override, sweep=is_multirun(flags)) for override in overrides]
         if name != "train" and is_multirun(flags):
             # The sweeper writes down what it ran; only a training has a folder for that.

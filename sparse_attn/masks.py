@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_attn.checks import check_floating
+
 Window = int | tuple[int | None, int | None]
 
 
@@ -141,6 +143,58 @@ def check_mask(attn_mask: Tensor, shape: Sequence[int], name: str = "attn_mask")
     sizes = zip(reversed(attn_mask.shape), reversed(shape), strict=False)
     if attn_mask.dim() > len(shape) or any(size not in (1, full) for size, full in sizes):
         raise ValueError(f"{name} must broadcast to the scores {tuple(shape)}, got shape {tuple(attn_mask.shape)}")
+
+
+def multihead_mask(
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    position_bias: Tensor | None,
+    own_bias: Tensor | None,
+    window: Window | None,
+    is_causal: bool,
+    *,
+    shape: tuple[int, int, int, int],
+    offset: int,
+    device: torch.device,
+    only_causal: bool,
+) -> tuple[Tensor | None, bool]:
+    """All that says which keys the queries of a layer see, and with which bias, as one mask in the internal form.
+
+    Args:
+        attn_mask: As in :func:`merge_multihead_masks`.
+        key_padding_mask: As in :func:`merge_multihead_masks`.
+        position_bias: A float added to the scores, broadcastable to (N, H, L, S).
+        own_bias: The same, of the layer's own positions.
+        window: As in :func:`window_mask`.
+        is_causal: Query ``i`` sees the keys up to ``i + offset``; nothing where there is an ``attn_mask``.
+        shape: (N, H, L, S).
+        offset: How many keys come before the key of the first query.
+        device: Of the mask.
+        only_causal: Causal attention alone need not be written as a mask of (L, S) entries.
+
+    Returns:
+        The mask, None for none, and whether attention is causal beside it.
+
+    Raises:
+        TypeError: A mask is neither boolean nor floating, or ``position_bias`` not floating.
+        ValueError: A mask or ``position_bias`` has another shape.
+    """
+    batch, heads, queries, keys = shape
+    mask = merge_multihead_masks(attn_mask, key_padding_mask, batch=batch, heads=heads, queries=queries, keys=keys)
+    if window is not None:
+        mask = combine_masks(mask, window_mask(queries, keys, window, device, offset=offset))
+    if position_bias is not None:
+        check_floating(position_bias, "position_bias")
+        check_mask(position_bias, shape, "position_bias")
+        # All S keys are written down, also where they share a bias: a layer may add keys of its own after them.
+        position_bias = with_infinities(position_bias).expand(*position_bias.shape[:-1], keys)
+        mask = combine_masks(mask, position_bias)
+    mask = combine_masks(mask, own_bias)
+    if not is_causal or attn_mask is not None:
+        return mask, False
+    if mask is None and offset == 0 and only_causal:
+        return None, True
+    return combine_masks(mask, causal_mask(queries, keys, device, offset=offset)), False
 
 
 def merge_multihead_masks(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 from rich.table import Table
 from torch import Tensor
@@ -92,7 +93,15 @@ def alpha_table(
     return table
 
 
-def roles_table(heads: Mapping[str, LayerHeads]) -> Table:
+class HasRoles(Protocol):
+    """A layer whose heads have been named."""
+
+    @property
+    def roles(self) -> list[str]:
+        """One for each head."""
+
+
+def roles_table(heads: Mapping[str, HasRoles]) -> Table:
     """Which heads of each layer have which role."""
     table = Table(title="head roles", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("layer", no_wrap=True)
@@ -124,9 +133,19 @@ def rates_table(rates: Mapping[str, Mapping[str, float]], words: Mapping[str, in
 
 
 def head_rows(
-    heads: Mapping[str, LayerHeads], alpha: Mapping[str, Tensor], top_k: Mapping[str, int]
+    heads: Mapping[str, LayerHeads],
+    alpha: Mapping[str, Tensor],
+    top_k: Mapping[str, int],
+    further: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> list[dict[str, str]]:
-    """One row per head: what `heads.csv` and the report hold; empty where a column has no meaning."""
+    """One row per head: what `heads.csv` and the report hold; empty where a column has no meaning.
+
+    Args:
+        heads: layer name -> what was measured.
+        alpha: layer name -> (H,).
+        top_k: layer name -> k.
+        further: name of a column -> layer name -> (H,).
+    """
     rows = []
     for layer, measured in heads.items():
         for head, role in enumerate(measured.roles):
@@ -135,6 +154,7 @@ def head_rows(
                 numbers[f"weight_{position}"] = measured.weight.get(position)
                 numbers[f"strongest_{position}"] = measured.strongest.get(position)
             numbers["monotonicity"] = measured.monotonicity
+            numbers.update({name: by_layer.get(layer) for name, by_layer in (further or {}).items()})
             rows.append(
                 {
                     "layer": layer,

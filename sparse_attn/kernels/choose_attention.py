@@ -1,6 +1,14 @@
-"""Which attention the fused kernels compute, and how its tensors are brought into the shape that they take."""
+"""The one place that says what runs an attention call, and brings its tensors into shape for that.
+
+fused        `functions.fused`: without a tensor of scores, where a backend has such kernels
+in blocks    `functions.blockwise`: over blocks of queries, where scores are many
+one matrix   `ops.attention`: all scores at once, under every transform, and where the weights are asked for
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,59 +17,126 @@ from torch.autograd import forward_ad
 
 from sparse_attn.checks import check_alpha
 from sparse_attn.kernels import dispatch
+from sparse_attn.kernels.alpha import split_alpha
+from sparse_attn.kernels.functions.blockwise import blockwise_attention
 from sparse_attn.kernels.functions.fused import fused_attention
-from sparse_attn.kernels.triton.attention.plan import LARGEST_HEAD
-from sparse_attn.masks import check_mask, described_causal
+from sparse_attn.kernels.setting import Setting
+from sparse_attn.masks import check_mask, dense_mask, described_causal
+from sparse_attn.transforms import values_known
+
+# Blocks of queries are faster than one matrix from about this size of the matrix of a head.
+_LARGE = 2**18
 
 
-def can_fuse(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the fused kernels take these: not in an export, a transform or forward mode, and not in float64."""
+class Call(NamedTuple):
+    """The arguments of an attention call; shapes and meanings as in :func:`sparse_attn.entmax_attention`."""
+
+    query: Tensor
+    key: Tensor  # as many heads as the query, or a divisor of them
+    value: Tensor
+    alpha: float | Tensor  # a number, or a tensor that broadcasts to (H, 1, 1)
+    k: int | None  # how many keys a query keeps; None: all
+    mask: Tensor | None
+    dropout_p: float
+    is_causal: bool
+    scale: float
+
+
+def choose_attention(call: Call) -> Callable[[Call], Tensor] | None:
+    """The function that computes (..., H, L, Dv) of a call without its weights; None where one matrix has to do."""
+    if _can_fuse(call):
+        return _fused
+    return _in_blocks if _can_block(call) else None
+
+
+def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with a head for each head of the query, where one of theirs serves several."""
+    if query.dim() < 3 or key.shape[-3] in (1, query.shape[-3]) or query.shape[-3] == 1:
+        return key, value
+    group = query.shape[-3] // key.shape[-3]
+    return key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
+
+
+def _can_fuse(call: Call) -> bool:
+    """Whether the fused kernels take a call: not in an export, a transform or forward mode, and not in float64."""
+    query, key, value = call[:3]
+    if call.k is not None or not dispatch.by_triton(query, _autocast_dtype(query)):
+        return False
     if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    if not dispatch.by_triton(_cast(query)):
-        return False
     plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in (query, key, value)) or torch.compiler.is_compiling()
-    sizes = (query.shape[-1], value.shape[-1])
-    return plain and max(sizes) <= LARGEST_HEAD and min(*query.shape, *key.shape, *value.shape) > 0
+    fits = max(query.shape[-1], value.shape[-1]) <= dispatch.fused_plan().LARGEST_HEAD
+    return plain and fits and min(*query.shape, *key.shape, *value.shape) > 0
 
 
-def fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    alpha: float | Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
-) -> Tensor:
-    """Attention of any number of batch dimensions; key and value may have fewer heads, a divisor of the query's.
+def _can_block(call: Call) -> bool:
+    """Whether a call has many scores, no transform is at work, and no gradient is wanted for a mask of their size."""
+    if not values_known(call.query) or torch.is_autocast_enabled(call.query.device.type):
+        return False
+    if call.mask is not None and call.mask.requires_grad:
+        return False
+    return call.query.shape[-2] * call.key.shape[-2] >= _LARGE
 
-    ``alpha`` is a number or a tensor that broadcasts to (H, 1, 1).
-    """
-    query, key, value = _cast(query), _cast(key), _cast(value)
-    shape = (*_batch(query, key, value), query.shape[-2], key.shape[-2])
-    offset = 0 if is_causal else None
-    if described := described_causal(attn_mask):
-        *sizes, offset = described
-        if tuple(sizes) != shape[-2:]:
-            raise ValueError(f"attn_mask must broadcast to the scores {shape}, got shape {tuple(sizes)}")
-        attn_mask = None
-    if attn_mask is not None:
-        check_mask(attn_mask, shape)
-        attn_mask = _four_dimensions(attn_mask, shape)
+
+def _fused(call: Call) -> Tensor:
+    """By the fused kernels, which take (N, H, L, D), fewer heads of keys and values, and a mask of four dimensions."""
+    dtype = _autocast_dtype(call.query)
+    query, key, value = (x if dtype is None else x.to(dtype) for x in call[:3])
+    alpha, dropout_p, scale = call.alpha, call.dropout_p, call.scale
+    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    heads, key_heads = (1, 1)
+    if query.dim() > 2:
+        key_heads = max(key.shape[-3], value.shape[-3])
+        heads = max(query.shape[-3], key_heads)
+    shape = (*batch, *(() if query.dim() == 2 else (heads,)), query.shape[-2], key.shape[-2])
+    mask, offset = _mask_and_offset(call.mask, call.is_causal, shape, query.device)
+    if mask is not None:
+        mask = _four_dimensions(mask, shape)
     if not isinstance(alpha, Tensor):
         check_alpha(alpha)
-    heads, key_heads = (1, 1) if query.dim() == 2 else (shape[-3], max(key.shape[-3], value.shape[-3]))
-    q, k, v = (_heads(x, shape[:-3], n) for x, n in ((query, heads), (key, key_heads), (value, key_heads)))
+    q, k, v = (
+        x.expand(*batch, n, *x.shape[-2:]).reshape(-1, n, *x.shape[-2:])
+        for x, n in ((query, heads), (key, key_heads), (value, key_heads))
+    )
     if not isinstance(alpha, Tensor) and alpha == 1:
-        output = _softmax(q, k, v, attn_mask, dropout_p, offset, scale)
+        output = _softmax(q, k, v, mask, dropout_p, offset, scale)
     else:
         if isinstance(alpha, Tensor):
             alpha = alpha.to(query.device).expand(heads, 1, 1).reshape(heads)
-        lengths = None if attn_mask is None else _lengths(attn_mask, len(q), shape[-1])
-        output = fused_attention(q, k, v, alpha, attn_mask, dropout_p, offset, scale=scale, key_lengths=lengths)
+        lengths = None if mask is None else _lengths(mask, len(q), shape[-1])
+        output = fused_attention(q, k, v, alpha, mask, dropout_p, offset, scale=scale, key_lengths=lengths)
     return output.reshape(*shape[:-1], value.shape[-1])
+
+
+def _in_blocks(call: Call) -> Tensor:
+    """In blocks of queries, which take (R, L, D): batch and heads one by one."""
+    query, (key, value) = call.query, repeat_heads(*call[:3])
+    batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    shape = (*batch, query.shape[-2], key.shape[-2])
+    mask, offset = _mask_and_offset(call.mask, call.is_causal, shape, query.device)
+    if mask is not None:
+        mask = mask.expand(shape)
+    check_alpha(call.alpha)
+    alpha, a = split_alpha(call.alpha)
+    if alpha is not None:
+        alpha = alpha.expand(*batch, 1, 1).reshape(-1)
+    setting = Setting(a, call.scale, call.dropout_p, offset, call.k)
+    query, key, value = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (query, key, value))
+    return blockwise_attention(query, key, value, alpha, mask, setting).view(*shape[:-1], -1)
+
+
+def _mask_and_offset(
+    mask: Tensor | None, is_causal: bool, shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor | None, int | None]:
+    """The mask, checked against scores of that shape; a causal one as the offset of ``Setting`` in its place."""
+    if mask is None:
+        return None, 0 if is_causal else None
+    described = described_causal(mask)
+    if described is not None and described[:2] == shape[-2:]:
+        return None, described[2]
+    mask = dense_mask(mask, device)
+    check_mask(mask, shape)
+    return mask, None
 
 
 def _softmax(
@@ -85,24 +160,11 @@ def _softmax(
     )
 
 
-def _cast(x: Tensor) -> Tensor:
-    """In the dtype that autocast asks of ``scaled_dot_product_attention``."""
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks of ``scaled_dot_product_attention``; None for the tensor's own."""
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
-
-
-def _batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
-    """The batch dimensions and the query's heads, if there are any."""
-    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    if query.dim() == 2:
-        return ()
-    return *batch, max(x.shape[-3] for x in (query, key, value))
-
-
-def _heads(x: Tensor, batch: tuple[int, ...], heads: int) -> Tensor:
-    """(N, H, L, D) of a tensor whose batch dimensions and heads broadcast."""
-    return x.expand(*batch, heads, *x.shape[-2:]).reshape(-1, heads, *x.shape[-2:])
+        return None
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def _lengths(mask: Tensor, batch: int, keys: int) -> Tensor | None:

@@ -1,4 +1,7 @@
-"""The one place that chooses who computes a mapping: kernels where there are any for a tensor, else plain torch."""
+"""Chooses the backend that computes rows and products: kernels where a tensor has any, plain torch otherwise.
+
+No other module above the backends imports one.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from sparse_attn.kernels.cpu import products as sparse_products
 from sparse_attn.kernels.cpu import rows
 from sparse_attn.kernels.plain import products as dense_products
 from sparse_attn.kernels.plain import rows as plain_rows
+from sparse_attn.kernels.triton.attention import plan
 
 _NAMES = ("triton", "compiled", "torch")
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -25,7 +29,7 @@ _forced: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
 def backends() -> dict[str, str]:
-    """What there is to compute with, in the order in which it is chosen, and how it runs or why it cannot.
+    """The backends in order of preference: how each runs, or why it cannot.
 
     Example:
         >>> list(backends())
@@ -38,7 +42,7 @@ def backends() -> dict[str, str]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Compute with one backend alone while the context lasts, in this thread.
+    """Compute with one backend only, in this thread, until the context ends.
 
     Args:
         name: A key of :func:`backends`. What a backend has no kernel for is still computed by torch. "triton" computes
@@ -104,21 +108,35 @@ def entmax_backward(
 
 
 def products(p: Tensor, *others: Tensor) -> ModuleType:
-    """Who multiplies weights ``p`` with these matrices: :mod:`reference.products`, or what skips the zeros."""
-    return sparse_products if _compiled(p) and sparse_products.worth_it(p, *others) else dense_products
+    """The module that multiplies weights ``p`` with these matrices: dense products, or products that skip the zeros.
 
-
-def by_triton(x: Tensor) -> bool:
-    """Whether kernels in Triton compute with ``x``: they answer an α out of range with NaN, since nobody looks at it.
-
-    A look would make the host wait for the device, at every call.
+    Only dense products have gradients.
     """
-    return x.dtype in _TRITON_DTYPES and _triton_computes(x.device.type)
+    skip_zeros = not torch.is_grad_enabled() and _compiled(p) and sparse_products.worth_it(p, *others)
+    return sparse_products if skip_zeros else dense_products
+
+
+def fused_kernels() -> ModuleType:
+    """The module of fused attention, for tensors of which :func:`by_triton` is true; the first call imports Triton."""
+    return importlib.import_module("sparse_attn.kernels.triton.attention.entry")
+
+
+def fused_plan() -> ModuleType:
+    """Sizes of the fused kernels and of what they keep for a backward, for which Triton need not be there."""
+    return plan
+
+
+def by_triton(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether kernels in Triton compute with ``x``, or with ``x`` cast to ``dtype``.
+
+    They give NaN for an α out of range: checking it would make the host wait for the device at every call.
+    """
+    return (x.dtype if dtype is None else dtype) in _TRITON_DTYPES and _triton_computes(x.device.type)
 
 
 def _triton_computes(device: str) -> bool:
-    """What is compiled stays with the backend that there was then."""
-    if device == "cpu":  # in the interpreter alone, see use_backend
+    """Constant in compiled code: it keeps the backend that was chosen when it was compiled."""
+    if device == "cpu":  # only in the interpreter, see use_backend
         return _forced.get() == "triton" and triton.interpreted()
     if device != "cuda" or _forced.get() not in (None, "triton"):
         return False

@@ -10,23 +10,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sparse_attn.checks import check_bool, check_dropout, check_floating, check_int
-from sparse_attn.masks import (
-    Window,
-    causal_mask,
-    check_mask,
-    check_mask_dtype,
-    check_window,
-    combine_masks,
-    merge_multihead_masks,
-    visible_keys,
-    visible_pairs,
-    window_mask,
-    with_infinities,
-)
+from sparse_attn.masks import Window, check_mask_dtype, check_window, multihead_mask, visible_keys, visible_pairs
 from sparse_attn.nn.cache import KVCache
 from sparse_attn.nn.positions import Positions, Rotary, places, turn
 from sparse_attn.nn.scaling import LengthScaling
-from sparse_attn.observe import observed, tell
+from sparse_attn.observe import report_weights, weights_are_observed
 from sparse_attn.ops.attention import ScoreMapping, attend
 
 
@@ -194,63 +182,35 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         """
         batched = self._check_inputs(query, key, value)
         if not batched:
-            # One batch row, in front for what follows.
-            packed = query is key and key is value
-            query, key, value = (query[None],) * 3 if packed else (query[None], key[None], value[None])
-            if key_padding_mask is not None:
-                check_mask_dtype(key_padding_mask, "key_padding_mask")
-                if key_padding_mask.dim() != 1:
-                    shape = tuple(key_padding_mask.shape)
-                    raise ValueError(f"key_padding_mask must be 1-D (S,) for unbatched input, got shape {shape}")
-                key_padding_mask = key_padding_mask[None]
+            query, key, value, key_padding_mask = _as_batch(query, key, value, key_padding_mask)
         batch_first = self.batch_first or not batched
         if cache is not None:
             self._check_cache(cache, query.shape[0 if batch_first else 1], is_causal, rotary)
         q, k, v = self._project(query, key, value, batch_first=batch_first, cache=cache, rotary=rotary)
-        (batch, heads, queries, _), keys = q.shape, k.shape[-2]
-        mask = merge_multihead_masks(attn_mask, key_padding_mask, batch=batch, heads=heads, queries=queries, keys=keys)
-        offset = 0 if cache is None else keys - queries
-        if self.window is not None:
-            mask = combine_masks(mask, window_mask(queries, keys, self.window, q.device, offset=offset))
-        if position_bias is not None:
-            check_floating(position_bias, "position_bias")
-            check_mask(position_bias, (*q.shape[:-1], keys), "position_bias")
-            # All S keys are written down, also where they share a bias: the keys of the layer itself come after them.
-            position_bias = with_infinities(position_bias).expand(*position_bias.shape[:-1], keys)
-            mask = combine_masks(mask, position_bias)
-        if self.positions is not None:
-            mask = combine_masks(mask, self.positions.bias(places(offset, q), places(0, k)))
-        is_causal = is_causal and attn_mask is None
-        if is_causal and not (mask is None and offset == 0 and self._sees_no_other_keys()):
-            mask, is_causal = combine_masks(mask, causal_mask(queries, keys, q.device, offset=offset)), False
-        to_keep = k, v
+        to_keep, offset = (k, v), 0 if cache is None else k.shape[-2] - q.shape[-2]
+        mask, is_causal = multihead_mask(
+            *(attn_mask, key_padding_mask, position_bias),
+            None if self.positions is None else self.positions.bias(places(offset, q), places(0, k)),
+            *(self.window, is_causal),
+            shape=(*q.shape[:-1], k.shape[-2]),
+            offset=offset,
+            device=q.device,
+            only_causal=self.bias_k is None and not self.add_zero_attn and self.length_scaling is None,
+        )
         k, v, mask = self._extend_keys(k, v, mask)
         if self.length_scaling is not None:
             rows = query if batch_first else query.transpose(0, 1)
             q = q * self.length_scaling(rows, visible_keys(mask, k.shape[-2], q.device)).to(q.dtype)
-
-        dropout_p = self.dropout if self.training else 0.0
-        looked_at = observed()
-        output, weights = attend(
-            *(q, k, v, self.mapping(), mask, dropout_p, is_causal),
-            need_weights=need_weights or looked_at,
-            enable_gqa=heads > self.num_kv_heads,
-        )
-        if looked_at and weights is not None:
-            visible = visible_pairs(mask, is_causal, weights)
-            if not batched:
-                visible = visible[0] if visible is not None and visible.dim() == 4 else visible
-            tell(self, weights if batched else weights[0], visible)
+        output, weights = self._attend(q, k, v, mask, is_causal, need_weights=need_weights, batched=batched)
         output = self.out_proj(rearrange(output, "n h l d -> n l (h d)"))
         if cache is not None:
             cache.key, cache.value = to_keep  # at the end: a refused call leaves the cache as it was
-        if batched and not self.batch_first:
-            output = output.transpose(0, 1)
         if not batched:
-            output = output[0]
+            output, weights = output[0], None if weights is None else weights[0]
+        elif not self.batch_first:
+            output = output.transpose(0, 1)
         if weights is None or not need_weights:
             return output, None
-        weights = weights if batched else weights[0]
         return output, weights.mean(-3) if average_attn_weights else weights
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -312,28 +272,23 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         biases = [None] * 3 if self.in_proj_bias is None else list(self.in_proj_bias.split(sizes))
         pattern = ("n l" if batch_first else "l n") + " (h d) -> n h l d"
 
-        def split(x: Tensor) -> Tensor:
-            return rearrange(x, pattern, d=self.head_dim)
+        def heads_of(x: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
+            x = rearrange(x, pattern, d=self.head_dim)
+            return x if norm is None else norm(x.to(norm.weight.dtype)).to(x.dtype)
 
         if cache is not None and cache.complete and cache.key is not None and cache.value is not None:
-            q = split(F.linear(query, weights[0], biases[0]))
-            return _normalised(q, self.q_norm), cache.key, cache.value
+            q = F.linear(query, weights[0], biases[0])
+            return heads_of(q, self.q_norm), cache.key, cache.value
         if self.in_proj_weight is not None and query is key and key is value:
-            projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-            q, k, v = (split(x) for x in projected.chunk(3, -1))
+            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         else:
-            q = split(F.linear(query, weights[0], biases[0]))
-            k, v = (split(F.linear(x, weights[i], biases[i])) for i, x in ((1, key), (2, value)))
-        q, k = _normalised(q, self.q_norm), _normalised(k, self.k_norm)
+            q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        q, k, v = heads_of(q, self.q_norm), heads_of(k, self.k_norm), heads_of(v)
         start = 0 if cache is None else len(cache)
         offset = 0 if cache is None else start + k.shape[-2] - q.shape[-2]
         if self.positions is not None or rotary is not None:
             q, k = turn(q, k, self.positions, rotary, query_start=offset, key_start=start)
         return q, *((k, v) if cache is None else cache.joined(k, v))
-
-    def _sees_no_other_keys(self) -> bool:
-        """Whether causal attention is all there is: it is not written down as a mask of (L, S) entries then."""
-        return self.bias_k is None and not self.add_zero_attn and self.length_scaling is None
 
     def _extend_keys(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Add the keys that belong to the layer, which every query sees: ``bias_k`` and the zero key."""
@@ -351,6 +306,42 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             mask = F.pad(mask, (0, len(extra)), value=True if mask.dtype == torch.bool else 0.0)
         return k, v, mask
 
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        *,
+        need_weights: bool,
+        batched: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The heads' outputs (N, H, L, D), and their weights where these are needed or observed."""
+        observed = weights_are_observed()
+        output, weights = attend(
+            *(q, k, v, self.mapping(), mask, self.dropout if self.training else 0.0, is_causal),
+            need_weights=need_weights or observed,
+            enable_gqa=self.num_kv_heads < self.num_heads,
+        )
+        if observed and weights is not None:
+            visible = visible_pairs(mask, is_causal, weights)
+            if not batched and visible is not None and visible.dim() == 4:
+                visible = visible[0]
+            report_weights(self, weights if batched else weights[0], visible)
+        return output, weights
 
-def _normalised(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
-    return x if norm is None else norm(x.to(norm.weight.dtype)).to(x.dtype)
+
+def _as_batch(
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Unbatched input as a batch of one row, in front; one tensor given three times stays one."""
+    packed = query is key and key is value
+    query, key, value = (query[None],) * 3 if packed else (query[None], key[None], value[None])
+    if key_padding_mask is None:
+        return query, key, value, None
+    check_mask_dtype(key_padding_mask, "key_padding_mask")
+    if key_padding_mask.dim() != 1:
+        shape = tuple(key_padding_mask.shape)
+        raise ValueError(f"key_padding_mask must be 1-D (S,) for unbatched input, got shape {shape}")
+    return query, key, value, key_padding_mask[None]

@@ -7,7 +7,7 @@ from torch import Tensor
 from sparse_attn.checks import check_bool, check_dropout, check_floating, check_k, check_number
 from sparse_attn.masks import visible_pairs
 from sparse_attn.nn.alpha import HoldsAlpha
-from sparse_attn.observe import observed, tell
+from sparse_attn.observe import report_weights, weights_are_observed
 from sparse_attn.ops.attention import attend, entmax_mapping, topk_mapping
 
 
@@ -99,14 +99,14 @@ class SparseAttention(HoldsAlpha):
         mapping = entmax_mapping(alpha, heads) if self.k is None else topk_mapping(self.k, alpha, heads)
         dropout_p = self.dropout if self.training else 0.0
         arguments = (attn_mask, dropout_p, is_causal)
-        looked_at = observed()
-        output, weights = attend(query, key, value, mapping, *arguments, scale=self.scale, need_weights=looked_at)
-        if looked_at and weights is not None:
+        observed = weights_are_observed()
+        output, weights = attend(query, key, value, mapping, *arguments, scale=self.scale, need_weights=observed)
+        if observed and weights is not None:
             visible = visible_pairs(attn_mask, is_causal, weights)
             if weights.dim() == 3:  # one head
                 weights = weights.unsqueeze(1)
                 visible = visible.unsqueeze(1) if visible is not None and visible.dim() == 3 else visible
-            tell(self, weights, visible)
+            report_weights(self, weights, visible)
         return output
 
     def extra_repr(self) -> str:

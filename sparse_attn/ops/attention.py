@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from sparse_attn.checks import check_dropout, check_floating, check_k
-from sparse_attn.kernels.choose_attention import can_fuse, fused
+from sparse_attn.kernels.choose_attention import Call, choose_attention, repeat_heads
 from sparse_attn.kernels.dropout import dropout
-from sparse_attn.kernels.functions.blockwise import Setting, blockwise_attention
-from sparse_attn.masks import apply_mask, causal_mask, check_mask, dense_mask, described_causal
-from sparse_attn.ops.entmax import entmax
+from sparse_attn.masks import apply_mask, causal_mask, described_causal
+from sparse_attn.ops.entmax import entmax_along
 from sparse_attn.ops.topk import topk_entmax
-from sparse_attn.transforms import values_known
 
 Normalizer = Literal["softmax", "sparsemax"]
 
@@ -33,12 +31,9 @@ class ScoreMapping:
         """Weights of the scores."""
         # No keys at all are fewer than k, too.
         if self.k is None or scores.shape[-1] <= self.k:
-            return entmax(scores, self.alpha)
+            return entmax_along(scores, self.alpha, -1)
         return topk_entmax(scores, self.k, self.alpha)
 
-
-# Blocks of queries are faster than one large matrix from about this size of the matrix of a head.
-_LARGE = 2**18
 
 _ALPHA_OF = {"softmax": 1.0, "sparsemax": 2.0}
 
@@ -135,15 +130,19 @@ def topk_attention(
     return attend(query, key, value, mapping, *arguments, scale=scale, enable_gqa=enable_gqa, need_weights=False)[0]
 
 
-def entmax_mapping(alpha: float | Tensor, heads: int) -> ScoreMapping:
-    """α-entmax with one α or one per head."""
-    return ScoreMapping(_per_head(alpha, heads))
+def entmax_mapping(alpha: float | Tensor, heads: int, k: int | None = None) -> ScoreMapping:
+    """α-entmax with one α or one per head, over all keys or the ``k`` best."""
+    if not isinstance(alpha, Tensor) or alpha.dim() == 0:
+        return ScoreMapping(alpha, k)
+    if tuple(alpha.shape) != (heads,):
+        raise ValueError(f"alpha must be a number or have shape (H,) = ({heads},), got {tuple(alpha.shape)}")
+    return ScoreMapping(alpha.view(-1, 1, 1), k)
 
 
 def topk_mapping(k: int, alpha: float | Tensor = 1.0, heads: int = 1) -> ScoreMapping:
     """α-entmax over the ``k`` best keys, all of them where there are fewer."""
     check_k(k)
-    return ScoreMapping(_per_head(alpha, heads), k)
+    return entmax_mapping(alpha, heads, k)
 
 
 def normalizer_alpha(normalizer: str) -> float:
@@ -177,14 +176,12 @@ def attend(
     if isinstance(attn_mask, Tensor) and described_causal(attn_mask) is None and attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device, {query.device}, got {attn_mask.device}")
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if not need_weights and isinstance(mapping, ScoreMapping) and mapping.k is None and can_fuse(query, key, value):
-        return fused(query, key, value, mapping.alpha, attn_mask, dropout_p, is_causal, scale), None
-    if enable_gqa:
-        group = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
-    large = query.shape[-2] * key.shape[-2] >= _LARGE
-    if large and not need_weights and isinstance(mapping, ScoreMapping) and _is_plain(query, attn_mask):
-        return _in_blocks(query, key, value, mapping, attn_mask, dropout_p, is_causal, scale), None
+    if not need_weights and isinstance(mapping, ScoreMapping):
+        call = Call(query, key, value, mapping.alpha, mapping.k, attn_mask, dropout_p, is_causal, scale)
+        compute = choose_attention(call)
+        if compute is not None:
+            return compute(call), None
+    key, value = repeat_heads(query, key, value)
     if is_causal:
         attn_mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
     scores = (query * scale) @ key.transpose(-2, -1)
@@ -194,48 +191,8 @@ def attend(
     return weights.to(value.dtype) @ value, weights
 
 
-def _is_plain(query: Tensor, attn_mask: Tensor | None) -> bool:
-    """Whether no transform is at work, and no gradient is wanted for a mask, which has the size of the scores."""
-    in_autocast = torch.is_autocast_enabled(query.device.type)
-    return values_known(query) and not in_autocast and (attn_mask is None or not attn_mask.requires_grad)
-
-
-def _in_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mapping: ScoreMapping,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
-) -> Tensor:
-    """The output without the weights: heads one by one, in blocks of queries."""
-    batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-    shape = (*batch, query.shape[-2], key.shape[-2])
-    if attn_mask is not None:
-        attn_mask = dense_mask(attn_mask, query.device)
-        check_mask(attn_mask, shape)
-        attn_mask = attn_mask.expand(shape)
-    alpha = mapping.alpha
-    number, per_row = (0.0, alpha) if isinstance(alpha, Tensor) else (alpha, None)
-    if per_row is not None:
-        per_row = per_row.expand(*batch, 1, 1).reshape(-1)
-    setting = Setting(number, mapping.k, attn_mask, dropout_p, is_causal, scale)
-    query, key, value = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (query, key, value))
-    return blockwise_attention(query, key, value, per_row, setting).view(*batch, *shape[-2:-1], -1)
-
-
 def _heads(x: Tensor) -> int:
     return x.shape[-3] if x.dim() > 2 else 1
-
-
-def _per_head(alpha: float | Tensor, heads: int) -> float | Tensor:
-    if not isinstance(alpha, Tensor) or alpha.dim() == 0:
-        return alpha
-    if tuple(alpha.shape) != (heads,):
-        raise ValueError(f"alpha must be a number or have shape (H,) = ({heads},), got {tuple(alpha.shape)}")
-    return alpha.view(-1, 1, 1)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
@@ -259,6 +216,8 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
     ):
         raise ValueError(f"key and value must have the same number of heads, a divisor of the query's; {shapes}")
     axes = -3 if enable_gqa else -2
+    if query.shape[:axes] == key.shape[:axes] == value.shape[:axes]:
+        return
     try:
         torch.broadcast_shapes(query.shape[:axes], key.shape[:axes], value.shape[:axes])
     except RuntimeError as error:

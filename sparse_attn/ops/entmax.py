@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from sparse_attn.checks import check_alpha, check_row_parameter, check_scores, compute_dtype, result_dtype, rows_last
-from sparse_attn.kernels import dispatch
-from sparse_attn.kernels.functions.entmax import entmax_rows
-from sparse_attn.transforms import values_known
+from sparse_attn.checks import check_alpha, check_row_parameter, check_scores, result_dtype, rows_last
+from sparse_attn.kernels.functions.entmax import entmax_rows, widened
 
 
 def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
@@ -72,7 +69,7 @@ def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
     Reference:
         Martins & Astudillo 2016 (ICML), "From Softmax to Sparsemax", eq. 2.
     """
-    return entmax(x, 2.0, dim)
+    return entmax_along(x, 2.0, dim)
 
 
 def entmax15(x: Tensor, dim: int = -1) -> Tensor:
@@ -96,7 +93,7 @@ def entmax15(x: Tensor, dim: int = -1) -> Tensor:
     Reference:
         Peters, Niculae & Martins 2019 (ACL), "Sparse Sequence-to-Sequence Models", section 3.
     """
-    return entmax(x, 1.5, dim)
+    return entmax_along(x, 1.5, dim)
 
 
 def entmax_along(x: Tensor, alpha: float | Tensor, dim: int, k: int | None = None) -> Tensor:
@@ -110,7 +107,7 @@ def entmax_along(x: Tensor, alpha: float | Tensor, dim: int, k: int | None = Non
     if x.numel() == 0:
         # An empty batch still reaches α: its gradient is zero, not missing.
         return x + 0 * alpha.sum().to(x.dtype) if isinstance(alpha, Tensor) else x.clone()
-    scores = x if _is_read_as_it_is(x, alpha) else x.to(compute_dtype(x))
+    scores = widened(x, alpha)
     lowest = torch.finfo(x.dtype).min
     if not x.dim():
         return entmax_rows(scores.view(1), alpha, lowest).view(()).to(result_dtype(x))
@@ -119,14 +116,3 @@ def entmax_along(x: Tensor, alpha: float | Tensor, dim: int, k: int | None = Non
     else:
         p = entmax_rows(scores.movedim(dim, -1), alpha, lowest, k).movedim(-1, dim)
     return p.to(result_dtype(x)).contiguous()
-
-
-def _is_read_as_it_is(x: Tensor, alpha: float | Tensor) -> bool:
-    """Whether half precision is widened and rounded by the kernel alone: a fifth of what casts of their own move.
-
-    A backward needs the probabilities in float32, and so do all of torch's transforms.
-    """
-    if not dispatch.by_triton(x) or not values_known(x) or forward_ad._current_level >= 0:
-        return False
-    learnt = torch.is_grad_enabled() and (x.requires_grad or (isinstance(alpha, Tensor) and alpha.requires_grad))
-    return not learnt and result_dtype(x) == x.dtype

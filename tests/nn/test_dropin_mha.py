@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from inspect import Parameter, signature
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from switches import fast_path
 from torch import Tensor, nn
 
 from sparse_attn import AdaptiveSparseMultiheadAttention, TopKMultiheadAttention
@@ -53,16 +54,6 @@ CALL: dict[str, tuple[Any, ...]] = {
     "need_weights": (True, False),
     "average_attn_weights": (True, False),
 }
-
-
-@contextmanager
-def fast_path(enabled: bool) -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(enabled)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def frozen(layer: nn.Module) -> nn.Module:

@@ -133,7 +133,8 @@ def test_resolve_alone(capsys):
 def test_only_a_training_has_groups(capsys):
     error = refused(capsys, lambda: composed("evaluate", "foo=1"))
     assert (
-        error == "sparse-attn evaluate: unknown key 'foo'; allowed: run, checkpoint, average, split, output, data, decoding\n"
+        error
+        == "sparse-attn evaluate: unknown key 'foo'; allowed: run, checkpoint, average, split, output, data, decoding\n"
     )
 
 

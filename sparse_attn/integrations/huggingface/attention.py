@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparse_attn.checks import check_alpha
 from sparse_attn.masks import causal_mask, visible_pairs
 from sparse_attn.nn.alpha import head_alpha
-from sparse_attn.observe import announce, observed, tell
+from sparse_attn.observe import register_reporter, report_weights, weights_are_observed
 from sparse_attn.ops.attention import ScoreMapping, attend, entmax_mapping, topk_mapping
 
 _DEFAULT_ALPHA = 1.5
@@ -89,7 +89,7 @@ def register(name: str | None = None, *, alpha: float | None = None, k: int | No
         AttentionInterface.register(key, attention_function(mapping))
         AttentionMaskInterface.register(key, mask_function)
     _registered.update(wanted)
-    announce(_attends_with_ours)
+    register_reporter(_attends_with_ours)
 
 
 def learns_alpha(name: str | None) -> bool:
@@ -157,10 +157,10 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
             is_causal,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
-            need_weights=observed() or _weights_are_returned(kwargs.get("output_attentions")),
+            need_weights=weights_are_observed() or _weights_are_returned(kwargs.get("output_attentions")),
         )
-        if weights is not None and observed():
-            tell(module, weights, visible_pairs(attention_mask, is_causal, weights), weighing.alpha)
+        if weights is not None and weights_are_observed():
+            report_weights(module, weights, visible_pairs(attention_mask, is_causal, weights), weighing.alpha)
         return output.transpose(1, 2).contiguous(), weights
 
     return sparse_attention

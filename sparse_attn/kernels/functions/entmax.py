@@ -1,4 +1,4 @@
-"""α-entmax of the last dimension as one differentiable function, under every transform that torch has.
+"""α-entmax of the last dimension as one differentiable function, under every transform of PyTorch.
 
 Eager code goes through an autograd function, which knows reverse mode, forward mode and ``vmap``. ``torch.compile``
 calls a custom operator, into which it does not look: how many sweeps a solver takes depends on the data. Export traces
@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from sparse_attn.checks import check_alpha, compute_dtype
+from sparse_attn.checks import check_alpha, compute_dtype, result_dtype
 from sparse_attn.kernels import dispatch
+from sparse_attn.kernels.alpha import shift_alpha, split_alpha
 from sparse_attn.kernels.reference.entmax import entmax_backward, entmax_tangent, largest_first
 from sparse_attn.kernels.reference.unrolled import entmax_unrolled
 from sparse_attn.transforms import batch_in_front, needs_plain_operations, values_known
@@ -29,9 +31,9 @@ def entmax_rows(scores: Tensor, alpha: float | Tensor, lowest: float, k: int | N
         lowest: Scores at or below are masked.
         k: Only the k largest scores of a row take part, if given; the first of ties.
     """
-    per_row, number = (alpha, 0.0) if isinstance(alpha, Tensor) else (None, float(alpha) - 1)
+    per_row, number = split_alpha(alpha)
     if needs_plain_operations():
-        a = number if per_row is None else shifted(per_row, scores)
+        a = shift_alpha(per_row, number, scores)
         if k is None:
             return entmax_unrolled(scores, a, lowest)
         index = largest_first(scores.detach())[..., :k]
@@ -42,17 +44,27 @@ def entmax_rows(scores: Tensor, alpha: float | Tensor, lowest: float, k: int | N
     return route.apply(scores, per_row, number, lowest, k)
 
 
-# Both routes take the same arguments: α per row if there is one, else ``α - 1`` as a number. α goes in as the caller's
-# own tensor: saved as such, a change in place before the backward is noticed.
+def widened(x: Tensor, alpha: float | Tensor) -> Tensor:
+    """Scores in the dtype that :func:`entmax_rows` takes: half precision in float32, unless the kernel does it.
+
+    A kernel that reads and writes half precision moves a fifth of the bytes. A backward needs the probabilities in
+    float32, and so do all of torch's transforms.
+    """
+    if dispatch.by_triton(x) and values_known(x) and forward_ad._current_level < 0:
+        learnt = torch.is_grad_enabled() and (x.requires_grad or (isinstance(alpha, Tensor) and alpha.requires_grad))
+        if not learnt and result_dtype(x) == x.dtype:
+            return x
+    return x.to(compute_dtype(x))
+
+
+# Both routes take the same arguments: α as :func:`split_alpha` gives it.
 _Arguments = tuple[Tensor, Tensor | None, float, float, int | None]
 
 
 def _forward(scores: Tensor, per_row: Tensor | None, number: float, lowest: float, k: int | None) -> Tensor:
-    if per_row is None:
-        return dispatch.entmax_forward(scores, number, lowest, k)
-    if not dispatch.by_triton(scores):
+    if per_row is not None and not dispatch.by_triton(scores):
         check_alpha(per_row)
-    return dispatch.entmax_forward(scores, shifted(per_row, scores), lowest, k)
+    return dispatch.entmax_forward(scores, shift_alpha(per_row, number, scores), lowest, k)
 
 
 def _setup_context(ctx: Any, inputs: _Arguments, output: Tensor) -> None:
@@ -61,23 +73,17 @@ def _setup_context(ctx: Any, inputs: _Arguments, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-    p, per_row = ctx.saved_tensors  # both gradients are functions of p and α alone: the scores are not kept
+    p, per_row = ctx.saved_tensors  # both gradients are functions of p and α: the scores are not saved
     if grad is None:
         return None, None, None, None, None
-    a = ctx.number if per_row is None else shifted(per_row, p)
-    # Whoever differentiates this once more, or looks into it, gets plain operations.
+    a = shift_alpha(per_row, ctx.number, p)
+    # A second derivative and a trace need plain operations.
     fast = not torch.is_grad_enabled() and values_known(p) and values_known(grad)
     backward = dispatch.entmax_backward if fast else entmax_backward
     grad_scores, grad_alpha = backward(p, a, grad, with_alpha=ctx.needs_input_grad[1])
     if grad_alpha is not None:
         grad_alpha = grad_alpha.sum_to_size(per_row.shape).to(per_row.dtype)
     return grad_scores, grad_alpha, None, None, None
-
-
-def shifted(alpha: Tensor, scores: Tensor) -> Tensor:
-    """``α - 1`` before any rounding to the dtype of the scores: near 1 the difference is what counts."""
-    a = alpha.to(compute_dtype(alpha)) - 1
-    return a if a.dtype == scores.dtype else a.to(compute_dtype(scores))  # a call that changes nothing takes 1 µs
 
 
 class _Entmax(torch.autograd.Function):
@@ -95,14 +101,14 @@ class _Entmax(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         p, per_row = ctx.saved_tensors
         scores_tangent, alpha_tangent = tangents[:2]
-        a = ctx.number if per_row is None else shifted(per_row, p)
+        a = shift_alpha(per_row, ctx.number, p)
         if alpha_tangent is not None:
             alpha_tangent = alpha_tangent.to(p.dtype)
         return entmax_tangent(p, a, scores_tangent, alpha_tangent)
 
 
 class _EntmaxInTransforms(_Entmax):
-    """The form that ``torch.func`` asks for, which costs twice the time of a small call."""
+    """The form that ``torch.func`` needs; a small call takes twice the time in it."""
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
@@ -137,7 +143,7 @@ def _rows_in_front(
 
 @torch.library.custom_op("sparse_attn::entmax", mutates_args=())
 def _entmax(scores: Tensor, per_row: Tensor | None, number: float, lowest: float, k: int | None = None) -> Tensor:
-    return _forward(scores, per_row, number, lowest, k).contiguous()  # the strides that its fake twin promises
+    return _forward(scores, per_row, number, lowest, k).contiguous()  # the strides that the fake function promises
 
 
 @_entmax.register_fake

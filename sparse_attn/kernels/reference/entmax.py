@@ -18,6 +18,8 @@ import math
 import torch
 from torch import Tensor
 
+from sparse_attn.kernels.reference.series import phi2
+
 _MAX_SWEEPS = 100
 # A score that has no weight at any α, and still overflows nothing.
 _NOWHERE = -1e30
@@ -221,7 +223,7 @@ def entmax_backward(
     grad_scores = u * centred
     if not with_alpha:
         return grad_scores, None
-    y = log_p.square() * _phi2(-a * log_p)
+    y = log_p.square() * phi2(-a * log_p)
     weighted = p * centred  # Σ dp/dα = 0, so the centred gradient serves and loses fewer digits
     d = weighted.sum(-1, keepdim=True)
     a_sum = (weighted * log_p).sum(-1, keepdim=True)
@@ -241,7 +243,7 @@ def entmax_tangent(p: Tensor, a: float | Tensor, scores_tangent: Tensor | None, 
     if scores_tangent is not None:
         tangent = tangent + u * (scores_tangent - (u * scores_tangent).sum(-1, keepdim=True) / total)
     if alpha_tangent is not None:
-        y = log_p.square() * _phi2(-a * log_p)
+        y = log_p.square() * phi2(-a * log_p)
         h = (p * log_p).sum(-1, keepdim=True)
         y_mean = (p * y).sum(-1, keepdim=True)
         tangent = tangent + p / total * (y_mean - y - a * (log_p * y_mean - y * h)) * alpha_tangent
@@ -254,15 +256,3 @@ def _support(p: Tensor, a: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     log_p = torch.where(outside, 1.0, p).log()
     u = p if isinstance(a, float) and a == 0.0 else torch.where(outside, 0.0, torch.exp((1 - a) * log_p))
     return log_p, u, u.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
-
-
-def _phi2(x: Tensor) -> Tensor:
-    """``(eˣ - 1 - x) / x²``, by its series where the difference would cancel."""
-    small = x.abs() < 0.5
-    near = torch.where(small, x, 0.0)
-    terms = 9 if x.dtype == torch.float32 else 15
-    series = torch.full_like(x, 1.0 / math.factorial(terms + 2))
-    for n in range(terms - 1, -1, -1):
-        series = series * near + 1.0 / math.factorial(n + 2)
-    far = torch.where(small, 1.0, x)
-    return torch.where(small, series, (torch.expm1(far) - far) / far.square())

@@ -52,15 +52,20 @@ def padded(size: int) -> int:
     return power
 
 
-class Setting(NamedTuple):
-    """What attention has beside its tensors."""
-
-    a: float  # α - 1, where there is no tensor of α
-    scale: float
-    dropout_p: float
-    offset: int | None  # causal: query i sees the keys up to i + offset
-
-
 def statistics_of(a: float, alpha: Tensor | None) -> int:
     """How many numbers the backward is told of a row: what ``family.place_rows`` gives, less for the two fixed α."""
     return 4 if alpha is None and a in (0.5, 1.0) else 8
+
+
+def kept(
+    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor | None, a: float, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors of the shapes that ``forward`` keeps for the backward; empty ones where there is no backward."""
+    if not training:
+        return query.new_empty(0), query.new_empty(0, dtype=torch.float32), query.new_empty(0, dtype=torch.uint8)
+    plan = Plan.of(query, value)
+    batch, heads, queries, _ = query.shape
+    tiles = -(-queries // plan.block_m), -(-key.shape[2] // plan.block_n)
+    second = query.new_empty(batch, heads, queries, value.shape[3])
+    statistics = query.new_empty(statistics_of(a, alpha), batch * heads * queries, dtype=torch.float32)
+    return second, statistics, query.new_empty(batch * heads, *tiles, dtype=torch.uint8)

@@ -1,0 +1,15 @@
+"""The numbers of an attention call, in the form that every backend takes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Setting(NamedTuple):
+    """Everything that attention needs beside its tensors."""
+
+    a: float  # α - 1; not used where there is a tensor of α
+    scale: float
+    dropout_p: float
+    offset: int | None  # causal: query i sees the keys up to i + offset; None: every query sees every key
+    k: int | None = None  # how many keys a query keeps; None: all
