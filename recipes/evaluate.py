@@ -126,7 +126,8 @@ def given_data(cfg: DictConfig) -> dict[str, Any]:
     """
     if not isinstance(cfg.data, DictConfig):
         raise TypeError(f"data must be a group of keys, such as data.val=FILE, got data={cfg.data}")
-    return {str(key): value for key, value in cfg.data.items()}
+    given: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
+    return given
 
 
 def data_section(run: Run, given: dict[str, Any], splits: tuple[str, ...]) -> dict[str, Any]:
