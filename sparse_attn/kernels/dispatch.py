@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.kernels import triton
+from sparse_attn.kernels.cpu import attention as native_attention
 from sparse_attn.kernels.cpu import products as sparse_products
 from sparse_attn.kernels.cpu import rows
 from sparse_attn.kernels.plain import products as dense_products
@@ -121,6 +122,11 @@ def fused_kernels() -> ModuleType:
     return importlib.import_module("sparse_attn.kernels.triton.attention.entry")
 
 
+def native_kernels() -> ModuleType:
+    """The module of attention in C: for tensors of a device of which :func:`by_c` is true."""
+    return native_attention
+
+
 def fused_plan() -> ModuleType:
     """Sizes of the fused kernels and of what they keep for a backward, for which Triton need not be there."""
     return plan
@@ -159,5 +165,17 @@ def _triton_rows() -> ModuleType:
     return importlib.import_module("sparse_attn.kernels.triton.rows")  # which imports Triton
 
 
+def by_c(device: torch.device) -> bool:
+    """Whether kernels in C compute with tensors of a device."""
+    return _c_computes(device.type)
+
+
+def _c_computes(device: str) -> bool:
+    return device == "cpu" and _forced.get() in (None, "compiled") and rows.available()
+
+
 def _compiled(x: Tensor) -> bool:
-    return x.device.type == "cpu" and _forced.get() in (None, "compiled") and rows.available()
+    return by_c(x.device)
+
+
+_c_computes._dynamo_marked_constant = True  # type: ignore[attr-defined] # as above

@@ -15,6 +15,7 @@ from sparse_attn import entmax_attention, topk_attention
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_QUERIES", 11)
+    monkeypatch.setattr(ops, "_is_native", lambda _: False)
 
 
 def with_gradients(blockwise: bool, attend, inputs: tuple[Tensor, ...], monkeypatch) -> list[Tensor]:
