@@ -86,7 +86,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
             raise TypeError(f"{name} must be a group of keys, got {cfg[name]!r}")
     for section in _INSTANTIATED:
         for name, node in (cfg.get(section) or {}).items():
-            if not isinstance(node, DictConfig) or "_target_" not in node:
+            if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
                 raise TypeError(
                     f"{section}.{name} must be a group of keys with _target_ (~{section}.{name} drops it), got {node}"
                 )

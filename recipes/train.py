@@ -134,12 +134,12 @@ def _held(settings: dict[str, Any], *, named_by_time: bool) -> Iterator[Path]:
 
 def _is_named_by_time(folder: str) -> bool:
     """Whether Hydra chose the name of a run folder, in which case another name does as well."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode == RunMode.MULTIRUN:
+    if not HydraConfig.initialized():
         return False
-    if OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):  # composed by a program, not run by Hydra
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN or OmegaConf.is_missing(hydra.runtime, "output_dir"):
         return False
-    chosen = OmegaConf.to_container(HydraConfig.get().run, resolve=False)
-    return folder == str(HydraConfig.get().runtime.output_dir) and "${now:" in str(chosen)
+    return folder == hydra.runtime.output_dir and "${now:" in str(OmegaConf.to_container(hydra.run, resolve=False))
 
 
 def check_groups(arguments: Sequence[str]) -> None:

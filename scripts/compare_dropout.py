@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from recipes.seq2seq.model import Seq2SeqTransformer
 from sparse_attn.kernels import dropout as module
 from sparse_attn.nn import dropout as layer
-from sparse_attn.ops import attention
 
 SIZES = {"128/256, 2+2 layers": (128, 256, 2), "256/1024, 4+4 layers": (256, 1024, 4)}
 
@@ -44,7 +43,7 @@ def step(dim: int, width: int, layers: int, p: float, ours: bool, dtype: torch.d
 
     def run() -> None:
         used = module.dropout if ours else F.dropout
-        layer.dropout = attention.dropout = used  # type: ignore[attr-defined]
+        layer.dropout = used  # type: ignore[attr-defined]
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             logits = model(source, target)
         F.cross_entropy(logits.flatten(0, 1).float(), target.flatten()).backward()

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparse_attn.analysis import HeadChange
 
 from ..curves import read_rows
-from ..folders import write_text
+from ..folders import replacing, write_text
 from ..run import RESULTS, Run
 from . import html
 from .maps import WordMaps, attention_figure, rollout_figure
@@ -112,7 +112,8 @@ def write_report(report: Report, folder: Path, figures: str = "png") -> list[Pat
     folder.mkdir(exist_ok=True, parents=True)
     page = view.save(folder / "report.html")
     for file, content in files.items():
-        file.write_bytes(content)
+        with replacing(file) as unfinished:
+            unfinished.write_bytes(content)
     write_rows(table, folder / "heads.csv")
     write_text(folder / "numbers.json", numbers)
     return [page, *files, folder / "heads.csv", folder / "numbers.json"]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn.checks import check_dropout, check_floating, check_k
 from sparse_attn.kernels.choose_attention import Call, choose_attention, repeat_heads
-from sparse_attn.kernels.dropout import dropout
 from sparse_attn.masks import apply_mask, causal_mask, described_causal
 from sparse_attn.ops.entmax import entmax_along
 from sparse_attn.ops.topk import topk_entmax
@@ -187,7 +187,7 @@ def attend(
     scores = (query * scale) @ key.transpose(-2, -1)
     weights = mapping(apply_mask(scores, attn_mask))
     if dropout_p > 0.0:
-        weights = dropout(weights, dropout_p)
+        weights = F.dropout(weights, dropout_p)
     return weights.to(value.dtype) @ value, weights
 
 
