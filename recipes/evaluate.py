@@ -13,7 +13,7 @@ from rich.console import Console
 from .build import build_decoding
 from .ensemble import load_ensemble
 from .launch import run_hydra
-from .report import rates_table
+from .report.scores import print_scores
 from .report.search import search_table
 from .run import Run, short_path, write_json
 from .seq2seq.data import Seq2SeqData
@@ -68,20 +68,19 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     section = data_section(run, given_data(cfg), splits)
     data = evaluation_data(section, run.task)
     console = Console(highlight=False)
-    rates, words, searches = {}, {}, {}
+    scores, searches = {}, {}
     for split in splits:
         space = SearchSpace(decoding.beam_size, decoding.budget) if decoding.name == "exact" else None
         decode = partial((space.decode if space else decoding.best), ensemble.models, max_length=ensemble.max_length)
         with console.status(f"scoring the {split} words"):
             loader = data.full_val_dataloader() if split == "val" else data.test_dataloader()
-            scores = score(run.task, loader, decode, losses=not several)
-        rates[split], words[split] = scores.metrics(), len(scores.sources)
+            scores[split] = score(run.task, loader, decode, losses=not several)
         if space:
             searches[split] = space.summary()
-    results = {f"{split}/{name}": value for split, found in rates.items() for name, value in found.items()}
-    results.update({f"{split}/words": count for split, count in words.items()})
+    results = {f"{split}/{name}": value for split, found in scores.items() for name, value in found.metrics().items()}
+    results.update({f"{split}/words": len(found.sources) for split, found in scores.items()})
     results.update({f"{split}/{name}": value for split, found in searches.items() for name, value in found.items()})
-    console.print(rates_table(rates, words))
+    print_scores(console, scores)
     if searches:
         console.print()
         console.print(search_table(searches, beam_size=decoding.beam_size, budget=decoding.budget))

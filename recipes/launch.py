@@ -47,6 +47,7 @@ MANDATORY = {
     "data.path": "DIR, the folder of the data files",
     "data.language": "CODE, the language of the data files such as hun",
     "run": "DIR, the run folder of a training",
+    "sweep": "DIR, a folder that holds run folders",
 }
 
 

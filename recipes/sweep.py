@@ -12,7 +12,7 @@ import math
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,8 @@ def run_of_sweep(cfg: DictConfig) -> float:
     """One training of a sweep, unless it is finished already.
 
     Returns:
-        What a sweeper such as Optuna's should lower: the monitored validation score, infinite if the run failed.
+        What a sweeper such as Optuna's should lower: the monitored validation score on all validation words, negative
+        if higher is better, infinite if the run failed.
     """
     from .train import train
 
@@ -90,7 +91,7 @@ def run_of_sweep(cfg: DictConfig) -> float:
                 cfg.resume = str(folder)
             (folder / FAILURE).unlink(missing_ok=True)
             results = train(cfg)
-        return results["val/per"]
+        return _objective(folder, results)
     except KeyboardInterrupt:
         from .run import short_path
 
@@ -142,6 +143,15 @@ def read_outcomes(folder: Path) -> list[tuple[list[str], dict[str, float] | str]
         elif (run / OVERRIDES).is_file():
             outcomes.append((_read_overrides(run / OVERRIDES), "not finished"))
     return outcomes
+
+
+def _objective(folder: Path, results: Mapping[str, float]) -> float:
+    from .run import CONFIG
+    from .seq2seq.metrics import METRICS
+
+    name = str(OmegaConf.load(folder / CONFIG).monitor).split("/")[1]
+    higher_is_better = name in METRICS and METRICS[name].higher_is_better
+    return (-1 if higher_is_better else 1) * results[f"val/{name}"]
 
 
 def _finished(folder: Path, changes: Sequence[str]) -> dict[str, float] | None:

@@ -42,7 +42,7 @@ ADDED = [
     *("reload_dataloaders_every_n_epochs", "inference_mode", "sync_batchnorm", "use_distributed_sampler"),
 ]
 TINY = [
-    *("data=tsv", "data.batch_size=8", "optimizer.warmup_steps=3", "logger=csv", "model.dim=8", "model.num_heads=2"),
+    *("data=tsv", "data.batch_size=8", "logger=csv", "model.dim=8", "model.num_heads=2"),
     *("model.ff_dim=16", "model.encoder_layers=1", "model.decoder_layers=1", "trainer.max_epochs=1"),
     *("trainer.accelerator=cpu",),
 ]

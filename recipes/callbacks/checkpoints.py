@@ -16,22 +16,26 @@ from ..run import CHECKPOINTS, RESULTS, epoch_checkpoints
 
 
 class BestAndLast(Checkpoint):
-    """Writes ``last.ckpt`` at the end of every epoch, and ``best.ckpt`` when the validation score has fallen.
+    """Writes ``last.ckpt`` at the end of every epoch, and ``best.ckpt`` when the validation score is the best so far.
 
     Unlike ``ModelCheckpoint`` it writes ``last.ckpt`` also when the score has not improved, and remembers the
     best score when the run folder was moved.
 
     Args:
         folder: The run folder.
-        monitor: The metric to lower. Without a validation every epoch counts as the best.
+        monitor: The metric that counts. Without a validation every epoch counts as the best.
+        higher_is_better: Whether a higher value of it is better.
         keep: Also write the weights after each epoch, as ``epoch_0001.ckpt`` and so on, and keep so many of the last.
     """
 
-    def __init__(self, folder: Path, monitor: str = "val/per", keep: int = 0) -> None:
+    def __init__(
+        self, folder: Path, monitor: str = "val/per", *, higher_is_better: bool = False, keep: int = 0
+    ) -> None:
         self.folder = folder / CHECKPOINTS
         self.monitor = monitor
         self.keep = keep
-        self.best = math.inf
+        self.sign = -1.0 if higher_is_better else 1.0
+        self.best = self.sign * math.inf
         self.earlier = 0.0
         self._begin = time.monotonic()
 
@@ -46,8 +50,8 @@ class BestAndLast(Checkpoint):
             # The results of an earlier session are those of a checkpoint that now goes.
             (self.folder.parent / RESULTS).unlink(missing_ok=True)
         score = trainer.callback_metrics.get(self.monitor)
-        if score is None or score < self.best:
-            self.best = math.inf if score is None else float(score)
+        if score is None or self.sign * score < self.sign * self.best:
+            self.best = self.sign * math.inf if score is None else float(score)
             self._save(trainer, "best.ckpt")
         if self.keep:
             self._save(trainer, f"epoch_{trainer.current_epoch + 1:04d}.ckpt", weights_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sparse_attn.analysis import HeadChange
 from ..curves import read_rows
 from ..folders import replacing, write_text
 from ..run import RESULTS, Run
+from ..seq2seq.metrics import METRICS
 from . import html
 from .maps import WordMaps, attention_figure, rollout_figure
 from .measure import OFFSETS, LayerHeads
@@ -166,7 +167,7 @@ def _sections(report: Report, pictures: Mapping[str, bytes]) -> list[tuple[str, 
     run = report.run
     prediction = f"{report.sample.word} → {report.sample.prediction}"
     return [
-        ("Results", _results(run.folder / RESULTS)),
+        ("Results", _results(run.folder / RESULTS, run.config.data.get("metrics") or ("per", "wer"))),
         (
             "α and attention density of every head",
             html.paragraph(
@@ -270,16 +271,15 @@ def _heads(report: Report) -> list[dict[str, str]]:
     return rows
 
 
-def _results(file: Path) -> str:
-    """The error rates that the training ended with."""
+def _results(file: Path, metrics: Sequence[str]) -> str:
+    """The metrics that the training ended with."""
     if not file.is_file():
         return html.paragraph("None: the training was stopped before its end.")
     content: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
     rows = [
         {
             "words": name,
-            "PER, %": f"{content[f'{split}/per']:.2f}",
-            "WER, %": f"{content[f'{split}/wer']:.2f}",
+            **{METRICS[name].label: f"{content[f'{split}/{name}']:.2f}" for name in metrics},
             "loss per token": f"{content[f'{split}/loss']:.3f}",
         }
         for split, name in SPLIT_NAMES.items()
