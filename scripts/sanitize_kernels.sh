@@ -21,8 +21,6 @@ int rows_forward(int variant, int threads, int rank, const int64_t *layout, int 
                  const double *a, int64_t k, double lowest, void *p);
 int rows_backward(int variant, int threads, int rank, const int64_t *layout, int type, const void *p, const void *grad,
                   const double *a, void *grad_scores, double *grad_a);
-int rows_product(int variant, int threads, int kind, int is_double, const int64_t *sizes, const void *p, const void *x,
-                 const void *y, void *out);
 int attention_run(int variant, int threads, int backward, const attention *call);
 
 enum { FLOAT32, FLOAT64, FLOAT16, BFLOAT16, TYPES };
@@ -74,24 +72,6 @@ static void exercise(int variant, int threads, int type, int64_t count, int64_t 
     /* Not what the forward makes, but an operator may be handed it. */
     check(!rows_backward(variant, threads, 2, layout, type, scores, grad, a, out, grad_a), "backward of anything");
     free(scores), free(grad), free(p), free(out), free(a), free(grad_a);
-}
-
-/* The four products with a matrix that is mostly zero; every buffer has what `sizes` says and no more. */
-static void multiply(int variant, int threads, int is_double, int64_t count, int64_t size, int64_t width) {
-    const size_t bytes = is_double ? 8 : 4;
-    const int type = is_double ? FLOAT64 : FLOAT32;
-    const int64_t out_rows[] = {count, size, count, count}, out_width[] = {width, width, size, 2};
-    void *p = malloc(bytes * count * size), *x = malloc(bytes * count * width), *y = malloc(bytes * size * width);
-    for (int64_t i = 0; i < count * size; i++) put(p, type, i, rand() % 8 ? 0 : any_score(i));
-    for (int64_t i = 0; i < count * width; i++) put(x, type, i, any_score(i));
-    for (int64_t i = 0; i < size * width; i++) put(y, type, i, any_score(i));
-    for (int kind = 0; kind < 4; kind++) {
-        void *out = calloc(out_rows[kind] * out_width[kind], bytes);
-        const int64_t sizes[] = {count, size, width, size, width, width, out_width[kind]};
-        check(!rows_product(variant, threads, kind, is_double, sizes, p, kind == 0 ? y : x, y, out), "product");
-        free(out);
-    }
-    free(p), free(x), free(y);
 }
 
 static tensor filled(int type, int64_t batch, int64_t heads, int64_t size, int64_t width, int anything) {
@@ -146,10 +126,6 @@ int main(int arguments, char **unused) {
         for (int type = 0; type < TYPES && arguments == 1; type++)
             for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
                 for (int64_t step = 1; step <= 3; step += 2) exercise(variant, 1, type, 18, sizes[s], step);
-        for (int is_double = 0; is_double < 2 && arguments == 1; is_double++)
-            for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
-                for (int64_t width = 1; width < 200; width = 3 * width + 2)
-                    multiply(variant, 1, is_double, 7, sizes[s], width);
         const int64_t lengths[][2] = {{1, 1}, {1, 130}, {17, 31}, {40, 13}, {70, 300}};
         for (int type = 0; type < TYPES && arguments == 1; type++)
             for (int kind = 0; kind < 8; kind++)
@@ -157,7 +133,6 @@ int main(int arguments, char **unused) {
                     attend(variant, 1, type, lengths[s][0], lengths[s][1], s % 2 ? 16 : 5, kind);
         for (int kind = 0; kind < 8; kind++) attend(variant, 3, FLOAT32, 150, 300, 16, kind);
         exercise(variant, 3, FLOAT32, 97, 1021, 1);
-        multiply(variant, 3, 0, 97, 1021, 37);
         printf("%s: ok\n", rows_variant(variant));
     }
 }
@@ -176,7 +151,7 @@ build() {
     for variant in "${variants[@]}"; do
         local -n width=$variant
         for real in FLOAT DOUBLE; do
-            for source in row product attention_forward attention_backward; do
+            for source in row attention_forward attention_backward; do
                 objects+=("$work/${source}_${real}_$variant.o")
                 "$cc" "${flags[@]}" "${width[@]}" "-DVARIANT=$variant" "-DREAL_$real" -c $source.c -o "${objects[-1]}"
             done
