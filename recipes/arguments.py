@@ -9,6 +9,7 @@ from collections.abc import Sequence
 _TEXTS = [
     "run",
     "compare",
+    "baseline",
     "input",
     "output",
     "word",
@@ -54,6 +55,11 @@ def is_multirun(arguments: Sequence[str]) -> bool:
     return any(argument in _MULTIRUN for argument in arguments)
 
 
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether the command line asks for the help instead of a run."""
+    return any(argument in (*_HELP, "--hydra-help") for argument in arguments)
+
+
 def quoted(text: str) -> str:
     r"""Text as a value that Hydra and OmegaConf read as it is.
 
@@ -77,6 +83,19 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         (flags if is_value or argument.startswith("-") else overrides).append(argument)
         before = "" if is_value else argument
     return flags, overrides
+
+
+def sweep_arguments(arguments: Sequence[str]) -> list[str]:
+    """The command line of ``compare``, whose folders need no key.
+
+    Example:
+        >>> sweep_arguments(["runs/a", "runs/b", "format=csv"])
+        ["sweep=['runs/a','runs/b']", 'format=csv']
+    """
+    flags, others = split(arguments)
+    folders = [argument for argument in others if "=" not in argument]
+    given = [f"sweep=[{','.join(map(quoted, folders))}]"] if folders else []
+    return [*given, *(argument for argument in others if argument not in folders), *flags]
 
 
 def check_flags(flags: Sequence[str]) -> None:

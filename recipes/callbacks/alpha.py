@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from sparse_attn import alpha_per_head
 
+from ..curves import write_rows
 from ..run import ALPHA
 from ..seq2seq.task import Seq2SeqTask
 
@@ -31,8 +33,8 @@ class AlphaCourse(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the values a new run starts from."""
         if trainer.global_step == 0:
-            with self.file.open("w", encoding="utf-8", newline="") as lines:
-                csv.writer(lines).writerow(COLUMNS)
+            if trainer.is_global_zero:
+                write_rows(self.file, [], COLUMNS)
             self._write(trainer, pl_module)
         self._written = trainer.global_step
 
@@ -47,12 +49,16 @@ class AlphaCourse(L.Callback):
             self._write(trainer, pl_module)
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
         step = trainer.global_step
         boards = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        with self.file.open("a", encoding="utf-8", newline="") as lines:
-            rows = csv.writer(lines)
-            for layer, alphas in alpha_per_head(cast(Seq2SeqTask, pl_module).model).items():
-                for head, alpha in enumerate(alphas.tolist()):
-                    rows.writerow((step, layer, head, f"{alpha:.6f}"))
-                    for board in boards:
-                        board.add_scalar(f"alpha/{layer}/head{head}", alpha, step)
+        rows = io.StringIO(newline="")
+        for layer, alphas in alpha_per_head(cast(Seq2SeqTask, pl_module).model).items():
+            for head, alpha in enumerate(alphas.tolist()):
+                csv.writer(rows).writerow((step, layer, head, f"{alpha:.6f}"))
+                for board in boards:
+                    board.add_scalar(f"alpha/{layer}/head{head}", alpha, step)
+        # All rows of a step in one write: a kill in between should leave all or none.
+        with self.file.open("a", encoding="utf-8", newline="") as file:
+            file.write(rows.getvalue())
