@@ -40,8 +40,8 @@ def needs_plain_operations() -> bool:
     """Whether only torch's own operations work: autograd functions and custom operators would fail or be wrong.
 
     True in four cases: in a trace, whose graph should run without this library; for ``torch.func`` inside a compiled
-    function, where custom operators have no forward mode; for forward mode over forward mode, where an autograd function
-    that saves its inputs loses the outer tangent; and in ``functionalize``, which has no rule for autograd functions.
+    function, where custom operators have no forward mode; for forward mode over forward mode, where an autograd
+    function that saves its inputs loses the outer tangent; and in ``functionalize``, which has no rule for them.
     """
     if is_exporting():
         return True

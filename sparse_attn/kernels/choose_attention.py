@@ -61,9 +61,10 @@ def attend_packed(call: Call, query_starts: Tensor, key_starts: Tensor) -> Tenso
     if not _is_native(call):
         return None
     q, k, v, alpha, _, offset, _ = _in_heads(call)
-    setting = Setting(0.0, call.scale, call.dropout_p, offset, call.k)
+    per_head, a = split_alpha(alpha)
+    setting = Setting(a, float(call.scale), float(call.dropout_p), offset, call.k)
     starts = (query_starts.to(torch.int64).contiguous(), key_starts.to(torch.int64).contiguous())
-    return native_attention(q, k, v, alpha, None, setting, *starts)
+    return native_attention(q, k, v, per_head, None, setting, *starts)
 
 
 def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,8 +171,9 @@ def _fused(call: Call) -> Tensor:
 def _native(call: Call) -> Tensor:
     """By the kernel in C, which also knows ``k``."""
     q, k, v, alpha, mask, offset, shape = _in_heads(call)
-    setting = Setting(0.0, call.scale, call.dropout_p, offset, call.k)
-    output = native_attention(q, k, v, alpha, mask, setting)
+    per_head, a = split_alpha(alpha)
+    setting = Setting(a, float(call.scale), float(call.dropout_p), offset, call.k)
+    output = native_attention(q, k, v, per_head, mask, setting)
     return output if output.shape == shape else output.reshape(shape)
 
 
