@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 import os
 from collections.abc import Sequence
@@ -51,6 +52,7 @@ _NEW = ("callbacks", "decoding", "keep_checkpoints", "monitor", "schedule")
 _INSTANTIATED = ("callbacks", "logger")
 # Keys of the config that only serve to write other keys.
 _SHORTHANDS = {"data": ("path", "language", "tokens"), "model": ("attention",)}
+_LOGGER_NEEDS = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
 _FILES = ("path", "train", "val", "test", "cache")
 # Of numbers that Lightning takes without a look, or fails on in the middle of a training: the lowest, whether that is
 # left out, and whether null is allowed. The learning rate needs an end to fall towards, and the run a checkpoint to
@@ -95,6 +97,10 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
                 raise TypeError(
                     f"{section}.{name} must be a group of keys with _target_ (~{section}.{name} drops it), got {node}"
                 )
+    for name, node in (cfg.get("logger") or {}).items():
+        package = _LOGGER_NEEDS.get(str(node["_target_"]).rpartition(".")[2])
+        if package and importlib.util.find_spec(package) is None:
+            raise ValueError(f"logger.{name} needs the package {package}: pip install {package}")
     settings: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
         _without_unused(cfg), resolve=True, throw_on_missing=True
     )
