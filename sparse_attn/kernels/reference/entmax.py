@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.kernels.reference.series import phi2
+from sparse_attn.transforms import writes_onnx
 
 _MAX_SWEEPS = 100
 # A score that has no weight at any α, and still overflows nothing.
@@ -73,7 +74,7 @@ def topk_entmax_forward(scores: Tensor, k: int, a: float | Tensor, lowest: float
 
 def largest_first(scores: Tensor) -> Tensor:
     """Indices from the largest score to the smallest; equal ones stay in order, which ``torch.topk`` leaves open."""
-    if torch.compiler.is_exporting():
+    if writes_onnx():
         return torch.sort(scores, dim=-1, descending=True).indices  # all that ONNX has, and it keeps ties in order
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices
 
