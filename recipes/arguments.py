@@ -55,6 +55,11 @@ def is_multirun(arguments: Sequence[str]) -> bool:
     return any(argument in _MULTIRUN for argument in arguments)
 
 
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether the command line asks for the help instead of a run."""
+    return any(argument in (*_HELP, "--hydra-help") for argument in arguments)
+
+
 def quoted(text: str) -> str:
     r"""Text as a value that Hydra and OmegaConf read as it is.
 

@@ -46,6 +46,9 @@ def main() -> None:
     Raises:
         SystemExit: Always, unless the command succeeds.
     """
+    if os.name == "posix" and sys.getfilesystemencoding() == "ascii" and not sys.flags.utf8_mode:
+        # As under LC_ALL=C with PYTHONUTF8=0: words and paths of the command line would be bytes that are no text.
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     if hasattr(sys.stdout, "reconfigure"):
         # A terminal may have no α. Standard error replaces such characters anyway.
         sys.stdout.reconfigure(errors="replace")

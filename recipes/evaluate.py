@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -52,7 +53,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     """
     splits = _splits(cfg.split)
     run = load_run(cfg.run, cfg.checkpoint)
-    section = data_section(run, OmegaConf.to_container(cfg.data), splits)  # type: ignore[arg-type]
+    section = data_section(run, given_data(cfg), splits)
     data = evaluation_data(section, run.task)
     console = Console(highlight=False)
     scores = {}
@@ -62,10 +63,27 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
             scores[split] = score(run.task, loader)
     results = {f"{split}/{name}": value for split, found in scores.items() for name, value in found.metrics().items()}
     results.update({f"{split}/words": len(found.sources) for split, found in scores.items()})
-    write_json(run.folder / EVALUATION, {"checkpoint": cfg.checkpoint, "data": section, **results})
     print_scores(console, scores)
-    console.print(f"\nwritten to {short_path(run.folder / EVALUATION)}", markup=False, soft_wrap=True)
+    file = run.folder / EVALUATION if cfg.output is None else Path(str(cfg.output)).expanduser()
+    try:
+        write_json(file, {"checkpoint": cfg.checkpoint, "data": section, **results})
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}; the rates above are not kept: give output=FILE", str(file)
+        ) from None
+    console.print(f"\nwritten to {short_path(file)}", markup=False, soft_wrap=True)
     return results
+
+
+def given_data(cfg: DictConfig) -> dict[str, Any]:
+    """The ``data`` section of a command that reads a run folder.
+
+    Raises:
+        TypeError: If it is no group of keys.
+    """
+    if not isinstance(cfg.data, DictConfig):
+        raise TypeError(f"data must be a group of keys, such as data.val=FILE, got data={cfg.data}")
+    return {str(key): value for key, value in cfg.data.items()}
 
 
 def data_section(run: Run, given: dict[str, Any], splits: tuple[str, ...]) -> dict[str, Any]:

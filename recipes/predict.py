@@ -38,6 +38,8 @@ def predict(cfg: DictConfig) -> dict[str, int]:
         ValueError: If the input is empty, not UTF-8 or holds a tab, or the checkpoint cannot be read.
     """
     counts = {"lines": 0, "unknown": 0}
+    if cfg.output is None and getattr(sys.stdout, "name", None) == os.devnull:  # what a closed stream was replaced with
+        raise ValueError("standard output is closed; give output=FILE")
     with contextlib.ExitStack() as stack:
         source, name = _open_input(cfg.input, stack)
         task = load_run(cfg.run, cfg.checkpoint).task
@@ -107,6 +109,8 @@ def _warn(task: Seq2SeqTask, batch: list[tuple[int, str]], counts: dict[str, int
 
 def _open_input(path: str | None, stack: contextlib.ExitStack) -> tuple[BinaryIO, str]:
     if path is None:
+        if sys.stdin is None:
+            raise ValueError("standard input is closed; give input=FILE")
         return sys.stdin.buffer, "standard input"
     try:
         return stack.enter_context(Path(path).expanduser().open("rb")), str(path)

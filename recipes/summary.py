@@ -94,24 +94,32 @@ def conclude(
     return results
 
 
-def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float]]]) -> None:
+def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float] | str]]) -> None:
     """Prints a row for each of several runs.
 
     Args:
-        runs: The overrides and the results of each.
+        runs: The overrides of each, and its results or, in words, why it has none.
     """
+    if not runs:
+        return
     common = set.intersection(*(set(changes) for changes, _ in runs))
-    shown = [name for name in METRICS if any(f"test/{name}" in results for _, results in runs)][:2]
+    finished = [results for _, results in runs if not isinstance(results, str)]
+    shown = [name for name in METRICS if any(f"test/{name}" in results for results in finished)][:2]
     labels = {f"{split}/{name}": METRICS[name].label.removesuffix(" %") for split in ("val", "test") for name in shown}
     columns = {f"{key.partition('/')[0]} {label}": key for key, label in labels.items()}
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("run")
     for column in (*columns, "seconds"):
         table.add_column(column, justify="right")
+    if len(finished) < len(runs):
+        table.add_column("failed because")
     for changes, results in runs:
-        name = " ".join(change for change in changes if change not in common) or "-"
-        rates = (f"{results[key]:.2f}" if key in results else "-" for key in columns.values())
-        table.add_row(Text(name), *rates, f"{results['seconds']:.0f}")
+        name = Text(" ".join(change for change in changes if change not in common) or "-")
+        if isinstance(results, str):
+            table.add_row(name, *["-"] * (len(columns) + 1), Text(results))
+        else:
+            rates = (f"{results[key]:.2f}" if key in results else "-" for key in columns.values())
+            table.add_row(name, *rates, f"{results['seconds']:.0f}")
     # Long overrides go beyond the edge of the terminal rather than being cut.
     needed = Console(width=1000).measure(table).maximum
     console = Console(highlight=False, width=max(Console().width, needed))

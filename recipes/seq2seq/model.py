@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparse_attn import DecoderCache, TransformerDecoderLayer, TransformerEncoderLayer
 from sparse_attn.checks import check_alpha, check_dropout, check_k
+from sparse_attn.nn.dropout import Dropout
 
 from .attention import ATTENTION_KINDS, attention_factory
 from .output import output_alpha as alpha_of_output
@@ -178,7 +179,7 @@ class Embedding(nn.Module):
         self.language = nn.Embedding(size, language_dim) if language_dim else None
         if self.language is not None:
             nn.init.normal_(self.language.weight, std=dim**-0.5)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, ids: Tensor, start: int = 0) -> Tensor:
         """(N, T) ids at positions ``start``, ``start + 1``, ... -> (N, T, dim)."""

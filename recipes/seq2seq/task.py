@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparse_attn.optim import alpha_param_groups
 
+from ..processes import share_of_batch
 from .data.batching import EVAL_BATCH_TOKENS, BatchByLength, pad
 from .decode import greedy_decode
 from .model import Seq2SeqTransformer
@@ -112,7 +113,7 @@ class Seq2SeqTask(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Makes dropout a function of seed and epoch: a resumed run goes on as if it had never stopped."""
-        torch.manual_seed((self.hparams["seed"] << 20) + self.current_epoch)
+        torch.manual_seed((self.global_rank << 52) + (self.hparams["seed"] << 20) + self.current_epoch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of the output's mapping at the target tokens, padding left out.
@@ -120,8 +121,11 @@ class Seq2SeqTask(L.LightningModule):
         Raises:
             ValueError: If it is not a finite number: the training has diverged.
         """
+        weight = 1.0
+        if (processes := self._trainer.world_size if self._trainer else 1) > 1:
+            batch, weight = share_of_batch(batch, self.global_rank, processes, PAD)
         logits = self(batch["source"], batch["target_in"])
-        loss = output_loss(
+        loss = weight * output_loss(
             logits.flatten(0, 1),
             batch["target_out"].flatten(),
             self.model.output_alpha,
@@ -130,10 +134,11 @@ class Seq2SeqTask(L.LightningModule):
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the training loss must be finite, got {loss.item()} at step {self.global_step + 1}; "
-                f"a learning_rate below {self.hparams['learning_rate']} may help"
+                f"a learning_rate below {self.hparams['learning_rate']}, or a weight_decay below "
+                f"{self.hparams['weight_decay']}, may help"
             )
         size = len(batch["source"])
-        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=size)
+        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=True)
         return loss
 
     def on_validation_epoch_start(self) -> None:

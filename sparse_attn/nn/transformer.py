@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparse_attn.checks import check_bool, check_dropout, check_floating, check_int, check_number
 from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
 from sparse_attn.nn.cache import DecoderCache, KVCache
+from sparse_attn.nn.dropout import Dropout
 from sparse_attn.nn.positions import Rotary
 
 Activation = Callable[[Tensor], Tensor]
@@ -44,7 +45,7 @@ class _Layer(nn.Module):
         self.d_model = d_model
         self.linear1 = nn.Linear(d_model, width, **factory)
         self.linear2 = nn.Linear(width, d_model, **factory)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.activation = activation
         self.norm_first = norm_first
 

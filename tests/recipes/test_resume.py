@@ -185,7 +185,11 @@ def test_results_are_those_of_all_sessions(tiny_config, tmp_path, interrupt):
     torch.save(state, last)
     interrupt(7)
     with pytest.raises(Interrupted):
-        train(resumed_config(folder, "trainer.max_epochs=2"))
+        train(resumed_config(folder, "trainer.max_epochs=3"))
+    assert (folder / "results.json").exists(), "they are those of the first epoch, as the checkpoint is"
+    interrupt(12)
+    with pytest.raises(Interrupted):
+        train(resumed_config(folder))
     assert not (folder / "results.json").exists(), "they were those of the first epoch"
     interrupt(-1)
     assert 1000 < train(resumed_config(folder))["seconds"] < 1060

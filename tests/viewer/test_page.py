@@ -56,6 +56,19 @@ def test_no_weight_becomes_zero(read_page: Reader) -> None:
     assert torch.equal(held != 0, weights != 0)
 
 
+def test_small_weights_of_a_large_page_have_fewer_bits(read_page: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = entmax(torch.randn(1, 2, 17, 61), 1.25)
+    weights[0, 0, 0, 0] = 1e-7
+    monkeypatch.setattr(page_module, "MANY_ENTRIES", 100)
+    page = read_page(attention_view(recorded(weights)).html())
+    held = page.weights(0)
+    assert page.data["coarse"] and torch.equal(held != 0, weights[0] != 0)
+    error = (held - weights[0]).abs()
+    large = weights[0] >= 0.125
+    assert (error[large] <= HALF * weights[0][large]).all()
+    assert (error[~large] <= 5 * HALF * weights[0][~large] + 2**-22).all() and (error > HALF * weights[0]).any()
+
+
 def test_masks_travel_with_the_weights(read_page: Reader) -> None:
     visible = torch.ones(11, 11, dtype=torch.bool).tril()
     scores = torch.randn(1, 2, 11, 11).masked_fill(~visible, -torch.inf)

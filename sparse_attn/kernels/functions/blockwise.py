@@ -15,6 +15,7 @@ from torch import Tensor
 from sparse_attn.checks import compute_dtype
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.alpha import shift_alpha
+from sparse_attn.kernels.dropout import dropout_noise
 from sparse_attn.kernels.functions.entmax import entmax_rows
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.masks import apply_mask
@@ -100,12 +101,6 @@ def _weights(scores: Tensor, alpha: Tensor | None, setting: Setting) -> Tensor:
     return dispatch.entmax_forward(scores, shift_alpha(alpha, setting.a, scores), lowest, k, in_place=True)
 
 
-def _dropout(weights: Tensor, setting: Setting, generator: torch.Generator) -> Tensor:
-    """Factors of the weights under dropout, the same in the forward and the backward of one call."""
-    kept = torch.empty_like(weights).bernoulli_(1 - setting.dropout_p, generator=generator)
-    return kept.div_(1 - setting.dropout_p) if setting.dropout_p < 1 else kept
-
-
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, alpha: Tensor | None, mask: Tensor | None, setting: Setting, seed: int
 ) -> Iterator[Tensor]:
@@ -115,7 +110,7 @@ def _attend(
         scores = _scores(query, key, mask, block, setting, buffer)
         weights = _weights(scores, None if alpha is None else alpha[block.row].view(1, 1), setting)
         if setting.dropout_p > 0:
-            weights = weights * _dropout(weights, setting, generator)
+            weights = weights * dropout_noise(weights, setting.dropout_p, generator)
         weights, values = weights.to(value.dtype), value[block.row, block.keys]
         yield dispatch.products(weights, values).gathered(weights, values)
 
@@ -159,7 +154,7 @@ class _Blockwise(torch.autograd.Function):
             grad_weights = multiply.sampled(weights, grad_output, values).to(weights.dtype)
             dropped = weights
             if setting.dropout_p > 0:
-                dropout = _dropout(weights, setting, generator)
+                dropout = dropout_noise(weights, setting.dropout_p, generator)
                 grad_weights, dropped = grad_weights * dropout, weights * dropout
             multiply.scatter_(grad_value[row, keys], dropped.to(value.dtype), grad_output)
             a, with_alpha = shift_alpha(one_alpha, setting.a, weights), alpha is not None
