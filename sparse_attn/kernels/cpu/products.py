@@ -1,4 +1,4 @@
-"""Products with a matrix that is mostly zero, as the weights of sparse attention are; by the compiled kernels.
+"""Products with a mostly zero matrix, such as the weights of sparse attention, by the compiled kernels.
 
 Matrices are float32 or float64 on the CPU, with a last dimension of stride 1.
 """
@@ -18,7 +18,7 @@ _ZEROS_PER_ENTRY = 8
 
 
 def worth_it(p: Tensor, *others: Tensor) -> bool:
-    """Whether the kernels take these matrices and are faster than dense products: ``p`` has to be nearly all zero."""
+    """Whether the kernels accept these matrices and are faster than dense products: ``p`` is nearly all zero."""
     matrices = (p, *others)
     if p.dtype not in _DTYPES or any(x.dtype != p.dtype or x.stride(-1) != 1 for x in matrices):
         return False
@@ -28,19 +28,19 @@ def worth_it(p: Tensor, *others: Tensor) -> bool:
 
 
 def gathered(p: Tensor, x: Tensor) -> Tensor:
-    """As in :mod:`sparse_attn.kernels.plain.products`, and likewise below."""
+    """``p @ x``, as in :mod:`sparse_attn.kernels.plain.products`."""
     out = torch.empty(len(p), x.shape[1], dtype=p.dtype)
     _multiply(_GATHERED, p, x, x, out, x.shape[1])
     return out
 
 
 def scatter_(out: Tensor, p: Tensor, x: Tensor) -> None:
-    """Without reading ``x`` and ``out`` where ``p`` is zero."""
+    """``out += p.T @ x``; ``x`` and ``out`` are not read where ``p`` is zero."""
     _multiply(_SCATTERED, p, x, x, out, x.shape[1])
 
 
 def sampled(p: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """0 where ``p`` is zero."""
+    """``x @ y.T`` where ``p`` is not zero, 0 elsewhere."""
     out = torch.empty(p.shape, dtype=p.dtype)
     _multiply(_SAMPLED, p, x, y, out, x.shape[1])
     return out

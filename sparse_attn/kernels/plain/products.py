@@ -1,4 +1,4 @@
-"""The three products of attention weights with matrices, dense."""
+"""The three products of attention weights with matrices, as dense products."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def scatter_(out: Tensor, p: Tensor, x: Tensor) -> None:
 
 
 def sampled(p: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """``x @ y.T``; the caller reads only the entries where ``p`` is not zero."""
+    """``x @ y.T``. The caller reads only entries with non-zero ``p``, so sparse backends compute no others."""
     return x @ y.T
