@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sparse_attn.checks import check_alpha
+from sparse_attn.checks import check_alpha, compute_dtype
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.alpha import split_alpha
 from sparse_attn.kernels.functions.blockwise import blockwise_attention
@@ -24,7 +24,7 @@ from sparse_attn.kernels.functions.fused import fused_attention
 from sparse_attn.kernels.functions.native import native_attention
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.masks import check_mask, dense_mask, described_causal
-from sparse_attn.transforms import values_known
+from sparse_attn.transforms import needs_plain_operations, values_known
 
 # From about this number of scores per head, blocks of queries are faster than one matrix.
 _LARGE = 2**18
@@ -61,9 +61,10 @@ def attend_packed(call: Call, query_starts: Tensor, key_starts: Tensor) -> Tenso
     if not _is_native(call):
         return None
     q, k, v, alpha, _, offset, _ = _in_heads(call)
-    setting = Setting(0.0, call.scale, call.dropout_p, offset, call.k)
+    per_head, a = split_alpha(alpha)
+    setting = Setting(a, float(call.scale), float(call.dropout_p), offset, call.k)
     starts = (query_starts.to(torch.int64).contiguous(), key_starts.to(torch.int64).contiguous())
-    return native_attention(q, k, v, alpha, None, setting, *starts)
+    return native_attention(q, k, v, per_head, None, setting, *starts)
 
 
 def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,15 +72,17 @@ def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
     if query.dim() < 3 or key.shape[-3] in (1, query.shape[-3]) or query.shape[-3] == 1:
         return key, value
     group = query.shape[-3] // key.shape[-3]
-    return key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
+    # Torch before 2.13 exports ``repeat_interleave`` with a fixed length.
+    repeated = (x.unsqueeze(-3).expand(*x.shape[:-2], group, *x.shape[-2:]).flatten(-4, -3) for x in (key, value))
+    return next(repeated), next(repeated)
 
 
 def _can_fuse(call: Call) -> bool:
     """Whether the fused kernels accept a call: not in an export, a transform or forward mode, and not in float64."""
-    query, key, value = call[:3]
-    if call.k is not None or not dispatch.by_triton(query, _autocast_dtype(query)):
+    query, key, value = call.query, call.key, call.value  # Dynamo before torch 2.9 cannot slice a named tuple
+    if call.k is not None or not dispatch.by_triton(query, autocast_dtype(query)):
         return False
-    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if needs_plain_operations() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in (query, key, value)) or torch.compiler.is_compiling()
     fits = max(query.shape[-1], value.shape[-1]) <= dispatch.fused_plan().LARGEST_HEAD
@@ -88,11 +91,11 @@ def _can_fuse(call: Call) -> bool:
 
 def _is_native(call: Call) -> bool:
     """Whether the C kernel accepts a call: not in an export, a transform or forward mode."""
-    query, key, value = call[:3]
+    query, key, value = call.query, call.key, call.value
     if not dispatch.by_c(query.device) or forward_ad._current_level >= 0:
         return False
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+        if needs_plain_operations() or torch._C._are_functorch_transforms_active():
             return False
     elif not values_known(query, key, value):
         return False
@@ -121,8 +124,8 @@ class _Heads(NamedTuple):
 
 
 def _in_heads(call: Call) -> _Heads:
-    query, key, value = call[:3]
-    dtype = _autocast_dtype(query)
+    query, key, value = call.query, call.key, call.value  # Dynamo before torch 2.9 cannot slice a named tuple
+    dtype = autocast_dtype(query)
     if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     sizes, key_sizes, value_sizes = query.shape, key.shape, value.shape
@@ -168,14 +171,16 @@ def _fused(call: Call) -> Tensor:
 def _native(call: Call) -> Tensor:
     """Attention by the C kernel, which also supports ``k``."""
     q, k, v, alpha, mask, offset, shape = _in_heads(call)
-    setting = Setting(0.0, call.scale, call.dropout_p, offset, call.k)
-    output = native_attention(q, k, v, alpha, mask, setting)
+    per_head, a = split_alpha(alpha)
+    setting = Setting(a, float(call.scale), float(call.dropout_p), offset, call.k)
+    output = native_attention(q, k, v, per_head, mask, setting)
     return output if output.shape == shape else output.reshape(shape)
 
 
 def _in_blocks(call: Call) -> Tensor:
-    """Attention in blocks of queries; batch and head dimensions are flattened to R, in tensors (R, L, D)."""
-    query, (key, value) = call.query, repeat_heads(*call[:3])
+    """Attention in blocks of queries: batch and heads are flattened to R, half precision is computed in float32."""
+    query, key, value = (x.to(compute_dtype(x)) for x in call[:3])
+    key, value = repeat_heads(query, key, value)
     batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     shape = (*batch, query.shape[-2], key.shape[-2])
     mask, offset = _mask_and_offset(call.mask, call.is_causal, shape, query.device)
@@ -187,7 +192,7 @@ def _in_blocks(call: Call) -> Tensor:
         alpha = alpha.expand(*batch, 1, 1).reshape(-1)
     setting = Setting(a, call.scale, call.dropout_p, offset, call.k)
     query, key, value = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (query, key, value))
-    return blockwise_attention(query, key, value, alpha, mask, setting).view(*shape[:-1], -1)
+    return blockwise_attention(query, key, value, alpha, mask, setting).view(*shape[:-1], -1).to(call.query.dtype)
 
 
 def _mask_and_offset(
@@ -225,7 +230,7 @@ def _softmax(
     )
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast converts the inputs of ``scaled_dot_product_attention``; None: no conversion."""
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return None

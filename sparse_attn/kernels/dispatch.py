@@ -1,4 +1,4 @@
-"""Chooses the backend that computes rows and products: a kernel if there is one for the tensor, else plain torch.
+"""Chooses the backend that computes rows and attention: a kernel if there is one for the tensor, else plain torch.
 
 Of the modules above the backends, only this one imports them.
 """
@@ -18,9 +18,7 @@ from torch import Tensor
 
 from sparse_attn.kernels import triton
 from sparse_attn.kernels.cpu import attention as native_attention
-from sparse_attn.kernels.cpu import products as sparse_products
 from sparse_attn.kernels.cpu import rows
-from sparse_attn.kernels.plain import products as dense_products
 from sparse_attn.kernels.plain import rows as plain_rows
 from sparse_attn.kernels.triton.attention import plan
 
@@ -87,8 +85,12 @@ def entmax_forward(
 ) -> Tensor:
     """As :func:`kernels.reference.entmax.entmax_forward`, over the ``k`` largest scores of each row if ``k`` is given.
 
+    A row of ``k`` scores or fewer keeps all of them.
+
     ``in_place`` allows the scores to be overwritten.
     """
+    if k is not None and k >= scores.shape[-1]:
+        k = None
     if by_triton(scores):
         return _triton_rows().entmax_forward(scores, a, lowest, k, in_place=in_place)
     if _compiled(scores):
@@ -107,15 +109,6 @@ def entmax_backward(
     if _compiled(p):
         return rows.entmax_backward(p, a, grad, with_alpha)
     return plain_rows.entmax_backward(p, a, grad, with_alpha=with_alpha)
-
-
-def products(p: Tensor, *others: Tensor) -> ModuleType:
-    """The module that multiplies weights ``p`` with these matrices: either dense or skipping zeros.
-
-    Only dense products have gradients.
-    """
-    skip_zeros = not torch.is_grad_enabled() and _compiled(p) and sparse_products.worth_it(p, *others)
-    return sparse_products if skip_zeros else dense_products
 
 
 def fused_kernels() -> ModuleType:

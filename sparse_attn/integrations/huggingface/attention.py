@@ -170,7 +170,7 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
 
 
 def mask_function(*, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:
-    """The boolean mask of transformers; None for a causal mask if the model's modules apply ``is_causal`` themselves."""
+    """The boolean mask of transformers; None for a causal mask if the modules apply ``is_causal`` themselves."""
     from transformers.masking_utils import sdpa_mask
 
     skip = allow_is_causal_skip and _no_mask_is_causal(config)

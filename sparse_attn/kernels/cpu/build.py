@@ -52,7 +52,7 @@ def build(target_dir: str | Path, extra_flags: tuple[str, ...] = ()) -> Path:
         for variant, flags in variants.items():
             for real in ("FLOAT", "DOUBLE"):
                 defines = [f"-DVARIANT={variant}", f"-DREAL_{real}"]
-                for source in ("row", "product", "attention_forward", "attention_backward"):
+                for source in ("row", "attention_forward", "attention_backward"):
                     objects.append(os.path.join(folder, f"{source}_{real}_{variant}.o"))
                     _run([*common, *flags, *defines, "-c", str(_SOURCES / f"{source}.c"), "-o", objects[-1]])
         # Written under another name and renamed: a process that has loaded the old library keeps it.

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from sparse_attn.kernels.cpu.build import LIBRARY
 
-_INTERFACE = 3
+_INTERFACE = 4
 _ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
 class _Library(NamedTuple):
     forward: Any
     backward: Any
-    product: Any
     attention: Any
     multipliers: Any
     variants: dict[str | None, int]  # None stands for the widest
@@ -51,14 +50,12 @@ def _load() -> _Library | str:
     shared = (c_int, c_int, c_int, POINTER(c_int64), c_int, c_void_p, c_void_p)
     library.rows_forward.argtypes = (*shared, c_int64, c_double, c_void_p)
     library.rows_backward.argtypes = (*shared, c_void_p, c_void_p, c_void_p)
-    # variant, threads, kind, whether double, sizes, then p, x, y and out
-    library.rows_product.argtypes = (c_int, c_int, c_int, c_int, POINTER(c_int64), *(c_void_p,) * 4)
     # variant, threads, whether backward, the members of `attention` in attention.h
     library.attention_run.argtypes = (c_int, c_int, c_int, c_char_p)
     # seed, probability, first row, rows, keys, output
     library.attention_multipliers.argtypes = (c_int64, c_double, c_int64, c_int64, c_int64, c_void_p)
-    functions = (library.rows_forward, library.rows_backward, library.rows_product)
-    return _Library(*functions, library.attention_run, library.attention_multipliers, variants)
+    attention = (library.attention_run, library.attention_multipliers)
+    return _Library(library.rows_forward, library.rows_backward, *attention, variants)
 
 
 def library() -> _Library:

@@ -1,7 +1,6 @@
 """Attention over blocks of queries. The backward recomputes the weights, so memory is linear in the length.
 
-The scores of a block stay in the processor's cache. If most weights are zero, products skip the zeros, and values with
-weight zero are not read.
+The scores of a block stay in the processor's cache. Used for tensors that no kernel accepts.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_attn.checks import compute_dtype
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.alpha import shift_alpha
 from sparse_attn.kernels.dropout import dropout_noise
@@ -29,7 +27,7 @@ def blockwise_attention(
     """Attention for R pairs of a batch entry and a head.
 
     Args:
-        query: (R, L, D).
+        query: (R, L, D), float32 or float64.
         key: (R, S, D).
         value: (R, S, Dv).
         alpha: (R,), or None for the number in ``setting``.
@@ -92,10 +90,9 @@ def _buffer(query: Tensor, key: Tensor) -> Tensor | None:
 
 
 def _weights(scores: Tensor, alpha: Tensor | None, setting: Setting) -> Tensor:
-    """Weights in float32 or wider; they overwrite the scores if no gradient flows through the scores."""
+    """Weights; they overwrite the scores where no gradient flows through these."""
     k = None if setting.k is None or setting.k >= scores.shape[-1] else setting.k
     lowest = torch.finfo(scores.dtype).min
-    scores = scores.to(compute_dtype(scores))
     if torch.is_grad_enabled():
         return entmax_rows(scores, setting.a + 1 if alpha is None else alpha, lowest, k)
     return dispatch.entmax_forward(scores, shift_alpha(alpha, setting.a, scores), lowest, k, in_place=True)
@@ -112,7 +109,7 @@ def _attend(
         if setting.dropout_p > 0:
             weights = weights * dropout_noise(weights, setting.dropout_p, generator)
         weights, values = weights.to(value.dtype), value[block.row, block.keys]
-        yield dispatch.products(weights, values).gathered(weights, values)
+        yield weights @ values
 
 
 class _Blockwise(torch.autograd.Function):
@@ -150,18 +147,17 @@ class _Blockwise(torch.autograd.Function):
             one_alpha = None if alpha is None else alpha[row].view(1, 1)
             weights = _weights(_scores(query, key, ctx.mask, block, setting, buffer), one_alpha, setting)
             grad_output, values, its_keys = grad[row, queries], value[row, keys], key[row, keys]
-            multiply = dispatch.products(weights, grad_output, values, its_keys, query)
-            grad_weights = multiply.sampled(weights, grad_output, values).to(weights.dtype)
+            grad_weights = (grad_output @ values.T).to(weights.dtype)
             dropped = weights
             if setting.dropout_p > 0:
                 dropout = dropout_noise(weights, setting.dropout_p, generator)
                 grad_weights, dropped = grad_weights * dropout, weights * dropout
-            multiply.scatter_(grad_value[row, keys], dropped.to(value.dtype), grad_output)
+            grad_value[row, keys].addmm_(dropped.to(value.dtype).T, grad_output)
             a, with_alpha = shift_alpha(one_alpha, setting.a, weights), alpha is not None
             grad_scores, grad_a = dispatch.entmax_backward(weights, a, grad_weights, with_alpha=with_alpha)
             grad_scores = grad_scores.to(query.dtype) * setting.scale
-            grad_query[row, queries] = multiply.gathered(grad_scores, its_keys)
-            multiply.scatter_(grad_key[row, keys], grad_scores, query[row, queries])
+            grad_query[row, queries] = grad_scores @ its_keys
+            grad_key[row, keys].addmm_(grad_scores.T, query[row, queries])
             if grad_alpha is not None and grad_a is not None:
                 grad_alpha[row] += grad_a.sum().to(grad_alpha.dtype)
         return grad_query, grad_key, grad_value, grad_alpha, None, None

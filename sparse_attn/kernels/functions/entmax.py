@@ -7,6 +7,7 @@ number of plain operations, so that the exported program runs without this libra
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -34,14 +35,18 @@ def entmax_rows(scores: Tensor, alpha: float | Tensor, lowest: float, k: int | N
     per_row, number = split_alpha(alpha)
     if needs_plain_operations():
         a = shift_alpha(per_row, number, scores)
-        if k is None:
-            return entmax_unrolled(scores, a, lowest)
-        index = largest_first(scores.detach())[..., :k]
-        return torch.zeros_like(scores).scatter(-1, index, entmax_unrolled(scores.gather(-1, index), a, lowest))
+        return entmax_unrolled(scores if k is None else _largest_alone(scores, k), a, lowest)
     if torch.compiler.is_compiling():
         return _entmax(scores, per_row, number, lowest, k)
     route = _EntmaxInTransforms if torch._C._are_functorch_transforms_active() else _Entmax
     return route.apply(scores, per_row, number, lowest, k)
+
+
+def _largest_alone(scores: Tensor, k: int) -> Tensor:
+    """The scores with ``-inf`` for all but the k largest: a slice of the sorted ones would limit an exported length."""
+    index = largest_first(scores.detach())
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(index)
+    return scores.masked_fill(torch.zeros_like(index).scatter(-1, index, places) >= k, -math.inf)
 
 
 def widened(x: Tensor, alpha: float | Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sparse_attn.checks import check_alpha, check_starts
 from sparse_attn.kernels import dispatch
-from sparse_attn.kernels.alpha import split_alpha
 from sparse_attn.kernels.functions.entmax import entmax_rows
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.transforms import values_known
@@ -19,7 +18,7 @@ def native_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    alpha: float | Tensor,
+    alpha: Tensor | None,
     mask: Tensor | None,
     setting: Setting,
     query_starts: Tensor | None = None,
@@ -31,20 +30,24 @@ def native_attention(
         query: (N, H, L, D).
         key: (N, Hk, S, D), Hk a divisor of H.
         value: (N, Hk, S, Dv).
-        alpha: A number or (H,).
-        mask: (N or 1, H or 1, L or 1, S or 1), boolean, ``True`` = visible, or floating, added to the scores.
-        setting: The other arguments; ``a`` is not used.
-        query_starts: The starts of packed sequences along L, followed by L: integers. N must be 1 then.
-        key_starts: The starts of packed sequences along S, followed by S.
+        alpha: (H,); None for the number in ``setting``.
+        mask: (N or 1, H or 1, L or 1, S or 1), boolean, ``True`` = take part, or floating, added to the scores.
+        setting: Everything else.
+        query_starts: Where packed sequences begin along L, and L at the end: integers; N is then 1.
+        key_starts: Likewise along S.
 
     Returns:
-        (N, H, L, Dv). A query with no visible key gets zeros and zero gradients.
+        (N, H, L, Dv). A query that sees nothing gets zeros, and so do all gradients of it.
     """
-    per_head, a = split_alpha(alpha)
-    setting = setting._replace(a=a, scale=float(setting.scale), dropout_p=float(setting.dropout_p))
     seed = torch.randint(2**62, ()) if setting.dropout_p > 0.0 else None
-    tensors = _Tensors(query, key, value, per_head, mask, seed, query_starts, key_starts)
-    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:5])
+    tensors = _Tensors(query, key, value, alpha, mask, seed, query_starts, key_starts)
+    training = torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (alpha is not None and alpha.requires_grad)
+        or (mask is not None and mask.requires_grad)
+    )
     if torch.compiler.is_compiling():
         return _attention(*tensors, *setting, training)[0]
     if training:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.kernels.reference.series import phi2
+from sparse_attn.transforms import writes_onnx
 
 _MAX_SWEEPS = 100
 # A score with weight zero for every α, and not large enough to cause overflow.
@@ -73,7 +74,7 @@ def topk_entmax_forward(scores: Tensor, k: int, a: float | Tensor, lowest: float
 
 def largest_first(scores: Tensor) -> Tensor:
     """Indices from the largest score to the smallest; ties keep their order, which ``torch.topk`` does not promise."""
-    if torch.compiler.is_exporting():
+    if writes_onnx():
         return torch.sort(scores, dim=-1, descending=True).indices  # ONNX has only this sort; it is stable
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops import while_loop
 
+from sparse_attn.versions import is_exporting, loops_export
+
 
 def entmax_unrolled(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
     """The probabilities; arguments and result are those of ``reference.entmax.entmax_forward``."""
@@ -29,7 +31,8 @@ def entmax_unrolled(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
     top = scores.amax(-1, keepdim=True)
     empty = top <= lowest
     if not isinstance(a, Tensor) and a == 0:
-        return torch.softmax(scores, -1).masked_fill(empty, 0.0).to(dtype)
+        # Also before: the gradient of a row of NaN is NaN, whatever is done to it afterwards.
+        return torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0).to(dtype)
     # A masked entry gets a finite score, and its weight is set to 0 afterwards: -inf times a zero gradient is NaN.
     z = torch.where(masked, 0.0, scores - torch.where(empty, 0.0, top))
     with torch.no_grad():
@@ -64,7 +67,7 @@ def _bisect(z: Tensor, a: float | Tensor, masked: Tensor) -> Tensor:
 def _repeat(
     step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], low: Tensor, high: Tensor, *, times: int
 ) -> tuple[Tensor, Tensor]:
-    if not torch.compiler.is_exporting():
+    if not (is_exporting() and loops_export()):
         for _ in range(times):
             low, high = step(low, high)
         return low, high

@@ -7,9 +7,10 @@ first kernel is called: ``family``, ``rows`` and all of ``attention`` but ``plan
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
+
+from sparse_attn.versions import mend_interpreter, triton_problem
 
 _OLDEST = (8, 0)  # compute capability: bfloat16 in matrix products
 
@@ -17,8 +18,8 @@ _OLDEST = (8, 0)  # compute capability: bfloat16 in matrix products
 @functools.cache
 def status() -> tuple[bool, str]:
     """Whether the kernels are available, and a text that says where they run, or why they are not."""
-    if importlib.util.find_spec("triton") is None:
-        return False, "Triton is not installed"
+    if problem := triton_problem():
+        return False, problem
     if interpreted():
         return True, "any tensors, slowly, in Triton's interpreter"
     if not torch.cuda.is_available():
@@ -37,10 +38,13 @@ def available() -> bool:
 @functools.cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter on CPU tensors, which ``TRITON_INTERPRET=1`` selects."""
-    if importlib.util.find_spec("triton") is None:
+    if triton_problem():
         return False
     from triton import knobs, language  # type: ignore[import-untyped, unused-ignore]
     from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped, unused-ignore]
 
     # Triton also reads the variable at import, and keeps that choice for its own functions.
-    return bool(knobs.runtime.interpret) and isinstance(language.sum, InterpretedFunction)
+    if not (knobs.runtime.interpret and isinstance(language.sum, InterpretedFunction)):
+        return False
+    mend_interpreter()
+    return True

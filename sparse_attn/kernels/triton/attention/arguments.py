@@ -14,6 +14,7 @@ from torch import Tensor
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.kernels.triton import interpreted
 from sparse_attn.kernels.triton.family import GENERAL, MODES
+from sparse_attn.versions import tf32_allowed
 
 
 class Operand(NamedTuple):
@@ -127,7 +128,7 @@ def arguments_of(
         group=heads // key.shape[1],
         keys=key.shape[2],
     )
-    tensor_cores = query.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tensor_cores = query.dtype != torch.float32 or tf32_allowed()
     constants = Constants(
         causal=setting.offset is not None,
         mode=GENERAL if alpha is not None else MODES.get(setting.a, GENERAL),
