@@ -206,3 +206,15 @@ def test_courses_and_further_numbers(encoder_record: Records, read_page: Reader)
     data = read_page(view.html()).data
     assert data["courses"]["a"][name]["2"] == [[0, 1.5], [5, 1.55]]
     assert data["layers"][0]["numbers"]["worth"] == [0.5, None, -1.0]
+
+
+def test_heads_that_merge_pieces_are_measured(encoder_record: Records, read_page: Reader) -> None:
+    record = encoder_record(5)
+    pieces = ["▁un", "believ", "ably", "▁old", "▁cats"]
+    first = next(iter(record.values())).weights
+    assert first is not None
+    expected = sum(first[0, :, row, others].sum(-1) for row, others in {0: [1, 2], 1: [0, 2], 2: [0, 1]}.items()) / 3
+    numbers = read_page(attention_view(record, pieces).html()).data["layers"][0]["numbers"]
+    assert numbers["weight on own word"] == pytest.approx(expected.tolist(), rel=1e-4)
+    numbers = read_page(attention_view(record, list("abcde")).html()).data["layers"][0]["numbers"]
+    assert "weight on own word" not in numbers
