@@ -4,12 +4,13 @@ The pictures and the page (`recipes.report.write`) are imported where they are d
 """
 
 from .measure import LayerHeads, attention_density, measure_at, measure_heads, top_k_per_layer
-from .tables import alpha_table, rates_table, roles_table
+from .tables import alpha_table, groups_table, rates_table, roles_table
 
 __all__ = [
     "LayerHeads",
     "alpha_table",
     "attention_density",
+    "groups_table",
     "measure_at",
     "measure_heads",
     "rates_table",

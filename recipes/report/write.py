@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ from torch import Tensor
 
 from sparse_attn.analysis import HeadChange
 
+from ..curves import read_rows
+from ..folders import replacing, write_text
 from ..run import RESULTS, Run
+from ..seq2seq.metrics import METRICS
 from . import html
 from .maps import WordMaps, attention_figure, rollout_figure
 from .measure import OFFSETS, LayerHeads
@@ -110,9 +113,10 @@ def write_report(report: Report, folder: Path, figures: str = "png") -> list[Pat
     folder.mkdir(exist_ok=True, parents=True)
     page = view.save(folder / "report.html")
     for file, content in files.items():
-        file.write_bytes(content)
+        with replacing(file) as unfinished:
+            unfinished.write_bytes(content)
     write_rows(table, folder / "heads.csv")
-    (folder / "numbers.json").write_text(numbers, encoding="utf-8")
+    write_text(folder / "numbers.json", numbers)
     return [page, *files, folder / "heads.csv", folder / "numbers.json"]
 
 
@@ -150,19 +154,12 @@ def _diversities(heads: Mapping[str, LayerHeads]) -> dict[str, float]:
 def read_course(file: Path) -> list[tuple[int, str, int, float]]:
     """The rows (step, layer, head, α) of a run's alpha.csv; none if there is no such file.
 
-    Raises:
-        ValueError: if a line cannot be read.
+    Rows that cannot be read are left out: a training that was killed may have cut one short.
     """
-    if not file.is_file():
-        return []
-    with file.open(newline="", encoding="utf-8") as stream:
-        rows = []
-        reader = csv.DictReader(stream)
-        for row in reader:
-            try:
-                rows.append((int(row["step"]), row["layer"], int(row["head"]), float(row["alpha"])))
-            except (KeyError, TypeError, ValueError):
-                raise ValueError(f"{file}:{reader.line_num}: a line must be step,layer,head,alpha, got {row}") from None
+    rows = []
+    for row in read_rows(file):
+        with contextlib.suppress(KeyError, ValueError):
+            rows.append((int(row["step"]), row["layer"], int(row["head"]), float(row["alpha"])))
     return rows
 
 
@@ -170,7 +167,7 @@ def _sections(report: Report, pictures: Mapping[str, bytes]) -> list[tuple[str, 
     run = report.run
     prediction = f"{report.sample.word} → {report.sample.prediction}"
     return [
-        ("Results", _results(run.folder / RESULTS)),
+        ("Results", _results(run.folder / RESULTS, run.config.data.get("metrics") or ("per", "wer"))),
         (
             "α and attention density of every head",
             html.paragraph(
@@ -274,16 +271,15 @@ def _heads(report: Report) -> list[dict[str, str]]:
     return rows
 
 
-def _results(file: Path) -> str:
-    """The error rates that the training ended with."""
+def _results(file: Path, metrics: Sequence[str]) -> str:
+    """The metrics that the training ended with."""
     if not file.is_file():
         return html.paragraph("None: the training was stopped before its end.")
     content: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
     rows = [
         {
             "words": name,
-            "PER, %": f"{content[f'{split}/per']:.2f}",
-            "WER, %": f"{content[f'{split}/wer']:.2f}",
+            **{METRICS[name].label: f"{content[f'{split}/{name}']:.2f}" for name in metrics},
             "loss per token": f"{content[f'{split}/loss']:.3f}",
         }
         for split, name in SPLIT_NAMES.items()

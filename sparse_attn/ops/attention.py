@@ -1,4 +1,4 @@
-"""Attention with a sparse mapping in the place of softmax; signatures of ``scaled_dot_product_attention``."""
+"""Attention with a sparse mapping in place of softmax; signatures like ``scaled_dot_product_attention``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from sparse_attn.ops.entmax import entmax_along
 Normalizer = Literal["softmax", "sparsemax"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # Dynamo before torch 2.13 would ask for a hash before the fields are there
 class ScoreMapping:
-    """Scores (..., H, L, S) to weights: α-entmax over the ``k`` best keys of each query, or over all of them."""
+    """Maps scores (..., H, L, S) to weights: α-entmax over the ``k`` largest scores of each query, or over all."""
 
     alpha: float | Tensor  # a number, or a tensor that broadcasts to (H, 1, 1)
     k: int | None = None
@@ -54,18 +54,18 @@ def entmax_attention(
         key: (..., H, S, D).
         value: (..., H, S, Dv).
         alpha: A number or (H,), in ``(0, inf)``; 1 is softmax attention.
-        attn_mask: Broadcastable to (..., H, L, S): boolean, ``True`` = take part, or floating, added to the scores.
+        attn_mask: Broadcastable to (..., H, L, S): boolean, ``True`` = visible, or floating, added to the scores.
         dropout_p: Probability that a weight is dropped; applied whenever it is above 0, as in torch's function.
         is_causal: Query ``i`` sees the keys up to ``i`` (aligned top-left). Not together with ``attn_mask``.
         scale: Factor of the scores; ``1 / sqrt(D)`` by default.
-        enable_gqa: Key and value may have fewer heads, a divisor of the query's.
+        enable_gqa: Key and value may have fewer heads than the query; their number must divide the query's.
 
     Returns:
-        (..., H, L, Dv). A query that sees nothing gets zeros.
+        (..., H, L, Dv). A query with no visible key gets zeros.
 
     Raises:
         TypeError: A wrong dtype.
-        ValueError: Shapes that do not fit, α or ``dropout_p`` outside its range.
+        ValueError: Shapes do not fit; α or ``dropout_p`` is outside its range.
 
     Example:
         >>> query, key, value = torch.randn(3, 2, 4, 5, 8).unbind()
@@ -93,7 +93,7 @@ def topk_attention(
     enable_gqa: bool = False,
     normalizer: Normalizer = "softmax",
 ) -> Tensor:
-    """Attention of every query to its ``k`` best keys, or to all where it sees fewer.
+    """Attention of every query to the ``k`` visible keys with the largest scores, or to all if fewer are visible.
 
     Args:
         query: (..., H, L, D).
@@ -105,14 +105,14 @@ def topk_attention(
         is_causal: As in :func:`entmax_attention`.
         scale: As in :func:`entmax_attention`.
         enable_gqa: As in :func:`entmax_attention`.
-        normalizer: What turns the kept scores into weights.
+        normalizer: The mapping from the kept scores to weights.
 
     Returns:
-        (..., H, L, Dv). A query that sees nothing gets zeros.
+        (..., H, L, Dv). A query with no visible key gets zeros.
 
     Raises:
         TypeError: A wrong dtype, or ``k`` is not an int.
-        ValueError: Shapes that do not fit, ``k`` below 1, an unknown ``normalizer``.
+        ValueError: Shapes do not fit, ``k`` is below 1, or ``normalizer`` is unknown.
 
     Example:
         >>> query, key, value = torch.randn(3, 2, 4, 5, 8).unbind()
@@ -128,7 +128,7 @@ def topk_attention(
 
 
 def entmax_mapping(alpha: float | Tensor, heads: int, k: int | None = None) -> ScoreMapping:
-    """α-entmax with one α or one per head, over all keys or the ``k`` best."""
+    """α-entmax with one α or one per head, over all keys or the ``k`` with the largest scores."""
     if not isinstance(alpha, Tensor) or alpha.dim() == 0:
         return ScoreMapping(alpha, k)
     if tuple(alpha.shape) != (heads,):
@@ -137,13 +137,13 @@ def entmax_mapping(alpha: float | Tensor, heads: int, k: int | None = None) -> S
 
 
 def topk_mapping(k: int, alpha: float | Tensor = 1.0, heads: int = 1) -> ScoreMapping:
-    """α-entmax over the ``k`` best keys, all of them where there are fewer."""
+    """α-entmax over the ``k`` keys with the largest scores, or over all keys if there are fewer."""
     check_k(k)
     return entmax_mapping(alpha, heads, k)
 
 
 def normalizer_alpha(normalizer: str) -> float:
-    """The α that a top-k normalizer's name stands for."""
+    """The α of a top-k normalizer: 1 for softmax, 2 for sparsemax."""
     if normalizer not in _ALPHA_OF:
         raise ValueError(f"normalizer must be one of {', '.join(_ALPHA_OF)}, got {normalizer!r}")
     return _ALPHA_OF[normalizer]
@@ -162,14 +162,14 @@ def attend(
     enable_gqa: bool = False,
     need_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output of attention with any mapping, and the weights (after dropout) if they are needed.
+    """The output of attention with any mapping, and the weights (after dropout) if ``need_weights``.
 
-    Arguments are as in the public functions.
+    The other arguments are those of the public functions.
     """
     check_shapes(query, key, value, enable_gqa)
     check_dropout(dropout_p, "dropout_p")
     if is_causal and attn_mask is not None:
-        raise ValueError("attn_mask must be None when is_causal=True, got both; put the causal part into the mask")
+        raise ValueError("attn_mask must be None when is_causal=True, got both; combine them into one mask")
     if isinstance(attn_mask, Tensor) and described_causal(attn_mask) is None and attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device, {query.device}, got {attn_mask.device}")
     query, key, value = _of_one_rank(query, key, value)
@@ -227,7 +227,7 @@ def _heads(x: Tensor) -> int:
 
 
 def check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    """Raise unless query, key and value have one dtype and device and shapes that fit."""
+    """Raise unless query, key and value have the same dtype, the same device and shapes that fit."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_floating(x, name)
     dtypes = (query.dtype, key.dtype, value.dtype)
