@@ -9,9 +9,14 @@ from collections.abc import Sequence
 _TEXTS = [
     "run",
     "compare",
+    "baseline",
     "input",
     "output",
     "word",
+    "hf_model",
+    "text",
+    "target",
+    "alignments",
     "resume",
     "data.path",
     "data.train",
@@ -20,9 +25,11 @@ _TEXTS = [
     "hydra.run.dir",
     "hydra.sweep.dir",
 ]
+# Hydra takes the name of a config group for a choice among its files, in every command.
+_OTHER_NAMES = {"inspect": {"model": "hf_model"}}
 _QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 _SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)")
-_NEEDED_GROUPS = ("data", "model", "paths", "trainer")
+_NEEDED_GROUPS = ("data", "decoding", "model", "paths", "trainer")
 _HELP, _MULTIRUN = ("--help", "-h"), ("--multirun", "-m")
 # Of these, which say what to do instead of a single run, Hydra takes one.
 _MODES = (*_MULTIRUN, "--run", "-r", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
@@ -46,6 +53,11 @@ _FLAGS = tuple(dict.fromkeys([*_HELP, *_MODES, *_WITH_VALUE, "--resolve", "--hyd
 def is_multirun(arguments: Sequence[str]) -> bool:
     """Whether the command line asks for several runs."""
     return any(argument in _MULTIRUN for argument in arguments)
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether the command line asks for the help instead of a run."""
+    return any(argument in (*_HELP, "--hydra-help") for argument in arguments)
 
 
 def quoted(text: str) -> str:
@@ -73,6 +85,19 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
+def sweep_arguments(arguments: Sequence[str]) -> list[str]:
+    """The command line of ``compare``, whose folders need no key.
+
+    Example:
+        >>> sweep_arguments(["runs/a", "runs/b", "format=csv"])
+        ["sweep=['runs/a','runs/b']", 'format=csv']
+    """
+    flags, others = split(arguments)
+    folders = [argument for argument in others if "=" not in argument]
+    given = [f"sweep=[{','.join(map(quoted, folders))}]"] if folders else []
+    return [*given, *(argument for argument in others if argument not in folders), *flags]
+
+
 def check_flags(flags: Sequence[str]) -> None:
     """Raise where Hydra would answer with a usage message of many lines."""
     names = [flag.partition("=")[0] for flag in flags if flag.startswith("-")]
@@ -94,13 +119,34 @@ def check_deletions(overrides: Sequence[str]) -> None:
             raise ValueError(f"{group} cannot be left out, got {override!r}; choose one with {group}=NAME")
 
 
+def with_config_names(command: str, overrides: Sequence[str]) -> list[str]:
+    """Overrides with the keys that the configuration has in the place of those that a user types.
+
+    Example:
+        >>> with_config_names("inspect", ["model=a=b", "run=c"])
+        ['hf_model=a=b', 'run=c']
+    """
+    names = _OTHER_NAMES.get(command, {})
+    keys = [override.partition("=") for override in overrides]
+    return [names.get(key, key) + equals + value for key, equals, value in keys]
+
+
 def read_as_text(override: str, *, sweep: bool) -> str:
     """Quotes the value of a key that is a path or a word; with ``sweep``, each of several after commas."""
     key, equals, value = override.partition("=")
     if not equals or key.lstrip("+") not in _TEXTS or (sweep and _SWEEP_FUNCTION.fullmatch(value)):
         return override
-    values = re.findall(rf"(?:^|,)\s*((?:{_QUOTED})(?=\s*(?:,|$))|[^,]*)", value) if sweep else [value]
+    listed = re.fullmatch(r"\[(.*)\]", value) if key == "run" else None
+    if listed:  # several run folders are one value
+        folders = _separated(listed[1]) if listed[1].strip() else []
+        return f"run=[{','.join(map(_as_text, folders))}]"
+    values = _separated(value) if sweep else [value]
     return f"{key}={','.join(_as_text(single) for single in values)}"
+
+
+def _separated(values: str) -> list[str]:
+    """What stands between commas outside of quotation marks."""
+    return re.findall(rf"(?:^|,)\s*((?:{_QUOTED})(?=\s*(?:,|$))|[^,]*)", values)
 
 
 def _as_text(value: str) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import inspect
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.utils import get_class, instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -17,31 +20,58 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from .bind import check_arguments
 from .callbacks.alpha import AlphaCourse
 from .callbacks.checkpoints import BestAndLast
+from .callbacks.learning_rate import LearningRate
 from .callbacks.progress import progress
-from .seq2seq.data import Seq2SeqData
+from .seq2seq.data import Seq2SeqData, make_sequences
+from .seq2seq.decode import Decoding
+from .seq2seq.metrics import MEANS, METRICS, Metric, computed
 from .seq2seq.model import Seq2SeqTransformer
+from .seq2seq.schedules import check_schedule
 from .seq2seq.task import Seq2SeqTask
 
 SECTIONS = (
     "seed",
     "resume",
     "threads",
+    "keep_checkpoints",
     "data",
     "model",
+    "decoding",
     "optimizer",
+    "schedule",
     "loss",
     "trainer",
     "callbacks",
     "logger",
     "paths",
+    "monitor",
 )
-_PLAIN = ("seed", "resume", "threads")
+_PLAIN = ("seed", "resume", "threads", "monitor", "keep_checkpoints")
+# What older runs lack.
+_NEW = ("callbacks", "decoding", "keep_checkpoints", "monitor", "schedule")
 _INSTANTIATED = ("callbacks", "logger")
 # Keys of the config that only serve to write other keys.
-_SHORTHANDS = {"data": ("path", "language"), "model": ("attention",)}
-_FILES = ("path", "train", "val", "test")
-# An output may be a little longer than the longest one seen in training.
-EXTRA_LENGTH = 8
+_SHORTHANDS = {"data": ("path", "language", "tokens"), "model": ("attention",)}
+_LOGGER_NEEDS = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
+_FILES = ("path", "train", "val", "test", "cache")
+# Of numbers that Lightning takes without a look, or fails on in the middle of a training: the lowest, whether that is
+# left out, and whether null is allowed. The learning rate needs an end to fall towards, and the run a checkpoint to
+# score; -1 asks Lightning for an endless training.
+_TRAINER_RANGES = {
+    "max_epochs": (0, True, True),
+    "limit_train_batches": (0, True, True),
+    "limit_val_batches": (0, False, True),
+    "accumulate_grad_batches": (1, False, False),
+    "check_val_every_n_epoch": (1, False, True),
+    "gradient_clip_val": (0, False, True),
+    "log_every_n_steps": (0, False, True),
+    "max_steps": (-1, False, False),
+    "min_epochs": (0, False, True),
+    "min_steps": (0, False, True),
+    "reload_dataloaders_every_n_epochs": (0, False, False),
+    "num_sanity_val_steps": (-1, False, True),
+}
+_BYTES_PER_LAYER = 100_000  # of the Python objects of a layer, however small its weights
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
@@ -54,19 +84,23 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     """
     if unknown := [name for name in cfg if name not in SECTIONS]:
         raise ValueError(f"unknown key {unknown[0]!r}; allowed: {', '.join(SECTIONS)}")
-    if missing := [name for name in SECTIONS if name not in cfg and name != "callbacks"]:  # which older runs lack
+    if missing := [name for name in SECTIONS if name not in cfg and name not in _NEW]:
         raise ValueError(f"the configuration must have {', '.join(SECTIONS)}, got no {', '.join(missing)}")
     for name in SECTIONS:
         # No logger or callback at all is a choice.
-        optional = name in _INSTANTIATED and cfg.get(name) is None
+        optional = (name in _INSTANTIATED and cfg.get(name) is None) or (name in _NEW and name not in cfg)
         if name not in _PLAIN and not optional and not isinstance(cfg[name], DictConfig):
             raise TypeError(f"{name} must be a group of keys, got {cfg[name]!r}")
     for section in _INSTANTIATED:
         for name, node in (cfg.get(section) or {}).items():
-            if not isinstance(node, DictConfig) or "_target_" not in node:
+            if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
                 raise TypeError(
                     f"{section}.{name} must be a group of keys with _target_ (~{section}.{name} drops it), got {node}"
                 )
+    for name, node in (cfg.get("logger") or {}).items():
+        package = _LOGGER_NEEDS.get(str(node["_target_"]).rpartition(".")[2])
+        if package and importlib.util.find_spec(package) is None:
+            raise ValueError(f"logger.{name} needs the package {package}: pip install {package}")
     settings: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
         _without_unused(cfg), resolve=True, throw_on_missing=True
     )
@@ -74,8 +108,16 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
     threads = settings["threads"]
-    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
-        raise ValueError(f"threads must be a whole number of at least 1, or null for all cores, got {threads!r}")
+    cores = os.cpu_count() or 1
+    whole = isinstance(threads, int) and not isinstance(threads, bool)
+    if threads is not None and not (whole and 1 <= threads <= cores):
+        raise ValueError(
+            f"threads must be a whole number from 1 to {cores}, the cores of this machine, or null for all, "
+            f"got {threads!r}"
+        )
+    keep = settings.setdefault("keep_checkpoints", 0)
+    if not isinstance(keep, int) or isinstance(keep, bool) or keep < 0:
+        raise ValueError(f"keep_checkpoints must be a whole number of at least 0, got {keep!r}")
     if not isinstance(folder, str) or not folder:
         raise TypeError(f"paths.output_dir must be a folder, got {folder!r}")
     return settings
@@ -107,6 +149,7 @@ def build_data(section: dict[str, Any]) -> Seq2SeqData:
     """The data of a config section, read and encoded."""
     arguments = _without_shorthands("data", section)
     check_arguments(Seq2SeqData, "data", arguments)
+    check_arguments(make_sequences, "data.generate", arguments.get("generate") or {})
     data = Seq2SeqData(**arguments)
     data.setup()
     return data
@@ -116,20 +159,72 @@ def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
     """The model with its vocabularies from the data, and how it learns."""
     model = _without_shorthands("model", settings["model"])
     check_arguments(Seq2SeqTransformer, "model", model, reserved=("source_size", "target_size"))
-    given = ("source_tokenizer", "target_tokenizer", "model", "max_length", "seed")
+    schedule = settings.get("schedule") or {"name": "linear"}
+    check_arguments(check_schedule, "schedule", schedule)
+    own = {"schedule": schedule["name"], **({"warmup": schedule["warmup"]} if "warmup" in schedule else {})}
+    given = ("source_tokenizer", "target_tokenizer", "model", "max_length", "seed", "schedule", "warmup", "metrics")
     for section in ("optimizer", "loss"):
         check_arguments(Seq2SeqTask, section, settings[section], reserved=given)
-    tokenizer = data.target_tokenizer
-    texts = (text for example in data.splits.train for text in example.references)
+    if model.get("language_dim") and data.languages is None:
+        raise ValueError(f"model.language_dim needs data.languages, got {model['language_dim']} and no languages")
+    for key, most in (("model.dropout", 0.99), ("loss.label_smoothing", 0.9)):
+        section, name = key.split(".")
+        if not 0 <= (value := settings[section].get(name, 0.0)) <= most:
+            raise ValueError(f"{key} must lie in [0, {most}], since nothing is learnt beyond; got {value}")
+    check_size(model, len(data.source_tokenizer), len(data.target_tokenizer))
     return Seq2SeqTask(
         source_tokenizer=data.source_tokenizer.state(),
-        target_tokenizer=tokenizer.state(),
+        target_tokenizer=data.target_tokenizer.state(),
         model=model,
-        max_length=max(len(tokenizer.encode(text)) for text in texts) + EXTRA_LENGTH,
+        max_length=data.longest_output(),
         seed=settings["seed"],
+        metrics=data.metrics,
+        bleu_tokenize=data.bleu_tokenize,
+        **own,
         **settings["optimizer"],
         **settings["loss"],
     )
+
+
+def build_decoding(section: dict[str, Any] | None) -> Decoding:
+    """The decoding of a config section; greedy for a run of an earlier version, which has none."""
+    check_arguments(Decoding, "decoding", section or {})
+    return Decoding(**(section or {}))
+
+
+def check_size(model: dict[str, Any], source_size: int, target_size: int) -> None:
+    """Refuses a model that this machine has no memory for, before torch asks for the memory.
+
+    Args:
+        model: Arguments of ``Seq2SeqTransformer`` besides the sizes of the vocabularies.
+        source_size: Size of the source vocabulary.
+        target_size: Size of the target vocabulary.
+
+    Raises:
+        ValueError: If weights, gradients and the two moments of AdamW would take more than the memory there is.
+    """
+    layers = {name: model.get(name, 1) for name in ("encoder_layers", "decoder_layers")}
+    one = {name: min(count, 1) for name, count in layers.items()}  # all layers of a kind are equally large
+    try:
+        with torch.device("meta"):
+            built = Seq2SeqTransformer(source_size, target_size, **{**model, **one})
+    except RuntimeError as error:
+        raise ValueError(f"model is too large for any machine: {_sizes(model)} ({error})") from error
+    numbers = sum(parameter.numel() for parameter in built.parameters())
+    for stack, name in ((built.encoder, "encoder_layers"), (built.decoder, "decoder_layers")):
+        numbers += (layers[name] - one[name]) * sum(parameter.numel() for parameter in stack.layers.parameters())
+    needed = 16 * numbers + _BYTES_PER_LAYER * sum(layers.values())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
+    if needed > there:
+        raise ValueError(
+            f"model must fit into the memory of this machine, {there / 2**30:,.1f} GiB; its weights, gradients and "
+            f"optimizer need {needed / 2**30:,.1f} GiB with {_sizes(model)}"
+        )
+
+
+def _sizes(model: dict[str, Any]) -> str:
+    names = ("dim", "ff_dim", "encoder_layers", "decoder_layers")
+    return ", ".join(f"model.{name}={model[name]}" for name in names if name in model)
 
 
 def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Logger]:
@@ -141,8 +236,36 @@ def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Logger]:
     return loggers
 
 
-def build_callbacks(section: dict[str, Any] | None) -> list[L.Callback]:
-    """The callbacks of a config section, besides those that every training has."""
+def monitored(monitor: Any, data: Seq2SeqData) -> tuple[str, bool]:
+    """The metric that chooses the best checkpoint, and whether higher is better.
+
+    Args:
+        monitor: ``val/`` and the name of a metric, and perhaps a group such as ``val/wer/hun``; the first of
+            ``data.metrics`` if None.
+        data: The data, with the metrics that are computed on them.
+
+    Raises:
+        ValueError: If there will be no such metric.
+    """
+    if monitor is None:
+        monitor = f"val/{data.metrics[0]}"
+    names: dict[str, Metric] = {**MEANS, **{name: METRICS[name] for name in computed(data.metrics)}}
+    groups = {example.group for example in data.splits.val}
+    parts = str(monitor).split("/")
+    known = parts[0] == "val" and len(parts) > 1 and parts[1] in names
+    if not known or (parts[2:] and (len(groups) < 2 or parts[1] in MEANS or "/".join(parts[2:]) not in groups)):
+        allowed = ", ".join(f"val/{name}" for name in names)
+        raise ValueError(f"monitor must be one of {allowed}, which go with data.metrics, got {monitor!r}")
+    return monitor, names[parts[1]].higher_is_better
+
+
+def build_callbacks(
+    section: dict[str, Any] | None, monitor: str = "val/per", higher_is_better: bool = False
+) -> list[L.Callback]:
+    """The callbacks of a config section, besides those that every training has.
+
+    One that watches a metric, such as ``EarlyStopping``, gets ``monitor`` and ``mode`` if it does not name its own.
+    """
     callbacks = []
     for name, node in (section or {}).items():
         target, arguments = node["_target_"], {key: value for key, value in node.items() if key != "_target_"}
@@ -152,6 +275,8 @@ def build_callbacks(section: dict[str, Any] | None) -> list[L.Callback]:
             raise ValueError(f"callbacks.{name}._target_ must name a class, got {target!r}") from error
         if not issubclass(kind, L.Callback):
             raise ValueError(f"callbacks.{name}._target_ must name a lightning.Callback, got {target!r}")
+        if "monitor" in inspect.signature(kind).parameters:
+            arguments = {"monitor": monitor, "mode": "max" if higher_is_better else "min", **arguments}
         check_arguments(kind, f"callbacks.{name}", arguments)
         callbacks.append(kind(**arguments))
     return callbacks
@@ -163,33 +288,45 @@ def located(target: str) -> str:
     return f"{__package__}.{rest}" if package == "recipes" else target
 
 
-def build_trainer(
-    section: dict[str, Any], loggers: list[Logger], folder: Path, callbacks: Sequence[L.Callback] = ()
-) -> L.Trainer:
-    """The trainer of a config section, writing into the run folder."""
+def check_trainer(section: dict[str, Any]) -> None:
+    """Refuses settings of the trainer that cannot be used."""
     check_arguments(L.Trainer, "trainer", section, reserved=("logger", "callbacks", "default_root_dir"))
-    devices = section.get("devices", 1)
-    one = len(devices) == 1 if isinstance(devices, list) else devices in (1, "1")
-    if not one or section.get("num_nodes", 1) != 1:
-        came = {key: section[key] for key in ("devices", "num_nodes") if key in section}
-        raise ValueError(f"trainer.devices must be 1, or a list of one such as [0], on one node, got {came}")
-    # The learning rate needs an end to fall towards, and the run a checkpoint to score.
-    for name in ("max_epochs", "limit_train_batches"):
-        value = section.get(name, 1)
-        if value is None or not value > 0:
-            raise ValueError(f"trainer.{name} must be above 0, got {value}")
+    for name, (lowest, above, optional) in _TRAINER_RANGES.items():
+        value = section.get(name, lowest + 1)
+        if (value is None and not optional) or (value is not None and (value < lowest or (above and value == lowest))):
+            allowed = f"{'above' if above else 'at least'} {lowest}{' or null' if optional else ''}"
+            raise ValueError(f"trainer.{name} must be {allowed}, got {value}")
+
+
+def build_trainer(
+    section: dict[str, Any],
+    loggers: list[Logger],
+    folder: Path,
+    callbacks: Sequence[L.Callback] = (),
+    *,
+    monitor: str = "val/per",
+    higher_is_better: bool = False,
+    keep_checkpoints: int = 0,
+) -> L.Trainer:
+    """The trainer of a config section, writing into the run folder; it keeps the weights of so many last epochs."""
+    check_trainer(section)
     shown = progress()
     defaults = {
         "enable_progress_bar": isinstance(shown, ProgressBar),
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # the task takes its share of each batch itself
     }
-    own = [AlphaCourse(folder), BestAndLast(folder)]  # which write what the others have done
+    own = [
+        LearningRate(),
+        AlphaCourse(folder),
+        BestAndLast(folder, monitor, higher_is_better=higher_is_better, keep=keep_checkpoints),
+    ]  # which write what the others have done
     try:
         return L.Trainer(
             **{**defaults, **section}, default_root_dir=folder, logger=loggers, callbacks=[shown, *callbacks, *own]
         )
-    except (MisconfigurationException, ValueError, TypeError) as error:
+    except Exception as error:  # a setting that does not fit, or that needs a package which is not there
         about = [f"{key}={value}" for key, value in section.items() if _is_about(str(error), key, value)]
         raise ValueError(f"trainer: {error}{' Got ' + ', '.join(about) if about else ''}") from error
 

@@ -1,7 +1,8 @@
 """Outputs of a trained model: ``sparse-attn predict run=DIR [input=FILE]`` or ``python -m recipes.predict``.
 
-Words come one a line from a file or standard input; every line gives one line ``word<TAB>prediction``,
-an empty line an empty one.
+Words come one a line from a file or standard input; every line gives one line ``word<TAB>prediction``, or with
+``n_best`` one for each of its best predictions, rank by rank; an empty line gives an empty one. ``scores=true`` adds
+the log-probability in a third column.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from omegaconf import DictConfig
 
+from .ensemble import load_ensemble
+from .evaluate import chosen_decoding
 from .launch import run_hydra
-from .run import load_run
+from .seq2seq.data.files import split_lines
+from .seq2seq.decode import Hypothesis
 from .seq2seq.task import Seq2SeqTask
 
 BATCH_LINES = 512
@@ -34,13 +39,22 @@ def predict(cfg: DictConfig) -> dict[str, int]:
 
     Raises:
         FileNotFoundError: If the run, its checkpoint, the input or the folder of the output is missing.
-        ValueError: If the input is empty, not UTF-8 or holds a tab, or the checkpoint cannot be read.
+        TypeError: If a setting has the wrong type.
+        ValueError: If the input is empty, not UTF-8 or holds a tab, a setting is outside its range, a checkpoint cannot
+            be read, or the runs of an ensemble have different vocabularies.
     """
     counts = {"lines": 0, "unknown": 0}
+    if cfg.output is None and getattr(sys.stdout, "name", None) == os.devnull:  # what a closed stream was replaced with
+        raise ValueError("standard output is closed; give output=FILE")
     with contextlib.ExitStack() as stack:
         source, name = _open_input(cfg.input, stack)
-        task = load_run(cfg.run, cfg.checkpoint).task
-        lines = read_words(source, name)
+        decoding = chosen_decoding(cfg)
+        if not isinstance(cfg.scores, bool):
+            raise TypeError(f"scores must be true or false, got {cfg.scores!r}")
+        ensemble = load_ensemble(cfg.run, cfg.checkpoint, cfg.average)
+        task = ensemble.task
+        decode = partial(decoding.hypotheses, ensemble.models, max_length=ensemble.max_length)
+        lines = read_words(source, name, task.source_tokenizer.fields)
         if cfg.input is not None:
             # A mistake in a file is told before the first line is printed.
             lines = iter(list(lines))
@@ -56,44 +70,57 @@ def predict(cfg: DictConfig) -> dict[str, int]:
             while batch:
                 _warn(task, batch, counts)
                 words = [word for _, word in batch if word]
-                predictions = iter(task.predict_words(words)) if words else iter(())
+                found = iter(task.decode_words(words, decode) if words else ())
                 for _, word in batch:
-                    text = f"{word}\t{task.target_tokenizer.join(next(predictions))}" if word else ""
-                    target.write(f"{text}\n")
+                    for line in _lines(task, word, next(found), scores=cfg.scores) if word else [""]:
+                        target.write(f"{line}\n")
                 target.flush()
                 batch = list(itertools.islice(lines, size))
     return counts
 
 
-def read_words(source: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
+def read_words(source: Iterable[bytes], name: str, fields: Sequence[str] = ("source",)) -> Iterator[tuple[int, str]]:
     """Line numbers and words, without the white space around them; an empty word for a blank line.
 
     Args:
         source: Lines of UTF-8 text.
         name: What to call the source in a message.
+        fields: What the model reads: a line has as many columns.
 
     Raises:
-        ValueError: If there is no line at all, one is not UTF-8, or one holds a tab.
+        ValueError: If there is no line at all, one is not UTF-8, or one has another number of columns.
     """
     number = 0
-    for number, line in enumerate(source, start=1):
+    for line in source:
         try:
-            word = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            text = line.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{name} must be UTF-8 text, got byte 0x{line[error.start]:02x} in line {number}"
+                f"{name} must be UTF-8 text, got byte 0x{line[error.start]:02x} in line {number + 1}"
             ) from None
-        if "\t" in word:
-            raise ValueError(f"{name}, line {number}: a line must be one word without a tab, got {word!r}")
-        yield number, word
+        for part in split_lines(text):
+            number += 1
+            word = "\t".join(field.strip() for field in part.split("\t")) if part.strip() else ""
+            if word and word.count("\t") != len(fields) - 1:
+                form = "<TAB>".join(fields) if len(fields) > 1 else "one word without a tab"
+                raise ValueError(f"{name}, line {number}: a line must be {form}, got {word!r}")
+            yield number, word
     if number == 0:
         raise ValueError(f"{name} must hold at least one line, got nothing")
+
+
+def _lines(task: Seq2SeqTask, word: str, hypotheses: Sequence[Hypothesis], *, scores: bool) -> Iterator[str]:
+    """A line for each hypothesis of a word."""
+    tokenizer = task.target_tokenizer
+    for hypothesis in hypotheses:
+        text = f"{word}\t{tokenizer.join(tokenizer.words(tokenizer.decode(hypothesis.tokens)))}"
+        yield f"{text}\t{hypothesis.log_probability:.6f}" if scores else text
 
 
 def _warn(task: Seq2SeqTask, batch: list[tuple[int, str]], counts: dict[str, int]) -> None:
     for number, word in batch:
         counts["lines"] += 1
-        if unknown := task.source_tokenizer.unknown(word):
+        if word and (unknown := task.source_tokenizer.unknown(word)):
             counts["unknown"] += 1
             tokens = ", ".join(f'"{token}"' if token.isprintable() else ascii(token) for token in unknown)
             print(f'line {number}: "{word}": never seen in training: {tokens}; read as <unk>', file=sys.stderr)
@@ -101,6 +128,8 @@ def _warn(task: Seq2SeqTask, batch: list[tuple[int, str]], counts: dict[str, int
 
 def _open_input(path: str | None, stack: contextlib.ExitStack) -> tuple[BinaryIO, str]:
     if path is None:
+        if sys.stdin is None:
+            raise ValueError("standard input is closed; give input=FILE")
         return sys.stdin.buffer, "standard input"
     try:
         return stack.enter_context(Path(path).expanduser().open("rb")), str(path)

@@ -6,23 +6,30 @@ import random
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from sparse_attn import alpha_per_head
 
-from .report import alpha_table, attention_density, rates_table, top_k_per_layer
+from .predictions import PREDICTIONS, write_predictions
+from .report import alpha_table, attention_density, top_k_per_layer
+from .report.scores import print_scores
 from .run import CHECKPOINTS, RESULTS, checkpoint_file, read_checkpoint, short_path, write_json
 from .seq2seq.data import Seq2SeqData
+from .seq2seq.decode import Decoding
+from .seq2seq.metrics import METRICS
 from .seq2seq.scores import Scores, score
 from .seq2seq.task import Seq2SeqTask
 
 EXAMPLES = 10
+LONGEST_EXAMPLE = 48
 
 
 def headline(folder: Path, data: Seq2SeqData, task: Seq2SeqTask, trainer: L.Trainer, step: int) -> str:
@@ -32,7 +39,17 @@ def headline(folder: Path, data: Seq2SeqData, task: Seq2SeqTask, trainer: L.Trai
     weights = sum(parameter.numel() for parameter in task.parameters())
     device = trainer.strategy.root_device.type
     start = f", going on after step {step}" if step else ""
-    return f"{data.name}: {words}\n{weights:,} parameters on {device}{start}; run folder {short_path(folder)}"
+    return f"{data.title}: {words}\n{weights:,} parameters on {device}{start}; run folder {short_path(folder)}"
+
+
+def early_stop(trainer: L.Trainer) -> str | None:
+    """Why a training ended before its last epoch, if a callback has ended it."""
+    for callback in trainer.early_stopping_callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
+            waited = f"{callback.patience} epoch{'s' * (callback.patience != 1)}"
+            last = callback.stopped_epoch + 1
+            return f"stopped early after epoch {last}: {callback.monitor} has not improved for {waited}"
+    return None
 
 
 def farewell(folder: Path) -> str:
@@ -47,7 +64,7 @@ def farewell(folder: Path) -> str:
 
 
 def conclude(
-    folder: Path, task: Seq2SeqTask, data: Seq2SeqData, *, device: torch.device, begin: float
+    folder: Path, task: Seq2SeqTask, data: Seq2SeqData, decoding: Decoding, *, device: torch.device, begin: float
 ) -> dict[str, float]:
     """Scores the best checkpoint on all validation and test words; prints and writes the results.
 
@@ -55,6 +72,7 @@ def conclude(
         folder: The run folder.
         task: The model, whose weights become those of the best checkpoint.
         data: Its data.
+        decoding: How the words are decoded.
         device: Where to compute.
         begin: ``time.monotonic()`` at the start of the run, less what sessions before a resumption took.
     """
@@ -62,44 +80,66 @@ def conclude(
     task.load_state_dict(read_checkpoint(checkpoint_file(folder, "best"))["state_dict"])
     task.to(device)
     with console.status("scoring the best checkpoint on all validation and test words"):
-        scores = {"val": score(task, data.full_val_dataloader()), "test": score(task, data.test_dataloader())}
+        loaders = {"val": data.full_val_dataloader(), "test": data.test_dataloader()}
+        decode = partial(decoding.best, task.model, max_length=task.hparams["max_length"])
+        scores = {split: score(task, loader, decode) for split, loader in loaders.items()}
         density = attention_density(task, data.full_val_dataloader())
-    rates = {split: found.metrics() for split, found in scores.items()}
-    results = {f"{split}/{name}": value for split, found in rates.items() for name, value in found.items()}
+    results = {f"{split}/{name}": value for split, found in scores.items() for name, value in found.metrics().items()}
     results["seconds"] = time.monotonic() - begin
-    write_json(folder / RESULTS, results)
+    write_predictions(folder / PREDICTIONS, scores["test"], task.source_tokenizer.fields)
+    write_json(folder / RESULTS, {**results, **_signatures(scores["test"])})
     console.print()
     console.print(_examples(scores["test"], task))
     console.print()
     console.print(alpha_table(alpha_per_head(task.model), density, top_k=top_k_per_layer(task.model)))
     console.print()
-    console.print(rates_table(rates, {split: len(found.sources) for split, found in scores.items()}))
+    print_scores(console, scores)
     place = shlex.quote(short_path(folder))
     console.print(Text(f"\n{results['seconds']:.0f} s; look into it: sparse-attn inspect run={place}"), soft_wrap=True)
     return results
 
 
-def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float]]]) -> None:
+def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float] | str]]) -> None:
     """Prints a row for each of several runs.
 
     Args:
-        runs: The overrides and the results of each.
+        runs: The overrides of each, and its results or, in words, why it has none.
     """
+    if not runs:
+        return
     common = set.intersection(*(set(changes) for changes, _ in runs))
-    columns = {"val PER": "val/per", "val WER": "val/wer", "test PER": "test/per", "test WER": "test/wer"}
+    finished = [results for _, results in runs if not isinstance(results, str)]
+    shown = [name for name in METRICS if any(f"test/{name}" in results for results in finished)][:2]
+    labels = {f"{split}/{name}": METRICS[name].label.removesuffix(" %") for split in ("val", "test") for name in shown}
+    columns = {f"{key.partition('/')[0]} {label}": key for key, label in labels.items()}
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("run")
     for column in (*columns, "seconds"):
         table.add_column(column, justify="right")
+    if len(finished) < len(runs):
+        table.add_column("failed because")
     for changes, results in runs:
-        name = " ".join(change for change in changes if change not in common) or "-"
-        rates = (f"{results[key]:.2f}" for key in columns.values())
-        table.add_row(Text(name), *rates, f"{results['seconds']:.0f}")
+        name = Text(" ".join(change for change in changes if change not in common) or "-")
+        if isinstance(results, str):
+            table.add_row(name, *["-"] * (len(columns) + 1), Text(results))
+        else:
+            rates = (f"{results[key]:.2f}" if key in results else "-" for key in columns.values())
+            table.add_row(name, *rates, f"{results['seconds']:.0f}")
     # Long overrides go beyond the edge of the terminal rather than being cut.
     needed = Console(width=1000).measure(table).maximum
     console = Console(highlight=False, width=max(Console().width, needed))
     console.print()
     console.print(table)
+
+
+def _signatures(scores: Scores) -> dict[str, dict[str, str]]:
+    """How BLEU and chrF were computed, where they were."""
+    return {"signatures": scores.signatures} if scores.signatures else {}
+
+
+def _short(text: str) -> str:
+    """The beginning of a long text: ten sentences would fill several screens."""
+    return text if len(text) <= LONGEST_EXAMPLE else text[: LONGEST_EXAMPLE - 1] + "…"
 
 
 def _examples(scores: Scores, task: Seq2SeqTask) -> Table:
@@ -113,6 +153,7 @@ def _examples(scores: Scores, task: Seq2SeqTask) -> Table:
         prediction, references = scores.predictions[index], scores.references[index]
         wrong = "" if prediction in references else "✗ "
         # Text, not str: square brackets and colons in the data are no markup.
-        shown = Text.assemble((wrong, "red"), join(prediction))
-        table.add_row(Text(scores.sources[index]), shown, Text(" | ".join(map(join, references))))
+        shown = Text.assemble((wrong, "red"), _short(join(prediction)))
+        source = _short(scores.sources[index].replace("\t", " "))
+        table.add_row(Text(source), shown, Text(_short(" | ".join(map(join, references)))))
     return table

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn import entmax, entmax_attention, entmax_loss, topk_softmax
-from sparse_attn.kernels.triton.attention.plan import Plan, Setting
+from sparse_attn.kernels.setting import Setting
+from sparse_attn.kernels.triton.attention.plan import Plan
 
 Measured = dict[str, Any]
 Run = Callable[[], object]

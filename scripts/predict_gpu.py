@@ -24,8 +24,8 @@ import triton
 from gpu_timing import TILES, planned
 from triton.backends.nvidia import compiler
 
+from sparse_attn.kernels.setting import Setting
 from sparse_attn.kernels.triton.attention import backward, forward
-from sparse_attn.kernels.triton.attention.plan import Setting
 
 PAGE = Path(__file__).parents[1] / "benchmarks" / "gpu_predictions.md"
 SWEEPS = 2  # of Newton's method, usually

@@ -1,4 +1,14 @@
-"""Sparse attention for PyTorch: mappings to sparse probabilities, attention layers that learn how sparse to be."""
+"""Sparse attention for PyTorch: mappings to sparse probabilities, attention layers that learn how sparse to be.
+
+Beside the names below there are modules of their own:
+
+- ``sparse_attn.optim``: α in training (parameter groups, freezing, setting, annealing, projection, penalty);
+- ``sparse_attn.analysis``: what attention heads do, from weights or from a record of a model;
+- ``sparse_attn.observe``: how attention modules of your own report their weights to a record;
+- ``sparse_attn.viewer``: a record as a page or a picture;
+- ``sparse_attn.integrations.huggingface``: sparse attention in models of transformers;
+- ``sparse_attn.compat``: names and signatures of other packages.
+"""
 
 import importlib
 import sys

@@ -1,8 +1,26 @@
-"""Who looks at attention weights while a model runs.
+"""Registry of callbacks that receive attention weights during a forward pass: an extension point for attention modules.
 
-Attention that has no hook where weights could be read (functions called by models of others, layers that return their
-output alone) asks `observed()` whether to make weights at all, and `tell`s them. A block of one's own may do the same,
-and `announce` itself, so that a model that has nothing else can be told from one without attention.
+:func:`sparse_attn.record_attention` finds weights by hooks where a module returns them. A module that does not return
+its weights reports them instead, and every layer of this library does. Two steps make an attention module of your own
+visible to a record: report the weights where they are made, and register a function that knows such modules.
+
+Example:
+    >>> import torch
+    >>> from torch import Tensor, nn
+    >>> from sparse_attn import sparsemax
+    >>> class Pooling(nn.Linear):
+    ...     def forward(self, x: Tensor) -> Tensor:  # (N, S, E) to (N, E)
+    ...         weights = sparsemax(super().forward(x).transpose(1, 2))  # (N, 1, S)
+    ...         if weights_are_observed():
+    ...             report_weights(self, weights.unsqueeze(1))
+    ...         return (weights @ x).squeeze(1)
+    >>> register_reporter(lambda module: isinstance(module, Pooling))
+
+    From now on ``record_attention(model)`` records every ``Pooling`` of a model. An observer of your own sees it too:
+
+    >>> with observe_weights(lambda module, weights, visible, alpha: print(tuple(weights.shape))):
+    ...     _ = Pooling(5, 1)(torch.randn(2, 3, 5))
+    (2, 1, 1, 3)
 """
 
 from __future__ import annotations
@@ -13,46 +31,71 @@ from threading import get_ident
 
 from torch import Tensor, nn
 
+__all__ = [
+    "Observer",
+    "is_reporter",
+    "observe_weights",
+    "pause_observers",
+    "register_reporter",
+    "report_weights",
+    "weights_are_observed",
+]
+
 Observer = Callable[[nn.Module, Tensor, Tensor | None, float | Tensor | None], None]
 _observers: list[Observer] = []
-_aside: list[int] = []  # threads in which nobody looks for now
-_announced: list[Callable[[nn.Module], bool]] = []
+_paused: list[int] = []  # threads whose weights no observer receives
+_reporters: list[Callable[[nn.Module], bool]] = []
 
 
-def observed() -> bool:
-    """Whether anybody looks."""
-    return bool(_observers) and not (_aside and get_ident() in _aside)
+def weights_are_observed() -> bool:
+    """Whether an observer is active in this thread: a module that can do without its weights need not make them."""
+    return bool(_observers) and not (_paused and get_ident() in _paused)
 
 
-def tell(
+def report_weights(
     module: nn.Module, weights: Tensor, visible: Tensor | None = None, alpha: float | Tensor | None = None
 ) -> None:
-    """Show the weights that ``module`` attends with to everybody who looks.
+    """Pass attention weights to all active observers.
 
     Args:
-        module: The one that attends.
-        weights: (N, H, L, S).
-        visible: True where a query may see a key; broadcasts against ``weights``. None: everywhere.
+        module: The module that attends.
+        weights: (N, H, L, S), before or after dropout as the module multiplies them with its values.
+        visible: True where a query may see a key; broadcasts against ``weights``. None: every query sees every key.
         alpha: α that made the weights, a number or one per head; None: ``module.alpha``, if there is one.
     """
-    for observer in tuple(_observers) if observed() else ():
+    for observer in tuple(_observers) if weights_are_observed() else ():
         observer(module, weights, visible, alpha)
 
 
-def announce(is_teller: Callable[[nn.Module], bool]) -> None:
-    """Say which modules :func:`tell`: those that ``is_teller`` is true of."""
-    if is_teller not in _announced:
-        _announced.append(is_teller)
+def register_reporter(reports: Callable[[nn.Module], bool]) -> None:
+    """Register a function that says which modules call :func:`report_weights`.
+
+    :func:`sparse_attn.record_attention` refuses a model in which it finds no attention, so it has to know them.
+
+    Args:
+        reports: True for a module that reports its weights. The same function registered again changes nothing.
+
+    Raises:
+        TypeError: ``reports`` cannot be called.
+    """
+    if not callable(reports):
+        raise TypeError(f"reports must be a function of a module, got {reports!r}")
+    if reports not in _reporters:
+        _reporters.append(reports)
 
 
-def tells(module: nn.Module) -> bool:
-    """Whether a module is of those that were announced."""
-    return any(is_teller(module) for is_teller in _announced)
+def is_reporter(module: nn.Module) -> bool:
+    """Whether a registered function says that ``module`` reports its weights."""
+    return any(reports(module) for reports in _reporters)
 
 
 @contextmanager
-def observing(observer: Observer) -> Iterator[None]:
-    """While the context is open every :func:`tell` calls ``observer(module, weights, visible, alpha)``."""
+def observe_weights(observer: Observer) -> Iterator[None]:
+    """Within the context, every :func:`report_weights` calls ``observer(module, weights, visible, alpha)``.
+
+    Args:
+        observer: Its arguments are those of :func:`report_weights`; called in the thread of the forward pass.
+    """
     _observers.append(observer)
     try:
         yield
@@ -61,11 +104,11 @@ def observing(observer: Observer) -> Iterator[None]:
 
 
 @contextmanager
-def unobserved() -> Iterator[None]:
-    """Have nobody look at what this thread does while the context is open."""
+def pause_observers() -> Iterator[None]:
+    """Within the context, weights of this thread reach no observer."""
     thread = get_ident()
-    _aside.append(thread)
+    _paused.append(thread)
     try:
         yield
     finally:
-        _aside.remove(thread)
+        _paused.remove(thread)

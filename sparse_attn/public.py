@@ -1,5 +1,7 @@
 """The public names of the package, which ``sparse_attn`` re-exports."""
 
+# First, since it raises before another module of ours trips over what an older version does not have.
+import sparse_attn.versions  # noqa: F401  # isort: split
 from sparse_attn.analysis.record import record_attention
 from sparse_attn.kernels.dispatch import backends, use_backend
 from sparse_attn.nn import (
@@ -33,6 +35,7 @@ from sparse_attn.ops import (
     entmax15,
     entmax15_loss,
     entmax_attention,
+    entmax_attention_varlen,
     entmax_loss,
     normmax,
     sparse_softmax,
@@ -75,6 +78,7 @@ __all__ = [
     "entmax15",
     "entmax15_loss",
     "entmax_attention",
+    "entmax_attention_varlen",
     "entmax_loss",
     "normmax",
     "record_attention",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from encoders import sparse_encoder
 from torch import Tensor, nn
 
 from sparse_attn import (
@@ -16,7 +18,6 @@ from sparse_attn import (
     EntmaxLoss,
     SparseAttention,
     alpha_per_head,
-    replace_attention,
 )
 from sparse_attn.nn.alpha import HeadAlpha
 from sparse_attn.optim import (
@@ -34,11 +35,7 @@ from sparse_attn.optim import (
 N, L, H, E, F = 3, 5, 2, 14, 11
 
 
-def encoder(layers: int = 2, **kwargs: Any) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(E, H, F, dropout=0.0, batch_first=True)
-    model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-    replace_attention(model, **kwargs)
-    return model
+encoder = partial(sparse_encoder, E, H, F)
 
 
 class Everything(nn.Module):
@@ -220,7 +217,7 @@ def test_a_filter_leaves_the_alpha_of_a_loss_to_the_objective() -> None:
     set_alpha(model, 1.25, filter_fn=lambda name, module: seen.setdefault(name, module) is model.loss)
     assert seen["attention"] is model.attention and list(seen)[-1] == "block.sparse_alpha"
     assert model.loss.alpha.item() == 1.25 and set(model.attention.alpha.tolist()) == {1.75}
-    with pytest.raises(ValueError, match="value must be for modules with an α, 'loss', got 'attention'"):
+    with pytest.raises(ValueError, match="value must name modules with an α, 'loss', got 'attention'"):
         set_alpha(model, {"attention": 1.5}, filter_fn=lambda name, module: name == "loss")
 
 
@@ -314,7 +311,7 @@ def test_a_model_without_a_learnt_alpha(call: Callable[[nn.Module], Any], messag
     with pytest.raises(ValueError, match=message + r".*got none"):
         call(nn.Linear(2, 3))
     for make in FIXED:
-        with pytest.raises(ValueError, match=message + r".*got fixed ones alone"):
+        with pytest.raises(ValueError, match=message + r".*got fixed α only"):
             call(make())
     with pytest.raises(ValueError, match="model must hold an α, got none in Linear"):
         set_alpha(nn.Linear(2, 3), 1.5)

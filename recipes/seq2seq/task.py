@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparse_attn.optim import alpha_param_groups
 
-from .data.batching import pad
+from ..processes import share_of_batch
+from .data.batching import EVAL_BATCH_TOKENS, BatchByLength, pad
 from .decode import greedy_decode
 from .model import Seq2SeqTransformer
-from .scores import Scores
+from .output import next_token_log_probabilities, output_loss
+from .schedules import check_schedule, rate_factor
+from .scores import Decode, Scores
 from .tokenizer import PAD, Tokenizer
+
+Decoded = TypeVar("Decoded")
 
 # Of checkpoints: raised when the weights or hyper-parameters of an earlier version no longer fit.
 LAYOUT = 2
 
 
 class Seq2SeqTask(L.LightningModule):
-    """A ``Seq2SeqTransformer`` under teacher forcing, with AdamW, a linear warm-up and a linear fall to zero.
+    """A ``Seq2SeqTransformer`` under teacher forcing, with AdamW and a schedule of its learning rate.
 
     Every argument is plain data, so that a checkpoint holds nothing else and loads under
     ``torch.load(weights_only=True)``.
@@ -36,11 +41,15 @@ class Seq2SeqTask(L.LightningModule):
         learning_rate: Highest learning rate of the weights, reached after the warm-up.
         alpha_learning_rate: The same for the parameters that hold α.
         weight_decay: Decay of the weight matrices; biases, norms and α have none.
-        warmup_steps: Steps of the linear rise.
+        warmup_steps: Steps of the linear rise; None for the share ``warmup`` of all steps.
         max_steps: Steps of the whole schedule; those of the trainer if ``None``.
-        label_smoothing: Probability spread evenly over the wrong tokens of the training targets.
+        label_smoothing: ε of the loss: the share of each training target that is spread evenly over all tokens.
         max_length: Longest output in tokens.
         seed: Chooses the dropout of every epoch, whatever was drawn before it.
+        schedule: How the learning rate rises and falls; see :func:`recipes.seq2seq.schedules.rate_factor`.
+        warmup: Share of all steps in which it rises.
+        metrics: What to score besides the loss; see ``recipes.seq2seq.metrics.METRICS``.
+        bleu_tokenize: How BLEU splits texts into words.
 
     Raises:
         ValueError: If a number is outside its range, or the model refuses its arguments.
@@ -55,11 +64,15 @@ class Seq2SeqTask(L.LightningModule):
         learning_rate: float = 2e-3,
         alpha_learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
-        warmup_steps: int = 200,
+        warmup_steps: int | None = None,
         max_steps: int | None = None,
         label_smoothing: float = 0.1,
         max_length: int = 64,
         seed: int = 0,
+        schedule: str = "linear",
+        warmup: float = 0.15,
+        metrics: Sequence[str] = ("per", "wer"),
+        bleu_tokenize: str = "13a",
     ) -> None:
         super().__init__()
         for name, rate in {
@@ -68,7 +81,8 @@ class Seq2SeqTask(L.LightningModule):
         }.items():
             if not rate > 0:
                 raise ValueError(f"{name} must be above 0, got {rate}")
-        for name, value in {"weight_decay": weight_decay, "warmup_steps": warmup_steps}.items():
+        check_schedule(schedule, warmup)
+        for name, value in {"weight_decay": weight_decay, "warmup_steps": warmup_steps or 0}.items():
             if not value >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         if max_steps is not None and max_steps < 1:
@@ -80,7 +94,15 @@ class Seq2SeqTask(L.LightningModule):
         self.source_tokenizer = Tokenizer(**source_tokenizer)
         self.target_tokenizer = Tokenizer(**target_tokenizer)
         self.model = Seq2SeqTransformer(len(self.source_tokenizer), len(self.target_tokenizer), **model)
-        self._scores = Scores()
+        self._scores = self.new_scores()
+
+    def new_scores(self) -> Scores:
+        """Scores of no words yet."""
+        return Scores(
+            names=self.hparams["metrics"],
+            join=self.target_tokenizer.join,
+            bleu_tokenize=self.hparams["bleu_tokenize"],
+        )
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """Logits of the next target token, see ``Seq2SeqTransformer``."""
@@ -93,66 +115,93 @@ class Seq2SeqTask(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Makes dropout a function of seed and epoch: a resumed run goes on as if it had never stopped."""
-        torch.manual_seed((self.hparams["seed"] << 20) + self.current_epoch)
+        torch.manual_seed((self.global_rank << 52) + (self.hparams["seed"] << 20) + self.current_epoch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Cross-entropy of the target tokens, padding left out.
+        """The loss of the output's mapping at the target tokens, padding left out.
 
         Raises:
             ValueError: If it is not a finite number: the training has diverged.
         """
+        weight = 1.0
+        if (processes := self._trainer.world_size if self._trainer else 1) > 1:
+            batch, weight = share_of_batch(batch, self.global_rank, processes, PAD)
         logits = self(batch["source"], batch["target_in"])
-        loss = F.cross_entropy(
+        loss = weight * output_loss(
             logits.flatten(0, 1),
             batch["target_out"].flatten(),
-            ignore_index=PAD,
+            self.model.output_alpha,
             label_smoothing=self.hparams["label_smoothing"],
         )
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the training loss must be finite, got {loss.item()} at step {self.global_step + 1}; "
-                f"a learning_rate below {self.hparams['learning_rate']} may help"
+                f"a learning_rate below {self.hparams['learning_rate']}, or a weight_decay below "
+                f"{self.hparams['weight_decay']}, may help"
             )
         size = len(batch["source"])
-        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=size)
+        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=True)
         return loss
 
     def on_validation_epoch_start(self) -> None:
         """Forgets the scores of the validation before."""
-        self._scores = Scores()
+        self._scores = self.new_scores()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Predicts the words of a batch and scores them."""
         self.score_batch(batch, self._scores)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val/loss``, ``val/per`` and ``val/wer``."""
+        """Logs ``val/loss``, ``val/support`` and the metrics, such as ``val/per`` and ``val/wer``."""
         for name, value in self._scores.metrics().items():
-            self.log(f"val/{name}", value, prog_bar=name == "per")
+            self.log(f"val/{name}", value, prog_bar=name == self.hparams["metrics"][0])
 
-    def score_batch(self, batch: dict[str, Any], scores: Scores) -> None:
-        """Adds the words of an evaluation batch to ``scores``; its tensors are on the device of the task."""
+    def score_batch(
+        self, batch: dict[str, Any], scores: Scores, decode: Decode | None = None, *, losses: bool = True
+    ) -> None:
+        """Adds the words of an evaluation batch to ``scores``; its tensors are on the device of the task.
+
+        Args:
+            batch: An evaluation batch.
+            scores: What is added to.
+            decode: From source ids (N, S) to the target ids of each row; greedy decoding if not given.
+            losses: Whether loss and support of the model are wanted.
+        """
         source, target = batch["source"], batch["target_out"]
-        logits = self(source, batch["target_in"])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=PAD, reduction="sum")
-        scores.loss_sum += loss.item()
-        scores.tokens += int((target != PAD).sum())
+        if losses:
+            logits, real = self(source, batch["target_in"]).float()[target != PAD], target[target != PAD]
+            scores.loss_sum += output_loss(logits, real, self.model.output_alpha, reduction="sum").item()
+            possible = next_token_log_probabilities(logits, self.model.output_alpha) > -math.inf
+            scores.support_sum += int(possible.sum())
+            scores.tokens += len(real)
         scores.sources += batch["sources"]
-        scores.predictions += self._decode(source)
+        scores.predictions += self._decode(source) if decode is None else self._written(decode(source))
         scores.references += batch["references"]
+        scores.groups += batch.get("groups") or [""] * len(source)
 
     @torch.no_grad()
     def predict_words(self, words: Sequence[str], *, batch_size: int = 512) -> list[list[str]]:
-        """The target tokens of each word; source tokens never seen in training are read as unknown."""
-        predictions: list[list[str]] = []
-        for start in range(0, len(words), batch_size):
-            rows = [self.source_tokenizer.encode(word) for word in words[start : start + batch_size]]
-            predictions += self._decode(pad(rows).to(self.device))
-        return predictions
+        """The target tokens of each word by greedy decoding; source tokens never seen in training are unknown."""
+        return self.decode_words(words, self._decode, batch_size=batch_size)
+
+    @torch.no_grad()
+    def decode_words(
+        self, words: Sequence[str], decode: Callable[[Tensor], Sequence[Decoded]], *, batch_size: int = 512
+    ) -> list[Decoded]:
+        """What ``decode`` makes of each word, from source ids (N, S) of several words."""
+        rows = [self.source_tokenizer.encode(word) for word in words]
+        lengths = [(len(row), 0) for row in rows]
+        found: dict[int, Decoded] = {}
+        for batch in BatchByLength(lengths, batch_size, batch_tokens=EVAL_BATCH_TOKENS, shuffle=False, seed=0):
+            found.update(zip(batch, decode(pad([rows[index] for index in batch]).to(self.device)), strict=True))
+        return [found[index] for index in range(len(rows))]
 
     def _decode(self, source: Tensor) -> list[list[str]]:
-        rows = greedy_decode(self.model, source, max_length=self.hparams["max_length"])
-        return [self.target_tokenizer.decode(row) for row in rows]
+        return self._written(greedy_decode(self.model, source, max_length=self.hparams["max_length"]))
+
+    def _written(self, rows: Sequence[Sequence[int]]) -> list[list[str]]:
+        tokenizer = self.target_tokenizer
+        return [tokenizer.words(tokenizer.decode(row)) for row in rows]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW in three groups, and the schedule of each of its steps."""
@@ -164,23 +213,22 @@ class Seq2SeqTask(L.LightningModule):
         optimizer = torch.optim.AdamW(
             self.parameter_groups(), lr=self.hparams["learning_rate"], betas=(0.9, 0.98), eps=1e-9, fused=fused
         )
-        warmup = self.hparams["warmup_steps"]
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, warmup, total))
+        warmup, kind, dim = (
+            self.warmup_steps(total),
+            self.hparams["schedule"],
+            self.model.target_embedding.tokens.embedding_dim,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: rate_factor(step, warmup, total, schedule=kind, dim=dim)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def warmup_steps(self, total: int) -> int:
+        """Steps in which the learning rate rises, of so many in all."""
+        given = self.hparams["warmup_steps"]
+        return round(self.hparams["warmup"] * total) if given is None else int(given)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Weight matrices; biases and norms, which do not decay; α, which has a learning rate of its own."""
         rates = {"lr": self.hparams["learning_rate"], "alpha_lr": self.hparams["alpha_learning_rate"]}
         return alpha_param_groups(self.model, **rates, weight_decay=self.hparams["weight_decay"], strict=False)
-
-
-def rate_factor(step: int, warmup: int, total: int) -> float:
-    """Share of the highest learning rate at a step (from 0): a linear rise, then a linear fall to zero.
-
-    Example:
-        >>> [rate_factor(step, 2, 6) for step in range(7)]
-        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
-    """
-    rise = (step + 1) / max(1, warmup)
-    fall = (total - step) / max(1, total - warmup)
-    return max(0.0, min(1.0, rise, fall))

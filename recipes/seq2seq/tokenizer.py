@@ -6,9 +6,11 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, cast
 
+from .bpe import UNKNOWN, WORD_START, learn_bpe, load_bpe
+
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
-SPLITS = ("characters", "spaces")
+SPLITS = ("characters", "spaces", "bpe")
 NORMALIZATIONS = ("NFC", "NFD", "none")
 
 
@@ -23,20 +25,26 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 class Tokenizer:
-    """Splits text into characters or at spaces and numbers the tokens.
+    r"""Splits text into characters, at spaces or into subwords, and numbers the tokens.
 
     Text is normalised first, so that ``split="characters"`` with ``normalization="NFD"`` sees the letters of
     a Korean syllable and the accent of an accented letter as tokens of their own. With ``"characters"`` a
     space inside the text is a token like any other.
 
+    A text of several fields has a tab between them. A ``language`` becomes one token, ``<hun>``; ``features``
+    become one token each, ``[PST]``, at the end of the sequence.
+
     Args:
         symbols: The tokens seen in training, sorted and distinct; ids 0 to 3 belong to ``SPECIALS``.
-        split: ``"characters"`` or ``"spaces"``.
+        split: ``"characters"``, ``"spaces"`` or ``"bpe"``.
         normalization: ``"NFC"``, ``"NFD"`` or ``"none"``.
+        fields: What a text consists of: ``"source"``, and perhaps ``"language"`` and ``"features"``.
+        feature_split: What stands between two features.
+        bpe: The subwords, as ``learn_bpe`` gives them, for ``split="bpe"``.
 
     Raises:
         ValueError: If ``split`` or ``normalization`` is unknown, or ``symbols`` is unsorted, repeats a symbol
-            or holds a special one.
+            or holds a special one, or ``bpe`` is missing or cannot be read.
 
     Example:
         >>> tokenizer = Tokenizer.fit(["bad", "cab"], split="characters", normalization="NFC")
@@ -44,35 +52,101 @@ class Tokenizer:
         [7, 4, 5, 3, 2]
         >>> tokenizer.decode([1, 7, 4, 5, 3, 2, 0])
         ['d', 'a', 'b', '<unk>']
+        >>> Tokenizer([], split="characters", fields=["language", "source", "features"]).tokenize("deu\tab\tV;PST")
+        ['<deu>', 'a', 'b', '[V]', '[PST]']
     """
 
-    def __init__(self, symbols: Sequence[str], *, split: str, normalization: str = "NFC") -> None:
+    def __init__(
+        self,
+        symbols: Sequence[str],
+        *,
+        split: str,
+        normalization: str = "NFC",
+        fields: Sequence[str] = ("source",),
+        feature_split: str = ";",
+        bpe: str | None = None,
+    ) -> None:
         check_choice("split", split, SPLITS)
         check_choice("normalization", normalization, NORMALIZATIONS)
         if list(symbols) != sorted(set(symbols)):
             raise ValueError("symbols must be sorted and distinct, got them unsorted or repeated")
         if special := sorted(set(symbols) & set(SPECIALS)):
             raise ValueError(f"symbols must not hold the special tokens, got {', '.join(special)}")
+        if (bpe is None) == (split == "bpe"):
+            raise ValueError(f"bpe must be given with split 'bpe' and with no other, got split {split!r}")
         self.symbols = list(symbols)
         self.split = split
         self.normalization = normalization
+        self.fields = list(fields)
+        self.feature_split = feature_split
+        self.bpe = bpe
+        self._subwords = load_bpe(bpe) if bpe is not None else None
         self._id_of = {symbol: index for index, symbol in enumerate(self.symbols, start=len(SPECIALS))}
 
     @classmethod
-    def fit(cls, texts: Iterable[str], *, split: str, normalization: str) -> Tokenizer:
-        """Learns the symbols of ``texts``.
+    def fit(
+        cls,
+        texts: Iterable[str],
+        *,
+        split: str,
+        normalization: str,
+        fields: Sequence[str] = ("source",),
+        feature_split: str = ";",
+        bpe_size: int = 10_000,
+    ) -> Tokenizer:
+        """Learns the symbols of ``texts``: those that occur, or at most ``bpe_size`` subwords.
 
         Text that spells a special token (``<unk>``) is not a symbol: it is encoded as unknown.
         """
-        empty = cls([], split=split, normalization=normalization)
+        options: dict[str, Any] = {"normalization": normalization, "fields": fields, "feature_split": feature_split}
+        check_choice("split", split, SPLITS)
+        texts = list(texts)
+        if split == "bpe":
+            plain = cls([], split="spaces", **options)
+            options["bpe"] = learn_bpe((plain.text(text) for text in texts), bpe_size)
+        empty = cls([], split=split, **options)
         seen = {token for text in texts for token in empty.tokenize(text)}
-        return cls(sorted(seen - set(SPECIALS)), split=split, normalization=normalization)
+        if empty._subwords is not None:
+            # A subword that only serves to build larger ones may occur in other texts.
+            seen |= set(empty._subwords.get_vocab())
+        return cls(sorted(seen - set(SPECIALS)), split=split, **options)
+
+    def text(self, text: str) -> str:
+        """The source of a text of several fields, normalised and with single spaces: what subwords are learnt from."""
+        source = dict(zip(self.fields, text.split("\t"), strict=True))["source"] if len(self.fields) > 1 else text
+        return " ".join(self._normalize(source).split())
 
     def tokenize(self, text: str) -> list[str]:
-        """Normalises ``text`` and splits it."""
-        if self.normalization != "none":
-            text = unicodedata.normalize(cast(Literal["NFC", "NFD"], self.normalization), text)
-        return list(text) if self.split == "characters" else text.split()
+        """Normalises ``text`` and splits it.
+
+        Raises:
+            ValueError: If it does not have the fields of this tokenizer.
+        """
+        if len(self.fields) == 1:
+            return self._split(self._normalize(text))
+        values = text.split("\t")
+        if len(values) != len(self.fields):
+            raise ValueError(f"a line must be {'<TAB>'.join(self.fields)}, got {text!r}")
+        field = dict(zip(self.fields, map(self._normalize, values), strict=True))
+        language = [f"<{field['language']}>"] if "language" in field else []
+        features = field.get("features", "").split(self.feature_split)
+        return [*language, *self._split(field["source"]), *(f"[{name.strip()}]" for name in features if name.strip())]
+
+    def _normalize(self, text: str) -> str:
+        if self.normalization == "none":
+            return text
+        return unicodedata.normalize(cast(Literal["NFC", "NFD"], self.normalization), text)
+
+    def _split(self, text: str) -> list[str]:
+        if self._subwords is None:
+            return list(text) if self.split == "characters" else text.split()
+        text = WORD_START + " ".join(text.split()).replace(" ", WORD_START)
+        found = self._subwords.encode(text)
+        # A character without a subword keeps its own name, as in the other two ways to split.
+        return [
+            text[begin:end] if token == UNKNOWN else token
+            for token, (begin, end) in zip(found.tokens, found.offsets, strict=True)
+        ]
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text`` followed by ``EOS``; a token never seen is ``UNK``."""
@@ -97,9 +171,17 @@ class Tokenizer:
                 tokens.append(self.symbols[index - len(SPECIALS)])
         return tokens
 
+    def words(self, tokens: Sequence[str]) -> list[str]:
+        """Tokens as scores count them: subwords are put together to words, other tokens stay."""
+        if self._subwords is None:
+            return list(tokens)
+        return [WORD_START + word for word in self.join(tokens).split()]
+
     def join(self, tokens: Sequence[str]) -> str:
         """Tokens as text; decomposed letters are joined again unless ``normalization`` is ``"none"``."""
-        text = ("" if self.split == "characters" else " ").join(tokens)
+        text = (" " if self.split == "spaces" else "").join(tokens)
+        if self._subwords is not None:
+            text = " ".join(text.replace(WORD_START, " ").split())
         return text if self.normalization == "none" else unicodedata.normalize("NFC", text)
 
     def unknown(self, text: str) -> list[str]:
@@ -112,7 +194,17 @@ class Tokenizer:
 
     def state(self) -> dict[str, Any]:
         """Plain strings and lists; ``Tokenizer(**tokenizer.state())`` restores the tokenizer."""
-        return {"symbols": list(self.symbols), "split": self.split, "normalization": self.normalization}
+        state: dict[str, Any] = {
+            "symbols": list(self.symbols),
+            "split": self.split,
+            "normalization": self.normalization,
+        }
+        # The state of a tokenizer that uses none of these is that of earlier versions.
+        if self.fields != ["source"]:
+            state.update(fields=list(self.fields), feature_split=self.feature_split)
+        if self.bpe is not None:
+            state["bpe"] = self.bpe
+        return state
 
     def __repr__(self) -> str:
         options = f"split={self.split!r}, normalization={self.normalization!r}"

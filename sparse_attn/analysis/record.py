@@ -17,7 +17,7 @@ from sparse_attn.analysis.statistics import AttentionRecord
 from sparse_attn.masks import causal_mask, merge_multihead_masks, visible_pairs
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.nn.sparse import SparseAttention
-from sparse_attn.observe import Observer, observed, observing, tells, unobserved
+from sparse_attn.observe import Observer, is_reporter, observe_weights, pause_observers, weights_are_observed
 
 __all__ = ["record_attention"]
 
@@ -29,8 +29,9 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractCont
     """Sum up what every attention head of a model does while the context is open.
 
     Recorded are every `nn.MultiheadAttention`, ours and torch's own; every `SparseAttention`; the attention of a
-    Hugging Face model that runs on ours (`attn_implementation="entmax"`); and whatever else calls
-    `sparse_attn.observe.tell`. Any number of passes takes constant memory: sums over the queries, for each head.
+    Hugging Face model that runs on ours (`attn_implementation="entmax"`); and any other module that calls
+    `sparse_attn.observe.report_weights`. Any number of passes takes constant memory: sums over the queries, for each
+    head.
 
     What counts: every call of a layer, and in it every query that gives weight to some key. A query that is masked
     fully does not; one at a padded position does, since no mask tells of it. Density is measured over the pairs that
@@ -85,7 +86,9 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractCont
     names = {module: name for name, module in model.named_modules()}
     others = [m for m in names if isinstance(m, nn.MultiheadAttention) and not isinstance(m, SparseMultiheadAttention)]
     asked = {layer: positional for layer in others if (positional := _positional_arguments(layer)) is not None}
-    ours = any(isinstance(module, SparseMultiheadAttention | SparseAttention) or tells(module) for module in names)
+    ours = any(
+        isinstance(module, (SparseMultiheadAttention, SparseAttention)) or is_reporter(module) for module in names
+    )
     if not asked and not ours:
         raise ValueError(
             "model must have nn.MultiheadAttention or SparseAttention layers that give weights, or be a Hugging Face "
@@ -117,7 +120,7 @@ def _recording(
 
     with ExitStack() as stack:
         stack.enter_context(_plain_process())
-        stack.enter_context(observing(count))
+        stack.enter_context(observe_weights(count))
         for layer, positional in asked.items():
             hook = _Ask(layer, names[layer], positional, count)
             # In front of hooks that take the parameters away again, as those of sharded layers do.
@@ -190,7 +193,7 @@ class _Ask:
         self.count = count
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if module is not self.layer or not observed() or _recomputing():
+        if module is not self.layer or not weights_are_observed() or _recomputing():
             return
         with _warning_of_errors(self.name):
             weights = self._weights(args, kwargs)
@@ -211,8 +214,8 @@ class _Ask:
             else:
                 named[argument] = wanted
         devices = {x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.device.type != "cpu"}
-        kind = next(iter(devices)).type if devices else None
-        with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind), unobserved():
+        kind = next(iter(devices)).type if devices else "cuda"  # the default, which torch before 2.12 asks for by name
+        with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind), pause_observers():
             answer = self.layer.forward(*positional, **named)
         weights = answer[1] if isinstance(answer, tuple) and len(answer) == 2 else None
         if not isinstance(weights, Tensor) or weights.shape[-3:-2] != (self.layer.num_heads,):

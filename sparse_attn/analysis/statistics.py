@@ -16,7 +16,7 @@ __all__ = ["AttentionRecord", "HeadStatistics"]
 
 @dataclass(frozen=True, eq=False)
 class HeadStatistics:
-    """One attention layer, measured: every tensor but the last has one value per head and lies on the CPU.
+    """One attention layer, measured: every tensor but the last two has one value per head and lies on the CPU.
 
     A query that gives no weight to any key (a fully masked one) does not count.
 
@@ -28,6 +28,8 @@ class HeadStatistics:
         max_weight: (H,) mean of a query's largest weight.
         rows: (H,) how many queries were counted.
         weights: (N, H, L, S) of the last call, or (H, L, S) for unbatched input; None unless asked for.
+        visible: True where the masks of that call let a query see a key; broadcasts against ``weights``. None without
+            ``weights`` or without masks.
     """
 
     alpha: Tensor | None
@@ -37,6 +39,7 @@ class HeadStatistics:
     max_weight: Tensor
     rows: Tensor
     weights: Tensor | None = None
+    visible: Tensor | None = None
 
 
 @dataclass
@@ -47,6 +50,7 @@ class _Sums:
     totals: Tensor
     alpha: Tensor | None
     weights: Tensor | None
+    visible: Tensor | None
 
 
 class AttentionRecord(Mapping[str, HeadStatistics]):
@@ -81,15 +85,15 @@ class AttentionRecord(Mapping[str, HeadStatistics]):
         before = self._sums.get(name)
         if before is not None:
             counts, totals = before.counts + counts, before.totals + totals
-        kept = weights.detach() if self._keep_weights else None
-        self._sums[name] = _Sums(counts, totals, _alpha_of_heads(alpha, heads), kept)
+        kept = (weights.detach(), visible) if self._keep_weights else (None, None)
+        self._sums[name] = _Sums(counts, totals, _alpha_of_heads(alpha, heads), *kept)
 
     def __getitem__(self, name: str) -> HeadStatistics:
         sums = self._sums[name]
         rows, used, pairs = sums.counts
         of_entropy, of_maximum = (sums.totals / rows).float()
         return HeadStatistics(
-            sums.alpha, used / pairs, of_entropy, used / rows, of_maximum, rows.clone(), weights=sums.weights
+            sums.alpha, used / pairs, of_entropy, used / rows, of_maximum, rows.clone(), sums.weights, sums.visible
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -129,4 +133,4 @@ def _sums_of(weights: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
 def _alpha_of_heads(alpha: object, heads: int) -> Tensor | None:
     if isinstance(alpha, Tensor) and alpha.numel() in (1, heads):
         return alpha.detach().flatten().float().cpu().expand(heads).clone()
-    return torch.full((heads,), float(alpha)) if isinstance(alpha, int | float) else None
+    return torch.full((heads,), float(alpha)) if isinstance(alpha, (int, float)) else None

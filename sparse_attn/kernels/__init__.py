@@ -1,1 +1,7 @@
-"""How a mapping is computed, never what it means: plain torch today, compiled kernels beside it later."""
+"""Computation of the mappings and of attention, whose meaning ``sparse_attn.ops`` defines.
+
+The modules from top to bottom; each imports only modules below it: ``choose_attention`` (which implementation runs an
+attention call), ``functions`` (differentiable functions), ``dispatch`` (which backend computes), the backends
+``plain``, ``cpu`` and ``triton``, ``reference`` (the oracle of all backends), ``alpha`` and ``setting`` (arguments in
+the form that kernels take).
+"""

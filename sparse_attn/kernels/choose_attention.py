@@ -1,67 +1,212 @@
-"""Which attention the fused kernels compute, and how its tensors are brought into the shape that they take."""
+"""Chooses the implementation of an attention call, and reshapes its tensors for it. No other module chooses.
+
+fused        `functions.fused`: Triton kernels, no tensor of scores
+native       `functions.native`: a C kernel for CPUs, no tensor of scores
+in blocks    `functions.blockwise`: one block of queries at a time, for many scores
+one matrix   `ops.attention`: all scores at once; works under every transform and returns weights
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sparse_attn.checks import check_alpha
+from sparse_attn.checks import check_alpha, compute_dtype
 from sparse_attn.kernels import dispatch
+from sparse_attn.kernels.alpha import split_alpha
+from sparse_attn.kernels.functions.blockwise import blockwise_attention
 from sparse_attn.kernels.functions.fused import fused_attention
-from sparse_attn.kernels.triton.attention.plan import LARGEST_HEAD
-from sparse_attn.masks import check_mask, described_causal
+from sparse_attn.kernels.functions.native import native_attention
+from sparse_attn.kernels.setting import Setting
+from sparse_attn.masks import check_mask, dense_mask, described_causal
+from sparse_attn.transforms import needs_plain_operations, values_known
+
+# From about this number of scores per head, blocks of queries are faster than one matrix.
+_LARGE = 2**18
 
 
-def can_fuse(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the fused kernels take these: not in an export, a transform or forward mode, and not in float64."""
-    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+class Call(NamedTuple):
+    """The arguments of an attention call; shapes and meanings as in :func:`sparse_attn.entmax_attention`."""
+
+    query: Tensor
+    key: Tensor  # its number of heads is that of the query or a divisor of it
+    value: Tensor
+    alpha: float | Tensor  # a number, or a tensor that broadcasts to (H, 1, 1)
+    k: int | None  # how many keys a query keeps; None: all
+    mask: Tensor | None
+    dropout_p: float
+    is_causal: bool
+    scale: float
+
+
+def choose_attention(call: Call) -> Callable[[Call], Tensor] | None:
+    """The function that computes the output (..., H, L, Dv) of a call without weights; None: use one matrix."""
+    if _is_native(call):
+        return _native
+    if _can_fuse(call):
+        return _fused
+    return _in_blocks if _can_block(call) else None
+
+
+def attend_packed(call: Call, query_starts: Tensor, key_starts: Tensor) -> Tensor | None:
+    """The output of packed sequences in one call of the C kernel; None if it cannot compute them.
+
+    The call has query (1, H, L, D), key (1, Hk, S, D), value (1, Hk, S, Dv) and no mask; lengths are checked.
+    """
+    if not _is_native(call):
+        return None
+    q, k, v, alpha, _, offset, _ = _in_heads(call)
+    per_head, a = split_alpha(alpha)
+    setting = Setting(a, float(call.scale), float(call.dropout_p), offset, call.k)
+    starts = (query_starts.to(torch.int64).contiguous(), key_starts.to(torch.int64).contiguous())
+    return native_attention(q, k, v, per_head, None, setting, *starts)
+
+
+def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with their heads repeated to the number of query heads (grouped-query attention)."""
+    if query.dim() < 3 or key.shape[-3] in (1, query.shape[-3]) or query.shape[-3] == 1:
+        return key, value
+    group = query.shape[-3] // key.shape[-3]
+    # Torch before 2.13 exports ``repeat_interleave`` with a fixed length.
+    repeated = (x.unsqueeze(-3).expand(*x.shape[:-2], group, *x.shape[-2:]).flatten(-4, -3) for x in (key, value))
+    return next(repeated), next(repeated)
+
+
+def _can_fuse(call: Call) -> bool:
+    """Whether the fused kernels accept a call: not in an export, a transform or forward mode, and not in float64."""
+    query, key, value = call.query, call.key, call.value  # Dynamo before torch 2.9 cannot slice a named tuple
+    if call.k is not None or not dispatch.by_triton(query, autocast_dtype(query)):
         return False
-    if not dispatch.by_triton(_cast(query)):
+    if needs_plain_operations() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in (query, key, value)) or torch.compiler.is_compiling()
-    sizes = (query.shape[-1], value.shape[-1])
-    return plain and max(sizes) <= LARGEST_HEAD and min(*query.shape, *key.shape, *value.shape) > 0
+    fits = max(query.shape[-1], value.shape[-1]) <= dispatch.fused_plan().LARGEST_HEAD
+    return plain and fits and min(*query.shape, *key.shape, *value.shape) > 0
 
 
-def fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    alpha: float | Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
-) -> Tensor:
-    """Attention of any number of batch dimensions; key and value may have fewer heads, a divisor of the query's.
+def _is_native(call: Call) -> bool:
+    """Whether the C kernel accepts a call: not in an export, a transform or forward mode."""
+    query, key, value = call.query, call.key, call.value
+    if not dispatch.by_c(query.device) or forward_ad._current_level >= 0:
+        return False
+    if torch.compiler.is_compiling():
+        if needs_plain_operations() or torch._C._are_functorch_transforms_active():
+            return False
+    elif not values_known(query, key, value):
+        return False
+    return query.numel() > 0 and key.numel() > 0 and value.numel() > 0
 
-    ``alpha`` is a number or a tensor that broadcasts to (H, 1, 1).
-    """
-    query, key, value = _cast(query), _cast(key), _cast(value)
-    shape = (*_batch(query, key, value), query.shape[-2], key.shape[-2])
-    offset = 0 if is_causal else None
-    if described := described_causal(attn_mask):
-        *sizes, offset = described
-        if tuple(sizes) != shape[-2:]:
-            raise ValueError(f"attn_mask must broadcast to the scores {shape}, got shape {tuple(sizes)}")
-        attn_mask = None
-    if attn_mask is not None:
-        check_mask(attn_mask, shape)
-        attn_mask = _four_dimensions(attn_mask, shape)
-    if not isinstance(alpha, Tensor):
-        check_alpha(alpha)
-    heads, key_heads = (1, 1) if query.dim() == 2 else (shape[-3], max(key.shape[-3], value.shape[-3]))
-    q, k, v = (_heads(x, shape[:-3], n) for x, n in ((query, heads), (key, key_heads), (value, key_heads)))
-    if not isinstance(alpha, Tensor) and alpha == 1:
-        output = _softmax(q, k, v, attn_mask, dropout_p, offset, scale)
+
+def _can_block(call: Call) -> bool:
+    """Whether a call has many scores, no transform is active, and the mask needs no gradient of the scores' size."""
+    if not values_known(call.query) or torch.is_autocast_enabled(call.query.device.type):
+        return False
+    if call.mask is not None and call.mask.requires_grad:
+        return False
+    return call.query.shape[-2] * call.key.shape[-2] >= _LARGE
+
+
+class _Heads(NamedTuple):
+    """A call in the form that fused and native kernels take; scores have the shape (..., H, L, S)."""
+
+    query: Tensor  # (N, H, L, D)
+    key: Tensor  # (N, Hk, S, D), Hk a divisor of H
+    value: Tensor  # (N, Hk, S, Dv)
+    alpha: float | Tensor  # a number or (H,)
+    mask: Tensor | None  # (N or 1, H or 1, L or 1, S or 1)
+    offset: int | None
+    output: tuple[int, ...]  # the shape of the call's output
+
+
+def _in_heads(call: Call) -> _Heads:
+    query, key, value = call.query, call.key, call.value  # Dynamo before torch 2.9 cannot slice a named tuple
+    dtype = autocast_dtype(query)
+    if dtype is not None:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    sizes, key_sizes, value_sizes = query.shape, key.shape, value.shape
+    if len(sizes) == 4 and key_sizes[:2] == value_sizes[:2] and sizes[0] == key_sizes[0] and sizes[1] >= key_sizes[1]:
+        batch, heads, key_heads = sizes[:1], sizes[1], key_sizes[1]
     else:
-        if isinstance(alpha, Tensor):
-            alpha = alpha.to(query.device).expand(heads, 1, 1).reshape(heads)
-        lengths = None if attn_mask is None else _lengths(attn_mask, len(q), shape[-1])
-        output = fused_attention(q, k, v, alpha, attn_mask, dropout_p, offset, scale=scale, key_lengths=lengths)
-    return output.reshape(*shape[:-1], value.shape[-1])
+        batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+        heads, key_heads = (1, 1)
+        if query.dim() > 2:
+            key_heads = max(key.shape[-3], value.shape[-3])
+            heads = max(query.shape[-3], key_heads)
+    shape = (*batch, *(() if len(sizes) == 2 else (heads,)), sizes[-2], key_sizes[-2])
+    mask, offset = _mask_and_offset(call.mask, call.is_causal, shape, query.device)
+    if mask is not None:
+        mask = _four_dimensions(mask, shape)
+    alpha = call.alpha
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(query.device).expand(heads, 1, 1).reshape(heads)
+    else:
+        check_alpha(alpha)
+    output = (*shape[:-1], value_sizes[-1])
+    if len(batch) == 1 and sizes[:2] == (*batch, heads) and key_sizes[:2] == value_sizes[:2] == (*batch, key_heads):
+        return _Heads(query, key, value, alpha, mask, offset, output)
+    q, k, v = (
+        x.expand(*batch, n, *x.shape[-2:]).reshape(-1, n, *x.shape[-2:])
+        for x, n in ((query, heads), (key, key_heads), (value, key_heads))
+    )
+    return _Heads(q, k, v, alpha, mask, offset, output)
+
+
+def _fused(call: Call) -> Tensor:
+    """Attention by the fused kernels."""
+    q, k, v, alpha, mask, offset, shape = _in_heads(call)
+    if not isinstance(alpha, Tensor) and alpha == 1:
+        output = _softmax(q, k, v, mask, call.dropout_p, offset, call.scale)
+    else:
+        lengths = None if mask is None else _lengths(mask, len(q), k.shape[2])
+        tensors, numbers = (q, k, v, alpha, mask), (call.dropout_p, offset)
+        output = fused_attention(*tensors, *numbers, scale=call.scale, key_lengths=lengths)
+    return output.reshape(shape)
+
+
+def _native(call: Call) -> Tensor:
+    """Attention by the C kernel, which also supports ``k``."""
+    q, k, v, alpha, mask, offset, shape = _in_heads(call)
+    per_head, a = split_alpha(alpha)
+    setting = Setting(a, float(call.scale), float(call.dropout_p), offset, call.k)
+    output = native_attention(q, k, v, per_head, mask, setting)
+    return output if output.shape == shape else output.reshape(shape)
+
+
+def _in_blocks(call: Call) -> Tensor:
+    """Attention in blocks of queries: batch and heads are flattened to R, half precision is computed in float32."""
+    query, key, value = (x.to(compute_dtype(x)) for x in call[:3])
+    key, value = repeat_heads(query, key, value)
+    batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    shape = (*batch, query.shape[-2], key.shape[-2])
+    mask, offset = _mask_and_offset(call.mask, call.is_causal, shape, query.device)
+    if mask is not None:
+        mask = mask.expand(shape)
+    check_alpha(call.alpha)
+    alpha, a = split_alpha(call.alpha)
+    if alpha is not None:
+        alpha = alpha.expand(*batch, 1, 1).reshape(-1)
+    setting = Setting(a, call.scale, call.dropout_p, offset, call.k)
+    query, key, value = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (query, key, value))
+    return blockwise_attention(query, key, value, alpha, mask, setting).view(*shape[:-1], -1).to(call.query.dtype)
+
+
+def _mask_and_offset(
+    mask: Tensor | None, is_causal: bool, shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor | None, int | None]:
+    """The checked mask and the offset of ``Setting``; a causal mask is returned as an offset only."""
+    if mask is None:
+        return None, 0 if is_causal else None
+    described = described_causal(mask)
+    if described is not None and described[:2] == shape[-2:]:
+        return None, described[2]
+    mask = dense_mask(mask, device)
+    check_mask(mask, shape)
+    return mask, None
 
 
 def _softmax(
@@ -73,7 +218,7 @@ def _softmax(
     offset: int | None,
     scale: float,
 ) -> Tensor:
-    """Softmax attention is torch's."""
+    """Softmax attention, by torch's ``scaled_dot_product_attention``."""
     if mask is not None and mask.is_floating_point():
         lowest = torch.finfo(mask.dtype).min
         mask = mask.masked_fill(mask <= lowest, float("-inf")).to(query.dtype)
@@ -85,28 +230,15 @@ def _softmax(
     )
 
 
-def _cast(x: Tensor) -> Tensor:
-    """In the dtype that autocast asks of ``scaled_dot_product_attention``."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast converts the inputs of ``scaled_dot_product_attention``; None: no conversion."""
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
-
-
-def _batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
-    """The batch dimensions and the query's heads, if there are any."""
-    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    if query.dim() == 2:
-        return ()
-    return *batch, max(x.shape[-3] for x in (query, key, value))
-
-
-def _heads(x: Tensor, batch: tuple[int, ...], heads: int) -> Tensor:
-    """(N, H, L, D) of a tensor whose batch dimensions and heads broadcast."""
-    return x.expand(*batch, heads, *x.shape[-2:]).reshape(-1, heads, *x.shape[-2:])
+        return None
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def _lengths(mask: Tensor, batch: int, keys: int) -> Tensor | None:
-    """Where padding begins, (N,), under a mask that is the same for all heads and queries: nobody looks beyond."""
+    """The position (N,) from which a mask that all heads and queries share hides all keys: kernels skip these."""
     if mask.shape[1] != 1 or mask.shape[2] != 1:
         return None
     seen = mask if mask.dtype == torch.bool else ~(mask.detach() <= torch.finfo(mask.dtype).min)
@@ -115,7 +247,7 @@ def _lengths(mask: Tensor, batch: int, keys: int) -> Tensor | None:
 
 
 def _four_dimensions(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A mask with four dimensions, each of full size or 1: what it broadcasts over stays unwritten."""
+    """A view of a mask with four dimensions, each of full size or 1, without expanding those of size 1."""
     mask = mask[(None,) * (max(len(shape), 4) - mask.dim())]
     batch = mask.shape[:-3]
     if len(batch) > 1:

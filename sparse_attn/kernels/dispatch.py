@@ -1,4 +1,7 @@
-"""The one place that chooses who computes a mapping: kernels where there are any for a tensor, else plain torch."""
+"""Chooses the backend that computes rows and attention: a kernel if there is one for the tensor, else plain torch.
+
+Of the modules above the backends, only this one imports them.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ import torch
 from torch import Tensor
 
 from sparse_attn.kernels import triton
-from sparse_attn.kernels.cpu import products as sparse_products
+from sparse_attn.kernels.cpu import attention as native_attention
 from sparse_attn.kernels.cpu import rows
-from sparse_attn.kernels.plain import products as dense_products
 from sparse_attn.kernels.plain import rows as plain_rows
+from sparse_attn.kernels.triton.attention import plan
 
 _NAMES = ("triton", "compiled", "torch")
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -25,7 +28,7 @@ _forced: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
 def backends() -> dict[str, str]:
-    """What there is to compute with, in the order in which it is chosen, and how it runs or why it cannot.
+    """The backends in order of preference, each with a text that says how it runs, or why it is not available.
 
     Example:
         >>> list(backends())
@@ -38,15 +41,16 @@ def backends() -> dict[str, str]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Compute with one backend alone while the context lasts, in this thread.
+    """Compute with one backend only, in this thread, until the context ends.
 
     Args:
-        name: A key of :func:`backends`. What a backend has no kernel for is still computed by torch. "triton" computes
-            CPU tensors only in Triton's interpreter (``TRITON_INTERPRET=1``), and only when it is forced.
+        name: A key of :func:`backends`. An operation for which the backend has no kernel is computed by torch.
+            "triton" computes CPU tensors only in Triton's interpreter (``TRITON_INTERPRET=1``), and only under this
+            function.
 
     Raises:
-        ValueError: There is no backend of that name.
-        RuntimeError: It is not available.
+        ValueError: There is no backend called ``name``.
+        RuntimeError: The backend is not available.
 
     Example:
         >>> import torch
@@ -79,10 +83,14 @@ def _status() -> dict[str, tuple[bool, str]]:
 def entmax_forward(
     scores: Tensor, a: float | Tensor, lowest: float, k: int | None = None, *, in_place: bool = False
 ) -> Tensor:
-    """As :func:`kernels.reference.entmax.entmax_forward`, of the ``k`` largest scores of each row if ``k`` is given.
+    """As :func:`kernels.reference.entmax.entmax_forward`, over the ``k`` largest scores of each row if ``k`` is given.
+
+    A row of ``k`` scores or fewer keeps all of them.
 
     ``in_place`` allows the scores to be overwritten.
     """
+    if k is not None and k >= scores.shape[-1]:
+        k = None
     if by_triton(scores):
         return _triton_rows().entmax_forward(scores, a, lowest, k, in_place=in_place)
     if _compiled(scores):
@@ -103,22 +111,32 @@ def entmax_backward(
     return plain_rows.entmax_backward(p, a, grad, with_alpha=with_alpha)
 
 
-def products(p: Tensor, *others: Tensor) -> ModuleType:
-    """Who multiplies weights ``p`` with these matrices: :mod:`reference.products`, or what skips the zeros."""
-    return sparse_products if _compiled(p) and sparse_products.worth_it(p, *others) else dense_products
+def fused_kernels() -> ModuleType:
+    """The module of fused attention, for tensors with a true :func:`by_triton`. The first call imports Triton."""
+    return importlib.import_module("sparse_attn.kernels.triton.attention.entry")
 
 
-def by_triton(x: Tensor) -> bool:
-    """Whether kernels in Triton compute with ``x``: they answer an α out of range with NaN, since nobody looks at it.
+def native_kernels() -> ModuleType:
+    """The module of attention in C, for tensors on a device with a true :func:`by_c`."""
+    return native_attention
 
-    A look would make the host wait for the device, at every call.
+
+def fused_plan() -> ModuleType:
+    """The module with the sizes of the fused kernels and of the tensors kept for a backward; does not import Triton."""
+    return plan
+
+
+def by_triton(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether kernels in Triton compute with ``x``, or with ``x`` cast to ``dtype``.
+
+    These kernels give NaN for an α out of range: a check would make the host wait for the device at every call.
     """
-    return x.dtype in _TRITON_DTYPES and _triton_computes(x.device.type)
+    return (x.dtype if dtype is None else dtype) in _TRITON_DTYPES and _triton_computes(x.device.type)
 
 
 def _triton_computes(device: str) -> bool:
-    """What is compiled stays with the backend that there was then."""
-    if device == "cpu":  # in the interpreter alone, see use_backend
+    """Constant in compiled code, which keeps the backend that was chosen at compilation."""
+    if device == "cpu":  # only in the interpreter, see use_backend
         return _forced.get() == "triton" and triton.interpreted()
     if device != "cuda" or _forced.get() not in (None, "triton"):
         return False
@@ -128,7 +146,7 @@ def _triton_computes(device: str) -> bool:
     return available
 
 
-# What torch.compiler.assume_constant_result does, but that imports Dynamo, which takes a second.
+# The same as torch.compiler.assume_constant_result, whose import of Dynamo would take a second.
 _triton_computes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -138,8 +156,20 @@ def _warn_once(message: str) -> None:
 
 
 def _triton_rows() -> ModuleType:
-    return importlib.import_module("sparse_attn.kernels.triton.rows")  # which imports Triton
+    return importlib.import_module("sparse_attn.kernels.triton.rows")  # imports Triton
+
+
+def by_c(device: torch.device) -> bool:
+    """Whether kernels in C compute with tensors of a device."""
+    return _c_computes(device.type)
+
+
+def _c_computes(device: str) -> bool:
+    return device == "cpu" and _forced.get() in (None, "compiled") and rows.available()
 
 
 def _compiled(x: Tensor) -> bool:
-    return x.device.type == "cpu" and _forced.get() in (None, "compiled") and rows.available()
+    return by_c(x.device)
+
+
+_c_computes._dynamo_marked_constant = True  # type: ignore[attr-defined] # as above

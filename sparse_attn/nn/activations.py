@@ -78,11 +78,11 @@ class Entmax(HoldsAlpha):
     """:func:`sparse_attn.entmax` along ``dim``; α is a number, a buffer, or learnt.
 
     Args:
-        alpha: A number or a tensor in ``(0, inf)``, which has to broadcast against the input with size 1 along ``dim``:
-            (H, 1, 1) for one α per head of scores (N, H, L, S). An ``nn.Parameter`` is learnt, any other tensor copied
-            into a buffer.
+        alpha: A number or a tensor in ``(0, inf)``. A tensor broadcasts against the input with size 1 along ``dim``:
+            (H, 1, 1) for one α per head of scores (N, H, L, S). An ``nn.Parameter`` is learnt; any other tensor is
+            copied into a buffer.
         dim: The dimension that sums to one.
-        learn_alpha: Learn α, whatever it was given as.
+        learn_alpha: Learn α, also if it is given as a number or a plain tensor.
         alpha_range: The closed interval that a learnt α stays in; it may start on a bound, and leave it.
 
     Attributes:
@@ -175,13 +175,13 @@ class BudgetSparsemax(nn.Module):
     """:func:`sparse_attn.budget_sparsemax` along ``dim``.
 
     Args:
-        budget: What a row sums to, in ``(0, d]``: a number, or a tensor that broadcasts against the input with size 1
+        budget: The sum of each row, in ``(0, d]``: a number, or a tensor that broadcasts against the input with size 1
             along ``dim``. An ``nn.Parameter`` is learnt, unbounded; any other tensor is copied into a buffer.
         dim: The dimension that sums to ``budget``.
 
     Raises:
         TypeError: ``budget`` is neither a number nor a floating tensor.
-        ValueError: ``budget`` is not above 0; in the forward, also where it is above d.
+        ValueError: ``budget`` is not above 0; the forward pass also raises if it is above d.
 
     Shape:
         Any; the output is like the input.
@@ -222,7 +222,7 @@ class TopkSoftmax(nn.Module):
 
     Raises:
         TypeError: ``k`` is not an int.
-        ValueError: ``k`` is below 1; in the forward, also where it is above the size of ``dim``.
+        ValueError: ``k`` is below 1; the forward pass also raises if it is above the size of ``dim``.
 
     Shape:
         Any; the output is like the input.
@@ -260,7 +260,7 @@ class SparseSoftmax(nn.Module):
 
     Raises:
         TypeError: ``k`` is not an int.
-        ValueError: ``k`` is below 1; in the forward, also where it is above the size of ``dim``.
+        ValueError: ``k`` is below 1; the forward pass also raises if it is above the size of ``dim``.
 
     Shape:
         Any; the output is like the input.

@@ -1,16 +1,19 @@
-"""α as a bounded parameter: α itself is learnt, and its gradient projected a little way past the bounds.
+"""α as a bounded parameter: α itself is learnt, and its gradient is projected beyond a small margin past the bounds.
 
-A sigmoid reaches neither bound, and near one its gradient vanishes. Here α is the parameter, and clamped where it is
-used. At a bound it has to leave when the gradient says so, stay when not, and come back soon after a long time there;
-and gradients that are summed over micro-batches or processes have to be that of the joined batch. Past a bound the
-gradient of ``clamp`` is zero, so α would be stuck; the identity would let the parameter wander off; and projecting each
-gradient is wrong for sums: where noise points to both sides, the parts that point inside would add up. So the gradient
-passes as it is inside, on the bounds and up to a margin past them, and what points further out is held back only beyond
-it. In a plain loop, without any hook, the parameter gets one optimizer step past the margin (or as far as momentum then
-carries it) and no further, and α feels nothing of what is held back there as long as a step is smaller than the margin.
+A sigmoid cannot represent the bounds, and its gradient vanishes near them. Here α itself is the parameter, and it is
+clamped where it is used. Three simpler gradients fail:
 
-``sparse_attn.optim.project_alpha`` after each step brings the parameter back to the bound: no margin, and nothing held
-back.
+- The gradient of ``clamp`` is zero past a bound: α would never come back.
+- The identity lets the parameter move away from the range without limit.
+- Projecting every gradient at the bound is wrong for sums over micro-batches or processes: from noise that points to
+  both sides, only the part that points inside would remain.
+
+Therefore the gradient passes unchanged inside the range, on its bounds and up to a margin past them. Beyond the margin
+the part that points outwards is set to zero. In a plain training loop the parameter ends at most one optimizer step
+past the margin (further with momentum).
+
+``sparse_attn.optim.project_alpha`` after each step moves the parameter back to the bound, so that the margin is never
+used.
 """
 
 from __future__ import annotations
@@ -28,16 +31,15 @@ from sparse_attn.transforms import needs_plain_operations
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Of the range. Some steps of an optimizer wide, so that noise does not cross it, and few enough to come back soon.
+# Share of the range. Several optimizer steps wide, so that noise does not cross it; narrow, so that α returns soon.
 _MARGIN = 0.02
-# Of the range: how far past a bound a parameter counts as carried there by a training, where a checkpoint does not say
-# in which range it was learnt.
+# Share of the range. A checkpoint without a noted range may hold a parameter that training moved this far past a bound.
 _CARRIED = 0.5
 _HALF = (torch.float16, torch.bfloat16)
 
 
 class _BoundedInGraphs(torch.autograd.Function):
-    """The form of ``torch.compile``, which takes no forward mode."""
+    """The form for ``torch.compile``, which does not support autograd functions with forward mode."""
 
     generate_vmap_rule = True
 
@@ -65,7 +67,7 @@ class _Bounded(_BoundedInGraphs):
 def bounded_alpha(raw: Tensor, alpha_range: tuple[float, float]) -> Tensor:
     """``raw`` clamped to the range, with the gradient of the identity up to 2 % of the range past a bound.
 
-    Beyond that margin what points further out is held back. In forward mode the tangent always passes.
+    Beyond that margin the part of the gradient that points outwards is zero. In forward mode the tangent always passes.
 
     Example:
         >>> raw = torch.tensor([0.5, 1.0, 1.0, 1.5], requires_grad=True)
@@ -77,12 +79,12 @@ def bounded_alpha(raw: Tensor, alpha_range: tuple[float, float]) -> Tensor:
         tensor([ 0.,  3., -3.,  3.])
 
     Reference:
-        Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers", for the sigmoid it replaces.
+        Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers", which uses a sigmoid instead.
     """
     if needs_plain_operations():
         return raw.clamp(*alpha_range).detach() + (raw - raw.detach())
     route = _BoundedInGraphs if torch.compiler.is_compiling() else _Bounded
-    # Tensors alone go in: the compiler cannot put a number that dynamic shapes make a symbol into two functions.
+    # Only tensors are arguments: with dynamic shapes the compiler turns numbers into symbols, which this call rejects.
     low, high = alpha_range
     margin, now = _MARGIN * (high - low), raw.detach()
     return route.apply(raw, now.clamp(low, high), now <= low - margin, now >= high + margin)
@@ -131,12 +133,12 @@ def check_inside(alpha: Tensor, alpha_range: tuple[float, float], name: str) -> 
 
 
 def whole(alpha: Tensor) -> Tensor:
-    """All of a tensor; of one that is sharded over processes each of them has to ask. Differentiable."""
+    """The full tensor of a sharded one, else the tensor itself. Every process has to call this. Differentiable."""
     return alpha.full_tensor() if hasattr(alpha, "full_tensor") else alpha
 
 
 def fill(raw_alpha: Tensor, value: Tensor) -> None:
-    """Write in place; into a tensor that is sharded over processes each of them has to."""
+    """Write in place. If the tensor is sharded, every process has to call this."""
     value = value.to(raw_alpha.device, raw_alpha.dtype).expand(raw_alpha.shape).contiguous()
     if hasattr(raw_alpha, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
@@ -148,14 +150,14 @@ def fill(raw_alpha: Tensor, value: Tensor) -> None:
 
 
 class WideAlpha(nn.Module):
-    """A module with an α, learnt or fixed, that stays in float32 or wider, also by ``.to`` and ``.half``.
+    """A module with an α, learnt or fixed, that stays in float32 or wider even after ``.to`` and ``.half``.
 
-    In bfloat16 the step between two numbers at 1.5 is 0.008: no optimizer step would move α.
+    In bfloat16 the distance between two numbers at 1.5 is 0.008: no optimizer step would change α.
 
     Attributes:
         alpha_range: The closed interval of a learnt α.
-        raw_alpha: A parameter where α is learnt, a buffer where it is a fixed tensor, None where it is a number. A
-            number becomes a buffer when another α is set or loaded, and is in the state dict from then on.
+        raw_alpha: A parameter if α is learnt, a buffer if it is a fixed tensor, None if it is a number. A number
+            becomes a buffer, and part of the state dict, when another α is set or loaded.
     """
 
     alpha_range: tuple[float, float]
@@ -185,7 +187,7 @@ class WideAlpha(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Beside the version that torch notes for each module: a checkpoint of another kind may lose it.
+        # Stored beside torch's own version number of the module. Other checkpoint formats may drop this metadata.
         noted = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if noted is not None and self._parameters.get("raw_alpha") is not None:
             noted["alpha_range"] = self.alpha_range
@@ -210,7 +212,7 @@ class WideAlpha(nn.Module):
             error = self._misfit(key, state_dict[key], local_metadata.get("alpha_range"))
             if error is not None:
                 error_msgs.append(error)
-                state_dict[key] = current.clone()  # stays as it is
+                state_dict[key] = current.clone()  # keeps the current α
             elif state_dict[key].dtype in _HALF:
                 state_dict[key] = state_dict[key].detach().float()
         super()._load_from_state_dict(
@@ -218,11 +220,11 @@ class WideAlpha(nn.Module):
         )
 
     def _alpha_without_checkpoint(self) -> Tensor | None:
-        """What counts as loaded where a state dict has no α; None if it is missed."""
+        """The α to use if a state dict has none; None if the key is then missing."""
         return None
 
     def _misfit(self, key: str, loaded: Tensor, saved_range: tuple[float, float] | None) -> str | None:
-        """Why a loaded α is not one of this module, if so."""
+        """Why a loaded α does not fit this module, or None."""
         if loaded.is_meta:
             return None
         alpha = (loaded.to_local() if hasattr(loaded, "to_local") else loaded).detach().double().flatten()
@@ -230,7 +232,7 @@ class WideAlpha(nn.Module):
             wrong, allowed = ~((alpha > 0) & alpha.isfinite()), "in (0, inf)"
         else:
             low, high = self.alpha_range
-            # Of its own range a training may have carried it anywhere: momentum does, and weight decay if it had any.
+            # A parameter learnt in this very range may lie anywhere: momentum and weight decay move it past a bound.
             own = saved_range is not None and tuple(saved_range) == self.alpha_range
             slack = math.inf if own else (_CARRIED if saved_range is None else _MARGIN) * (high - low)
             wrong = ~((alpha >= low - slack) & (alpha <= high + slack) & alpha.isfinite())
@@ -246,7 +248,7 @@ class HoldsAlpha(WideAlpha):
 
     Args:
         alpha: A number or a floating tensor. A parameter is learnt, any other tensor is copied into a buffer.
-        learn_alpha: Learn it, whatever it is.
+        learn_alpha: Learn α, also if it is given as a number or a plain tensor.
         alpha_range: The closed interval that a learnt α stays in.
     """
 
@@ -259,7 +261,7 @@ class HoldsAlpha(WideAlpha):
         if self.learn_alpha:
             check_inside(torch.as_tensor(alpha), self.alpha_range, "alpha")
             if not isinstance(alpha, nn.Parameter):
-                number = alpha if isinstance(alpha, Tensor) else torch.tensor(float(alpha))  # an int is one, too
+                number = alpha if isinstance(alpha, Tensor) else torch.tensor(float(alpha))  # an int becomes a float
                 alpha = nn.Parameter(number.detach().clone())
         if isinstance(alpha, Tensor):
             hold(self, "raw_alpha", alpha)
@@ -294,20 +296,20 @@ def hold(module: nn.Module, name: str, value: float | Tensor) -> None:
 
 
 def shown(value: float | Tensor) -> object:
-    """A number, or the values of a tensor that has some, for ``extra_repr``."""
+    """A number, or the values of a tensor (its shape if it is on the meta device), for ``extra_repr``."""
     if isinstance(value, Tensor):
         return f"<{tuple(value.shape)} on meta>" if value.is_meta else value.tolist()
     return value
 
 
 class HeadAlpha(WideAlpha):
-    """One learnt α per head, for an attention module that is not ours: held by it as ``sparse_alpha``.
+    """One learnt α per head for an attention module of another library, which holds this module as ``sparse_alpha``.
 
     Args:
         num_heads: Number of heads H.
         alpha_init: The initial α: a number, or one per head.
         alpha_range: The closed interval that α stays in.
-        device: Of the parameter, which is float32.
+        device: The device of the parameter, which is float32.
 
     Attributes:
         raw_alpha: (H,) the parameter.

@@ -11,16 +11,16 @@ from sparse_attn.checks import check_int
 class KVCache:
     """Projected keys and values of one attention layer.
 
-    Pass one object per layer as ``cache=`` at every step. Self-attention appends what it gets; with ``static=True``,
-    for cross-attention, the keys and values of the first call serve all later ones, which do not use their ``key`` and
-    ``value`` arguments.
+    Pass one object per layer as ``cache=`` at every step. Self-attention appends the new keys and values. With
+    ``static=True``, for cross-attention, the cache keeps the keys and values of the first call; later calls ignore
+    their ``key`` and ``value`` arguments.
 
     Args:
         static: Fill once instead of appending.
 
     Attributes:
         key: (N, H, S, D), or None while empty; H is the number of heads of keys and values, ``num_kv_heads``. Keys
-            are kept as they are compared with queries: normalised and turned by rotary positions.
+            are stored after normalisation and rotary positions.
         value: (N, H, S, D), or None while empty.
 
     Example:
@@ -45,7 +45,7 @@ class KVCache:
         return self.static and self.key is not None
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new positions and return all.
+        """Append keys and values of new positions and return all.
 
         Raises:
             ValueError: ``key`` and ``value`` are not (N, H, L, D) each, or do not continue what the cache holds.
@@ -65,15 +65,15 @@ class KVCache:
         return torch.cat([self.key, key], -2), torch.cat([self.value, value], -2)
 
     def select(self, rows: Tensor) -> None:
-        """Keep these batch rows, in this order: finished sentences leave, beams are reordered.
+        """Keep these batch rows, in this order: to drop finished sentences or to reorder beams.
 
         Args:
             rows: (n,) indices of rows, int32 or int64.
 
         Raises:
             TypeError: ``rows`` is no tensor of integers.
-            ValueError: It has another shape, or a row that is not there (unless the cache is on a GPU, which would have
-                to be waited for).
+            ValueError: It has another shape, or a row is out of range. On a GPU this is not checked: the check would
+                wait for the device.
         """
         if not isinstance(rows, Tensor) or rows.dtype not in (torch.int32, torch.int64):
             got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
@@ -89,15 +89,15 @@ class KVCache:
                 raise ValueError(f"rows must be in [0, {held}), the rows of the cache, got {wrong}") from error
 
     def crop(self, length: int) -> None:
-        """Forget all positions but the first ``length``: what was tried there is taken back.
+        """Remove all positions but the first ``length``, to undo decoding steps.
 
         Raises:
             TypeError: ``length`` is not an int.
-            ValueError: It is below 0 or above ``len(cache)``, or the cache is static.
+            ValueError: ``length`` is below 0 or above ``len(cache)``, or the cache is static.
         """
         check_int(length, "length")
         if self.static:
-            raise ValueError("a static cache has no positions to forget, crop is for those that append")
+            raise ValueError("a static cache cannot be cropped, only one that appends")
         if not 0 <= length <= len(self):
             raise ValueError(f"length must be in [0, {len(self)}], the positions in the cache, got {length}")
         if self.key is not None and self.value is not None:
@@ -109,7 +109,7 @@ class DecoderCache:
 
     Attributes:
         self_attention: Appended to at every step.
-        cross_attention: Static: filled at the first step.
+        cross_attention: Static; filled at the first step.
 
     Example:
         >>> from sparse_attn import TransformerDecoderLayer
@@ -129,10 +129,10 @@ class DecoderCache:
         return len(self.self_attention)
 
     def select(self, rows: Tensor) -> None:
-        """Keep these batch rows, in this order: finished sentences leave, beams are reordered."""
+        """Keep these batch rows, in this order: to drop finished sentences or to reorder beams."""
         self.self_attention.select(rows)
         self.cross_attention.select(rows)
 
     def crop(self, length: int) -> None:
-        """Forget all decoded positions but the first ``length``."""
+        """Remove all decoded positions but the first ``length``."""
         self.self_attention.crop(length)

@@ -15,9 +15,9 @@ class SparsemaxLoss(nn.Module):
 
     Args:
         weight: One weight per class, kept as a buffer.
-        ignore_index: Examples with this class index do not count.
+        ignore_index: Examples with this class index are ignored.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        label_smoothing: How much of the target, in ``[0, 1]``, is spread evenly over the classes.
+        label_smoothing: The share of the target, in ``[0, 1]``, that is spread evenly over the classes.
 
     Raises:
         TypeError: ``weight`` is not floating, ``ignore_index`` no int or ``label_smoothing`` no number.
@@ -27,7 +27,7 @@ class SparsemaxLoss(nn.Module):
     Shape:
         - Input: (C), (N, C) or (N, C, d1, ...).
         - Target: (), (N) or (N, d1, ...) for class indices; like the input for class probabilities.
-        - Output: (), or without reduction that of a target of class indices.
+        - Output: (), or the shape of a target of class indices if ``reduction="none"``.
 
     Example:
         >>> import torch
@@ -67,9 +67,9 @@ class Entmax15Loss(nn.Module):
 
     Args:
         weight: One weight per class, kept as a buffer.
-        ignore_index: Examples with this class index do not count.
+        ignore_index: Examples with this class index are ignored.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        label_smoothing: How much of the target, in ``[0, 1]``, is spread evenly over the classes.
+        label_smoothing: The share of the target, in ``[0, 1]``, that is spread evenly over the classes.
 
     Raises:
         TypeError: ``weight`` is not floating, ``ignore_index`` no int or ``label_smoothing`` no number.
@@ -79,7 +79,7 @@ class Entmax15Loss(nn.Module):
     Shape:
         - Input: (C), (N, C) or (N, C, d1, ...).
         - Target: (), (N) or (N, d1, ...) for class indices; like the input for class probabilities.
-        - Output: (), or without reduction that of a target of class indices.
+        - Output: (), or the shape of a target of class indices if ``reduction="none"``.
 
     Example:
         >>> import torch
@@ -115,18 +115,18 @@ class Entmax15Loss(nn.Module):
 
 
 class EntmaxLoss(HoldsAlpha):
-    """:func:`sparse_attn.entmax_loss`, which says when to take which α; α is a number, a buffer, or learnt.
+    """:func:`sparse_attn.entmax_loss`, whose docstring says which α to choose; α is a number, a buffer, or learnt.
 
-    A learnt α is for objectives that have a term of their own for it: the loss falls as α grows, whatever the data.
+    Learn α only if the objective has another term for it: this loss alone falls as α grows, whatever the data.
 
     Args:
         alpha: A number or a tensor in ``(0, inf)``: of one element, or one that broadcasts against the input with size
             1 along the classes. An ``nn.Parameter`` is learnt, any other tensor copied into a buffer.
         weight: One weight per class, kept as a buffer.
-        ignore_index: Examples with this class index do not count.
+        ignore_index: Examples with this class index are ignored.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        label_smoothing: How much of the target, in ``[0, 1]``, is spread evenly over the classes.
-        learn_alpha: Learn α, whatever it was given as.
+        label_smoothing: The share of the target, in ``[0, 1]``, that is spread evenly over the classes.
+        learn_alpha: Learn α, also if it is given as a number or a plain tensor.
         alpha_range: The closed interval that a learnt α stays in; it may start on a bound, and leave it.
 
     Attributes:
@@ -142,7 +142,7 @@ class EntmaxLoss(HoldsAlpha):
     Shape:
         - Input: (C), (N, C) or (N, C, d1, ...).
         - Target: (), (N) or (N, d1, ...) for class indices; like the input for class probabilities.
-        - Output: (), or without reduction that of a target of class indices.
+        - Output: (), or the shape of a target of class indices if ``reduction="none"``.
 
     Example:
         >>> import torch
@@ -205,5 +205,5 @@ def _arguments(module: _Loss) -> dict[str, Any]:
 
 
 def _shown_arguments(module: _Loss) -> str:
-    """All but the weight, which is as long as the vocabulary."""
+    """All arguments but the weight, which is as long as the vocabulary."""
     return ", ".join(f"{name}={value!r}" for name, value in _arguments(module).items() if name != "weight")

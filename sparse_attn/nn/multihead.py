@@ -1,4 +1,4 @@
-"""What every drop-in for ``nn.MultiheadAttention`` shares: all of it but the mapping from scores to weights."""
+"""Base class of the layers that replace ``nn.MultiheadAttention``: everything except the mapping to weights."""
 
 from __future__ import annotations
 
@@ -10,53 +10,44 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sparse_attn.checks import check_bool, check_dropout, check_floating, check_int
-from sparse_attn.masks import (
-    Window,
-    causal_mask,
-    check_mask,
-    check_mask_dtype,
-    check_window,
-    combine_masks,
-    merge_multihead_masks,
-    visible_keys,
-    visible_pairs,
-    window_mask,
-    with_infinities,
-)
+from sparse_attn.masks import Window, check_mask_dtype, check_window, multihead_mask, visible_keys, visible_pairs
 from sparse_attn.nn.cache import KVCache
 from sparse_attn.nn.positions import Positions, Rotary, places, turn
 from sparse_attn.nn.scaling import LengthScaling
-from sparse_attn.observe import observed, tell
+from sparse_attn.observe import report_weights, weights_are_observed
 from sparse_attn.ops.attention import ScoreMapping, attend
 
 
 class SparseMultiheadAttention(nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` with the mapping left open; a subclass says what :meth:`mapping` is.
+    """``nn.MultiheadAttention`` with an abstract :meth:`mapping`, which subclasses define.
 
-    Arguments, shapes, masks, state-dict names and return values are those of ``nn.MultiheadAttention``. What differs:
+    Arguments, shapes, masks, state-dict names and return values are those of ``nn.MultiheadAttention``. The
+    differences are:
 
-    - a mask is always honoured, whatever ``is_causal`` says; ``is_causal=True`` without a mask builds the causal one;
-    - a query that sees nothing gets zero weights, and the out-projection's bias as its output;
+    - a mask is always applied, for any ``is_causal``; ``is_causal=True`` without a mask builds the causal mask;
+    - a query with no visible key gets zero weights, and the out-projection's bias as its output;
     - ``cache`` keeps projected keys and values between calls;
     - wrong input raises ValueError or TypeError, never AssertionError.
 
-    Beyond torch's arguments there are, by name:
+    The keyword arguments beyond torch's are:
 
     Args:
-        num_kv_heads: Heads of keys and values, a divisor of ``num_heads``, each shared by ``num_heads / num_kv_heads``
-            neighbours: grouped-query attention, or multi-query attention with 1 (Ainslie et al. 2023). With fewer than
-            ``num_heads`` the projections are the three that ``kdim`` and ``vdim`` make: ``q_proj_weight`` (E, E),
-            ``k_proj_weight`` and ``v_proj_weight`` with ``num_kv_heads * D`` rows, ``in_proj_bias`` the biases of the
-            three in this order, ``bias_k`` and ``bias_v`` (1, 1, num_kv_heads * D).
-        window: (left, right): a query sees no key more than ``left`` places before its own or ``right`` after; None for
-            no limit. One int is both. Mistral's ``sliding_window=w`` is ``(w - 1, 0)``.
-        qk_norm: RMSNorm on queries and keys of each head before they are compared, with weights ``q_norm.weight`` and
-            ``k_norm.weight`` (D,) that all heads share (Henry et al. 2020; Dehghani et al. 2023).
-        positions: Built-in positions: ``RotaryPositions``, ``ALiBi``, ``NAPE`` or a :class:`Positions` of one's own.
-            The keys that ``add_bias_kv`` and ``add_zero_attn`` add stand nowhere: they are not turned, their scores
-            have no bias, and every window shows them.
-        length_scaling: Multiply queries by a learnt factor that grows with the number of keys they see, see
-            :class:`LengthScaling` (parameters ``length_scaling.beta_weight``, ``beta_bias`` and two of ``gamma``).
+        num_kv_heads: Number of heads of keys and values, a divisor of ``num_heads``. Each is shared by
+            ``num_heads / num_kv_heads`` consecutive query heads: grouped-query attention, or multi-query attention
+            with 1 (Ainslie et al. 2023). With fewer than ``num_heads``, there are three projections, as with ``kdim``
+            and ``vdim``: ``q_proj_weight`` (E, E), and ``k_proj_weight`` and ``v_proj_weight`` with
+            ``num_kv_heads * D`` rows. ``in_proj_bias`` concatenates their biases in this order; ``bias_k`` and
+            ``bias_v`` are (1, 1, num_kv_heads * D).
+        window: (left, right): a query sees at most ``left`` keys before its own position and ``right`` after; None for
+            no limit on that side. One int sets both. Mistral's ``sliding_window=w`` is ``(w - 1, 0)``.
+        qk_norm: RMSNorm on the queries and keys of each head, with weights ``q_norm.weight`` and ``k_norm.weight``
+            (D,) that all heads share (Henry et al. 2020; Dehghani et al. 2023).
+        positions: Position encoding: ``RotaryPositions``, ``ALiBi``, ``NAPE`` or another subclass of
+            :class:`Positions`. The extra keys of ``add_bias_kv`` and ``add_zero_attn`` have no position: no rotary
+            turn, bias or window applies to them.
+        length_scaling: Multiply queries by a learnt factor that grows with the number of visible keys, see
+            :class:`LengthScaling` (its parameters are ``length_scaling.beta_weight``, ``beta_bias``, ``gamma_weight``
+            and ``gamma_bias``).
     """
 
     def __init__(
@@ -110,8 +101,8 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             device,
             dtype,
         )
-        # nn.TransformerEncoderLayer asks this attribute whether it may call its fused softmax kernel in eval mode
-        # instead of our forward. Which projections there are, ``in_proj_weight`` itself tells.
+        # False keeps nn.TransformerEncoderLayer from calling its fused softmax kernel in eval mode instead of this
+        # forward. So this attribute does not say which projections exist: code here tests `in_proj_weight` for that.
         self._qkv_same_embed_dim = False
         factory: Any = {"device": device, "dtype": dtype}
         self.num_kv_heads = num_kv_heads
@@ -125,7 +116,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             self._share_heads(factory)
 
     def _share_heads(self, factory: Any) -> None:
-        """Parameters of as many heads of keys and values as there are, in the place of torch's."""
+        """Replace torch's parameters by those for ``num_kv_heads`` heads of keys and values."""
         kv_dim = self.num_kv_heads * self.head_dim
         self.register_parameter("in_proj_weight", None)
         self.q_proj_weight = nn.Parameter(torch.empty(self.embed_dim, self.embed_dim, **factory))
@@ -139,13 +130,14 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        # torch's own asks ``_qkv_same_embed_dim``, which does not tell the truth here once construction is over.
+        # torch's method reads `_qkv_same_embed_dim` to find the projections. The attribute is always False after
+        # construction (see __init__), so it is set to the true value during the call.
         self._qkv_same_embed_dim = self.in_proj_weight is not None
         super()._reset_parameters()
         self._qkv_same_embed_dim = False
 
     def extra_repr(self) -> str:
-        """What there is beyond torch's arguments, where it is no module of its own."""
+        """The arguments beyond torch's that are not submodules."""
         shown = [f"num_kv_heads={self.num_kv_heads}"] if self.num_kv_heads < self.num_heads else []
         return ", ".join(shown if self.window is None else [*shown, f"window={self.window}"])
 
@@ -179,82 +171,59 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             attn_mask: (L, S) or (N * num_heads, L, S): True = masked, or a float added to the scores.
             average_attn_weights: Weights averaged over the heads, or one map per head.
             is_causal: Without ``attn_mask``, query ``i`` sees keys up to ``i``; with a cache, up to its own position.
-            cache: Past keys and values, extended in place by this call; masks then span all S keys, past ones included.
-            rotary: Cosines and sines, each (L, D / 2) or (N, L, D / 2), that queries and keys of this call are turned
-                by, as ``RotaryPositions.rotary`` makes them; of size D, halves repeated, as Hugging Face's models do.
+            cache: Past keys and values, extended in place by this call. Masks cover all S keys, including past ones.
+            rotary: Cosines and sines that rotate the queries and keys of this call, each (L, D / 2) or (N, L, D / 2),
+                as ``RotaryPositions.rotary`` returns them. The last size may also be D, with both halves equal, as in
+                Hugging Face's models.
             position_bias: A float added to the scores, broadcastable to (N, H, L, S).
 
         Returns:
             The output, of the query's shape, and the weights, (N, L, S) or (N, H, L, S) (no N when unbatched), or None.
 
         Raises:
-            TypeError: Inputs that are nested or not floating; a mask that is neither boolean nor floating.
-            ValueError: Shapes that do not fit; ``is_causal``, positions or a window with a static cache, which does
-                not know where the query stands; ``rotary`` where the layer's own positions rotate, too.
+            TypeError: An input is nested or not floating; a mask is neither boolean nor floating.
+            ValueError: Shapes do not fit; ``is_causal``, positions or a window are used with a static cache, for which
+                queries have no position; ``rotary`` is given although the layer's ``positions`` rotate.
         """
         batched = self._check_inputs(query, key, value)
         if not batched:
-            # One batch row, in front for what follows.
-            packed = query is key and key is value
-            query, key, value = (query[None],) * 3 if packed else (query[None], key[None], value[None])
-            if key_padding_mask is not None:
-                check_mask_dtype(key_padding_mask, "key_padding_mask")
-                if key_padding_mask.dim() != 1:
-                    shape = tuple(key_padding_mask.shape)
-                    raise ValueError(f"key_padding_mask must be 1-D (S,) for unbatched input, got shape {shape}")
-                key_padding_mask = key_padding_mask[None]
+            query, key, value, key_padding_mask = _as_batch(query, key, value, key_padding_mask)
         batch_first = self.batch_first or not batched
         if cache is not None:
             self._check_cache(cache, query.shape[0 if batch_first else 1], is_causal, rotary)
         q, k, v = self._project(query, key, value, batch_first=batch_first, cache=cache, rotary=rotary)
-        (batch, heads, queries, _), keys = q.shape, k.shape[-2]
-        mask = merge_multihead_masks(attn_mask, key_padding_mask, batch=batch, heads=heads, queries=queries, keys=keys)
-        offset = 0 if cache is None else keys - queries
-        if self.window is not None:
-            mask = combine_masks(mask, window_mask(queries, keys, self.window, q.device, offset=offset))
-        if position_bias is not None:
-            check_floating(position_bias, "position_bias")
-            check_mask(position_bias, (*q.shape[:-1], keys), "position_bias")
-            # All S keys are written down, also where they share a bias: the keys of the layer itself come after them.
-            position_bias = with_infinities(position_bias).expand(*position_bias.shape[:-1], keys)
-            mask = combine_masks(mask, position_bias)
-        if self.positions is not None:
-            mask = combine_masks(mask, self.positions.bias(places(offset, q), places(0, k)))
-        is_causal = is_causal and attn_mask is None
-        if is_causal and not (mask is None and offset == 0 and self._sees_no_other_keys()):
-            mask, is_causal = combine_masks(mask, causal_mask(queries, keys, q.device, offset=offset)), False
-        to_keep = k, v
+        to_keep, offset = (k, v), 0 if cache is None else k.shape[-2] - q.shape[-2]
+        own_bias = None if self.positions is None else self.positions.bias(places(offset, q), places(0, k))
+        mask, is_causal = multihead_mask(
+            attn_mask,
+            key_padding_mask,
+            position_bias,
+            own_bias,
+            self.window,
+            is_causal,
+            shape=(*q.shape[:-1], k.shape[-2]),
+            offset=offset,
+            device=q.device,
+            only_causal=self.bias_k is None and not self.add_zero_attn and self.length_scaling is None,
+        )
         k, v, mask = self._extend_keys(k, v, mask)
         if self.length_scaling is not None:
             rows = query if batch_first else query.transpose(0, 1)
             q = q * self.length_scaling(rows, visible_keys(mask, k.shape[-2], q.device)).to(q.dtype)
-
-        dropout_p = self.dropout if self.training else 0.0
-        looked_at = observed()
-        output, weights = attend(
-            *(q, k, v, self.mapping(), mask, dropout_p, is_causal),
-            need_weights=need_weights or looked_at,
-            enable_gqa=heads > self.num_kv_heads,
-        )
-        if looked_at and weights is not None:
-            visible = visible_pairs(mask, is_causal, weights)
-            if not batched:
-                visible = visible[0] if visible is not None and visible.dim() == 4 else visible
-            tell(self, weights if batched else weights[0], visible)
+        output, weights = self._attend(q, k, v, mask, is_causal, need_weights=need_weights, batched=batched)
         output = self.out_proj(rearrange(output, "n h l d -> n l (h d)"))
         if cache is not None:
-            cache.key, cache.value = to_keep  # at the end: a refused call leaves the cache as it was
-        if batched and not self.batch_first:
-            output = output.transpose(0, 1)
+            cache.key, cache.value = to_keep  # last, so that a call that raises leaves the cache unchanged
         if not batched:
-            output = output[0]
+            output, weights = output[0], None if weights is None else weights[0]
+        elif not self.batch_first:
+            output = output.transpose(0, 1)
         if weights is None or not need_weights:
             return output, None
-        weights = weights if batched else weights[0]
         return output, weights.mean(-3) if average_attn_weights else weights
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether the input is batched; raises where shapes do not fit."""
+        """Whether the input is batched; raises if shapes do not fit."""
         for name, x in (("query", query), ("key", key), ("value", value)):
             check_floating(x, name)
         if any(x.is_nested for x in (query, key, value)):
@@ -275,7 +244,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         return query.dim() == 3
 
     def _check_cache(self, cache: KVCache, batch: int, is_causal: bool, rotary: Rotary | None) -> None:
-        """Raise where a cache is not of this layer and batch, or is asked for positions it does not know."""
+        """Raise if a cache does not fit this layer and batch, or is static in a call that needs positions."""
         if not isinstance(cache, KVCache):
             raise TypeError(f"cache must be a sparse_attn.KVCache, got {type(cache).__name__}")
         if cache.static:
@@ -284,7 +253,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             for name, is_given in given.items():
                 if is_given:
                     unset = "False" if name == "is_causal" else "None"
-                    raise ValueError(f"{name} must be {unset} with a static cache, which has no place for the query")
+                    raise ValueError(f"{name} must be {unset} with a static cache, for which queries have no position")
         if cache.key is not None:
             expected, (n, h, _, d) = (batch, self.num_kv_heads, self.head_dim), cache.key.shape
             if (n, h, d) != expected:
@@ -303,7 +272,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         cache: KVCache | None,
         rotary: Rotary | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (N, heads, length, D), normalised and turned, with the cached ones in front."""
+        """Queries, keys and values (N, heads, length, D), normalised and rotated; cached keys and values come first."""
         sizes = [self.embed_dim] + 2 * [self.num_kv_heads * self.head_dim]
         if self.in_proj_weight is None:
             weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
@@ -312,31 +281,26 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         biases = [None] * 3 if self.in_proj_bias is None else list(self.in_proj_bias.split(sizes))
         pattern = ("n l" if batch_first else "l n") + " (h d) -> n h l d"
 
-        def split(x: Tensor) -> Tensor:
-            return rearrange(x, pattern, d=self.head_dim)
+        def heads_of(x: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
+            x = rearrange(x, pattern, d=self.head_dim)
+            return x if norm is None else norm(x.to(norm.weight.dtype)).to(x.dtype)
 
         if cache is not None and cache.complete and cache.key is not None and cache.value is not None:
-            q = split(F.linear(query, weights[0], biases[0]))
-            return _normalised(q, self.q_norm), cache.key, cache.value
+            q = F.linear(query, weights[0], biases[0])
+            return heads_of(q, self.q_norm), cache.key, cache.value
         if self.in_proj_weight is not None and query is key and key is value:
-            projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-            q, k, v = (split(x) for x in projected.chunk(3, -1))
+            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         else:
-            q = split(F.linear(query, weights[0], biases[0]))
-            k, v = (split(F.linear(x, weights[i], biases[i])) for i, x in ((1, key), (2, value)))
-        q, k = _normalised(q, self.q_norm), _normalised(k, self.k_norm)
+            q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        q, k, v = heads_of(q, self.q_norm), heads_of(k, self.k_norm), heads_of(v)
         start = 0 if cache is None else len(cache)
         offset = 0 if cache is None else start + k.shape[-2] - q.shape[-2]
         if self.positions is not None or rotary is not None:
             q, k = turn(q, k, self.positions, rotary, query_start=offset, key_start=start)
         return q, *((k, v) if cache is None else cache.joined(k, v))
 
-    def _sees_no_other_keys(self) -> bool:
-        """Whether causal attention is all there is: it is not written down as a mask of (L, S) entries then."""
-        return self.bias_k is None and not self.add_zero_attn and self.length_scaling is None
-
     def _extend_keys(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add the keys that belong to the layer, which every query sees: ``bias_k`` and the zero key."""
+        """Append the extra keys and values of ``add_bias_kv`` and ``add_zero_attn``, which every query sees."""
         extra = []
         if self.bias_k is not None and self.bias_v is not None:
             biases = (self.bias_k, self.bias_v)
@@ -351,6 +315,42 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             mask = F.pad(mask, (0, len(extra)), value=True if mask.dtype == torch.bool else 0.0)
         return k, v, mask
 
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        *,
+        need_weights: bool,
+        batched: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The heads' outputs (N, H, L, D), and the weights if they are needed or observed."""
+        observed = weights_are_observed()
+        output, weights = attend(
+            *(q, k, v, self.mapping(), mask, self.dropout if self.training else 0.0, is_causal),
+            need_weights=need_weights or observed,
+            enable_gqa=self.num_kv_heads < self.num_heads,
+        )
+        if observed and weights is not None:
+            visible = visible_pairs(mask, is_causal, weights)
+            if not batched and visible is not None and visible.dim() == 4:
+                visible = visible[0]
+            report_weights(self, weights if batched else weights[0], visible)
+        return output, weights
 
-def _normalised(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
-    return x if norm is None else norm(x.to(norm.weight.dtype)).to(x.dtype)
+
+def _as_batch(
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Unbatched input as a batch of size 1, batch first. If all three are the same tensor, the results are too."""
+    packed = query is key and key is value
+    query, key, value = (query[None],) * 3 if packed else (query[None], key[None], value[None])
+    if key_padding_mask is None:
+        return query, key, value, None
+    check_mask_dtype(key_padding_mask, "key_padding_mask")
+    if key_padding_mask.dim() != 1:
+        shape = tuple(key_padding_mask.shape)
+        raise ValueError(f"key_padding_mask must be 1-D (S,) for unbatched input, got shape {shape}")
+    return query, key, value, key_padding_mask[None]

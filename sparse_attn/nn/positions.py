@@ -1,7 +1,7 @@
-"""What a layer knows about where queries and keys stand: a rotation of both, or a bias of their scores.
+"""Positions of queries and keys: a rotation of both, or a bias of their scores.
 
-Positions are relative in all of these: queries and keys that all stand some places later get the same scores. They are
-numbers computed when they are needed, not tables: no length is too long.
+All of them are relative: shifting all queries and keys by the same number of places does not change the scores. They
+are computed when they are needed, not read from tables, so there is no largest length.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Rotary = tuple[Tensor, Tensor]
 class Positions(nn.Module):
     """Positions without effect. A subclass overrides :meth:`rotary`, :meth:`bias` or both.
 
-    A layer that is given one as ``positions=`` calls both at every forward. What they return can also be made once
-    and handed to the forward of many layers, as ``rotary=`` and ``position_bias=``.
+    A layer with ``positions=`` calls both methods in every forward pass. Their results can also be computed once and
+    passed to the forward of many layers, as ``rotary=`` and ``position_bias=``.
 
     Attributes:
-        unscaled_heads: How many heads, the first ones, ``length_scaling`` leaves alone.
+        unscaled_heads: The number of heads, counted from the first, that ``length_scaling`` does not scale.
 
     Example:
-        Biases that are learnt, one per head and distance:
+        Learnt biases, one per head and distance:
 
         >>> class Distances(Positions):
         ...     def __init__(self, num_heads: int, farthest: int) -> None:
@@ -53,26 +53,26 @@ class Positions(nn.Module):
         return None
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
-        """What is added to the scores, (H, L, S), of queries at (L,) and keys at (S,), or None to add nothing."""
+        """The bias (H, L, S) to add to the scores of queries at (L,) and keys at (S,), or None to add nothing."""
         return None
 
 
 class RotaryPositions(Positions):
-    """Queries and keys turned, pair by pair of their entries, by angles in proportion to where they stand.
+    """Rotary positions: pairs of entries of queries and keys are rotated by angles proportional to their position.
 
-    Entry ``i`` is paired with entry ``i + D / 2`` and turned by ``position * base ** (-2 i / D)``: the pairing of
-    Llama and of Hugging Face, not that of neighbours in the paper. The score of a pair then depends on the difference
-    of their positions alone.
+    Entry ``i`` is paired with entry ``i + D / 2`` and rotated by ``position * base ** (-2 i / D)``. Llama and Hugging
+    Face pair entries in this way; the paper pairs neighbours. The score of a query and a key depends only on the
+    difference of their positions.
 
     Args:
         head_dim: Size D of a head, even.
-        base: Of the wavelengths, which go from 2π to almost 2π ``base``.
+        base: Base of the wavelengths, which range from 2π to almost 2π ``base``.
 
     Raises:
         ValueError: ``head_dim`` is odd or below 2, or ``base`` is not in ``(0, inf)``.
 
     Shape:
-        :meth:`rotary` takes (L,) or (N, L) and gives twice (L, D / 2) or (N, L, D / 2).
+        :meth:`rotary` takes (L,) or (N, L) and gives cosines and sines, each (L, D / 2) or (N, L, D / 2).
 
     Example:
         >>> from sparse_attn import AdaptiveSparseMultiheadAttention
@@ -96,14 +96,14 @@ class RotaryPositions(Positions):
         self.base = base
 
     def check(self, num_heads: int, head_dim: int) -> None:
-        """Raise ValueError unless heads have the size these positions are for."""
+        """Raise ValueError unless ``head_dim`` is the size that these positions were made for."""
         if head_dim != self.head_dim:
             raise ValueError(f"positions must be RotaryPositions({head_dim}), the size of a head, got {self}")
 
     def rotary(self, positions: Tensor) -> Rotary:
         """Cosines and sines of the angles, one per pair."""
         positions = _floating(positions)
-        # Not a buffer: narrowed to half precision by ``.half()``, far positions would be turned by wrong angles.
+        # Not a buffer: ``.half()`` would round it, and large positions would get wrong angles.
         pair = torch.arange(0, self.head_dim, 2, dtype=positions.dtype, device=positions.device)
         angle = positions[..., None] * self.base ** (-pair / self.head_dim)
         return angle.cos(), angle.sin()
@@ -114,10 +114,10 @@ class RotaryPositions(Positions):
 
 
 class ALiBi(Positions):
-    """``-slope * distance`` added to every score, with a slope per head; the same on both sides of the query.
+    """``-slope * distance`` is added to every score, with one slope per head, on both sides of the query.
 
-    Slopes of H heads, a power of two, are ``2 ** (-8 / H), 2 ** (-16 / H), ..., 2 ** -8``. Of any other H they are
-    those of the next power of two below, then every second of those of the next above.
+    If H is a power of two, the slopes are ``2 ** (-8 / H), 2 ** (-16 / H), ..., 2 ** -8``. For any other H they are the
+    slopes for the next smaller power of two, followed by every second slope for the next larger one.
 
     Args:
         num_heads: H.
@@ -145,7 +145,7 @@ class ALiBi(Positions):
         self.num_heads = num_heads
 
     def check(self, num_heads: int, head_dim: int) -> None:
-        """Raise ValueError unless there are as many heads as slopes."""
+        """Raise ValueError unless ``num_heads`` equals the number of slopes."""
         if num_heads != self.num_heads:
             raise ValueError(f"positions must be for {num_heads} heads, got {self}")
 
@@ -171,9 +171,9 @@ class ALiBi(Positions):
 class NAPE(ALiBi):
     """ALiBi with slopes 1, 1/2, ..., 1/m on the first m = H // 2 heads, no positions on the others.
 
-    The first half looks nearby, the second half anywhere: with α-entmax, whose weights far away are exact zeros, this
-    is what lets a model work on inputs many times as long as those it was trained on. ``length_scaling`` of a
-    layer with these positions leaves the first half alone, whose reach the slopes have settled.
+    The first half of the heads attends nearby, the second half anywhere. Together with α-entmax, whose weights of far
+    keys are exactly zero, this lets a model work on inputs many times longer than those it was trained on. In a layer
+    with these positions ``length_scaling`` scales only the second half: the slopes already limit the first.
 
     Args:
         num_heads: H, at least 2.
@@ -205,10 +205,10 @@ class NAPE(ALiBi):
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Queries or keys (N, H, L, D) turned by angles whose cosines and sines are (L, D / 2) or (N, L, D / 2).
+    """Queries or keys (N, H, L, D) rotated by angles whose cosines and sines are (L, D / 2) or (N, L, D / 2).
 
-    With ``z = x[..., : D / 2] + 1j * x[..., D / 2 :]`` this is ``z * exp(1j * angle)``. Computed in the wider dtype of
-    the two, returned in that of ``x``.
+    With ``z = x[..., : D / 2] + 1j * x[..., D / 2 :]`` this is ``z * exp(1j * angle)``. The computation uses the wider
+    of both dtypes; the result has the dtype of ``x``.
     """
     cos, sin = (part[:, None] if part.dim() == 3 else part for part in rotary)
     first, second = x.chunk(2, -1)
@@ -224,13 +224,13 @@ def turn(
     query_start: int,
     key_start: int,
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys turned by the angles given from outside, or by those of a layer's own positions.
+    """Queries and keys rotated by given angles, or by those of a layer's own positions.
 
-    The first query stands at ``query_start`` and the first key at ``key_start``.
+    ``query_start`` and ``key_start`` are the positions of the first query and of the first key.
 
     Raises:
         TypeError: ``rotary`` is no pair of floating tensors.
-        ValueError: It has another shape, or ``positions`` rotate, too.
+        ValueError: ``rotary`` has a wrong shape, or ``positions`` rotate as well.
     """
     angles: list[Rotary | None] = [None, None]
     if positions is not None:
@@ -250,13 +250,13 @@ def turn(
 
 
 def places(start: int, x: Tensor) -> Tensor:
-    """(L,) positions from ``start`` on of queries or keys (N, H, L, D), in the dtype to compute with them."""
+    """(L,) positions of queries or keys (N, H, L, D), from ``start`` on, in the dtype for computing."""
     return torch.arange(start, start + x.shape[-2], dtype=compute_dtype(x), device=x.device)
 
 
 def _per_pair(rotary: Rotary, x: Tensor) -> Rotary:
-    """Cosines and sines with one entry per pair; they may be given for all D entries, as Hugging Face's models do."""
-    if not isinstance(rotary, tuple | list) or len(rotary) != 2:
+    """Cosines and sines with one entry per pair. Hugging Face's models give them for all D entries."""
+    if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
         raise TypeError(f"rotary must be a pair (cos, sin), got {type(rotary).__name__}")
     for part in rotary:
         check_floating(part, "rotary")

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 
 class LengthScaling(nn.Module):
-    """What queries are multiplied by: ``1 + β (log n) ** γ``, n the keys that a query sees.
+    """A factor for queries: ``1 + β (log n) ** γ``, where n is the number of keys that a query sees.
 
     ``β = softplus(w_β · x + b_β)`` and ``γ = 2 tanh(w_γ · x + b_γ)`` are learnt per head from the layer's input x. Both
-    weights and b_γ start at zero and b_β where β is 0.05, so that every factor starts at 1.05: near one, where a random
-    start gives factors of up to 20, from which training often does not recover.
+    weights and b_γ start at zero, and b_β starts at the value that gives β = 0.05: every factor starts at 1.05. A
+    random start gives factors of up to 20, from which training often does not recover.
 
     Args:
         embed_dim: Size E of the input.
         num_heads: H.
-        unscaled_heads: How many heads, the first ones, always have the factor one.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        unscaled_heads: The number of heads, counted from the first, whose factor is always one.
+        device: The device of the parameters.
+        dtype: The dtype of the parameters.
 
     Raises:
         ValueError: ``unscaled_heads`` leaves no head to scale.
@@ -35,8 +35,8 @@ class LengthScaling(nn.Module):
         tensor([1.0000, 1.0500, 1.0500], grad_fn=<SelectBackward0>)
 
     Reference:
-        Vasylenko, Pitorro, Martins & Treviso 2025, "Long-Context Generalization with Sparse Attention", with another
-        start.
+        Vasylenko, Pitorro, Martins & Treviso 2025, "Long-Context Generalization with Sparse Attention"; the
+        initial values differ.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class LengthScaling(nn.Module):
         self.unscaled_heads = unscaled_heads
         scaled = num_heads - unscaled_heads
         factory: Any = {"device": device, "dtype": dtype}
-        # Weights have one dimension: initialisers that walk over all matrices of a model, as nn.Transformer's does,
-        # would undo the start near one.
+        # Weights have one dimension: nn.Transformer initialises every parameter with more than one dimension, and would
+        # overwrite the initial values.
         self.beta_weight = nn.Parameter(torch.empty(scaled * embed_dim, **factory))
         self.beta_bias = nn.Parameter(torch.empty(scaled, **factory))
         self.gamma_weight = nn.Parameter(torch.empty(scaled * embed_dim, **factory))
@@ -62,7 +62,7 @@ class LengthScaling(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start near one."""
+        """Set the initial values, with which every factor is near one."""
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
         nn.init.constant_(self.beta_bias, math.log(math.expm1(0.05)))  # the inverse of softplus
@@ -74,12 +74,12 @@ class LengthScaling(nn.Module):
             F.linear(x, weight.view(-1, x.shape[-1]), bias).movedim(-1, 1).to(wide)
             for weight, bias in ((self.beta_weight, self.beta_bias), (self.gamma_weight, self.gamma_bias))
         )
-        # softplus; of F.softplus, torch.compile mistakes the strides in the backward.
+        # This is softplus. torch.compile computes wrong strides in the backward of F.softplus.
         beta, gamma = torch.logaddexp(beta, torch.zeros_like(beta)), 2 * gamma.tanh()
         visible = visible.to(wide)
         if visible.dim() > 1 and visible.shape[-2] > 1:
             visible = visible[..., self.unscaled_heads :, :]
-        # One key gets all the weight whatever the factor, and log 1 = 0 has no negative powers.
+        # A single key gets all the weight, whatever the factor is; log 1 = 0 has no negative powers.
         log_n = visible.clamp(min=2).log()
         factor = 1 + beta * log_n**gamma
         return F.pad(factor, (0, 0, self.unscaled_heads, 0), value=1.0).unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Attention with a sparse mapping in the place of softmax; signatures of ``scaled_dot_product_attention``."""
+"""Attention with a sparse mapping in place of softmax; signatures like ``scaled_dot_product_attention``."""
 
 from __future__ import annotations
 
@@ -11,34 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_attn.checks import check_dropout, check_floating, check_k
-from sparse_attn.kernels.choose_attention import can_fuse, fused
-from sparse_attn.kernels.functions.blockwise import Setting, blockwise_attention
-from sparse_attn.masks import apply_mask, causal_mask, check_mask, dense_mask, described_causal
-from sparse_attn.ops.entmax import entmax
-from sparse_attn.ops.topk import topk_entmax
-from sparse_attn.transforms import values_known
+from sparse_attn.checks import check_dropout, check_floating, check_k, compute_dtype, result_dtype
+from sparse_attn.kernels.choose_attention import Call, autocast_dtype, choose_attention, repeat_heads
+from sparse_attn.masks import apply_mask, causal_mask, described_causal
+from sparse_attn.ops.entmax import entmax_along
 
 Normalizer = Literal["softmax", "sparsemax"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # Dynamo before torch 2.13 would ask for a hash before the fields are there
 class ScoreMapping:
-    """Scores (..., H, L, S) to weights: α-entmax over the ``k`` best keys of each query, or over all of them."""
+    """Maps scores (..., H, L, S) to weights: α-entmax over the ``k`` largest scores of each query, or over all."""
 
     alpha: float | Tensor  # a number, or a tensor that broadcasts to (H, 1, 1)
     k: int | None = None
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Weights of the scores."""
-        # No keys at all are fewer than k, too.
-        if self.k is None or scores.shape[-1] <= self.k:
-            return entmax(scores, self.alpha)
-        return topk_entmax(scores, self.k, self.alpha)
+        # Only the kernels ask whether there are more than k keys: a branch here would limit an exported length.
+        return entmax_along(scores, self.alpha, -1, self.k)
 
-
-# Blocks of queries are faster than one large matrix from about this size of the matrix of a head.
-_LARGE = 2**18
 
 _ALPHA_OF = {"softmax": 1.0, "sparsemax": 2.0}
 
@@ -58,22 +50,22 @@ def entmax_attention(
     """α-entmax attention: ``entmax(scale * query @ key^T + mask, alpha) @ value``.
 
     Args:
-        query: (..., H, L, D).
+        query: (..., H, L, D). Dimensions before the last two broadcast, also where a tensor has fewer of them.
         key: (..., H, S, D).
         value: (..., H, S, Dv).
         alpha: A number or (H,), in ``(0, inf)``; 1 is softmax attention.
-        attn_mask: Broadcastable to (..., H, L, S): boolean, ``True`` = take part, or floating, added to the scores.
+        attn_mask: Broadcastable to (..., H, L, S): boolean, ``True`` = visible, or floating, added to the scores.
         dropout_p: Probability that a weight is dropped; applied whenever it is above 0, as in torch's function.
         is_causal: Query ``i`` sees the keys up to ``i`` (aligned top-left). Not together with ``attn_mask``.
         scale: Factor of the scores; ``1 / sqrt(D)`` by default.
-        enable_gqa: Key and value may have fewer heads, a divisor of the query's.
+        enable_gqa: Key and value may have fewer heads than the query; their number must divide the query's.
 
     Returns:
-        (..., H, L, Dv). A query that sees nothing gets zeros.
+        (..., H, L, Dv). A query with no visible key gets zeros.
 
     Raises:
         TypeError: A wrong dtype.
-        ValueError: Shapes that do not fit, α or ``dropout_p`` outside its range.
+        ValueError: Shapes do not fit; α or ``dropout_p`` is outside its range.
 
     Example:
         >>> query, key, value = torch.randn(3, 2, 4, 5, 8).unbind()
@@ -101,7 +93,7 @@ def topk_attention(
     enable_gqa: bool = False,
     normalizer: Normalizer = "softmax",
 ) -> Tensor:
-    """Attention of every query to its ``k`` best keys, or to all where it sees fewer.
+    """Attention of every query to the ``k`` visible keys with the largest scores, or to all if fewer are visible.
 
     Args:
         query: (..., H, L, D).
@@ -113,14 +105,14 @@ def topk_attention(
         is_causal: As in :func:`entmax_attention`.
         scale: As in :func:`entmax_attention`.
         enable_gqa: As in :func:`entmax_attention`.
-        normalizer: What turns the kept scores into weights.
+        normalizer: The mapping from the kept scores to weights.
 
     Returns:
-        (..., H, L, Dv). A query that sees nothing gets zeros.
+        (..., H, L, Dv). A query with no visible key gets zeros.
 
     Raises:
         TypeError: A wrong dtype, or ``k`` is not an int.
-        ValueError: Shapes that do not fit, ``k`` below 1, an unknown ``normalizer``.
+        ValueError: Shapes do not fit, ``k`` is below 1, or ``normalizer`` is unknown.
 
     Example:
         >>> query, key, value = torch.randn(3, 2, 4, 5, 8).unbind()
@@ -135,19 +127,23 @@ def topk_attention(
     return attend(query, key, value, mapping, *arguments, scale=scale, enable_gqa=enable_gqa, need_weights=False)[0]
 
 
-def entmax_mapping(alpha: float | Tensor, heads: int) -> ScoreMapping:
-    """α-entmax with one α or one per head."""
-    return ScoreMapping(_per_head(alpha, heads))
+def entmax_mapping(alpha: float | Tensor, heads: int, k: int | None = None) -> ScoreMapping:
+    """α-entmax with one α or one per head, over all keys or the ``k`` with the largest scores."""
+    if not isinstance(alpha, Tensor) or alpha.dim() == 0:
+        return ScoreMapping(alpha, k)
+    if tuple(alpha.shape) != (heads,):
+        raise ValueError(f"alpha must be a number or have shape (H,) = ({heads},), got {tuple(alpha.shape)}")
+    return ScoreMapping(alpha.view(-1, 1, 1), k)
 
 
 def topk_mapping(k: int, alpha: float | Tensor = 1.0, heads: int = 1) -> ScoreMapping:
-    """α-entmax over the ``k`` best keys, all of them where there are fewer."""
+    """α-entmax over the ``k`` keys with the largest scores, or over all keys if there are fewer."""
     check_k(k)
-    return ScoreMapping(_per_head(alpha, heads), k)
+    return entmax_mapping(alpha, heads, k)
 
 
 def normalizer_alpha(normalizer: str) -> float:
-    """The α that a top-k normalizer's name stands for."""
+    """The α of a top-k normalizer: 1 for softmax, 2 for sparsemax."""
     if normalizer not in _ALPHA_OF:
         raise ValueError(f"normalizer must be one of {', '.join(_ALPHA_OF)}, got {normalizer!r}")
     return _ALPHA_OF[normalizer]
@@ -166,87 +162,80 @@ def attend(
     enable_gqa: bool = False,
     need_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output of attention with any mapping, and the weights (after dropout) if they are needed.
+    """The output of attention with any mapping, and the weights (after dropout) if ``need_weights``.
 
-    Arguments are as in the public functions.
+    The other arguments are those of the public functions.
     """
-    _check_shapes(query, key, value, enable_gqa)
+    check_shapes(query, key, value, enable_gqa)
     check_dropout(dropout_p, "dropout_p")
     if is_causal and attn_mask is not None:
-        raise ValueError("attn_mask must be None when is_causal=True, got both; put the causal part into the mask")
+        raise ValueError("attn_mask must be None when is_causal=True, got both; combine them into one mask")
     if isinstance(attn_mask, Tensor) and described_causal(attn_mask) is None and attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device, {query.device}, got {attn_mask.device}")
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if not need_weights and isinstance(mapping, ScoreMapping) and mapping.k is None and can_fuse(query, key, value):
-        return fused(query, key, value, mapping.alpha, attn_mask, dropout_p, is_causal, scale), None
-    if enable_gqa:
-        group = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
-    large = query.shape[-2] * key.shape[-2] >= _LARGE
-    if large and not need_weights and isinstance(mapping, ScoreMapping) and _is_plain(query, attn_mask):
-        return _in_blocks(query, key, value, mapping, attn_mask, dropout_p, is_causal, scale), None
+    query, key, value = _of_one_rank(query, key, value)
+    # Heads of size 0 have scores of 0 whatever the factor.
+    scale = 1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
+    if not need_weights and isinstance(mapping, ScoreMapping):
+        call = Call(query, key, value, mapping.alpha, mapping.k, attn_mask, dropout_p, is_causal, scale)
+        compute = choose_attention(call)
+        if compute is not None:
+            return compute(call), None
     if is_causal:
         attn_mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
+    dtype = autocast_dtype(query)
+    if dtype is None:
+        return _by_one_matrix(query, key, value, mapping, attn_mask, dropout_p, scale)
+    # Autocast chooses the dtypes of the inputs and of the weights; it would also round the scores.
+    weights_dtype = result_dtype(query)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        output, weights = _by_one_matrix(query, key, value, mapping, attn_mask, dropout_p, scale)
+    return output, weights.to(weights_dtype)
+
+
+def _by_one_matrix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mapping: Callable[[Tensor], Tensor],
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output and weights by a matrix of all scores, in the query's dtype; half precision is computed in float32.
+
+    Rounded to bfloat16, a score of 10 is off by up to 0.03, and so would be the weights of a sparse mapping.
+    """
+    dtype, wide = query.dtype, compute_dtype(query)
+    query, key, value = query.to(wide), key.to(wide), value.to(wide)
+    key, value = repeat_heads(query, key, value)
     scores = (query * scale) @ key.transpose(-2, -1)
     weights = mapping(apply_mask(scores, attn_mask))
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
-    return weights.to(value.dtype) @ value, weights
+    return (weights @ value).to(dtype), weights.to(dtype)
 
 
-def _is_plain(query: Tensor, attn_mask: Tensor | None) -> bool:
-    """Whether no transform is at work, and no gradient is wanted for a mask, which has the size of the scores."""
-    in_autocast = torch.is_autocast_enabled(query.device.type)
-    return values_known(query) and not in_autocast and (attn_mask is None or not attn_mask.requires_grad)
-
-
-def _in_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mapping: ScoreMapping,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
-) -> Tensor:
-    """The output without the weights: heads one by one, in blocks of queries."""
-    batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-    shape = (*batch, query.shape[-2], key.shape[-2])
-    if attn_mask is not None:
-        attn_mask = dense_mask(attn_mask, query.device)
-        check_mask(attn_mask, shape)
-        attn_mask = attn_mask.expand(shape)
-    alpha = mapping.alpha
-    number, per_row = (0.0, alpha) if isinstance(alpha, Tensor) else (alpha, None)
-    if per_row is not None:
-        per_row = per_row.expand(*batch, 1, 1).reshape(-1)
-    setting = Setting(number, mapping.k, attn_mask, dropout_p, is_causal, scale)
-    query, key, value = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (query, key, value))
-    return blockwise_attention(query, key, value, per_row, setting).view(*batch, *shape[-2:-1], -1)
+def _of_one_rank(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with leading dimensions of size 1 where others have more."""
+    rank = max(x.dim() for x in tensors)
+    return tuple(x if x.dim() == rank else x[(None,) * (rank - x.dim())] for x in tensors)
 
 
 def _heads(x: Tensor) -> int:
     return x.shape[-3] if x.dim() > 2 else 1
 
 
-def _per_head(alpha: float | Tensor, heads: int) -> float | Tensor:
-    if not isinstance(alpha, Tensor) or alpha.dim() == 0:
-        return alpha
-    if tuple(alpha.shape) != (heads,):
-        raise ValueError(f"alpha must be a number or have shape (H,) = ({heads},), got {tuple(alpha.shape)}")
-    return alpha.view(-1, 1, 1)
-
-
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+def check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    """Raise unless query, key and value have the same dtype, the same device and shapes that fit."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_floating(x, name)
     dtypes = (query.dtype, key.dtype, value.dtype)
     if len(set(dtypes)) > 1 and not torch.is_autocast_enabled(query.device.type):
         raise TypeError(f"query, key and value must have one dtype, got {', '.join(map(str, dtypes))}")
     shapes = f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if not (query.dim() == key.dim() == value.dim() >= 2):
-        raise ValueError(f"query, key and value must have the same number of dimensions, at least 2; {shapes}")
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        raise ValueError(f"query, key and value must have at least 2 dimensions; {shapes}")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"query and key must have the same last size D; {shapes}")
     if key.shape[-2] != value.shape[-2]:
@@ -255,10 +244,15 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         devices = f"{query.device}, {key.device} and {value.device}"
         raise ValueError(f"query, key and value must be on one device, got {devices}")
     if enable_gqa and (
-        query.dim() < 3 or not key.shape[-3] or query.shape[-3] % key.shape[-3] or key.shape[-3] != value.shape[-3]
+        min(query.dim(), key.dim(), value.dim()) < 3
+        or not key.shape[-3]
+        or query.shape[-3] % key.shape[-3]
+        or key.shape[-3] != value.shape[-3]
     ):
         raise ValueError(f"key and value must have the same number of heads, a divisor of the query's; {shapes}")
     axes = -3 if enable_gqa else -2
+    if query.shape[:axes] == key.shape[:axes] == value.shape[:axes]:
+        return
     try:
         torch.broadcast_shapes(query.shape[:axes], key.shape[:axes], value.shape[:axes])
     except RuntimeError as error:

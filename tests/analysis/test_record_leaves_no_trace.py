@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_attn import AdaptiveSparseMultiheadAttention, SparseAttention, replace_attention
 from sparse_attn.analysis import record_attention
-from sparse_attn.observe import observed
+from sparse_attn.observe import weights_are_observed
 
 N, L, S, E, H = 2, 5, 7, 12, 4
 
@@ -190,10 +190,10 @@ def test_no_trace_after_an_exception() -> None:
     model.own = SparseAttention(k=2)
     untouched = traces(copy.deepcopy(model))
     with pytest.raises(KeyError), record_attention(model):
-        assert traces(model) != untouched and observed()
+        assert traces(model) != untouched and weights_are_observed()
         raise KeyError
     assert traces(model) == untouched
-    assert torch.backends.mha.get_fastpath_enabled() and not observed()
+    assert torch.backends.mha.get_fastpath_enabled() and not weights_are_observed()
 
 
 def test_an_error_of_the_layer_passes_and_the_next_call_is_recorded() -> None:
@@ -249,7 +249,7 @@ def test_records_may_close_in_any_order() -> None:
     layer(x, x, x)
     second.__exit__(None, None, None)
     assert [record[""].rows.tolist() for record in records] == [[N * L] * H, [2 * N * L] * H]
-    assert torch.backends.mha.get_fastpath_enabled() and not observed() and traces(layer) == before
+    assert torch.backends.mha.get_fastpath_enabled() and not weights_are_observed() and traces(layer) == before
     torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(graph) or graph.forward)(x)
     assert len(graphs) == 1  # compiled code is compiled again
 
@@ -279,7 +279,7 @@ def test_records_of_two_threads_do_not_disturb_each_other() -> None:
     go_on.set()
     thread.join()
     assert rows == [[N * L] * H] and record[""].rows.tolist() == [N * L] * H
-    assert torch.backends.mha.get_fastpath_enabled() and not observed()
+    assert torch.backends.mha.get_fastpath_enabled() and not weights_are_observed()
 
 
 def test_a_model_without_attention() -> None:

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from sparse_attn import entmax, topk_softmax
 from sparse_attn.integrations.huggingface import register
-from sparse_attn.observe import observing
+from sparse_attn.observe import observe_weights
 
 transformers = pytest.importorskip("transformers")
 
@@ -194,7 +194,7 @@ def test_weights_are_returned_when_asked_for(name, build, batch):
 def test_observers_are_shown_the_weights(name, build, batch):
     model, inputs, seen = build(name, "entmax"), batch(name), []
     expected = model(**inputs, output_attentions=True)
-    with observing(lambda module, weights, *_: seen.append((module, weights))):
+    with observe_weights(lambda module, weights, *_: seen.append((module, weights))):
         output = model(**inputs)
     model(**inputs)
     names = {module: key for key, module in model.named_modules()}

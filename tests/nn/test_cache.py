@@ -213,7 +213,7 @@ def test_a_length_that_cannot_be_cropped_to_is_named(length: int, error: type[Ex
 def test_a_static_cache_is_not_cropped() -> None:
     cache = KVCache(static=True)
     cache.append(torch.randn(N, H, 2, 3), torch.randn(N, H, 2, 3))
-    with pytest.raises(ValueError, match="a static cache has no positions to forget"):
+    with pytest.raises(ValueError, match="a static cache cannot be cropped"):
         cache.crop(1)
 
 

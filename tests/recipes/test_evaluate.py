@@ -35,7 +35,7 @@ def test_both_splits_are_printed_and_written(run_folder: Path, capsys: pytest.Ca
     run_evaluate(f"run={run_folder}")
     val, test = (by_hand(run_folder, run_folder.parent / f"{split}.tsv") for split in ("val", "test"))
     out = capsys.readouterr().out.splitlines()
-    assert out[0].split() == ["PER", "%", "WER", "%", "loss", "words"]
+    assert out[0].split() == ["PER", "%", "WER", "%", "loss", "support", "words"]
     assert out[1].split()[:3] == ["validation", f"{val['per']:.2f}", f"{val['wer']:.2f}"]
     assert out[2].split()[:3] == ["test", f"{test['per']:.2f}", f"{test['wer']:.2f}"]
     assert [line.split()[-1] for line in out[1:3]] == ["5", "4"]

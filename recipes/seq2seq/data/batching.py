@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,10 @@ from ..tokenizer import BOS, PAD
 # Sorted within random pools of this many batches, 95 % of the source positions of CMUdict are letters (57 %
 # unsorted), and the 57 batches of a SIGMORPHON language still differ from epoch to epoch.
 POOL = 20
+# Examples whose lengths differ by less than this factor share a batch size where batches are counted in tokens.
+BIN = 1.15
+# Of a batch that is only predicted, where memory for attention is what limits it.
+EVAL_BATCH_TOKENS = 8192
 
 
 class Row(NamedTuple):
@@ -24,6 +29,7 @@ class Row(NamedTuple):
     target_ids: list[int]
     source: str | None = None
     references: list[list[str]] | None = None
+    group: str = ""
 
 
 class BatchByLength(Sampler[list[int]]):
@@ -32,28 +38,41 @@ class BatchByLength(Sampler[list[int]]):
     With ``shuffle`` the examples are shuffled, sorted by length within pools of ``POOL`` batches, cut into
     batches, and all batches shuffled: any first part of an epoch is a fair sample. Without it the examples
     are sorted by length. Every example comes exactly once per epoch; the order is a function of ``seed`` and
-    the epoch alone.
+    the epoch alone, and the number of batches is the same in every epoch.
 
     Args:
-        lengths: Length of each example, or a (source, target) pair of lengths to sort by.
-        batch_size: Examples in a batch; the remainder forms a smaller one.
+        lengths: (source, target) lengths of each example, to sort by.
+        batch_size: Examples in a batch at most; None for any number.
+        batch_tokens: Tokens of the longer side in a batch at most, padding included; None for any number. An
+            example that is longer forms a batch of its own.
         shuffle: Whether the order is random.
         seed: Chooses the random order together with the epoch.
 
     Raises:
-        ValueError: If ``batch_size`` is below 1.
+        ValueError: If ``batch_size`` or ``batch_tokens`` is below 1, or both are None.
     """
 
     def __init__(
-        self, lengths: Sequence[int] | Sequence[tuple[int, int]], batch_size: int, *, shuffle: bool, seed: int
+        self,
+        lengths: Sequence[tuple[int, int]],
+        batch_size: int | None,
+        *,
+        batch_tokens: int | None = None,
+        shuffle: bool,
+        seed: int,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        for name, limit in {"batch_size": batch_size, "batch_tokens": batch_tokens}.items():
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} must be at least 1, got {limit}")
+        if batch_size is None and batch_tokens is None:
+            raise ValueError("batch_size or batch_tokens must be given, got neither")
         self.lengths = lengths
         self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = 0
+        self._batches = sum(1 for _ in self)
 
     @property
     def sampler(self) -> BatchByLength:
@@ -66,25 +85,59 @@ class BatchByLength(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches per epoch."""
-        return -(-len(self.lengths) // self.batch_size)
+        return self._batches
 
     def __iter__(self) -> Iterator[list[int]]:
         """One pass. A generator, because Lightning calls ``iter()`` first and sets the epoch afterwards."""
-        order = list(range(len(self.lengths)))
         if not self.shuffle:
-            yield from self._cut(sorted(order, key=self.lengths.__getitem__))
+            yield from self._cut_sorted()
             return
         # A string seed is hashed, so neighbouring seeds and epochs give unrelated orders.
         rng = random.Random(f"{self.seed}/{self.epoch}")
-        rng.shuffle(order)
-        size = POOL * self.batch_size
-        pools = (order[start : start + size] for start in range(0, len(order), size))
-        batches = [batch for pool in pools for batch in self._cut(sorted(pool, key=self.lengths.__getitem__))]
+        batches: list[list[int]] = []
+        left: list[int] = []
+        for members, longest in self._bins():
+            order = [*left, *members]
+            rng.shuffle(order)
+            size = self._size(longest)
+            # A remainder joins the next longer examples: then the number of batches depends on no random draw.
+            whole = len(order) - len(order) % size
+            order, left = order[:whole], order[whole:]
+            for start in range(0, whole, POOL * size):
+                pool = sorted(order[start : start + POOL * size], key=self.lengths.__getitem__)
+                batches += (pool[first : first + size] for first in range(0, len(pool), size))
+        if left:
+            batches.append(sorted(left, key=self.lengths.__getitem__))
         rng.shuffle(batches)
         yield from batches
 
-    def _cut(self, order: list[int]) -> Iterator[list[int]]:
-        return (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
+    def _bins(self) -> Iterator[tuple[list[int], int]]:
+        """Indices of examples that share a batch size, and the length of the longest; short ones first."""
+        if self.batch_tokens is None:
+            yield list(range(len(self.lengths))), 0
+            return
+        bins: dict[int, list[int]] = {}
+        for index, pair in enumerate(self.lengths):
+            bins.setdefault(round(math.log(max(*pair, 1)) / math.log(BIN)), []).append(index)
+        for _, members in sorted(bins.items()):
+            yield members, max(max(self.lengths[index]) for index in members)
+
+    def _size(self, longest: int) -> int:
+        """Examples in a batch whose longest has this length."""
+        by_tokens = [] if self.batch_tokens is None else [max(1, self.batch_tokens // max(1, longest))]
+        return min([*by_tokens, *([] if self.batch_size is None else [self.batch_size])])
+
+    def _cut_sorted(self) -> Iterator[list[int]]:
+        batch: list[int] = []
+        longest = 0
+        for index in sorted(range(len(self.lengths)), key=self.lengths.__getitem__):
+            longest = max(longest, *self.lengths[index])
+            if batch and len(batch) >= self._size(longest):
+                yield batch
+                batch, longest = [], max(self.lengths[index])
+            batch.append(index)
+        if batch:
+            yield batch
 
 
 def pad(rows: Sequence[Sequence[int]]) -> Tensor:
@@ -96,7 +149,7 @@ def pad(rows: Sequence[Sequence[int]]) -> Tensor:
 def collate(rows: Sequence[Row]) -> dict[str, Any]:
     """A batch for teacher forcing: ``source``, ``target_in`` (from BOS on), ``target_out`` (up to EOS).
 
-    Rows that carry their texts add ``sources`` and tokenised ``references`` in the order of the rows.
+    Rows that carry their texts add ``sources``, tokenised ``references`` and ``groups`` in the order of the rows.
     """
     batch: dict[str, Any] = {
         "source": pad([row.source_ids for row in rows]),
@@ -106,4 +159,5 @@ def collate(rows: Sequence[Row]) -> dict[str, Any]:
     if rows[0].references is not None:
         batch["sources"] = [row.source for row in rows]
         batch["references"] = [row.references for row in rows]
+        batch["groups"] = [row.group for row in rows]
     return batch

@@ -41,7 +41,7 @@ def parse_dictionary(lines: Iterable[str]) -> list[Example]:
 
     Example:
         >>> parse_dictionary(["read R EH1 D", "read(2) R IY1 D # present"])
-        [Example(source='read', references=('R EH D', 'R IY D'))]
+        [Example(source='read', references=('R EH D', 'R IY D'), group='')]
     """
     pronunciations: dict[str, dict[str, None]] = {}  # the inner dict is an ordered set
     for number, line in enumerate(lines, start=1):

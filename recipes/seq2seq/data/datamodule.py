@@ -1,57 +1,75 @@
-"""Words and pronunciations, or any pairs of short texts, as Lightning loaders."""
+"""Words and pronunciations, or any pairs of texts, as Lightning loaders."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..tokenizer import NORMALIZATIONS, SPLITS, Tokenizer, check_choice
-from .batching import BatchByLength, Row, collate
+from ..metrics import BLEU_TOKENIZERS, check_metrics
+from ..tokenizer import EOS, NORMALIZATIONS, SPLITS, Tokenizer, check_choice
+from .batching import EVAL_BATCH_TOKENS, BatchByLength, Row, collate
+from .cache import Ids, cached_ids
 from .cmudict import load_cmudict
-from .examples import (
-    Example,
-    Splits,
-    check_count,
-    check_optional_count,
-    limit_splits,
-    pairs,
-    subset,
-)
-from .tsv import load_tsv
+from .examples import Example, Splits, check_count, check_optional_count, limit_splits, pairs, subset
+from .parallel import SIDE, load_parallel
+from .synthetic import make_sequences
+from .tsv import ALL_LANGUAGES, LANGUAGE, check_columns, input_fields, load_tsv
 
-NAMES = ("cmudict", "tsv")
+NAMES = ("cmudict", "tsv", "parallel", "synthetic")
+COLUMNS = ("source", "target")
+METRICS_OF_WORDS = ("per", "wer")
+# An output may be a little longer than the longest one seen in training.
+EXTRA_LENGTH = 8
 
 
 class Seq2SeqData(L.LightningDataModule):
-    """Loaders over the CMU Pronouncing Dictionary or tab-separated files.
+    """Loaders over the CMU Pronouncing Dictionary, tab-separated or parallel files, or made-up sequences.
 
     A batch is a dict of long tensors, padded with 0: ``source`` (N, S) ends in EOS, ``target_in`` (N, T)
     begins with BOS, ``target_out`` (N, T) ends in EOS. Training has a row for every (source, reference) pair.
     Evaluation has a row for every word, whose targets are those of its first reference, and adds ``sources``
-    (the N texts) and ``references`` (for each word a list of tokenised references).
+    (the N texts), ``references`` (for each word a list of tokenised references) and ``groups`` (the language of
+    each word, or another part of the data with scores of its own).
 
     After ``setup()``: ``splits``, ``source_tokenizer`` and ``target_tokenizer``. The vocabularies come from
-    the training split alone, so validation and test words may hold unknown tokens.
+    the training split alone, so validation and test words may hold unknown tokens; ``notes()`` counts them.
 
     Args:
-        name: ``"cmudict"`` or ``"tsv"``.
+        name: ``"cmudict"``, ``"tsv"``, ``"parallel"`` or ``"synthetic"``.
+        title: What messages and tables call the data; ``name`` if not given.
+        train: Training file, with ``name="tsv"``; with ``name="parallel"`` its path holds ``{side}``.
+        val: Validation file, likewise.
+        test: Test file, likewise.
+        columns: Columns of a tab-separated file in their order: ``source``, ``target`` and perhaps ``features``.
+        feature_split: What stands between two features.
+        languages: Languages of one model, or ``"all"``: each file then holds ``{language}`` in its path.
+        sides: What stands for ``{side}`` in the path of a source file, and of a target file.
+        generate: Arguments of ``make_sequences``, with ``name="synthetic"``.
+        source_split: ``"characters"``, ``"spaces"`` or ``"bpe"``.
+        target_split: The same for the target.
+        normalization: ``"NFC"``, ``"NFD"`` (for Korean) or ``"none"``, for both sides.
+        bpe_size: Subwords at most, where a side is split by ``"bpe"``.
+        bpe_joint: Whether both sides share their subwords.
         batch_size: Pairs in a training batch.
-        eval_batch_size: Words in a validation or test batch.
+        batch_tokens: Tokens of the longer side in a training batch, padding included, in the place of ``batch_size``.
+        eval_batch_size: Words in a validation or test batch at most.
+        eval_batch_tokens: Tokens of the longer side in such a batch at most.
         seed: Chooses the order of the training batches together with the epoch, whatever the global random
             state.
-        source_split: ``"characters"`` or ``"spaces"``.
-        target_split: ``"characters"`` or ``"spaces"``.
-        normalization: ``"NFC"``, ``"NFD"`` (for Korean) or ``"none"``, for both sides.
         limit: Training words to keep, drawn with a fixed seed; validation and test shrink by the same factor.
-        train: Training file, with ``name="tsv"``.
-        val: Validation file, with ``name="tsv"``.
-        test: Test file, with ``name="tsv"``.
         eval_limit: Words ``val_dataloader()`` keeps for quick checks during training, drawn with a fixed
             seed; ``full_val_dataloader()`` always has all.
+        max_length: Tokens of either side at most: a longer training pair is left out, a longer input cut off.
+        output_length: Tokens of an output at most; None: those of the longest training target and 8 more.
+        cache: A folder for encoded training data, named by their content.
+        metrics: What to score, the most important first; see ``recipes.seq2seq.metrics.METRICS``.
+        bleu_tokenize: How sacrebleu splits texts into words: ``"13a"``, or ``"none"`` for texts that are split.
 
     Raises:
         TypeError: If a size is not a whole number.
@@ -66,17 +84,32 @@ class Seq2SeqData(L.LightningDataModule):
         self,
         name: str,
         *,
-        batch_size: int = 64,
-        eval_batch_size: int = 512,
-        seed: int = 0,
-        source_split: str = "characters",
-        target_split: str = "spaces",
-        normalization: str = "NFC",
-        limit: int | None = None,
+        title: str | None = None,
         train: str | None = None,
         val: str | None = None,
         test: str | None = None,
+        columns: list[str] | None = None,
+        feature_split: str = ";",
+        languages: list[str] | str | None = None,
+        sides: list[str] | None = None,
+        generate: dict[str, Any] | None = None,
+        source_split: str = "characters",
+        target_split: str = "spaces",
+        normalization: str = "NFC",
+        bpe_size: int = 10_000,
+        bpe_joint: bool = True,
+        batch_size: int = 64,
+        batch_tokens: int | None = None,
+        eval_batch_size: int = 512,
+        eval_batch_tokens: int = EVAL_BATCH_TOKENS,
+        seed: int = 0,
+        limit: int | None = None,
         eval_limit: int | None = None,
+        max_length: int = 1000,
+        output_length: int | None = None,
+        cache: str | None = None,
+        metrics: list[str] | None = None,
+        bleu_tokenize: str = "13a",
     ) -> None:
         super().__init__()
         files = {"train": train, "val": val, "test": test}
@@ -85,20 +118,56 @@ class Seq2SeqData(L.LightningDataModule):
         check_choice("source_split", source_split, SPLITS)
         check_choice("target_split", target_split, SPLITS)
         check_choice("normalization", normalization, NORMALIZATIONS)
-        _check_files(name, self.files)
-        check_count("batch_size", batch_size)
-        check_count("eval_batch_size", eval_batch_size)
-        check_optional_count("limit", limit)
-        check_optional_count("eval_limit", eval_limit)
+        if isinstance(languages, str) and languages != ALL_LANGUAGES:
+            languages = [languages]
+        only = {"columns": columns, "languages": languages, "sides": sides, "generate": generate}
+        _check_source(name, self.files, {key: value for key, value in only.items() if value is not None})
+        counts = {
+            "bpe_size": bpe_size,
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+            "eval_batch_tokens": eval_batch_tokens,
+            "max_length": max_length,
+        }
+        for key, value in counts.items():
+            check_count(key, value)
+        for key, count in {
+            "limit": limit,
+            "eval_limit": eval_limit,
+            "batch_tokens": batch_tokens,
+            "output_length": output_length,
+        }.items():
+            check_optional_count(key, count)
+        check_metrics(metrics or METRICS_OF_WORDS, target_split)
+        check_choice("bleu_tokenize", bleu_tokenize, BLEU_TOKENIZERS)
+        if not feature_split:
+            raise ValueError("feature_split must hold at least one character, got ''")
         self.name = name
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.seed = seed
+        self.title = title or name
+        self.columns = columns or list(COLUMNS)
+        self.feature_split = feature_split
+        self.languages = languages
+        self.sides = sides or list(COLUMNS)
+        self.generate = generate or {}
         self.source_split = source_split
         self.target_split = target_split
         self.normalization = normalization
+        self.bpe_size = bpe_size
+        self.bpe_joint = bpe_joint
+        self.batch_size = None if batch_tokens is not None else batch_size
+        self.batch_tokens = batch_tokens
+        self.eval_batch_size = eval_batch_size
+        self.eval_batch_tokens = eval_batch_tokens
+        self.seed = seed
         self.limit = limit
         self.eval_limit = eval_limit
+        self.max_length = max_length
+        self.output_length = output_length
+        self.cache = cache
+        self.metrics = metrics or list(METRICS_OF_WORDS)
+        self.bleu_tokenize = bleu_tokenize
+        self._rows: dict[str, list[Row]] = {}
+        self._left_out = 0
 
     def use_tokenizers(self, source: Tokenizer, target: Tokenizer) -> None:
         """Encodes with the tokenizers of a trained model instead of those of the training split."""
@@ -107,67 +176,183 @@ class Seq2SeqData(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Reads the data and fits the tokenizers; a second call changes nothing."""
         if not hasattr(self, "splits"):
-            self.splits = self._load()
+            self.splits = limit_splits(self._load(), self.limit)
         if not hasattr(self, "source_tokenizer"):
-            sources, targets = zip(*pairs(self.splits.train), strict=True)
-            self.source_tokenizer, self.target_tokenizer = (
-                Tokenizer.fit(texts, split=split, normalization=self.normalization)
-                for texts, split in ((sources, self.source_split), (targets, self.target_split))
-            )
+            self.source_tokenizer, self.target_tokenizer = self._fit_tokenizers()
 
     def train_dataloader(self) -> DataLoader[Row]:
         """Every training pair once per epoch, shuffled by (seed, epoch)."""
-        self.setup()
-        encode_source, encode_target = self.source_tokenizer.encode, self.target_tokenizer.encode
-        rows = [Row(encode_source(source), encode_target(target)) for source, target in pairs(self.splits.train)]
-        return _loader(rows, self.batch_size, shuffle=True, seed=self.seed)
+        return self._loader(self._train_rows(), self.batch_size, self.batch_tokens, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Row]:
         """The validation words, at most ``eval_limit``."""
-        self.setup()
-        return self._eval_dataloader(subset(self.splits.val, self.eval_limit))
+        return self._eval_loader(subset(self._eval_rows("val"), self.eval_limit))
 
     def full_val_dataloader(self) -> DataLoader[Row]:
         """All validation words."""
-        self.setup()
-        return self._eval_dataloader(self.splits.val)
+        return self._eval_loader(self._eval_rows("val"))
 
     def test_dataloader(self) -> DataLoader[Row]:
         """All test words."""
-        self.setup()
-        return self._eval_dataloader(self.splits.test)
+        return self._eval_loader(self._eval_rows("test"))
+
+    def longest_output(self) -> int:
+        """Tokens that an output may have."""
+        if self.output_length is not None:
+            return self.output_length
+        return max(len(row.target_ids) for row in self._train_rows()) + EXTRA_LENGTH
+
+    def notes(self) -> list[str]:
+        """What a user should know before training: pairs left out, inputs cut off, symbols never seen."""
+        self._train_rows()
+        notes = []
+        if self._left_out:
+            notes.append(
+                f"{self._left_out:,} training pairs have more than {self.max_length} tokens on a side and are left out "
+                "(data.max_length)"
+            )
+        for split, name in {"val": "validation", "test": "test"}.items():
+            examples: list[Example] = getattr(self.splits, split)
+            long = sum(len(self.source_tokenizer.tokenize(example.source)) > self.max_length for example in examples)
+            if long:
+                notes.append(
+                    f"{long:,} {name} inputs have more than {self.max_length} tokens and are cut off (data.max_length)"
+                )
+            notes += unseen_symbols(self.source_tokenizer, [example.source for example in examples], f"{name} inputs")
+            targets = [example.references[0] for example in examples]
+            notes += unseen_symbols(self.target_tokenizer, targets, f"{name} targets")
+        return notes
+
+    def save_vocabularies(self, folder: Path) -> None:
+        """Writes the subwords of each side as ``bpe_SIDE.json``, which ``tokenizers.Tokenizer.from_file`` reads."""
+        for side, tokenizer in {"source": self.source_tokenizer, "target": self.target_tokenizer}.items():
+            if tokenizer.bpe is not None:
+                content = json.dumps(json.loads(tokenizer.bpe), ensure_ascii=False, indent=1)
+                (folder / f"bpe_{side}.json").write_text(content, encoding="utf-8")
 
     def _load(self) -> Splits:
         if self.name == "cmudict":
-            return load_cmudict(self.limit)
-        return limit_splits(load_tsv(**self.files), self.limit)
+            return load_cmudict()
+        if self.name == "parallel":
+            return load_parallel(**self.files, sides=self.sides)
+        if self.name == "synthetic":
+            return make_sequences(**self.generate)
+        return load_tsv(**self.files, columns=self.columns, languages=self.languages)
 
-    def _eval_dataloader(self, examples: Sequence[Example]) -> DataLoader[Row]:
-        rows = [
-            Row(
-                self.source_tokenizer.encode(example.source),
-                self.target_tokenizer.encode(example.references[0]),
-                example.source,
-                [self.target_tokenizer.tokenize(reference) for reference in example.references],
-            )
-            for example in examples
-        ]
-        return _loader(rows, self.eval_batch_size, shuffle=False, seed=self.seed)
+    def _fit_tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
+        sources, targets = (list(texts) for texts in zip(*pairs(self.splits.train), strict=True))
+        common: dict[str, Any] = {"normalization": self.normalization, "bpe_size": self.bpe_size}
+        fields = input_fields(self.columns, languages=self.languages is not None)
+        if self.bpe_joint and self.source_split == self.target_split == "bpe" and fields == ["source"]:
+            tokenizer = Tokenizer.fit([*sources, *targets], split="bpe", **common)
+            return tokenizer, tokenizer
+        return (
+            Tokenizer.fit(sources, split=self.source_split, fields=fields, feature_split=self.feature_split, **common),
+            Tokenizer.fit(targets, split=self.target_split, **common),
+        )
+
+    def _train_rows(self) -> list[Row]:
+        if "train" not in self._rows:
+            self.setup()
+            sources, targets = zip(*pairs(self.splits.train), strict=True)
+            encoded = [
+                self._encode(tokenizer, texts)
+                for tokenizer, texts in ((self.source_tokenizer, sources), (self.target_tokenizer, targets))
+            ]
+            rows = [Row(source, target) for source, target in zip(*encoded, strict=True)]
+            short = [row for row in rows if max(len(row.source_ids), len(row.target_ids)) <= self.max_length + 1]
+            if not short:
+                raise ValueError(
+                    f"max_length must leave at least one training pair, got {self.max_length} tokens "
+                    f"where the shortest has {min(max(len(row[0]), len(row[1])) - 1 for row in rows)}"
+                )
+            self._rows["train"], self._left_out = short, len(rows) - len(short)
+        return self._rows["train"]
+
+    def _encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> Ids:
+        parts = [] if self.cache is None else [json.dumps(tokenizer.state()), *texts]
+        return cached_ids(self.cache, parts, lambda: [tokenizer.encode(text) for text in texts])
+
+    def _eval_rows(self, split: str) -> list[Row]:
+        if split not in self._rows:
+            self.setup()
+            self._rows[split] = [self._eval_row(example) for example in getattr(self.splits, split)]
+        return self._rows[split]
+
+    def _eval_row(self, example: Example) -> Row:
+        source, target = self.source_tokenizer, self.target_tokenizer
+        references = [target.words(target.tokenize(reference)) for reference in example.references]
+        return Row(
+            self._cut(source.encode(example.source)),
+            self._cut(target.encode(example.references[0])),
+            example.source,
+            references,
+            example.group,
+        )
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        """At most ``max_length`` tokens and the end: attention needs memory for the square of the length."""
+        return ids if len(ids) <= self.max_length + 1 else [*ids[: self.max_length], EOS]
+
+    def _eval_loader(self, rows: list[Row]) -> DataLoader[Row]:
+        return self._loader(rows, self.eval_batch_size, self.eval_batch_tokens, shuffle=False)
+
+    def _loader(
+        self, rows: list[Row], batch_size: int | None, batch_tokens: int | None, *, shuffle: bool
+    ) -> DataLoader[Row]:
+        lengths = [(len(row.source_ids), len(row.target_ids)) for row in rows]
+        return DataLoader(
+            cast(Dataset[Row], rows),
+            batch_sampler=BatchByLength(
+                lengths, batch_size, batch_tokens=batch_tokens, shuffle=shuffle, seed=self.seed
+            ),
+            collate_fn=collate,
+            # Without a generator of its own every pass would draw from the global one and change dropout.
+            generator=torch.Generator(),
+        )
 
 
-def _check_files(name: str, files: dict[str, str]) -> None:
-    if name == "cmudict" and files:
-        raise ValueError(f"data name 'cmudict' takes no files (name 'tsv' does), got {', '.join(files)}")
-    if name == "tsv" and len(files) < 3:
-        raise ValueError(f"data name 'tsv' needs the files train, val and test, got {', '.join(files) or 'none'}")
+def _check_source(name: str, files: dict[str, str], given: dict[str, Any]) -> None:
+    """Refuses what does not go with the kind of data."""
+    for_name = {"columns": "tsv", "languages": "tsv", "sides": "parallel", "generate": "synthetic"}
+    for key in given:
+        if for_name[key] != name:
+            raise ValueError(f"{key} is for data name {for_name[key]!r}, got it with {name!r}")
+    if name in ("cmudict", "synthetic") and files:
+        raise ValueError(f"data name {name!r} takes no files (name 'tsv' does), got {', '.join(files)}")
+    if name in ("tsv", "parallel") and len(files) < 3:
+        raise ValueError(f"data name {name!r} needs the files train, val and test, got {', '.join(files) or 'none'}")
+    if name == "synthetic" and "task" not in given.get("generate", {}):
+        raise ValueError(f"data name 'synthetic' needs generate.task, got {given.get('generate')}")
+    check_columns(given.get("columns", COLUMNS))
+    needed = {"languages": LANGUAGE} if "languages" in given else {"sides": SIDE} if name == "parallel" else {}
+    for key, placeholder in needed.items():
+        for split, path in files.items():
+            if placeholder not in path:
+                raise ValueError(f"{split} must hold {placeholder} in its path, which {key} fills in, got {path!r}")
+    _check_names("languages", given.get("languages"), 1)
+    _check_names("sides", given.get("sides"), 2)
 
 
-def _loader(rows: list[Row], batch_size: int, *, shuffle: bool, seed: int) -> DataLoader[Row]:
-    lengths = [(len(row.source_ids), len(row.target_ids)) for row in rows]
-    return DataLoader(
-        cast(Dataset[Row], rows),
-        batch_sampler=BatchByLength(lengths, batch_size, shuffle=shuffle, seed=seed),
-        collate_fn=collate,
-        # Without a generator of its own every pass would draw from the global one and change dropout.
-        generator=torch.Generator(),
-    )
+def _check_names(key: str, names: Any, fewest: int) -> None:
+    if names is None or names == ALL_LANGUAGES:
+        return
+    if len(names) < fewest or len(set(names)) < len(names) or (key == "sides" and len(names) > fewest):
+        wanted = "two different names" if key == "sides" else "at least one language, and each once"
+        raise ValueError(f"{key} must hold {wanted}, got [{', '.join(map(str, names))}]")
+    for name in names:
+        if not isinstance(name, str) or not name or any(character in name for character in "\t/{}"):
+            raise ValueError(f"{key} must hold names as they stand in file names, got {name!r}")
+        if key == "languages" and name in ("pad", "bos", "eos", "unk"):
+            raise ValueError(f"languages must not be one of pad, bos, eos, unk, got {name!r}")
+
+
+def unseen_symbols(tokenizer: Tokenizer, texts: Sequence[str], name: str) -> list[str]:
+    """A line that says how many texts hold symbols that the training data do not have; none if there are none."""
+    found = [symbols for text in texts if (symbols := tokenizer.unknown(text))]
+    if not found:
+        return []
+    symbols = list(dict.fromkeys(symbol for row in found for symbol in row))
+    shown = ", ".join(f'"{symbol}"' if symbol.isprintable() else ascii(symbol) for symbol in symbols[:5])
+    more = f" and {len(symbols) - 5} more" if len(symbols) > 5 else ""
+    return [f"{len(found):,} of {len(texts):,} {name} hold symbols never seen in training: {shown}{more}"]

@@ -5,17 +5,26 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 # Which words a limit keeps never depends on the seed of a run: runs with different seeds see the same words.
 SUBSET_SEED = 2020
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A source text and every target text that counts as right."""
+    """A source text and every target text that counts as right.
+
+    Attributes:
+        source: The fields that a model reads, with tabs between them if there are several: ``hun<TAB>szép``.
+        references: The targets, the first of which a model is trained on where only one is.
+        group: The part of the data that gets scores of its own: a language, a length. Empty without parts.
+    """
 
     source: str
     references: tuple[str, ...]
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ def check_optional_count(name: str, value: int | None) -> None:
         check_count(name, value)
 
 
-def subset(examples: list[Example], count: int | None) -> list[Example]:
+def subset(examples: list[Item], count: int | None) -> list[Item]:
     """``count`` examples drawn with a fixed seed, in their original order; all of them for ``None``.
 
     A smaller subset lies within every larger one. A count above the number of examples keeps them all.

@@ -1,55 +1,143 @@
-"""Tab-separated files with one ``source<TAB>target`` pair a line, such as the SIGMORPHON G2P data."""
+"""Tab-separated files, one example a line, with columns in any order and a file for each language."""
 
 from __future__ import annotations
 
+import re
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from .examples import Example, Splits
+from .files import read_lines
+
+COLUMNS = ("source", "target", "features")
+LANGUAGE = "{language}"
+ALL_LANGUAGES = "all"
 
 
-def read_pairs(path: str | Path) -> list[Example]:
+def check_columns(columns: Sequence[str]) -> None:
+    """Refuses columns that are unknown or repeated, or lack the source or the target.
+
+    Raises:
+        ValueError: If the columns are not allowed.
+    """
+    listed = f"[{', '.join(map(str, columns))}]"
+    if unknown := [column for column in columns if column not in COLUMNS]:
+        raise ValueError(f"columns must be of {', '.join(COLUMNS)}, got {unknown[0]!r} in {listed}")
+    if len(set(columns)) < len(columns) or not {"source", "target"} <= set(columns):
+        raise ValueError(f"columns must hold source and target, and each column once, got {listed}")
+
+
+def input_fields(columns: Sequence[str], *, languages: bool = False) -> list[str]:
+    """The fields of a source text: what a model reads, in the order of the columns, the language first.
+
+    Example:
+        >>> input_fields(["source", "target", "features"], languages=True)
+        ['language', 'source', 'features']
+    """
+    return [*(["language"] if languages else []), *(column for column in columns if column != "target")]
+
+
+def read_examples(
+    path: str | Path, columns: Sequence[str] = ("source", "target"), *, language: str | None = None
+) -> list[Example]:
     """Every line of a file as an example with one reference.
 
     A word on several lines gives several examples, so that the number of words is the number of lines, as in
-    the official scores. Blank lines are skipped; a byte order mark and Windows line ends are accepted.
+    the official scores. Blank lines are skipped.
+
+    Args:
+        path: The file; see :func:`read_lines` for what it may be.
+        columns: What its columns are, in their order: ``source``, ``target`` and perhaps ``features``.
+        language: Stands before the source of every example, and is its group.
 
     Raises:
         FileNotFoundError: If the file is missing or cannot be read.
-        ValueError: If it is not UTF-8, is empty, or a line has no tab, more than one, or an empty side.
+        ValueError: If it is not UTF-8, is empty, or a line has another number of columns or an empty one.
     """
-    path = Path(path).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8 text, got byte {error.start} that is not") from None
-    except OSError as error:
-        raise FileNotFoundError(f"cannot read the data file {path}: {error.strerror}") from None
-    # Not splitlines(): it also breaks at characters such as U+2028 that may stand inside a text.
     examples = [
-        _parse(line, f"{path}:{number}") for number, line in enumerate(text.split("\n"), start=1) if line.strip(" ")
+        _parse(line, columns, language, f"{path}:{number}")
+        for number, line in enumerate(read_lines(path), start=1)
+        if line.strip(" ")
     ]
     if not examples:
-        raise ValueError(f"{path} must hold at least one source<TAB>target line, got an empty file")
+        raise ValueError(f"{path} must hold at least one {'<TAB>'.join(columns)} line, got an empty file")
     return examples
 
 
-def _parse(line: str, place: str) -> Example:
-    fields = [field.strip() for field in line.split("\t")]
-    if len(fields) != 2:
-        tabs = len(fields) - 1
-        raise ValueError(f"{place}: a line must be source<TAB>target, got {tabs} tabs in {reprlib.repr(line)}")
-    for side, field in zip(("source", "target"), fields, strict=True):
-        if not field:
-            raise ValueError(f"{place}: the {side} must not be empty, got {reprlib.repr(line)}")
-    return Example(fields[0], (fields[1],))
+def _parse(line: str, columns: Sequence[str], language: str | None, place: str) -> Example:
+    values = [field.strip() for field in line.split("\t")]
+    if len(values) != len(columns):
+        form = "<TAB>".join(columns)
+        raise ValueError(
+            f"{place}: a line must be {form}, got {len(values) - 1} tabs in {reprlib.repr(line)}; "
+            "data.columns says which columns there are"
+        )
+    fields = dict(zip(columns, values, strict=True))
+    for name, value in fields.items():
+        if not value:
+            raise ValueError(f"{place}: the {name} must not be empty, got {reprlib.repr(line)}")
+    target = fields.pop("target")
+    source = "\t".join([*([language] if language else []), *fields.values()])
+    return Example(source, (target,), language or "")
 
 
-def load_tsv(train: str | Path, val: str | Path, test: str | Path) -> Splits:
-    """Three tab-separated files as the three splits.
+def load_tsv(
+    train: str | Path,
+    val: str | Path,
+    test: str | Path,
+    *,
+    columns: Sequence[str] = ("source", "target"),
+    languages: Sequence[str] | str | None = None,
+) -> Splits:
+    """Tab-separated files as the three splits.
+
+    Args:
+        train: The training file. With ``languages`` it holds ``{language}`` in the place of the language.
+        val: The validation file, likewise.
+        test: The test file, likewise.
+        columns: What the columns are; see :func:`read_examples`.
+        languages: Languages to read, one file each in each split; ``"all"`` takes those with a training file.
 
     Raises:
-        FileNotFoundError: If a file is missing.
+        FileNotFoundError: If a file is missing, or a language has none.
         ValueError: If a file is empty or malformed; the message begins with ``file:line``.
     """
-    return Splits(read_pairs(train), read_pairs(val), read_pairs(test))
+    if languages is None:
+        return Splits(*(read_examples(path, columns) for path in (train, val, test)))
+    chosen = find_languages(str(train)) if languages == ALL_LANGUAGES else list(languages)
+    return Splits(*(_read_languages(str(path), columns, chosen) for path in (train, val, test)))
+
+
+def _read_languages(pattern: str, columns: Sequence[str], languages: Sequence[str]) -> list[Example]:
+    examples = []
+    for language in languages:
+        path = Path(pattern.replace(LANGUAGE, language))
+        if not path.expanduser().is_file():
+            raise FileNotFoundError(
+                f"languages must have a file each, got {language!r} without {path}; "
+                f"files there are for: {', '.join(find_languages(pattern)) or 'none'}"
+            )
+        examples += read_examples(path, columns, language=language)
+    return examples
+
+
+def find_languages(pattern: str) -> list[str]:
+    """The languages that have a file of this name, in alphabetical order.
+
+    Example:
+        >>> find_languages("nowhere/{language}_train.tsv")
+        []
+    """
+    path = Path(pattern).expanduser()
+    # The placeholder may stand in the name of a folder too.
+    place = next((index for index, part in enumerate(path.parts) if LANGUAGE in part), None)
+    if place is None:
+        return []
+    part, folder = path.parts[place], Path(*path.parts[:place])
+    before, _, after = part.partition(LANGUAGE)
+    form = re.compile(f"{re.escape(before)}([^.]+?){re.escape(after.replace(LANGUAGE, ''))}")
+    if not folder.is_dir():
+        return []
+    found = sorted(match[1] for entry in folder.iterdir() if (match := form.fullmatch(entry.name)))
+    return [language for language in found if Path(str(path).replace(LANGUAGE, language)).is_file()]

@@ -1,9 +1,9 @@
 """The names of the entmax package (1.3) on our operators.
 
-Replace ``entmax`` by ``sparse_attn.compat.entmax`` in the imports; its modules ``activations``, ``root_finding`` and
-``losses`` are there too. What differs is what the results are: exact, and right where the package is not (masked rows,
-half precision, large scores, α = 1). Arguments that ask its algorithms to hurry, ``k``, ``n_iter`` and
-``ensure_sum_one``, are accepted and change nothing.
+Replace ``entmax`` by ``sparse_attn.compat.entmax`` in the imports. The package's modules ``activations``,
+``root_finding`` and ``losses`` exist here too. The results differ from the package's only where its own are inexact or
+wrong: masked rows, half precision, large scores, α = 1. The arguments ``k``, ``n_iter`` and ``ensure_sum_one``, which
+tune the package's algorithms, are accepted and have no effect.
 """
 
 from sparse_attn.compat.entmax.activations import Entmax15, Sparsemax, entmax15, sparsemax

@@ -16,9 +16,9 @@ def sparsemax(X: Tensor, dim: int = -1, k: int | None = None, return_support_siz
     Args:
         X: Scores; masked entries as in :func:`sparse_attn.entmax`.
         dim: The dimension that sums to one.
-        k: How far to sort, in the package. Changes nothing here.
-        return_support_size: Return the number of non-zero entries as well. An argument of the package's development
-            version, in which it is the last, too.
+        k: The package sorts only the k largest scores first. No effect here.
+        return_support_size: Return the number of non-zero entries as well. Only the package's development version has
+            this argument.
 
     Returns:
         Probabilities; with ``return_support_size`` a pair with an int64 tensor of size 1 along ``dim``.
@@ -44,18 +44,18 @@ def entmax15(X: Tensor, dim: int = -1, k: int | None = None, return_support_size
     """:func:`sparse_attn.entmax15` along ``dim``.
 
     Args:
-        X: As in :func:`sparsemax`.
-        dim: As there.
-        k: As there: changes nothing.
-        return_support_size: As there.
+        X: Scores, as in :func:`sparsemax`.
+        dim: The dimension that sums to one.
+        k: No effect.
+        return_support_size: Return the number of non-zero entries as well.
 
     Returns:
-        As there.
+        The same form as :func:`sparsemax`.
 
     Raises:
-        TypeError: As there.
-        ValueError: As there.
-        IndexError: As there.
+        TypeError: ``X`` is not floating or ``k`` is not an int.
+        ValueError: ``k`` is below 1.
+        IndexError: ``X`` has no dimension ``dim``.
 
     Example:
         >>> import torch
@@ -113,7 +113,7 @@ def _kept(p: Tensor, dim: int) -> Tensor:
     return ops.support_size(p, dim).unsqueeze(dim) if p.dim() else ops.support_size(p)
 
 
-# Two private names of the package, which its tests call: a threshold and a support size, both of size 1 along `dim`.
+# The package's tests call these two private functions. Both return tensors of size 1 along `dim`.
 
 
 def _sparsemax_threshold_and_support(X: Tensor, dim: int = -1, k: int | None = None) -> tuple[Tensor, Tensor]:
@@ -123,6 +123,6 @@ def _sparsemax_threshold_and_support(X: Tensor, dim: int = -1, k: int | None = N
 
 
 def _entmax_threshold_and_support(X: Tensor, dim: int = -1, k: int | None = None) -> tuple[Tensor, Tensor]:
-    """τ and the support size of ``entmax15(2 X) = [X - τ]_+^2``: the package has halved the scores by then."""
+    """τ and the support size of ``entmax15(2 X) = [X - τ]_+^2``: the package halves the scores before it calls this."""
     check_hint(k, "k")
     return ops.tau(2 * X, 1.5, dim), _kept(ops.entmax15(2 * X, dim), dim)

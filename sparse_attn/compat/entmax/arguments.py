@@ -1,4 +1,4 @@
-"""What the arguments that every module of the package shares may be."""
+"""Checks of arguments that several modules share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def check_hint(value: int | None, name: str) -> None:
-    """Raise unless ``value``, which changes nothing, is None or an int of at least 1."""
+    """Raise unless ``value``, an argument without effect, is None or an int of at least 1."""
     if value is None:
         return
     if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
@@ -16,7 +16,7 @@ def check_hint(value: int | None, name: str) -> None:
 
 
 def floating(value: float | Tensor, x: Tensor) -> float | Tensor:
-    """The package takes α and the budget as a tensor of integers, too: here in the dtype of the scores."""
+    """A tensor of integers converted to the dtype of the scores: the package accepts such an α or budget."""
     if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
         return value.to(x.dtype)
     return value

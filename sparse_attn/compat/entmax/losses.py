@@ -21,9 +21,9 @@ def sparsemax_loss(X: Tensor, target: Tensor, k: int | None = None) -> Tensor:
     """:func:`sparse_attn.sparsemax_loss` of each sample.
 
     Args:
-        X: Scores (n, C); every shape that is taken there is taken here.
-        target: (n,) the classes, -100 for a sample to leave out; its loss is 0.
-        k: How far to sort, in the package. Changes nothing here.
+        X: Scores (n, C), or any other shape that :func:`sparse_attn.sparsemax_loss` accepts.
+        target: Classes (n,). A sample whose target is -100 is ignored; its loss is 0.
+        k: The package sorts only the k largest scores first. No effect here.
 
     Returns:
         (n,) losses, never negative.
@@ -45,17 +45,17 @@ def entmax15_loss(X: Tensor, target: Tensor, k: int | None = None) -> Tensor:
     """:func:`sparse_attn.entmax15_loss` of each sample.
 
     Args:
-        X: As in :func:`sparsemax_loss`.
-        target: As there.
-        k: As there: changes nothing.
+        X: Scores, as in :func:`sparsemax_loss`.
+        target: Classes, as in :func:`sparsemax_loss`.
+        k: No effect.
 
     Returns:
-        As there.
+        (n,) losses, never negative.
 
     Raises:
-        TypeError: As there.
-        ValueError: As there.
-        IndexError: As there.
+        TypeError: ``X`` is not floating, ``target`` not of integers, ``k`` not an int.
+        ValueError: The shapes do not fit or ``k`` is below 1.
+        IndexError: A target is neither a class nor -100.
 
     Example:
         >>> entmax15_loss(torch.tensor([[-2, 0, 0.5]]), torch.tensor([1]))
@@ -69,17 +69,17 @@ def sparsemax_bisect_loss(X: Tensor, target: Tensor, n_iter: int | None = 50) ->
     """The same as :func:`sparsemax_loss`.
 
     Args:
-        X: As there.
-        target: As there.
-        n_iter: How many times to bisect, in the package. Changes nothing here.
+        X: Scores, as in :func:`sparsemax_loss`.
+        target: Classes, as in :func:`sparsemax_loss`.
+        n_iter: The package's number of bisection steps. No effect here.
 
     Returns:
-        As there.
+        (n,) losses, never negative.
 
     Raises:
-        TypeError: As there.
-        ValueError: As there.
-        IndexError: As there.
+        TypeError: ``X`` is not floating, ``target`` not of integers, ``n_iter`` not an int.
+        ValueError: The shapes do not fit or ``n_iter`` is below 1.
+        IndexError: A target is neither a class nor -100.
     """
     check_hint(n_iter, "n_iter")
     return entmax_loss(X, target, 2.0, reduction="none")
@@ -89,18 +89,18 @@ def entmax_bisect_loss(X: Tensor, target: Tensor, alpha: float | Tensor = 1.5, n
     """:func:`sparse_attn.entmax_loss` of each sample; α = 1 is the cross-entropy.
 
     Args:
-        X: As in :func:`sparsemax_loss`.
-        target: As there.
+        X: Scores, as in :func:`sparsemax_loss`.
+        target: Classes, as in :func:`sparsemax_loss`.
         alpha: A number or a tensor in ``(0, inf)``, of shape (n, 1) for one α per sample. Differentiable.
-        n_iter: How many times to bisect, in the package. Changes nothing here.
+        n_iter: The package's number of bisection steps. No effect here.
 
     Returns:
-        As there.
+        (n,) losses, never negative.
 
     Raises:
-        TypeError: As there.
-        ValueError: As there, or α is outside ``(0, inf)``.
-        IndexError: As there.
+        TypeError: ``X`` is not floating, ``target`` not of integers, ``n_iter`` not an int.
+        ValueError: The shapes do not fit, ``n_iter`` is below 1, or α is outside ``(0, inf)``.
+        IndexError: A target is neither a class nor -100.
 
     Example:
         >>> entmax_bisect_loss(torch.tensor([[-2, 0, 0.5]]), torch.tensor([1]), alpha=1.33)
@@ -119,17 +119,17 @@ def normmax_bisect_loss(X: Tensor, target: Tensor, alpha: float | Tensor = 2, n_
 
     Args:
         X: Scores (n, C).
-        target: (n,) the classes, -100 for a sample to leave out; its loss is 0.
+        target: Classes (n,). A sample whose target is -100 is ignored; its loss is 0.
         alpha: As in :func:`normmax_bisect`, of shape (n, 1) for one α per sample. Differentiable.
-        n_iter: How many times to bisect, in the package. Changes nothing here.
+        n_iter: The package's number of bisection steps. No effect here.
 
     Returns:
         (n,) losses, never negative.
 
     Raises:
-        TypeError: As in :func:`sparsemax_loss`.
-        ValueError: As there, or α is outside ``(0, inf)``.
-        IndexError: As there.
+        TypeError: ``X`` is not floating, ``target`` not of integers, ``n_iter`` not an int.
+        ValueError: The shapes do not fit, ``n_iter`` is below 1, or α is outside ``(0, inf)``.
+        IndexError: A target is neither a class nor -100.
 
     Example:
         >>> normmax_bisect_loss(torch.tensor([[-2, 0, 0.5]]), torch.tensor([1]), alpha=2)
@@ -162,19 +162,19 @@ def _normmax_loss(
 def _norm_loss(scores: Tensor, p: Tensor, alpha: float | Tensor, index: Tensor) -> Tensor:
     """``⟨p - e_y, x⟩ + 1 - ‖p‖_α`` of each row.
 
-    ``p`` is optimal, and so a change of ``p`` does not move the value: only second derivatives come through it.
+    ``p`` maximises the value, so its own first derivative is zero: ``p`` contributes to second derivatives only.
     """
     inside = p > 0
     shift, largest = scores.detach().amax(-1, keepdim=True), p.detach().amax(-1, keepdim=True)
     x = torch.where(inside, scores - shift, 0.0)
-    ratio = torch.where(inside, p / largest, 1.0)  # powers of p itself underflow at a large α
+    ratio = torch.where(inside, p / largest, 1.0)  # the powers of p itself would underflow at a large α
     norm = largest * torch.where(inside, ratio**alpha, 0.0).sum(-1, keepdim=True) ** (1 / alpha)
     loss = (p * x).sum(-1, keepdim=True) - (scores.gather(-1, index) - shift) + 1 - norm
-    return loss - loss.detach().clamp(max=0.0)  # not a clamp, which has no gradient where rounding went below 0
+    return loss - loss.detach().clamp(max=0.0)  # a clamp would have no gradient where rounding gives less than 0
 
 
 class _Loss(nn.Module):
-    """What the losses share: the targets to leave out, and what becomes of the rest."""
+    """Base of the loss modules: the ignored targets and the reduction."""
 
     def __init__(self, ignore_index: int, reduction: str) -> None:
         super().__init__()
@@ -192,9 +192,9 @@ class SparsemaxLoss(_Loss):
     """:func:`sparsemax_loss` as a module.
 
     Args:
-        k: Changes nothing.
-        ignore_index: Targets with this value are left out, whatever its sign.
-        reduction: ``"elementwise_mean"`` or ``"mean"``, over the samples that are not left out; ``"sum"``; ``"none"``.
+        k: No effect.
+        ignore_index: Samples with this target are ignored. The value may be negative or not.
+        reduction: ``"elementwise_mean"`` or ``"mean"``, over the samples that are not ignored; ``"sum"``; ``"none"``.
 
     Raises:
         TypeError: ``k`` or ``ignore_index`` is not an int.
@@ -244,7 +244,7 @@ class SparsemaxBisectLoss(_Loss):
 class EntmaxBisectLoss(_Loss):
     """:func:`entmax_bisect_loss` as a module; arguments of :class:`SparsemaxBisectLoss`, and ``alpha`` before them.
 
-    A parameter as ``alpha`` is learnt, unbounded.
+    If ``alpha`` is an ``nn.Parameter``, it is learnt, without bounds.
     """
 
     alpha: float | Tensor
@@ -269,7 +269,7 @@ class EntmaxBisectLoss(_Loss):
 class NormmaxBisectLoss(_Loss):
     """:func:`normmax_bisect_loss` as a module; arguments of :class:`SparsemaxBisectLoss`, and ``alpha`` before them.
 
-    A parameter as ``alpha`` is learnt, unbounded.
+    If ``alpha`` is an ``nn.Parameter``, it is learnt, without bounds.
     """
 
     alpha: float | Tensor

@@ -20,10 +20,10 @@ def entmax_bisect(
 
     Args:
         X: Scores; masked entries as in :func:`sparse_attn.entmax`.
-        alpha: As there. Differentiable.
+        alpha: A number or a tensor in ``(0, inf)``, as in :func:`sparse_attn.entmax`. Differentiable.
         dim: The dimension that sums to one.
-        n_iter: How many times to bisect, in the package. Changes nothing here.
-        ensure_sum_one: Changes nothing here: the result always sums to one.
+        n_iter: The package's number of bisection steps. No effect here.
+        ensure_sum_one: No effect: the result always sums to one.
 
     Returns:
         Probabilities of ``X``'s shape and dtype.
@@ -52,18 +52,18 @@ def sparsemax_bisect(X: Tensor, dim: int = -1, n_iter: int | None = 50, ensure_s
     """:func:`sparse_attn.sparsemax` along ``dim``.
 
     Args:
-        X: As in :func:`entmax_bisect`.
-        dim: As there.
-        n_iter: As there: changes nothing.
-        ensure_sum_one: As there: changes nothing.
+        X: Scores, as in :func:`entmax_bisect`.
+        dim: The dimension that sums to one.
+        n_iter: No effect.
+        ensure_sum_one: No effect.
 
     Returns:
-        As there.
+        Probabilities of ``X``'s shape and dtype.
 
     Raises:
-        TypeError: As there.
-        ValueError: As there.
-        IndexError: As there.
+        TypeError: ``X`` is not floating or ``n_iter`` is not an int.
+        ValueError: ``n_iter`` is below 1.
+        IndexError: ``X`` has no dimension ``dim``.
 
     Example:
         >>> import torch
@@ -75,26 +75,26 @@ def sparsemax_bisect(X: Tensor, dim: int = -1, n_iter: int | None = 50, ensure_s
 
 
 def normmax_bisect(X: Tensor, alpha: float | Tensor = 2, dim: int = -1, n_iter: int | None = 50) -> Tensor:
-    r"""α-normmax along ``dim``, :func:`sparse_attn.normmax`, for α at or below 1, too.
+    r"""α-normmax along ``dim``: :func:`sparse_attn.normmax`, extended to α at or below 1.
 
     .. math:: \operatorname{argmax}_{p \in \triangle} \langle p, x \rangle - \lVert p \rVert_\alpha
 
-    At α = 1 the norm is 1 on the whole simplex, and below 1 it is concave and least at the corners: a solution is then
-    the corner of the largest score, at the lowest index if several are largest, and its gradients are zero.
+    At α = 1 the norm is 1 on the whole simplex; below 1 it is concave and smallest at the corners. For such an α the
+    solution is the corner of the largest score (the lowest index among equal scores), and the gradients are zero.
 
     Args:
-        X: As in :func:`entmax_bisect`.
-        alpha: The norm's exponent, in ``(0, inf)``; shapes as there. Differentiable.
-        dim: As there.
-        n_iter: As there: changes nothing.
+        X: Scores, as in :func:`entmax_bisect`.
+        alpha: The norm's exponent in ``(0, inf)``, a number or a tensor as in :func:`entmax_bisect`. Differentiable.
+        dim: The dimension that sums to one.
+        n_iter: No effect.
 
     Returns:
-        As there.
+        Probabilities of ``X``'s shape and dtype.
 
     Raises:
-        TypeError: As there.
-        ValueError: As there.
-        IndexError: As there.
+        TypeError: ``X`` is not floating, ``alpha`` not a number or tensor, ``n_iter`` not an int.
+        ValueError: α is outside ``(0, inf)`` or its shape does not fit; ``n_iter`` is below 1.
+        IndexError: ``X`` has no dimension ``dim``.
 
     Example:
         >>> import torch
@@ -121,13 +121,13 @@ def normmax_bisect(X: Tensor, alpha: float | Tensor = 2, dim: int = -1, n_iter: 
 
 
 def budget_bisect(X: Tensor, budget: float | Tensor = 2, dim: int = -1, n_iter: int | None = 50) -> Tensor:
-    """:func:`sparse_attn.budget_sparsemax` along ``dim``, for a budget of 0, too, of which nothing can be bought.
+    """:func:`sparse_attn.budget_sparsemax` along ``dim``, extended to a budget of 0, for which every entry is 0.
 
     Args:
-        X: As in :func:`entmax_bisect`.
-        budget: What a row sums to, in ``[0, d]``; shapes as α's there. Differentiable.
-        dim: As there.
-        n_iter: As there: changes nothing.
+        X: Scores, as in :func:`entmax_bisect`.
+        budget: The sum of each row, in ``[0, d]``: a number or a tensor, as α in :func:`entmax_bisect`. Differentiable.
+        dim: The dimension that sums to the budget.
+        n_iter: No effect.
 
     Returns:
         Entries in [0, 1], of ``X``'s shape and dtype.
@@ -151,7 +151,7 @@ def budget_bisect(X: Tensor, budget: float | Tensor = 2, dim: int = -1, n_iter: 
 
 
 class EntmaxBisect(nn.Module):
-    """:func:`entmax_bisect` as a module; same arguments. A parameter as ``alpha`` is learnt, unbounded.
+    """:func:`entmax_bisect` as a module; same arguments. An ``nn.Parameter`` as ``alpha`` is learnt, without bounds.
 
     Example:
         >>> import torch
@@ -197,7 +197,7 @@ class SparsemaxBisect(nn.Module):
 
 
 class NormmaxBisect(nn.Module):
-    """:func:`normmax_bisect` as a module; same arguments. A parameter as ``alpha`` is learnt, unbounded.
+    """:func:`normmax_bisect` as a module; same arguments. An ``nn.Parameter`` as ``alpha`` is learnt, without bounds.
 
     Example:
         >>> import torch
@@ -220,7 +220,7 @@ class NormmaxBisect(nn.Module):
 
 
 class BudgetBisect(nn.Module):
-    """:func:`budget_bisect` as a module; same arguments. A parameter as ``budget`` is learnt, unbounded.
+    """:func:`budget_bisect` as a module; same arguments. An ``nn.Parameter`` as ``budget`` is learnt, without bounds.
 
     Example:
         >>> import torch

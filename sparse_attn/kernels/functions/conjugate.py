@@ -1,10 +1,10 @@
-"""The convex conjugate of the α-entropy along the last dimension, with the derivatives that its optimality gives.
+"""The convex conjugate of the α-entropy along the last dimension, with derivatives by the envelope theorem.
 
     Ω*(z) = max_p ⟨p, z⟩ + H(p),    H(p) = (1 - Σ p^α) / (α a),    a = α - 1
 
-The probabilities that attain the maximum are an input: as they are optimal, a change of theirs does not move the value
-(the envelope theorem), so ``∂Ω*/∂z = p`` and ``∂Ω*/∂α = ∂H/∂α`` at fixed ``p``. Both are written in ``p``, which is
-part of the graph, and so the second derivatives are those of the mapping.
+The probabilities ``p`` that attain the maximum are an input. Since ``p`` is optimal, the value does not depend on it to
+first order (the envelope theorem), so ``∂Ω*/∂z = p`` and ``∂Ω*/∂α = ∂H/∂α`` at fixed ``p``. Both are functions of
+``p``, which is part of the graph, so second derivatives follow from those of the mapping.
 
 Reference: Blondel, Martins & Niculae 2020 (JMLR), "Learning with Fenchel-Young Losses".
 """
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from sparse_attn.kernels.functions.entmax import entmax_rows, shifted
-from sparse_attn.kernels.reference.entmax import _phi2
+from sparse_attn.kernels.alpha import minus_one, shift_alpha, split_alpha
+from sparse_attn.kernels.functions.entmax import entmax_rows
+from sparse_attn.kernels.reference.series import phi1, phi2
 from sparse_attn.transforms import batch_in_front, needs_plain_operations, values_known
 
 
@@ -29,14 +30,14 @@ def conjugate_rows(scores: Tensor, alpha: float | Tensor, index: Tensor | None =
     Args:
         scores: (..., C), float32 or float64; ``-inf`` has probability zero.
         alpha: A number, or a tensor that broadcasts with size 1 in the last dimension.
-        index: (..., 1), int64. Its score comes from here and not from a ``gather`` of the caller's, so that the
+        index: (..., 1), int64. The score is returned here, instead of by a ``gather`` of the caller, so that the
             backward can write ``p - e_index`` into one tensor.
     """
     p = entmax_rows(scores, alpha, -math.inf)
-    per_row, number = (alpha, 0.0) if isinstance(alpha, Tensor) else (None, float(alpha) - 1)
+    per_row, number = split_alpha(alpha)
     if needs_plain_operations():
-        return _conjugate(scores, p, number if per_row is None else shifted(per_row, p), index)
-    # Dynamo refuses autograd functions that have a ``jvp``.
+        return _conjugate(scores, p, shift_alpha(per_row, number, p), index)
+    # Dynamo does not support autograd functions with a ``jvp``.
     function = _Conjugate if torch.compiler.is_compiling() else _ConjugateForwards
     return function.apply(scores, p, per_row, number, index)
 
@@ -44,11 +45,11 @@ def conjugate_rows(scores: Tensor, alpha: float | Tensor, index: Tensor | None =
 def _conjugate(scores: Tensor, p: Tensor, a: float | Tensor, index: Tensor | None) -> tuple[Tensor, ...]:
     """``Ω* = [σ + a ⟨p, z⟩] / α`` where ``p = [1 + a (z - σ)]^(1/a)`` and no z is above 0.
 
-    Both terms are of the size of ``q``, what the largest probability leaves to the others, and Ω* may be of the size of
-    its square. ``1 - max p`` would have lost a small ``q``: it is summed.
+    Both terms are of the order of ``q = 1 - max p``, and Ω* may be of the order of ``q²``. ``q`` is computed as the sum
+    of the other probabilities, since the difference ``1 - max p`` would lose the digits of a small ``q``.
     """
     top, largest = scores.amax(-1, keepdim=True), p.amax(-1, keepdim=True)
-    shift = top.detach()  # a constant to the caller, whatever it is in here
+    shift = top.detach()  # the caller sees a constant
     picked = () if index is None else (scores.gather(-1, index) - shift,)
     p, scores = _where_there_is_weight(p, scores)
     above_half = largest > 0.5
@@ -56,23 +57,19 @@ def _conjugate(scores: Tensor, p: Tensor, a: float | Tensor, index: Tensor | Non
     log_largest = torch.where(above_half, torch.log1p(-q), largest.log())
     if isinstance(a, float) and a == 0.0:
         return top - shift - log_largest, *picked
-    sigma = -log_largest * _phi1(a * log_largest)
+    sigma = -log_largest * phi1(a * log_largest)
     value = (sigma + a * _mean_score(p, scores, top)) / (1 + a)
     return top - shift + value.clamp(min=0.0), *picked
 
 
 def _mean_score(p: Tensor, scores: Tensor, top: Tensor) -> Tensor:
-    """``⟨p, z⟩``, where masked scores count as very small ones: 0 times ``-inf`` is not 0."""
+    """``⟨p, z⟩``, with masked scores replaced by finite ones, since 0 times ``-inf`` is NaN."""
     lowest = torch.finfo(p.dtype).min
     if needs_plain_operations():
         return (p * (scores - top).clamp(min=lowest)).sum(-1, keepdim=True)
-    return (scores - top).clamp_(min=lowest).mul_(p).sum(-1, keepdim=True)  # fresh memory takes longer than arithmetic
-
-
-def _phi1(x: Tensor) -> Tensor:
-    """``(eˣ - 1) / x``, in a form that has derivatives at 0 too."""
-    small = x.abs() < 0.5
-    return torch.where(small, 1 + x * _phi2(x), torch.expm1(x) / torch.where(small, 1.0, x))
+    return (
+        (scores - top).clamp_(min=lowest).mul_(p).sum(-1, keepdim=True)
+    )  # in place: allocating takes longer than arithmetic
 
 
 def _entropy_slope(p: Tensor, a: Tensor) -> Tensor:
@@ -82,16 +79,18 @@ def _entropy_slope(p: Tensor, a: Tensor) -> Tensor:
     """
     log_p = torch.where(p == 0, 1.0, p).log()
     x = a * log_p
-    phi2 = _phi2(x)
-    phi1 = 1 + x * phi2
+    second = phi2(x)
+    first = 1 + x * second
     weighted = p * log_p
-    entropy = -(weighted * phi1).sum(-1, keepdim=True) / (1 + a)
-    return -(entropy + (weighted * log_p * (phi1 - phi2)).sum(-1, keepdim=True)) / (1 + a)
+    entropy = -(weighted * first).sum(-1, keepdim=True) / (1 + a)
+    return -(entropy + (weighted * log_p * (first - second)).sum(-1, keepdim=True)) / (1 + a)
 
 
 def _entropy_slope_in_blocks(p: Tensor, a: Tensor) -> Tensor:
-    """The same, a few rows at a time: its ten temporaries are ten copies of a vocabulary's scores otherwise."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # one would keep them all, one fuses them
+    """:func:`_entropy_slope`, a few rows at a time: it needs ten temporaries, each as large as its input."""
+    # No blocks with gradients, since autograd would save the temporaries of all blocks, or when compiling, since the
+    # compiler fuses the operations.
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _entropy_slope(p, a)
     shape, size = p.shape[:-1], p.shape[-1]
     rows = max(1, (2**18 if p.device.type == "cpu" else 2**24) // size)
@@ -101,10 +100,11 @@ def _entropy_slope_in_blocks(p: Tensor, a: Tensor) -> Tensor:
 
 
 def _where_there_is_weight(p: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Rows of all these without the entries that have ``p = 0`` in every row, which of a vocabulary are nearly all."""
-    if p.device.type != "cpu" or not values_known(p):  # a look would break a trace, or make the host wait for a device
+    """The arguments without columns in which ``p`` is 0 in every row: with a vocabulary, nearly all columns."""
+    # Reading values would break a trace, or make the host wait for a device.
+    if p.device.type != "cpu" or not values_known(p):
         return p, *others
-    used = p.reshape(-1, p.shape[-1]).sum(0).nonzero().squeeze(1)  # a NaN is not 0
+    used = p.reshape(-1, p.shape[-1]).sum(0).nonzero().squeeze(1)  # NaN counts as non-zero
     if 2 * len(used) > p.shape[-1]:
         return p, *others
     return tuple(x.index_select(-1, used) for x in (p, *others))
@@ -115,7 +115,7 @@ class _Conjugate(torch.autograd.Function):
     def forward(
         scores: Tensor, p: Tensor, per_row: Tensor | None, number: float, index: Tensor | None
     ) -> tuple[Tensor, ...]:
-        return _conjugate(scores, p, number if per_row is None else shifted(per_row, p), index)
+        return _conjugate(scores, p, shift_alpha(per_row, number, p), index)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -128,7 +128,7 @@ class _Conjugate(torch.autograd.Function):
         p, per_row, index = ctx.saved_tensors
         grad_alpha = None
         if ctx.needs_input_grad[2]:
-            grad_alpha = grads[0] * _entropy_slope_in_blocks(p, shifted(per_row, p))
+            grad_alpha = grads[0] * _entropy_slope_in_blocks(p, minus_one(per_row, p))
             grad_alpha = grad_alpha.sum_to_size(per_row.shape).to(per_row.dtype)
         grad_scores = p * grads[0]
         if index is not None:
@@ -163,5 +163,5 @@ class _ConjugateForwards(_Conjugate):
             scores_tangent = torch.zeros_like(p)
         value = (p * scores_tangent).sum(-1, keepdim=True)
         if alpha_tangent is not None:
-            value = value + _entropy_slope(p, shifted(per_row, p)) * alpha_tangent.to(p.dtype)
+            value = value + _entropy_slope(p, minus_one(per_row, p)) * alpha_tangent.to(p.dtype)
         return (value,) if index is None else (value, scores_tangent.gather(-1, index))

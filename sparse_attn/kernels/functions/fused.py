@@ -1,6 +1,6 @@
 """Fused attention as one differentiable function, and as a custom operator for ``torch.compile``.
 
-Nothing here imports Triton before a kernel is called.
+Triton is imported only when a kernel is called.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_attn.kernels import dispatch
+from sparse_attn.kernels.alpha import split_alpha
 from sparse_attn.kernels.functions.entmax import entmax_rows
-from sparse_attn.kernels.triton.attention.plan import Plan, Setting, statistics_of
+from sparse_attn.kernels.setting import Setting
 from sparse_attn.transforms import values_known
 
 _LARGEST_STRIDE = 2**24
@@ -35,54 +37,42 @@ def fused_attention(
         query: (N, H, L, D).
         key: (N, Hk, S, D), Hk a divisor of H.
         value: (N, Hk, S, Dv).
-        alpha: A number or (H,). One out of range gives NaN: nobody waits for the device to look at it.
-        mask: (N or 1, H or 1, L or 1, S or 1), boolean, ``True`` = take part, or floating, added to the scores.
+        alpha: A number or (H,). A value out of range gives NaN: a check would make the host wait for the device.
+        mask: (N or 1, H or 1, L or 1, S or 1), boolean, ``True`` = visible, or floating, added to the scores.
         dropout_p: Probability that a weight is dropped.
-        offset: Causal: query ``i`` sees the keys up to ``i + offset``. None: all.
+        offset: Query ``i`` sees the keys up to ``i + offset`` (causal). None: all keys.
         scale: Factor of the scores.
-        key_lengths: (N,), how many of the keys there are; integers on the device.
+        key_lengths: (N,), the number of keys without padding; integers on the device.
 
     Returns:
-        (N, H, L, Dv). A query that sees nothing gets zeros, and so do all gradients of it.
+        (N, H, L, Dv). A query with no visible key gets zeros and zero gradients.
     """
-    # Within a tile kernels count in int32.
+    # Kernels compute offsets within a tile in int32, so tensors with larger strides are copied.
     query, key, value = (
         x if x.stride(-1) == 1 and x.stride(-2) < _LARGEST_STRIDE else x.contiguous() for x in (query, key, value)
     )
-    per_head, a = (alpha, 0.0) if isinstance(alpha, Tensor) else (None, float(alpha) - 1)
+    per_head, a = split_alpha(alpha)
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     seed = None
-    if dropout_p > 0.0:  # on the device, where a captured graph draws a new one at every replay
+    if dropout_p > 0.0:  # on the device, so that a captured graph draws a new seed at every replay
         seed = torch.randint(2**31 - 1, (1,), device=query.device)
     tensors = (query, key, value, per_head, mask, key_lengths, seed)
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    setting = Setting(a, float(scale), float(dropout_p), offset)  # an int would compile kernels of its own
+    setting = Setting(a, float(scale), float(dropout_p), offset)  # Triton would compile separate kernels for an int
     if torch.compiler.is_compiling():
-        return _attention(*tensors, *setting, training)[0]
+        return _attention(*tensors, a, setting.scale, setting.dropout_p, offset, training)[0]
     if training:
         return _Attention.apply(*tensors, setting)
     return _forward(*tensors, setting, False)[0]
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from sparse_attn.kernels.triton.attention import decode, forward
-
-    query, key, training = *arguments[:2], arguments[-1]
-    if not training and decode.pays(query, key):
-        return decode.forward(*arguments[:-1]), *_nothing(query)
-    return forward.forward(*arguments)
-
-
-def _nothing(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What is kept for no backward."""
-    return query.new_empty(0), query.new_empty(0, dtype=torch.float32), query.new_empty(0, dtype=torch.uint8)
+    return dispatch.fused_kernels().forward(*arguments)
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from sparse_attn.kernels.triton.attention import backward
-
-    return backward.backward(*arguments)
+    return dispatch.fused_kernels().backward(*arguments)
 
 
 class _Attention(torch.autograd.Function):
@@ -106,13 +96,13 @@ class _Attention(torch.autograd.Function):
 
 
 def _to_inputs(gradients: tuple[Tensor, ...], tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """Gradients in the dtypes of what they are for: those of α and of a mask come in float32."""
+    """Gradients in the dtypes of their inputs: the kernels return those of α and of a mask in float32."""
     pairs = zip(gradients, tensors[:5], strict=True)
     return [None if tensor is None else gradient.to(tensor.dtype) for gradient, tensor in pairs]
 
 
 def _plain_gradients(grad: Tensor, tensors: list[Any], setting: Setting) -> list[Tensor | None]:
-    """The gradients by plain torch, with a matrix of scores: they can be differentiated, and ``grad`` batched."""
+    """The gradients by plain torch, with a matrix of scores: differentiable, and ``grad`` may be batched."""
     inputs = [x for x in tensors[:5] if x is not None and x.requires_grad]
     query, key, value, alpha, mask, lengths, seed = tensors
     create_graph = torch.is_grad_enabled()
@@ -133,7 +123,7 @@ def plain_attention(
     seed: Tensor | None,
     setting: Setting,
 ) -> Tensor:
-    """What the kernels compute, the same weights dropped, in plain torch and with a matrix of scores."""
+    """The kernels' result in plain torch, with a matrix of scores; dropout drops the same weights."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = (query.float() @ key.float().transpose(-2, -1)) * setting.scale
@@ -152,9 +142,7 @@ def plain_attention(
     of_rows = setting.a + 1 if alpha is None else alpha.view(-1, 1, 1)
     weights = entmax_rows(scores, of_rows, torch.finfo(scores.dtype).min)
     if seed is not None:
-        from sparse_attn.kernels.triton.attention import dropout
-
-        weights = weights * dropout.multipliers(weights, seed, setting.dropout_p)
+        weights = weights * dispatch.fused_kernels().multipliers(weights, seed, setting.dropout_p)
     return (weights @ value.float()).to(query.dtype)
 
 
@@ -180,15 +168,8 @@ def _attention(
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     alpha, a, training = rest[0], rest[4], rest[-1]
-    plan = Plan.of(query, value)
-    batch, heads, queries, _ = query.shape
-    tiles = -(-queries // plan.block_m), -(-key.shape[2] // plan.block_n)
-    output = query.new_empty(batch, heads, queries, value.shape[3])
-    if not training:
-        return output, *_nothing(query)
-    told = statistics_of(a, alpha)
-    statistics = query.new_empty(told, batch * heads * queries, dtype=torch.float32)
-    return output, torch.empty_like(output), statistics, query.new_empty(batch * heads, *tiles, dtype=torch.uint8)
+    output = query.new_empty(*query.shape[:-1], value.shape[-1])
+    return output, *dispatch.fused_plan().kept(query, key, value, alpha, a, training)
 
 
 @torch.library.custom_op("sparse_attn::attention_backward", mutates_args=())

@@ -110,6 +110,42 @@ def test_a_batch_size_of_zero_is_refused():
         BatchByLength([1], 0, shuffle=True, seed=0)
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("batch_size", [None, 11])
+def test_batches_by_tokens_hold_every_example_once_and_keep_to_the_limit(shuffle, batch_size):
+    lengths = [*random_lengths(1009), (211, 3)]  # the last is longer than a batch
+    batches = BatchByLength(lengths, batch_size, batch_tokens=113, shuffle=shuffle, seed=3)
+    got = list(batches)
+    assert sorted(itertools.chain(*got)) == list(range(1010))
+    sizes = [len(batch) * max(max(lengths[index]) for index in batch) for batch in got]
+    assert all(size <= 113 or batch == [1009] for size, batch in zip(sizes, got, strict=True))
+    assert max(map(len, got)) == (11 if batch_size else max(map(len, got)))
+    # Most batches are well filled.
+    assert shuffle is False or batch_size or sum(sizes) / len(sizes) > 0.75 * 113
+
+
+def test_every_epoch_has_the_same_number_of_batches_by_tokens():
+    """Lightning asks once."""
+    batches = BatchByLength(random_lengths(1009), None, batch_tokens=113, shuffle=True, seed=0)
+    before = {frozenset(batch) for batch in batches}
+    for epoch in range(1, 5):
+        batches.set_epoch(epoch)
+        assert len(list(batches)) == len(batches) == len(before)
+    assert len(before & {frozenset(batch) for batch in batches}) < 0.2 * len(before)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"batch_size": None}, "batch_size or batch_tokens must be given, got neither"),
+        ({"batch_size": None, "batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
+    ],
+)
+def test_wrong_sizes_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        BatchByLength([(1, 1)], **sizes, shuffle=True, seed=0)
+
+
 def test_lightning_sets_the_epoch():
     loader = make_loader()
     first = members(loader)
@@ -156,7 +192,8 @@ def test_targets_are_shifted_by_the_start():
 
 
 def test_texts_travel_with_their_rows():
-    rows = [Row([9, EOS], [5, EOS], "b", [["B"], ["P"]]), Row([8, EOS], [6, EOS], "a", [["A"]])]
+    rows = [Row([9, EOS], [5, EOS], "b", [["B"], ["P"]]), Row([8, EOS], [6, EOS], "a", [["A"]], "hun")]
     batch = collate(rows)
     assert batch["sources"] == ["b", "a"]
     assert batch["references"] == [[["B"], ["P"]], [["A"]]]
+    assert batch["groups"] == ["", "hun"]

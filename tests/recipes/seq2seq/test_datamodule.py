@@ -1,6 +1,7 @@
 import itertools
 
 import pytest
+import tokenizers
 import torch
 
 from recipes.seq2seq.data import Seq2SeqData
@@ -195,7 +196,7 @@ def test_a_limit_leaves_at_least_one_example_in_each_split():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"name": "cmu"}, ValueError, "data name must be one of cmudict, tsv, got 'cmu'"),
+        ({"name": "cmu"}, ValueError, "data name must be one of cmudict, tsv, parallel, synthetic, got 'cmu'"),
         ({"name": "tsv"}, ValueError, "data name 'tsv' needs the files train, val and test, got none"),
         (
             {"name": "tsv", "train": "a", "val": "b"},
@@ -209,14 +210,154 @@ def test_a_limit_leaves_at_least_one_example_in_each_split():
         ({"limit": 0}, ValueError, "limit must be at least 1, got 0"),
         ({"eval_limit": 0}, ValueError, "eval_limit must be at least 1, got 0"),
         ({"limit": 1e3}, TypeError, "limit must be a whole number, got 1000.0"),
-        ({"source_split": "w"}, ValueError, "source_split must be one of characters, spaces, got 'w'"),
-        ({"target_split": "w"}, ValueError, "target_split must be one of characters, spaces, got 'w'"),
+        ({"source_split": "w"}, ValueError, "source_split must be one of characters, spaces, bpe, got 'w'"),
+        ({"target_split": "w"}, ValueError, "target_split must be one of characters, spaces, bpe, got 'w'"),
         ({"normalization": "NFKC"}, ValueError, "normalization must be one of NFC, NFD, none, got 'NFKC'"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_is_read(arguments, error, message):
     with pytest.raises(error) as caught:
         Seq2SeqData(**{"name": "cmudict"} | arguments)
+    assert str(caught.value) == message
+
+
+@pytest.fixture
+def inflection(tmp_path):
+    """Three columns, in the order of SIGMORPHON 2023, of two languages."""
+    for language, ending in (("xx", "a"), ("yy", "b")):
+        for split in ("train", "val", "test"):
+            lines = [
+                f"{word}\tV;{tag}\t{word}{ending * place}" for place, tag in enumerate("PQ", 1) for word in LETTERS
+            ]
+            (tmp_path / f"{language}_{split}.tsv").write_text("\n".join(lines), encoding="utf-8")
+    files = {split: str(tmp_path / f"{{language}}_{split}.tsv") for split in ("train", "val", "test")}
+    return {"columns": ["source", "features", "target"], "target_split": "characters", **files}
+
+
+def test_features_and_languages_are_read_with_the_source(inflection):
+    module = Seq2SeqData("tsv", languages="all", **inflection)
+    batch = next(iter(module.test_dataloader()))
+    assert len(batch["sources"]) == 44
+    row = batch["sources"].index("yy\tc\tV;Q")
+    decoded = module.source_tokenizer.decode(batch["source"][row].tolist())
+    assert decoded == ["<yy>", "c", "[V]", "[Q]"]
+    assert batch["references"][row] == [["c", "b", "b"]]
+    assert batch["groups"][row] == "yy"
+    assert set(batch["groups"]) == {"xx", "yy"}
+
+
+def test_one_language_by_its_name(inflection):
+    module = Seq2SeqData("tsv", languages="xx", **inflection)
+    module.setup()
+    assert {example.group for example in module.splits.train} == {"xx"}
+
+
+@pytest.fixture
+def sentences(tmp_path):
+    texts = {"source": "the low house\nthe lower houses\n", "target": "das tiefe Haus\ndie tieferen Häuser\n"}
+    for side, text in texts.items():
+        (tmp_path / f"text.{side}").write_text(5 * text, encoding="utf-8")
+    pattern = str(tmp_path / "text.{side}")
+    return {"train": pattern, "val": pattern, "test": pattern, "source_split": "bpe", "target_split": "bpe"}
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_subwords_of_parallel_text(sentences, tmp_path, joint):
+    module = Seq2SeqData("parallel", bpe_size=60, bpe_joint=joint, **sentences)
+    module.setup()
+    assert (module.source_tokenizer.state() == module.target_tokenizer.state()) is joint
+    batch = next(iter(module.test_dataloader()))
+    row = batch["sources"].index("the low house")
+    assert batch["references"][row] == [["▁das", "▁tiefe", "▁Haus"]]
+    ids = batch["target_out"][row].tolist()
+    assert module.target_tokenizer.join(module.target_tokenizer.decode(ids)) == "das tiefe Haus"
+    module.save_vocabularies(tmp_path)
+    kept = tokenizers.Tokenizer.from_file(str(tmp_path / "bpe_target.json"))
+    assert "".join(kept.encode("das Haus").tokens) == "▁das▁Haus"
+
+
+def test_made_up_sequences():
+    generate = {"task": "reverse", "length": 5, "factors": [2], "train": 17, "val": 3, "test": 7}
+    module = Seq2SeqData("synthetic", generate=generate, source_split="spaces")
+    batch = next(iter(module.test_dataloader()))
+    assert batch["source"].shape == (7, 11)
+    assert batch["groups"] == ["x2"] * 7
+
+
+def test_a_batch_by_tokens(files):
+    loader = Seq2SeqData("tsv", batch_tokens=29, **files).train_dataloader()
+    for batch in loader:
+        assert max(batch["source"].numel(), batch["target_out"].numel()) <= 29
+    assert sum(len(batch["source"]) for batch in loader) == 83
+
+
+def test_long_pairs_are_left_out_and_long_inputs_cut_off_and_both_told(files, tmp_path):
+    for name in files:
+        (tmp_path / f"{name}.tsv").write_text("abcdefg\tA\nab\tA B\na\tA B A B A\n", encoding="utf-8")
+    module = Seq2SeqData("tsv", max_length=4, **files)
+    (batch,) = module.train_dataloader()
+    assert batch["source"].shape == (1, 3)
+    (batch,) = module.test_dataloader()
+    assert batch["source"].shape[1] == batch["target_out"].shape[1] == 5
+    assert ["A", "B", "A", "B", "A"] in [references[0] for references in batch["references"]]
+    assert "abcdefg" in batch["sources"]
+    assert module.notes() == [
+        "2 training pairs have more than 4 tokens on a side and are left out (data.max_length)",
+        "1 validation inputs have more than 4 tokens and are cut off (data.max_length)",
+        "1 test inputs have more than 4 tokens and are cut off (data.max_length)",
+    ]
+
+
+def test_no_training_pair_is_short_enough(files):
+    with pytest.raises(ValueError, match=r"^max_length must leave at least one training pair, got 1 tokens where"):
+        Seq2SeqData("tsv", max_length=1, **files).train_dataloader()
+
+
+def test_symbols_never_seen_in_training_are_told(data):
+    assert data.notes() == [
+        '1 of 30 validation inputs hold symbols never seen in training: "x"',
+        '1 of 30 validation targets hold symbols never seen in training: "X"',
+    ]
+
+
+def test_a_cache_changes_nothing(files, tmp_path, monkeypatch):
+    def rows():
+        loader = Seq2SeqData("tsv", cache=str(tmp_path / "cache"), **files).train_dataloader()
+        return [(batch["source"].tolist(), batch["target_out"].tolist()) for batch in loader]
+
+    fresh = rows()
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode", lambda *_: pytest.fail("encoded again"))
+        assert rows() == fresh
+    (tmp_path / "train.tsv").write_text(words(83, 3), encoding="utf-8")
+    assert rows() != fresh
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"columns": ["source"]}, "columns must hold source and target, and each column once, got [source]"),
+        ({"sides": ["a", "b"]}, "sides is for data name 'parallel', got it with 'tsv'"),
+        ({"name": "cmudict", "languages": "all"}, "languages is for data name 'tsv', got it with 'cmudict'"),
+        ({"languages": "all"}, "train must hold {language} in its path, which languages fills in, got 'x'"),
+        ({"name": "parallel"}, "train must hold {side} in its path, which sides fills in, got 'x'"),
+        ({"languages": []}, "languages must hold at least one language, and each once, got []"),
+        ({"languages": ["a/b"]}, "languages must hold names as they stand in file names, got 'a/b'"),
+        ({"languages": ["unk"]}, "languages must not be one of pad, bos, eos, unk, got 'unk'"),
+        ({"name": "parallel", "sides": ["en"]}, "sides must hold two different names, got [en]"),
+        ({"feature_split": ""}, "feature_split must hold at least one character, got ''"),
+        ({"batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(arguments, message):
+    path = (
+        "x{language}" if arguments.get("languages") not in (None, "all") else "x{side}" if "sides" in arguments else "x"
+    )
+    files = {} if arguments.get("name") == "cmudict" else dict.fromkeys(("train", "val", "test"), path)
+    with pytest.raises(ValueError) as caught:
+        Seq2SeqData(**{"name": "tsv"} | files | arguments)
     assert str(caught.value) == message
 
 

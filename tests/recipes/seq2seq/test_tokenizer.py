@@ -98,7 +98,7 @@ def test_state_is_plain_and_restores():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"symbols": [], "split": "words"}, "split must be one of characters, spaces, got 'words'"),
+        ({"symbols": [], "split": "words"}, "split must be one of characters, spaces, bpe, got 'words'"),
         (
             {"symbols": [], "split": "spaces", "normalization": "nfc"},
             "normalization must be one of NFC, NFD, none, got 'nfc'",
@@ -119,3 +119,67 @@ def test_wrong_arguments_are_named(arguments, message):
         Tokenizer(**arguments)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+SENTENCES = ["low lower lowest", "new newer newest wide wider widest"]
+
+
+def test_subwords_are_undone_in_the_output():
+    tokenizer = Tokenizer.fit(SENTENCES, split="bpe", normalization="NFC", bpe_size=29)
+    assert len(tokenizer.symbols) <= 29
+    for text in (*SENTENCES, "wow  nested "):
+        tokens = tokenizer.decode(tokenizer.encode(text))
+        assert tokenizer.join(tokens) == " ".join(text.split())
+        assert tokenizer.words(tokens) == [f"▁{word}" for word in text.split()]
+        assert tokenizer.join(tokenizer.words(tokens)) == tokenizer.join(tokens)
+    assert any(len(token) > 2 for token in tokenizer.tokenize("lowest"))
+
+
+def test_a_character_without_a_subword_is_unknown_by_its_own_name():
+    tokenizer = Tokenizer.fit(SENTENCES, split="bpe", normalization="NFC", bpe_size=29)
+    assert tokenizer.unknown("low ☃é") == ["☃", "é"]
+    assert UNK in tokenizer.encode("☃")
+    assert tokenizer.words(tokenizer.tokenize("low ☃")) == ["▁low", "▁☃"]
+
+
+def test_subwords_are_learnt_alike_and_restored():
+    first, second = (Tokenizer.fit(SENTENCES, split="bpe", normalization="NFC", bpe_size=29) for _ in range(2))
+    assert first.state() == second.state()
+    restored = Tokenizer(**json.loads(json.dumps(first.state())))
+    assert restored.encode("newest low") == first.encode("newest low")
+
+
+def test_fields_become_tokens_of_their_own():
+    fields = ["language", "source", "features"]
+    texts = ["deu\tab\tV;PST", "nld\tba\tN"]
+    tokenizer = Tokenizer.fit(texts, split="characters", normalization="NFC", fields=fields, feature_split=";")
+    assert tokenizer.tokenize(texts[0]) == ["<deu>", "a", "b", "[V]", "[PST]"]
+    assert tokenizer.symbols == sorted(["<deu>", "<nld>", "[V]", "[PST]", "[N]", "a", "b"])
+    assert tokenizer.unknown("eng\tV\tV;FUT") == ["<eng>", "V", "[FUT]"]
+    assert Tokenizer(**tokenizer.state()).encode(texts[1]) == tokenizer.encode(texts[1])
+
+
+def test_features_may_be_split_elsewhere():
+    tokenizer = Tokenizer([], split="characters", fields=["source", "features"], feature_split=", ")
+    assert tokenizer.tokenize("a\tV, PST") == ["a", "[V]", "[PST]"]
+
+
+def test_a_text_without_the_fields_is_refused():
+    tokenizer = Tokenizer([], split="characters", fields=["language", "source"])
+    with pytest.raises(ValueError, match=r"^a line must be language<TAB>source, got 'ab'$"):
+        tokenizer.encode("ab")
+
+
+def test_the_state_of_plain_text_is_that_of_earlier_versions():
+    assert set(Tokenizer(["a"], split="spaces").state()) == {"symbols", "split", "normalization"}
+
+
+@pytest.mark.parametrize(("split", "bpe"), [("bpe", None), ("spaces", "{}")])
+def test_subwords_belong_to_their_split(split, bpe):
+    with pytest.raises(ValueError, match=r"^bpe must be given with split 'bpe' and with no other, got split"):
+        Tokenizer([], split=split, bpe=bpe)
+
+
+def test_subwords_that_cannot_be_read():
+    with pytest.raises(ValueError, match=r"^bpe must be the JSON of a tokenizer, got something else: "):
+        Tokenizer([], split="bpe", bpe="{}")

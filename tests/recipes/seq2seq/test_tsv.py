@@ -1,7 +1,7 @@
 import pytest
 
 from recipes.seq2seq.data.examples import Example
-from recipes.seq2seq.data.tsv import load_tsv, read_pairs
+from recipes.seq2seq.data.tsv import check_columns, find_languages, input_fields, load_tsv, read_examples
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def write(tmp_path):
 
 def test_lines_become_examples(write):
     path = write("szép\ts eː p\nba ba\tɓ aː ˧˧ ɓ aː\n")
-    assert read_pairs(path) == [Example("szép", ("s eː p",)), Example("ba ba", ("ɓ aː ˧˧ ɓ aː",))]
+    assert read_examples(path) == [Example("szép", ("s eː p",)), Example("ba ba", ("ɓ aː ˧˧ ɓ aː",))]
 
 
 @pytest.mark.parametrize(
@@ -26,28 +26,37 @@ def test_lines_become_examples(write):
         b"a\tA\nb\tB B",  # no line end at the end
         b"a\tA\r\nb\tB B\r\n",
         b"\xef\xbb\xbfa\tA\nb\tB B\n",
+        b"a\tA\rb\tB B\r",
         b"\n a \t A \n\n   \nb\tB B\n\n",
     ],
-    ids=["plain", "no last line end", "CRLF", "byte order mark", "blank lines and outer spaces"],
+    ids=["plain", "no last line end", "CRLF", "byte order mark", "CR", "blank lines and outer spaces"],
 )
 def test_every_way_to_write_the_same_file(write, content):
-    assert read_pairs(write(content)) == [Example("a", ("A",)), Example("b", ("B B",))]
+    assert read_examples(write(content)) == [Example("a", ("A",)), Example("b", ("B B",))]
 
 
 def test_a_word_on_two_lines_is_two_examples(write):
-    examples = read_pairs(write("read\tr ɛ d\nread\tr i d\n"))
+    examples = read_examples(write("read\tr ɛ d\nread\tr i d\n"))
     assert examples == [Example("read", ("r ɛ d",)), Example("read", ("r i d",))]
 
 
 def test_line_separators_inside_a_text_do_not_end_the_line(write):
-    assert read_pairs(write("a\u2028b\tA\x0bB\n")) == [Example("a\u2028b", ("A\x0bB",))]
+    assert read_examples(write("a\u2028b\tA\x0bB\n")) == [Example("a\u2028b", ("A\x0bB",))]
 
 
 @pytest.mark.parametrize(
     ("content", "line", "message"),
     [
-        ("a\tA\n\nb B\n", 3, "a line must be source<TAB>target, got 0 tabs in 'b B'"),
-        ("a\tA\tB\n", 1, "a line must be source<TAB>target, got 2 tabs in 'a\\tA\\tB'"),
+        (
+            "a\tA\n\nb B\n",
+            3,
+            "a line must be source<TAB>target, got 0 tabs in 'b B'; data.columns says which columns there are",
+        ),
+        (
+            "a\tA\tB\n",
+            1,
+            "a line must be source<TAB>target, got 2 tabs in 'a\\tA\\tB'; data.columns says which columns there are",
+        ),
         ("a\tA\n\tA\n", 2, "the source must not be empty, got '\\tA'"),
         ("a\tA\nb\t \n", 2, "the target must not be empty, got 'b\\t '"),
         ("\t\n", 1, "the source must not be empty, got '\\t'"),
@@ -56,13 +65,73 @@ def test_line_separators_inside_a_text_do_not_end_the_line(write):
 def test_a_malformed_line_is_named_by_file_and_line(write, content, line, message):
     path = write(content)
     with pytest.raises(ValueError) as error:
-        read_pairs(path)
+        read_examples(path)
     assert str(error.value) == f"{path}:{line}: {message}"
+
+
+def test_columns_in_any_order(write):
+    expected = [Example("gehen\tV;PST", ("ging",))]
+    assert read_examples(write("gehen\tging\tV;PST\n"), ["source", "target", "features"]) == expected
+    assert read_examples(write("gehen\tV;PST\tging\n"), ["source", "features", "target"]) == expected
+    assert read_examples(write("ging\tgehen\n"), ["target", "source"]) == [Example("gehen", ("ging",))]
+
+
+def test_rows_with_another_number_of_columns_are_named(write):
+    path = write("gehen\tging\tV;PST\nsehen\tsah\n")
+    with pytest.raises(ValueError) as error:
+        read_examples(path, ["source", "target", "features"])
+    assert str(error.value) == (
+        f"{path}:2: a line must be source<TAB>target<TAB>features, got 1 tabs in 'sehen\\tsah'; "
+        "data.columns says which columns there are"
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (["source", "taget"], "columns must be of source, target, features, got 'taget' in [source, taget]"),
+        (["source", "features"], "columns must hold source and target, and each column once, got [source, features]"),
+        (["source", "target", "target"], "columns must hold source and target, and each column once, got [source, "),
+        ([], "columns must hold source and target, and each column once, got []"),
+    ],
+)
+def test_wrong_columns(columns, message):
+    with pytest.raises(ValueError) as error:
+        check_columns(columns)
+    assert str(error.value).startswith(message)
+
+
+def test_the_language_stands_before_the_source_and_is_the_group(write, tmp_path):
+    for language in ("hun", "ady"):
+        write(f"{language}\tX\n", f"{language}_train.tsv")
+    pattern = tmp_path / "{language}_train.tsv"
+    expected = [Example(f"{language}\t{language}", ("X",), language) for language in ("ady", "hun")]
+    for chosen in ("all", ["ady", "hun"]):
+        assert load_tsv(pattern, pattern, pattern, languages=chosen).train == expected
+    assert input_fields(["source", "target"], languages=True) == ["language", "source"]
+
+
+def test_languages_are_found_by_their_files(tmp_path):
+    for name in ("a/b_train", "a/c_train", "d/d_train", "a/b_dev"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.tsv").touch()
+    assert find_languages(str(tmp_path / "a" / "{language}_train.tsv")) == ["b", "c"]
+    assert find_languages(str(tmp_path / "{language}" / "{language}_train.tsv")) == ["d"]
+
+
+def test_a_language_without_a_file_is_named(write, tmp_path):
+    write("a\tX\n", "hun_train.tsv")
+    pattern = tmp_path / "{language}_train.tsv"
+    with pytest.raises(FileNotFoundError) as error:
+        load_tsv(pattern, pattern, pattern, languages=["hun", "xyz"])
+    assert str(error.value) == (
+        f"languages must have a file each, got 'xyz' without {tmp_path / 'xyz_train.tsv'}; files there are for: hun"
+    )
 
 
 def test_a_long_malformed_line_is_not_printed_whole(write):
     with pytest.raises(ValueError) as error:
-        read_pairs(write("a" * 100_000))
+        read_examples(write("a" * 100_000))
     assert len(str(error.value)) < 300
 
 
@@ -70,25 +139,25 @@ def test_a_long_malformed_line_is_not_printed_whole(write):
 def test_an_empty_file_is_refused(write, content):
     path = write(content)
     with pytest.raises(ValueError) as error:
-        read_pairs(path)
+        read_examples(path)
     assert str(error.value) == f"{path} must hold at least one source<TAB>target line, got an empty file"
 
 
 def test_a_missing_file_is_named(tmp_path):
     path = tmp_path / "none.tsv"
     with pytest.raises(FileNotFoundError) as error:
-        read_pairs(path)
+        read_examples(path)
     assert str(error.value) == f"cannot read the data file {path}: No such file or directory"
 
 
 def test_a_folder_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^cannot read the data file .*: Is a directory$"):
-        read_pairs(tmp_path)
+        read_examples(tmp_path)
 
 
 def test_a_file_that_is_not_text_is_refused(write):
     with pytest.raises(ValueError, match=r"pairs\.tsv must be UTF-8 text, got byte 2 that is not$"):
-        read_pairs(write(b"a\t\xff\n"))
+        read_examples(write(b"a\t\xff\n"))
 
 
 def test_the_three_files_are_the_three_splits(write):

@@ -1,4 +1,4 @@
-"""The dropout of the fused kernels, written out: for a path that has a matrix of weights, and for tests."""
+"""The dropout multipliers of the fused kernels as a tensor, for code with a matrix of weights, and for tests."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_attn.kernels.triton.attention.tiles import dropout
+from sparse_attn.kernels.triton.attention.tiles import multiplier
 from sparse_attn.kernels.triton.launch import launch
 
 
@@ -19,12 +19,12 @@ def _multipliers(Seed, Out, queries, keys, dropout_p, kept_scale, BLOCK: tl.cons
     head, i = row // queries, row % queries
     for first in range(0, keys, BLOCK):
         j = first + tl.arange(0, BLOCK)
-        kept = dropout(Seed, head, i, j, queries, keys, dropout_p, kept_scale)
+        kept = multiplier(Seed, head, i, j, queries, keys, dropout_p, kept_scale)
         tl.store(Out + row * keys + j, kept, mask=j < keys)
 
 
 def multipliers(weights: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
-    """What weights (N, H, L, S) are multiplied by."""
+    """The factors of weights (N, H, L, S)."""
     *_, queries, keys = weights.shape
     output = torch.empty(weights.shape, dtype=torch.float32, device=weights.device)
     kept_scale = 0.0 if dropout_p >= 1 else 1 / (1 - dropout_p)

@@ -1,0 +1,55 @@
+"""Encoded data kept on disk under a name made from the text itself: other content has another name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+Ids = list[list[int]]
+# Part of every name: raised when encoding changes.
+FORMAT = "1"
+
+
+def content_key(parts: Iterable[str]) -> str:
+    """A name for some texts: equal for equal texts in the same order, and for no others.
+
+    Example:
+        >>> content_key(["ab", "c"]) == content_key(["a", "bc"])
+        False
+    """
+    digest = hashlib.sha256()
+    for part in (FORMAT, *parts):
+        encoded = part.encode("utf-8", "surrogatepass")
+        # The length tells where a part ends.
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()
+
+
+def cached_ids(folder: str | Path | None, parts: Sequence[str], encode: Callable[[], Ids]) -> Ids:
+    """What ``encode()`` gives, read from ``folder`` if it holds the result for these ``parts``.
+
+    A file that cannot be read is made again.
+
+    Args:
+        folder: Where results are kept; None keeps nothing.
+        parts: Every text that the result depends on.
+        encode: Makes the result.
+    """
+    if folder is None:
+        return encode()
+    file = Path(folder).expanduser() / f"{content_key(parts)}.pt"
+    try:
+        flat, lengths = torch.load(file, weights_only=True)
+        return [part.tolist() for part in flat.split(lengths.tolist())]
+    except Exception:  # missing, or each kind of damage as another exception
+        ids = encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+    lengths = torch.tensor([len(row) for row in ids])
+    torch.save((torch.tensor([token for row in ids for token in row], dtype=torch.int32), lengths), unfinished)
+    unfinished.replace(file)
+    return ids

@@ -1,0 +1,188 @@
+"""Exact search: the most probable hypothesis of a model, with a proof where the budget allows one."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..tokenizer import EOS
+from .prefixes import Hypothesis, Models, Sources, as_models, evaluating
+
+# Words searched side by side, and positions (prefixes times tokens) the model computes at once: they bound memory.
+WORDS, POSITIONS = 64, 8192
+# A word expands one prefix more at a time for every so many expansions before, up to the limit: the share of
+# expansions that one prefix at a time would have spared stays below 1 in 16.
+GROWTH, WIDEST = 16, 64
+
+
+@dataclass(frozen=True)
+class ExactHypothesis(Hypothesis):
+    """The best hypothesis that an exact search has seen.
+
+    Attributes:
+        proved: Whether no hypothesis of ``max_length`` tokens at most is more probable; False: the budget was reached.
+        expansions: Prefixes whose next tokens were computed.
+        mass: Probability of all finished hypotheses that were seen.
+        single: Whether no other hypothesis is possible.
+        empty_log_probability: That of the empty hypothesis; ``-inf`` where it is impossible.
+        empty_rank: 1 plus the number of hypotheses that were seen and are more probable than the empty one.
+    """
+
+    proved: bool = False
+    expansions: int = 0
+    mass: float = 0.0
+    single: bool = False
+    empty_log_probability: float = -math.inf
+    empty_rank: int = 1
+
+
+def exact_search(model: Models, source: Tensor, *, budget: int, max_length: int) -> list[ExactHypothesis]:
+    """The most probable hypothesis of every row.
+
+    A greedy dive gives a first hypothesis; then the most probable open prefix is expanded, best first. A prefix is cut
+    as soon as it is no more probable than the best finished hypothesis, since no continuation can be (Stahlberg &
+    Byrne 2019, who go depth-first). The search ends when no prefix is left: the hypothesis is then proved.
+
+    Args:
+        model: One model, or several whose probabilities are averaged. Each module is left in the mode it was in.
+        source: (N, S) token ids, 0 = padding.
+        budget: Expansions of a row at most, at least 1.
+        max_length: Tokens of a hypothesis at most, the end-of-sequence token not counted; at least 1.
+
+    Returns:
+        One hypothesis per row. Its probability is above zero; if no finished one was seen, it is an unfinished prefix.
+
+    Raises:
+        ValueError: ``budget`` or ``max_length`` is below 1.
+
+    Example:
+        >>> from recipes.seq2seq.model import Seq2SeqTransformer
+        >>> model = Seq2SeqTransformer(11, 7, dim=16, num_heads=2, ff_dim=32, output="sparsemax")
+        >>> best = exact_search(model, torch.randint(4, 11, (1, 7)), budget=1000, max_length=4)[0]
+        >>> best.proved, math.exp(best.log_probability) <= best.mass <= 1.0 + 1e-6
+        (True, True)
+
+    Reference:
+        Stahlberg & Byrne 2019 (EMNLP), "On NMT Search Errors and Model Errors: Cat Got Your Tongue?".
+    """
+    for name, count in {"budget": budget, "max_length": max_length}.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    models = as_models(model)
+    with evaluating(models):
+        sources = Sources(models, source)
+        searches = [_Search(budget, max_length) for _ in range(len(source))]
+        waiting = deque(range(len(source)))
+        active: list[int] = []
+        while active or waiting:
+            while waiting and len(active) < WORDS:
+                active.append(waiting.popleft())
+            asked = [(row, prefix) for row in active for prefix in searches[row].next_prefixes()]
+            for part in _parts(asked):
+                rows, prefixes = zip(*part, strict=True)
+                after = sources.next_tokens(rows, [prefix.tokens for prefix in prefixes])
+                for row, prefix, log_probabilities in zip(rows, prefixes, after.double().cpu(), strict=True):
+                    searches[row].expand(prefix, log_probabilities)
+            active = [row for row in active if not searches[row].over()]
+    return [search.result() for search in searches]
+
+
+@dataclass(frozen=True, order=True)
+class _Prefix:
+    """Tokens of negated log-probability ``cost``: the least cost comes first in a heap."""
+
+    cost: float
+    tokens: tuple[int, ...]
+
+
+class _Search:
+    """The search of one row."""
+
+    def __init__(self, budget: int, max_length: int) -> None:
+        self.budget = budget
+        self.max_length = max_length
+        self.open: list[_Prefix] = []
+        self.dive: _Prefix | None = _Prefix(0.0, ())
+        self.best: _Prefix | None = None
+        self.cut: _Prefix = _Prefix(0.0, ())  # where the dive ended, for want of a finished hypothesis
+        self.expansions = 0
+        self.finished: list[float] = []  # log-probabilities
+        self.empty_log_probability = -math.inf
+        self.single = True
+
+    def next_prefixes(self) -> list[_Prefix]:
+        """What to expand next; the budget is not exceeded."""
+        if self.dive is not None:
+            return [self.dive]
+        count = min(1 + self.expansions // GROWTH, WIDEST, self.budget - self.expansions)
+        chosen: list[_Prefix] = []
+        while len(chosen) < count and self._can_win():
+            chosen.append(heapq.heappop(self.open))
+        return chosen
+
+    def expand(self, prefix: _Prefix, after: Tensor) -> None:
+        """Takes in the log-probabilities (V,) of the token after a prefix."""
+        self.expansions += 1
+        self.single &= int((after > -math.inf).sum()) == 1
+        if (ending := float(after[EOS])) > -math.inf:
+            whole = _Prefix(prefix.cost - ending, prefix.tokens)
+            self.finished.append(-whole.cost)
+            if not prefix.tokens:
+                self.empty_log_probability = -whole.cost
+            if self.best is None or whole.cost < self.best.cost:
+                self.best = whole
+        diving, self.dive = self.dive is not None, None
+        if len(prefix.tokens) == self.max_length:
+            return
+        least = -math.inf if self.best is None else prefix.cost - self.best.cost
+        after[EOS] = -math.inf
+        following = int(after.argmax()) if diving else -1
+        for token in (after > least).nonzero()[:, 0].tolist():
+            child = _Prefix(prefix.cost - float(after[token]), (*prefix.tokens, token))
+            if diving and token == following and float(after[token]) > ending:
+                self.dive = self.cut = child
+            else:
+                heapq.heappush(self.open, child)
+        left = self.budget - self.expansions
+        if len(self.open) > 2 * left + 64:  # more than can ever be expanded
+            self.open = heapq.nsmallest(left + 1, self.open)
+
+    def over(self) -> bool:
+        """Whether the result is proved or the budget reached."""
+        return self.expansions >= self.budget or (self.dive is None and not self._can_win())
+
+    def result(self) -> ExactHypothesis:
+        """The best hypothesis so far."""
+        found = self.cut if self.best is None else self.best
+        return ExactHypothesis(
+            tokens=list(found.tokens),
+            log_probability=0.0 - found.cost,
+            finished=self.best is not None,
+            proved=self.best is not None and self.dive is None and not self._can_win(),
+            expansions=self.expansions,
+            mass=math.fsum(map(math.exp, self.finished)),
+            single=self.single and self.best is not None,
+            empty_log_probability=self.empty_log_probability,
+            empty_rank=1 + sum(other > self.empty_log_probability for other in self.finished),
+        )
+
+    def _can_win(self) -> bool:
+        """Whether an open prefix is more probable than the best finished hypothesis."""
+        return bool(self.open) and (self.best is None or self.open[0].cost < self.best.cost)
+
+
+def _parts(asked: Sequence[tuple[int, _Prefix]]) -> Iterator[list[tuple[int, _Prefix]]]:
+    """Prefixes of like length together, as many as the model may compute at once."""
+    part: list[tuple[int, _Prefix]] = []
+    for row, prefix in sorted(asked, key=lambda one: len(one[1].tokens)):
+        if part and (len(part) + 1) * (len(prefix.tokens) + 1) > POSITIONS:
+            yield part
+            part = []
+        part.append((row, prefix))
+    if part:
+        yield part

@@ -1,0 +1,54 @@
+"""Greedy decoding of a batch, one token a step, with cached keys and values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..tokenizer import BOS, EOS
+from .prefixes import Models, Prefixes, as_models, evaluating
+
+
+def greedy_decode(model: Models, source: Tensor, *, max_length: int) -> list[list[int]]:
+    """The most probable next token at every step, until the end-of-sequence token or ``max_length`` tokens.
+
+    Args:
+        model: One model, or several whose probabilities are averaged. Each module is left in the mode (train or eval)
+            it was in; decoding itself is done in eval mode.
+        source: (N, S) token ids, 0 = padding.
+        max_length: Tokens at most, at least 1.
+
+    Returns:
+        One list of target ids per row, without special tokens.
+
+    Raises:
+        ValueError: ``max_length`` is below 1.
+
+    Example:
+        >>> from recipes.seq2seq.model import Seq2SeqTransformer
+        >>> model = Seq2SeqTransformer(11, 13, dim=16, num_heads=2, ff_dim=32)
+        >>> len(greedy_decode(model, torch.randint(4, 11, (3, 7)), max_length=5))
+        3
+    """
+    if max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    models = as_models(model)
+    with evaluating(models):
+        prefixes = Prefixes(models, source)
+        rows = torch.arange(len(source), device=source.device)  # the rows still being written
+        token = torch.full((len(source),), BOS, device=source.device)
+        output = torch.full((len(source), max_length), EOS, device=source.device)
+        for step in range(max_length):
+            token = prefixes.step(token).argmax(-1)
+            output[rows, step] = token
+            going = (token != EOS).nonzero()[:, 0]
+            if len(going) == 0:
+                break
+            if len(going) < len(rows):
+                rows, token = rows[going], token[going]
+                prefixes.select(going)
+    return [_until_end(row) for row in output.tolist()]
+
+
+def _until_end(ids: list[int]) -> list[int]:
+    return ids[: ids.index(EOS)] if EOS in ids else ids

@@ -1,0 +1,132 @@
+"""Target prefixes, and the distribution of their next token under one model or an ensemble."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..model import Seq2SeqTransformer
+from ..output import next_token_log_probabilities
+from ..tokenizer import BOS, PAD
+
+Models: TypeAlias = Seq2SeqTransformer | Sequence[Seq2SeqTransformer]
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """An output of the model.
+
+    Attributes:
+        tokens: Target ids without special tokens.
+        log_probability: Natural logarithm of its probability, that of the end-of-sequence token included.
+        finished: False if the hypothesis was cut off at ``max_length`` and cannot end there: its probability is then
+            that of the tokens alone.
+    """
+
+    tokens: list[int]
+    log_probability: float
+    finished: bool = True
+
+
+def as_models(models: Models) -> list[Seq2SeqTransformer]:
+    """The members of an ensemble, or the one model.
+
+    Raises:
+        ValueError: There is no model, or two differ in the size of a vocabulary.
+    """
+    members = [models] if isinstance(models, Seq2SeqTransformer) else list(models)
+    if not members:
+        raise ValueError("model must be a Seq2SeqTransformer or several, got none")
+    for side in ("source", "target"):
+        sizes = {getattr(model, f"{side}_embedding").tokens.num_embeddings for model in members}
+        if len(sizes) > 1:
+            got = ", ".join(map(str, sorted(sizes)))
+            raise ValueError(f"models of an ensemble must have the same {side} vocabulary, got sizes {got}")
+    return members
+
+
+@contextmanager
+def evaluating(models: Sequence[Seq2SeqTransformer]) -> Iterator[None]:
+    """Evaluation mode without gradients; every module is left in the mode it was in."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+class Prefixes:
+    """A batch of prefixes that all grow by one token a step, with cached keys and values.
+
+    Args:
+        models: One model, or several whose probabilities are averaged.
+        source: (N, S) token ids, 0 = padding; every row begins with the empty prefix.
+    """
+
+    def __init__(self, models: Sequence[Seq2SeqTransformer], source: Tensor) -> None:
+        self.models = models
+        self.padding = source == PAD
+        self.memories = [model.encode(source) for model in models]
+        self.caches = [model.new_caches() for model in models]
+
+    def step(self, token: Tensor) -> Tensor:
+        """Appends a token (N,) to every prefix; log-probabilities (N, V) of the token after it."""
+        parts = []
+        for model, memory, caches in zip(self.models, self.memories, self.caches, strict=True):
+            logits = model.decode(token[:, None], memory, self.padding, caches)[:, -1]
+            parts.append(next_token_log_probabilities(logits, model.output_alpha))
+        return mean_log_probabilities(parts)
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows, in this order."""
+        self.padding = self.padding[rows]
+        self.memories = [memory[rows] for memory in self.memories]
+        for caches in self.caches:
+            for cache in caches:
+                cache.select(rows)
+
+
+class Sources:
+    """Encoded source rows, for prefixes of any lengths at once.
+
+    Args:
+        models: One model, or several whose probabilities are averaged.
+        source: (N, S) token ids, 0 = padding.
+    """
+
+    def __init__(self, models: Sequence[Seq2SeqTransformer], source: Tensor) -> None:
+        self.models = models
+        self.padding = source == PAD
+        self.memories = [model.encode(source) for model in models]
+
+    def next_tokens(self, rows: Sequence[int], prefixes: Sequence[Sequence[int]]) -> Tensor:
+        """Log-probabilities (n, V) of the token after each of n prefixes, of the source rows ``rows``."""
+        device = self.padding.device
+        row = torch.tensor(rows, device=device)
+        length = max(map(len, prefixes))
+        target = torch.tensor([[BOS, *prefix, *[PAD] * (length - len(prefix))] for prefix in prefixes], device=device)
+        last = torch.tensor([len(prefix) for prefix in prefixes], device=device)
+        at = torch.arange(len(prefixes), device=device)
+        parts = []
+        for model, memory in zip(self.models, self.memories, strict=True):
+            hidden = model.decoder(model.target_embedding(target), memory[row], self.padding[row])[at, last]
+            parts.append(next_token_log_probabilities(model.output(hidden), model.output_alpha))
+        return mean_log_probabilities(parts)
+
+
+def mean_log_probabilities(parts: Sequence[Tensor]) -> Tensor:
+    """Logarithm of the mean of the probabilities; the one tensor itself if there is but one."""
+    if len(parts) == 1:
+        return parts[0]
+    mean: Tensor = torch.stack(list(parts)).logsumexp(0) - math.log(len(parts))
+    return mean

@@ -1,0 +1,79 @@
+"""The output of the model: from logits to the distribution of the next token, and its Fenchel-Young loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_attn import entmax, entmax15_loss, entmax_loss, sparsemax_loss
+from sparse_attn.checks import check_alpha
+
+from .tokenizer import BOS, PAD, UNK
+
+OUTPUT_KINDS = ("softmax", "sparsemax", "entmax15", "entmax")
+NEVER_WRITTEN = (PAD, BOS, UNK)
+
+_NAMED_ALPHA = {"softmax": 1.0, "sparsemax": 2.0, "entmax15": 1.5}
+
+
+def output_alpha(kind: str, alpha: float) -> float:
+    """The α of an output: that of its name, or the given one for "entmax".
+
+    Raises:
+        ValueError: An unknown kind, or an α outside (0, inf).
+
+    Example:
+        >>> output_alpha("sparsemax", 1.5), output_alpha("entmax", 1.25)
+        (2.0, 1.25)
+    """
+    if kind not in OUTPUT_KINDS:
+        raise ValueError(f"output must be one of {', '.join(OUTPUT_KINDS)}, got {kind!r}")
+    check_alpha(alpha, "output_alpha")
+    return _NAMED_ALPHA.get(kind, float(alpha))
+
+
+def next_token_log_probabilities(logits: Tensor, alpha: float) -> Tensor:
+    """Log-probabilities of the next token; padding, beginning of sequence and unknown are never one.
+
+    The distribution is α-entmax over the logits of all other tokens, so that it sums to one over what can be written.
+
+    Args:
+        logits: (..., target_size), which the model gives.
+        alpha: 1 for softmax; above 1 a token can have the log-probability ``-inf``.
+
+    Returns:
+        (..., target_size), of the dtype of ``logits`` but at least float32.
+
+    Example:
+        >>> next_token_log_probabilities(torch.tensor([9.0, 9.0, 0.0, 9.0, 0.1, -4.0]), 2.0).exp()
+        tensor([0.0000, 0.0000, 0.4500, 0.0000, 0.5500, 0.0000])
+    """
+    written = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    written[..., list(NEVER_WRITTEN)] = float("-inf")
+    return written.log_softmax(-1) if alpha == 1 else entmax(written, alpha).log()
+
+
+def output_loss(
+    logits: Tensor, target: Tensor, alpha: float, *, label_smoothing: float = 0.0, reduction: str = "mean"
+) -> Tensor:
+    r"""The Fenchel-Young loss whose minimum is the α-entmax output; cross-entropy at α = 1. Padding does not count.
+
+    With label smoothing ε the loss is :math:`L(z, y) + ε (z_y - \bar z)`, cross-entropy's at α = 1.
+
+    Args:
+        logits: (N, target_size).
+        target: (N,) token ids, 0 = padding.
+        alpha: α of the output.
+        label_smoothing: ε in [0, 1), spread evenly over all tokens.
+        reduction: "mean" or "sum" over the tokens.
+
+    Reference:
+        Peters, Niculae & Martins 2019 (ACL); label smoothing after Peters & Martins 2021 (NAACL), section 3.
+    """
+    if alpha == 1:
+        return F.cross_entropy(logits, target, ignore_index=PAD, label_smoothing=label_smoothing, reduction=reduction)
+    named = {1.5: entmax15_loss, 2.0: sparsemax_loss}.get(alpha)
+    if named is not None:
+        return named(logits, target, ignore_index=PAD, label_smoothing=label_smoothing, reduction=reduction)
+    return entmax_loss(logits, target, alpha, ignore_index=PAD, label_smoothing=label_smoothing, reduction=reduction)

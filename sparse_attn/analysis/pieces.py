@@ -1,0 +1,133 @@
+"""Subword pieces and the words they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["merge_pieces", "own_word_weight", "word_groups"]
+
+# SentencePiece and byte-level BPE mark the first piece of a word.
+_STARTS = ("▁", "Ġ", "Ċ")
+
+
+def word_groups(tokens: Sequence[str]) -> list[int]:
+    """Number the word that each token belongs to, by the mark that the tokenizer leaves on its pieces.
+
+    Known are ``##`` before a piece that continues a word (WordPiece), ``@@`` after one that is continued
+    (subword-nmt), ``</w>`` after the last piece of a word (CLIP, GPT-1), and ``▁`` or ``Ġ`` before the first piece
+    (SentencePiece, byte-level BPE). Under the last rule a special token such as ``<s>`` or ``[CLS]`` stands alone.
+
+    Args:
+        tokens: the tokens of one text. The mark that most tokens carry is the rule for all.
+
+    Returns:
+        One number per token, from 0, that grows by one at each new word. Without any mark every token is a word.
+
+    Example:
+        >>> word_groups(["[CLS]", "un", "##believ", "##able", "story", "[SEP]"])
+        [0, 1, 1, 1, 2, 3]
+        >>> word_groups(["<s>", "▁un", "believ", "able", "▁story", "</s>"])
+        [0, 1, 1, 1, 2, 3]
+    """
+    counts = {
+        "continues": sum(token.startswith("##") and len(token) > 2 for token in tokens),
+        "continued": sum(token.endswith("@@") and len(token) > 2 for token in tokens),
+        "ends": sum(token.endswith("</w>") for token in tokens),
+        "starts": sum(token.startswith(_STARTS) for token in tokens),
+    }
+    rule = max(counts, key=lambda name: counts[name])
+    if not counts[rule]:
+        return list(range(len(tokens)))
+    groups: list[int] = []
+    for index, token in enumerate(tokens):
+        before = tokens[index - 1] if index else ""
+        if rule == "continues":
+            joined = token.startswith("##") and len(token) > 2
+        elif rule == "continued":
+            joined = before.endswith("@@")
+        elif rule == "ends":
+            joined = not before.endswith("</w>")
+        else:
+            joined = not token.startswith(_STARTS) and not _special(token) and not _special(before)
+        groups.append((groups[-1] + (not joined)) if groups else 0)
+    return groups
+
+
+def merge_pieces(weights: Tensor, query_groups: Sequence[int], key_groups: Sequence[int]) -> Tensor:
+    """Attention between words from attention between pieces: summed over the keys, averaged over the queries.
+
+    With A the weights, q and k words: M[q, k] = 1/|q| Σ_{i in q} Σ_{j in k} A[i, j]. A row that sums to one still does.
+
+    Args:
+        weights: (..., L, S).
+        query_groups: the word of each query, L numbers as :func:`word_groups` gives them.
+        key_groups: the word of each key, S numbers.
+
+    Returns:
+        (..., words among the queries, words among the keys).
+
+    Raises:
+        ValueError: if the numbers of groups are not those of queries and keys.
+
+    Example:
+        >>> merge_pieces(torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.25, 0.75]]), [0, 0], [0, 0, 1])
+        tensor([[0.6250, 0.3750]])
+
+    Reference:
+        Clark et al. 2019, "What Does BERT Look At?", section 4.1.
+    """
+    sides = {"query_groups": (query_groups, -2, "queries"), "key_groups": (key_groups, -1, "keys")}
+    for name, (groups, dim, side) in sides.items():
+        if weights.dim() < 2 or len(groups) != weights.shape[dim]:
+            shape = tuple(weights.shape)
+            raise ValueError(
+                f"{name} must have one number for each of the {side} of weights {shape}, got {len(groups)}"
+            )
+    rows, columns = _membership(query_groups, weights), _membership(key_groups, weights)
+    return (rows / rows.sum(-1, keepdim=True)) @ weights @ columns.mT
+
+
+def own_word_weight(weights: Tensor, groups: Sequence[int]) -> Tensor:
+    """Weight that each piece gives to the other pieces of its own word, in self-attention.
+
+    Averaged over texts this tells the heads that merge the pieces of words.
+
+    Args:
+        weights: (..., L, L).
+        groups: the word of each position, L numbers as :func:`word_groups` gives them.
+
+    Returns:
+        (..., L); NaN for a word of one piece.
+
+    Raises:
+        ValueError: if the weights are not square, or the numbers of groups are not those of positions.
+
+    Example:
+        >>> own_word_weight(torch.tensor([[0.2, 0.8, 0.0], [0.7, 0.2, 0.1], [0.0, 0.0, 1.0]]), [0, 0, 1])
+        tensor([0.8000, 0.7000,    nan])
+
+    Reference:
+        Correia, Niculae & Martins 2019, "Adaptively Sparse Transformers", section 5.2.
+    """
+    if weights.dim() < 2 or weights.shape[-1] != weights.shape[-2] or len(groups) != weights.shape[-1]:
+        raise ValueError(
+            "groups must have one number for each position of weights (..., L, L), "
+            f"got {len(groups)} for {tuple(weights.shape)}"
+        )
+    index = torch.tensor(groups, device=weights.device)
+    others = (index[:, None] == index) & ~torch.eye(len(groups), dtype=torch.bool, device=weights.device)
+    return (weights * others).sum(-1).masked_fill(~others.any(-1), torch.nan)
+
+
+def _membership(groups: Sequence[int], like: Tensor) -> Tensor:
+    """(words, tokens): 1 where a token belongs to a word."""
+    index = torch.tensor(groups, device=like.device)
+    words: Tensor = torch.arange(int(index.max()) + 1 if len(groups) else 0, device=like.device)
+    return (words[:, None] == index).to(like.dtype)
+
+
+def _special(token: str) -> bool:
+    return len(token) > 2 and (token[0], token[-1]) in {("<", ">"), ("[", "]")}

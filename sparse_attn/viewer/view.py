@@ -1,0 +1,269 @@
+"""`attention_view`: a record of attention as a page and as pictures."""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from sparse_attn.analysis.statistics import AttentionRecord
+from sparse_attn.viewer.layers import Layer, Texts, batch_of_weights, read_layers
+from sparse_attn.viewer.page import Courses, page
+
+__all__ = ["AttentionView", "attention_view"]
+
+PICTURES = (".svg", ".pdf", ".png")
+_NOTEBOOK_HEIGHT = 760
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionView:
+    """Attention to look at; made by :func:`attention_view`.
+
+    A notebook shows it when it is the last value of a cell.
+
+    Attributes:
+        layers: what is shown.
+        title: of the page.
+        examples: their numbers in the batch.
+        first: which of them the page begins with, and pictures show.
+        courses: run -> layer -> head -> α by step.
+        labels: a name for each example; without, it goes by its tokens.
+        sections: heading and HTML of what else the page tells, in a view of its own.
+    """
+
+    layers: list[Layer] = field(repr=False)
+    title: str
+    examples: list[int] = field(repr=False)
+    first: int = field(repr=False)
+    courses: Courses = field(repr=False)
+    labels: Sequence[str] = field(default=(), repr=False)
+    sections: Sequence[tuple[str, str]] = field(default=(), repr=False)
+
+    def html(self) -> str:
+        """The page: one text in ASCII that needs nothing beside it and makes no request."""
+        return page(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the page in a frame of its own, so that neither changes the style of the other."""
+        return (
+            f'<iframe srcdoc="{html.escape(self.html())}" title="{html.escape(_encodable(self.title))}" '
+            f'sandbox="allow-scripts allow-downloads" '
+            f'style="width:100%;height:{_NOTEBOOK_HEIGHT}px;border:0"></iframe>'
+        )
+
+    def save(self, path: str | os.PathLike[str], layer: int | str | None = None, head: int | None = None) -> Path:
+        """Write the page, or a picture for a paper; the ending of the name says which.
+
+        Args:
+            path: ends in ``.html``, or in ``.svg``, ``.pdf`` or ``.png`` for a picture, which needs matplotlib. A file
+                of this name is replaced once the new one is complete.
+            layer: number or name of the layer in the picture, or that the page opens with; None: all layers.
+            head: number of the head; None: all heads.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: if the ending is another, or there is no such layer or head.
+            FileNotFoundError: if there is no such folder.
+            ModuleNotFoundError: if a picture is asked for and matplotlib is not installed.
+        """
+        path = Path(path)
+        ending = path.suffix.lower()
+        if ending not in (".html", *PICTURES):
+            raise ValueError(f"path must end in .html, {', '.join(PICTURES)}, got {str(path)!r}")
+        chosen = None if layer is None else self.layer_number(layer)
+        self._check_head(chosen, head)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"path must lie in a folder that exists, got {str(path)!r}")
+        if ending == ".html":
+            content = page(self, layer=chosen, head=head).encode("ascii")
+        else:
+            from sparse_attn.viewer.picture import draw
+
+            content = draw(self, ending[1:], layer=chosen, head=head)
+        _replace(path, content)
+        return path
+
+    def layer_number(self, layer: int | str) -> int:
+        """The place of a layer, given by its number or name.
+
+        Raises:
+            TypeError: if it is neither.
+            ValueError: if there is no such layer.
+        """
+        names = [each.name for each in self.layers]
+        if isinstance(layer, str):
+            if layer not in names:
+                raise ValueError(f"layer must be one of {', '.join(map(repr, names))}, got {layer!r}")
+            return names.index(layer)
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"layer must be a number or a name, got {type(layer).__name__}")
+        if not 0 <= layer < len(names):
+            raise ValueError(f"layer must be from 0 to {len(names) - 1}, got {layer}")
+        return layer
+
+    def _check_head(self, layer: int | None, head: int | None) -> None:
+        if head is None:
+            return
+        if isinstance(head, bool) or not isinstance(head, int):
+            raise TypeError(f"head must be a number, got {type(head).__name__}")
+        if layer is None:
+            raise ValueError(f"head needs a layer to belong to, got head {head} without a layer")
+        heads = len(self.layers[layer].roles)
+        if not 0 <= head < heads:
+            raise ValueError(f"head must be from 0 to {heads - 1} in layer {self.layers[layer].name!r}, got {head}")
+
+
+def attention_view(
+    record: AttentionRecord,
+    tokens: Sequence[str] | Sequence[Sequence[str]] | None = None,
+    memory_tokens: Sequence[str] | Sequence[Sequence[str]] | None = None,
+    *,
+    title: str | None = None,
+    example: int = 0,
+    courses: Mapping[str, Iterable[tuple[int, str, int, float]]] | None = None,
+    numbers: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> AttentionView:
+    """See attention: every head as a small map, one head in detail, and α.
+
+    Works for any model that :func:`sparse_attn.record_attention` can record. Which layers read what is taken from
+    their names and shapes: cross-attention has queries in ``tokens`` and keys in ``memory_tokens``; beside it, layers
+    with "encoder" in their name read ``memory_tokens``; all others read ``tokens`` on both sides.
+
+    Args:
+        record: from ``record_attention(model, weights=True)``; shown are the weights of each layer's last call, while
+            α, density and entropy are those of all calls.
+        tokens: the text as the model read it, a string per position; for a batch, one such list per example, of which
+            the longest is as long as the batch. None: positions in numbers.
+        memory_tokens: the text that cross-attention looks at, likewise.
+        title: of the page.
+        example: which example of the batch is shown; with a list per example the page has all of them, beginning with
+            this one.
+        courses: the course of α over training, as rows (step, layer, head, α), of one run or more; the layers have
+            the names of the record.
+        numbers: further statistics of the heads by which the page sorts: name -> layer -> (H,).
+
+    Returns:
+        A view that a notebook shows, with ``html()`` and ``save(path)``.
+
+    Raises:
+        TypeError: if an argument is of another type.
+        ValueError: if the record holds no weights, weights are not finite, or tokens do not fit them.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from sparse_attn import record_attention
+        >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 1).eval()
+        >>> with record_attention(model, weights=True) as record:
+        ...     _ = model(torch.randn(1, 3, 8))
+        >>> view = attention_view(record, tokens=["the", "cat", "sat"], title="A cat")
+        >>> view
+        AttentionView(title='A cat')
+        >>> "<script>" in view.html()
+        True
+    """
+    batch = batch_of_weights(record)
+    count = len(next(iter(batch.values())))
+    if isinstance(example, bool) or not isinstance(example, int):
+        raise TypeError(f"example must be a number, got {type(example).__name__}")
+    if not 0 <= example < count:
+        raise ValueError(f"example must be from 0 to {count - 1}, as the record holds {count}, got {example}")
+    if title is not None and not isinstance(title, str):
+        raise TypeError(f"title must be a string, got {type(title).__name__}")
+    texts, batched = _texts("tokens", tokens, count, example)
+    memory, memory_batched = _texts("memory_tokens", memory_tokens, count, example)
+    if texts is not None and memory is not None and batched != memory_batched:
+        raise ValueError("tokens and memory_tokens must both be of one text, or both be a list per example")
+    examples = list(range(count)) if batched or memory_batched else [example]
+    layers = read_layers(record, texts, memory, examples)
+    _add_numbers(layers, numbers or {})
+    return AttentionView(
+        layers=layers,
+        title=title if title is not None else "Attention",
+        examples=examples,
+        first=examples.index(example),
+        courses=_checked_courses(courses or {}, layers),
+    )
+
+
+def _texts(name: str, given: object, count: int, example: int) -> tuple[Texts, bool]:
+    """The tokens of each example that is shown, and whether that is the whole batch."""
+    if given is None:
+        return None, False
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f"{name} must be a list of strings, or one such list per example, got {type(given).__name__}")
+    nested = [isinstance(text, Sequence) and not isinstance(text, str) for text in given]
+    batched = bool(nested) and all(nested)
+    texts = list(given) if batched else [given]
+    for text in texts:
+        for token in text:
+            if not isinstance(token, str):
+                raise TypeError(f"{name} must be strings, got {type(token).__name__}")
+    if batched and len(texts) != count:
+        raise ValueError(f"{name} must have a list for each of the {count} examples of the record, got {len(texts)}")
+    return texts, batched
+
+
+def _add_numbers(layers: list[Layer], numbers: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for name, by_layer in numbers.items():
+        if unknown := [layer for layer in by_layer if layer not in {each.name for each in layers}]:
+            raise ValueError(f"numbers[{name!r}] must be of layers of the record, got {unknown[0]!r}")
+        for layer in layers:
+            if layer.name in by_layer:
+                values = by_layer[layer.name]
+                heads = len(layer.roles)
+                if tuple(values.shape) != (heads,):
+                    raise ValueError(
+                        f"numbers[{name!r}][{layer.name!r}] must have a value for each of {heads} heads, "
+                        f"got the shape {tuple(values.shape)}"
+                    )
+                layer.numbers[name] = values.tolist()
+
+
+def _checked_courses(courses: Mapping[str, Iterable[tuple[int, str, int, float]]], layers: list[Layer]) -> Courses:
+    heads = {layer.name: len(layer.roles) for layer in layers}
+    checked: Courses = {}
+    for run, rows in courses.items():
+        points: dict[str, dict[int, list[tuple[int, float]]]] = {}
+        for step, layer, head, alpha in rows:
+            if not 0 <= head < heads.get(layer, 0):
+                raise ValueError(f"courses[{run!r}] must be of layers and heads of the record, got {layer!r}, {head}")
+            if not math.isfinite(alpha):
+                raise ValueError(
+                    f"courses[{run!r}] must hold finite α, got {alpha} at step {step} of {layer!r}, {head}"
+                )
+            points.setdefault(layer, {}).setdefault(head, []).append((step, alpha))
+        checked[run] = {
+            layer: {head: sorted(of_head) for head, of_head in sorted(of_layer.items())}
+            for layer, of_layer in points.items()
+        }
+    return checked
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Put a file in its place in one step: nothing sees half of it."""
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(draft, 0o666 & ~umask)
+        os.replace(draft, path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+def _encodable(text: str) -> str:
+    """Text without lone surrogates, which no file can hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,0 +1,15 @@
+"""Imports go one way: the contracts are in pyproject.toml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+def test_rooms_import_only_what_is_below_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    cli = pytest.importorskip("importlinter.cli")
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    failed = cli.lint_imports(config_filename=str(root / "pyproject.toml"), no_cache=True)
+    assert failed == 0, capsys.readouterr().out

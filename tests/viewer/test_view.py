@@ -1,0 +1,177 @@
+"""`attention_view` as it is called: wrong input, files, notebooks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparse_attn.analysis import AttentionRecord
+from sparse_attn.viewer import attention_view
+
+Records = Callable[..., AttentionRecord]
+Reader = Callable[[str], Any]
+HEADS, QUERIES, KEYS = 3, 5, 7  # of the recorded models
+
+
+def without_weights() -> AttentionRecord:
+    record = AttentionRecord()
+    record.add("layer", torch.rand(1, 1, 2, 2))
+    return record
+
+
+def not_finite(value: float) -> AttentionRecord:
+    record = AttentionRecord(keep_weights=True)
+    record.add("layer", torch.tensor([[[[value, 0.0], [0.5, 0.5]]]]))
+    return record
+
+
+def batches_of_two_sizes() -> AttentionRecord:
+    record = AttentionRecord(keep_weights=True)
+    record.add("a", torch.rand(1, 1, 2, 2))
+    record.add("b", torch.rand(3, 1, 2, 2))
+    return record
+
+
+@pytest.mark.parametrize(
+    ("record", "arguments", "error", "message"),
+    [
+        (
+            lambda make: make(5),
+            {"tokens": list("abc")},
+            ValueError,
+            "tokens must name the 5 queries of .* got 3 tokens",
+        ),
+        (
+            lambda make: make(5),
+            {"tokens": list("abcdef")},
+            ValueError,
+            "tokens must name the 5 queries .* got 6 tokens",
+        ),
+        (lambda make: make(5), {"tokens": []}, ValueError, "tokens must name the 5 queries .* got 0 tokens"),
+        (lambda make: make(5), {"tokens": "abcde"}, TypeError, "tokens must be a list of strings, .* got str"),
+        (lambda make: make(5), {"tokens": [1, 2, 3, 4, 5]}, TypeError, "tokens must be strings, got int"),
+        (
+            lambda make: make(5),
+            {"memory_tokens": list("ab")},
+            ValueError,
+            "memory_tokens name the keys of cross-attention, and",
+        ),
+        (
+            lambda make: make(5, 2),
+            {"tokens": [list("abcde")]},
+            ValueError,
+            "a list for each of the 2 examples .* got 1",
+        ),
+        (lambda make: make(5, 2), {"example": 2}, ValueError, "example must be from 0 to 1, .* holds 2, got 2"),
+        (lambda make: make(5, 2), {"example": -1}, ValueError, "example must be from 0 to 1"),
+        (lambda make: make(5), {"example": "0"}, TypeError, "example must be a number, got str"),
+        (lambda make: make(5), {"title": 5}, TypeError, "title must be a string, got int"),
+        (lambda make: make(5), {"courses": {"a": [(0, "x", 0, 1.5)]}}, ValueError, "courses.'a'. must be of layers"),
+        (lambda make: make(5), {"numbers": {"n": {"x": torch.ones(3)}}}, ValueError, "numbers.'n'. must be of layers"),
+        (
+            lambda _: AttentionRecord(keep_weights=True),
+            {},
+            ValueError,
+            "at least one call of an attention layer, got none",
+        ),
+        (
+            lambda _: without_weights(),
+            {},
+            ValueError,
+            "record must hold weights, .* record_attention.model, weights=True",
+        ),
+        (
+            lambda _: not_finite(float("nan")),
+            {},
+            ValueError,
+            "weights must be finite, got NaN or infinity in layer 'layer'",
+        ),
+        (lambda _: not_finite(float("inf")), {}, ValueError, "weights must be finite"),
+        (lambda _: batches_of_two_sizes(), {}, ValueError, r"the same number of examples, got \[1, 3\]"),
+        (lambda _: {"layer": 1}, {}, TypeError, "record must be what record_attention gives, got dict"),
+    ],
+)
+def test_wrong_input_is_named(
+    encoder_record: Records,
+    record: Callable[[Records], Any],
+    arguments: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message) as raised:
+        attention_view(record(encoder_record), **arguments)
+    assert "\n" not in str(raised.value)
+
+
+def test_both_sides_of_cross_attention_are_checked(translation: AttentionRecord) -> None:
+    queries, keys = ["q"] * QUERIES, ["k"] * KEYS
+    with pytest.raises(ValueError, match=r"tokens must name the 5 queries of layer 'decoder\.layers\.0\.self_attn'"):
+        attention_view(translation, ["q"] * 4, keys)
+    with pytest.raises(ValueError, match=r"memory_tokens must name the 7 queries of layer 'encoder\.layers\.0"):
+        attention_view(translation, queries, ["k"] * 6)
+    with pytest.raises(ValueError, match="tokens and memory_tokens must both be of one text, or both be a list"):
+        attention_view(translation, [queries, queries], keys)
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments", "error", "message"),
+    [
+        ("a.gif", {}, ValueError, r"path must end in \.html, \.svg, \.pdf, \.png, got .*a\.gif"),
+        ("a", {}, ValueError, "path must end in"),
+        ("a.svg", {"layer": 2}, ValueError, "layer must be from 0 to 1, got 2"),
+        ("a.svg", {"layer": -1}, ValueError, "layer must be from 0 to 1, got -1"),
+        ("a.svg", {"layer": "nowhere"}, ValueError, "layer must be one of 'layers.0.self_attn', .* got 'nowhere'"),
+        ("a.svg", {"layer": 1.0}, TypeError, "layer must be a number or a name, got float"),
+        ("a.html", {"layer": 0, "head": HEADS}, ValueError, "head must be from 0 to 2 in layer .* got 3"),
+        ("a.png", {"head": 0}, ValueError, "head needs a layer to belong to"),
+        ("missing/a.html", {}, FileNotFoundError, "path must lie in a folder that exists"),
+    ],
+)
+def test_nothing_is_written_where_a_file_cannot_be(
+    encoder_record: Records, tmp_path: Path, path: str, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        attention_view(encoder_record(5)).save(tmp_path / path, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_kept_when_the_next_cannot_be_drawn(
+    encoder_record: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = attention_view(encoder_record(5))
+    file = view.save(str(tmp_path / "a.html"))
+    before = file.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        view.save(file)
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_saved_page_opens_where_it_is_told_to(encoder_record: Records, read_page: Reader, tmp_path: Path) -> None:
+    view = attention_view(encoder_record(5), list("abcde"), title="five")
+    html = view.save(tmp_path / "a.html").read_text(encoding="ascii")
+    assert html == view.html() and "open" not in read_page(html).data
+    html = view.save(tmp_path / "b.html", layer="layers.1.self_attn", head=2).read_text(encoding="ascii")
+    assert read_page(html).data["open"] == {"layer": 1, "head": 2}
+
+
+def test_a_notebook_shows_the_page_in_a_frame(encoder_record: Records) -> None:
+    shown = attention_view(encoder_record(5), title='a "title"')._repr_html_()
+    assert shown.startswith("<iframe srcdoc=") and 'title="a &quot;title&quot;"' in shown
+
+
+def test_a_record_stays_as_it_was(encoder_record: Records) -> None:
+    record = encoder_record(5)
+    before = {name: copy.deepcopy(heads.weights) for name, heads in record.items()}
+    attention_view(record).html()
+    for name, heads in record.items():
+        assert heads.weights is not None and torch.equal(heads.weights, before[name])
