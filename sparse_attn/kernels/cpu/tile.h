@@ -319,7 +319,9 @@ static void hide_masked(const workspace *w, const real *added, real *scores, int
 /* A bit for each lane that is not zero; NaN is not. */
 INLINE uint32_t nonzero_bits(lanes x) {
 #if defined(__AVX512F__)
-    return COMPARE(x, splat(0), _CMP_NEQ_UQ);
+    uint32_t bits = COMPARE(x, splat(0), _CMP_NEQ_UQ);
+    __asm__("" : "+r"(bits)); /* GCC 12 may store a mask of 16 bits and load 32: a register has zeros there */
+    return bits;
 #elif defined(__SSE2__)
     return (uint32_t)OP(movemask)((lanes)(x != 0));
 #else
