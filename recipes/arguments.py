@@ -29,7 +29,7 @@ _TEXTS = [
 _OTHER_NAMES = {"inspect": {"model": "hf_model"}}
 _QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 _SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)")
-_NEEDED_GROUPS = ("data", "model", "paths", "trainer")
+_NEEDED_GROUPS = ("data", "decoding", "model", "paths", "trainer")
 _HELP, _MULTIRUN = ("--help", "-h"), ("--multirun", "-m")
 # Of these, which say what to do instead of a single run, Hydra takes one.
 _MODES = (*_MULTIRUN, "--run", "-r", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
@@ -136,8 +136,17 @@ def read_as_text(override: str, *, sweep: bool) -> str:
     key, equals, value = override.partition("=")
     if not equals or key.lstrip("+") not in _TEXTS or (sweep and _SWEEP_FUNCTION.fullmatch(value)):
         return override
-    values = re.findall(rf"(?:^|,)\s*((?:{_QUOTED})(?=\s*(?:,|$))|[^,]*)", value) if sweep else [value]
+    listed = re.fullmatch(r"\[(.*)\]", value) if key == "run" else None
+    if listed:  # several run folders are one value
+        folders = _separated(listed[1]) if listed[1].strip() else []
+        return f"run=[{','.join(map(_as_text, folders))}]"
+    values = _separated(value) if sweep else [value]
     return f"{key}={','.join(_as_text(single) for single in values)}"
+
+
+def _separated(values: str) -> list[str]:
+    """What stands between commas outside of quotation marks."""
+    return re.findall(rf"(?:^|,)\s*((?:{_QUOTED})(?=\s*(?:,|$))|[^,]*)", values)
 
 
 def _as_text(value: str) -> str:

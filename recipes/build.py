@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 import os
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from .callbacks.checkpoints import BestAndLast
 from .callbacks.learning_rate import LearningRate
 from .callbacks.progress import progress
 from .seq2seq.data import Seq2SeqData, make_sequences
+from .seq2seq.decode import Decoding
 from .seq2seq.metrics import MEANS, METRICS, Metric, computed
 from .seq2seq.model import Seq2SeqTransformer
 from .seq2seq.schedules import check_schedule
@@ -31,8 +33,10 @@ SECTIONS = (
     "seed",
     "resume",
     "threads",
+    "keep_checkpoints",
     "data",
     "model",
+    "decoding",
     "optimizer",
     "schedule",
     "loss",
@@ -42,12 +46,13 @@ SECTIONS = (
     "paths",
     "monitor",
 )
-_PLAIN = ("seed", "resume", "threads", "monitor")
+_PLAIN = ("seed", "resume", "threads", "monitor", "keep_checkpoints")
 # What older runs lack.
-_NEW = ("callbacks", "monitor", "schedule")
+_NEW = ("callbacks", "decoding", "keep_checkpoints", "monitor", "schedule")
 _INSTANTIATED = ("callbacks", "logger")
 # Keys of the config that only serve to write other keys.
 _SHORTHANDS = {"data": ("path", "language", "tokens"), "model": ("attention",)}
+_LOGGER_NEEDS = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
 _FILES = ("path", "train", "val", "test", "cache")
 # Of numbers that Lightning takes without a look, or fails on in the middle of a training: the lowest, whether that is
 # left out, and whether null is allowed. The learning rate needs an end to fall towards, and the run a checkpoint to
@@ -92,6 +97,10 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
                 raise TypeError(
                     f"{section}.{name} must be a group of keys with _target_ (~{section}.{name} drops it), got {node}"
                 )
+    for name, node in (cfg.get("logger") or {}).items():
+        package = _LOGGER_NEEDS.get(str(node["_target_"]).rpartition(".")[2])
+        if package and importlib.util.find_spec(package) is None:
+            raise ValueError(f"logger.{name} needs the package {package}: pip install {package}")
     settings: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
         _without_unused(cfg), resolve=True, throw_on_missing=True
     )
@@ -106,6 +115,9 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
             f"threads must be a whole number from 1 to {cores}, the cores of this machine, or null for all, "
             f"got {threads!r}"
         )
+    keep = settings.setdefault("keep_checkpoints", 0)
+    if not isinstance(keep, int) or isinstance(keep, bool) or keep < 0:
+        raise ValueError(f"keep_checkpoints must be a whole number of at least 0, got {keep!r}")
     if not isinstance(folder, str) or not folder:
         raise TypeError(f"paths.output_dir must be a folder, got {folder!r}")
     return settings
@@ -172,6 +184,12 @@ def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
         **settings["optimizer"],
         **settings["loss"],
     )
+
+
+def build_decoding(section: dict[str, Any] | None) -> Decoding:
+    """The decoding of a config section; greedy for a run of an earlier version, which has none."""
+    check_arguments(Decoding, "decoding", section or {})
+    return Decoding(**(section or {}))
 
 
 def check_size(model: dict[str, Any], source_size: int, target_size: int) -> None:
@@ -288,8 +306,9 @@ def build_trainer(
     *,
     monitor: str = "val/per",
     higher_is_better: bool = False,
+    keep_checkpoints: int = 0,
 ) -> L.Trainer:
-    """The trainer of a config section, writing into the run folder."""
+    """The trainer of a config section, writing into the run folder; it keeps the weights of so many last epochs."""
     check_trainer(section)
     shown = progress()
     defaults = {
@@ -301,7 +320,7 @@ def build_trainer(
     own = [
         LearningRate(),
         AlphaCourse(folder),
-        BestAndLast(folder, monitor, higher_is_better=higher_is_better),
+        BestAndLast(folder, monitor, higher_is_better=higher_is_better, keep=keep_checkpoints),
     ]  # which write what the others have done
     try:
         return L.Trainer(

@@ -100,7 +100,7 @@ def replacing(file: Path) -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(unfinished)):
+        if isinstance(error, OSError):  # which may name a file that Lightning writes in between
             raise OSError(error.errno, error.strerror or str(error), str(file)) from error
         raise
 

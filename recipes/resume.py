@@ -11,7 +11,7 @@ from .launch import config_groups
 from .sweep import SWEEP, resumed_sweep
 
 # The rest of the configuration has shaped the weights and the optimizer in the checkpoint.
-_ALLOWED = ("trainer.", "logger.", "hydra.")
+_ALLOWED = ("trainer.", "logger.", "hydra.", "decoding.")
 _FILES = ("data.train", "data.val", "data.test")
 _MACHINE = ("threads",)
 # What Lightning reads of a checkpoint.
@@ -48,7 +48,8 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
             wrong = "chooses a group" if _is_group(key) else "would change what has been learnt"
             raise ValueError(
                 f"resume continues a run with its own configuration: {argument!r} {wrong}; "
-                f"allowed are single keys of trainer and logger, such as trainer.max_epochs=8, and {', '.join(_FILES)}"
+                "allowed are single keys of trainer, decoding and logger, such as trainer.max_epochs=8, and "
+                f"{', '.join(_FILES)}"
             )
     folder = run_folder(place)
     check_config(folder / CONFIG)

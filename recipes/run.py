@@ -3,7 +3,7 @@
 config.yaml      the resolved configuration          versions.json    Python, libraries, git commit
 overrides.yaml   what the command line changed       results.json     final metrics
 metrics.csv      losses and error rates by step      alpha.csv        α of every head by step
-checkpoints/     best.ckpt and last.ckpt             tensorboard/     the same curves for TensorBoard
+checkpoints/     best, last, weights by epoch           tensorboard/     the same curves for TensorBoard
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def run_folder(run: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: If it does not exist or holds no run.
+        ValueError: If it is no path.
     """
     if not isinstance(run, str | Path) or not str(run):
         raise ValueError(f"run must be a folder that a training has printed, such as runs/DATE_TIME, got {run!r}")
@@ -119,6 +120,11 @@ def checkpoint_file(folder: Path, name: str) -> Path:
         there = ", ".join(sorted(path.stem for path in file.parent.glob("*.ckpt"))) or "none"
         raise FileNotFoundError(f"{folder} has no checkpoint {name!r}; checkpoints there: {there}")
     return file
+
+
+def epoch_checkpoints(folder: Path) -> list[Path]:
+    """The weights after the last epochs of a run, in their order."""
+    return sorted((folder / CHECKPOINTS).glob("epoch_*.ckpt"))
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import random
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -22,6 +23,7 @@ from .report import alpha_table, attention_density, top_k_per_layer
 from .report.scores import print_scores
 from .run import CHECKPOINTS, RESULTS, checkpoint_file, read_checkpoint, short_path, write_json
 from .seq2seq.data import Seq2SeqData
+from .seq2seq.decode import Decoding
 from .seq2seq.metrics import METRICS
 from .seq2seq.scores import Scores, score
 from .seq2seq.task import Seq2SeqTask
@@ -62,7 +64,7 @@ def farewell(folder: Path) -> str:
 
 
 def conclude(
-    folder: Path, task: Seq2SeqTask, data: Seq2SeqData, *, device: torch.device, begin: float
+    folder: Path, task: Seq2SeqTask, data: Seq2SeqData, decoding: Decoding, *, device: torch.device, begin: float
 ) -> dict[str, float]:
     """Scores the best checkpoint on all validation and test words; prints and writes the results.
 
@@ -70,6 +72,7 @@ def conclude(
         folder: The run folder.
         task: The model, whose weights become those of the best checkpoint.
         data: Its data.
+        decoding: How the words are decoded.
         device: Where to compute.
         begin: ``time.monotonic()`` at the start of the run, less what sessions before a resumption took.
     """
@@ -77,7 +80,9 @@ def conclude(
     task.load_state_dict(read_checkpoint(checkpoint_file(folder, "best"))["state_dict"])
     task.to(device)
     with console.status("scoring the best checkpoint on all validation and test words"):
-        scores = {"val": score(task, data.full_val_dataloader()), "test": score(task, data.test_dataloader())}
+        loaders = {"val": data.full_val_dataloader(), "test": data.test_dataloader()}
+        decode = partial(decoding.best, task.model, max_length=task.hparams["max_length"])
+        scores = {split: score(task, loader, decode) for split, loader in loaders.items()}
         density = attention_density(task, data.full_val_dataloader())
     results = {f"{split}/{name}": value for split, found in scores.items() for name, value in found.metrics().items()}
     results["seconds"] = time.monotonic() - begin

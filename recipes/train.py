@@ -57,6 +57,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from .build import (
         build_callbacks,
         build_data,
+        build_decoding,
         build_loggers,
         build_task,
         build_trainer,
@@ -86,9 +87,16 @@ def train(cfg: DictConfig) -> dict[str, float]:
         L.seed_everything(settings["seed"], verbose=False)
         task = build_task(settings, data)
         callbacks = build_callbacks(settings.get("callbacks"), monitor, higher_is_better)
+        decoding = build_decoding(settings.get("decoding"))
         loggers = build_loggers(cfg, folder, step)
         trainer = build_trainer(
-            settings["trainer"], loggers, folder, callbacks, monitor=monitor, higher_is_better=higher_is_better
+            settings["trainer"],
+            loggers,
+            folder,
+            callbacks,
+            monitor=monitor,
+            higher_is_better=higher_is_better,
+            keep_checkpoints=settings["keep_checkpoints"],
         )
         record = recorded(cfg)
         record.trainer.max_epochs, record.monitor = plan.epochs, monitor
@@ -116,7 +124,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
                 fit(trainer, task, data, last)
             if stopped := early_stop(trainer):
                 print(stopped, flush=True)
-            return conclude(folder, task, data, device=trainer.strategy.root_device, begin=begin)
+            return conclude(folder, task, data, decoding, device=trainer.strategy.root_device, begin=begin)
         except KeyboardInterrupt:
             raise Interrupted(farewell(folder)) from None
         except OSError as error:

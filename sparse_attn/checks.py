@@ -9,6 +9,8 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
+from sparse_attn.versions import autocast_enabled
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -41,7 +43,7 @@ def check_number_or_tensor(value: float | Tensor, name: str) -> None:
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a number or a floating tensor, got a tensor of {value.dtype}")
-    elif type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat)):
+    elif type(value) is not float and (isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat))):
         raise TypeError(f"{name} must be a number or a floating tensor, got {type(value).__name__}")
 
 
@@ -107,13 +109,14 @@ def check_number(value: float, name: str) -> None:
     """Raise unless ``value`` is a real number."""
     if type(value) is float:  # the usual case: the isinstance check below takes a microsecond
         return
-    if isinstance(value, bool) or not isinstance(value, Real | torch.SymInt | torch.SymFloat):
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def check_bool(value: bool, name: str) -> None:
     """Raise unless ``value`` is True or False."""
-    if not isinstance(value, bool):
+    # `torch.onnx.export(dynamo=False)` passes default arguments as tensors.
+    if not isinstance(value, bool) and not (torch.jit.is_tracing() and isinstance(value, Tensor)):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
@@ -143,8 +146,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def result_dtype(x: Tensor) -> torch.dtype:
     """The input's dtype; under autocast the dtype that ``torch.softmax`` returns, which differs between devices."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocast_enabled(x.device):
         return x.dtype
     return torch.softmax(x.new_zeros(1), -1).dtype
 
@@ -153,7 +155,7 @@ def rows_last(value: Tensor, x: Tensor, dim: int) -> Tensor:
     """A view of a row parameter of ``x`` (size 1 along ``dim``) that broadcasts against ``x.movedim(dim, -1)``."""
     if not x.dim() or (value.dim() and dim in (-1, x.dim() - 1)):  # broadcasting adds leading dimensions
         return value
-    return value.view([1] * (x.dim() - value.dim()) + list(value.shape)).movedim(dim, -1)
+    return value.view([1] * (x.dim() - value.dim()) + list(value.shape)).movedim(dim % x.dim(), x.dim() - 1)
 
 
 def check_starts(starts: Tensor, total: int, name: str) -> None:

@@ -40,7 +40,7 @@ def check_window(window: Window) -> tuple[int | None, int | None]:
         TypeError: Neither an int nor a pair of ints or None.
         ValueError: An int below 1, or a side below 0.
     """
-    pair = isinstance(window, tuple | list) and len(window) == 2
+    pair = isinstance(window, (tuple, list)) and len(window) == 2
     sides: Any = tuple(window) if pair else (window, window)  # type: ignore[arg-type]
     meaning = "window must be an int of at least 1, or a pair (left, right) of ints of at least 0 or None"
     if not all((pair and side is None) or (isinstance(side, int) and not isinstance(side, bool)) for side in sides):

@@ -1,5 +1,7 @@
 """The public names of the package, which ``sparse_attn`` re-exports."""
 
+# First, since it raises before another module of ours trips over what an older version does not have.
+import sparse_attn.versions  # noqa: F401  # isort: split
 from sparse_attn.analysis.record import record_attention
 from sparse_attn.kernels.dispatch import backends, use_backend
 from sparse_attn.nn import (

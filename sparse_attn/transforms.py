@@ -6,11 +6,28 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.fx import _symbolic_trace
+
+from sparse_attn.versions import is_exporting
+
+
+def is_traced() -> bool:
+    """Whether torch writes the operations that we call into a graph: ``torch.jit.trace``, ``make_fx``, an export.
+
+    A kernel that is called through a pointer leaves no operation behind: the graph would hold a constant, or memory
+    that nothing has written to.
+    """
+    return torch._C._is_tracing() or _symbolic_trace._is_fx_tracing_flag or is_exporting()
+
+
+def writes_onnx() -> bool:
+    """Whether what is traced may become ONNX, which has fewer operations than torch."""
+    return is_exporting() or (torch._C._is_tracing() and torch.onnx.is_in_onnx_export())
 
 
 def values_known(*tensors: Tensor) -> bool:
-    """Whether entries of tensors can be read: not while compiling, in ``torch.func`` or on the meta device."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """Whether entries of tensors can be read: not in a trace, in ``torch.func`` or on the meta device."""
+    if torch.compiler.is_compiling() or is_traced() or torch._C._are_functorch_transforms_active():
         return False
     for x in tensors:
         # torch.autograd.grad with is_grads_batched=True passes batched tensors.
@@ -22,18 +39,20 @@ def values_known(*tensors: Tensor) -> bool:
 def needs_plain_operations() -> bool:
     """Whether only torch's own operations work: autograd functions and custom operators would fail or be wrong.
 
-    True in three cases: in an export, whose program should run without this library; for ``torch.func`` inside a
-    compiled function, where custom operators have no forward mode; and for forward mode over forward mode, where an
-    autograd function that saves its inputs loses the outer tangent.
+    True in four cases: in a trace, whose graph should run without this library; for ``torch.func`` inside a compiled
+    function, where custom operators have no forward mode; for forward mode over forward mode, where an autograd
+    function that saves its inputs loses the outer tangent; and in ``functionalize``, which has no rule for them.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
+        return True
+    if torch.compiler.is_compiling():
+        return torch._C._are_functorch_transforms_active()
+    if is_traced():
         return True
     if not torch._C._are_functorch_transforms_active():
         return False
-    if torch.compiler.is_compiling():
-        return True
-    levels = retrieve_all_functorch_interpreters()
-    return sum(level.key() == TransformType.Jvp for level in levels) > 1
+    levels = [level.key() for level in retrieve_all_functorch_interpreters()]
+    return levels.count(TransformType.Jvp) > 1 or TransformType.Functionalize in levels
 
 
 def batch_in_front(tensor: Tensor, dim: int | None, size: int, rank: int) -> Tensor:

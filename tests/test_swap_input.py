@@ -226,7 +226,7 @@ class Halved(AdaptiveSparseMultiheadAttention):
 def test_a_layer_that_cannot_take_the_parameters() -> None:
     model = nn.Sequential(nn.MultiheadAttention(E, H))
     before = everything(model)
-    message = r"must leave layer '0' its parameters in_proj_bias \(66,\), .*got {'halve': True}, which ask for .*\(3,\)"
+    message = r"must keep the parameters of '0', in_proj_bias \(66,\), .*got {'halve': True}, which require .*\(3,\)"
     with pytest.raises(ValueError, match=message):
         replace_attention(model, Halved, halve=True)
     assert everything(model) == before

@@ -1,4 +1,4 @@
-"""The two checkpoints of a run."""
+"""The checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from ..folders import replacing
-from ..run import CHECKPOINTS, RESULTS
+from ..run import CHECKPOINTS, RESULTS, epoch_checkpoints
 
 
 class BestAndLast(Checkpoint):
@@ -25,11 +25,15 @@ class BestAndLast(Checkpoint):
         folder: The run folder.
         monitor: The metric that counts. Without a validation every epoch counts as the best.
         higher_is_better: Whether a higher value of it is better.
+        keep: Also write the weights after each epoch, as ``epoch_0001.ckpt`` and so on, and keep so many of the last.
     """
 
-    def __init__(self, folder: Path, monitor: str = "val/per", *, higher_is_better: bool = False) -> None:
+    def __init__(
+        self, folder: Path, monitor: str = "val/per", *, higher_is_better: bool = False, keep: int = 0
+    ) -> None:
         self.folder = folder / CHECKPOINTS
         self.monitor = monitor
+        self.keep = keep
         self.sign = -1.0 if higher_is_better else 1.0
         self.best = self.sign * math.inf
         self.earlier = 0.0
@@ -49,15 +53,20 @@ class BestAndLast(Checkpoint):
         if score is None or self.sign * score < self.sign * self.best:
             self.best = self.sign * math.inf if score is None else float(score)
             self._save(trainer, "best.ckpt")
+        if self.keep:
+            self._save(trainer, f"epoch_{trainer.current_epoch + 1:04d}.ckpt", weights_only=True)
+            if trainer.is_global_zero:
+                for old in epoch_checkpoints(self.folder.parent)[: -self.keep]:
+                    old.unlink()
         self._save(trainer, "last.ckpt")
 
-    def _save(self, trainer: L.Trainer, name: str) -> None:
+    def _save(self, trainer: L.Trainer, name: str, *, weights_only: bool = False) -> None:
         """Saves beside and renames: an interruption leaves a whole checkpoint, old or new."""
         if trainer.is_global_zero:
             with replacing(self.folder / name) as unfinished:
-                trainer.save_checkpoint(unfinished)
+                trainer.save_checkpoint(unfinished, weights_only)
         else:
-            trainer.save_checkpoint(self.folder / name)  # takes part in it; the first process writes
+            trainer.save_checkpoint(self.folder / name, weights_only)  # takes part in it; the first process writes
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far, and how long the training took over all its sessions."""

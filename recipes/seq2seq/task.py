@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -21,6 +21,8 @@ from .output import next_token_log_probabilities, output_loss
 from .schedules import check_schedule, rate_factor
 from .scores import Decode, Scores
 from .tokenizer import PAD, Tokenizer
+
+Decoded = TypeVar("Decoded")
 
 # Of checkpoints: raised when the weights or hyper-parameters of an earlier version no longer fit.
 LAYOUT = 2
@@ -154,20 +156,24 @@ class Seq2SeqTask(L.LightningModule):
         for name, value in self._scores.metrics().items():
             self.log(f"val/{name}", value, prog_bar=name == self.hparams["metrics"][0])
 
-    def score_batch(self, batch: dict[str, Any], scores: Scores, decode: Decode | None = None) -> None:
+    def score_batch(
+        self, batch: dict[str, Any], scores: Scores, decode: Decode | None = None, *, losses: bool = True
+    ) -> None:
         """Adds the words of an evaluation batch to ``scores``; its tensors are on the device of the task.
 
         Args:
             batch: An evaluation batch.
             scores: What is added to.
             decode: From source ids (N, S) to the target ids of each row; greedy decoding if not given.
+            losses: Whether loss and support of the model are wanted.
         """
         source, target = batch["source"], batch["target_out"]
-        logits, real = self(source, batch["target_in"]).float()[target != PAD], target[target != PAD]
-        scores.loss_sum += output_loss(logits, real, self.model.output_alpha, reduction="sum").item()
-        probable = next_token_log_probabilities(logits, self.model.output_alpha) > -math.inf
-        scores.support_sum += int(probable.sum())
-        scores.tokens += len(real)
+        if losses:
+            logits, real = self(source, batch["target_in"]).float()[target != PAD], target[target != PAD]
+            scores.loss_sum += output_loss(logits, real, self.model.output_alpha, reduction="sum").item()
+            possible = next_token_log_probabilities(logits, self.model.output_alpha) > -math.inf
+            scores.support_sum += int(possible.sum())
+            scores.tokens += len(real)
         scores.sources += batch["sources"]
         scores.predictions += self._decode(source) if decode is None else self._written(decode(source))
         scores.references += batch["references"]
@@ -175,15 +181,20 @@ class Seq2SeqTask(L.LightningModule):
 
     @torch.no_grad()
     def predict_words(self, words: Sequence[str], *, batch_size: int = 512) -> list[list[str]]:
-        """The target tokens of each word; source tokens never seen in training are read as unknown."""
+        """The target tokens of each word by greedy decoding; source tokens never seen in training are unknown."""
+        return self.decode_words(words, self._decode, batch_size=batch_size)
+
+    @torch.no_grad()
+    def decode_words(
+        self, words: Sequence[str], decode: Callable[[Tensor], Sequence[Decoded]], *, batch_size: int = 512
+    ) -> list[Decoded]:
+        """What ``decode`` makes of each word, from source ids (N, S) of several words."""
         rows = [self.source_tokenizer.encode(word) for word in words]
         lengths = [(len(row), 0) for row in rows]
-        predictions: list[list[str]] = [[] for _ in rows]
+        found: dict[int, Decoded] = {}
         for batch in BatchByLength(lengths, batch_size, batch_tokens=EVAL_BATCH_TOKENS, shuffle=False, seed=0):
-            decoded = self._decode(pad([rows[index] for index in batch]).to(self.device))
-            for index, prediction in zip(batch, decoded, strict=True):
-                predictions[index] = prediction
-        return predictions
+            found.update(zip(batch, decode(pad([rows[index] for index in batch]).to(self.device)), strict=True))
+        return [found[index] for index in range(len(rows))]
 
     def _decode(self, source: Tensor) -> list[list[str]]:
         return self._written(greedy_decode(self.model, source, max_length=self.hparams["max_length"]))

@@ -87,7 +87,7 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractCont
     others = [m for m in names if isinstance(m, nn.MultiheadAttention) and not isinstance(m, SparseMultiheadAttention)]
     asked = {layer: positional for layer in others if (positional := _positional_arguments(layer)) is not None}
     ours = any(
-        isinstance(module, SparseMultiheadAttention | SparseAttention) or is_reporter(module) for module in names
+        isinstance(module, (SparseMultiheadAttention, SparseAttention)) or is_reporter(module) for module in names
     )
     if not asked and not ours:
         raise ValueError(
@@ -214,7 +214,7 @@ class _Ask:
             else:
                 named[argument] = wanted
         devices = {x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.device.type != "cpu"}
-        kind = next(iter(devices)).type if devices else None
+        kind = next(iter(devices)).type if devices else "cuda"  # the default, which torch before 2.12 asks for by name
         with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind), pause_observers():
             answer = self.layer.forward(*positional, **named)
         weights = answer[1] if isinstance(answer, tuple) and len(answer) == 2 else None

@@ -133,4 +133,4 @@ def _sums_of(weights: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
 def _alpha_of_heads(alpha: object, heads: int) -> Tensor | None:
     if isinstance(alpha, Tensor) and alpha.numel() in (1, heads):
         return alpha.detach().flatten().float().cpu().expand(heads).clone()
-    return torch.full((heads,), float(alpha)) if isinstance(alpha, int | float) else None
+    return torch.full((heads,), float(alpha)) if isinstance(alpha, (int, float)) else None

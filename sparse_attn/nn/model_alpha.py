@@ -60,7 +60,7 @@ def of_attention(name: str, module: nn.Module) -> bool:
         >>> float(model["core"].alpha), float(model["loss"].alpha)
         (1.25, 1.5)
     """
-    return isinstance(module, AdaptiveSparseMultiheadAttention | SparseAttention | HeadAlpha)
+    return isinstance(module, (AdaptiveSparseMultiheadAttention, SparseAttention, HeadAlpha))
 
 
 def alpha_modules(model: nn.Module) -> dict[str, WideAlpha]:

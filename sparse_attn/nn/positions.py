@@ -256,7 +256,7 @@ def places(start: int, x: Tensor) -> Tensor:
 
 def _per_pair(rotary: Rotary, x: Tensor) -> Rotary:
     """Cosines and sines with one entry per pair. Hugging Face's models give them for all D entries."""
-    if not isinstance(rotary, tuple | list) or len(rotary) != 2:
+    if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
         raise TypeError(f"rotary must be a pair (cos, sin), got {type(rotary).__name__}")
     for part in rotary:
         check_floating(part, "rotary")

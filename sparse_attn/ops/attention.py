@@ -11,16 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_attn.checks import check_dropout, check_floating, check_k
-from sparse_attn.kernels.choose_attention import Call, choose_attention, repeat_heads
+from sparse_attn.checks import check_dropout, check_floating, check_k, compute_dtype, result_dtype
+from sparse_attn.kernels.choose_attention import Call, autocast_dtype, choose_attention, repeat_heads
 from sparse_attn.masks import apply_mask, causal_mask, described_causal
 from sparse_attn.ops.entmax import entmax_along
-from sparse_attn.ops.topk import topk_entmax
 
 Normalizer = Literal["softmax", "sparsemax"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # Dynamo before torch 2.13 would ask for a hash before the fields are there
 class ScoreMapping:
     """Maps scores (..., H, L, S) to weights: α-entmax over the ``k`` largest scores of each query, or over all."""
 
@@ -28,11 +27,9 @@ class ScoreMapping:
     k: int | None = None
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """The weights of the scores."""
-        # This covers S = 0, which topk_entmax would refuse.
-        if self.k is None or scores.shape[-1] <= self.k:
-            return entmax_along(scores, self.alpha, -1)
-        return topk_entmax(scores, self.k, self.alpha)
+        """Weights of the scores."""
+        # Only the kernels ask whether there are more than k keys: a branch here would limit an exported length.
+        return entmax_along(scores, self.alpha, -1, self.k)
 
 
 _ALPHA_OF = {"softmax": 1.0, "sparsemax": 2.0}
@@ -53,7 +50,7 @@ def entmax_attention(
     """α-entmax attention: ``entmax(scale * query @ key^T + mask, alpha) @ value``.
 
     Args:
-        query: (..., H, L, D).
+        query: (..., H, L, D). Dimensions before the last two broadcast, also where a tensor has fewer of them.
         key: (..., H, S, D).
         value: (..., H, S, Dv).
         alpha: A number or (H,), in ``(0, inf)``; 1 is softmax attention.
@@ -175,20 +172,54 @@ def attend(
         raise ValueError("attn_mask must be None when is_causal=True, got both; combine them into one mask")
     if isinstance(attn_mask, Tensor) and described_causal(attn_mask) is None and attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device, {query.device}, got {attn_mask.device}")
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    query, key, value = _of_one_rank(query, key, value)
+    # Heads of size 0 have scores of 0 whatever the factor.
+    scale = 1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
     if not need_weights and isinstance(mapping, ScoreMapping):
         call = Call(query, key, value, mapping.alpha, mapping.k, attn_mask, dropout_p, is_causal, scale)
         compute = choose_attention(call)
         if compute is not None:
             return compute(call), None
-    key, value = repeat_heads(query, key, value)
     if is_causal:
         attn_mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
+    dtype = autocast_dtype(query)
+    if dtype is None:
+        return _by_one_matrix(query, key, value, mapping, attn_mask, dropout_p, scale)
+    # Autocast chooses the dtypes of the inputs and of the weights; it would also round the scores.
+    weights_dtype = result_dtype(query)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        output, weights = _by_one_matrix(query, key, value, mapping, attn_mask, dropout_p, scale)
+    return output, weights.to(weights_dtype)
+
+
+def _by_one_matrix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mapping: Callable[[Tensor], Tensor],
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output and weights by a matrix of all scores, in the query's dtype; half precision is computed in float32.
+
+    Rounded to bfloat16, a score of 10 is off by up to 0.03, and so would be the weights of a sparse mapping.
+    """
+    dtype, wide = query.dtype, compute_dtype(query)
+    query, key, value = query.to(wide), key.to(wide), value.to(wide)
+    key, value = repeat_heads(query, key, value)
     scores = (query * scale) @ key.transpose(-2, -1)
     weights = mapping(apply_mask(scores, attn_mask))
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
-    return weights.to(value.dtype) @ value, weights
+    return (weights @ value).to(dtype), weights.to(dtype)
+
+
+def _of_one_rank(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with leading dimensions of size 1 where others have more."""
+    rank = max(x.dim() for x in tensors)
+    return tuple(x if x.dim() == rank else x[(None,) * (rank - x.dim())] for x in tensors)
 
 
 def _heads(x: Tensor) -> int:
@@ -212,13 +243,14 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
 
 def _wrong_sizes(query: torch.Size, key: torch.Size, value: torch.Size, enable_gqa: bool) -> str | None:
     """What does not fit, as the beginning of an error's message."""
-    if not len(query) == len(key) == len(value) >= 2:
-        return "query, key and value must have the same number of dimensions, at least 2"
+    least = min(len(query), len(key), len(value))
+    if least < 2:
+        return "query, key and value must have at least 2 dimensions"
     if query[-1] != key[-1]:
         return "query and key must have the same last size D"
     if key[-2] != value[-2]:
         return "key and value must have the same length S"
-    if enable_gqa and (len(query) < 3 or not key[-3] or query[-3] % key[-3] or key[-3] != value[-3]):
+    if enable_gqa and (least < 3 or not key[-3] or query[-3] % key[-3] or key[-3] != value[-3]):
         return "key and value must have the same number of heads, a divisor of the query's"
     axes = -3 if enable_gqa else -2
     if not query[:axes] == key[:axes] == value[:axes]:

@@ -59,12 +59,15 @@ def budget_sparsemax(x: Tensor, budget: float | Tensor = 2.0, dim: int = -1) -> 
 def spend(x: Tensor, budget: float | Tensor, dim: int = -1) -> Tensor:
     """:func:`budget_sparsemax` without checks of the budget, which may also be 0 or NaN."""
     if x.numel() == 0:
-        return x + 0 * budget.sum().to(x.dtype) if isinstance(budget, Tensor) else x.clone()
+        p = torch.softmax(x, dim)  # the gradients of an empty batch, of every order, are zero, not missing
+        return p * (1 + 0 * budget.sum().to(x.dtype)) if isinstance(budget, Tensor) else p
     scores = x.double() if x.dim() else x.double().view(1)
     masked = scores <= torch.finfo(x.dtype).min
     if isinstance(budget, Tensor):
         budget = rows_last(double_noticing_changes(budget), x, dim)
-    scores, masked = scores.movedim(dim, -1), masked.movedim(dim, -1)
+    # Counted from the front: ``torch.onnx.export(dynamo=False)`` writes negative ones into the graph as they are.
+    last, dim = scores.dim() - 1, dim % scores.dim()
+    scores, masked = scores.movedim(dim, last), masked.movedim(dim, last)
     budget = torch.as_tensor(budget, dtype=torch.float64, device=x.device)
     budget = torch.minimum(budget, (~masked).sum(-1, keepdim=True))
     top = scores.amax(-1, keepdim=True).masked_fill(masked.all(-1, keepdim=True), 0.0)
@@ -77,7 +80,7 @@ def spend(x: Tensor, budget: float | Tensor, dim: int = -1) -> Tensor:
     tau = (torch.where(between, z, 0.0).sum(-1, keepdim=True) + one.sum(-1, keepdim=True) - budget) / between.sum(
         -1, keepdim=True
     ).clamp(min=1)
-    p = torch.where(between, (z - tau).clamp(0, 1), one.to(z.dtype)).movedim(-1, dim)
+    p = torch.where(between, (z - tau).clamp(0, 1), one.to(z.dtype)).movedim(last, dim)
     return p.view(x.shape).to(result_dtype(x)).contiguous()
 
 

@@ -105,8 +105,9 @@ def entmax_along(x: Tensor, alpha: float | Tensor, dim: int, k: int | None = Non
     else:
         check_alpha(alpha)
     if x.numel() == 0:
-        # The sum keeps α in the graph: the gradient of α over an empty batch is zero, not None.
-        return x + 0 * alpha.sum().to(x.dtype) if isinstance(alpha, Tensor) else x.clone()
+        # Keeps x and α in the graph: over an empty batch their gradients, of every order, are zero, not None.
+        p = torch.softmax(x, dim)
+        return p * (1 + 0 * alpha.sum().to(x.dtype)) if isinstance(alpha, Tensor) else p
     scores = widened(x, alpha)
     lowest = torch.finfo(x.dtype).min
     if not x.dim():
@@ -114,5 +115,7 @@ def entmax_along(x: Tensor, alpha: float | Tensor, dim: int, k: int | None = Non
     if dim in (-1, x.dim() - 1):  # the usual case: skips two views, which autograd would record
         p = entmax_rows(scores, alpha, lowest, k)
     else:
-        p = entmax_rows(scores.movedim(dim, -1), alpha, lowest, k).movedim(-1, dim)
+        # Counted from the front: ``torch.onnx.export(dynamo=False)`` writes negative ones into the graph as they are.
+        last, dim = x.dim() - 1, dim % x.dim()
+        p = entmax_rows(scores.movedim(dim, last), alpha, lowest, k).movedim(last, dim)
     return p.to(result_dtype(x)).contiguous()

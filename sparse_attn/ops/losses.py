@@ -30,6 +30,7 @@ from sparse_attn.checks import (
 )
 from sparse_attn.kernels.functions.conjugate import conjugate_rows
 from sparse_attn.transforms import values_known
+from sparse_attn.versions import autocast_enabled
 
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -110,9 +111,9 @@ def entmax_loss(
     scores = x.to(compute_dtype(x)).movedim(dim, -1)
     weight = None if weight is None else weight.to(torch.promote_types(weight.dtype, scores.dtype))
     if not x.numel():
-        # The sum keeps α in the graph: the gradient of α over an empty batch is zero, not None.
+        # Keeps x and α in the graph: over an empty batch their gradients, of every order, are zero, not None.
         total: float | Tensor = 0.0
-        losses = scores.sum(-1) + (0 * alpha.sum() if isinstance(alpha, Tensor) else 0.0)
+        losses = torch.softmax(scores, -1).sum(-1) * (1 + 0 * alpha.sum() if isinstance(alpha, Tensor) else 1.0)
     elif target.shape == x.shape:
         losses, total = _of_probabilities(scores, target.movedim(dim, -1), alpha, weight, label_smoothing)
     else:
@@ -276,8 +277,7 @@ def _below_top(scores: Tensor) -> Tensor:
 def _result_dtype(x: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
     """The dtype that cross-entropy returns."""
     dtype = x.dtype
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if autocast_enabled(x.device):
         dtype = torch.nn.functional.cross_entropy(x.new_zeros(1), x.new_zeros(1)).dtype
     if target.shape != x.shape:
         return dtype

@@ -73,7 +73,7 @@ def entmax_attention_varlen(
     check_bool(is_causal, "is_causal")
     check_dropout(dropout_p, "dropout_p")
     mapping = entmax_mapping(alpha, query.shape[1])
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scale = 1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
     call = Call(query, key, value, mapping.alpha, None, None, dropout_p, is_causal, scale)
     output = attend_packed(call, cu_seqlens_q, cu_seqlens_k)
     if output is not None:

@@ -107,6 +107,7 @@ def test_a_call_that_gives_no_weights_is_left_out_and_the_model_runs() -> None:
     with record_attention(layer) as record:
         with pytest.warns(UserWarning, match="a call of '' is not recorded: TypeError: Unhelpful.forward gave no weig"):
             assert torch.equal(layer(x), expected)
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             assert layer.to("meta")(x.to("meta")).shape == x.shape
     assert not record

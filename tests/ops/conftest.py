@@ -20,7 +20,7 @@ def _eighty_digits(x: Tensor, alpha: float, upstream: Tensor) -> tuple[Tensor, T
     The published formulas, division by ``(α - 1)²`` included, in so many digits that nothing is lost; α = 1 is taken as
     ``1 + 1e-15``.
     """
-    with decimal.localcontext(prec=80):
+    with decimal.localcontext(decimal.Context(prec=80)):
         a = Decimal(alpha) - 1 or Decimal(10) ** -15
         rows = [_published(a, z, g) for z, g in zip(x.tolist(), upstream.tolist(), strict=True)]
     p, grad_scores, grad_alpha = (torch.tensor(values, dtype=torch.float64) for values in zip(*rows, strict=True))

@@ -111,7 +111,10 @@ def test_without_resume_nothing_changes(arguments):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("model=base", "'model=base' chooses a group; allowed are single keys of trainer and logger, such as trainer"),
+        (
+            "model=base",
+            "'model=base' chooses a group; allowed are single keys of trainer, decoding and logger, such as trainer",
+        ),
         ("model.attention=softmax", "'model.attention=softmax' would change what has been learnt; allowed are"),
         ("data.path=x", "allowed are .*data.train, data.val, data.test"),
         ("seed=1", "'seed=1' would change"),

@@ -94,7 +94,7 @@ def _number(seed: Tensor | None) -> int:
 def _backward(
     grad: Tensor, tensors: _Tensors, kept: Tensor | None, setting: Setting, with_alpha: bool, with_mask: bool
 ) -> list[Tensor | None]:
-    """Gradients of the first five tensors, each in the dtype of its own."""
+    """Gradients of the first five tensors, each in the dtype of its tensor."""
     query, key, value, alpha, mask, seed, *_ = tensors
     arguments = (query, key, value, _shifted(alpha), mask, setting, _number(seed), kept)
     gradients = dispatch.native_kernels().backward(grad, *arguments, with_alpha, with_mask, _starts(tensors))
@@ -125,7 +125,7 @@ class _Attention(torch.autograd.Function):
 def _plain_gradients(
     grad: Tensor, tensors: _Tensors, needed: tuple[bool, ...], setting: Setting
 ) -> list[Tensor | None]:
-    """The gradients by plain torch, with a matrix of scores: they can be differentiated, and ``grad`` batched."""
+    """The gradients by plain torch, with a matrix of scores: differentiable, and ``grad`` may be batched."""
     create_graph = torch.is_grad_enabled()
     inputs = [x for x, wanted in zip(tensors, needed, strict=False) if wanted and x is not None]
     with torch.enable_grad():
@@ -135,7 +135,7 @@ def _plain_gradients(
 
 
 def plain_attention(tensors: _Tensors, setting: Setting) -> Tensor:
-    """The same in plain torch with a matrix of scores, the same weights dropped."""
+    """The kernel's result in plain torch, with a matrix of scores; dropout drops the same weights."""
     query, key, value, alpha, mask, seed, query_starts, key_starts = tensors
     a, scale, dropout_p, right, k, left = setting
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -190,7 +190,7 @@ def _attention(
 
 
 def _room(tensors: _Tensors, training: bool) -> Tensor:
-    """Memory for what is kept, all of it defined: two calls of the operator have to agree in every entry."""
+    """Memory for the kept weights, set to zero: two calls of the operator must agree in every entry."""
     if training:
         return dispatch.native_kernels().room_for_kept(tensors.query, tensors.key, _starts(tensors)).zero_()
     return tensors.query.new_empty(0, dtype=torch.int32)

@@ -7,18 +7,19 @@ first kernel is called: ``family``, ``rows`` and all of ``attention`` but ``plan
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
+
+from sparse_attn.versions import mend_interpreter, triton_problem
 
 _OLDEST = (8, 0)  # compute capability: bfloat16 in matrix products
 
 
 @functools.cache
 def status() -> tuple[bool, str]:
-    """Whether the kernels are available; where they run, or why they do not."""
-    if importlib.util.find_spec("triton") is None:
-        return False, "Triton is not installed"
+    """Whether the kernels are available, and a text that says where they run, or why they are not."""
+    if problem := triton_problem():
+        return False, problem
     if interpreted():
         return True, "any tensors, slowly, in Triton's interpreter"
     if not torch.cuda.is_available():
@@ -30,17 +31,20 @@ def status() -> tuple[bool, str]:
 
 
 def available() -> bool:
-    """Whether there are kernels to run."""
+    """Whether the kernels are available."""
     return status()[0]
 
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors, which ``TRITON_INTERPRET=1`` asks for."""
-    if importlib.util.find_spec("triton") is None:
+    """Whether kernels run in Triton's interpreter on CPU tensors, which ``TRITON_INTERPRET=1`` selects."""
+    if triton_problem():
         return False
     from triton import knobs, language  # type: ignore[import-untyped, unused-ignore]
     from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped, unused-ignore]
 
-    # Triton reads the variable also when it is imported, and keeps that choice for its own functions.
-    return bool(knobs.runtime.interpret) and isinstance(language.sum, InterpretedFunction)
+    # Triton also reads the variable at import, and keeps that choice for its own functions.
+    if not (knobs.runtime.interpret and isinstance(language.sum, InterpretedFunction)):
+        return False
+    mend_interpreter()
+    return True

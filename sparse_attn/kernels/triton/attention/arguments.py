@@ -14,6 +14,7 @@ from torch import Tensor
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.kernels.triton import interpreted
 from sparse_attn.kernels.triton.family import GENERAL, MODES
+from sparse_attn.versions import tf32_allowed
 
 
 class Operand(NamedTuple):
@@ -47,19 +48,19 @@ class Mask(NamedTuple):
 
 
 class PerHead(NamedTuple):
-    """One number per head, and the stride between them."""
+    """One number per head, and its stride."""
 
     start: Any
     h: int
 
 
 class Inputs(NamedTuple):
-    """Everything that an attention call is given."""
+    """All arguments of an attention call."""
 
     query: Operand
     key: Operand
     value: Operand
-    alpha: PerHead | None  # None: ``a`` is that of all heads
+    alpha: PerHead | None  # None: ``a`` holds for all heads
     mask: Mask | None
     key_lengths: Tensor | None
     seed: Tensor | None  # of the dropout; None: no dropout
@@ -76,7 +77,7 @@ class Inputs(NamedTuple):
 class Lengths(NamedTuple):
     """Numbers that change with the length of the queries: kernels are not specialised on them.
 
-    A specialised kernel would be no faster, and every new length would compile one.
+    A specialised kernel would not be faster, and every new length would need a compilation.
     """
 
     offset: int
@@ -127,7 +128,7 @@ def arguments_of(
         group=heads // key.shape[1],
         keys=key.shape[2],
     )
-    tensor_cores = query.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tensor_cores = query.dtype != torch.float32 or tf32_allowed()
     constants = Constants(
         causal=setting.offset is not None,
         mode=GENERAL if alpha is not None else MODES.get(setting.a, GENERAL),

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Test one version of torch in an environment of its own, installed without the constraints, and add a row to docs/versions.md.
+#
+#   scripts/test_version.sh TORCH=2.8.0 [PYTHON=3.10] [WITH="numpy==1.26.4 einops==0.7.0"] [PART="tests/ops -m 'not slow'"] [VENV=folder] [JOBS=2]
+#
+#   TORCH   the version, or "newest"
+#   PYTHON  a version such as 3.10, or the path of an interpreter; python3 if not given
+#   WITH    further requirements, for pip
+#   PART    arguments for pytest, in place of the whole suite
+#   VENV    where the environment lies: it is kept, and used again when it is there. Else it is removed at the end
+#   JOBS    how many processes run the tests
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+TORCH="" PYTHON=python3 WITH="" PART="" VENV="" JOBS=2
+for argument in "$@"; do
+    case $argument in
+        TORCH=*|PYTHON=*|WITH=*|PART=*|VENV=*|JOBS=*) declare "${argument%%=*}=${argument#*=}" ;;
+        *) echo "$argument is not an argument; there are TORCH=, PYTHON=, WITH=, PART=, VENV= and JOBS=" >&2; exit 2 ;;
+    esac
+done
+if [ -z "$TORCH" ]; then echo "TORCH must be a version of torch or \"newest\", as in TORCH=2.8.0" >&2; exit 2; fi
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+venv=${VENV:-$work/venv}
+
+if [ ! -x "$venv/bin/python" ]; then
+    interpreter=$PYTHON
+    for found in "python$PYTHON" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$PYTHON"*/bin/python; do
+        if command -v "$found" >/dev/null; then interpreter=$found; break; fi
+    done
+    command -v "$interpreter" >/dev/null || { echo "PYTHON must be there: found no $PYTHON" >&2; exit 2; }
+    "$interpreter" -m venv "$venv"
+fi
+requirement=torch; [ "$TORCH" = newest ] || requirement="torch==$TORCH"
+# shellcheck disable=SC2086  # several requirements
+"$venv/bin/python" -m pip install --quiet --prefer-binary --editable ".[dev]" "$requirement" $WITH
+
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+status=0
+eval "parts=($PART)"
+"$venv/bin/python" -m pytest -n "$JOBS" -q -p no:cacheprovider --junitxml "$work/results.xml" "${parts[@]}" || status=$?
+"$venv/bin/python" scripts/version_row.py "$work/results.xml" "${PART:-whole suite}" | tee -a docs/versions.md
+exit $status

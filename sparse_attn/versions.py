@@ -1,0 +1,124 @@
+"""What differs between the versions of Python, torch and Triton that are supported.
+
+Each difference has one name here and says with which version it ends. No other module of the package asks for a
+version. ``docs/versions.md`` lists the versions that the tests have passed with and what the older ones cannot do.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+import warnings
+from contextlib import suppress
+from importlib import metadata
+from typing import Any
+
+if sys.version_info < (3, 10):  # noqa: UP036  a checkout can be imported where pip would have refused
+    raise ImportError(f"sparse_attn needs Python 3.10 or newer, got {sys.version.split()[0]}")
+
+import torch
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    """The first two numbers of a version: 2.6.0a0+git counts as 2.6."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+TORCH = _numbers(torch.__version__)
+
+if TORCH < (2, 6):
+    raise ImportError(f"sparse_attn needs torch 2.6 or newer, got {torch.__version__}")
+
+
+@functools.cache
+def triton_version() -> str | None:
+    """The version of Triton that is installed, None without one. It is not imported, which takes long."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows"):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
+
+
+def triton_problem() -> str | None:
+    """Why Triton cannot be used, if it cannot."""
+    found = triton_version()
+    if found is None:
+        return "Triton is not installed"
+    return f"Triton 3.4 or newer is needed, got {found}" if _numbers(found) < (3, 4) else None
+
+
+# Torch before 2.8 brings an older Triton along, which does no harm where there is no GPU.
+if triton_version() and triton_problem() and (TORCH >= (2, 8) or torch.cuda.device_count()):
+    warnings.warn(f"the GPU kernels of sparse_attn are not used: {triton_problem()}", stacklevel=2)
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is at work, also where Dynamo traces for it.
+
+    Before torch 2.13 Dynamo answers ``torch.compiler.is_exporting()`` with True in ``torch.compile``, too. The variable
+    behind that function is right there. Torch 2.6 has neither the function nor the variable.
+    """
+    if TORCH >= (2, 13):
+        return torch.compiler.is_exporting()
+    if TORCH >= (2, 7):
+        return torch.compiler._is_exporting_flag
+    return _dynamo_is_exporting() if torch.compiler.is_dynamo_compiling() else torch.compiler._is_compiling_flag
+
+
+def _dynamo_is_exporting() -> bool:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return bool(InstructionTranslator.current_tx().export)
+
+
+def loops_export() -> bool:
+    """Whether a ``while_loop`` can be exported, in every way and to ONNX; else a fixed number of steps is written out.
+
+    Torch 2.6 exports it in strict mode alone; before 2.9 it has no ONNX, and before 2.13 it forgets which sizes are 1.
+    """
+    return TORCH >= (2, 13)
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for a device; False for one that has none, where torch raises."""
+    return _autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _autocast_available(device_type: str) -> bool:
+    """Dynamo before torch 2.13 cannot trace the function of torch; marked as below, it calls this one instead."""
+    return torch.amp.is_autocast_available(device_type)
+
+
+# What torch.compiler.assume_constant_result does, but that imports Dynamo, which takes a second.
+_dynamo_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_autocast_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 matrix products may round their factors to TF32 on a GPU, in whichever way that was asked for.
+
+    Torch before 2.9 knows the older of the two ways alone.
+    """
+    if TORCH >= (2, 9):
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return torch.backends.cuda.matmul.allow_tf32
+
+
+@functools.cache
+def mend_interpreter() -> None:
+    """Let Triton's interpreter count loops: before 3.7 it takes arrays for numbers, which numpy 2.5 refuses."""
+    if _numbers(triton_version() or "0.0") >= (3, 7):
+        return
+    from triton.runtime import interpreter  # type: ignore[import-untyped, unused-ignore]
+
+    patch = interpreter._patch_lang_tensor
+
+    def with_index(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = with_index
