@@ -39,11 +39,12 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractCont
     to measure a model, put it in `eval()`. With activation checkpointing, close the context after the backward pass, in
     which layers run again without being counted.
 
-    The model computes the same function as without a record. Layers of this library compute weights even where a fused
-    kernel would not, so that outputs and gradients may differ by rounding. Other layers run unchanged, and then again
-    to obtain their weights: without gradient or hooks, with new dropout, and with the random state restored afterwards. Weights take (N, H, L, S) numbers during a call. The record skips with a warning: a user's class whose
-    `forward` has no arguments `need_weights` and `average_attn_weights`, a call that fails to return weights, and calls
-    inside transforms of `torch.func`.
+    The model computes the same function as without a record. Layers of this library compute weights even where a
+    fused kernel would not, so that outputs and gradients may differ by rounding. Other layers run unchanged, and then
+    again to obtain their weights: without gradient or hooks, with new dropout, and with the random state restored
+    afterwards. Weights take (N, H, L, S) numbers during a call. The record skips with a warning: a user's class whose
+    `forward` has no arguments `need_weights` and `average_attn_weights`, a call that fails to return weights, and
+    calls inside transforms of `torch.func`.
 
     Two settings of the whole process change until the last record closes. First, torch's fused inference path for
     transformer encoders is off (`torch.backends.mha.set_fastpath_enabled`), since it never calls the attention layer;
