@@ -3,8 +3,8 @@
     python scripts/run_torch_tests.py
 
 The samples (OpInfo) come with torch, in ``torch.testing``, and need expecttest. Outputs and gradients are compared with
-those of torch's function, in float64. Samples with dropout cannot agree, since ours draws other random numbers: they are
-counted apart, and do not make the exit status 1 as every other difference does.
+those of torch's function, in float64. Samples with dropout cannot agree, since ours draws other random numbers: they
+are counted apart, and do not make the exit status 1 as every other difference does.
 """
 
 from __future__ import annotations
