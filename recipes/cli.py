@@ -1,4 +1,4 @@
-"""The command ``sparse-attn``: finds the command and leaves the rest to it."""
+"""The program ``sparse-attn``: finds the subcommand and runs it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NEEDED = ("lightning", "hydra", "rich", "rapidfuzz")
 
 
 def usage() -> str:
-    """What ``sparse-attn -h`` prints."""
+    """The text that ``sparse-attn -h`` prints."""
     return USAGE.format(commands="\n".join(f"  {name:<9} {purpose}" for name, purpose in COMMANDS.items()))
 
 
