@@ -48,7 +48,7 @@ def statistics(metric: str, predictions: Sequence[Prediction], bleu_tokenize: st
 
 
 def _bleu(predictions: Sequence[Prediction], tokenize: str) -> Statistics:
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     scorer = BLEU(tokenize=tokenize, force=True, effective_order=True)
     found = [scorer.sentence_score(one.prediction, [one.reference]) for one in predictions]

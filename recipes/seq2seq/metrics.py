@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
@@ -160,7 +161,8 @@ def text_scores(
         Post 2018, "A Call for Clarity in Reporting BLEU Scores" (WMT); Popović 2015, "chrF" (WMT).
     """
     # Here, because only some data need it.
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     if len(predictions) != len(references) or not predictions:
         raise ValueError(
@@ -169,7 +171,7 @@ def text_scores(
         )
     most = max(map(len, references))
     # A stream holds one reference of every input, where it has so many.
-    streams = [[texts[rank] if rank < len(texts) else None for texts in references] for rank in range(most)]
+    streams: list[Any] = [[texts[rank] if rank < len(texts) else None for texts in references] for rank in range(most)]
     scorers = {"bleu": BLEU(tokenize=bleu_tokenize, force=True), "chrf": CHRF()}
     scores = {name: float(scorer.corpus_score(list(predictions), streams).score) for name, scorer in scorers.items()}
     return scores, {name: str(scorer.get_signature()) for name, scorer in scorers.items()}
