@@ -9,9 +9,14 @@ from collections.abc import Sequence
 _TEXTS = [
     "run",
     "compare",
+    "baseline",
     "input",
     "output",
     "word",
+    "hf_model",
+    "text",
+    "target",
+    "alignments",
     "resume",
     "data.path",
     "data.train",
@@ -20,6 +25,8 @@ _TEXTS = [
     "hydra.run.dir",
     "hydra.sweep.dir",
 ]
+# Hydra takes the name of a config group for a choice among its files, in every command.
+_OTHER_NAMES = {"inspect": {"model": "hf_model"}}
 _QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 _SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)")
 _NEEDED_GROUPS = ("data", "model", "paths", "trainer")
@@ -92,6 +99,18 @@ def check_deletions(overrides: Sequence[str]) -> None:
         group = override.partition("=")[0].removeprefix("~")
         if override.startswith("~") and group in _NEEDED_GROUPS:
             raise ValueError(f"{group} cannot be left out, got {override!r}; choose one with {group}=NAME")
+
+
+def with_config_names(command: str, overrides: Sequence[str]) -> list[str]:
+    """Overrides with the keys that the configuration has in the place of those that a user types.
+
+    Example:
+        >>> with_config_names("inspect", ["model=a=b", "run=c"])
+        ['hf_model=a=b', 'run=c']
+    """
+    names = _OTHER_NAMES.get(command, {})
+    keys = [override.partition("=") for override in overrides]
+    return [names.get(key, key) + equals + value for key, equals, value in keys]
 
 
 def read_as_text(override: str, *, sweep: bool) -> str:

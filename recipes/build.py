@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from .callbacks.alpha import AlphaCourse
 from .callbacks.checkpoints import BestAndLast
 from .callbacks.progress import progress
 from .seq2seq.data import Seq2SeqData, make_sequences
+from .seq2seq.metrics import MEANS, METRICS, Metric, computed
 from .seq2seq.model import Seq2SeqTransformer
+from .seq2seq.schedules import check_schedule
 from .seq2seq.task import Seq2SeqTask
 
 SECTIONS = (
@@ -29,13 +32,17 @@ SECTIONS = (
     "data",
     "model",
     "optimizer",
+    "schedule",
     "loss",
     "trainer",
     "callbacks",
     "logger",
     "paths",
+    "monitor",
 )
-_PLAIN = ("seed", "resume", "threads")
+_PLAIN = ("seed", "resume", "threads", "monitor")
+# What older runs lack.
+_NEW = ("callbacks", "monitor", "schedule")
 _INSTANTIATED = ("callbacks", "logger")
 # Keys of the config that only serve to write other keys.
 _SHORTHANDS = {"data": ("path", "language", "tokens"), "model": ("attention",)}
@@ -52,11 +59,11 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     """
     if unknown := [name for name in cfg if name not in SECTIONS]:
         raise ValueError(f"unknown key {unknown[0]!r}; allowed: {', '.join(SECTIONS)}")
-    if missing := [name for name in SECTIONS if name not in cfg and name != "callbacks"]:  # which older runs lack
+    if missing := [name for name in SECTIONS if name not in cfg and name not in _NEW]:
         raise ValueError(f"the configuration must have {', '.join(SECTIONS)}, got no {', '.join(missing)}")
     for name in SECTIONS:
         # No logger or callback at all is a choice.
-        optional = name in _INSTANTIATED and cfg.get(name) is None
+        optional = (name in _INSTANTIATED and cfg.get(name) is None) or (name in _NEW and name not in cfg)
         if name not in _PLAIN and not optional and not isinstance(cfg[name], DictConfig):
             raise TypeError(f"{name} must be a group of keys, got {cfg[name]!r}")
     for section in _INSTANTIATED:
@@ -115,7 +122,10 @@ def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
     """The model with its vocabularies from the data, and how it learns."""
     model = _without_shorthands("model", settings["model"])
     check_arguments(Seq2SeqTransformer, "model", model, reserved=("source_size", "target_size"))
-    given = ("source_tokenizer", "target_tokenizer", "model", "max_length", "seed")
+    schedule = settings.get("schedule") or {"name": "linear"}
+    check_arguments(check_schedule, "schedule", schedule)
+    own = {"schedule": schedule["name"], **({"warmup": schedule["warmup"]} if "warmup" in schedule else {})}
+    given = ("source_tokenizer", "target_tokenizer", "model", "max_length", "seed", "schedule", "warmup", "metrics")
     for section in ("optimizer", "loss"):
         check_arguments(Seq2SeqTask, section, settings[section], reserved=given)
     if model.get("language_dim") and data.languages is None:
@@ -126,6 +136,9 @@ def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
         model=model,
         max_length=data.longest_output(),
         seed=settings["seed"],
+        metrics=data.metrics,
+        bleu_tokenize=data.bleu_tokenize,
+        **own,
         **settings["optimizer"],
         **settings["loss"],
     )
@@ -140,8 +153,36 @@ def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Logger]:
     return loggers
 
 
-def build_callbacks(section: dict[str, Any] | None) -> list[L.Callback]:
-    """The callbacks of a config section, besides those that every training has."""
+def monitored(monitor: Any, data: Seq2SeqData) -> tuple[str, bool]:
+    """The metric that chooses the best checkpoint, and whether higher is better.
+
+    Args:
+        monitor: ``val/`` and the name of a metric, and perhaps a group such as ``val/wer/hun``; the first of
+            ``data.metrics`` if None.
+        data: The data, with the metrics that are computed on them.
+
+    Raises:
+        ValueError: If there will be no such metric.
+    """
+    if monitor is None:
+        monitor = f"val/{data.metrics[0]}"
+    names: dict[str, Metric] = {**MEANS, **{name: METRICS[name] for name in computed(data.metrics)}}
+    groups = {example.group for example in data.splits.val}
+    parts = str(monitor).split("/")
+    known = parts[0] == "val" and len(parts) > 1 and parts[1] in names
+    if not known or (parts[2:] and (len(groups) < 2 or parts[1] in MEANS or "/".join(parts[2:]) not in groups)):
+        allowed = ", ".join(f"val/{name}" for name in names)
+        raise ValueError(f"monitor must be one of {allowed}, which go with data.metrics, got {monitor!r}")
+    return monitor, names[parts[1]].higher_is_better
+
+
+def build_callbacks(
+    section: dict[str, Any] | None, monitor: str = "val/per", higher_is_better: bool = False
+) -> list[L.Callback]:
+    """The callbacks of a config section, besides those that every training has.
+
+    One that watches a metric, such as ``EarlyStopping``, gets ``monitor`` and ``mode`` if it does not name its own.
+    """
     callbacks = []
     for name, node in (section or {}).items():
         target, arguments = node["_target_"], {key: value for key, value in node.items() if key != "_target_"}
@@ -151,6 +192,8 @@ def build_callbacks(section: dict[str, Any] | None) -> list[L.Callback]:
             raise ValueError(f"callbacks.{name}._target_ must name a class, got {target!r}") from error
         if not issubclass(kind, L.Callback):
             raise ValueError(f"callbacks.{name}._target_ must name a lightning.Callback, got {target!r}")
+        if "monitor" in inspect.signature(kind).parameters:
+            arguments = {"monitor": monitor, "mode": "max" if higher_is_better else "min", **arguments}
         check_arguments(kind, f"callbacks.{name}", arguments)
         callbacks.append(kind(**arguments))
     return callbacks
@@ -162,10 +205,8 @@ def located(target: str) -> str:
     return f"{__package__}.{rest}" if package == "recipes" else target
 
 
-def build_trainer(
-    section: dict[str, Any], loggers: list[Logger], folder: Path, callbacks: Sequence[L.Callback] = ()
-) -> L.Trainer:
-    """The trainer of a config section, writing into the run folder."""
+def check_trainer(section: dict[str, Any]) -> None:
+    """Refuses settings of the trainer that cannot be used."""
     check_arguments(L.Trainer, "trainer", section, reserved=("logger", "callbacks", "default_root_dir"))
     devices = section.get("devices", 1)
     one = len(devices) == 1 if isinstance(devices, list) else devices in (1, "1")
@@ -174,16 +215,32 @@ def build_trainer(
         raise ValueError(f"trainer.devices must be 1, or a list of one such as [0], on one node, got {came}")
     # The learning rate needs an end to fall towards, and the run a checkpoint to score.
     for name in ("max_epochs", "limit_train_batches"):
-        value = section.get(name, 1)
-        if value is None or not value > 0:
+        value = section.get(name)
+        if value is not None and not value > 0:
             raise ValueError(f"trainer.{name} must be above 0, got {value}")
+
+
+def build_trainer(
+    section: dict[str, Any],
+    loggers: list[Logger],
+    folder: Path,
+    callbacks: Sequence[L.Callback] = (),
+    *,
+    monitor: str = "val/per",
+    higher_is_better: bool = False,
+) -> L.Trainer:
+    """The trainer of a config section, writing into the run folder."""
+    check_trainer(section)
     shown = progress()
     defaults = {
         "enable_progress_bar": isinstance(shown, ProgressBar),
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
     }
-    own = [AlphaCourse(folder), BestAndLast(folder)]  # which write what the others have done
+    own = [
+        AlphaCourse(folder),
+        BestAndLast(folder, monitor, higher_is_better=higher_is_better),
+    ]  # which write what the others have done
     try:
         return L.Trainer(
             **{**defaults, **section}, default_root_dir=folder, logger=loggers, callbacks=[shown, *callbacks, *own]

@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a model and print its error rates and the α of every head",
     "evaluate": "error rates of a trained model",
     "predict": "outputs of a trained model for words from a file or standard input",
+    "compare": "runs in a table: mean and standard deviation over seeds, differences to a baseline",
     "inspect": "α and attention density of every head of a trained model, as tables and plots",
 }
 USAGE = """\

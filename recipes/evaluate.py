@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from .launch import run_hydra
-from .report import rates_table
+from .report.scores import print_scores
 from .run import Run, load_run, short_path, write_json
 from .seq2seq.data import Seq2SeqData
 from .seq2seq.scores import score
@@ -55,15 +55,15 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     section = data_section(run, OmegaConf.to_container(cfg.data), splits)  # type: ignore[arg-type]
     data = evaluation_data(section, run.task)
     console = Console(highlight=False)
-    rates, words = {}, {}
+    scores = {}
     for split in splits:
         with console.status(f"scoring the {split} words"):
-            scores = score(run.task, data.full_val_dataloader() if split == "val" else data.test_dataloader())
-        rates[split], words[split] = scores.metrics(), len(scores.sources)
-    results = {f"{split}/{name}": value for split, found in rates.items() for name, value in found.items()}
-    results.update({f"{split}/words": count for split, count in words.items()})
+            loader = data.full_val_dataloader() if split == "val" else data.test_dataloader()
+            scores[split] = score(run.task, loader)
+    results = {f"{split}/{name}": value for split, found in scores.items() for name, value in found.metrics().items()}
+    results.update({f"{split}/words": len(found.sources) for split, found in scores.items()})
     write_json(run.folder / EVALUATION, {"checkpoint": cfg.checkpoint, "data": section, **results})
-    console.print(rates_table(rates, words))
+    print_scores(console, scores)
     console.print(f"\nwritten to {short_path(run.folder / EVALUATION)}", markup=False, soft_wrap=True)
     return results
 

@@ -2,65 +2,155 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+import itertools
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from sparse_attn import alpha_per_head
 
 from .evaluate import data_section, evaluation_data
 from .launch import run_hydra
-from .report import alpha_table, attention_density, measure_heads, roles_table, top_k_per_layer
+from .report import alpha_table, attention_density, measure_at, measure_heads, roles_table, top_k_per_layer
+from .report.alignments import RULES, alignment_lines, check_alignment, write_lines
 from .report.maps import choose_word, word_maps
+from .report.measure import layer_kind
 from .report.tables import ROLES_EXPLAINED
-from .report.write import Report, write_report
-from .run import load_run, short_path
+from .report.words import given_words, read_batch
+from .report.worth import measure_worth, worth_table
+from .report.write import ENTMAX15, FIGURES, FOLDER, SOFTMAX, Report, read_course, write_report
+from .run import ALPHA, load_run, short_path
+
+# A page with more words takes long to open; alignments are made of all.
+MOST_SHOWN = 64
+SHOWN_BY_DEFAULT = 6
 
 
 def inspect(cfg: DictConfig) -> dict[str, list[float]]:
-    """Prints α, attention density and role of every head, and writes plots and a page into the run folder.
+    """Prints α, attention density and role of every head, and writes pictures, numbers and a page.
 
     Args:
         cfg: ``configs/inspect.yaml`` as composed by Hydra.
 
     Returns:
-        Layer name -> density of each head on the validation words.
+        Layer name -> density of each head on the validation words, or on the text.
 
     Raises:
         FileNotFoundError: If a run, its checkpoint or a data file is missing.
-        ValueError: If the data or a checkpoint cannot be read, or the two runs differ in layers or heads.
+        ValueError: If a value is not allowed, the data or a checkpoint cannot be read, or the two runs differ in
+            layers or heads.
     """
+    if cfg.figures not in FIGURES:
+        raise ValueError(f"figures must be one of {', '.join(FIGURES)}, got {cfg.figures!r}")
+    if cfg.run is None and cfg.hf_model is None:
+        raise ValueError(
+            "run has no value; give it as run=DIR, the run folder of a training, or give model=DIR, the folder of a "
+            "Hugging Face model"
+        )
+    if cfg.run is not None and cfg.hf_model is not None:
+        raise ValueError(f"only one of run and model can be given, got run={cfg.run} and model={cfg.hf_model}")
+    if cfg.hf_model is not None:
+        from .report.huggingface import inspect_model
+
+        return inspect_model(cfg)
+    return _inspect_run(cfg)
+
+
+def _inspect_run(cfg: DictConfig) -> dict[str, list[float]]:
+    for name in ("text", "target", "attention"):
+        if cfg[name] is not None:
+            raise ValueError(f"{name} is for model=DIR; the words of a run are given as words=[...] or input=FILE")
     run = load_run(cfg.run, cfg.checkpoint)
+    task = run.task
     other = load_run(cfg.compare, cfg.checkpoint) if cfg.compare is not None else None
+    given = given_words(_plain(cfg.words), cfg.word, cfg.input, task.source_tokenizer.fields)
+    crossing = sum(layer_kind(name) == "cross" for name, _ in task.model.named_modules() if name.endswith("_attn"))
+    check_alignment(cfg.align.heads, cfg.align.layer, crossing)
+    if not isinstance(cfg.worth_words, int) or cfg.worth_words < 1:
+        raise ValueError(f"worth_words must be a whole number of at least 1, got {cfg.worth_words!r}")
     section = data_section(run, {}, ("val",))
-    data = evaluation_data(section, run.task)
+    data = evaluation_data(section, task)
     console = Console(highlight=False)
-    compared = {}
+    compared, courses = {}, {run.folder.name: read_course(run.folder / ALPHA)}
+    baselines = {}
     with console.status("measuring attention on the validation words"):
-        heads = measure_heads(run.task, data.full_val_dataloader())
+        heads = measure_heads(task, data.full_val_dataloader())
         if other is not None:
             # The same words, read with the vocabulary of the other run.
             words = evaluation_data(section, other.task).full_val_dataloader()
             compared[other.folder.name] = attention_density(other.task, words)
+            courses[other.folder.name] = read_course(other.folder / ALPHA)
+        if cfg.baselines:
+            for name, fixed in {ENTMAX15: 1.5, SOFTMAX: 1.0}.items():
+                if measured := measure_at(task, data.full_val_dataloader(), fixed):
+                    baselines[name] = measured
     density = {layer: measured.density for layer, measured in heads.items()}
-    alpha, top_k = alpha_per_head(run.task.model), top_k_per_layer(run.task.model)
-    word = choose_word(example.source for example in data.splits.val) if cfg.word is None else str(cfg.word)
+    alpha, top_k = alpha_per_head(task.model), top_k_per_layer(task.model)
+    validation = [example.source for example in data.splits.val]
+    shown = [word for word in given if word] if given is not None else _some(validation)
+    console.print(alpha_table(alpha, density, top_k=top_k, compared=compared))
+    console.print()
+    console.print(roles_table(heads))
+    console.print(ROLES_EXPLAINED, style="dim")
+    worth = {}
+    if cfg.worth:
+        console.print()
+        batches = itertools.islice(data.full_val_dataloader(), -(-cfg.worth_words // section["eval_batch_size"]))
+        worth = measure_worth(task, _cut(batches, cfg.worth_words), console)
+        console.print(worth_table(worth))
     report = Report(
         run=run,
         heads=heads,
         alpha=alpha,
         top_k=top_k,
-        words=len(data.splits.val),
-        sample=word_maps(run.task, word),
+        words=len(validation),
+        sample=word_maps(task, shown[0]),
+        read=read_batch(task, shown[:MOST_SHOWN]),
         compared=compared,
+        courses={name: rows for name, rows in courses.items() if rows},
+        baselines=baselines,
+        worth=worth,
     )
-    console.print(alpha_table(alpha, density, top_k=top_k, compared=compared))
-    console.print()
-    console.print(roles_table(heads))
-    console.print(ROLES_EXPLAINED, style="dim")
+    folder = run.folder / FOLDER if cfg.output is None else Path(cfg.output).expanduser()
+    files = write_report(report, folder, cfg.figures)
     console.print(f"\nmeasured on {report.words:,} validation words; written:")
-    for file in write_report(report):
+    for file in files:
         console.print(f"  {short_path(file)}", markup=False, soft_wrap=True)
+    if len(shown) > MOST_SHOWN:
+        console.print(f"the page shows the first {MOST_SHOWN} of {len(shown):,} words")
+    if cfg.alignments is not None:
+        _write_alignments(cfg, task, given if given is not None else validation, console)
     return {layer: values.tolist() for layer, values in density.items()}
+
+
+def _write_alignments(cfg: DictConfig, task: Any, words: list[str], console: Console) -> None:
+    file = Path(cfg.alignments).expanduser()
+    write_lines(list(alignment_lines(task, words, cfg.align.heads, cfg.align.layer)), file)
+    names = {"all": "of all cross-attention layers", -1: "of the last cross-attention layer"}
+    where = names.get(cfg.align.layer, f"of cross-attention layer {cfg.align.layer}")
+    console.print(
+        f"  {short_path(file.resolve())}: source-output pairs to which {RULES[cfg.align.heads]}, {where}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _some(words: list[str]) -> list[str]:
+    """The word to draw, and others from all over the data."""
+    step = max(1, len(words) // SHOWN_BY_DEFAULT)
+    return list(dict.fromkeys([choose_word(words), *words[::step]]))[:SHOWN_BY_DEFAULT]
+
+
+def _cut(batches: Any, words: int) -> Any:
+    for batch in batches:
+        yield {name: values[:words] for name, values in batch.items()}
+        words -= len(batch["source"])
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from .arguments import check_deletions, check_flags, is_multirun, quoted, read_as_text, split
+from .arguments import check_deletions, check_flags, is_multirun, quoted, read_as_text, split, with_config_names
 
 WRONG_INPUT, INTERRUPTED = 2, 130
 _OURS = ("recipes", "sparse_attn", "__main__")
@@ -42,6 +42,7 @@ MANDATORY = {
     "data.path": "DIR, the folder of the data files",
     "data.language": "CODE, the language of the data files such as hun",
     "run": "DIR, the run folder of a training",
+    "sweep": "DIR, a folder that holds run folders",
 }
 
 
@@ -86,6 +87,7 @@ def run_hydra(
         flags, overrides = split(arguments)
         check_flags(flags)
         check_deletions(overrides)
+        overrides = with_config_names(name, overrides)
         overrides = [read_as_text(override, sweep=is_multirun(flags)) for override in overrides]
         if name != "train" and is_multirun(flags):
             # The sweeper writes down what it ran; only a training has a folder for that.

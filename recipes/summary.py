@@ -10,15 +10,19 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from sparse_attn import alpha_per_head
 
-from .report import alpha_table, attention_density, rates_table, top_k_per_layer
+from .predictions import PREDICTIONS, write_predictions
+from .report import alpha_table, attention_density, top_k_per_layer
+from .report.scores import print_scores
 from .run import CHECKPOINTS, RESULTS, checkpoint_file, read_checkpoint, short_path, write_json
 from .seq2seq.data import Seq2SeqData
+from .seq2seq.metrics import METRICS
 from .seq2seq.scores import Scores, score
 from .seq2seq.task import Seq2SeqTask
 
@@ -34,6 +38,16 @@ def headline(folder: Path, data: Seq2SeqData, task: Seq2SeqTask, trainer: L.Trai
     device = trainer.strategy.root_device.type
     start = f", going on after step {step}" if step else ""
     return f"{data.title}: {words}\n{weights:,} parameters on {device}{start}; run folder {short_path(folder)}"
+
+
+def early_stop(trainer: L.Trainer) -> str | None:
+    """Why a training ended before its last epoch, if a callback has ended it."""
+    for callback in trainer.early_stopping_callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
+            waited = f"{callback.patience} epoch{'s' * (callback.patience != 1)}"
+            last = callback.stopped_epoch + 1
+            return f"stopped early after epoch {last}: {callback.monitor} has not improved for {waited}"
+    return None
 
 
 def farewell(folder: Path) -> str:
@@ -65,16 +79,16 @@ def conclude(
     with console.status("scoring the best checkpoint on all validation and test words"):
         scores = {"val": score(task, data.full_val_dataloader()), "test": score(task, data.test_dataloader())}
         density = attention_density(task, data.full_val_dataloader())
-    rates = {split: found.metrics() for split, found in scores.items()}
-    results = {f"{split}/{name}": value for split, found in rates.items() for name, value in found.items()}
+    results = {f"{split}/{name}": value for split, found in scores.items() for name, value in found.metrics().items()}
     results["seconds"] = time.monotonic() - begin
-    write_json(folder / RESULTS, results)
+    write_predictions(folder / PREDICTIONS, scores["test"], task.source_tokenizer.fields)
+    write_json(folder / RESULTS, {**results, **_signatures(scores["test"])})
     console.print()
     console.print(_examples(scores["test"], task))
     console.print()
     console.print(alpha_table(alpha_per_head(task.model), density, top_k=top_k_per_layer(task.model)))
     console.print()
-    console.print(rates_table(rates, {split: len(found.sources) for split, found in scores.items()}))
+    print_scores(console, scores)
     place = shlex.quote(short_path(folder))
     console.print(Text(f"\n{results['seconds']:.0f} s; look into it: sparse-attn inspect run={place}"), soft_wrap=True)
     return results
@@ -87,20 +101,27 @@ def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float]]]) 
         runs: The overrides and the results of each.
     """
     common = set.intersection(*(set(changes) for changes, _ in runs))
-    columns = {"val PER": "val/per", "val WER": "val/wer", "test PER": "test/per", "test WER": "test/wer"}
+    shown = [name for name in METRICS if any(f"test/{name}" in results for _, results in runs)][:2]
+    labels = {f"{split}/{name}": METRICS[name].label.removesuffix(" %") for split in ("val", "test") for name in shown}
+    columns = {f"{key.partition('/')[0]} {label}": key for key, label in labels.items()}
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("run")
     for column in (*columns, "seconds"):
         table.add_column(column, justify="right")
     for changes, results in runs:
         name = " ".join(change for change in changes if change not in common) or "-"
-        rates = (f"{results[key]:.2f}" for key in columns.values())
+        rates = (f"{results[key]:.2f}" if key in results else "-" for key in columns.values())
         table.add_row(Text(name), *rates, f"{results['seconds']:.0f}")
     # Long overrides go beyond the edge of the terminal rather than being cut.
     needed = Console(width=1000).measure(table).maximum
     console = Console(highlight=False, width=max(Console().width, needed))
     console.print()
     console.print(table)
+
+
+def _signatures(scores: Scores) -> dict[str, dict[str, str]]:
+    """How BLEU and chrF were computed, where they were."""
+    return {"signatures": scores.signatures} if scores.signatures else {}
 
 
 def _short(text: str) -> str:

@@ -49,12 +49,15 @@ def train(cfg: DictConfig) -> dict[str, float]:
         build_loggers,
         build_task,
         build_trainer,
+        check_trainer,
+        monitored,
         recorded,
         resolved,
     )
     from .fit import fit, quiet
+    from .plan import plan_training
     from .run import checkpoint_file, continue_record, read_checkpoint, start_record
-    from .summary import conclude, farewell, headline
+    from .summary import conclude, early_stop, farewell, headline
 
     settings = resolved(cfg)
     if settings["threads"] is not None:
@@ -64,26 +67,39 @@ def train(cfg: DictConfig) -> dict[str, float]:
     state = read_checkpoint(last) if last else None
     step = state["global_step"] if state else 0
     with quiet():
+        check_trainer(settings["trainer"])
         data = build_data(settings["data"])
+        plan = plan_training(settings["trainer"], len(data.train_dataloader()))
+        settings["trainer"]["max_epochs"] = plan.epochs
+        monitor, higher_is_better = monitored(settings.get("monitor"), data)
         L.seed_everything(settings["seed"], verbose=False)
         task = build_task(settings, data)
-        callbacks = build_callbacks(settings.get("callbacks"))
-        trainer = build_trainer(settings["trainer"], build_loggers(cfg, folder, step), folder, callbacks)
+        callbacks = build_callbacks(settings.get("callbacks"), monitor, higher_is_better)
+        loggers = build_loggers(cfg, folder, step)
+        trainer = build_trainer(
+            settings["trainer"], loggers, folder, callbacks, monitor=monitor, higher_is_better=higher_is_better
+        )
+        record = recorded(cfg)
+        record.trainer.max_epochs, record.monitor = plan.epochs, monitor
         if state:
             check_continues(state, task.hparams, trainer.max_epochs or 0)
             begin -= state["callbacks"]["BestAndLast"].get("seconds", 0.0)
         # Everything has been checked: only now does the run leave traces.
         overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
         if last:
-            continue_record(folder, recorded(cfg), overrides, step)
+            continue_record(folder, record, overrides, step)
         else:
-            start_record(folder, recorded(cfg), overrides)
+            start_record(folder, record, overrides)
         data.save_vocabularies(folder)
         print(headline(folder, data, task, trainer, step), flush=True)
-        for note in data.notes():
+        warmup = task.warmup_steps(task.hparams["max_steps"] or plan.updates)
+        print(plan.describe(warmup), flush=True)
+        for note in (*plan.notes(warmup), *data.notes()):
             print(f"note: {note}", flush=True)
         try:
             fit(trainer, task, data, last)
+            if stopped := early_stop(trainer):
+                print(stopped, flush=True)
             return conclude(folder, task, data, device=trainer.strategy.root_device, begin=begin)
         except KeyboardInterrupt:
             raise Interrupted(farewell(folder)) from None

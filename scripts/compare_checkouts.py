@@ -113,6 +113,9 @@ def main(other: Path, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    if not 2 <= len(sys.argv) <= 3:
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 30)
+    folder, rounds = (*sys.argv[1:], "30")[:2] if 2 <= len(sys.argv) <= 3 else sys.exit(__doc__)
+    if not (Path(folder) / "sparse_attn").is_dir():
+        sys.exit(f"OTHER must be the folder of a checkout of sparse-attn, got {folder}")
+    if not rounds.isdecimal() or int(rounds) < 1:
+        sys.exit(f"ROUNDS must be an int of at least 1, got {rounds}")
+    main(Path(folder), int(rounds))

@@ -50,20 +50,27 @@ _TYPES = {
 
 def compile_kernel(kernel: Any, *arguments: Any, warps: int, stages: int) -> triton.compiler.CompiledKernel:
     """The kernel as it would be compiled for these arguments."""
-    signature, constants, attributes = {}, {}, {}
-    for position, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
-        fixed = parameter.is_constexpr or value is None
+    constants: dict[tuple[int, ...], object] = {}
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
+
+    def type_of(value: Any, place: tuple[int, ...], parameter: Any) -> Any:
+        """The type of an argument, or of a field of one; what is known at compile time is noted on the way."""
+        if isinstance(value, tuple):
+            return type(value)(*(type_of(field, (*place, n), parameter) for n, field in enumerate(value)))
         free = not parameter.do_not_specialize
-        if fixed or (isinstance(value, int) and value == 1 and free):
-            signature[parameter.name] = "constexpr"
-            constants[(position,)] = value
-            continue
-        if isinstance(value, Tensor):
-            signature[parameter.name] = "*" + _TYPES[value.dtype]
-        else:
-            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and free):
+            constants[place] = value
+            return "constexpr"
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and free):
-            attributes[(position,)] = [["tt.divisibility", 16]]
+            attributes[place] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor):
+            return "*" + _TYPES[value.dtype]
+        return "i32" if isinstance(value, int) else "fp32"
+
+    signature = {
+        parameter.name: type_of(value, (position,), parameter)
+        for position, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True))
+    }
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return triton.compile(source, target=TARGET, options=options)

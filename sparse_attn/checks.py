@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from numbers import Real
 
@@ -154,3 +155,15 @@ def rows_last(value: Tensor, x: Tensor, dim: int) -> Tensor:
     if not x.dim() or (value.dim() and dim in (-1, x.dim() - 1)):  # dimensions in front are not missed
         return value
     return value.view([1] * (x.dim() - value.dim()) + list(value.shape)).movedim(dim, -1)
+
+
+def check_starts(starts: Tensor, total: int, name: str) -> None:
+    """Raise unless packed sequences begin at 0, never before the one before them, and end at the total."""
+    values = starts.tolist()
+    if not values or values[0] != 0:
+        raise ValueError(f"{name} must begin with 0, got {values[0] if values else 'no entries'}")
+    for before, after in itertools.pairwise(values):
+        if after < before:
+            raise ValueError(f"{name} must not fall, got {after} after {before}")
+    if values[-1] != total:
+        raise ValueError(f"{name} must end with the total length {total}, got {values[-1]}")

@@ -10,12 +10,15 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from sparse_attn.versions import is_exporting
 
 
-def values_known(x: Tensor) -> bool:
-    """Whether the entries of ``x`` can be looked at: not while compiling, in ``torch.func`` or on the meta device."""
+def values_known(*tensors: Tensor) -> bool:
+    """Whether entries of tensors can be looked at: not while compiling, in ``torch.func`` or on the meta device."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    batched = is_legacy_batchedtensor(x)  # as gradients are that torch.autograd.grad takes in batches
-    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not batched
+    for x in tensors:
+        # torch.autograd.grad makes batched tensors of gradients that it takes in batches.
+        if type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or is_legacy_batchedtensor(x):
+            return False
+    return True
 
 
 def needs_plain_operations() -> bool:

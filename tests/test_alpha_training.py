@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
+from encoders import sparse_encoder
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_attn import alpha_per_head, replace_attention
+from sparse_attn import alpha_per_head
 from sparse_attn.optim import alpha_param_groups, alpha_penalty, linear_alpha, project_alpha, set_alpha
 
 # Raised inside torch, on its own account, when something is compiled for the first time.
@@ -25,11 +26,7 @@ pytestmark = [
 N, L, H, E, F = 3, 5, 2, 14, 11
 
 
-def encoder(layers: int = 2, **kwargs: Any) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(E, H, F, dropout=0.0, batch_first=True)
-    model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-    replace_attention(model, **kwargs)
-    return model
+encoder = partial(sparse_encoder, E, H, F)
 
 
 @pytest.mark.parametrize("kind", ["learnt", "learnt, projected, with a penalty", "fixed, annealed"])

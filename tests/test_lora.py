@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from encoders import sparse_encoder
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparse_attn import AdaptiveSparseMultiheadAttention, alpha_per_head, replace_attention
+from sparse_attn import AdaptiveSparseMultiheadAttention, alpha_per_head
 from sparse_attn.nn.alpha import HeadAlpha, WideAlpha
 from sparse_attn.optim import alpha_param_groups, alpha_penalty, set_alpha, unfreeze_alpha
 
 N, L, H, E, F = 3, 5, 2, 14, 11
 
 
-def encoder(layers: int = 2, **kwargs: Any) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(E, H, F, dropout=0.0, batch_first=True)
-    model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-    replace_attention(model, **kwargs)
-    return model
+encoder = partial(sparse_encoder, E, H, F)
 
 
 class LowRank(nn.Module):

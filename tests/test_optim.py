@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from encoders import sparse_encoder
 from torch import Tensor, nn
 
 from sparse_attn import (
@@ -16,7 +18,6 @@ from sparse_attn import (
     EntmaxLoss,
     SparseAttention,
     alpha_per_head,
-    replace_attention,
 )
 from sparse_attn.nn.alpha import HeadAlpha
 from sparse_attn.optim import (
@@ -34,11 +35,7 @@ from sparse_attn.optim import (
 N, L, H, E, F = 3, 5, 2, 14, 11
 
 
-def encoder(layers: int = 2, **kwargs: Any) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(E, H, F, dropout=0.0, batch_first=True)
-    model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-    replace_attention(model, **kwargs)
-    return model
+encoder = partial(sparse_encoder, E, H, F)
 
 
 class Everything(nn.Module):

@@ -25,7 +25,7 @@ NN = [
 OPS = [
     *("budget_sparsemax", "entmax", "entmax15", "normmax", "sparse_softmax", "sparsemax", "topk_softmax"),
     *("entmax15_loss", "entmax_loss", "sparsemax_loss"),
-    *("entmax_attention", "topk_attention", "support_size", "tau"),
+    *("entmax_attention", "entmax_attention_varlen", "topk_attention", "support_size", "tau"),
 ]
 OTHERS = ["backends", "record_attention", "replace_attention", "restore_attention", "use_backend"]
 
@@ -77,6 +77,20 @@ class Contract:
         is_causal=False,
         *,
         scale=None,
+        enable_gqa=False,
+    ): ...
+    def entmax_attention_varlen(
+        self,
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        alpha=1.5,
+        *,
+        is_causal=False,
+        scale=None,
+        dropout_p=0.0,
         enable_gqa=False,
     ): ...
     def topk_attention(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from encoders import dense_encoder
 from torch import Tensor, nn
 
 from sparse_attn import (
@@ -28,9 +30,7 @@ with torch.device("cpu"):
     torch.empty(0)
 
 
-def encoder(layers: int = 2, **kwargs: Any) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(E, H, F, dropout=0.0, **{"batch_first": True, **kwargs})
-    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+encoder = partial(dense_encoder, E, H, F)
 
 
 def decoder(layers: int = 2, **kwargs: Any) -> nn.TransformerDecoder:

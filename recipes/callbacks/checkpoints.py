@@ -14,28 +14,30 @@ from ..run import CHECKPOINTS
 
 
 class BestAndLast(Checkpoint):
-    """Writes ``last.ckpt`` at the end of every epoch, and ``best.ckpt`` when the validation score has fallen.
+    """Writes ``last.ckpt`` at the end of every epoch, and ``best.ckpt`` when the validation score is the best so far.
 
     Unlike ``ModelCheckpoint`` it writes ``last.ckpt`` also when the score has not improved, and remembers the
     best score when the run folder was moved.
 
     Args:
         folder: The run folder.
-        monitor: The metric to lower. Without a validation every epoch counts as the best.
+        monitor: The metric that counts. Without a validation every epoch counts as the best.
+        higher_is_better: Whether a higher value of it is better.
     """
 
-    def __init__(self, folder: Path, monitor: str = "val/per") -> None:
+    def __init__(self, folder: Path, monitor: str = "val/per", *, higher_is_better: bool = False) -> None:
         self.folder = folder / CHECKPOINTS
         self.monitor = monitor
-        self.best = math.inf
+        self.sign = -1.0 if higher_is_better else 1.0
+        self.best = self.sign * math.inf
         self.earlier = 0.0
         self._begin = time.monotonic()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves; Lightning calls this after every other callback, when all metrics of the epoch are known."""
         score = trainer.callback_metrics.get(self.monitor)
-        if score is None or score < self.best:
-            self.best = math.inf if score is None else float(score)
+        if score is None or self.sign * score < self.sign * self.best:
+            self.best = self.sign * math.inf if score is None else float(score)
             self._save(trainer, "best.ckpt")
         self._save(trainer, "last.ckpt")
 

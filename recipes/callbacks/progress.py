@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 from sparse_attn import alpha_per_head
 
+from ..seq2seq.metrics import METRICS
 from ..seq2seq.task import Seq2SeqTask
 
 
@@ -56,9 +57,15 @@ class EpochBar(RichProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """The loss of the last step and the error rate of the last validation."""
-        shown = {"train/loss_step": "loss", "val/per": "PER"}
+        first = cast(Seq2SeqTask, pl_module).hparams["metrics"][0]
+        shown = {"train/loss_step": "loss", f"val/{first}": short_label(first)}
         metrics = super().get_metrics(trainer, pl_module)
         return {label: metrics[name] for name, label in shown.items() if name in metrics}
+
+
+def short_label(metric: str) -> str:
+    """The name of a metric without its unit."""
+    return METRICS[metric].label.removesuffix(" %")
 
 
 def epoch_line(trainer: L.Trainer, task: Seq2SeqTask, seconds: float) -> str:
@@ -68,8 +75,7 @@ def epoch_line(trainer: L.Trainer, task: Seq2SeqTask, seconds: float) -> str:
     for label, name, form in (
         ("train loss", "train/loss_epoch", ".3f"),
         ("val loss", "val/loss", ".3f"),
-        ("PER", "val/per", ".2f"),
-        ("WER", "val/wer", ".2f"),
+        *((short_label(metric), f"val/{metric}", ".2f") for metric in task.hparams["metrics"]),
     ):
         if name in metrics:
             parts.append(f"{label} {metrics[name].item():{form}}")

@@ -3,13 +3,15 @@
 The pictures and the page (`recipes.report.write`) are imported where they are drawn: matplotlib loads slowly.
 """
 
-from .measure import LayerHeads, attention_density, measure_heads, top_k_per_layer
-from .tables import alpha_table, rates_table, roles_table
+from .measure import LayerHeads, attention_density, measure_at, measure_heads, top_k_per_layer
+from .tables import alpha_table, groups_table, rates_table, roles_table
 
 __all__ = [
     "LayerHeads",
     "alpha_table",
     "attention_density",
+    "groups_table",
+    "measure_at",
     "measure_heads",
     "rates_table",
     "roles_table",

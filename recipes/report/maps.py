@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import matplotlib
@@ -14,13 +12,16 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch import Tensor
+
+from sparse_attn.analysis import attention_rollout
+from sparse_attn.viewer.picture import printable
 
 from ..seq2seq.decode import greedy_decode
 from ..seq2seq.tokenizer import BOS
-from .measure import KINDS, Kind, record_batch
+from .measure import KINDS, Kind, layer_kind, record_batch
 from .tables import setting
+from .words import ReadWords
 
 NEVER_VISIBLE = "#bdbdbd"
 # The smallest non-zero weight is already blue; exactly zero is left white.
@@ -138,22 +139,23 @@ def _draw_head(panel: Axes, layer: AttentionMap, head: int, sparsity: str) -> An
     return image
 
 
-def printable(text: str) -> str:
-    """Text as the figure's font can show it.
-
-    A mark alone gets a carrier, a character without a glyph is shown by its number.
-
-    Example:
-        >>> printable(" "), printable("한")
-        ('␣', 'U+D55C')
-    """
-    if text == " ":
-        return "␣"
-    known = _characters()
-    shown = "".join(char if ord(char) in known else f"U+{ord(char):04X}" for char in text)
-    return f"◌{shown}" if shown and unicodedata.combining(shown[0]) else shown
-
-
-@cache
-def _characters() -> frozenset[int]:
-    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+def rollout_figure(read: ReadWords) -> Figure:
+    """How much of each input token is in each encoder state of the first word, through all layers."""
+    length = len(read.sources[0])
+    layers = [
+        heads.weights[0, :, :length, :length].cpu()
+        for name, heads in read.record.items()
+        if layer_kind(name) == "encoder" and heads.weights is not None
+    ]
+    rolled = attention_rollout(layers).numpy()
+    figure = Figure(figsize=(1.8 + 0.3 * length, 1.2 + 0.3 * length), layout="constrained")
+    panel = figure.subplots()
+    image = panel.imshow(np.where(rolled != 0, rolled, np.nan), vmin=0.0, vmax=1.0, cmap=NON_ZERO)
+    tokens = [printable(token) for token in read.sources[0]]
+    panel.set_xticks(range(length), tokens, fontsize=7, rotation=90, parse_math=False)
+    panel.set_yticks(range(length), tokens, fontsize=7, parse_math=False)
+    panel.tick_params(length=0)
+    panel.set_xlabel("input", fontsize=8)
+    panel.set_ylabel("encoder state", fontsize=8)
+    figure.colorbar(image, ax=panel, shrink=0.6, aspect=25).ax.tick_params(labelsize=7)
+    return figure

@@ -9,17 +9,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparse_attn import TopKMultiheadAttention
+from sparse_attn import AdaptiveSparseMultiheadAttention, TopKMultiheadAttention
 from sparse_attn.analysis import (
     AttentionRecord,
     HeadStatistics,
     entropy,
+    head_diversity,
     monotonicity,
     name_roles,
     offset_weight,
     record_attention,
     strongest_at_offset,
 )
+from sparse_attn.optim import set_alpha
 
 from ..seq2seq.tokenizer import PAD
 
@@ -40,6 +42,7 @@ class LayerHeads:
         strongest: share of the positions whose largest weight is there; none for cross-attention.
         monotonicity: how steadily the head moves forward over the input; only of cross-attention.
         roles: the name of each head's role (`sparse_attn.analysis.name_roles`).
+        diversity: Jensen-Shannon divergence between the heads, in nats, on average (`head_diversity`).
     """
 
     kind: Kind
@@ -49,6 +52,7 @@ class LayerHeads:
     strongest: dict[str, Tensor]
     monotonicity: Tensor | None
     roles: list[str]
+    diversity: float = float("nan")
 
 
 class RecordedLayer(NamedTuple):
@@ -173,7 +177,10 @@ def _recorded_layers(model: nn.Module, loader: Iterable[dict[str, Any]]) -> Iter
 def _statistics(layer: RecordedLayer) -> dict[str, tuple[Tensor, Tensor]]:
     """Sum and count per head of each statistic of one batch that a head's role depends on."""
     weights, visible = layer.weights, layer.visible
-    values = {"diffuse": entropy(weights, visible, relative=True)}
+    values = {
+        "diffuse": entropy(weights, visible, relative=True),
+        "diversity": head_diversity(weights, visible).unsqueeze(1),
+    }
     if layer.kind == "cross":
         values["monotone"] = monotonicity(weights, visible)
     for position, offset in OFFSETS.items():
@@ -198,4 +205,26 @@ def _layer_heads(kind: Kind, recorded: HeadStatistics, means: dict[str, Tensor])
         strongest=strongest,
         monotonicity=means.get("monotone"),
         roles=name_roles({**weight, **others}),
+        diversity=float(means["diversity"]),
     )
+
+
+def measure_at(task: Any, loader: Iterable[dict[str, Any]], alpha: float) -> dict[str, LayerHeads]:
+    """:func:`measure_heads` with one α in every head that has a learnt one; the model is as before afterwards.
+
+    Returns:
+        Nothing where no head has a learnt α, or its range does not reach that far.
+    """
+    learnt = {name: module for name, module in task.model.named_modules() if _learns(module)}
+    if not learnt or not all(low <= alpha <= high for low, high in (module.alpha_range for module in learnt.values())):
+        return {}
+    before = {name: module.alpha.detach().clone() for name, module in learnt.items()}
+    try:
+        set_alpha(task.model, dict.fromkeys(learnt, alpha))
+        return measure_heads(task, loader)
+    finally:
+        set_alpha(task.model, before)
+
+
+def _learns(module: nn.Module) -> bool:
+    return isinstance(module, AdaptiveSparseMultiheadAttention) and module.raw_alpha is not None

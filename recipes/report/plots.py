@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -134,6 +134,8 @@ def _course(panel: Axes, name: str, heads: Mapping[int, Mapping[int, float]]) ->
         )
 
 
-def save(figure: Figure, file: Path) -> None:
-    """Writes a figure as PNG."""
-    figure.savefig(file, dpi=DPI)
+def drawn(figure: Figure, file_format: str = "png") -> bytes:
+    """A figure as the content of a PNG, SVG or PDF file."""
+    written = io.BytesIO()
+    figure.savefig(written, format=file_format, dpi=DPI)
+    return written.getvalue()

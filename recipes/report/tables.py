@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from sparse_attn.analysis import ROLE_THRESHOLDS
 
+from ..seq2seq.metrics import MEANS, METRICS
 from .measure import OFFSETS, LayerHeads
 
 # So many heads fit beside the longest layer name.
@@ -92,7 +95,15 @@ def alpha_table(
     return table
 
 
-def roles_table(heads: Mapping[str, LayerHeads]) -> Table:
+class HasRoles(Protocol):
+    """A layer whose heads have been named."""
+
+    @property
+    def roles(self) -> list[str]:
+        """One for each head."""
+
+
+def roles_table(heads: Mapping[str, HasRoles]) -> Table:
     """Which heads of each layer have which role."""
     table = Table(title="head roles", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("layer", no_wrap=True)
@@ -105,28 +116,61 @@ def roles_table(heads: Mapping[str, LayerHeads]) -> Table:
     return table
 
 
-def rates_table(rates: Mapping[str, Mapping[str, float]], words: Mapping[str, int]) -> Table:
-    """Phone and word error rate, loss and mean support of each split.
+def rates_table(
+    rates: Mapping[str, Mapping[str, float]], words: Mapping[str, int], metrics: Sequence[str] = ("per", "wer")
+) -> Table:
+    """Metrics, loss and mean support of each split.
 
     Args:
-        rates: "val" or "test" -> "per" and "wer" in percent; "loss" per token in the unit of the model's output and
+        rates: "val" or "test" -> the metrics by name; "loss" per token in the unit of the model's output and
             "support", the mean number of possible next tokens, both missing for an ensemble.
         words: how many words each split has.
+        metrics: which metrics to show.
     """
+    rounded = {**dict.fromkeys(metrics, 2), "loss": 3, "support": 2}
+    labels = {name: metric.label for name, metric in {**METRICS, **MEANS}.items()}
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("", "PER %", "WER %", "loss", "support", "words"):
+    for column in ("", *(labels[name] for name in rounded), "words"):
         table.add_column(column, justify="right" if column else "left")
     for split, found in rates.items():
-        rounded = {"per": 2, "wer": 2, "loss": 3, "support": 2}
         numbers = (f"{found[name]:.{digits}f}" if name in found else "-" for name, digits in rounded.items())
         table.add_row(SPLIT_NAMES[split], *numbers, f"{words[split]:,}")
     return table
 
 
+def groups_table(parts: Mapping[str, Mapping[str, Mapping[str, float]]], metrics: Sequence[str]) -> Table:
+    """Metrics of every group, such as a language; a group to a line, best read beside the means in `rates_table`.
+
+    Args:
+        parts: "val" or "test" -> group -> the metrics by name; no groups where a split has no parts.
+        metrics: which metrics to show.
+    """
+    shown = [(split, name) for split, found in parts.items() if found for name in metrics]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for split, name in shown:
+        table.add_column(f"{SPLIT_NAMES[split]} {METRICS[name].label}", justify="right")
+    groups = dict.fromkeys(group for found in parts.values() for group in found)
+    for group in groups:
+        cells = (f"{parts[split][group][name]:.2f}" if group in parts[split] else "-" for split, name in shown)
+        table.add_row(Text(group), *cells)
+    return table
+
+
 def head_rows(
-    heads: Mapping[str, LayerHeads], alpha: Mapping[str, Tensor], top_k: Mapping[str, int]
+    heads: Mapping[str, LayerHeads],
+    alpha: Mapping[str, Tensor],
+    top_k: Mapping[str, int],
+    further: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> list[dict[str, str]]:
-    """One row per head: what `heads.csv` and the report hold; empty where a column has no meaning."""
+    """One row per head: what `heads.csv` and the report hold; empty where a column has no meaning.
+
+    Args:
+        heads: layer name -> what was measured.
+        alpha: layer name -> (H,).
+        top_k: layer name -> k.
+        further: name of a column -> layer name -> (H,).
+    """
     rows = []
     for layer, measured in heads.items():
         for head, role in enumerate(measured.roles):
@@ -135,6 +179,7 @@ def head_rows(
                 numbers[f"weight_{position}"] = measured.weight.get(position)
                 numbers[f"strongest_{position}"] = measured.strongest.get(position)
             numbers["monotonicity"] = measured.monotonicity
+            numbers.update({name: by_layer.get(layer) for name, by_layer in (further or {}).items()})
             rows.append(
                 {
                     "layer": layer,

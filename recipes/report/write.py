@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ..run import ALPHA, RESULTS, Run
+from sparse_attn.analysis import HeadChange
+
+from ..run import RESULTS, Run
+from ..seq2seq.metrics import METRICS
 from . import html
-from .maps import WordMaps, attention_figure
+from .maps import WordMaps, attention_figure, rollout_figure
 from .measure import OFFSETS, LayerHeads
-from .plots import alpha_course, heat_map, save
+from .page import run_view
+from .plots import alpha_course, drawn, heat_map
 from .tables import ROLES_EXPLAINED, SPLIT_NAMES, head_rows, percent, setting, write_rows
+from .words import ReadWords
+from .worth import CHANGES
 
 FOLDER = "report"
+FIGURES = ("png", "svg", "pdf")
+SOFTMAX, ENTMAX15 = "α = 1", "α = 1.5"
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,11 @@ class Report:
         top_k: layer name -> k, of top-k layers.
         words: number of validation words that were measured.
         sample: the attention of one word.
+        read: the words that can be looked at in the page.
         compared: name -> density of the same layers in another run.
+        courses: run -> its α over training.
+        baselines: α -> the same measured with that α in every head that learns one.
+        worth: change -> layer name -> change of the loss with one head changed.
     """
 
     run: Run
@@ -41,29 +54,98 @@ class Report:
     top_k: Mapping[str, int]
     words: int
     sample: WordMaps
+    read: ReadWords
     compared: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    courses: Mapping[str, list[tuple[int, str, int, float]]] = field(default_factory=dict)
+    baselines: Mapping[str, Mapping[str, LayerHeads]] = field(default_factory=dict)
+    worth: Mapping[HeadChange, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def further(self) -> dict[str, dict[str, Tensor]]:
+        """Numbers of every head that not every report has: name -> layer name -> (H,)."""
+        found = {
+            f"density at {name}": {layer: measured.density for layer, measured in baseline.items()}
+            for name, baseline in self.baselines.items()
+        }
+        found |= {f"density, {name}": dict(density) for name, density in self.compared.items()}
+        return found | {f"loss when {CHANGES[change]}": dict(found) for change, found in self.worth.items()}
 
 
-def write_report(report: Report) -> list[Path]:
-    """Write the report into the run folder, over an earlier one.
+def write_report(report: Report, folder: Path, figures: str = "png") -> list[Path]:
+    """Write the report into a folder, over an earlier one.
+
+    Args:
+        report: what to write.
+        folder: made if it is not there.
+        figures: "png", "svg" or "pdf".
 
     Returns:
-        The files: report.html, alpha.png, alpha_course.png (if the run recorded α), attention.png, heads.csv.
+        The files: report.html, heads.csv, numbers.json, and as pictures alpha, alpha_course (if the run recorded α),
+        attention and rollout.
     """
-    folder = report.run.folder / FOLDER
-    folder.mkdir(exist_ok=True)
     density = {layer: measured.density for layer, measured in report.heads.items()}
-    page, heat, course, attention, heads = (
-        folder / name for name in ("report.html", "alpha.png", "alpha_course.png", "attention.png", "heads.csv")
+    rows = next(iter(report.courses.values()), [])
+    pictures = {
+        "alpha": heat_map(report.alpha, density, report.top_k),
+        **({"alpha_course": alpha_course(rows)} if rows else {}),
+        "attention": attention_figure(report.sample, report.alpha, report.top_k),
+        "rollout": rollout_figure(report.read),
+    }
+    table = head_rows(report.heads, report.alpha, report.top_k, report.further)
+    embedded = {name: drawn(figure) for name, figure in pictures.items()}
+    view = run_view(
+        f"sparse-attn run {report.run.folder.parent.name}/{report.run.folder.name}",
+        report.read,
+        report.heads,
+        report.alpha,
+        courses=report.courses,
+        further=report.further,
+        sections=_sections(report, embedded),
     )
-    save(heat_map(report.alpha, density, report.top_k), heat)
-    rows = read_course(report.run.folder / ALPHA)
-    if rows:
-        save(alpha_course(rows), course)
-    save(attention_figure(report.sample, report.alpha, report.top_k), attention)
-    write_rows(head_rows(report.heads, report.alpha, report.top_k), heads)
-    page.write_text(_page(report, heat, course if rows else None, attention), encoding="utf-8")
-    return [page, heat, *([course] if rows else []), attention, heads]
+    # All is drawn before the first file is written.
+    files = {
+        folder / f"{name}.{figures}": embedded[name] if figures == "png" else drawn(figure, figures)
+        for name, figure in pictures.items()
+    }
+    numbers = json.dumps(_numbers(report, table), indent=2, ensure_ascii=False) + "\n"
+    folder.mkdir(exist_ok=True, parents=True)
+    page = view.save(folder / "report.html")
+    for file, content in files.items():
+        file.write_bytes(content)
+    write_rows(table, folder / "heads.csv")
+    (folder / "numbers.json").write_text(numbers, encoding="utf-8")
+    return [page, *files, folder / "heads.csv", folder / "numbers.json"]
+
+
+def _numbers(report: Report, table: list[dict[str, str]]) -> dict[str, Any]:
+    """Every number of a report, for programs."""
+
+    def value(text: str) -> float | int | str | None:
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        return text or None
+
+    return {
+        "run": str(report.run.folder),
+        "words_measured": report.words,
+        "heads": [{name: value(cell) for name, cell in row.items()} for row in table],
+        "diversity": {name: _diversities(measured) for name, measured in _by_alpha(report).items()},
+        "words": [
+            {"word": word, "output": output}
+            for word, output in zip(report.read.words, report.read.outputs, strict=True)
+        ],
+    }
+
+
+def _by_alpha(report: Report) -> dict[str, Mapping[str, LayerHeads]]:
+    return {"learnt": report.heads, **report.baselines}
+
+
+def _diversities(heads: Mapping[str, LayerHeads]) -> dict[str, float]:
+    return {layer: round(measured.diversity, 6) for layer, measured in heads.items()}
 
 
 def read_course(file: Path) -> list[tuple[int, str, int, float]]:
@@ -85,34 +167,78 @@ def read_course(file: Path) -> list[tuple[int, str, int, float]]:
     return rows
 
 
-def _page(report: Report, heat: Path, course: Path | None, attention: Path) -> str:
+def _sections(report: Report, pictures: Mapping[str, bytes]) -> list[tuple[str, str]]:
     run = report.run
     prediction = f"{report.sample.word} → {report.sample.prediction}"
-    sections = [
-        ("Results", _results(run.folder / RESULTS)),
+    return [
+        ("Results", _results(run.folder / RESULTS, run.config.data.get("metrics") or ("per", "wer"))),
         (
             "α and attention density of every head",
             html.paragraph(
                 "Density is the share of the visible pairs of positions with a non-zero weight, measured on "
                 f"{report.words:,} validation words. Softmax: α = 1 and a density of 100%; sparsemax: α = 2."
             )
-            + html.picture(heat, "heat map of α and density, layers by heads"),
+            + html.picture(pictures["alpha"], "heat map of α and density, layers by heads"),
         ),
         (
             "Course of α over training",
-            html.picture(course, "α of each head by training step")
-            if course
+            html.picture(pictures["alpha_course"], "α of each head by training step")
+            if "alpha_course" in pictures
             else html.paragraph("This run recorded no α."),
         ),
         (
             f"Attention for one word: {prediction}",
             html.paragraph("The last layer of each kind. White weights are exactly zero.")
-            + html.picture(attention, f"attention weights for {prediction}"),
+            + html.picture(pictures["attention"], f"attention weights for {prediction}"),
         ),
         ("Heads in numbers", html.table(_heads(report)) + html.paragraph(f"Roles. {ROLES_EXPLAINED}")),
+        *_worth(report),
+        (
+            "Diversity of heads",
+            html.paragraph(
+                "Jensen-Shannon divergence between the heads of a layer, in nats, on average over queries: 0 where "
+                "all heads look alike. Beside the learnt α stand one α in every head of the same weights, which were "
+                "not trained with it (Correia, Niculae & Martins 2019, section 5.1)."
+            )
+            + html.table(_diversity_rows(report)),
+        ),
+        (
+            "Attention rollout in the encoder",
+            html.paragraph(
+                "How much of each input token is in each encoder state after all layers, the mean of the heads and "
+                "the residual connection half and half (Abnar & Zuidema 2020)."
+            )
+            + html.picture(pictures["rollout"], f"attention rollout for {report.read.words[0]}"),
+        ),
         ("Configuration", html.folded("config.yaml", OmegaConf.to_yaml(run.config))),
     ]
-    return html.page(f"sparse-attn run {run.folder.parent.name}/{run.folder.name}", sections)
+
+
+def _worth(report: Report) -> list[tuple[str, str]]:
+    if not report.worth:
+        return []
+    layers = dict.fromkeys(layer for found in report.worth.values() for layer in found)
+    rows = [
+        {
+            "layer": layer,
+            "head": str(head),
+            **{
+                CHANGES[change]: f"{1000 * float(found[layer][head]):+.2f}" if layer in found else ""
+                for change, found in report.worth.items()
+            },
+        }
+        for layer in layers
+        for head in range(len(report.heads[layer].roles))
+    ]
+    explained = "Change of the loss of a token, in thousandths, when one head is changed and all others stay."
+    return [("What each head is worth", html.paragraph(explained) + html.table(rows))]
+
+
+def _diversity_rows(report: Report) -> list[dict[str, str]]:
+    found = {name: _diversities(measured) for name, measured in _by_alpha(report).items()}
+    return [
+        {"layer": layer, **{name: f"{values[layer]:.3f}" for name, values in found.items()}} for layer in report.heads
+    ]
 
 
 def _heads(report: Report) -> list[dict[str, str]]:
@@ -121,6 +247,11 @@ def _heads(report: Report) -> list[dict[str, str]]:
         for head, role in enumerate(measured.roles):
             others = {
                 f"density, {name}": percent(float(density[layer][head])) for name, density in report.compared.items()
+            }
+            others |= {
+                f"density at {name}": percent(float(baseline[layer].density[head]))
+                for name, baseline in report.baselines.items()
+                if name != SOFTMAX
             }
             weights = {
                 f"weight on {position}": f"{float(measured.weight[position][head]):.2f}"
@@ -144,16 +275,15 @@ def _heads(report: Report) -> list[dict[str, str]]:
     return rows
 
 
-def _results(file: Path) -> str:
-    """The error rates that the training ended with."""
+def _results(file: Path, metrics: Sequence[str]) -> str:
+    """The metrics that the training ended with."""
     if not file.is_file():
         return html.paragraph("None: the training was stopped before its end.")
     content: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
     rows = [
         {
             "words": name,
-            "PER, %": f"{content[f'{split}/per']:.2f}",
-            "WER, %": f"{content[f'{split}/wer']:.2f}",
+            **{METRICS[name].label: f"{content[f'{split}/{name}']:.2f}" for name in metrics},
             "loss per token": f"{content[f'{split}/loss']:.3f}",
         }
         for split, name in SPLIT_NAMES.items()

@@ -17,6 +17,7 @@ from .data.batching import EVAL_BATCH_TOKENS, BatchByLength, pad
 from .decode import greedy_decode
 from .model import Seq2SeqTransformer
 from .output import next_token_log_probabilities, output_loss
+from .schedules import check_schedule, rate_factor
 from .scores import Decode, Scores
 from .tokenizer import PAD, Tokenizer
 
@@ -25,7 +26,7 @@ LAYOUT = 2
 
 
 class Seq2SeqTask(L.LightningModule):
-    """A ``Seq2SeqTransformer`` under teacher forcing, with AdamW, a linear warm-up and a linear fall to zero.
+    """A ``Seq2SeqTransformer`` under teacher forcing, with AdamW and a schedule of its learning rate.
 
     Every argument is plain data, so that a checkpoint holds nothing else and loads under
     ``torch.load(weights_only=True)``.
@@ -37,11 +38,15 @@ class Seq2SeqTask(L.LightningModule):
         learning_rate: Highest learning rate of the weights, reached after the warm-up.
         alpha_learning_rate: The same for the parameters that hold α.
         weight_decay: Decay of the weight matrices; biases, norms and α have none.
-        warmup_steps: Steps of the linear rise.
+        warmup_steps: Steps of the linear rise; None for the share ``warmup`` of all steps.
         max_steps: Steps of the whole schedule; those of the trainer if ``None``.
         label_smoothing: ε of the loss: the share of each training target that is spread evenly over all tokens.
         max_length: Longest output in tokens.
         seed: Chooses the dropout of every epoch, whatever was drawn before it.
+        schedule: How the learning rate rises and falls; see :func:`recipes.seq2seq.schedules.rate_factor`.
+        warmup: Share of all steps in which it rises.
+        metrics: What to score besides the loss; see ``recipes.seq2seq.metrics.METRICS``.
+        bleu_tokenize: How BLEU splits texts into words.
 
     Raises:
         ValueError: If a number is outside its range, or the model refuses its arguments.
@@ -56,11 +61,15 @@ class Seq2SeqTask(L.LightningModule):
         learning_rate: float = 2e-3,
         alpha_learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
-        warmup_steps: int = 200,
+        warmup_steps: int | None = None,
         max_steps: int | None = None,
         label_smoothing: float = 0.1,
         max_length: int = 64,
         seed: int = 0,
+        schedule: str = "linear",
+        warmup: float = 0.15,
+        metrics: Sequence[str] = ("per", "wer"),
+        bleu_tokenize: str = "13a",
     ) -> None:
         super().__init__()
         for name, rate in {
@@ -69,7 +78,8 @@ class Seq2SeqTask(L.LightningModule):
         }.items():
             if not rate > 0:
                 raise ValueError(f"{name} must be above 0, got {rate}")
-        for name, value in {"weight_decay": weight_decay, "warmup_steps": warmup_steps}.items():
+        check_schedule(schedule, warmup)
+        for name, value in {"weight_decay": weight_decay, "warmup_steps": warmup_steps or 0}.items():
             if not value >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         if max_steps is not None and max_steps < 1:
@@ -81,7 +91,15 @@ class Seq2SeqTask(L.LightningModule):
         self.source_tokenizer = Tokenizer(**source_tokenizer)
         self.target_tokenizer = Tokenizer(**target_tokenizer)
         self.model = Seq2SeqTransformer(len(self.source_tokenizer), len(self.target_tokenizer), **model)
-        self._scores = Scores()
+        self._scores = self.new_scores()
+
+    def new_scores(self) -> Scores:
+        """Scores of no words yet."""
+        return Scores(
+            names=self.hparams["metrics"],
+            join=self.target_tokenizer.join,
+            bleu_tokenize=self.hparams["bleu_tokenize"],
+        )
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """Logits of the next target token, see ``Seq2SeqTransformer``."""
@@ -120,16 +138,16 @@ class Seq2SeqTask(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forgets the scores of the validation before."""
-        self._scores = Scores()
+        self._scores = self.new_scores()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Predicts the words of a batch and scores them."""
         self.score_batch(batch, self._scores)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val/loss``, ``val/support``, ``val/per`` and ``val/wer``."""
+        """Logs ``val/loss``, ``val/support`` and the metrics, such as ``val/per`` and ``val/wer``."""
         for name, value in self._scores.metrics().items():
-            self.log(f"val/{name}", value, prog_bar=name == "per")
+            self.log(f"val/{name}", value, prog_bar=name == self.hparams["metrics"][0])
 
     def score_batch(self, batch: dict[str, Any], scores: Scores, decode: Decode | None = None) -> None:
         """Adds the words of an evaluation batch to ``scores``; its tensors are on the device of the task.
@@ -148,6 +166,7 @@ class Seq2SeqTask(L.LightningModule):
         scores.sources += batch["sources"]
         scores.predictions += self._decode(source) if decode is None else self._written(decode(source))
         scores.references += batch["references"]
+        scores.groups += batch.get("groups") or [""] * len(source)
 
     @torch.no_grad()
     def predict_words(self, words: Sequence[str], *, batch_size: int = 512) -> list[list[str]]:
@@ -178,23 +197,22 @@ class Seq2SeqTask(L.LightningModule):
         optimizer = torch.optim.AdamW(
             self.parameter_groups(), lr=self.hparams["learning_rate"], betas=(0.9, 0.98), eps=1e-9, fused=fused
         )
-        warmup = self.hparams["warmup_steps"]
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, warmup, total))
+        warmup, kind, dim = (
+            self.warmup_steps(total),
+            self.hparams["schedule"],
+            self.model.target_embedding.tokens.embedding_dim,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: rate_factor(step, warmup, total, schedule=kind, dim=dim)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def warmup_steps(self, total: int) -> int:
+        """Steps in which the learning rate rises, of so many in all."""
+        given = self.hparams["warmup_steps"]
+        return round(self.hparams["warmup"] * total) if given is None else int(given)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Weight matrices; biases and norms, which do not decay; α, which has a learning rate of its own."""
         rates = {"lr": self.hparams["learning_rate"], "alpha_lr": self.hparams["alpha_learning_rate"]}
         return alpha_param_groups(self.model, **rates, weight_decay=self.hparams["weight_decay"], strict=False)
-
-
-def rate_factor(step: int, warmup: int, total: int) -> float:
-    """Share of the highest learning rate at a step (from 0): a linear rise, then a linear fall to zero.
-
-    Example:
-        >>> [rate_factor(step, 2, 6) for step in range(7)]
-        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
-    """
-    rise = (step + 1) / max(1, warmup)
-    fall = (total - step) / max(1, total - warmup)
-    return max(0.0, min(1.0, rise, fall))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["merge_pieces", "word_groups"]
+__all__ = ["merge_pieces", "own_word_weight", "word_groups"]
 
 # SentencePiece and byte-level BPE mark the first piece of a word.
 _STARTS = ("▁", "Ġ", "Ċ")
@@ -88,6 +88,38 @@ def merge_pieces(weights: Tensor, query_groups: Sequence[int], key_groups: Seque
             )
     rows, columns = _membership(query_groups, weights), _membership(key_groups, weights)
     return (rows / rows.sum(-1, keepdim=True)) @ weights @ columns.mT
+
+
+def own_word_weight(weights: Tensor, groups: Sequence[int]) -> Tensor:
+    """Weight that each piece gives to the other pieces of its own word, in self-attention.
+
+    Averaged over texts this tells the heads that merge the pieces of words.
+
+    Args:
+        weights: (..., L, L).
+        groups: the word of each position, L numbers as :func:`word_groups` gives them.
+
+    Returns:
+        (..., L); NaN for a word of one piece.
+
+    Raises:
+        ValueError: if the weights are not square, or the numbers of groups are not those of positions.
+
+    Example:
+        >>> own_word_weight(torch.tensor([[0.2, 0.8, 0.0], [0.7, 0.2, 0.1], [0.0, 0.0, 1.0]]), [0, 0, 1])
+        tensor([0.8000, 0.7000,    nan])
+
+    Reference:
+        Correia, Niculae & Martins 2019, "Adaptively Sparse Transformers", section 5.2.
+    """
+    if weights.dim() < 2 or weights.shape[-1] != weights.shape[-2] or len(groups) != weights.shape[-1]:
+        raise ValueError(
+            "groups must have one number for each position of weights (..., L, L), "
+            f"got {len(groups)} for {tuple(weights.shape)}"
+        )
+    index = torch.tensor(groups, device=weights.device)
+    others = (index[:, None] == index) & ~torch.eye(len(groups), dtype=torch.bool, device=weights.device)
+    return (weights * others).sum(-1).masked_fill(~others.any(-1), torch.nan)
 
 
 def _membership(groups: Sequence[int], like: Tensor) -> Tensor:

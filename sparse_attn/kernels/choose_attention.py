@@ -1,6 +1,7 @@
 """The one place that says what runs an attention call, and brings its tensors into shape for that.
 
-fused        `functions.fused`: without a tensor of scores, where a backend has such kernels
+fused        `functions.fused`: without a tensor of scores, by Triton
+native       `functions.native`: likewise on a CPU, in C
 in blocks    `functions.blockwise`: over blocks of queries, where scores are many
 one matrix   `ops.attention`: all scores at once, under every transform, and where the weights are asked for
 """
@@ -20,6 +21,7 @@ from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.alpha import split_alpha
 from sparse_attn.kernels.functions.blockwise import blockwise_attention
 from sparse_attn.kernels.functions.fused import fused_attention
+from sparse_attn.kernels.functions.native import native_attention
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.masks import check_mask, dense_mask, described_causal
 from sparse_attn.transforms import values_known
@@ -29,7 +31,7 @@ from sparse_attn.versions import is_exporting
 _LARGE = 2**18
 
 
-class Call(NamedTuple):
+class Call(NamedTuple):  # taken apart by names: Dynamo before torch 2.9 cannot slice one
     """The arguments of an attention call; shapes and meanings as in :func:`sparse_attn.entmax_attention`."""
 
     query: Tensor
@@ -45,9 +47,24 @@ class Call(NamedTuple):
 
 def choose_attention(call: Call) -> Callable[[Call], Tensor] | None:
     """The function that computes (..., H, L, Dv) of a call without its weights; None where one matrix has to do."""
+    if _is_native(call):
+        return _native
     if _can_fuse(call):
         return _fused
     return _in_blocks if _can_block(call) else None
+
+
+def attend_packed(call: Call, query_starts: Tensor, key_starts: Tensor) -> Tensor | None:
+    """The output of packed sequences in one call of the kernel in C; None where each has to be computed by itself.
+
+    The call has query (1, H, L, D), key (1, Hk, S, D), value (1, Hk, S, Dv) and no mask; lengths are checked.
+    """
+    if not _is_native(call):
+        return None
+    q, k, v, alpha, _, offset, _ = _in_heads(call)
+    setting = Setting(0.0, call.scale, call.dropout_p, offset, call.k)
+    starts = (query_starts.to(torch.int64).contiguous(), key_starts.to(torch.int64).contiguous())
+    return native_attention(q, k, v, alpha, None, setting, *starts)
 
 
 def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,13 +73,13 @@ def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
         return key, value
     group = query.shape[-3] // key.shape[-3]
     # Torch before 2.13 exports ``repeat_interleave`` with a fixed length.
-    repeated = (x.unsqueeze(-3).expand(*x.shape[:-2], group, *x.shape[-2:]).flatten(-4, -3) for x in (key, value))
-    return next(repeated), next(repeated)
+    repeated = [x.unsqueeze(-3).expand(*x.shape[:-2], group, *x.shape[-2:]).flatten(-4, -3) for x in (key, value)]
+    return repeated[0], repeated[1]
 
 
 def _can_fuse(call: Call) -> bool:
     """Whether the fused kernels take a call: not in an export, a transform or forward mode, and not in float64."""
-    query, key, value = call.query, call.key, call.value  # Dynamo before torch 2.9 cannot slice a named tuple
+    query, key, value = call.query, call.key, call.value
     if call.k is not None or not dispatch.by_triton(query, _autocast_dtype(query)):
         return False
     if is_exporting() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -70,6 +87,19 @@ def _can_fuse(call: Call) -> bool:
     plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in (query, key, value)) or torch.compiler.is_compiling()
     fits = max(query.shape[-1], value.shape[-1]) <= dispatch.fused_plan().LARGEST_HEAD
     return plain and fits and min(*query.shape, *key.shape, *value.shape) > 0
+
+
+def _is_native(call: Call) -> bool:
+    """Whether the kernel in C takes a call: not in an export, a transform or forward mode."""
+    query, key, value = call.query, call.key, call.value
+    if not dispatch.by_c(query.device) or forward_ad._current_level >= 0:
+        return False
+    if torch.compiler.is_compiling():
+        if is_exporting() or torch._C._are_functorch_transforms_active():
+            return False
+    elif not values_known(query, key, value):
+        return False
+    return query.numel() > 0 and key.numel() > 0 and value.numel() > 0
 
 
 def _can_block(call: Call) -> bool:
@@ -81,34 +111,69 @@ def _can_block(call: Call) -> bool:
     return call.query.shape[-2] * call.key.shape[-2] >= _LARGE
 
 
-def _fused(call: Call) -> Tensor:
-    """By the fused kernels, which take (N, H, L, D), fewer heads of keys and values, and a mask of four dimensions."""
-    dtype = _autocast_dtype(call.query)
-    query, key, value = (x if dtype is None else x.to(dtype) for x in (call.query, call.key, call.value))
-    alpha, dropout_p, scale = call.alpha, call.dropout_p, call.scale
-    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    heads, key_heads = (1, 1)
-    if query.dim() > 2:
-        key_heads = max(key.shape[-3], value.shape[-3])
-        heads = max(query.shape[-3], key_heads)
-    shape = (*batch, *(() if query.dim() == 2 else (heads,)), query.shape[-2], key.shape[-2])
+class _Heads(NamedTuple):
+    """A call as fused and native kernels take it; scores have the shape (..., H, L, S)."""
+
+    query: Tensor  # (N, H, L, D)
+    key: Tensor  # (N, Hk, S, D), Hk a divisor of H
+    value: Tensor  # (N, Hk, S, Dv)
+    alpha: float | Tensor  # a number or (H,)
+    mask: Tensor | None  # (N or 1, H or 1, L or 1, S or 1)
+    offset: int | None
+    output: tuple[int, ...]  # the shape that the call asks for
+
+
+def _in_heads(call: Call) -> _Heads:
+    query, key, value = call.query, call.key, call.value
+    dtype = _autocast_dtype(query)
+    if dtype is not None:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    sizes, key_sizes, value_sizes = query.shape, key.shape, value.shape
+    if len(sizes) == 4 and key_sizes[:2] == value_sizes[:2] and sizes[0] == key_sizes[0] and sizes[1] >= key_sizes[1]:
+        batch, heads, key_heads = sizes[:1], sizes[1], key_sizes[1]
+    else:
+        batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+        heads, key_heads = (1, 1)
+        if query.dim() > 2:
+            key_heads = max(key.shape[-3], value.shape[-3])
+            heads = max(query.shape[-3], key_heads)
+    shape = (*batch, *(() if len(sizes) == 2 else (heads,)), sizes[-2], key_sizes[-2])
     mask, offset = _mask_and_offset(call.mask, call.is_causal, shape, query.device)
     if mask is not None:
         mask = _four_dimensions(mask, shape)
-    if not isinstance(alpha, Tensor):
+    alpha = call.alpha
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(query.device).expand(heads, 1, 1).reshape(heads)
+    else:
         check_alpha(alpha)
+    output = (*shape[:-1], value_sizes[-1])
+    if len(batch) == 1 and sizes[:2] == (*batch, heads) and key_sizes[:2] == value_sizes[:2] == (*batch, key_heads):
+        return _Heads(query, key, value, alpha, mask, offset, output)
     q, k, v = (
         x.expand(*batch, n, *x.shape[-2:]).reshape(-1, n, *x.shape[-2:])
         for x, n in ((query, heads), (key, key_heads), (value, key_heads))
     )
+    return _Heads(q, k, v, alpha, mask, offset, output)
+
+
+def _fused(call: Call) -> Tensor:
+    """By the fused kernels."""
+    q, k, v, alpha, mask, offset, shape = _in_heads(call)
     if not isinstance(alpha, Tensor) and alpha == 1:
-        output = _softmax(q, k, v, mask, dropout_p, offset, scale)
+        output = _softmax(q, k, v, mask, call.dropout_p, offset, call.scale)
     else:
-        if isinstance(alpha, Tensor):
-            alpha = alpha.to(query.device).expand(heads, 1, 1).reshape(heads)
-        lengths = None if mask is None else _lengths(mask, len(q), shape[-1])
-        output = fused_attention(q, k, v, alpha, mask, dropout_p, offset, scale=scale, key_lengths=lengths)
-    return output.reshape(*shape[:-1], value.shape[-1])
+        lengths = None if mask is None else _lengths(mask, len(q), k.shape[2])
+        tensors, numbers = (q, k, v, alpha, mask), (call.dropout_p, offset)
+        output = fused_attention(*tensors, *numbers, scale=call.scale, key_lengths=lengths)
+    return output.reshape(shape)
+
+
+def _native(call: Call) -> Tensor:
+    """By the kernel in C, which also knows ``k``."""
+    q, k, v, alpha, mask, offset, shape = _in_heads(call)
+    setting = Setting(0.0, call.scale, call.dropout_p, offset, call.k)
+    output = native_attention(q, k, v, alpha, mask, setting)
+    return output if output.shape == shape else output.reshape(shape)
 
 
 def _in_blocks(call: Call) -> Tensor:

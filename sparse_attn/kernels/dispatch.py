@@ -1,4 +1,7 @@
-"""The one place that chooses who computes a mapping: kernels where there are any for a tensor, else plain torch."""
+"""Chooses the backend that computes rows and products: kernels where a tensor has any, plain torch otherwise.
+
+No other module above the backends imports one.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.kernels import triton
+from sparse_attn.kernels.cpu import attention as native_attention
 from sparse_attn.kernels.cpu import products as sparse_products
 from sparse_attn.kernels.cpu import rows
 from sparse_attn.kernels.plain import products as dense_products
@@ -26,7 +30,7 @@ _forced: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
 def backends() -> dict[str, str]:
-    """What there is to compute with, in the order in which it is chosen, and how it runs or why it cannot.
+    """The backends in order of preference: how each runs, or why it cannot.
 
     Example:
         >>> list(backends())
@@ -39,7 +43,7 @@ def backends() -> dict[str, str]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Compute with one backend alone while the context lasts, in this thread.
+    """Compute with one backend only, in this thread, until the context ends.
 
     Args:
         name: A key of :func:`backends`. What a backend has no kernel for is still computed by torch. "triton" computes
@@ -118,22 +122,27 @@ def fused_kernels() -> ModuleType:
     return importlib.import_module("sparse_attn.kernels.triton.attention.entry")
 
 
+def native_kernels() -> ModuleType:
+    """The module of attention in C: for tensors of a device of which :func:`by_c` is true."""
+    return native_attention
+
+
 def fused_plan() -> ModuleType:
     """Sizes of the fused kernels and of what they keep for a backward, for which Triton need not be there."""
     return plan
 
 
 def by_triton(x: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether kernels in Triton compute with ``x``: they answer an α out of range with NaN, since nobody looks at it.
+    """Whether kernels in Triton compute with ``x``, or with ``x`` cast to ``dtype``.
 
-    A look would make the host wait for the device, at every call.
+    They give NaN for an α out of range: checking it would make the host wait for the device at every call.
     """
     return (x.dtype if dtype is None else dtype) in _TRITON_DTYPES and _triton_computes(x.device.type)
 
 
 def _triton_computes(device: str) -> bool:
-    """What is compiled stays with the backend that there was then."""
-    if device == "cpu":  # in the interpreter alone, see use_backend
+    """Constant in compiled code: it keeps the backend that was chosen when it was compiled."""
+    if device == "cpu":  # only in the interpreter, see use_backend
         return _forced.get() == "triton" and triton.interpreted()
     if device != "cuda" or _forced.get() not in (None, "triton"):
         return False
@@ -156,5 +165,17 @@ def _triton_rows() -> ModuleType:
     return importlib.import_module("sparse_attn.kernels.triton.rows")  # which imports Triton
 
 
+def by_c(device: torch.device) -> bool:
+    """Whether kernels in C compute with tensors of a device."""
+    return _c_computes(device.type)
+
+
+def _c_computes(device: str) -> bool:
+    return device == "cpu" and _forced.get() in (None, "compiled") and rows.available()
+
+
 def _compiled(x: Tensor) -> bool:
-    return x.device.type == "cpu" and _forced.get() in (None, "compiled") and rows.available()
+    return by_c(x.device)
+
+
+_c_computes._dynamo_marked_constant = True  # type: ignore[attr-defined] # as above

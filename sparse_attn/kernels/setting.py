@@ -13,3 +13,4 @@ class Setting(NamedTuple):
     dropout_p: float
     offset: int | None  # causal: query i sees the keys up to i + offset; None: every query sees every key
     k: int | None = None  # how many keys a query keeps; None: all
+    left: int | None = None  # query i sees no key before i - left; None: no limit

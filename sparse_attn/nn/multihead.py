@@ -188,10 +188,14 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             self._check_cache(cache, query.shape[0 if batch_first else 1], is_causal, rotary)
         q, k, v = self._project(query, key, value, batch_first=batch_first, cache=cache, rotary=rotary)
         to_keep, offset = (k, v), 0 if cache is None else k.shape[-2] - q.shape[-2]
+        own_bias = None if self.positions is None else self.positions.bias(places(offset, q), places(0, k))
         mask, is_causal = multihead_mask(
-            *(attn_mask, key_padding_mask, position_bias),
-            None if self.positions is None else self.positions.bias(places(offset, q), places(0, k)),
-            *(self.window, is_causal),
+            attn_mask,
+            key_padding_mask,
+            position_bias,
+            own_bias,
+            self.window,
+            is_causal,
             shape=(*q.shape[:-1], k.shape[-2]),
             offset=offset,
             device=q.device,

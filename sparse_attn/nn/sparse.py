@@ -99,9 +99,9 @@ class SparseAttention(HoldsAlpha):
         mapping = entmax_mapping(alpha, heads) if self.k is None else topk_mapping(self.k, alpha, heads)
         dropout_p = self.dropout if self.training else 0.0
         arguments = (attn_mask, dropout_p, is_causal)
-        looked_at = weights_are_observed()
-        output, weights = attend(query, key, value, mapping, *arguments, scale=self.scale, need_weights=looked_at)
-        if looked_at and weights is not None:
+        observed = weights_are_observed()
+        output, weights = attend(query, key, value, mapping, *arguments, scale=self.scale, need_weights=observed)
+        if observed and weights is not None:
             visible = visible_pairs(attn_mask, is_causal, weights)
             if weights.dim() == 3:  # one head
                 weights = weights.unsqueeze(1)

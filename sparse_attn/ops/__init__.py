@@ -7,6 +7,7 @@ from sparse_attn.ops.losses import entmax15_loss, entmax_loss, sparsemax_loss
 from sparse_attn.ops.normmax import normmax
 from sparse_attn.ops.support import support_size, tau
 from sparse_attn.ops.topk import sparse_softmax, topk_softmax
+from sparse_attn.ops.varlen import entmax_attention_varlen
 
 __all__ = [
     "budget_sparsemax",
@@ -14,6 +15,7 @@ __all__ = [
     "entmax15",
     "entmax15_loss",
     "entmax_attention",
+    "entmax_attention_varlen",
     "entmax_loss",
     "normmax",
     "sparse_softmax",

@@ -110,6 +110,7 @@ def _data(view: AttentionView) -> tuple[dict[str, Any], dict[str, str]]:
         "title": view.title,
         "first": view.first,
         "examples": view.examples,
+        "labels": list(view.labels),
         "texts": [{"tokens": tokens, "words": word_groups(tokens)} for tokens in texts],
         "masks": list(masks),
         "layers": layers,

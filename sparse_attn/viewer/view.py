@@ -27,6 +27,15 @@ class AttentionView:
     """Attention to look at; made by :func:`attention_view`.
 
     A notebook shows it when it is the last value of a cell.
+
+    Attributes:
+        layers: what is shown.
+        title: of the page.
+        examples: their numbers in the batch.
+        first: which of them the page begins with, and pictures show.
+        courses: run -> layer -> head -> α by step.
+        labels: a name for each example; without, it goes by its tokens.
+        sections: heading and HTML of what else the page tells, in a view of its own.
     """
 
     layers: list[Layer] = field(repr=False)
@@ -34,6 +43,7 @@ class AttentionView:
     examples: list[int] = field(repr=False)
     first: int = field(repr=False)
     courses: Courses = field(repr=False)
+    labels: Sequence[str] = field(default=(), repr=False)
     sections: Sequence[tuple[str, str]] = field(default=(), repr=False)
 
     def html(self) -> str:
@@ -69,7 +79,7 @@ class AttentionView:
         ending = path.suffix.lower()
         if ending not in (".html", *PICTURES):
             raise ValueError(f"path must end in .html, {', '.join(PICTURES)}, got {str(path)!r}")
-        chosen = self._layer_number(layer)
+        chosen = None if layer is None else self.layer_number(layer)
         self._check_head(chosen, head)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"path must lie in a folder that exists, got {str(path)!r}")
@@ -82,15 +92,21 @@ class AttentionView:
         _replace(path, content)
         return path
 
-    def _layer_number(self, layer: int | str | None) -> int | None:
+    def layer_number(self, layer: int | str) -> int:
+        """The place of a layer, given by its number or name.
+
+        Raises:
+            TypeError: if it is neither.
+            ValueError: if there is no such layer.
+        """
         names = [each.name for each in self.layers]
         if isinstance(layer, str):
             if layer not in names:
                 raise ValueError(f"layer must be one of {', '.join(map(repr, names))}, got {layer!r}")
             return names.index(layer)
-        if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int)):
+        if isinstance(layer, bool) or not isinstance(layer, int):
             raise TypeError(f"layer must be a number or a name, got {type(layer).__name__}")
-        if layer is not None and not 0 <= layer < len(names):
+        if not 0 <= layer < len(names):
             raise ValueError(f"layer must be from 0 to {len(names) - 1}, got {layer}")
         return layer
 

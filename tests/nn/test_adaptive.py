@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracles import bisect_entmax
 from torch import Tensor, nn
 
 from sparse_attn import AdaptiveSparseMultiheadAttention, alpha_per_head
@@ -20,19 +21,6 @@ ALPHAS = (1.0, 1.5, 2.0)
 
 def layer_of(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
     return AdaptiveSparseMultiheadAttention(E, H, **{"batch_first": True, **kwargs})
-
-
-def bisected_entmax(z: Tensor, alpha: float) -> Tensor:
-    """α-entmax of the last dimension by bisection on the threshold of its textbook form."""
-    if alpha == 1.0:
-        return z.softmax(-1)
-    z = (alpha - 1) * z
-    low, high = z.amax(-1, keepdim=True) - 1, z.amax(-1, keepdim=True)
-    for _ in range(60):
-        middle = (low + high) / 2
-        enough = (z - middle).clamp(min=0).pow(1 / (alpha - 1)).sum(-1, keepdim=True) >= 1
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return (z - low).clamp(min=0).pow(1 / (alpha - 1))
 
 
 def by_hand(
@@ -49,7 +37,7 @@ def by_hand(
         heads = []
         for h, alpha in enumerate(alphas):
             part = slice(h * D, (h + 1) * D)
-            weights = bisected_entmax(q[n, :, part] @ k[n, :, part].T / math.sqrt(D), alpha)
+            weights = bisect_entmax(q[n, :, part] @ k[n, :, part].T / math.sqrt(D), alpha)
             maps.append(weights)
             heads.append(weights @ v[n, :, part])
         rows.append(torch.cat(heads, -1))

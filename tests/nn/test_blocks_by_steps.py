@@ -2,65 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from blocks import ALONE, MAKE_POSITIONS, TOGETHER, D, E, H, N, S, T, layer_of, short
+from torch import Tensor
 
 from sparse_attn import (
-    NAPE,
     AdaptiveSparseMultiheadAttention,
-    ALiBi,
     KVCache,
-    Positions,
     RotaryPositions,
     TopKMultiheadAttention,
 )
 from sparse_attn.nn import SparseMultiheadAttention
 
-N, T, S, H, D = 2, 7, 5, 6, 10
-E = H * D
-MAKE_POSITIONS: dict[str, Callable[[], Positions | None]] = {
-    "none": lambda: None,
-    "rotary": lambda: RotaryPositions(D),
-    "alibi": lambda: ALiBi(H),
-    "nape": lambda: NAPE(H),
-}
 OPTIONS = [
     {"num_kv_heads": heads, "window": window, "qk_norm": norm, "positions": positions, "length_scaling": scaling}
     for heads, window, norm, positions, scaling in product(
         (H, 3, 1), (None, (2, 0)), (False, True), MAKE_POSITIONS, (False, True)
     )
 ]
-ALONE: list[dict[str, Any]] = [
-    {"num_kv_heads": 2},
-    {"num_kv_heads": 1},
-    {"window": 2},
-    {"qk_norm": True},
-    {"positions": "rotary"},
-    {"positions": "alibi"},
-    {"positions": "nape"},
-    {"length_scaling": True},
-]
-TOGETHER = {"num_kv_heads": 3, "window": (3, 1), "qk_norm": True, "positions": "nape", "length_scaling": True}
-
-
-def short(options: dict[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in options.items() if value not in (None, False, "none", H))
-
-
-def layer_of(options: dict[str, Any], kind: type[SparseMultiheadAttention] = AdaptiveSparseMultiheadAttention) -> Any:
-    options = {**options, "positions": MAKE_POSITIONS[options.get("positions", "none")]()}
-    if kind is TopKMultiheadAttention:
-        options["k"] = 3
-    layer = kind(E, H, batch_first=True, dtype=torch.float64, **options)
-    for name, parameter in layer.named_parameters():
-        if name != "raw_alpha":  # weights of norms that are all one, and biases of zero, would hide much
-            nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
-    return layer
 
 
 def steps(layer: SparseMultiheadAttention, x: Tensor, sizes: list[int], padding: Tensor | None) -> tuple[Tensor, Any]:

@@ -215,7 +215,7 @@ def test_trap_5_is_causal_without_a_mask_builds_the_causal_one(
     causal = torch.ones(S, S, dtype=torch.bool).triu(1)
     kwargs = {"key_padding_mask": masks[padding], "need_weights": need_weights}
     expected = layer(x, x, x, attn_mask=causal, **kwargs)
-    torch.testing.assert_close(layer(x, x, x, is_causal=True, **kwargs), expected, rtol=0, atol=0)
+    torch.testing.assert_close(layer(x, x, x, is_causal=True, **kwargs), expected, rtol=1e-9, atol=1e-12)
 
 
 # Trap 6: a query that sees nothing gets zero weights; its output is the out-projection's bias.

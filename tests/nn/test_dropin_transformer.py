@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from inspect import signature
 from itertools import product
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from switches import fast_path
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -73,16 +74,6 @@ STACK: dict[str, dict[str, tuple[Any, ...]]] = {
         "custom_decoder": (False, True),
     },
 }
-
-
-@contextmanager
-def fast_path(enabled: bool) -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(enabled)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 WAYS: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[], Any]]] = {

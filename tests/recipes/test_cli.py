@@ -93,7 +93,7 @@ def test_train_help_lists_groups_and_keys(command, flag):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("experiment=g2p2021", "unknown experiment 'g2p2021', did you mean 'g2p2020'?; allowed: characters, "),
+        ("experiment=g2p2019", "unknown experiment 'g2p2019', did you mean 'g2p2021'?; allowed: characters, "),
         ("model=huge", "unknown model 'huge'; allowed: base, small"),
         ("seeds=1", "unknown key 'seeds', did you mean 'seed'?; allowed: callbacks, data, experiment, logger, "),
         ("trainer.epochs=1", "unknown key 'trainer.epochs', did you mean 'max_epochs'?; allowed in trainer: "),

@@ -16,10 +16,11 @@ from recipes.launch import config_dir, config_groups
 from recipes.seq2seq.attention import ATTENTION_KINDS
 from recipes.seq2seq.data import Seq2SeqData
 from recipes.seq2seq.model import Seq2SeqTransformer
+from recipes.seq2seq.schedules import check_schedule
 from recipes.seq2seq.task import Seq2SeqTask
 
 FILES = sorted(config_dir().rglob("*.yaml"))
-COMMANDS = ("train", "evaluate", "predict", "inspect")
+COMMANDS = ("train", "evaluate", "predict", "inspect", "compare")
 OPTIONS = [
     f"{group}={file.stem}" for group in config_groups() for file in sorted((config_dir() / group).glob("*.yaml"))
 ]
@@ -36,7 +37,16 @@ def name(file) -> str:
 
 def test_there_are_configs():
     assert {name(file) for file in FILES} >= {f"{command}.yaml" for command in COMMANDS}
-    assert set(config_groups()) == {"callbacks", "data", "experiment", "logger", "model", "paths", "trainer"}
+    assert set(config_groups()) == {
+        "callbacks",
+        "data",
+        "experiment",
+        "logger",
+        "model",
+        "paths",
+        "schedule",
+        "trainer",
+    }
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
@@ -46,7 +56,9 @@ def test_every_file_begins_with_the_command_that_launches_it(file):
     command = re.fullmatch(r"# sparse-attn (\w+)(.*)", first)
     assert command, first
     optional = re.sub(r"\[.*?\]", "", command[2])
-    overrides = [argument for argument in shlex.split(optional) if not argument.startswith("hydra.run.dir=")]
+    # A folder without a key is for the command itself.
+    given = [argument for argument in shlex.split(optional) if "=" in argument]
+    overrides = [argument for argument in given if not argument.startswith("hydra.run.dir=")]
     assert composed(command[1], *overrides)
     group = file.parent.name
     if group in config_groups() and group not in ("paths", "trainer"):
@@ -73,6 +85,8 @@ def test_every_key_binds_to_what_it_configures(option):
         )
     for section in ("optimizer", "loss"):
         check_arguments(Seq2SeqTask, section, settings[section])
+    check_arguments(check_schedule, "schedule", settings["schedule"])
+    check_schedule(**settings["schedule"])
     check_arguments(L.Trainer, "trainer", settings["trainer"])
     build_callbacks(settings["callbacks"])
     for node in settings["logger"].values():

@@ -1,11 +1,16 @@
 import csv
+import html
+import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from recipes.inspect import inspect
 from recipes.launch import run_hydra
+from recipes.report.words import read_batch
 from recipes.run import load_run
 from sparse_attn import alpha_per_head
 
@@ -15,12 +20,16 @@ KINDS = (
     "decoder.layers.{}.multihead_attn",
 )
 LAYERS = [name.format(layer) for name in KINDS for layer in range(2)]
-FILES = ["alpha.png", "alpha_course.png", "attention.png", "heads.csv", "report.html"]
+FILES = ["alpha.png", "alpha_course.png", "attention.png", "heads.csv", "numbers.json", "report.html", "rollout.png"]
 
 
 @pytest.fixture(autouse=True)
 def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recipes.report.plots.DPI", 50)
+
+
+def page_of(run: Path) -> str:
+    return html.unescape((run / "report" / "report.html").read_text(encoding="ascii"))
 
 
 def run_inspect(*arguments: str) -> None:
@@ -65,16 +74,16 @@ def test_another_run_is_measured_on_the_same_words(run_folder: Path, capsys: pyt
     for layer in LAYERS:
         _, ours, theirs = lines_after(out, layer, 3)
         assert theirs == ["other", *ours[1:]]
-    assert "density, other" in (run_folder / "report" / "report.html").read_text(encoding="utf-8")
+    assert "density, other" in page_of(run_folder)
     assert not (other / "report").exists()
 
 
 def test_the_word_to_draw_can_be_chosen(run_folder: Path) -> None:
     run_inspect(f"run={run_folder}", "word=cabbac")
-    page = (run_folder / "report" / "report.html").read_text(encoding="utf-8")
+    page = page_of(run_folder)
     assert "Attention for one word: cabbac →" in page
     run_inspect(f"run={run_folder}")
-    assert "Attention for one word: acacia →" in (run_folder / "report" / "report.html").read_text(encoding="utf-8")
+    assert "Attention for one word: acacia →" in page_of(run_folder)
 
 
 def test_only_the_validation_words_are_needed(run_folder: Path) -> None:
@@ -85,7 +94,7 @@ def test_only_the_validation_words_are_needed(run_folder: Path) -> None:
     run_inspect(f"run={run_folder}")
     report = run_folder / "report"
     assert sorted(path.name for path in report.iterdir()) == [name for name in FILES if name != "alpha_course.png"]
-    page = (report / "report.html").read_text(encoding="utf-8")
+    page = page_of(run_folder)
     assert "This run recorded no α." in page and "None: the training was stopped before its end." in page
 
 
@@ -95,13 +104,25 @@ def test_only_the_validation_words_are_needed(run_folder: Path) -> None:
         (["run=nowhere"], "no run folder 'nowhere'"),
         (["compare=nowhere"], "no run folder 'nowhere'"),
         (["word=''"], "word must hold at least one character, got ''"),
-        (["wrd=cab"], "unknown key 'wrd', did you mean 'word'?"),
+        (["words=[]"], "words must hold at least one character, got []"),
+        (["words=[cab,'']"], "words must hold at least one character, got ['cab', '']"),
+        (["words=[cab]", "word=bac"], "only one of words, word and input can be given, got words and word"),
+        (["input=nowhere"], "cannot read the input file 'nowhere'"),
+        (["figures=gif"], "figures must be one of png, svg, pdf, got 'gif'"),
+        (["align.heads=few"], "align.heads must be one of any, most, all, best, got 'few'"),
+        (["align.layer=2"], "align.layer must be all or a number from -2 to 1, got 2"),
+        (["worth_words=0"], "worth_words must be a whole number of at least 1, got 0"),
+        (["alignments=nowhere/file"], "cannot write the file"),
+        (["text=cab"], "text is for model=DIR"),
+        (["model=nowhere"], "only one of run and model can be given"),
+        (["run=null"], "run has no value; give it as run=DIR"),
+        (["wrds=cab"], "unknown key 'wrds', did you mean 'words'?"),
     ],
 )
 def test_wrong_input_is_one_line(
     run_folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    given = arguments if arguments[0].startswith("run=") else [f"run={run_folder}", *arguments]
+    given = arguments if arguments[0] in ("run=nowhere", "run=null") else [f"run={run_folder}", *arguments]
     with pytest.raises(SystemExit) as stopped:
         run_inspect(*given)
     assert stopped.value.code == 2
@@ -114,3 +135,82 @@ def test_a_course_that_cannot_be_read_is_one_line(run_folder: Path, capsys: pyte
     with pytest.raises(SystemExit):
         run_inspect(f"run={run_folder}")
     assert "alpha.csv:3: a line must be step,layer,head,alpha" in capsys.readouterr().err
+
+
+def numbers_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "report" / "numbers.json").read_text(encoding="utf-8"))
+
+
+def test_the_words_to_look_at_can_be_chosen(run_folder: Path, tmp_path: Path) -> None:
+    run_inspect(f"run={run_folder}", "words=[cab,bacca]")
+    assert [entry["word"] for entry in numbers_of(run_folder)["words"]] == ["cab", "bacca"]
+    task = load_run(run_folder).task
+    outputs = [task.target_tokenizer.join(tokens) for tokens in task.predict_words(["cab", "bacca"])]
+    assert [entry["output"] for entry in numbers_of(run_folder)["words"]] == outputs
+    file = tmp_path / "words.txt"
+    file.write_text("dada\n\nabba\n", encoding="utf-8")
+    run_inspect(f"run={run_folder}", f"input={file}")
+    assert [entry["word"] for entry in numbers_of(run_folder)["words"]] == ["dada", "abba"]
+
+
+def test_the_page_can_be_played_with(run_folder: Path) -> None:
+    run_inspect(f"run={run_folder}", "words=[cab,bacca]")
+    page = (run_folder / "report" / "report.html").read_text(encoding="ascii")
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert data["labels"] == ["cab", "bacca"] and [layer["name"] for layer in data["layers"]] == LAYERS
+    with (run_folder / "report" / "heads.csv").open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    density = [value for layer in data["layers"] for value in layer["numbers"]["density"]]
+    assert density == pytest.approx([float(row["density"]) for row in rows], abs=5.1e-5)
+    cross = data["layers"][-1]["maps"][1]
+    texts = [data["texts"][cross[side]]["tokens"] for side in ("queries", "keys")]
+    assert texts[1] == [*"bacca", "<eos>"] and texts[0][-1] == "<eos>"
+    assert list(data["courses"]) == ["finished"]
+
+
+def test_alignments_are_the_pairs_that_heads_give_weight(run_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "words.txt"
+    file.write_text("dada\n\nabba\n", encoding="utf-8")
+    out = tmp_path / "pairs.txt"
+    found = {}
+    for rule in ("any", "most", "all", "best"):
+        run_inspect(f"run={run_folder}", f"input={file}", f"alignments={out}", f"align.heads={rule}", "baselines=false")
+        found[rule] = out.read_text(encoding="utf-8").splitlines()
+    read = read_batch(load_run(run_folder).task, ["dada", "abba"])
+    weights = read.record[LAYERS[-1]].weights
+    assert weights is not None
+    for index, line in {0: 0, 1: 2}.items():
+        counts = (weights[index, :, : len(read.written[index]) - 1, :4] != 0).sum(0)
+        for rule, least in {"any": 1, "most": 2, "all": 3}.items():
+            expected = {f"{key}-{query}" for query, key in (counts >= least).nonzero().tolist()}
+            assert set(found[rule][line].split()) == expected
+        assert len(found["best"][line].split()) == len(read.written[index]) - 1
+    assert all(lines[1] == "" and len(lines) == 3 for lines in found.values())
+
+
+def test_what_a_head_is_worth(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_inspect(f"run={run_folder}", "worth=true", "worth_words=3")
+    out = capsys.readouterr().out
+    # 18 heads switched off, and 6 with a learnt α made dense and sparse.
+    assert "what each head is worth: 31 times 3 words, about" in out and "made dense" in out
+    heads = numbers_of(run_folder)["heads"]
+    assert all(isinstance(head["loss when switched off"], float) for head in heads)
+    assert [head["loss when made dense (α = 1)"] is None for head in heads] == [False] * 6 + [True] * 12
+    assert "What each head is worth" in page_of(run_folder)
+
+
+def test_numbers_beside_other_alphas(run_folder: Path) -> None:
+    run_inspect(f"run={run_folder}")
+    numbers = numbers_of(run_folder)
+    assert [head["density at α = 1"] for head in numbers["heads"][:6]] == [1.0] * 6
+    assert set(numbers["diversity"]) == {"learnt", "α = 1.5", "α = 1"}
+    assert all(0 <= value <= math.log(3) for by_layer in numbers["diversity"].values() for value in by_layer.values())
+    run_inspect(f"run={run_folder}", "baselines=false")
+    assert set(numbers_of(run_folder)["diversity"]) == {"learnt"}
+
+
+def test_pictures_in_another_format_and_folder(run_folder: Path, tmp_path: Path) -> None:
+    run_inspect(f"run={run_folder}", "figures=svg", f"output={tmp_path / 'out' / 'here'}")
+    written = sorted(path.name for path in (tmp_path / "out" / "here").iterdir())
+    assert written == sorted(name.replace(".png", ".svg") for name in FILES)
+    assert not (run_folder / "report").exists()

@@ -97,7 +97,7 @@ def test_a_run_that_was_moved_goes_on_where_it_is(tiny_config, tmp_path):
 
 def test_best_score_is_remembered(tiny_config, tmp_path, monkeypatch):
     rates = iter([10.0, 10.0, 10.0, 20.0])  # the quick check of each epoch, then the two final scores
-    monkeypatch.setattr("recipes.seq2seq.scores.error_rates", lambda *_: {"per": next(rates, 99.0), "wer": 50.0})
+    monkeypatch.setattr("recipes.seq2seq.scores.edit_scores", lambda *_: {"per": next(rates, 99.0), "wer": 50.0})
     train(tiny_config("trainer.max_epochs=1"))
     train(resumed_config(tmp_path / "run", "trainer.max_epochs=2"))
     assert read_checkpoint(tmp_path / "run/checkpoints/best.ckpt")["global_step"] == 5

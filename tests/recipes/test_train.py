@@ -34,10 +34,10 @@ def test_a_run_folder_holds_everything(tiny_config, tmp_path, capsys):
     folder = tmp_path / "run"
     there = {path.name for path in folder.iterdir()}
     files = {"config.yaml", "overrides.yaml", "versions.json", "results.json", "metrics.csv", "alpha.csv"}
-    assert there == {*files, "checkpoints"}
+    assert there == {*files, "test_predictions.tsv", "checkpoints"}
     assert json.loads((folder / "results.json").read_text()) == results
     assert set(results) == {
-        *(f"{s}/{m}" for s in ("val", "test") for m in ("loss", "support", "per", "wer")),
+        *(f"{s}/{m}" for s in ("val", "test") for m in ("loss", "support", "per", "wer", "accuracy", "edit_distance")),
         "seconds",
     }
     config = OmegaConf.load(folder / "config.yaml")
@@ -64,8 +64,9 @@ def test_a_run_folder_holds_everything(tiny_config, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "tsv: 40 training, 7 validation and 11 test words"
     assert lines[1].endswith(f"run folder {folder}")
-    assert lines[2].startswith("epoch 1/2  step 5  train loss ")
-    assert lines[3].startswith("epoch 2/2  step 10  train loss ")
+    assert lines[2] == "2 epochs of 5 batches: 10 updates, 3 of them warm-up"
+    assert lines[3].startswith("epoch 1/2  step 5  train loss ")
+    assert lines[4].startswith("epoch 2/2  step 10  train loss ")
     text = "\n".join(lines)
     for expected in ("prediction", "reference", *LAYERS, "density", "validation", "test ", "PER", "WER"):
         assert expected in text
@@ -87,7 +88,7 @@ def test_results_are_those_of_the_best_checkpoint_on_all_words(tiny_config, tmp_
 
 def test_best_is_the_epoch_with_the_lowest_error(tiny_config, tmp_path, monkeypatch):
     rates = iter([30.0, 20.0, 25.0])
-    monkeypatch.setattr("recipes.seq2seq.scores.error_rates", lambda *_: {"per": next(rates, 1.0), "wer": 50.0})
+    monkeypatch.setattr("recipes.seq2seq.scores.edit_scores", lambda *_: {"per": next(rates, 1.0), "wer": 50.0})
     results = train(tiny_config("trainer.max_epochs=3"))
     steps, losses = {}, {}
     for name in ("best", "last"):

@@ -65,3 +65,19 @@ def test_without_matplotlib_the_error_says_what_to_install(
     with pytest.raises(ModuleNotFoundError, match=r"needs matplotlib: pip install 'sparse-attn\[viewer\]'"):
         attention_view(encoder_record(5)).save(tmp_path / "a.svg")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (" ", "␣"),
+        ("x", "x"),
+        ("\u0301", "◌\u0301"),
+        ("한a", "U+D55Ca"),
+        ("", "∅"),
+        ("\n", "U+000A"),
+        ("\ud800", "U+D800"),
+    ],
+)
+def test_printable(text: str, shown: str) -> None:
+    assert picture_module.printable(text) == shown

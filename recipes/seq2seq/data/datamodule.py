@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..metrics import BLEU_TOKENIZERS, check_metrics
 from ..tokenizer import EOS, NORMALIZATIONS, SPLITS, Tokenizer, check_choice
 from .batching import EVAL_BATCH_TOKENS, BatchByLength, Row, collate
 from .cache import Ids, cached_ids
@@ -22,6 +23,7 @@ from .tsv import ALL_LANGUAGES, LANGUAGE, check_columns, input_fields, load_tsv
 
 NAMES = ("cmudict", "tsv", "parallel", "synthetic")
 COLUMNS = ("source", "target")
+METRICS_OF_WORDS = ("per", "wer")
 # An output may be a little longer than the longest one seen in training.
 EXTRA_LENGTH = 8
 
@@ -66,6 +68,8 @@ class Seq2SeqData(L.LightningDataModule):
         max_length: Tokens of either side at most: a longer training pair is left out, a longer input cut off.
         output_length: Tokens of an output at most; None: those of the longest training target and 8 more.
         cache: A folder for encoded training data, named by their content.
+        metrics: What to score, the most important first; see ``recipes.seq2seq.metrics.METRICS``.
+        bleu_tokenize: How sacrebleu splits texts into words: ``"13a"``, or ``"none"`` for texts that are split.
 
     Raises:
         TypeError: If a size is not a whole number.
@@ -104,6 +108,8 @@ class Seq2SeqData(L.LightningDataModule):
         max_length: int = 1000,
         output_length: int | None = None,
         cache: str | None = None,
+        metrics: list[str] | None = None,
+        bleu_tokenize: str = "13a",
     ) -> None:
         super().__init__()
         files = {"train": train, "val": val, "test": test}
@@ -132,6 +138,8 @@ class Seq2SeqData(L.LightningDataModule):
             "output_length": output_length,
         }.items():
             check_optional_count(key, count)
+        check_metrics(metrics or METRICS_OF_WORDS, target_split)
+        check_choice("bleu_tokenize", bleu_tokenize, BLEU_TOKENIZERS)
         if not feature_split:
             raise ValueError("feature_split must hold at least one character, got ''")
         self.name = name
@@ -156,6 +164,8 @@ class Seq2SeqData(L.LightningDataModule):
         self.max_length = max_length
         self.output_length = output_length
         self.cache = cache
+        self.metrics = metrics or list(METRICS_OF_WORDS)
+        self.bleu_tokenize = bleu_tokenize
         self._rows: dict[str, list[Row]] = {}
         self._left_out = 0
 

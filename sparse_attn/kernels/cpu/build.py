@@ -16,7 +16,7 @@ LIBRARY = "rows.shared"  # no suffix that Python takes for an extension module
 
 _SOURCES = Path(__file__).resolve().parent
 _FLAGS = [
-    *("-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-function"),
     # Nothing of -ffast-math that would change what NaN, infinities or the order of a sum mean.
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 ]
@@ -44,13 +44,15 @@ def build(target_dir: str | Path, extra_flags: tuple[str, ...] = ()) -> Path:
     common = [*compiler, *_FLAGS, "-include", str(_SOURCES / "glibc.h"), *extra_flags]
     target = Path(target_dir) / LIBRARY
     with tempfile.TemporaryDirectory() as folder:
-        objects = [os.path.join(folder, "rows.o")]
+        objects = []
         with_x86 = ["-DWITH_X86_VARIANTS"] if len(variants) > 1 else []
-        _run([*common, *with_x86, "-c", str(_SOURCES / "rows.c"), "-o", objects[0]])
+        for source in ("threads", "rows", "attention"):
+            objects.append(os.path.join(folder, f"{source}.o"))
+            _run([*common, *with_x86, "-c", str(_SOURCES / f"{source}.c"), "-o", objects[-1]])
         for variant, flags in variants.items():
             for real in ("FLOAT", "DOUBLE"):
                 defines = [f"-DVARIANT={variant}", f"-DREAL_{real}"]
-                for source in ("row", "product"):
+                for source in ("row", "product", "attention_forward", "attention_backward"):
                     objects.append(os.path.join(folder, f"{source}_{real}_{variant}.o"))
                     _run([*common, *flags, *defines, "-c", str(_SOURCES / f"{source}.c"), "-o", objects[-1]])
         # Under another name first: a process that has the old library open keeps it.

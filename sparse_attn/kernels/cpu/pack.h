@@ -129,6 +129,44 @@ static void unpack(const real *key, real threshold, const real *packed, real fac
     }
 }
 
+/* Where the keys that take part lie. */
+static void pack_places(const real *key, real threshold, int64_t size, int32_t *places) {
+    int64_t i = 0;
+#if defined(__AVX512F__) && !defined(REAL_DOUBLE)
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; i + LANES <= size; i += LANES) {
+        const lane_mask kept = COMPARE(load(key + i), splat(threshold), _CMP_NLE_UQ);
+        const __m512i at = _mm512_add_epi32(first, _mm512_set1_epi32((int32_t)i));
+        _mm512_storeu_si512(places, _mm512_maskz_compress_epi32(kept, at));
+        places += __builtin_popcount(kept);
+    }
+#endif
+    for (; i < size; i++) {
+        *places = (int32_t)i;
+        places += !(key[i] <= threshold);
+    }
+}
+
+/* Drops zeros from packed p and their places, and multiplies the others by `scale`; returns how many are left. */
+static int64_t keep_nonzero(const real *p, real scale, int64_t size, int32_t *places, real *out) {
+    int64_t i = 0, count = 0;
+#if defined(__AVX512F__) && !defined(REAL_DOUBLE)
+    for (; i + LANES <= size; i += LANES) {
+        const lanes x = scale * load(p + i);
+        const lane_mask kept = COMPARE(x, splat(0), _CMP_NEQ_UQ);
+        store(out + count, OP(maskz_compress)(kept, x));
+        _mm512_storeu_si512(places + count, _mm512_maskz_compress_epi32(kept, _mm512_loadu_si512(places + i)));
+        count += __builtin_popcount(kept);
+    }
+#endif
+    for (; i < size; i++) {
+        out[count] = scale * p[i];
+        places[count] = places[i];
+        count += out[count] != 0;
+    }
+    return count;
+}
+
 /* Fills up to a multiple of PADDING; returns the size with it. */
 static int64_t pad(real *x, int64_t size, real value) {
     for (int i = 0; i < PADDING; i++) x[size + i] = value;

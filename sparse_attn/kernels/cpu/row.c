@@ -35,23 +35,22 @@ static real weightless(real top, double a, double sigma, real lowest) {
     return threshold > lowest ? threshold : lowest;
 }
 
-void EXPORTED(forward)(vector scores, int64_t size, int64_t k, double a, double lowest, void *out, void *scratch) {
-    const int64_t stride = padded_size(size);
-    real *buffer = scratch, *z = buffer + stride, *p = z + stride;
-    const real *x = fetch(scores, size, buffer);
-    real *y = target(out, scores.type, p + stride);
+/* How a row was solved. Where it was, `scale` times the packed numbers is p, and their scores lie above `threshold`. */
+typedef struct {
+    enum { MASKED, UNDEFINED, SOLVED } state; /* all of it masked; NaN or +inf among the scores; neither */
+    int64_t count;
+    real threshold, scale;
+} solution;
 
+/* Solves contiguous scores; `z` and `p` have room for padded_size(size) numbers each, and p is left in the latter. */
+static solution solve_row(const real *x, int64_t size, int64_t k, double a, double lowest, real *z, real *p) {
     if (fabs(a) < 1e-3 * REAL_EPS) a = 0; /* log1p(a t) / a is t to the last bit */
     real maxima[MAX_STRANDS];
     const int strands = k > 0 ? strands_for_largest(size, k) : strands_for_start(size);
     const real top = strand_maxima(x, size, strands, maxima);
 
     int defined = top > lowest && top < INFINITY && !(k > 0 && has_nan(x, size));
-    if (!defined) {
-        fill(y, size, top == INFINITY || has_nan(x, size) ? NAN : 0);
-        deliver(y, size, out, scores.type);
-        return;
-    }
+    if (!defined) return (solution){top == INFINITY || has_nan(x, size) ? UNDEFINED : MASKED, 0, 0, 0};
 
     real threshold = lowest;
     double sigma = 0;
@@ -68,9 +67,38 @@ void EXPORTED(forward)(vector scores, int64_t size, int64_t k, double a, double 
     const int64_t padded = pad(z, count, -INFINITY);
     if (count >= 1024 && family_of(a) == GENTLE && a > 0) sigma = sampled_step(z, padded, a, top, sigma, p);
     const double total = solve(z, padded, a, top, sigma, p);
-    if (total != total) fill(y, size, NAN);
-    else unpack(x, threshold, p, (real)(total > 0 ? 1 / total : 1), size, y);
+    if (total != total) return (solution){UNDEFINED, 0, 0, 0};
+    return (solution){SOLVED, count, threshold, (real)(total > 0 ? 1 / total : 1)};
+}
+
+void EXPORTED(forward)(vector scores, int64_t size, int64_t k, double a, double lowest, void *out, void *scratch) {
+    const int64_t stride = padded_size(size);
+    real *buffer = scratch, *z = buffer + stride, *p = z + stride;
+    const real *x = fetch(scores, size, buffer);
+    real *y = target(out, scores.type, p + stride);
+    const solution solved = solve_row(x, size, k, a, lowest, z, p);
+    if (solved.state == SOLVED) unpack(x, solved.threshold, p, solved.scale, size, y);
+    else fill(y, size, solved.state == UNDEFINED ? NAN : 0);
     deliver(y, size, out, scores.type);
+}
+
+int64_t EXPORTED(support)(vector scores, int64_t size, int64_t k, double a, double lowest, int32_t *places, void *out,
+                          void *scratch) {
+    const int64_t stride = padded_size(size);
+    real *buffer = scratch, *z = buffer + stride, *p = z + stride;
+    const real *x = fetch(scores, size, buffer);
+    real *y = target(out, scores.type, p + stride);
+    const solution solved = solve_row(x, size, k, a, lowest, z, p);
+    int64_t count = 0;
+    if (solved.state == UNDEFINED) {
+        fill(y, size, NAN);
+        for (count = 0; count < size; count++) places[count] = (int32_t)count;
+    } else if (solved.state == SOLVED) {
+        pack_places(x, solved.threshold, size, places);
+        count = keep_nonzero(p, solved.scale, solved.count, places, y);
+    }
+    deliver(y, count, out, scores.type);
+    return count;
 }
 
 double EXPORTED(backward)(vector p, vector grad, int64_t size, double a, int with_alpha, void *out, void *scratch) {

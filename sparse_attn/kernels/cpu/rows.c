@@ -1,24 +1,21 @@
 /* The exported functions: all rows of a tensor, at the vector width of the processor, split over threads. */
 #include "rows.h"
+#include "threads.h"
+#include "variants.h"
 
-#include <pthread.h>
-#include <stdatomic.h>
-#include <stdlib.h>
+#include <stddef.h>
 
-#define EXPORT __attribute__((visibility("default")))
-
-enum { INTERFACE = 2, MAX_RANK = 64, MAX_THREADS = 256, ALIGNMENT = 64 };
-
-enum { CHUNKS_PER_THREAD = 8, ENTRIES_PER_THREAD = 1 << 15 }; /* a thread costs about 20 µs */
+enum { INTERFACE = 3, MAX_RANK = 64 };
 
 #define DECLARE(variant)                                              \
     forward_row forward_float_##variant, forward_double_##variant;    \
     backward_row backward_float_##variant, backward_double_##variant; \
     product_part product_float_##variant, product_double_##variant;
 #define KERNELS(variant)                                             \
-    #variant, {forward_float_##variant, forward_double_##variant},   \
-        {backward_float_##variant, backward_double_##variant},       \
-        {product_float_##variant, product_double_##variant}
+    {#variant,                                                       \
+     {forward_float_##variant, forward_double_##variant},            \
+     {backward_float_##variant, backward_double_##variant},          \
+     {product_float_##variant, product_double_##variant}},
 
 typedef struct {
     const char *name;
@@ -27,19 +24,9 @@ typedef struct {
     product_part *product[2];
 } kernels;
 
-DECLARE(baseline)
-#ifdef WITH_X86_VARIANTS
-DECLARE(avx2)
-DECLARE(avx512)
-#endif
+FOR_EACH_VARIANT(DECLARE)
 
-static const kernels variants[] = {
-    {KERNELS(baseline)},
-#ifdef WITH_X86_VARIANTS
-    {KERNELS(avx2)},
-    {KERNELS(avx512)},
-#endif
-};
+static const kernels variants[] = {FOR_EACH_VARIANT(KERNELS)};
 
 enum { VARIANTS = sizeof variants / sizeof *variants };
 
@@ -78,16 +65,6 @@ typedef struct {
     int64_t rows, size;
     int backward;
 } task;
-
-/* Items 0, 1, ... are done in chunks, by as many threads as it is worth. */
-typedef struct {
-    void (*part)(const void *task, int64_t begin, int64_t end, void *scratch);
-    const void *task;
-    int64_t items, entries, chunk; /* entries: how much work all of it is */
-    size_t scratch;                /* bytes that a thread needs */
-    atomic_llong next;
-    atomic_int failed;
-} job;
 
 static operand operand_of(const void *data, const int64_t *strides, element type) {
     const int64_t bytes[] = {4, 8, 2, 2};
@@ -143,41 +120,6 @@ static void compute_rows(const void *argument, int64_t begin, int64_t end, void 
     }
 }
 
-static void *work(void *argument) {
-    job *j = argument;
-    char *memory = malloc(j->scratch + ALIGNMENT);
-    if (!memory) {
-        atomic_store(&j->failed, 1);
-        return NULL;
-    }
-    void *scratch = memory + (ALIGNMENT - (uintptr_t)memory % ALIGNMENT); /* for speed alone */
-    for (;;) {
-        int64_t begin = atomic_fetch_add(&j->next, j->chunk), end = begin + j->chunk;
-        if (begin >= j->items) break;
-        j->part(j->task, begin, end < j->items ? end : j->items, scratch);
-    }
-    free(memory);
-    return NULL;
-}
-
-/* Threads live no longer than the call, so that there is nothing to go wrong after a fork. */
-static int run(job *j, int threads) {
-    if (j->items == 0) return 0;
-    int64_t worth = j->entries / ENTRIES_PER_THREAD;
-    if (worth > j->items) worth = j->items;
-    if (threads > worth) threads = (int)worth;
-    if (threads > MAX_THREADS) threads = MAX_THREADS;
-    if (threads < 1) threads = 1;
-    j->chunk = threads == 1 ? j->items : (j->items - 1) / (threads * CHUNKS_PER_THREAD) + 1;
-
-    pthread_t others[MAX_THREADS];
-    int started = 0;
-    while (started < threads - 1 && pthread_create(&others[started], NULL, work, j) == 0) started++;
-    work(j);
-    for (int i = 0; i < started; i++) pthread_join(others[i], NULL);
-    return atomic_load(&j->failed);
-}
-
 static int run_rows(task *t, int threads) {
     t->size = t->shape[t->rank - 1];
     t->rows = 1;
@@ -185,7 +127,7 @@ static int run_rows(task *t, int threads) {
     if (t->size == 0) return 0;
     job j = {.part = compute_rows, .task = t, .items = t->rows, .entries = t->rows * t->size};
     j.scratch = SCRATCH_ROWS * (size_t)padded_size(t->size) * sizeof(double);
-    return run(&j, threads);
+    return run_job(&j, threads);
 }
 
 /* p of each row along the last dimension; `layout` holds the shape, the strides of the scores and those of a. With
@@ -229,5 +171,5 @@ EXPORT int rows_product(int variant, int threads, int kind, int is_double, const
     const product_task t = {of, variants[variant].product[is_double]};
     job j = {.part = multiply_part, .task = &t, .items = kind == SCATTERED ? of.size : of.rows};
     j.entries = of.rows * of.size, j.scratch = (size_t)of.size * sizeof(int64_t);
-    return run(&j, threads);
+    return run_job(&j, threads);
 }

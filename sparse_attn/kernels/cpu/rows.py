@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparse_attn.kernels.cpu.build import LIBRARY
 
-_INTERFACE = 2
+_INTERFACE = 3
 _ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
@@ -26,6 +26,8 @@ class _Library(NamedTuple):
     forward: Any
     backward: Any
     product: Any
+    attention: Any
+    multipliers: Any
     variants: dict[str | None, int]  # None is the widest
 
 
@@ -51,7 +53,12 @@ def _load() -> _Library | str:
     library.rows_backward.argtypes = (*shared, c_void_p, c_void_p, c_void_p)
     # variant, threads, kind, whether double, sizes, then p, x, y and out
     library.rows_product.argtypes = (c_int, c_int, c_int, c_int, POINTER(c_int64), *(c_void_p,) * 4)
-    return _Library(library.rows_forward, library.rows_backward, library.rows_product, variants)
+    # variant, threads, whether backward, the members of `attention` in attention.h
+    library.attention_run.argtypes = (c_int, c_int, c_int, c_char_p)
+    # seed, probability, first row, rows, keys, output
+    library.attention_multipliers.argtypes = (c_int64, c_double, c_int64, c_int64, c_int64, c_void_p)
+    functions = (library.rows_forward, library.rows_backward, library.rows_product)
+    return _Library(*functions, library.attention_run, library.attention_multipliers, variants)
 
 
 def library() -> _Library:

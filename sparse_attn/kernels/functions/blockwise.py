@@ -1,7 +1,7 @@
-"""Attention over blocks of queries: weights are made again in the backward, and memory is linear in the length.
+"""Attention over blocks of queries: the backward computes the weights again, so that memory is linear in the length.
 
-In blocks the scores also stay in the cache, and the zeros of the weights are skipped: where a weight is zero, its value
-is not looked at.
+The scores of a block stay in the processor's cache. Where few weights are not zero, products skip the zeros: a value
+with weight zero is not read.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Block(NamedTuple):
 
 
 def _blocks(query: Tensor, key: Tensor, offset: int | None) -> Iterator[_Block]:
-    """Blocks of queries, with the keys up to the last that a causal one can see, and at least one."""
+    """Blocks of queries, each with the keys up to the last one that its last query sees, and at least one key."""
     length, keys = query.shape[1], key.shape[1]
     for row in range(len(query)):
         for start in range(0, length, _QUERIES):
@@ -76,7 +76,7 @@ def _scores(
             scores[:, first:] = scores[:, first:].masked_fill(future, float("-inf"))
     if mask is not None:
         row = block.row
-        while mask.dim() > 2:  # a view, where flattening an expanded mask would write it out
+        while mask.dim() > 2:  # views: flattening an expanded mask would copy it
             rows = mask[0].numel() // (mask.shape[-2] * mask.shape[-1])
             mask, row = mask[row // rows], row % rows
         scores = apply_mask(scores, mask[block.queries, block.keys])
@@ -84,14 +84,14 @@ def _scores(
 
 
 def _buffer(query: Tensor, key: Tensor) -> Tensor | None:
-    """Room for the scores of a block, for all blocks in turn; none where gradients are to flow through them."""
+    """Memory for the scores of one block, used by all blocks in turn; None where gradients flow through the scores."""
     if torch.is_grad_enabled():
         return None
     return query.new_empty(min(_QUERIES, query.shape[1]) * key.shape[1])
 
 
 def _weights(scores: Tensor, alpha: Tensor | None, setting: Setting) -> Tensor:
-    """Weights in float32 or wider; the scores are used up where no gradient flows through them."""
+    """Weights in float32 or wider; they overwrite the scores where no gradient flows through these."""
     k = None if setting.k is None or setting.k >= scores.shape[-1] else setting.k
     lowest = torch.finfo(scores.dtype).min
     scores = scores.to(compute_dtype(scores))
@@ -101,7 +101,7 @@ def _weights(scores: Tensor, alpha: Tensor | None, setting: Setting) -> Tensor:
 
 
 def _dropout(weights: Tensor, setting: Setting, generator: torch.Generator) -> Tensor:
-    """What the weights are multiplied by, the same in the forward and the backward of one call."""
+    """Factors of the weights under dropout, the same in the forward and the backward of one call."""
     kept = torch.empty_like(weights).bernoulli_(1 - setting.dropout_p, generator=generator)
     return kept.div_(1 - setting.dropout_p) if setting.dropout_p < 1 else kept
 
@@ -146,7 +146,7 @@ class _Blockwise(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _backward_once_more(ctx, grads[0])
         setting: Setting = ctx.setting
-        grad = grads[0].contiguous()  # that of a sum is expanded
+        grad = grads[0].contiguous()  # the gradient of a sum is an expanded scalar
         generator, buffer = torch.Generator(query.device).manual_seed(ctx.seed), _buffer(query, key)
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
         grad_alpha = None if alpha is None else torch.zeros_like(alpha)
@@ -173,7 +173,7 @@ class _Blockwise(torch.autograd.Function):
 
 
 def _backward_once_more(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients as functions that have gradients themselves, of the same blocks."""
+    """The gradients, differentiable, by autograd through the same blocks."""
     query, key, value, alpha = ctx.saved_tensors
     inputs = [x for x in (query, key, value, alpha) if x is not None and x.requires_grad]
     blocks = _attend(query, key, value, alpha, ctx.mask, ctx.setting, ctx.seed)

@@ -1,4 +1,4 @@
-"""The convex conjugate of the α-entropy along the last dimension, with the derivatives that its optimality gives.
+"""The convex conjugate of the α-entropy along the last dimension, with derivatives by the envelope theorem.
 
     Ω*(z) = max_p ⟨p, z⟩ + H(p),    H(p) = (1 - Σ p^α) / (α a),    a = α - 1
 
@@ -49,7 +49,7 @@ def _conjugate(scores: Tensor, p: Tensor, a: float | Tensor, index: Tensor | Non
     its square. ``1 - max p`` would have lost a small ``q``: it is summed.
     """
     top, largest = scores.amax(-1, keepdim=True), p.amax(-1, keepdim=True)
-    shift = top.detach()  # a constant to the caller, whatever it is in here
+    shift = top.detach()  # the caller sees a constant
     picked = () if index is None else (scores.gather(-1, index) - shift,)
     p, scores = _where_there_is_weight(p, scores)
     above_half = largest > 0.5
@@ -67,7 +67,9 @@ def _mean_score(p: Tensor, scores: Tensor, top: Tensor) -> Tensor:
     lowest = torch.finfo(p.dtype).min
     if needs_plain_operations():
         return (p * (scores - top).clamp(min=lowest)).sum(-1, keepdim=True)
-    return (scores - top).clamp_(min=lowest).mul_(p).sum(-1, keepdim=True)  # fresh memory takes longer than arithmetic
+    return (
+        (scores - top).clamp_(min=lowest).mul_(p).sum(-1, keepdim=True)
+    )  # in place: new memory takes longer than arithmetic
 
 
 def _entropy_slope(p: Tensor, a: Tensor) -> Tensor:
@@ -85,8 +87,9 @@ def _entropy_slope(p: Tensor, a: Tensor) -> Tensor:
 
 
 def _entropy_slope_in_blocks(p: Tensor, a: Tensor) -> Tensor:
-    """The same, a few rows at a time: its ten temporaries are ten copies of a vocabulary's scores otherwise."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # one would keep them all, one fuses them
+    """The same, a few rows at a time: it has ten temporaries, each as large as the scores of a vocabulary."""
+    # Autograd would save all temporaries of all blocks; the compiler fuses them.
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _entropy_slope(p, a)
     shape, size = p.shape[:-1], p.shape[-1]
     rows = max(1, (2**18 if p.device.type == "cpu" else 2**24) // size)
@@ -96,8 +99,9 @@ def _entropy_slope_in_blocks(p: Tensor, a: Tensor) -> Tensor:
 
 
 def _where_there_is_weight(p: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Rows of all these without the entries that have ``p = 0`` in every row, which of a vocabulary are nearly all."""
-    if p.device.type != "cpu" or not values_known(p):  # a look would break a trace, or make the host wait for a device
+    """All these without the columns in which ``p`` is 0 in every row: nearly all columns of a vocabulary."""
+    # Reading values breaks a trace, or makes the host wait for a device.
+    if p.device.type != "cpu" or not values_known(p):
         return p, *others
     used = p.reshape(-1, p.shape[-1]).sum(0).nonzero().squeeze(1)  # a NaN is not 0
     if 2 * len(used) > p.shape[-1]:

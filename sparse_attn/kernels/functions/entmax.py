@@ -1,4 +1,4 @@
-"""α-entmax of the last dimension as one differentiable function, under every transform that torch has.
+"""α-entmax of the last dimension as one differentiable function, under every transform of PyTorch.
 
 Eager code goes through an autograd function, which knows reverse mode, forward mode and ``vmap``. ``torch.compile``
 calls a custom operator, into which it does not look: how many sweeps a solver takes depends on the data. Export traces
@@ -73,11 +73,11 @@ def _setup_context(ctx: Any, inputs: _Arguments, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-    p, per_row = ctx.saved_tensors  # both gradients are functions of p and α alone: the scores are not kept
+    p, per_row = ctx.saved_tensors  # both gradients are functions of p and α: the scores are not saved
     if grad is None:
         return None, None, None, None, None
     a = shift_alpha(per_row, ctx.number, p)
-    # Whoever differentiates this once more, or looks into it, gets plain operations.
+    # A second derivative and a trace need plain operations.
     fast = not torch.is_grad_enabled() and values_known(p) and values_known(grad)
     backward = dispatch.entmax_backward if fast else entmax_backward
     grad_scores, grad_alpha = backward(p, a, grad, with_alpha=ctx.needs_input_grad[1])
@@ -108,7 +108,7 @@ class _Entmax(torch.autograd.Function):
 
 
 class _EntmaxInTransforms(_Entmax):
-    """The form that ``torch.func`` asks for, which costs twice the time of a small call."""
+    """The form that ``torch.func`` needs; a small call takes twice the time in it."""
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
@@ -143,7 +143,7 @@ def _rows_in_front(
 
 @torch.library.custom_op("sparse_attn::entmax", mutates_args=())
 def _entmax(scores: Tensor, per_row: Tensor | None, number: float, lowest: float, k: int | None = None) -> Tensor:
-    return _forward(scores, per_row, number, lowest, k).contiguous()  # the strides that its fake twin promises
+    return _forward(scores, per_row, number, lowest, k).contiguous()  # the strides that the fake function promises
 
 
 @_entmax.register_fake

@@ -37,7 +37,7 @@ def fused_attention(
         query: (N, H, L, D).
         key: (N, Hk, S, D), Hk a divisor of H.
         value: (N, Hk, S, Dv).
-        alpha: A number or (H,). One out of range gives NaN: nobody waits for the device to look at it.
+        alpha: A number or (H,). A value out of range gives NaN: checking it would make the host wait for the device.
         mask: (N or 1, H or 1, L or 1, S or 1), boolean, ``True`` = take part, or floating, added to the scores.
         dropout_p: Probability that a weight is dropped.
         offset: Causal: query ``i`` sees the keys up to ``i + offset``. None: all.
@@ -47,7 +47,7 @@ def fused_attention(
     Returns:
         (N, H, L, Dv). A query that sees nothing gets zeros, and so do all gradients of it.
     """
-    # Within a tile kernels count in int32.
+    # Kernels count in int32 inside a tile: rows that are further apart are copied.
     query, key, value = (
         x if x.stride(-1) == 1 and x.stride(-2) < _LARGEST_STRIDE else x.contiguous() for x in (query, key, value)
     )
@@ -123,7 +123,7 @@ def plain_attention(
     seed: Tensor | None,
     setting: Setting,
 ) -> Tensor:
-    """What the kernels compute, the same weights dropped, in plain torch and with a matrix of scores."""
+    """The result of the kernels in plain torch, with a matrix of scores; dropout drops the same weights."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = (query.float() @ key.float().transpose(-2, -1)) * setting.scale

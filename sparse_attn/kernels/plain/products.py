@@ -1,4 +1,4 @@
-"""What attention multiplies its weights with, as dense products."""
+"""The three products of attention weights with matrices, dense."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def scatter_(out: Tensor, p: Tensor, x: Tensor) -> None:
 
 
 def sampled(p: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """``x @ y.T``, of which only what lies where ``p`` is not zero will be looked at."""
+    """``x @ y.T``; the caller reads only the entries where ``p`` is not zero."""
     return x @ y.T

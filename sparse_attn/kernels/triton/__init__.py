@@ -1,4 +1,8 @@
-"""Kernels for a GPU, written in Triton, which is imported when the first of them is called."""
+"""The backend "triton": kernels for a GPU, written in the language of the package Triton.
+
+This folder is ``sparse_attn.kernels.triton``; ``import triton`` means the package. The package is imported when the
+first kernel is called: ``family``, ``rows`` and all of ``attention`` but ``plan`` import it, this file does not.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +43,7 @@ def interpreted() -> bool:
     from triton import knobs, language  # type: ignore[import-untyped, unused-ignore]
     from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped, unused-ignore]
 
-    # The variable counts when Triton is imported, too: later it is too late for what Triton itself has in kernels.
+    # Triton reads the variable also when it is imported, and keeps that choice for its own functions.
     if not (knobs.runtime.interpret and isinstance(language.sum, InterpretedFunction)):
         return False
     mend_interpreter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,13 +21,29 @@ def shared_memory(device: torch.device) -> int:
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: int = 2) -> None:
-    """Start ``programs`` programs of a kernel; the first argument is a tensor, whose device is used."""
-    first: Tensor = arguments[0]
-    if interpreted():  # where a number would keep the digits that a device takes from it
-        numbers = (torch.tensor(x, dtype=torch.float32).item() if isinstance(x, float) else x for x in arguments)
-        kernel[(programs,)](*numbers)
+    """Start ``programs`` programs of a kernel, on the device of the first tensor among the arguments."""
+    if interpreted():
+        kernel[(programs,)](*map(_as_a_device_sees, arguments))
         return
-    # A kernel is started on the current device, whatever its tensors are on.
+    first = next(_tensors(arguments))
+    # Triton starts a kernel on the current device, whichever device its tensors are on.
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
         # Fused multiplications and additions are asked for by name: the default changes between versions.
         kernel[(programs,)](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+def _as_a_device_sees(argument: Any) -> Any:
+    """Floats rounded to float32, as a device gets them: the interpreter would keep all digits."""
+    if isinstance(argument, float):
+        return torch.tensor(argument, dtype=torch.float32).item()
+    if isinstance(argument, tuple):
+        return type(argument)(*map(_as_a_device_sees, argument))  # a named tuple
+    return argument
+
+
+def _tensors(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from _tensors(argument)

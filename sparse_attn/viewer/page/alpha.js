@@ -125,7 +125,7 @@ function histogram(values, low, high, x, bottom) {
 
 function courses(runs) {
   const layers = data.layers.filter((layer) => runs.some((run) => data.courses[run][layer.name]));
-  const [low, high] = alphaRange();
+  const [low, high] = courseRange(runs);
   const heads = Math.max(...layers.map((layer) => layer.roles.length), 0);
   const keys = Array.from({ length: Math.min(heads, HEAD_COLOURS.length * DASHES.length) }, (_, head) => {
     const line = svg("svg", { width: 26, height: 10 }, svg("line", { x1: 1, x2: 25, y1: 5, y2: 5, ...lineStyle(head) }));
@@ -139,6 +139,22 @@ function courses(runs) {
     element("div", { className: "line-keys" }, "head ", ...keys),
     element("div", { className: "courses", style: `--columns:${columnsFor(runs.length)}` }, ...panels),
   );
+}
+
+// The same for all panels, so that they can be compared.
+function courseRange(runs) {
+  const values = runs.flatMap((run) => Object.values(data.courses[run])).flatMap((heads) => Object.values(heads).flat().map((point) => point[1]));
+  const [low, high] = [Math.min(...values), Math.max(...values)];
+  const margin = Math.max(0.02, 0.06 * (high - low), (0.1 - (high - low)) / 2);
+  return [low - margin, high + margin];
+}
+
+// About three round numbers in a range.
+function ticks(low, high) {
+  const step = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5].find((size) => (high - low) / size <= 4) ?? high - low;
+  const found = [];
+  for (let tick = Math.ceil(low / step); tick * step <= high; tick++) found.push(Number((tick * step).toFixed(2)));
+  return found;
 }
 
 // As many panels side by side as fit; those of one layer stay in one line.
@@ -164,7 +180,7 @@ function course(layer, run, named, low, high) {
   const x = (step) => left + 4 + ((step - first) / (last - first || 1)) * (width - left - 12);
   const y = (alpha) => 8 + (1 - (alpha - low) / (high - low)) * (height - bottom - 14);
   const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `\u03b1 over training, ${layer.name}, ${run}` });
-  for (const alpha of [1, 1.5, 2].filter((value) => value >= low && value <= high)) {
+  for (const alpha of ticks(low, high)) {
     picture.append(svg("line", { x1: left, x2: width - 4, y1: y(alpha), y2: y(alpha), class: "strip" }));
     picture.append(svg("text", { x: left - 4, y: y(alpha) + 4, class: "axis-text", "text-anchor": "end" }, String(alpha)));
   }

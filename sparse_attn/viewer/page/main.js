@@ -44,6 +44,12 @@ function summarise() {
   ].join(" \u00b7 ");
 }
 
+function exampleLabel(index) {
+  const longest = data.layers.map((layer) => data.texts[layer.maps[index].keys].tokens).reduce((a, b) => (b.length > a.length ? b : a));
+  const label = data.labels[index] ?? longest.slice(0, 30).join(" ");
+  return shortened(label.split(" ").map(printable).join(" "), 30);
+}
+
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || place("help").open) return;
   const typing = event.target instanceof Element && event.target.closest("input, select, textarea");
@@ -98,7 +104,7 @@ function start() {
   place("terms").replaceChildren(
     ...numberKeys().concat("role").filter((key) => key in TERMS).flatMap((key) => [element("dt", {}, TERMS[key][0]), element("dd", {}, TERMS[key][1])]),
   );
-  fillSelect(place("example"), data.examples.map((example) => [example, String(example)]));
+  fillSelect(place("example"), data.examples.map((example, index) => [example, `${example} \u00b7 ${exampleLabel(index)}`]));
   place("example-box").hidden = data.examples.length < 2;
   place("example").addEventListener("change", () => change({ example: Number(place("example").value) }));
   place("tab-report").hidden = !place("view-report").children.length;

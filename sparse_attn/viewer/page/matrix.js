@@ -1,7 +1,8 @@
 // The matrix of one head. Only the part in sight is drawn, so that its length costs nothing.
 
-const LARGEST_CELL = 40;
-const ZOOMS = [0.25, 0.5, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 26, 32, LARGEST_CELL];
+const LARGEST_CELL = 60;
+const LARGEST_FITTING = 40;
+const ZOOMS = [0.25, 0.5, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 26, 32, 40, 50, LARGEST_CELL];
 const SMALLEST_LABELLED = 10;
 const FONT = fontOf(12);
 
@@ -31,7 +32,7 @@ function layOutMatrix(map) {
   const rowWidth = textWidth(matrix.rowNames, narrow ? 76 : 120) + 12;
   const columnWidth = textWidth(matrix.columnNames, narrow ? 76 : 110) + 12;
   const room = Math.max(260, Math.min(window.innerHeight * 0.72, 760));
-  const fitting = (left, top) => Math.min((box.clientWidth - left - 2) / map.columns, (room - top - 2) / map.rows, 30);
+  const fitting = (left, top) => Math.min((box.clientWidth - left - 2) / map.columns, (room - top - 2) / map.rows, LARGEST_FITTING);
   const labelled = (state.zoom || fitting(rowWidth, columnWidth)) >= SMALLEST_LABELLED;
   matrix.left = labelled ? rowWidth : 42;
   matrix.top = labelled ? columnWidth : 26;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import sparse_attn.kernels.choose_attention as ops
 import sparse_attn.kernels.functions.blockwise as blocks
@@ -14,6 +15,7 @@ from sparse_attn import entmax_attention, topk_attention
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_QUERIES", 11)
+    monkeypatch.setattr(ops, "_is_native", lambda _: False)
 
 
 def with_gradients(blockwise: bool, attend, inputs: tuple[Tensor, ...], monkeypatch) -> list[Tensor]:
@@ -105,6 +107,18 @@ def test_causal_blocks_do_not_look_at_later_keys(monkeypatch):
     query, key, value = tensors(37, 37, torch.float32)
     entmax_attention(query, key, value, is_causal=True)
     assert sorted({x.shape[-1] for x in seen}) == [11, 22, 33, 37]
+
+
+@pytest.mark.filterwarnings("ignore:Lower right causal bias:UserWarning")  # of torch, for queries without keys
+@pytest.mark.parametrize(("queries", "keys"), [(37, 41), (41, 13), (1, 23), (13, 2)])
+@pytest.mark.parametrize("bias", [causal_lower_right, causal_upper_left])
+def test_a_described_causal_mask_is_no_tensor(bias, queries, keys, monkeypatch):
+    seen = []
+    attend = ops.blockwise_attention
+    monkeypatch.setattr(ops, "blockwise_attention", lambda *args: seen.append(args) or attend(*args))
+    inputs = tensors(queries, keys, torch.float64)
+    compare(lambda *qkv: entmax_attention(*qkv, 1.3, attn_mask=bias(queries, keys)), inputs, monkeypatch)
+    assert seen[0][4] is None and seen[0][5].offset == (keys - queries if bias is causal_lower_right else 0)
 
 
 def test_a_mask_that_is_learnt_and_transforms_keep_their_gradients(monkeypatch):

@@ -15,8 +15,8 @@ from sparse_attn.kernels.functions import fused as operator
 from sparse_attn.kernels.functions.entmax import entmax_rows
 from sparse_attn.kernels.functions.fused import fused_attention
 from sparse_attn.kernels.setting import Setting
+from sparse_attn.kernels.triton.attention import arguments, decode, plan
 from sparse_attn.kernels.triton.attention import backward as attention_backward
-from sparse_attn.kernels.triton.attention import decode, plan, tiles
 from sparse_attn.kernels.triton.attention import forward as attention
 from sparse_attn.kernels.triton.attention.dropout import multipliers
 
@@ -157,7 +157,8 @@ def test_head_sizes(sizes, device):
         torch.randn(1, 1, length, size, device=device, requires_grad=True)
         for length, size in ((17, sizes[0]), (41, sizes[0]), (41, sizes[1]))
     )
-    compare((query, key, value), 1.5, scale=0.1)
+    # The interpreter multiplies by numpy, whose rounding of long sums depends on its BLAS.
+    compare((query, key, value), 1.5, 5e-6, scale=0.1)
 
 
 def test_dropped_weights_are_the_same_in_every_pass(length, device, monkeypatch):
@@ -331,17 +332,19 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
 
     def record(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
         free = kernel.kwargs["do_not_specialize"] if triton.interpreted() else kernel.do_not_specialize
-        key = []
-        for parameter, value in zip(kernel.arg_names, arguments, strict=True):
-            constant = parameter.isupper() and not isinstance(value, Tensor)
+
+        def specialised(parameter: str, value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(specialised(parameter, field) for field in value)
             if isinstance(value, Tensor):
-                key.append(value.dtype)
-            elif constant or value is None:
-                key.append(value)
-            elif isinstance(value, int) and parameter not in (free or ()):
-                key.append((value == 1, value % 16 == 0))
-            else:
-                key.append(type(value))
+                return value.dtype
+            if parameter.isupper() or value is None:
+                return value
+            if isinstance(value, int) and parameter not in (free or ()):
+                return value == 1, value % 16 == 0
+            return type(value)
+
+        key = [specialised(*pair) for pair in zip(kernel.arg_names, arguments, strict=True)]
         found.add((kernel.__name__, *key, *options.items()))
 
     for module in (attention, attention_backward, decode, decode.rows):
@@ -409,7 +412,7 @@ def test_tf32_may_be_allowed_either_way(device):
 
     def precision() -> str:
         fused_attention(*inputs, 1.5, scale=0.3)
-        return tiles.common_arguments(*inputs, None, None, setting)[1][3]
+        return arguments.arguments_of(*inputs, None, None, None, None, setting)[2].precision
 
     assert precision() == "ieee"
     try:

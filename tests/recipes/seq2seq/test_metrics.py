@@ -3,7 +3,7 @@ import random
 import pytest
 from torchmetrics.text import WordErrorRate
 
-from recipes.seq2seq.metrics import error_rates
+from recipes.seq2seq.metrics import by_group, check_metrics, edit_scores, error_rates, text_scores
 
 
 @pytest.mark.parametrize(
@@ -89,4 +89,66 @@ def test_wer_agrees_with_torchmetrics_on_words_as_single_tokens(seed):
 def test_wrong_input_is_named(predictions, references, message):
     with pytest.raises(ValueError) as error:
         error_rates(predictions, references)
+    assert str(error.value) == message
+
+
+def test_all_scores_of_edit_distances():
+    scores = edit_scores([["a"], ["b", "c"], []], [[["a"]], [["b"]], [["d", "e", "f"]]])
+    assert scores == {
+        "per": pytest.approx(100 * 4 / 5),
+        "wer": pytest.approx(200 / 3),
+        "accuracy": pytest.approx(100 / 3),
+        "edit_distance": pytest.approx(4 / 3),
+    }
+
+
+def test_bleu_and_chrf_are_those_of_sacrebleu():
+    sacrebleu = pytest.importorskip("sacrebleu")
+    predictions = ["the cat sat on the mat today", "a dog, there!"]
+    references = [["the cat sat on a mat today", "today a cat sat on the mat"], ["a dog is there!"]]
+    for tokenize in ("13a", "none"):
+        scores, signatures = text_scores(predictions, references, bleu_tokenize=tokenize)
+        streams = [[texts[0] for texts in references], ["today a cat sat on the mat", None]]
+        assert scores["bleu"] == sacrebleu.metrics.BLEU(tokenize=tokenize).corpus_score(predictions, streams).score
+        assert scores["chrf"] == sacrebleu.metrics.CHRF().corpus_score(predictions, streams).score
+        assert f"tok:{tokenize}|" in signatures["bleu"] and "nrefs:var" in signatures["bleu"]
+
+
+def test_texts_of_different_number_are_refused():
+    pytest.importorskip("sacrebleu")
+    with pytest.raises(
+        ValueError, match=r"^predictions and references must be equally many, and not none, got 1 and 0$"
+    ):
+        text_scores(["a"], [])
+
+
+def test_groups_are_averaged_and_ordered_by_their_names():
+    def share(chosen):
+        return {"share": len(chosen) / 10}
+
+    assert by_group(share, ["x16", "x2", "x2"]) == (
+        {"share": pytest.approx(0.15)},
+        {"x2": {"share": 0.2}, "x16": {"share": 0.1}},
+    )
+    assert list(by_group(share, ["x16", "x2", "x2"])[1]) == ["x2", "x16"]
+    assert by_group(share, ["a", "a"]) == ({"share": 0.2}, {})
+
+
+@pytest.mark.parametrize(
+    ("names", "target_split", "message"),
+    [
+        (["wer", "ter"], "spaces", "metrics must be of per, wer, accuracy, edit_distance, bleu, chrf, got 'ter'"),
+        ([], "spaces", "metrics must hold at least one metric, and each once, got []"),
+        (["wer", "wer"], "spaces", "metrics must hold at least one metric, and each once, got [wer, wer]"),
+        (
+            ["wer", "bleu"],
+            "characters",
+            "bleu does not fit data.target_split=characters: it scores texts of several words; "
+            "allowed there: per, wer, accuracy, edit_distance",
+        ),
+    ],
+)
+def test_metrics_that_do_not_fit(names, target_split, message):
+    with pytest.raises(ValueError) as error:
+        check_metrics(names, target_split)
     assert str(error.value) == message

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from recipes.seq2seq.schedules import rate_factor
 from recipes.seq2seq.scores import Scores, score
-from recipes.seq2seq.task import Seq2SeqTask, rate_factor
+from recipes.seq2seq.task import Seq2SeqTask
 from recipes.seq2seq.tokenizer import Tokenizer
 from sparse_attn import entmax15_loss, sparsemax, sparsemax_loss
 
@@ -97,7 +98,8 @@ def test_scores(monkeypatch):
     logits = task.model(BATCH["source"], BATCH["target_in"])
     expected = F.cross_entropy(logits.flatten(0, 1), BATCH["target_out"].flatten(), ignore_index=0)
     # Every token but the three that are never written is possible under softmax: A, B, C and the end.
-    assert scores.metrics() == {"loss": pytest.approx(expected.item()), "support": 4.0, "per": 0.0, "wer": 0.0}
+    means = {"loss": pytest.approx(expected.item()), "support": 4.0}
+    assert scores.metrics() == {**means, "per": 0.0, "wer": 0.0, "accuracy": 100.0, "edit_distance": 0.0}
     assert scores.sources == ["ab", "cde"]
 
 
@@ -160,3 +162,38 @@ def test_hyper_parameters_are_plain_data(tmp_path):
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_task(**arguments)
+
+
+def test_groups_have_scores_of_their_own_and_the_whole_is_their_mean():
+    scores = Scores(predictions=[["A"], ["A"], ["A"]], references=[[["A"]], [["B"]], [["A"]]], groups=["x", "x", "yy"])
+    metrics = scores.metrics()
+    assert {name: metrics[f"wer{name}"] for name in ("", "/x", "/yy")} == {"": 25.0, "/x": 50.0, "/yy": 0.0}
+    scores.groups = ["x"] * 3
+    assert scores.metrics()["wer"] == pytest.approx(100 / 3)
+    assert "wer/x" not in scores.metrics()
+
+
+def test_texts_are_scored_as_sentences():
+    pytest.importorskip("sacrebleu")
+    scores = make_task(metrics=["bleu"]).new_scores()
+    scores.predictions, scores.references = [["A", "B", "C", "A", "B"]], [[["A", "B", "C", "A", "B"]]]
+    assert scores.metrics() == {"bleu": pytest.approx(100.0), "chrf": pytest.approx(100.0)}
+    assert "tok:13a" in scores.signatures["bleu"]
+
+
+def test_the_warm_up_is_a_share_of_the_training_unless_it_is_given():
+    assert make_task(warmup=0.25).warmup_steps(65) == 16
+    assert make_task(warmup_steps=7).warmup_steps(65) == 7
+
+
+def test_noam_depends_on_the_size_of_the_model():
+    task = make_task(learning_rate=2.0, schedule="noam", warmup_steps=4, max_steps=9)
+    configured = task.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(9):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    expected = [2.0 * MODEL["dim"] ** -0.5 * min(s**-0.5, s * 4**-1.5) for s in range(1, 10)]
+    assert rates == pytest.approx(expected)

@@ -7,22 +7,26 @@ With ``Z`` the dropout's multiplier, ``dP = Z ∘ (dO Vᵀ)`` and ``δ = dO · (
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sparse_attn.kernels.setting import Setting
+from sparse_attn.kernels.triton.attention.arguments import Mask, arguments_of
 from sparse_attn.kernels.triton.attention.plan import Plan
 from sparse_attn.kernels.triton.attention.tiles import (
-    LENGTHS,
-    common_arguments,
     dot,
     dropout,
     end_of_keys,
     head_a,
+    keys_of,
     load_tile,
     masked_scores,
+    of_head,
+    of_mask,
 )
 from sparse_attn.kernels.triton.family import alpha_gradient, deviation_from_scores, reference_of, weigh
 from sparse_attn.kernels.triton.launch import launch
@@ -61,53 +65,31 @@ def _load_rows(Stats, row, inside, rows, MODE: tl.constexpr):
         return edge, edge_rest, factor, slope_factor, place, place_rest, rise, log_factor
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+class Kept(NamedTuple):
+    """Tensors that the forward left for the backward, and the tiles with weight as lists."""
+
+    grad: Tensor  # of the output
+    delta: Tensor  # of each row: dO · (Σ u v / Σ u)
+    statistics: Tensor
+    lists: Tensor
+    counts: Tensor
+
+
+class Gradients(NamedTuple):
+    """Tensors that the pass over the queries writes; None where no gradient is wanted."""
+
+    query: Tensor
+    alpha: Tensor | None
+    mask: Mask | None
+
+
+@triton.jit(do_not_specialize=("lengths",))
 def _backward_queries(
-    Q,
-    K,
-    V,
-    Alpha,
-    Mask,
-    Lengths,
-    Seed,
-    Second,
-    Stats,
-    Lists,
-    Counts,
-    DO,
-    Delta,
-    DQ,
-    DAlpha,
-    DMask,
-    number,
-    scale,
-    dropout_p,
-    kept_scale,
-    lowest,
-    offset,
-    heads,
-    group,
-    queries,
-    keys,
-    rows,
-    stride_qn,
-    stride_qh,
-    stride_ql,
-    stride_kn,
-    stride_kh,
-    stride_ks,
-    stride_vn,
-    stride_vh,
-    stride_vs,
-    stride_alpha,
-    stride_mn,
-    stride_mh,
-    stride_ml,
-    stride_ms,
-    stride_dn,
-    stride_dh,
-    stride_dl,
-    stride_ds,
+    inputs,
+    lengths,
+    kept,
+    second,
+    gradients,
     CAUSAL: tl.constexpr,
     MODE: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -121,33 +103,28 @@ def _backward_queries(
     ONE_ROW: tl.constexpr,
     ONE_COLUMN: tl.constexpr,
 ):
+    queries, keys = lengths.queries, inputs.keys
     tiles_m, tiles_n = tl.cdiv(queries, BLOCK_M), tl.cdiv(keys, BLOCK_N)
     tile_m = tiles_m - 1 - tl.program_id(0) % tiles_m
     head = tl.program_id(0) // tiles_m
-    n, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    n, h = (head // inputs.heads).to(tl.int64), (head % inputs.heads).to(tl.int64)
     i = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = i < queries
     d, j = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
-    K += n * stride_kn + (h // group) * stride_kh
-    V += n * stride_vn + (h // group) * stride_vh
-    if Mask is not None:
-        Mask += n * stride_mn + h * stride_mh
+    k_start = of_head(inputs.key, n, h // inputs.group)
+    v_start = of_head(inputs.value, n, h // inputs.group)
     line = head.to(tl.int64) * tiles_m + tile_m
-    limit = keys
-    if Lengths is not None:
-        limit = tl.minimum(limit, tl.load(Lengths + n).to(tl.int32))
-    end = end_of_keys(i, queries, limit, offset, CAUSAL)
+    end = end_of_keys(i, queries, keys_of(inputs, n), lengths.offset, CAUSAL)
     row = head.to(tl.int64) * queries + i
-    rows = tl.cast(rows, tl.int64)
-    q = load_tile(Q + n * stride_qn + h * stride_qh, tile_m * BLOCK_M, stride_ql, queries, D, BLOCK_M, BLOCK_D)
+    q = load_tile(of_head(inputs.query, n, h), tile_m * BLOCK_M, inputs.query.row, queries, D, BLOCK_M, BLOCK_D)
     start = head.to(tl.int64) * queries * DV
-    do = load_tile(DO + start, tile_m * BLOCK_M, DV, queries, DV, BLOCK_M, BLOCK_DV)
-    second = load_tile(Second + start, tile_m * BLOCK_M, DV, queries, DV, BLOCK_M, BLOCK_DV)
-    delta = tl.sum(do.to(tl.float32) * second.to(tl.float32), 1)
-    tl.store(Delta + row, delta, mask=inside)
-    placed = _load_rows(Stats, row, inside, rows, MODE)
-    a = head_a(Alpha, h, stride_alpha, number) + tl.zeros([BLOCK_M], tl.float64)
-    if DAlpha is not None:
+    do = load_tile(kept.grad + start, tile_m * BLOCK_M, DV, queries, DV, BLOCK_M, BLOCK_DV)
+    weighted = load_tile(second + start, tile_m * BLOCK_M, DV, queries, DV, BLOCK_M, BLOCK_DV)
+    delta = tl.sum(do.to(tl.float32) * weighted.to(tl.float32), 1)
+    tl.store(kept.delta + row, delta, mask=inside)
+    placed = _load_rows(kept.statistics, row, inside, lengths.rows, MODE)
+    a = head_a(inputs, h) + tl.zeros([BLOCK_M], tl.float64)
+    if gradients.alpha is not None:
         log_factor = placed[7].to(tl.float64)
         reference = reference_of(log_factor, a)
     # Sums of u, of ℓ and y counted from ℓ₀, and of these and 1 with the upstream gradient: what α's is made of.
@@ -159,31 +136,20 @@ def _backward_queries(
     with_y = tl.zeros([BLOCK_M], tl.float64)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     sums = tl.zeros([BLOCK_M], tl.float32)
-    for t in range(0, tl.load(Counts + line)):
-        tile = tl.load(Lists + line * tiles_n + t)
+    for t in range(0, tl.load(kept.counts + line)):
+        tile = tl.load(kept.lists + line * tiles_n + t)
         first = tile * BLOCK_N
-        k = load_tile(K, first, stride_ks, keys, D, BLOCK_N, BLOCK_D)
-        s = masked_scores(
-            dot(q, k.T, UPCAST, PRECISION),
-            i[:, None],
-            (first + j)[None, :],
-            end[:, None],
-            scale,
-            Mask,
-            stride_ml,
-            stride_ms,
-            lowest,
-            keys,
-        )
+        k = load_tile(k_start, first, inputs.key.row, keys, D, BLOCK_N, BLOCK_D)
+        s = masked_scores(dot(q, k.T, UPCAST, PRECISION), i[:, None], (first + j)[None, :], end[:, None], inputs, n, h)
         p, u, deviation = weigh(s, placed, a, 1, MODE)
-        v = load_tile(V, first, stride_vs, keys, DV, BLOCK_N, BLOCK_DV)
+        v = load_tile(v_start, first, inputs.value.row, keys, DV, BLOCK_N, BLOCK_DV)
         dp = dot(do, v.T, UPCAST, PRECISION)
-        if Seed is not None:
-            dp *= dropout(Seed, head, i[:, None], (first + j)[None, :], queries, keys, dropout_p, kept_scale)
+        if inputs.seed is not None:
+            dp *= dropout(inputs, head, i[:, None], (first + j)[None, :], queries)
         dp -= delta[:, None]
         ds = u * dp
         acc += dot(ds.to(k.dtype), k, UPCAST, PRECISION)
-        if DAlpha is not None:
+        if gradients.alpha is not None:
             log, y = p * deviation, deviation_from_scores(s, p, u, deviation, placed, a, reference, 1)
             slope += tl.sum(u, 1).to(tl.float64)
             mean_log += tl.sum(log, 1).to(tl.float64)
@@ -191,69 +157,39 @@ def _backward_queries(
             with_one += tl.sum(p * dp, 1).to(tl.float64)
             with_log += tl.sum(log * dp, 1).to(tl.float64)
             with_y += tl.sum(y * dp, 1).to(tl.float64)
-        if DMask is not None:
-            place = DMask + n * stride_dn + h * stride_dh
+        if gradients.mask is not None:
+            place = of_mask(gradients.mask, n, h)
             if ONE_COLUMN:
                 sums += tl.sum(ds, 1)
             elif ONE_ROW:
-                tl.atomic_add(place + (first + j) * stride_ds, tl.sum(ds, 0), mask=first + j < keys)
+                tl.atomic_add(place + (first + j) * gradients.mask.key, tl.sum(ds, 0), mask=first + j < keys)
             else:
-                place += i.to(tl.int64)[:, None] * stride_dl + (first + j)[None, :] * stride_ds
+                place += i.to(tl.int64)[:, None] * gradients.mask.query + (first + j)[None, :] * gradients.mask.key
                 tl.atomic_add(place, ds, mask=inside[:, None] & (first + j < keys)[None, :])
     place = row[:, None] * D + d[None, :]
-    tl.store(DQ + place, (acc * scale).to(DQ.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
-    if DAlpha is not None:
+    tl.store(
+        gradients.query + place,
+        (acc * inputs.scale).to(gradients.query.dtype.element_ty),
+        mask=inside[:, None] & (d < D)[None, :],
+    )
+    if gradients.alpha is not None:
         slope = tl.where(slope == 0.0, 1.0, slope)
         with_log, with_y = with_log - mean_log * with_one, with_y - mean_y * with_one
         da = alpha_gradient(with_log, with_y, mean_log, mean_y, slope, a, log_factor, reference)
         seen = placed[2] == placed[2]
-        tl.store(DAlpha + row, tl.where(seen, da, float("nan")).to(tl.float32), mask=inside)
-    if DMask is not None and ONE_COLUMN:
-        place = DMask + n * stride_dn + h * stride_dh + i.to(tl.int64) * stride_dl
+        tl.store(gradients.alpha + row, tl.where(seen, da, float("nan")).to(tl.float32), mask=inside)
+    if gradients.mask is not None and ONE_COLUMN:
+        place = of_mask(gradients.mask, n, h) + i.to(tl.int64) * gradients.mask.query
         tl.atomic_add(place, sums, mask=inside)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=("lengths",))
 def _backward_keys(
-    Q,
-    K,
-    V,
-    Alpha,
-    Mask,
-    Lengths,
-    Seed,
-    Stats,
-    Lists,
-    Counts,
-    DO,
-    Delta,
-    DK,
-    DV_,
-    number,
-    scale,
-    dropout_p,
-    kept_scale,
-    lowest,
-    offset,
-    heads,
-    group,
-    queries,
-    keys,
-    rows,
-    stride_qn,
-    stride_qh,
-    stride_ql,
-    stride_kn,
-    stride_kh,
-    stride_ks,
-    stride_vn,
-    stride_vh,
-    stride_vs,
-    stride_alpha,
-    stride_mn,
-    stride_mh,
-    stride_ml,
-    stride_ms,
+    inputs,
+    lengths,
+    kept,
+    grad_key,
+    grad_value,
     CAUSAL: tl.constexpr,
     MODE: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -265,63 +201,54 @@ def _backward_keys(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    queries, keys = lengths.queries, inputs.keys
     tiles_m, tiles_n = tl.cdiv(queries, BLOCK_M), tl.cdiv(keys, BLOCK_N)
-    tile_n = tl.program_id(0) % tiles_n  # under a causal mask the first ones have most to do
-    pair = tl.program_id(0) // tiles_n  # batch and head of the keys
-    key_heads = heads // group
-    n = (pair // key_heads).to(tl.int64)
+    tile_n = tl.program_id(0) % tiles_n  # under a causal mask the first tiles have most to do
+    pair = tl.program_id(0) // tiles_n  # batch entry and head of the keys
+    key_heads = inputs.heads // inputs.group
+    n, key_head = (pair // key_heads).to(tl.int64), (pair % key_heads).to(tl.int64)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     first = tile_n * BLOCK_N
     j = first + tl.arange(0, BLOCK_N)
-    key_head = (pair % key_heads).to(tl.int64)
-    k = load_tile(K + n * stride_kn + key_head * stride_kh, first, stride_ks, keys, D, BLOCK_N, BLOCK_D)
-    v = load_tile(V + n * stride_vn + key_head * stride_vh, first, stride_vs, keys, DV, BLOCK_N, BLOCK_DV)
-    limit = keys
-    if Lengths is not None:
-        limit = tl.minimum(limit, tl.load(Lengths + n).to(tl.int32))
+    k = load_tile(of_head(inputs.key, n, key_head), first, inputs.key.row, keys, D, BLOCK_N, BLOCK_D)
+    v = load_tile(of_head(inputs.value, n, key_head), first, inputs.value.row, keys, DV, BLOCK_N, BLOCK_DV)
+    limit = keys_of(inputs, n)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dvalue = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for member in range(0, group):
-        h = key_head * group + member
-        head = n * heads + h
-        a = head_a(Alpha, h, stride_alpha, number) + tl.zeros([BLOCK_M], tl.float64)
+    for member in range(0, inputs.group):
+        h = key_head * inputs.group + member
+        head = n * inputs.heads + h
+        q_start = of_head(inputs.query, n, h)
+        a = head_a(inputs, h) + tl.zeros([BLOCK_M], tl.float64)
         line = head * tiles_n + tile_n
-        mask = Mask
-        if Mask is not None:
-            mask = Mask + n * stride_mn + h * stride_mh
-        for t in range(0, tl.load(Counts + line)):
-            tile = tl.load(Lists + line * tiles_m + t)
+        for t in range(0, tl.load(kept.counts + line)):
+            tile = tl.load(kept.lists + line * tiles_m + t)
             i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
             inside = i < queries
-            end = end_of_keys(i, queries, limit, offset, CAUSAL)
+            end = end_of_keys(i, queries, limit, lengths.offset, CAUSAL)
             row = head * queries + i
-            q = load_tile(Q + n * stride_qn + h * stride_qh, tile * BLOCK_M, stride_ql, queries, D, BLOCK_M, BLOCK_D)
-            do = load_tile(DO + head * queries * DV, tile * BLOCK_M, DV, queries, DV, BLOCK_M, BLOCK_DV)
-            delta = tl.load(Delta + row, mask=inside, other=0.0)
-            s = masked_scores(
-                dot(k, q.T, UPCAST, PRECISION),
-                i[None, :],
-                j[:, None],
-                end[None, :],
-                scale,
-                mask,
-                stride_ml,
-                stride_ms,
-                lowest,
-                keys,
-            )
-            p, u, _ = weigh(s, _load_rows(Stats, row, inside, rows, MODE), a, 0, MODE)
+            q = load_tile(q_start, tile * BLOCK_M, inputs.query.row, queries, D, BLOCK_M, BLOCK_D)
+            do = load_tile(kept.grad + head * queries * DV, tile * BLOCK_M, DV, queries, DV, BLOCK_M, BLOCK_DV)
+            delta = tl.load(kept.delta + row, mask=inside, other=0.0)
+            s = masked_scores(dot(k, q.T, UPCAST, PRECISION), i[None, :], j[:, None], end[None, :], inputs, n, h)
+            p, u, _ = weigh(s, _load_rows(kept.statistics, row, inside, lengths.rows, MODE), a, 0, MODE)
             dp = dot(v, do.T, UPCAST, PRECISION)
-            if Seed is not None:
-                kept = dropout(Seed, head, i[None, :], j[:, None], queries, keys, dropout_p, kept_scale)
-                p, dp = p * kept, dp * kept
+            if inputs.seed is not None:
+                factor = dropout(inputs, head, i[None, :], j[:, None], queries)
+                p, dp = p * factor, dp * factor
             dvalue += dot(p.to(do.dtype), do, UPCAST, PRECISION)
             ds = u * (dp - delta[None, :])
             dk += dot(ds.to(q.dtype), q, UPCAST, PRECISION)
     row = (pair.to(tl.int64) * keys + j)[:, None]
     within = (j < keys)[:, None]
-    tl.store(DK + row * D + d[None, :], (dk * scale).to(DK.dtype.element_ty), mask=within & (d < D)[None, :])
-    tl.store(DV_ + row * DV + dv[None, :], dvalue.to(DV_.dtype.element_ty), mask=within & (dv < DV)[None, :])
+    tl.store(
+        grad_key + row * D + d[None, :],
+        (dk * inputs.scale).to(grad_key.dtype.element_ty),
+        mask=within & (d < D)[None, :],
+    )
+    tl.store(
+        grad_value + row * DV + dv[None, :], dvalue.to(grad_value.dtype.element_ty), mask=within & (dv < DV)[None, :]
+    )
 
 
 def backward(
@@ -331,7 +258,7 @@ def backward(
     value: Tensor,
     alpha: Tensor | None,
     mask: Tensor | None,
-    lengths: Tensor | None,
+    key_lengths: Tensor | None,
     seed: Tensor | None,
     second: Tensor,
     statistics: Tensor,
@@ -345,36 +272,28 @@ def backward(
     device, (batch, heads, queries), key_heads = query.device, query.shape[:3], key.shape[1]
     rows, (tiles_m, tiles_n) = batch * heads, flags.shape[1:]
     grad = grad.contiguous()
-    numbers, compiled = common_arguments(query, key, value, alpha, mask, setting)
-    compiled = (*compiled, plan.block_d, plan.block_dv, plan.block_m, plan.block_n)
+    inputs, lengths, constants = arguments_of(query, key, value, alpha, mask, key_lengths, seed, setting)
+    compiled = (*constants, plan.block_d, plan.block_dv, plan.block_m, plan.block_n)
     delta = torch.empty(rows * queries, dtype=torch.float32, device=device)
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=device)
     grad_key = torch.empty(key.shape, dtype=key.dtype, device=device)
     grad_value = torch.empty(value.shape, dtype=value.dtype, device=device)
     grad_alpha = torch.empty((batch, heads, queries) if with_alpha else (0,), dtype=torch.float32, device=device)
     grad_mask = torch.zeros(mask.shape if with_mask and mask is not None else (0,), device=device)
-    mask_strides: tuple[int, ...] = (0,) * 4
-    one_row = one_column = False
-    if mask is not None and with_mask:
-        mask_strides = tuple(0 if n == 1 else step for n, step in zip(mask.shape, grad_mask.stride(), strict=True))
-        one_row, one_column = mask.shape[2] == 1, mask.shape[3] == 1
-    lists, counts = _lists(flags)
-    launch(
-        _backward_queries,
-        rows * tiles_m,
-        *(query, key, value, alpha, mask, lengths, seed, second, statistics, lists, counts, grad, delta, grad_query),
-        *(grad_alpha if with_alpha else None, grad_mask if with_mask else None),
-        *(*numbers, *mask_strides, *compiled, one_row, one_column),
-        warps=plan.warps,
+    gradients = Gradients(
+        grad_query,
+        grad_alpha if with_alpha else None,
+        Mask.of(grad_mask, shared=False) if with_mask and mask is not None else None,
     )
-    lists, counts = _lists(flags.transpose(1, 2))
+    one_row, one_column = (gradients.mask is not None and grad_mask.shape[dim] == 1 for dim in (2, 3))
+    kept = Kept(grad, delta, statistics, *_lists(flags))
+    compiled_queries = (*compiled, one_row, one_column)
     launch(
-        _backward_keys,
-        batch * key_heads * tiles_n,
-        *(query, key, value, alpha, mask, lengths, seed, statistics, lists, counts, grad, delta, grad_key, grad_value),
-        *(*numbers, *compiled),
-        warps=plan.warps,
+        _backward_queries, rows * tiles_m, inputs, lengths, kept, second, gradients, *compiled_queries, warps=plan.warps
     )
+    kept = Kept(grad, delta, statistics, *_lists(flags.transpose(1, 2)))
+    programs = batch * key_heads * tiles_n
+    launch(_backward_keys, programs, inputs, lengths, kept, grad_key, grad_value, *compiled, warps=plan.warps)
     return grad_query, grad_key, grad_value, grad_alpha.sum((0, 2)) if with_alpha else grad_alpha, grad_mask
 
 

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.kernels.triton import rows
+from sparse_attn.kernels.triton.attention.arguments import arguments_of
 from sparse_attn.kernels.triton.attention.plan import Plan
 from sparse_attn.kernels.triton.attention.tiles import (
-    LENGTHS,
-    common_arguments,
     dot,
     end_of_keys,
+    keys_of,
     load_tile,
     masked_scores,
+    of_head,
 )
 from sparse_attn.kernels.triton.launch import launch
 
@@ -38,98 +39,50 @@ def pays(query: Tensor, key: Tensor) -> bool:
     return query.shape[2] * (query.shape[1] // key.shape[1]) <= _FEW and key.shape[2] >= _MANY
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=("lengths",))
 def _scores(
-    Q,
-    K,
-    Mask,
-    Lengths,
-    Scores,
-    number,
-    scale,
-    dropout_p,
-    kept_scale,
-    lowest,
-    offset,
-    heads,
-    group,
-    queries,
-    keys,
-    rows,
-    stride_qn,
-    stride_qh,
-    stride_ql,
-    stride_kn,
-    stride_kh,
-    stride_ks,
-    stride_vn,
-    stride_vh,
-    stride_vs,
-    stride_alpha,
-    stride_mn,
-    stride_mh,
-    stride_ml,
-    stride_ms,
+    inputs,
+    lengths,
+    scores,
     CAUSAL: tl.constexpr,
-    MODE: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
-    DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    queries, keys, group = lengths.queries, inputs.keys, inputs.group
     tiles = tl.cdiv(keys, BLOCK)
     first = (tl.program_id(0) % tiles) * BLOCK
     pair = tl.program_id(0) // tiles
-    n, key_head = (pair // (heads // group)).to(tl.int64), (pair % (heads // group)).to(tl.int64)
+    key_heads = inputs.heads // group
+    n, key_head = (pair // key_heads).to(tl.int64), (pair % key_heads).to(tl.int64)
     row = tl.arange(0, ROWS)  # the queries of all heads that share these keys
     member, i = row // queries, row % queries
     inside = row < group * queries
     d, j = tl.arange(0, BLOCK_D), first + tl.arange(0, BLOCK)
-    place = (key_head * group + member) * stride_qh + i * stride_ql
+    h = key_head * group + member
+    place = h * inputs.query.h + i * inputs.query.row
     mask = inside[:, None] & (d < D)[None, :]
-    q = tl.load(Q + n * stride_qn + place[:, None] + d[None, :], mask=mask, other=0.0)
-    limit = keys
-    if Lengths is not None:
-        limit = tl.minimum(limit, tl.load(Lengths + n).to(tl.int32))
-    end = end_of_keys(tl.where(inside, i, queries), queries, limit, offset, CAUSAL)
-    # What lies behind the last key, as in a cache that is not full yet, is not read.
-    k = load_tile(K + n * stride_kn + key_head * stride_kh, first, stride_ks, limit, D, BLOCK, BLOCK_D)
-    if Mask is not None:
-        Mask += n * stride_mn + ((key_head * group + member) * stride_mh)[:, None]
-    s = masked_scores(
-        dot(q, k.T, UPCAST, PRECISION),
-        i[:, None],
-        j[None, :],
-        end[:, None],
-        scale,
-        Mask,
-        stride_ml,
-        stride_ms,
-        lowest,
-        keys,
-    )
+    q = tl.load(inputs.query.start + n * inputs.query.n + place[:, None] + d[None, :], mask=mask, other=0.0)
+    limit = keys_of(inputs, n)
+    end = end_of_keys(tl.where(inside, i, queries), queries, limit, lengths.offset, CAUSAL)
+    # Rows behind the last key, as in a cache that is not full yet, are not read.
+    k = load_tile(of_head(inputs.key, n, key_head), first, inputs.key.row, limit, D, BLOCK, BLOCK_D)
+    s = masked_scores(dot(q, k.T, UPCAST, PRECISION), i[:, None], j[None, :], end[:, None], inputs, n, h[:, None])
     place = (pair.to(tl.int64) * group * queries + row)[:, None] * keys + j[None, :]
-    tl.store(Scores + place, s, mask=inside[:, None] & (j < keys)[None, :])
+    tl.store(scores + place, s, mask=inside[:, None] & (j < keys)[None, :])
 
 
-@triton.jit(do_not_specialize=(*LENGTHS[1:], "tiles_of_a_split", "splits"))
+@triton.jit(do_not_specialize=("lengths", "tiles_of_a_split", "splits"))
 def _outputs(
-    P,
-    V,
-    Out,
-    heads,
-    group,
-    queries,
-    keys,
-    rows,
+    weights,
+    inputs,
+    lengths,
+    partial,
     tiles_of_a_split,
     splits,
-    stride_vn,
-    stride_vh,
-    stride_vs,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     DV: tl.constexpr,
@@ -137,22 +90,24 @@ def _outputs(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    queries, keys, group = lengths.queries, inputs.keys, inputs.group
     split = tl.program_id(0) % splits
     pair = tl.program_id(0) // splits
-    n, key_head = (pair // (heads // group)).to(tl.int64), (pair % (heads // group)).to(tl.int64)
+    key_heads = inputs.heads // group
+    n, key_head = (pair // key_heads).to(tl.int64), (pair % key_heads).to(tl.int64)
+    v_start = of_head(inputs.value, n, key_head)
     row = tl.arange(0, ROWS)
     inside = row < group * queries
-    V += n * stride_vn + key_head * stride_vh
     place = pair.to(tl.int64) * group * queries + row
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     for tile in range(split * tiles_of_a_split, (split + 1) * tiles_of_a_split):
         j = tile * BLOCK + tl.arange(0, BLOCK)
-        p = tl.load(P + place[:, None] * keys + j[None, :], mask=inside[:, None] & (j < keys)[None, :], other=0.0)
+        p = tl.load(weights + place[:, None] * keys + j[None, :], mask=inside[:, None] & (j < keys)[None, :], other=0.0)
         if tl.max(tl.max((p != 0.0).to(tl.int32), 1), 0) > 0:
-            v = load_tile(V, tile * BLOCK, stride_vs, keys, DV, BLOCK, BLOCK_DV)
+            v = load_tile(v_start, tile * BLOCK, inputs.value.row, keys, DV, BLOCK, BLOCK_DV)
             acc += dot(p.to(v.dtype), v, UPCAST, PRECISION)
     dv = tl.arange(0, BLOCK_DV)
-    target = Out + (split.to(tl.int64) * rows + place)[:, None] * DV + dv[None, :]
+    target = partial + (split.to(tl.int64) * lengths.rows + place)[:, None] * DV + dv[None, :]
     tl.store(target, acc, mask=inside[:, None] & (dv < DV)[None, :])
 
 
@@ -162,19 +117,20 @@ def forward(
     value: Tensor,
     alpha: Tensor | None,
     mask: Tensor | None,
-    lengths: Tensor | None,
+    key_lengths: Tensor | None,
     seed: Tensor | None,
     setting: Setting,
 ) -> Tensor:
     """The output (N, H, L, Dv) of :func:`attention.forward`, without a gradient."""
     batch, heads, queries, _ = query.shape
     key_heads, keys = key.shape[1:3]
-    plan, device, count = Plan.of(query, value), query.device, batch * heads * queries
-    numbers, compiled = common_arguments(query, key, value, alpha, mask, setting)
+    plan, device = Plan.of(query, value), query.device
+    inputs, lengths, constants = arguments_of(query, key, value, alpha, mask, key_lengths, seed, setting)
+    products = (constants.upcast, constants.precision)
     scores = torch.empty(batch, heads, queries, keys, dtype=torch.float32, device=device)
     tiles = triton.cdiv(keys, _KEYS)
-    shape = (plan.block_d, _FEW, _KEYS)
-    launch(_scores, batch * key_heads * tiles, query, key, mask, lengths, scores, *numbers, *compiled, *shape)
+    compiled = (constants.causal, *products, constants.head_size, plan.block_d, _FEW, _KEYS)
+    launch(_scores, batch * key_heads * tiles, inputs, lengths, scores, *compiled)
     a = setting.a if alpha is None else (alpha.double() - 1).float().view(-1, 1, 1)
     weights = rows.entmax_forward(scores, a, torch.finfo(torch.float32).min, in_place=True)
     if seed is not None:
@@ -183,10 +139,7 @@ def forward(
         weights *= multipliers(weights, seed, setting.dropout_p)
     splits = min(_SPLITS, tiles)
     partial = torch.empty(splits, batch, heads, queries, value.shape[3], dtype=torch.float32, device=device)
-    launch(
-        _outputs,
-        batch * key_heads * splits,
-        *(weights, value, partial, heads, heads // key_heads, queries, keys, count, triton.cdiv(tiles, splits), splits),
-        *(*value.stride()[:3], *compiled[2:4], value.shape[3], plan.block_dv, _FEW, _KEYS),
-    )
+    split = (triton.cdiv(tiles, splits), splits)
+    sizes = (constants.value_size, plan.block_dv, _FEW, _KEYS)
+    launch(_outputs, batch * key_heads * splits, weights, inputs, lengths, partial, *split, *products, *sizes)
     return partial.sum(0).to(query.dtype)

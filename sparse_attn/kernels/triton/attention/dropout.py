@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_attn.kernels.triton.attention.tiles import dropout
+from sparse_attn.kernels.triton.attention.tiles import multiplier
 from sparse_attn.kernels.triton.launch import launch
 
 
@@ -19,7 +19,7 @@ def _multipliers(Seed, Out, queries, keys, dropout_p, kept_scale, BLOCK: tl.cons
     head, i = row // queries, row % queries
     for first in range(0, keys, BLOCK):
         j = first + tl.arange(0, BLOCK)
-        kept = dropout(Seed, head, i, j, queries, keys, dropout_p, kept_scale)
+        kept = multiplier(Seed, head, i, j, queries, keys, dropout_p, kept_scale)
         tl.store(Out + row * keys + j, kept, mask=j < keys)
 
 

@@ -9,6 +9,8 @@ output. The list of key tiles that may hold weight shrinks on the way, and what 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,17 +18,18 @@ from torch import Tensor
 
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.kernels.triton.attention import decode
+from sparse_attn.kernels.triton.attention.arguments import arguments_of
 from sparse_attn.kernels.triton.attention.plan import Plan, kept, statistics_of
 from sparse_attn.kernels.triton.attention.short import forward_short
 from sparse_attn.kernels.triton.attention.tiles import (
-    LENGTHS,
-    common_arguments,
     dot,
     dropout,
     end_of_keys,
     head_a,
+    keys_of,
     load_tile,
     masked_scores,
+    of_head,
     store_rows,
 )
 from sparse_attn.kernels.triton.family import (
@@ -39,49 +42,23 @@ from sparse_attn.kernels.triton.family import (
 from sparse_attn.kernels.triton.launch import launch, shared_memory
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+class Results(NamedTuple):
+    """Tensors that a forward kernel writes; all but the output are None where no backward follows."""
+
+    output: Tensor
+    second: Tensor | None  # Σ u v / Σ u
+    statistics: Tensor | None  # of each row, from which the backward makes the weights again
+    flags: Tensor | None  # 1 for tiles of scores that have weight
+
+
+@triton.jit(do_not_specialize=("lengths",))
 def _forward(
-    Q,
-    K,
-    V,
-    Alpha,
-    Mask,
-    Lengths,
-    Seed,
-    Out,
-    Second,
-    Stats,
-    Flags,
-    Tiles,
-    number,
-    scale,
-    dropout_p,
-    kept_scale,
-    lowest,
-    offset,
-    heads,
-    group,
-    queries,
-    keys,
-    rows,
-    stride_qn,
-    stride_qh,
-    stride_ql,
-    stride_kn,
-    stride_kh,
-    stride_ks,
-    stride_vn,
-    stride_vh,
-    stride_vs,
-    stride_alpha,
-    stride_mn,
-    stride_mh,
-    stride_ml,
-    stride_ms,
+    inputs,
+    lengths,
+    results,
+    tiles,
     CAUSAL: tl.constexpr,
     MODE: tl.constexpr,
-    TOLERANCE: tl.constexpr,
-    LOOSE: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -90,52 +67,37 @@ def _forward(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TOLERANCE: tl.constexpr,
+    LOOSE: tl.constexpr,
 ):
+    queries, keys = lengths.queries, inputs.keys
     tiles_m, tiles_n = tl.cdiv(queries, BLOCK_M), tl.cdiv(keys, BLOCK_N)
-    tile_m = tiles_m - 1 - tl.program_id(0) % tiles_m  # under a causal mask the last ones have most to do
+    tile_m = tiles_m - 1 - tl.program_id(0) % tiles_m  # under a causal mask the last tiles have most to do
     head = tl.program_id(0) // tiles_m
-    n, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    n, h = (head // inputs.heads).to(tl.int64), (head % inputs.heads).to(tl.int64)
     i = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    dv = tl.arange(0, BLOCK_DV)
     j = tl.arange(0, BLOCK_N)
-    Q += n * stride_qn + h * stride_qh
-    K += n * stride_kn + (h // group) * stride_kh
-    V += n * stride_vn + (h // group) * stride_vh
-    if Mask is not None:
-        Mask += n * stride_mn + h * stride_mh
-    Tiles += (head.to(tl.int64) * tiles_m + tile_m) * tiles_n
-    if Flags is not None:
-        Flags += (head.to(tl.int64) * tiles_m + tile_m) * tiles_n
-    q = load_tile(Q, tile_m * BLOCK_M, stride_ql, queries, D, BLOCK_M, BLOCK_D)
-    limit = keys
-    if Lengths is not None:
-        limit = tl.minimum(limit, tl.load(Lengths + n).to(tl.int32))
-    end = end_of_keys(i, queries, limit, offset, CAUSAL)
+    k_start = of_head(inputs.key, n, h // inputs.group)
+    v_start = of_head(inputs.value, n, h // inputs.group)
+    line = (head.to(tl.int64) * tiles_m + tile_m) * tiles_n
+    listed = tiles + line
+    q = load_tile(of_head(inputs.query, n, h), tile_m * BLOCK_M, inputs.query.row, queries, D, BLOCK_M, BLOCK_D)
+    limit = keys_of(inputs, n)
+    end = end_of_keys(i, queries, limit, lengths.offset, CAUSAL)
     last = limit
     if CAUSAL:
-        last = tl.minimum(limit, (tile_m + 1) * BLOCK_M + offset)
+        last = tl.minimum(limit, (tile_m + 1) * BLOCK_M + lengths.offset)
     count = tl.cdiv(tl.maximum(last, 0), BLOCK_N)
 
     lanes = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
     for tile in range(0, count):
         first = tile * BLOCK_N
-        k = load_tile(K, first, stride_ks, keys, D, BLOCK_N, BLOCK_D)
-        s = masked_scores(
-            dot(q, k.T, UPCAST, PRECISION),
-            i[:, None],
-            (first + j)[None, :],
-            end[:, None],
-            scale,
-            Mask,
-            stride_ml,
-            stride_ms,
-            lowest,
-            keys,
-        )
+        k = load_tile(k_start, first, inputs.key.row, keys, D, BLOCK_N, BLOCK_D)
+        s = masked_scores(dot(q, k.T, UPCAST, PRECISION), i[:, None], first + j[None, :], end[:, None], inputs, n, h)
         lanes = tl.maximum(lanes, s, propagate_nan=tl.PropagateNan.ALL)
     broken = tl.max((lanes != lanes).to(tl.int32), 1) > 0
     top = tl.where(broken, float("nan"), tl.max(lanes, 1))
-    a = head_a(Alpha, h, stride_alpha, number) + tl.zeros([BLOCK_M], tl.float64)
+    a = head_a(inputs, h) + tl.zeros([BLOCK_M], tl.float64)
     low = bound_from_lanes(lanes, top, keys, a, MODE)
     high, error, sigma = start_of(low, keys, a)
 
@@ -149,26 +111,17 @@ def _forward(
         slope = tl.zeros([BLOCK_M], tl.float64)
         kept = 0
         for t in range(0, count):
-            tile = tl.where(sweeps > 0, tl.load(Tiles + t), t)
+            tile = tl.where(sweeps > 0, tl.load(listed + t), t)
             first = tile * BLOCK_N
-            k = load_tile(K, first, stride_ks, keys, D, BLOCK_N, BLOCK_D)
+            k = load_tile(k_start, first, inputs.key.row, keys, D, BLOCK_N, BLOCK_D)
             s = masked_scores(
-                dot(q, k.T, UPCAST, PRECISION),
-                i[:, None],
-                (first + j)[None, :],
-                end[:, None],
-                scale,
-                Mask,
-                stride_ml,
-                stride_ms,
-                lowest,
-                keys,
+                dot(q, k.T, UPCAST, PRECISION), i[:, None], (first + j)[None, :], end[:, None], inputs, n, h
             )
             p, u, _ = weigh(s, placed, a, 1, MODE)
             total += tl.sum(p, 1).to(tl.float64)
             slope += tl.sum(u, 1).to(tl.float64)
             # The list is packed in place: it is never written beyond where it is read.
-            tl.store(Tiles + kept, tile)
+            tl.store(listed + kept, tile)
             # A row that is no number keeps all of its tiles, and makes all of its gradients none.
             kept += tl.max((~(tl.max(s, 1) <= edge)).to(tl.int32), 0)
         tl.debug_barrier()
@@ -186,52 +139,23 @@ def _forward(
     total = tl.zeros([BLOCK_M], tl.float64)
     slope = tl.zeros([BLOCK_M], tl.float64)
     for t in range(0, count):
-        tile = tl.load(Tiles + t)
+        tile = tl.load(listed + t)
         first = tile * BLOCK_N
-        k = load_tile(K, first, stride_ks, keys, D, BLOCK_N, BLOCK_D)
-        s = masked_scores(
-            dot(q, k.T, UPCAST, PRECISION),
-            i[:, None],
-            (first + j)[None, :],
-            end[:, None],
-            scale,
-            Mask,
-            stride_ml,
-            stride_ms,
-            lowest,
-            keys,
-        )
+        k = load_tile(k_start, first, inputs.key.row, keys, D, BLOCK_N, BLOCK_D)
+        s = masked_scores(dot(q, k.T, UPCAST, PRECISION), i[:, None], first + j[None, :], end[:, None], inputs, n, h)
         p, u, _ = weigh(s, placed, a, 1, MODE)
         total += tl.sum(p, 1).to(tl.float64)
         slope += tl.sum(u, 1).to(tl.float64)
-        if Flags is not None:
-            tl.store(Flags + tile, tl.max((tl.max(p, 1) != 0.0).to(tl.int32), 0).to(tl.uint8))
-        if Seed is not None:
-            kept = dropout(Seed, head, i[:, None], (first + j)[None, :], queries, keys, dropout_p, kept_scale)
+        if results.flags is not None:
+            tl.store(results.flags + line + tile, tl.max((tl.max(p, 1) != 0.0).to(tl.int32), 0).to(tl.uint8))
+        if inputs.seed is not None:
+            kept = dropout(inputs, head, i[:, None], (first + j)[None, :], queries)
             p, u = p * kept, u * kept
-        v = load_tile(V, first, stride_vs, keys, DV, BLOCK_N, BLOCK_DV)
+        v = load_tile(v_start, first, inputs.value.row, keys, DV, BLOCK_N, BLOCK_DV)
         acc += dot(p.to(v.dtype), v, UPCAST, PRECISION)
-        if Second is not None:
+        if results.second is not None:
             acc2 += dot(u.to(v.dtype), v, UPCAST, PRECISION)
-    store_rows(
-        Out,
-        Second,
-        Stats,
-        acc,
-        acc2,
-        total,
-        slope,
-        top,
-        sigma,
-        a,
-        head,
-        i,
-        dv,
-        queries,
-        rows,
-        DV,
-        MODE,
-    )
+    store_rows(results, acc, acc2, total, slope, top, sigma, a, head, i, lengths, DV, BLOCK_DV, MODE)
 
 
 def forward(
@@ -240,7 +164,7 @@ def forward(
     value: Tensor,
     alpha: Tensor | None,
     mask: Tensor | None,
-    lengths: Tensor | None,
+    key_lengths: Tensor | None,
     seed: Tensor | None,
     setting: Setting,
     training: bool,
@@ -253,13 +177,13 @@ def forward(
         value: (N, Hk, S, Dv).
         alpha: (H,), or None for the number in ``setting``.
         mask: (N or 1, H or 1, L or 1, S or 1), floating, or uint8 where 0 is masked.
-        lengths: (N,), how many keys there are, at most S; int32 or int64.
+        key_lengths: (N,), how many keys there are, at most S; int32 or int64.
         seed: (1,), int64, of the dropout.
         setting: Everything else.
         training: Whether the last three results are wanted; they are empty otherwise.
     """
     if not training and decode.pays(query, key):
-        output = decode.forward(query, key, value, alpha, mask, lengths, seed, setting)
+        output = decode.forward(query, key, value, alpha, mask, key_lengths, seed, setting)
         return output, *kept(query, key, value, alpha, setting.a, False)
     plan = Plan.of(query, value)
     batch, heads, queries, _ = query.shape
@@ -271,21 +195,17 @@ def forward(
     told = (statistics_of(setting.a, alpha), rows * queries)
     statistics = torch.empty(told if training else (0,), dtype=torch.float32, device=device)
     flags = torch.zeros((rows, tiles_m, tiles_n) if training else (0,), dtype=torch.uint8, device=device)
-    numbers, (causal, mode, upcast, precision, *sizes) = common_arguments(query, key, value, alpha, mask, setting)
-    # Of the sum of a row: where its last step begins, and where there is none to take.
+    inputs, lengths, constants = arguments_of(query, key, value, alpha, mask, key_lengths, seed, setting)
+    # The sum of a row at which its last step begins (loose), and from which no step is needed any more.
     loose, tolerance = (2.4e-7, 2.4e-7) if query.dtype == torch.float32 else (2.0**-10, 2.0**-12)
-    wanted = (second, statistics, flags) if training else (None, None, None)
-    short = plan.short(keys, query.itemsize, shared_memory(device))
-    tensors = (query, key, value, alpha, mask, lengths, seed, output, *wanted)
-    compiled = (upcast, precision, *sizes, plan.block_d, plan.block_dv)
-    if short:
+    results = Results(output, *((second, statistics, flags) if training else (None, None, None)))
+    sizes = (plan.block_d, plan.block_dv)
+    if short := plan.short(keys, query.itemsize, shared_memory(device)):
         block_m, warps = short
-        compiled = (*compiled, block_m, plan.block_n, triton.next_power_of_2(tiles_n), plan.block_m)
-        arguments = (*tensors, *numbers, causal, mode, tolerance, *compiled)
-        launch(forward_short, triton.cdiv(queries, block_m) * rows, *arguments, warps=warps)
+        compiled = (*constants, *sizes, block_m, plan.block_n, tolerance, triton.next_power_of_2(tiles_n), plan.block_m)
+        launch(forward_short, triton.cdiv(queries, block_m) * rows, inputs, lengths, results, *compiled, warps=warps)
     else:
         tiles = torch.empty((rows, tiles_m, tiles_n), dtype=torch.int32, device=device)
-        compiled = (*compiled, plan.block_m, plan.block_n)
-        arguments = (*tensors, tiles, *numbers, causal, mode, tolerance, loose, *compiled)
-        launch(_forward, tiles_m * rows, *arguments, warps=plan.warps)
+        several = (*constants, *sizes, plan.block_m, plan.block_n, tolerance, loose)
+        launch(_forward, tiles_m * rows, inputs, lengths, results, tiles, *several, warps=plan.warps)
     return output, second, statistics, flags

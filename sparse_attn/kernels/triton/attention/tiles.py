@@ -1,31 +1,44 @@
-"""What the attention kernels share: tiles of rows, of scores and of dropout, and the arguments they all take."""
+"""Parts that the attention kernels share: tiles of rows, scores and dropout, and the rows that a forward stores."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from sparse_attn.kernels.setting import Setting
-from sparse_attn.kernels.triton import interpreted
-from sparse_attn.kernels.triton.family import GENERAL, MODES, TINY, place_rows
-from sparse_attn.versions import tf32_allowed
-
-# What changes with the length alone, and makes no kernel faster where it is known: that 16 divides it compiles nothing.
-LENGTHS = ("offset", "queries", "rows")
+from sparse_attn.kernels.triton.family import TINY, place_rows
 
 
 @triton.jit
-def head_a(Alpha, head, stride, number):
-    """``a = α - 1`` of a head, subtracted in float64 and never quite 0."""
-    if Alpha is None:
-        a = number + tl.zeros([1], tl.float64)
+def of_head(operand, n, h):
+    """Where the rows of a batch entry and a head begin."""
+    return operand.start + n * operand.n + h * operand.h
+
+
+@triton.jit
+def of_mask(mask, n, h):
+    """Where the mask of a batch entry and a head begins."""
+    return mask.start + n * mask.n + h * mask.h
+
+
+@triton.jit
+def head_a(inputs, h):
+    """``a = α - 1`` of a head, subtracted in float64 and never exactly 0."""
+    if inputs.alpha is None:
+        a = inputs.a + tl.zeros([1], tl.float64)
     else:
-        a = tl.load(Alpha + head * stride + tl.arange(0, 1)).to(tl.float64) - 1.0
+        a = tl.load(inputs.alpha.start + h * inputs.alpha.h + tl.arange(0, 1)).to(tl.float64) - 1.0
     return tl.where(tl.abs(a) < TINY, TINY, a)
+
+
+@triton.jit
+def keys_of(inputs, n):
+    """How many keys a batch entry has, padding apart."""
+    limit = inputs.keys
+    if inputs.key_lengths is not None:
+        limit = tl.minimum(limit, tl.load(inputs.key_lengths + n).to(tl.int32))
+    return limit
 
 
 @triton.jit
@@ -47,26 +60,26 @@ def end_of_keys(i, queries, limit, offset, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def masked_scores(product, i, j, end, scale, Mask, stride_i, stride_j, lowest, keys):
-    """Scores from products of queries ``i`` and keys ``j``, which broadcast; ``-inf`` where a query does not see.
+def masked_scores(product, i, j, end, inputs, n, h):
+    """Scores from products of queries ``i`` and keys ``j``, which broadcast; ``-inf`` where a query does not see a key.
 
-    Every kernel goes through here: an entry at the edge of the support must not be in it here and out of it there.
-    ``end`` is of :func:`end_of_keys`, for each query. ``stride_i`` is None where the mask is the same for all queries:
-    it is loaded once for all of them then.
+    Every kernel calls this: an entry at the edge of the support must be inside in all kernels or outside in all.
+    ``end`` is the result of :func:`end_of_keys` for each query; ``n`` and ``h`` are the batch entry and the head.
     """
-    s = product * scale
+    s = product * inputs.scale
     seen = j < end
-    if Mask is not None:
-        if stride_i is None:
-            mask = tl.load(Mask + j.to(tl.int64) * stride_j, mask=j < keys, other=0)
+    if inputs.mask is not None:
+        place = of_mask(inputs.mask, n, h) + j.to(tl.int64) * inputs.mask.key
+        if inputs.mask.query is None:
+            mask = tl.load(place, mask=j < inputs.keys, other=0)
         else:
-            mask = tl.load(Mask + i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j, mask=seen, other=0)
+            mask = tl.load(place + i.to(tl.int64) * inputs.mask.query, mask=seen, other=0)
         if mask.dtype.is_int():
             seen = seen & (mask != 0)
         else:
             mask = mask.to(tl.float32)
             s += mask
-            seen = seen & ~(mask <= lowest)
+            seen = seen & ~(mask <= inputs.lowest)
     return tl.where(seen, s, float("-inf"))
 
 
@@ -80,17 +93,21 @@ def load_tile(X, first, stride, size, D: tl.constexpr, BLOCK: tl.constexpr, BLOC
 
 
 @triton.jit
-def dropout(Seed, head, i, j, queries, keys, dropout_p, kept_scale):
-    """What weights are multiplied by, a function of the seed and the place alone: every kernel makes it again."""
+def dropout(inputs, head, i, j, queries):
+    """Factors of the weights: a function of the seed and the place alone, so that every kernel makes the same ones."""
+    return multiplier(inputs.seed, head, i, j, queries, inputs.keys, inputs.dropout_p, inputs.kept_scale)
+
+
+@triton.jit
+def multiplier(seed, head, i, j, queries, keys, dropout_p, kept_scale):
+    """0 with probability ``dropout_p``, else ``kept_scale``."""
     place = (head.to(tl.int64) * queries + i) * keys + j
-    return tl.where(tl.rand(tl.load(Seed), place) >= dropout_p, kept_scale, 0.0)
+    return tl.where(tl.rand(tl.load(seed), place) >= dropout_p, kept_scale, 0.0)
 
 
 @triton.jit
 def store_rows(
-    Out,
-    Second,
-    Stats,
+    results,
     acc,
     acc2,
     total,
@@ -100,60 +117,25 @@ def store_rows(
     a,
     head,
     i,
-    d,
-    queries,
-    rows,
+    lengths,
     DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """Write the output and, for the backward, what it is told of these rows."""
-    inside = i < queries
+    """Write the output of the rows ``i`` and, for a backward, their statistics."""
+    inside = i < lengths.queries
     divisor = tl.where(total == 0.0, 1.0, total)
     final = place_rows(top, sigma, total, a, MODE)
     factor = (1.0 / divisor).to(tl.float32) + (final[2] - final[2])  # NaN where the row or α is
-    row = head.to(tl.int64) * queries + i
-    rows = tl.cast(rows, tl.int64)  # eight times as many statistics may be more than 2³¹
+    row = head.to(tl.int64) * lengths.queries + i
+    rows = tl.cast(lengths.rows, tl.int64)  # there are eight statistics per row, which may be more than 2³¹
+    d = tl.arange(0, BLOCK_DV)
     place = row[:, None] * DV + d[None, :]
     within = inside[:, None] & (d < DV)[None, :]
-    tl.store(Out + place, (acc * factor[:, None]).to(Out.dtype.element_ty), mask=within)
-    if Second is not None:
+    tl.store(results.output + place, (acc * factor[:, None]).to(results.output.dtype.element_ty), mask=within)
+    if results.second is not None:
         slope = tl.where(slope == 0.0, 1.0, slope)
         acc2 = acc2 * (1.0 / slope).to(tl.float32)[:, None]
-        tl.store(Second + place, acc2.to(Second.dtype.element_ty), mask=within)
+        tl.store(results.second + place, acc2.to(results.second.dtype.element_ty), mask=within)
         for n in tl.static_range(len(final)):
-            tl.store(Stats + n * rows + row, final[n], mask=inside)
-
-
-def common_arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    alpha: Tensor | None,
-    mask: Tensor | None,
-    setting: Setting,
-) -> tuple[tuple[object, ...], tuple[object, ...]]:
-    """What all kernels take: numbers, sizes and strides; then how the kernel is to be compiled."""
-    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
-    kept_scale = 0.0 if setting.dropout_p >= 1 else 1 / (1 - setting.dropout_p)
-    lowest = float("-inf") if mask is None or not mask.is_floating_point() else torch.finfo(mask.dtype).min
-    mask_strides: tuple[int | None, ...] = (0,) * 4
-    if mask is not None:
-        n, h, i, j = (0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True))
-        mask_strides = n, h, i or None, j
-    numbers = (
-        *(setting.a, setting.scale, setting.dropout_p, kept_scale, max(lowest, torch.finfo(torch.float32).min)),
-        *(setting.offset or 0, heads, heads // key.shape[1], queries, keys, query.shape[0] * heads * queries),
-        *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]),
-        *(0 if alpha is None else alpha.stride(0), *mask_strides),
-    )
-    half = query.dtype != torch.float32
-    tensor_cores = half or tf32_allowed()
-    compiled = (
-        setting.offset is not None,
-        GENERAL if alpha is not None else MODES.get(setting.a, GENERAL),
-        interpreted() and query.dtype == torch.bfloat16,
-        "tf32" if tensor_cores else "ieee",
-        query.shape[3],
-        value.shape[3],
-    )
-    return numbers, compiled
+            tl.store(results.statistics + n * rows + row, final[n], mask=inside)

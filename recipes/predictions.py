@@ -1,0 +1,82 @@
+"""The predictions of a run for its test words, as a table in the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .seq2seq.metrics import closest_references
+from .seq2seq.scores import Scores
+
+PREDICTIONS = "test_predictions.tsv"
+_COLUMNS = ("prediction", "reference", "distance", "length", "group")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was predicted for one input, beside the closest reference.
+
+    Attributes:
+        source: The fields of the input, with tabs between them.
+        prediction: The output.
+        reference: The closest reference.
+        distance: Edit distance between the two, in tokens.
+        length: Tokens of the reference.
+        group: The part of the data the input belongs to; empty without parts.
+    """
+
+    source: str
+    prediction: str
+    reference: str
+    distance: int
+    length: int
+    group: str
+
+
+def write_predictions(file: Path, scores: Scores, fields: Sequence[str]) -> None:
+    """Writes a line with a tab between columns for every input; the first line names the columns.
+
+    Args:
+        file: Where to.
+        scores: The scores of a whole split.
+        fields: What an input consists of: the first columns.
+    """
+    lines = ["\t".join([*fields, *_COLUMNS])]
+    closest = closest_references(scores.predictions, scores.references)
+    groups = scores.groups or [""] * len(closest)
+    for source, prediction, (distance, reference), group in zip(
+        scores.sources, scores.predictions, closest, groups, strict=True
+    ):
+        # A target is free to hold a tab where it is no column of a file.
+        written, wanted = (scores.join(tokens).replace("\t", " ") for tokens in (prediction, reference))
+        lines.append("\t".join([source, written, wanted, str(distance), str(len(reference)), group]))
+    unfinished = file.with_name(f"{file.name}.tmp")
+    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    unfinished.replace(file)
+
+
+def read_predictions(file: Path) -> list[Prediction]:
+    """What :func:`write_predictions` wrote, in order of the inputs, whatever the order of the lines.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If a line cannot be read.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise FileNotFoundError(f"cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} must be UTF-8 text, got other bytes") from None
+    found = []
+    width = len(lines[0].split("\t"))
+    for number, line in enumerate(lines[1:], start=2):
+        if not line:
+            continue
+        parts = line.split("\t")
+        *source, prediction, reference, distance, length, group = parts if len(parts) == width else ["", *_COLUMNS]
+        if not (distance.isdecimal() and length.isdecimal()):
+            raise ValueError(f"{file}:{number}: a line must have the columns {lines[0].split()}, got {line!r}")
+        found.append(Prediction("\t".join(source), prediction, reference, int(distance), int(length), group))
+    return sorted(found, key=lambda one: (one.source, one.reference))

@@ -1,0 +1,111 @@
+"""What a model makes of some words, with the attention it has on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_attn.analysis import AttentionRecord, record_attention
+
+from ..predict import read_words
+from ..seq2seq.data.batching import pad
+from ..seq2seq.decode import greedy_decode
+from ..seq2seq.tokenizer import BOS
+
+BATCH_WORDS = 128
+
+
+@dataclass(frozen=True)
+class ReadWords:
+    """Words that a model has read and written, with its attention.
+
+    Attributes:
+        words: as they were given.
+        outputs: what the model wrote.
+        sources: the tokens of each word, ended by ``<eos>``: the keys of cross-attention.
+        read: the tokens the decoder read at each step, from ``<bos>``.
+        written: the token that each step wrote, ``<eos>`` last.
+        record: the attention of all of them, in one batch.
+    """
+
+    words: list[str]
+    outputs: list[str]
+    sources: list[list[str]]
+    read: list[list[str]]
+    written: list[list[str]]
+    record: AttentionRecord
+
+
+@torch.no_grad()
+def read_batch(task: Any, words: Sequence[str]) -> ReadWords:
+    """Predict words and record the attention, step by step under teacher forcing.
+
+    Args:
+        task: a `Seq2SeqTask` in evaluation mode.
+        words: one or more.
+
+    Raises:
+        ValueError: if there is no word, or one is empty.
+    """
+    if not words or not all(words):
+        raise ValueError(f"words must hold at least one, none of them empty, got {list(words)!r}")
+    device = next(task.model.parameters()).device
+    source: Tensor = pad([task.source_tokenizer.encode(word) for word in words]).to(device)
+    rows = greedy_decode(task.model, source, max_length=task.hparams["max_length"])
+    target = pad([[BOS, *row] for row in rows]).to(device)
+    with record_attention(task.model, weights=True) as record:
+        task.model(source, target)
+    written = [task.target_tokenizer.decode(row) for row in rows]
+    return ReadWords(
+        words=list(words),
+        outputs=[task.target_tokenizer.join(tokens) for tokens in written],
+        sources=[[*task.source_tokenizer.tokenize(word), "<eos>"] for word in words],
+        read=[["<bos>", *tokens] for tokens in written],
+        written=[[*tokens, "<eos>"] for tokens in written],
+        record=record,
+    )
+
+
+def in_batches(task: Any, words: Sequence[str]) -> Iterator[ReadWords]:
+    """:func:`read_batch` over any number of words."""
+    for start in range(0, len(words), BATCH_WORDS):
+        yield read_batch(task, words[start : start + BATCH_WORDS])
+
+
+def given_words(words: Any, word: Any, file: Any, fields: Sequence[str]) -> list[str] | None:
+    """The words of a command; blank lines of a file are empty words. None where none were given.
+
+    Args:
+        words: a list of words, or None.
+        word: one word, or None.
+        file: of a word per line, or None.
+        fields: what a line of the file has, as the model reads it.
+
+    Raises:
+        FileNotFoundError: if the file cannot be read.
+        ValueError: if words come from more than one place, or there are none.
+    """
+    given = {"words": words, "word": word, "input": file}
+    if len(names := [name for name, value in given.items() if value is not None]) > 1:
+        raise ValueError(f"only one of words, word and input can be given, got {' and '.join(names)}")
+    if file is not None:
+        try:
+            lines = Path(str(file)).expanduser().read_bytes().splitlines(keepends=True)
+        except OSError as error:
+            raise FileNotFoundError(f"cannot read the input file {str(file)!r}: {error.strerror}") from None
+        found = [text for _, text in read_words(lines, str(file), fields)]
+        if not any(found):
+            raise ValueError(f"input must hold at least one word, got only blank lines in {str(file)!r}")
+        return found
+    if words is None and word is None:
+        return None
+    found = [str(word)] if words is None else ([str(each) for each in words] if not isinstance(words, str) else [words])
+    if not found or not all(found):
+        name = "word" if words is None else "words"
+        raise ValueError(f"{name} must hold at least one character, got {str(word) if words is None else found!r}")
+    return found

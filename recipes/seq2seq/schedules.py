@@ -1,0 +1,61 @@
+"""The learning rate over a training, as a share of its highest value."""
+
+from __future__ import annotations
+
+import math
+
+from .tokenizer import check_choice
+
+SCHEDULES = ("linear", "inverse_sqrt", "noam", "cosine")
+
+
+def check_schedule(name: str, warmup: float) -> None:
+    """Refuses a schedule that does not exist, or a warm-up that is no share of the training.
+
+    Raises:
+        ValueError: If a value is not allowed.
+    """
+    check_choice("schedule", name, SCHEDULES)
+    if not 0 <= warmup < 1:
+        raise ValueError(f"schedule.warmup must be a share of the training in [0, 1), got {warmup}")
+
+
+def rate_factor(step: int, warmup: int, total: int, *, schedule: str = "linear", dim: int = 1) -> float:
+    r"""What the learning rate is multiplied by at a step, counted from 0.
+
+    With :math:`s = \text{step} + 1` all of them rise linearly for :math:`w` steps. Afterwards ``linear`` falls to
+    zero at ``total`` in a straight line, ``cosine`` in half a wave, and ``inverse_sqrt`` by :math:`\sqrt{w / s}`.
+    ``noam`` is
+
+    .. math:: d^{-1/2} \min(s^{-1/2}, s \, w^{-3/2})
+
+    with its highest value :math:`(d w)^{-1/2}`, so that the learning rate is a factor of about 1 and no rate.
+
+    Args:
+        step: Finished updates.
+        warmup: Updates of the rise.
+        total: Updates of the whole training.
+        schedule: ``"linear"``, ``"inverse_sqrt"``, ``"noam"`` or ``"cosine"``.
+        dim: Size :math:`d` of the model, for ``noam``.
+
+    Example:
+        >>> [rate_factor(step, 2, 6) for step in range(7)]
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+        >>> [round(rate_factor(step, 2, 6, schedule="cosine"), 2) for step in range(7)]
+        [0.5, 1.0, 1.0, 0.85, 0.5, 0.15, 0.0]
+        >>> [round(rate_factor(step, 2, 6, schedule="inverse_sqrt"), 2) for step in range(4)]
+        [0.5, 1.0, 0.82, 0.71]
+
+    Reference:
+        Vaswani et al. 2017, "Attention Is All You Need", equation 3 (noam); Loshchilov & Hutter 2017, "SGDR" (cosine).
+    """
+    done, warmup = step + 1, max(1, warmup)
+    rise = min(1.0, done / warmup)
+    if schedule == "inverse_sqrt":
+        return min(rise, math.sqrt(warmup / done))
+    if schedule == "noam":
+        return min(rise, math.sqrt(warmup / done)) / math.sqrt(dim * warmup)
+    left = max(0.0, min(1.0, (total - step) / max(1, total - warmup)))
+    if schedule == "cosine":
+        return min(rise, 0.5 - 0.5 * math.cos(math.pi * left))
+    return min(rise, left)

@@ -1,0 +1,52 @@
+"""From cross-attention to word alignments."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+__all__ = ["AlignmentRule", "align"]
+
+AlignmentRule = Literal["any", "most", "all", "best"]
+
+
+def align(weights: Tensor, rule: AlignmentRule = "most") -> Tensor:
+    """Which pairs of a query and a key are aligned, by the heads that give them weight.
+
+    With exact zeros no threshold is needed: a head aligns a query with the keys to which it gives any weight. Softmax
+    gives some to all of them; there only "best" tells anything.
+
+    Args:
+        weights: (..., H, L, S); keys that are no words, such as the end of the sequence, left out.
+        rule: "any": a head gives the pair weight; "most": more than half of the heads do; "all": every head does;
+            "best": the key is the one with the largest mean weight over heads, one for each query that has any.
+
+    Returns:
+        (..., L, S) bool.
+
+    Raises:
+        ValueError: if there is no head, or the rule is unknown.
+
+    Example:
+        >>> import torch
+        >>> weights = torch.tensor([[[0.8, 0.2, 0.0]], [[0.6, 0.0, 0.4]], [[0.1, 0.9, 0.0]]])
+        >>> {rule: align(weights, rule).int().tolist() for rule in ("any", "most", "all", "best")}
+        {'any': [[1, 1, 1]], 'most': [[1, 1, 0]], 'all': [[1, 0, 0]], 'best': [[1, 0, 0]]}
+    """
+    if weights.dim() < 3 or not weights.shape[-3]:
+        raise ValueError(f"weights must be (..., H, L, S) with a head or more, got {tuple(weights.shape)}")
+    used = weights != 0
+    if rule == "any":
+        return used.any(-3)
+    if rule == "all":
+        return used.all(-3)
+    if rule == "most":
+        return used.sum(-3) * 2 > weights.shape[-3]
+    if rule == "best":
+        mean = weights.mean(-3)
+        best = mean.new_zeros(mean.shape).bool()
+        if mean.shape[-1]:
+            best.scatter_(-1, mean.argmax(-1, keepdim=True), True)
+        return best & (mean != 0)
+    raise ValueError(f"rule must be one of {', '.join(get_args(AlignmentRule))}, got {rule!r}")

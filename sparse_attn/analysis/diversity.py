@@ -1,0 +1,42 @@
+"""How far the heads of a layer disagree."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_attn.analysis.density import full_visible
+
+__all__ = ["head_diversity"]
+
+
+def head_diversity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Jensen-Shannon divergence between the heads of a layer, for each query.
+
+    JS = E(1/H Σ_h p_h) - 1/H Σ_h E(p_h), with E the Shannon entropy and p_h the weights of head h: 0 where all heads
+    look alike, log H where no two of them look at the same key.
+
+    Args:
+        weights: attention weights of each head, (N, H, L, S) or (H, L, S).
+        visible: True where a query may see a key; broadcasts against `weights`. None: everywhere.
+
+    Returns:
+        (N, L) or (L,), in nats; NaN for a query to which some head gives no weight.
+
+    Raises:
+        TypeError: if `weights` is not floating point or `visible` is not bool.
+        ValueError: if the shapes do not fit.
+
+    Example:
+        >>> head_diversity(torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]]))
+        tensor([0.6931, 0.0000])
+
+    Reference:
+        Correia, Niculae & Martins 2019, "Adaptively Sparse Transformers", section 5.1.
+    """
+    used = weights.masked_fill(~full_visible(weights, visible), 0.0)
+    entropy_of_mean = torch.special.entr(used.mean(-3)).sum(-1)
+    mean_of_entropies = torch.special.entr(used).sum(-1).mean(-2)
+    attends: Tensor = (used != 0).any(-1).all(-2)
+    # Rounding may carry equal heads below zero.
+    return (entropy_of_mean - mean_of_entropies).clamp(min=0.0).masked_fill(~attends, torch.nan)

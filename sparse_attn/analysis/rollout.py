@@ -1,0 +1,52 @@
+"""How much of each input reaches each position through all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["attention_rollout"]
+
+
+def attention_rollout(weights: Sequence[Tensor], residual: float = 0.5) -> Tensor:
+    """Multiply the attention of all layers, each mixed with the identity that stands for the residual connection.
+
+    R_l = (r I + (1 - r) mean_h A_l) R_{l-1}, R_0 = I. Rows sum to one if those of the weights do. Where weights are
+    exactly zero, an input that no path leads from has exactly zero here, too.
+
+    Args:
+        weights: of each self-attention layer from the first, (N, H, L, L) or (H, L, L), all of one shape but for H.
+        residual: r, the share of a position's own state, from 0 to 1.
+
+    Returns:
+        (N, L, L) or (L, L): row i says what position i of the last layer is made of.
+
+    Raises:
+        ValueError: if there is no layer, the shapes do not fit or `residual` is out of range.
+
+    Example:
+        >>> attention_rollout([torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])] * 2)
+        tensor([[1.0000, 0.0000],
+                [0.7500, 0.2500]])
+
+    Reference:
+        Abnar & Zuidema 2020, "Quantifying Attention Flow in Transformers", section 3.
+    """
+    if not weights:
+        raise ValueError("weights must be of at least one layer, got none")
+    if not 0 <= residual <= 1:
+        raise ValueError(f"residual must lie in [0, 1], got {residual}")
+    first = weights[0]
+    rolled: Tensor | None = None
+    for layer in weights:
+        square = layer.dim() in (3, 4) and layer.shape[-1] == layer.shape[-2]
+        if not square or layer.shape[-1] != first.shape[-1] or layer.shape[:-3] != first.shape[:-3]:
+            shapes = [tuple(each.shape) for each in weights]
+            raise ValueError(f"weights must all be (N, H, L, L) or (H, L, L) with the same N and L, got {shapes}")
+        identity = torch.eye(layer.shape[-1], dtype=layer.dtype, device=layer.device)
+        mixed = residual * identity + (1 - residual) * layer.mean(-3)
+        rolled = mixed if rolled is None else mixed @ rolled
+    assert rolled is not None
+    return rolled

@@ -1,0 +1,120 @@
+"""What a head is worth: how the loss of a model changes when the head is another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
+
+__all__ = ["HeadChange", "count_head_changes", "head_worth"]
+
+HeadChange = Literal["off", "dense", "sparse"]
+_ALPHAS = {"dense": 1.0, "sparse": 2.0}
+
+
+def count_head_changes(model: nn.Module, changes: Sequence[HeadChange] = get_args(HeadChange)) -> int:
+    """How often :func:`head_worth` evaluates the model, the first time as it is."""
+    return 1 + sum(layer.num_heads for change in changes for layer in _layers(model, change).values())
+
+
+def head_worth(
+    model: nn.Module,
+    evaluate: Callable[[], float],
+    changes: Sequence[HeadChange] = get_args(HeadChange),
+    *,
+    progress: Callable[[], None] | None = None,
+) -> dict[HeadChange, dict[str, Tensor]]:
+    """Change one head at a time, and see how the loss changes.
+
+    A head is switched "off" by taking its columns out of the output projection; it is made "dense" by α = 1 and
+    "sparse" by α = 2, both within the layer's range of α. Everything else stays, so that the numbers of two heads do
+    not add up. The model is as before when the function returns or raises.
+
+    Args:
+        model: with `nn.MultiheadAttention` layers, ours or torch's; those of ours with a learnt α can be made dense
+            and sparse. Put it in `eval()`: dropout would cover what one head does.
+        evaluate: gives the loss, the same for the same model.
+        changes: what is done to each head.
+        progress: called after each evaluation.
+
+    Returns:
+        Change -> layer name -> (H,): the loss with the head changed less the loss without; above zero the head is
+        worth having as it is. Layers that a change cannot be made to are missing.
+
+    Raises:
+        ValueError: if a change is unknown, or there is no layer for any.
+
+    Example:
+        >>> model = nn.TransformerEncoderLayer(8, 2, batch_first=True).eval()
+        >>> x = torch.randn(3, 5, 8)
+        >>> worth = head_worth(model, lambda: float(model(x).square().mean()), ["off"])
+        >>> worth["off"]["self_attn"].shape
+        torch.Size([2])
+
+    Reference:
+        Michel, Levy & Neubig 2019, "Are Sixteen Heads Really Better than One?", section 3.
+    """
+    if unknown := [change for change in changes if change not in get_args(HeadChange)]:
+        raise ValueError(f"changes must be among {', '.join(get_args(HeadChange))}, got {unknown[0]!r}")
+    found = {change: _layers(model, change) for change in changes}
+    if not any(found.values()):
+        raise ValueError(
+            "model must have nn.MultiheadAttention layers, and for 'dense' and 'sparse' some with a learnt α, "
+            f"got {type(model).__name__} without any for {', '.join(changes) or 'no change'}"
+        )
+
+    def measured() -> float:
+        with torch.no_grad():
+            loss = float(evaluate())
+        if progress is not None:
+            progress()
+        return loss
+
+    before = measured()
+    worth: dict[HeadChange, dict[str, Tensor]] = {}
+    for change, layers in found.items():
+        worth[change] = {}
+        for name, layer in layers.items():
+            differences = []
+            for head in range(layer.num_heads):
+                with _changed(layer, head, change):
+                    differences.append(measured() - before)
+            worth[change][name] = torch.tensor(differences)
+    return worth
+
+
+def _layers(model: nn.Module, change: HeadChange) -> dict[str, nn.MultiheadAttention]:
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    if change == "off":
+        return found
+    return {
+        name: layer
+        for name, layer in found.items()
+        if isinstance(layer, AdaptiveSparseMultiheadAttention) and layer.raw_alpha is not None
+    }
+
+
+@contextmanager
+@torch.no_grad()
+def _changed(layer: nn.MultiheadAttention, head: int, change: HeadChange) -> Iterator[None]:
+    if change == "off":
+        size = layer.out_proj.in_features // layer.num_heads
+        changed: Tensor = layer.out_proj.weight[:, head * size : (head + 1) * size]
+        value = 0.0
+    else:
+        assert isinstance(layer, AdaptiveSparseMultiheadAttention) and layer.raw_alpha is not None
+        changed = layer.raw_alpha[head : head + 1]
+        low, high = layer.alpha_range
+        value = min(max(_ALPHAS[change], low), high)
+    kept = changed.clone()
+    changed.fill_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            changed.copy_(kept)

@@ -1,0 +1,72 @@
+/* The interface between attention.c and the kernels attention_forward.c and attention_backward.c.
+ *
+ * Scores are z = scale q k' + mask, weights p = entmax(z) (see rows.h for the letters), the output is Σ p v. Queries are
+ * taken in tiles of `tile_rows`. A query at place i sees the keys i - left .. i + right.
+ */
+#ifndef SPARSE_ATTN_ATTENTION_H
+#define SPARSE_ATTN_ATTENTION_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* (batch, heads, rows, entries); strides count elements. `type` is an `element` of rows.h, or BOOLEAN. */
+typedef struct {
+    void *data; /* NULL where there is none */
+    int64_t type, strides[4];
+} tensor;
+
+enum { BOOLEAN = 4 };
+
+/* One call; every member has 8 bytes, so that other languages can write it down as a row of numbers. */
+typedef struct {
+    int64_t batch, heads, kv_heads, queries, keys, depth, width; /* width: entries of a value */
+    int64_t tile_rows;
+    int64_t capacity; /* how many weights are kept per row, on average over a tile, for the backward; may be 0 */
+    int64_t k;        /* only the k best keys take part; 0 for all */
+    int64_t left, right;
+    int64_t seed;
+    double scale, dropout_p;
+    double a;               /* of all heads, or */
+    const double *a_heads;  /* of each; NULL where all have the same */
+    const int64_t *query_starts, *key_starts; /* packed sequences: batch + 1 places in rows; else NULL */
+    tensor query, key, value, mask, output;
+    /* Weights of each tile, kept for the backward: how many each row has (-1 in the first: not kept), where, and which. */
+    int32_t *counts, *places;
+    void *weights;
+    tensor grad, grad_query, grad_key, grad_value;
+    tensor grad_mask; /* float or double as computed, added to; a stride is 0 where the mask is broadcast */
+    double *grad_alpha; /* per head; NULL where it is not wanted */
+} attention;
+
+static inline double a_of(const attention *c, int64_t head) {
+    return c->a_heads ? c->a_heads[head] : c->a;
+}
+
+/* What sequence b of the batch consists of. */
+typedef struct {
+    int64_t query_start, queries, key_start, keys, tiles;
+    int64_t first_tile; /* its first tile, counted over all heads and all sequences before */
+    int64_t first_key;  /* keys of all sequences before */
+} sequence;
+
+/* A call with what attention.c has derived from it. */
+typedef struct {
+    attention call;
+    int backward;
+    sequence *sequences;
+    int64_t tiles, longest, all_keys; /* all tiles; the keys of the longest sequence, and of all */
+    /* An item of the backward is a part of the queries of one batch entry, or of all, and of one head of keys, or of
+     * all: more than one where they add to the same entries of the mask's gradient. */
+    int64_t batch_units, head_units, parts;
+    void *sums;         /* with more than one part: the gradients of keys and values by part, before they are added */
+    double *alpha_sums; /* the gradient of α by item and head */
+} attention_task;
+
+/* The memory that a thread needs, in bytes, and what prepares it. */
+typedef size_t attention_scratch(const attention_task *t);
+typedef void attention_open(const void *task, void *scratch);
+
+/* The tiles, items, or pairs of batch entry and head of keys, from `begin` to `end`. */
+typedef void attention_part(const void *task, int64_t begin, int64_t end, void *scratch);
+
+#endif

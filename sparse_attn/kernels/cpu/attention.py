@@ -1,0 +1,197 @@
+"""Attention in C on CPU tensors, one call for all batch entries and heads.
+
+Half precision is computed in float32 and rounded once. Nothing here is differentiable.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_attn.kernels.cpu import rows
+from sparse_attn.kernels.setting import Setting
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+_ELEMENTS = {**DTYPES, torch.bool: 4}
+_FAR = 2**40  # more than there are keys
+_KEPT_PER_ROW = 64  # weights, on average over a tile
+
+# The members of `attention` in attention.h.
+_CALL = struct.Struct("=13q3d3q" + 5 * "6q" + "3q" + 5 * "6q" + "q")
+_NO_TENSOR = (0,) * 6
+_NOTHING = 5 * _NO_TENSOR
+
+
+class Starts(NamedTuple):
+    """Packed sequences: where each begins, and behind them the total; (N + 1,) contiguous int64, already checked."""
+
+    query: Tensor
+    key: Tensor
+
+
+def tile_rows(queries: int, keys: int) -> int:
+    """How many queries are computed together: their scores stay in the second-level cache."""
+    fitting = 48 if keys <= 2048 else 24 if keys <= 4096 else 12
+    return max(1, min(fitting, queries))
+
+
+def _tiles(query: Tensor, key: Tensor, starts: Starts | None) -> tuple[int, int]:
+    """How many queries and how many kept weights have room in all tiles together."""
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    size = tile_rows(queries, keys)
+    # Each of packed sequences may begin a tile that it does not fill.
+    tiles = batch * -(-queries // size) if starts is None else queries // size + len(starts.query) - 1
+    places = heads * tiles * size
+    return places, places * min(keys, _KEPT_PER_ROW)
+
+
+def room_for_kept(query: Tensor, key: Tensor, starts: Starts | None) -> Tensor:
+    """Memory for the weights that are not zero, kept for the backward: at most 64 for a query on average.
+
+    They lie one after the other by tiles of queries; after them, how many each query has and where.
+    """
+    queries, weights = _tiles(query, key, starts)
+    words = 2 if query.dtype == torch.float64 else 1
+    return query.new_empty((words + 1) * weights + queries, dtype=torch.int32)
+
+
+def output_like(query: Tensor, width: int) -> Tensor:
+    """An empty (N, H, L, width) whose dimensions lie in memory in the order of the query's: sequence first stays so."""
+    batch, heads, length, _ = query.shape
+    batch_step, head_step, row_step, _ = query.stride()
+    if head_step >= row_step:
+        strides = (heads * length * width, length * width, width, 1)
+    elif batch_step >= row_step:
+        strides = (length * heads * width, width, heads * width, 1)
+    else:
+        strides = (heads * width, width, batch * heads * width, 1)
+    return query.new_empty_strided((batch, heads, length, width), strides)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    a: Tensor | None,
+    mask: Tensor | None,
+    setting: Setting,
+    seed: int,
+    kept: Tensor | None,
+    starts: Starts | None = None,
+    *,
+    variant: str | None = None,
+) -> Tensor:
+    """The output.
+
+    Args:
+        query: (N, H, L, D).
+        key: (N, Hk, S, D), Hk a divisor of H.
+        value: (N, Hk, S, Dv).
+        a: α - 1 of each head, (H,) in float64.
+        mask: (N or 1, H or 1, L or 1, S or 1): boolean, ``True`` = take part, or floating, added to the scores.
+        setting: The numbers that the call is made of.
+        seed: Of dropout.
+        kept: Where to keep the weights for the backward.
+        starts: Of packed sequences, where N is 1.
+        variant: One of :func:`rows.variants`; None for the widest.
+    """
+    output = output_like(query, value.shape[3])
+    results = (*_described(output), *_addresses(kept, query, key, starts), *_NOTHING, 0)
+    _run(False, query, key, value, a, mask, setting, seed, starts, results, variant)
+    return output
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    a: Tensor | None,
+    mask: Tensor | None,
+    setting: Setting,
+    seed: int,
+    kept: Tensor | None,
+    with_alpha: bool,
+    with_mask: bool,
+    starts: Starts | None = None,
+    *,
+    variant: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients for query, key, value, α in float64, and the mask in float32 or wider."""
+    grad_query, grad_key, grad_value = grads = [output_like(x, x.shape[3]) for x in (query, key, value)]
+    grad_alpha = torch.empty_like(a) if with_alpha and a is not None else None
+    grad_mask = None
+    if with_mask and mask is not None:
+        grad_mask = torch.zeros(mask.shape, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+    address = 0 if grad_alpha is None else grad_alpha.data_ptr()
+    tensors = sum((_described(x) for x in (grad, *grads)), ())
+    results = (*_NO_TENSOR, *_addresses(kept, query, key, starts), *tensors, *_broadcast(grad_mask), address)
+    _run(True, query, key, value, a, mask, setting, seed, starts, results, variant)
+    return grad_query, grad_key, grad_value, grad_alpha, grad_mask
+
+
+def _run(
+    is_backward: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    a: Tensor | None,
+    mask: Tensor | None,
+    setting: Setting,
+    seed: int,
+    starts: Starts | None,
+    results: tuple[int, ...],
+    variant: str | None,
+) -> None:
+    library = rows.library()
+    batch, heads, queries, depth = query.shape
+    _, kv_heads, keys, width = value.shape
+    a_of_all, scale, dropout_p, right, k, left = setting
+    sequences = (0, 0)
+    if starts is not None:
+        batch, sequences = len(starts.query) - 1, (starts.query.data_ptr(), starts.key.data_ptr())
+    call = _CALL.pack(
+        *(batch, heads, kv_heads, queries, keys, depth, width),
+        *(tile_rows(queries, keys), min(keys, _KEPT_PER_ROW), k or 0),
+        *(_FAR if left is None else left, _FAR if right is None else right, seed),
+        *(scale, dropout_p, a_of_all),
+        *(0 if a is None else a.data_ptr(), *sequences),
+        *(_described(query) + _described(key) + _described(value) + _broadcast(mask)),
+        *results,
+    )
+    rows.check(library.attention(library.variants[variant], torch.get_num_threads(), is_backward, call))
+
+
+def _described(x: Tensor | None) -> tuple[int, ...]:
+    """The members of `tensor` in attention.h."""
+    return _NO_TENSOR if x is None else (x.data_ptr(), _ELEMENTS[x.dtype], *x.stride())
+
+
+def _broadcast(x: Tensor | None) -> tuple[int, ...]:
+    """Likewise, with strides of 0 where the size is 1."""
+    if x is None:
+        return _NO_TENSOR
+    strides = (0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), _ELEMENTS[x.dtype], *strides
+
+
+def _addresses(kept: Tensor | None, query: Tensor, key: Tensor, starts: Starts | None) -> tuple[int, int, int]:
+    """Of how many weights each query has, of their places, and of the weights."""
+    if kept is None:
+        return 0, 0, 0
+    queries, weights = _tiles(query, key, starts)
+    start = kept.data_ptr()
+    counts = start + weights * (8 if query.dtype == torch.float64 else 4)
+    return counts, counts + 4 * queries, start
+
+
+def multipliers(shape: torch.Size, seed: int, dropout_p: float) -> Tensor:
+    """What dropout multiplies weights of a shape (N, H, L, S) by: 0 or ``1 / (1 - dropout_p)``, in float64."""
+    batch, heads, queries, keys = shape
+    output = torch.empty((batch, queries, heads, keys), dtype=torch.float64)
+    rows.library().multipliers(seed, dropout_p, 0, batch * queries * heads, keys, output.data_ptr())
+    return output.transpose(1, 2)

@@ -1,0 +1,131 @@
+/* Solves Σ p = 1 in as many short rows at once as a vector has lanes, one row per lane, for the attention kernels.
+ *
+ * Sums over a row are then sums of vectors: nothing waits for a sum across lanes. rows.h defines the letters; `reach` is
+ * 1/a - σ counted from the largest score, how far below it an entry still has weight (for softmax it is not used).
+ */
+#ifndef SPARSE_ATTN_SHORT_H
+#define SPARSE_ATTN_SHORT_H
+
+#include "elementary.h"
+#include "family.h"
+#include "lanes.h"
+#include "tally.h"
+
+enum { SHORT_SWEEPS = 40 };
+
+/* Entry j of all rows: the scores at j * step, p at j * LANES. */
+typedef struct {
+    const real *scores;
+    real *p;
+    int64_t step, size;
+} short_rows;
+
+typedef struct {
+    lanes total, slope, curve; /* Σ p, Σ u and Σ u²/p; for α < 1.5 in units of the largest p */
+} lane_sums;
+
+INLINE lane_sums evaluate_lanes(const short_rows *x, const family of, real a, lanes top, lanes reach) {
+    const lanes zero = splat(0), one = splat(1), half = splat(-0.5), nowhere = splat(-REAL_MAX / 2);
+    const lanes smallest = splat(REAL_MIN);
+    /* The edge of the support in two parts, exactly: see origin.h. */
+    const lanes high = top - reach, back = top - high, low = (top - (high + back)) + (back - reach);
+    const real power = 1 / a - 1;
+    const lanes rise = one / reach;
+    tally total = {zero, zero};
+    lanes slope = zero, curve = zero;
+    for (int64_t j = 0; j < x->size; j++) {
+        const lanes z = load(x->scores + j * x->step);
+        lanes w, y, u;
+        if (of == SPARSEMAX) {
+            y = not_negative((z - high) - low);
+            u = select_equal(y, zero, zero, one);
+        } else if (of == ENTMAX15) {
+            u = not_negative(((z - high) - low) * (real)0.5);
+            y = u * u;
+            curve += select_equal(u, zero, zero, one);
+        } else if (of == SOFTMAX) {
+            y = u = exp_lanes(at_least(nowhere, z - top));
+        } else {
+            if (of == STEEP) {
+                w = not_negative(a * ((z - high) - low));
+                u = select_equal(w, zero, zero, power_lanes(w, power));
+            } else {
+                const lanes t = rise * at_least(nowhere, z - top);
+                w = select_below(t, half, not_negative(rise * ((z - high) - low)), t + (real)1);
+                u = power_of_sum(w, t, power);
+                curve += u / at_least(smallest, w);
+            }
+            y = w * u;
+        }
+        store(x->p + j * LANES, y);
+        add(&total, y);
+        slope += u;
+    }
+    return (lane_sums){total.sum + total.lost, slope, curve};
+}
+
+/* Newton's step on the norm, as in solve.h, and Halley's in its place where it stays before `end`. */
+INLINE lanes lane_step(lane_sums at, const family of, real a, lanes newton_only, lanes end) {
+    const lanes excess = at.total - (real)1;
+    if (of == SPARSEMAX) return excess / at.slope;
+    lanes newton;
+    if (of == GENTLE) {
+        const lanes log_total = log1p_lanes(excess), x = a * log_total, size_of_x = at_least(x, -x);
+        const lanes series = (real)1 - x * (real)0.5 * ((real)1 - x * (real)(1.0 / 3) * ((real)1 - x * (real)0.25));
+        const lanes ratio = select_below(size_of_x, splat((real)0.1), series, ((real)1 - exp_lanes(-x)) / x);
+        newton = at.total * log_total * ratio / at.slope;
+    } else {
+        const lanes root = square_root(at.total);
+        newton = root * excess / ((a * root + (1 - a)) * at.slope);
+    }
+    if (of != GENTLE && of != ENTMAX15) return newton;
+    const lanes bend = ((1 - a) / 2) * newton * (at.curve / at.slope - at.slope / at.total);
+    const lanes step = newton / ((real)1 - at_most(splat((real)0.5), bend));
+    return select_below(newton_only, splat(1), select_below(step, end, step, newton), newton);
+}
+
+/* p of all rows, and 1 / Σ p of each, 0 for a row that is masked; `top` holds the largest scores, finite or -inf. */
+INLINE lanes solve_lanes_family(const short_rows *x, const family of, real a, lanes top) {
+    const lanes zero = splat(0), one = splat(1), error = splat(REAL_EPS / 2), close = splat((real)1e-3);
+    const lanes landing = splat(6 * REAL_EPS);
+    const lanes masked = select_below(top, splat(-REAL_MAX), one, zero);
+    top = select_below(zero, masked, zero, top);
+    lanes reach = splat(of == SOFTMAX ? 1 : 1 / a), sigma = zero, before = splat(INFINITY);
+    lane_sums at;
+    for (int sweep = 0;; sweep++) {
+        at = evaluate_lanes(x, of, a, top, reach);
+        if (of == SOFTMAX) break;
+        if (of == GENTLE) { /* (max p)^a = a reach */
+            const lanes most = a * reach, unit = power_lanes(most, 1 / a);
+            at.total *= unit, at.slope *= unit / most, at.curve *= unit / (most * most);
+        }
+        const lanes excess = at.total - one, now = at_least(excess, -excess);
+        /* As in solve.h: a step from close by lands on the root, and what is then left of the excess is rounding. */
+        lanes open = select_below(error, now, one, zero);
+        open = select_below(now, before, open, select_below(close, now, open, zero));
+        open = select_below(before, close, select_below(now, landing, zero, open), open);
+        open = select_below(zero, masked, zero, open);
+        if (!any_beyond(open, splat((real)0.5)) || sweep == SHORT_SWEEPS) break;
+        const lanes newton_only = select_below(before * (real)0.5, now, one, zero);
+        const lanes step = lane_step(at, of, a, newton_only, reach - splat((real)1e-3 / a));
+        const lanes taken = select_below(zero, open, step, zero);
+        sigma += taken;
+        reach = of == GENTLE ? (one - a * sigma) / a : reach - taken; /* near α = 1 the reach has lost the digits of σ */
+        before = now;
+    }
+    if (of == GENTLE) at.total /= power_lanes(a * reach, 1 / a);
+    return select_below(zero, at.total, one / at.total, zero);
+}
+
+/* 1 <= α <= 2. */
+static lanes solve_lanes(const short_rows *x, real a, lanes top) {
+    switch (family_of(a)) { /* a constant in each copy, for the compiler */
+    case SPARSEMAX: return solve_lanes_family(x, SPARSEMAX, a, top);
+    case ENTMAX15: return solve_lanes_family(x, ENTMAX15, a, top);
+    case SOFTMAX: return solve_lanes_family(x, SOFTMAX, a, top);
+    case GENTLE: return solve_lanes_family(x, GENTLE, a, top);
+    default: return solve_lanes_family(x, STEEP, a, top);
+    }
+}
+
+#endif

@@ -1,0 +1,402 @@
+/* A tile of queries: its scores, and its weights as lists of those that are not zero; for the attention kernels. */
+#ifndef SPARSE_ATTN_TILE_H
+#define SPARSE_ATTN_TILE_H
+
+#include "attention.h"
+#include "convert.h"
+#include "exported.h"
+#include "lanes.h"
+#include "lists.h"
+#include "matmul.h"
+#include "random.h"
+#include "rows.h"
+#include "short.h"
+
+support_row EXPORTED(support), EXPORTED_IN_DOUBLE(support);
+
+/* From this share of weights that are not zero, products with whole matrices are faster than with lists. */
+#define DENSE_FROM 0.3
+
+/* Up to this number of keys, rows are solved side by side; fewer where that takes exp and log, since then all keys have
+ * weight. */
+enum { SHORT = 256, SHORT_WITH_EXP = 64 };
+
+/* The memory of a thread, and what it holds at present. */
+typedef struct {
+    const attention_task *task;
+    int64_t depth, width; /* in whole vectors */
+    /* Keys and values of one batch entry and head. */
+    int64_t batch, kv_head;
+    rows keys, values;
+    real *key_buffer, *value_buffer, *key_pack, *value_panels;
+    enum layout { NOTHING, PANELS, BLOCKS } packed_keys; /* how the keys are packed */
+    int have_value_panels, finite; /* finite: -1 where that is not known */
+    /* One tile: queries, scores and lists of rows. */
+    const sequence *of;
+    int64_t head, first, count; /* its queries */
+    int64_t begin, end;         /* the keys that any of them sees */
+    int64_t row;                /* numbers between rows of scores, and between lists */
+    int64_t *sizes;             /* of lists */
+    int32_t lane_sizes[LANES];
+    const int32_t **list_places;
+    const real **list_weights;
+    real *queries, *packed, *scores, *weights;
+    int32_t *places;
+    real *solved; /* p of short rows */
+    real *buffer; /* of one row */
+    void *row_scratch;
+    /* For one of the passes. */
+    real *output, *grads, *packed_grads, *second, *slopes, *dropped, *key_sums, *value_sums;
+} workspace;
+
+static int64_t in_vectors(int64_t size) {
+    return (size + LANES - 1) / LANES * LANES;
+}
+
+static int64_t in_panels(int64_t size) {
+    return (size + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS * BLOCK_COLUMNS;
+}
+
+/* Hands out parts of a block of memory; without a block, it only counts. */
+typedef struct {
+    char *block;
+    size_t used;
+} memory;
+
+static void *take(memory *from, int64_t count, size_t bytes) {
+    void *part = from->block ? from->block + from->used : NULL;
+    from->used += ((size_t)count * bytes + 63) / 64 * 64;
+    return part;
+}
+
+static real *take_reals(memory *from, int64_t count) {
+    return take(from, count, sizeof(real));
+}
+
+static void lay_out(workspace *w, const attention_task *t, memory *m) {
+    const attention *c = &t->call;
+    const int64_t panels = in_panels(t->longest), rows_of_tile = c->tile_rows;
+    w->task = t;
+    w->depth = in_vectors(c->depth), w->width = in_vectors(c->width);
+    w->row = padded_size(panels);
+    w->batch = w->kv_head = -1;
+    w->key_buffer = take_reals(m, t->longest * w->depth), w->value_buffer = take_reals(m, t->longest * w->width);
+    w->key_pack = take_reals(m, panels * w->depth);
+    w->sizes = take(m, rows_of_tile, sizeof *w->sizes);
+    w->list_places = take(m, rows_of_tile, sizeof *w->list_places);
+    w->list_weights = take(m, rows_of_tile, sizeof *w->list_weights);
+    w->queries = take_reals(m, rows_of_tile * w->depth), w->packed = take_reals(m, in_panels(rows_of_tile) * w->depth);
+    const int64_t listed = in_vectors(rows_of_tile); /* lists of lanes without a query have room, too */
+    const int64_t shortest = t->longest < SHORT ? t->longest : SHORT;
+    const int64_t lying = rows_of_tile * w->row, standing = shortest * in_panels(rows_of_tile);
+    w->scores = take_reals(m, lying > standing ? lying : standing), w->weights = take_reals(m, listed * w->row);
+    w->places = take(m, listed * w->row, sizeof *w->places);
+    w->solved = take_reals(m, shortest * LANES);
+    w->buffer = take_reals(m, w->row);
+    w->row_scratch = take(m, SCRATCH_ROWS * w->row, sizeof(double));
+    w->output = take_reals(m, rows_of_tile * (w->width > w->depth ? w->width : w->depth));
+    if (!t->backward) return;
+    w->value_panels = take_reals(m, panels * w->width);
+    w->grads = take_reals(m, rows_of_tile * w->width), w->packed_grads = take_reals(m, rows_of_tile * w->width);
+    w->second = take_reals(m, rows_of_tile * w->row);
+    w->slopes = take_reals(m, w->row), w->dropped = take_reals(m, w->row);
+    w->key_sums = take_reals(m, t->longest * w->depth), w->value_sums = take_reals(m, t->longest * w->width);
+}
+
+/* The workspace itself lies at the beginning of its memory. */
+static workspace *open_workspace(const attention_task *t, void *scratch) {
+    memory m = {scratch, 0};
+    workspace *w = take(&m, 1, sizeof *w);
+    *w = (workspace){0};
+    lay_out(w, t, &m);
+    return w;
+}
+
+static size_t scratch_of(const attention_task *t) {
+    memory m = {NULL, 0};
+    workspace w = {0};
+    take(&m, 1, sizeof w);
+    lay_out(&w, t, &m);
+    return m.used;
+}
+
+static vector entries_of(const tensor *x, int64_t b, int64_t head, int64_t i) {
+    static const int64_t bytes[] = {4, 8, 2, 2, 1};
+    const int64_t offset = b * x->strides[0] + head * x->strides[1] + i * x->strides[2];
+    return (vector){(const char *)x->data + offset * bytes[x->type], x->strides[3], (element)x->type};
+}
+
+/* Copies one row, as reals and followed by zeros. */
+static void copy_row(vector from, int64_t size, int64_t padded, real scale, real *out) {
+    const real *x = fetch(from, size, out);
+    for (int64_t i = 0; i < size; i++) out[i] = scale * x[i];
+    for (int64_t i = size; i < padded; i++) out[i] = 0;
+}
+
+static void deliver_row(const real *from, int64_t size, vector to) {
+    if (to.type == REAL_TYPE) memcpy((void *)to.data, from, (size_t)size * sizeof *from);
+    else deliver(from, size, (void *)to.data, to.type);
+}
+
+/* Rows first .. first + count of a tensor: its own memory where that holds whole vectors of reals, else a copy. */
+static rows rows_of(const tensor *x, int64_t b, int64_t head, int64_t first, int64_t count, int64_t size, real *buffer) {
+    const int64_t padded = in_vectors(size);
+    const vector start = entries_of(x, b, head, first);
+    if (start.type == REAL_TYPE && start.stride == 1 && padded == size) return (rows){start.data, x->strides[2]};
+    for (int64_t i = 0; i < count; i++)
+        copy_row(entries_of(x, b, head, first + i), size, padded, 1, buffer + i * padded);
+    return (rows){buffer, padded};
+}
+
+/* Which of the batch entries of a tensor holds a sequence: packed ones lie one after the other in the first. */
+static int64_t entry_of(const attention *c, const workspace *w) {
+    return c->query_starts ? 0 : w->of - w->task->sequences;
+}
+
+static void open_head(workspace *w, const sequence *of, int64_t head) {
+    const attention *c = &w->task->call;
+    const int64_t kv_head = head / (c->heads / c->kv_heads), batch = of - w->task->sequences;
+    w->of = of, w->head = head;
+    if (w->batch == batch && w->kv_head == kv_head) return;
+    w->batch = batch, w->kv_head = kv_head;
+    w->packed_keys = NOTHING, w->have_value_panels = 0, w->finite = -1;
+    const int64_t b = entry_of(c, w);
+    w->keys = rows_of(&c->key, b, kv_head, of->key_start, of->keys, c->depth, w->key_buffer);
+    w->values = rows_of(&c->value, b, kv_head, of->key_start, of->keys, c->width, w->value_buffer);
+}
+
+/* Whether keys and values are finite: a matrix product would make NaN of a weight of zero and a value that is not. */
+static int is_finite(workspace *w) {
+    if (w->finite >= 0) return w->finite;
+    lanes sum = splat(0);
+    for (int64_t j = 0; j < w->of->keys; j++) {
+        for (int64_t d = 0; d < w->depth; d += LANES) sum += (real)0 * load(w->keys.data + j * w->keys.row + d);
+        for (int64_t d = 0; d < w->width; d += LANES) sum += (real)0 * load(w->values.data + j * w->values.row + d);
+    }
+    return w->finite = sum_of(sum) == 0;
+}
+
+/* The keys that query i sees by its place alone, within a range. */
+static void narrow(const attention *c, int64_t i, int64_t *begin, int64_t *end) {
+    if (i + c->right + 1 < *end) *end = i + c->right + 1 > *begin ? i + c->right + 1 : *begin;
+    if (i - c->left > *begin) *begin = i - c->left < *end ? i - c->left : *end;
+}
+
+static double lowest_of(int64_t type) {
+    return type == FLOAT32 ? -FLT_MAX : type == FLOAT64 ? -DBL_MAX : type == FLOAT16 ? -65504.0 : -0x1.fep127;
+}
+
+/* A mask of one row as numbers to add: 0, -inf, or what a float mask says. */
+static const real *mask_row(const workspace *w, int64_t i, int64_t begin, int64_t end, real *out) {
+    const tensor *mask = &w->task->call.mask;
+    vector from = entries_of(mask, w->batch, w->head, i);
+    const int64_t size = end - begin;
+    if (mask->type == BOOLEAN) {
+        const uint8_t *seen = (const uint8_t *)from.data + begin * from.stride;
+        if (from.stride == 1)
+            for (int64_t j = 0; j < size; j++) out[j] = seen[j] ? 0 : -INFINITY;
+        else
+            for (int64_t j = 0; j < size; j++) out[j] = seen[j * from.stride] ? 0 : -INFINITY;
+        return out;
+    }
+    static const int64_t bytes[] = {4, 8, 2, 2};
+    from.data = (const char *)from.data + begin * from.stride * bytes[mask->type];
+    const real *x = fetch(from, size, out), lowest = (real)lowest_of(mask->type);
+    for (int64_t j = 0; j < size; j++) out[j] = x[j] <= lowest ? -INFINITY : x[j];
+    return out;
+}
+
+/* The tile's queries, and which keys any of them sees. */
+static void open_tile(workspace *w, int64_t tile) {
+    const attention *c = &w->task->call;
+    const int64_t left = w->of->queries - tile * c->tile_rows;
+    w->first = tile * c->tile_rows, w->count = left < c->tile_rows ? left : c->tile_rows;
+    int64_t begin = 0, end = w->of->keys, from = 0, to = w->of->keys;
+    narrow(c, w->first, &begin, &end);
+    narrow(c, w->first + w->count - 1, &from, &to);
+    w->begin = begin < from ? begin : from, w->end = end > to ? end : to;
+    const int64_t b = entry_of(c, w);
+    for (int64_t r = 0; r < w->count; r++) {
+        const vector query = entries_of(&c->query, b, w->head, w->of->query_start + w->first + r);
+        copy_row(query, c->depth, w->depth, (real)c->scale, w->queries + r * w->depth);
+    }
+}
+
+/* The list of one row from its scores for the keys begin .. end. */
+static void solve_row(workspace *w, int64_t r, vector scores, int64_t begin, int64_t end) {
+    const attention *c = &w->task->call;
+    const double a = a_of(c, w->head), lowest = -(double)REAL_MAX;
+    /* Beyond α = 2 float has too few digits, see rows.c. */
+    support_row *solve = a > 1 ? EXPORTED_IN_DOUBLE(support) : EXPORTED(support);
+    real *weights = w->weights + r * w->row;
+    int32_t *places = w->places + r * w->row;
+    const int64_t k = c->k < end - begin ? c->k : 0;
+    w->sizes[r] = begin == end ? 0 : solve(scores, end - begin, k, a, lowest, places, weights, w->row_scratch);
+    for (int64_t n = 0; n < w->sizes[r]; n++) places[n] += (int32_t)begin;
+}
+
+static void pack_keys(workspace *w, enum layout wanted) {
+    if (w->packed_keys == wanted) return;
+    w->packed_keys = wanted;
+    if (wanted == BLOCKS) pack_rows(w->keys.data, w->keys.row, w->of->keys, w->depth, 1, w->key_pack);
+    else pack_panels(w->keys.data, w->keys.row, w->of->keys, w->depth, w->key_pack);
+}
+
+/* Solves one row after the other; `added` is the mask where all rows share it. */
+static void solve_rows(workspace *w, int masked, const real *added) {
+    pack_keys(w, PANELS);
+    pack_rows(w->queries, w->depth, w->count, w->depth, 1, w->packed);
+    const int64_t start = w->begin / BLOCK_COLUMNS * BLOCK_COLUMNS;
+    packed_product(w->packed, w->key_pack, w->depth, w->count, start, w->end, w->scores, w->row);
+    for (int64_t r = 0; r < w->count; r++) {
+        const int64_t i = w->first + r;
+        int64_t begin = w->begin, end = w->end;
+        narrow(&w->task->call, i, &begin, &end);
+        real *scores = w->scores + r * w->row;
+        if (masked) {
+            const real *mask = added ? added : mask_row(w, i, begin, end, w->buffer) - begin;
+            for (int64_t j = begin; j < end; j++) scores[j] = mask[j] == -INFINITY ? -INFINITY : scores[j] + mask[j];
+        }
+        solve_row(w, r, (vector){scores + begin, 1, REAL_TYPE}, begin, end);
+    }
+}
+
+/* Whether rows can be solved side by side. */
+static int are_short(const workspace *w, int has_own_masks) {
+    const attention *c = &w->task->call;
+    const double a = a_of(c, w->head);
+    const int64_t most = a == 1 || a == 0.5 ? SHORT : SHORT_WITH_EXP;
+    const int all_keys = c->k == 0 || c->k >= w->of->keys;
+    return w->end - w->begin <= most && 2 * w->count > LANES && !has_own_masks && all_keys && a >= 0 && a <= 1;
+}
+
+/* Hides the keys that the queries r, r + 1, ... in the lanes of a vector do not see by their places. */
+static void hide(const workspace *w, int64_t r, real *scores, int64_t step) {
+    const attention *c = &w->task->call;
+    const int64_t i = w->first + r, last = i + LANES - 1;
+    for (int64_t j = w->begin; j < w->end; j++) {
+        if (j >= last - c->left && j <= i + c->right) continue; /* all of them see it */
+        for (int64_t lane = 0; lane < LANES; lane++)
+            if (j < i + lane - c->left || j > i + lane + c->right) scores[j * step + lane] = -INFINITY;
+    }
+}
+
+static void hide_masked(const workspace *w, const real *added, real *scores, int64_t step) {
+    for (int64_t j = w->begin; j < w->end; j++) {
+        real *x = scores + j * step;
+        store(x, added[j] == -INFINITY ? splat(-INFINITY) : load(x) + added[j]);
+    }
+}
+
+/* A bit for each lane that is not zero; NaN is not. */
+INLINE uint32_t nonzero_bits(lanes x) {
+#if defined(__AVX512F__)
+    return COMPARE(x, splat(0), _CMP_NEQ_UQ);
+#elif defined(__SSE2__)
+    return (uint32_t)OP(movemask)((lanes)(x != 0));
+#else
+    uint32_t bits = 0;
+    for (int j = 0; j < LANES; j++) bits |= (uint32_t)(x[j] != 0) << j;
+    return bits;
+#endif
+}
+
+/* Lists of the rows r, r + 1, ... from solved rows, whose p is to be multiplied by `scale`. */
+static void list_lanes(workspace *w, int64_t r, lanes scale) {
+    int32_t *sizes = w->lane_sizes;
+    memset(sizes, 0, LANES * sizeof *sizes);
+    real *weights = w->weights + r * w->row;
+    int32_t *places = w->places + r * w->row;
+    for (int64_t j = w->begin; j < w->end; j++) {
+        const lanes x = load(w->solved + (j - w->begin) * LANES) * scale;
+        for (uint32_t bits = nonzero_bits(x); bits; bits &= bits - 1) {
+            const int lane = __builtin_ctz(bits);
+            const int64_t at = lane * w->row + sizes[lane]++;
+            weights[at] = x[lane], places[at] = (int32_t)j;
+        }
+    }
+    for (int64_t lane = 0; lane < LANES && r + lane < w->count; lane++) w->sizes[r + lane] = sizes[lane];
+}
+
+/* Solves rows side by side: scores lie with queries along vectors. */
+static void solve_short_rows(workspace *w, const real *added) {
+    const attention *c = &w->task->call;
+    const int64_t step = in_panels(w->count), start = w->begin / BLOCK_ROWS * BLOCK_ROWS;
+    const int64_t left = w->of->keys - start, whole = (w->end - start + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
+    pack_keys(w, BLOCKS);
+    pack_panels(w->queries, w->depth, w->count, w->depth, w->packed);
+    packed_product(w->key_pack + start * w->depth, w->packed, w->depth, whole < left ? whole : left, 0, step,
+                   w->scores, step);
+    const double a = a_of(c, w->head) < 1e-3 * REAL_EPS ? 0 : a_of(c, w->head);
+    for (int64_t r = 0; r < w->count; r += LANES) {
+        real *scores = w->scores + r - start * step; /* that of key j lies at j * step */
+        if (added) hide_masked(w, added, scores, step);
+        hide(w, r, scores, step);
+        lanes top = splat(-INFINITY);
+        int defined = 1;
+        for (int64_t j = w->begin; j < w->end; j++) {
+            const lanes x = load(scores + j * step);
+            top = at_least(x, top);
+            defined &= !any_beyond(x, splat(INFINITY));
+        }
+        if (defined) {
+            const short_rows rows = {scores + w->begin * step, w->solved, step, w->end - w->begin};
+            lanes scale = solve_lanes(&rows, (real)a, top);
+            for (int64_t lane = w->count - r; lane < LANES; lane++) scale[lane] = 0; /* no query is there */
+            list_lanes(w, r, scale);
+        } else { /* NaN or +inf among them */
+            for (int64_t lane = 0; lane < LANES && r + lane < w->count; lane++) {
+                int64_t begin = w->begin, end = w->end;
+                narrow(c, w->first + r + lane, &begin, &end);
+                solve_row(w, r + lane, (vector){scores + begin * step + lane, step, REAL_TYPE}, begin, end);
+            }
+        }
+    }
+}
+
+/* The mask that all rows of a tile share, as numbers to add to the scores of the keys begin .. end, which are narrowed
+ * to those that it shows; NULL where it shows all of these. */
+static const real *shared_mask(workspace *w) {
+    const real *added = mask_row(w, 0, w->begin, w->end, w->buffer) - w->begin;
+    while (w->begin < w->end && added[w->end - 1] == -INFINITY) w->end--;
+    while (w->begin < w->end && added[w->begin] == -INFINITY) w->begin++;
+    for (int64_t j = w->begin; j < w->end; j++)
+        if (added[j] != 0) return added;
+    return NULL;
+}
+
+/* Solves the rows of a tile. */
+static void make_lists(workspace *w) {
+    const tensor *mask = &w->task->call.mask;
+    const int shared = mask->data && mask->strides[2] == 0, own = mask->data && !shared;
+    const real *added = shared && w->begin < w->end ? shared_mask(w) : NULL;
+    if (w->begin == w->end) memset(w->sizes, 0, (size_t)w->count * sizeof *w->sizes);
+    else if (are_short(w, own)) solve_short_rows(w, added);
+    else solve_rows(w, own || added, added);
+    for (int64_t r = 0; r < w->count; r++)
+        w->list_places[r] = w->places + r * w->row, w->list_weights[r] = w->weights + r * w->row;
+}
+
+static int is_dense(workspace *w) {
+    int64_t total = 0;
+    for (int64_t r = 0; r < w->count; r++) total += w->sizes[r];
+    return (double)total > DENSE_FROM * (double)(w->count * (w->end - w->begin)) && is_finite(w);
+}
+
+/* A row of a matrix from a list. */
+static void expand(const workspace *w, const int32_t *places, const real *weights, int64_t count, real *out) {
+    memset(out + w->begin, 0, (size_t)(w->end - w->begin) * sizeof *out);
+    for (int64_t n = 0; n < count; n++) out[places[n]] = weights[n];
+}
+
+/* Multiplies weights by 0 or 1 / (1 - dropout_p). */
+static void drop_out(const workspace *w, int64_t r, const int32_t *places, const real *weights, int64_t count,
+                     real *out) {
+    const attention *c = &w->task->call;
+    const int64_t before = c->query_starts ? w->of->query_start : w->batch * c->queries;
+    const uint64_t stream = stream_of(c->seed, (before + w->first + r) * c->heads + w->head);
+    for (int64_t n = 0; n < count; n++)
+        out[n] = weights[n] * (real)multiplier(stream, places[n], c->dropout_p);
+}
+
+#endif

@@ -1,0 +1,255 @@
+"""Attention by the C kernel as one differentiable function, and as a custom operator for ``torch.compile``."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_attn.checks import check_alpha, check_starts
+from sparse_attn.kernels import dispatch
+from sparse_attn.kernels.alpha import split_alpha
+from sparse_attn.kernels.functions.entmax import entmax_rows
+from sparse_attn.kernels.setting import Setting
+from sparse_attn.transforms import values_known
+
+
+def native_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: float | Tensor,
+    mask: Tensor | None,
+    setting: Setting,
+    query_starts: Tensor | None = None,
+    key_starts: Tensor | None = None,
+) -> Tensor:
+    """Attention on CPU tensors without a matrix of scores.
+
+    Args:
+        query: (N, H, L, D).
+        key: (N, Hk, S, D), Hk a divisor of H.
+        value: (N, Hk, S, Dv).
+        alpha: A number or (H,).
+        mask: (N or 1, H or 1, L or 1, S or 1), boolean, ``True`` = take part, or floating, added to the scores.
+        setting: Everything but ``a``.
+        query_starts: Where packed sequences begin along L, and L at the end: integers; N is then 1.
+        key_starts: Likewise along S.
+
+    Returns:
+        (N, H, L, Dv). A query that sees nothing gets zeros, and so do all gradients of it.
+    """
+    per_head, a = split_alpha(alpha)
+    setting = setting._replace(a=a, scale=float(setting.scale), dropout_p=float(setting.dropout_p))
+    seed = torch.randint(2**62, ()) if setting.dropout_p > 0.0 else None
+    tensors = _Tensors(query, key, value, per_head, mask, seed, query_starts, key_starts)
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:5])
+    if torch.compiler.is_compiling():
+        return _attention(*tensors, *setting, training)[0]
+    if training:
+        return _Attention.apply(*tensors, setting)
+    return _forward(tensors, setting, None)
+
+
+class _Tensors(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    alpha: Tensor | None
+    mask: Tensor | None
+    seed: Tensor | None
+    query_starts: Tensor | None
+    key_starts: Tensor | None
+
+
+def _starts(tensors: _Tensors) -> tuple[Tensor, Tensor] | None:
+    if tensors.query_starts is None or tensors.key_starts is None:
+        return None
+    return dispatch.native_kernels().Starts(tensors.query_starts, tensors.key_starts)
+
+
+def _forward(tensors: _Tensors, setting: Setting, kept: Tensor | None) -> Tensor:
+    query, key, value, alpha, mask, seed, query_starts, key_starts = tensors
+    if alpha is not None:
+        check_alpha(alpha)
+    if query_starts is not None and key_starts is not None:
+        check_starts(query_starts, query.shape[2], "cu_seqlens_q")
+        check_starts(key_starts, key.shape[2], "cu_seqlens_k")
+    arguments = (_shifted(alpha), mask, setting, _number(seed), kept, _starts(tensors))
+    return dispatch.native_kernels().forward(query, key, value, *arguments)
+
+
+def _shifted(alpha: Tensor | None) -> Tensor | None:
+    return None if alpha is None else alpha.to(torch.float64) - 1
+
+
+def _number(seed: Tensor | None) -> int:
+    return 0 if seed is None else int(seed)
+
+
+def _backward(
+    grad: Tensor, tensors: _Tensors, kept: Tensor | None, setting: Setting, with_alpha: bool, with_mask: bool
+) -> list[Tensor | None]:
+    """Gradients of the first five tensors, each in the dtype of its own."""
+    query, key, value, alpha, mask, seed, *_ = tensors
+    arguments = (query, key, value, _shifted(alpha), mask, setting, _number(seed), kept)
+    gradients = dispatch.native_kernels().backward(grad, *arguments, with_alpha, with_mask, _starts(tensors))
+    pairs = zip(gradients, tensors, strict=False)
+    return [None if x is None or of is None else x.to(of.dtype) for x, of in pairs]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        tensors, ctx.setting = _Tensors(*arguments[:-1]), arguments[-1]
+        kept = dispatch.native_kernels().room_for_kept(tensors.query, tensors.key, _starts(tensors))
+        output = _forward(tensors, ctx.setting, kept)
+        ctx.save_for_backward(*tensors, kept)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, kept = ctx.saved_tensors
+        tensors, needed = _Tensors(*saved), ctx.needs_input_grad
+        if torch.is_grad_enabled() or not values_known(grads[0]):
+            gradients = _plain_gradients(grads[0], tensors, needed, ctx.setting)
+        else:
+            gradients = _backward(grads[0], tensors, kept, ctx.setting, needed[3], needed[4])
+        return *(x if wanted else None for x, wanted in zip(gradients, needed, strict=False)), *[None] * 4
+
+
+def _plain_gradients(
+    grad: Tensor, tensors: _Tensors, needed: tuple[bool, ...], setting: Setting
+) -> list[Tensor | None]:
+    """The gradients by plain torch, with a matrix of scores: they can be differentiated, and ``grad`` batched."""
+    create_graph = torch.is_grad_enabled()
+    inputs = [x for x, wanted in zip(tensors, needed, strict=False) if wanted and x is not None]
+    with torch.enable_grad():
+        output = plain_attention(tensors, setting)
+    gradients = iter(torch.autograd.grad(output, inputs, grad, create_graph=create_graph, materialize_grads=True))
+    return [next(gradients) if wanted else None for wanted in needed[:5]]
+
+
+def plain_attention(tensors: _Tensors, setting: Setting) -> Tensor:
+    """The same in plain torch with a matrix of scores, the same weights dropped."""
+    query, key, value, alpha, mask, seed, query_starts, key_starts = tensors
+    a, scale, dropout_p, right, k, left = setting
+    wide = torch.promote_types(query.dtype, torch.float32)
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = (query.to(wide) * scale) @ key.to(wide).transpose(-2, -1)
+    queries, keys = scores.shape[-2:]
+    place, key_place = torch.arange(queries)[:, None], torch.arange(keys)
+    hidden = torch.zeros((1, 1, queries, keys), dtype=torch.bool)
+    if query_starts is not None and key_starts is not None:
+        sequence = torch.bucketize(place, query_starts, right=True)
+        hidden = hidden | (sequence != torch.bucketize(key_place, key_starts, right=True))
+        place, key_place = place - query_starts[sequence - 1], key_place - key_starts[sequence - 1]
+    if right is not None:
+        hidden = hidden | (key_place > place + right)
+    if left is not None:
+        hidden = hidden | (key_place < place - left)
+    if mask is not None and mask.is_floating_point():
+        hidden = hidden | (mask <= torch.finfo(mask.dtype).min)
+        scores = scores + mask.to(wide)
+    elif mask is not None:
+        hidden = hidden | ~mask
+    scores = scores.masked_fill(hidden, float("-inf"))
+    of_rows = a + 1 if alpha is None else alpha.view(-1, 1, 1)
+    weights = entmax_rows(scores, of_rows, torch.finfo(wide).min, None if k is None or k >= keys else k)
+    if seed is not None:
+        weights = weights * dispatch.native_kernels().multipliers(weights.shape, int(seed), dropout_p).to(wide)
+    return (weights @ value.to(wide)).to(query.dtype)
+
+
+@torch.library.custom_op("sparse_attn::attention_cpu", mutates_args=(), device_types="cpu")
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    query_starts: Tensor | None,
+    key_starts: Tensor | None,
+    a: float,
+    scale: float,
+    dropout_p: float,
+    offset: int | None,
+    k: int | None,
+    left: int | None,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    tensors = _Tensors(query, key, value, alpha, mask, seed, query_starts, key_starts)
+    kept, setting = _room(tensors, training), Setting(a, scale, dropout_p, offset, k, left)
+    return _forward(tensors, setting, kept if training else None), kept
+
+
+def _room(tensors: _Tensors, training: bool) -> Tensor:
+    """Memory for what is kept, all of it defined: two calls of the operator have to agree in every entry."""
+    if training:
+        return dispatch.native_kernels().room_for_kept(tensors.query, tensors.key, _starts(tensors)).zero_()
+    return tensors.query.new_empty(0, dtype=torch.int32)
+
+
+@_attention.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    tensors = _Tensors(*arguments[:8])
+    output = dispatch.native_kernels().output_like(tensors.query, tensors.value.shape[3])
+    return output, _room(tensors, arguments[-1])
+
+
+@torch.library.custom_op("sparse_attn::attention_cpu_backward", mutates_args=(), device_types="cpu")
+def _attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    query_starts: Tensor | None,
+    key_starts: Tensor | None,
+    kept: Tensor,
+    a: float,
+    scale: float,
+    dropout_p: float,
+    offset: int | None,
+    k: int | None,
+    left: int | None,
+    with_alpha: bool,
+    with_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors = _Tensors(query, key, value, alpha, mask, seed, query_starts, key_starts)
+    setting = Setting(a, scale, dropout_p, offset, k, left)
+    gradients = _backward(grad, tensors, kept, setting, with_alpha, with_mask)
+    for_query, for_key, for_value, for_alpha, for_mask = (query.new_empty(0) if x is None else x for x in gradients)
+    return for_query, for_key, for_value, for_alpha, for_mask
+
+
+@_attention_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor | None, mask: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with_alpha, with_mask = rest[-2:]
+    for_alpha = torch.empty_like(alpha) if with_alpha and alpha is not None else query.new_empty(0)
+    for_mask = mask.new_empty(mask.shape) if with_mask and mask is not None else query.new_empty(0)
+    like = dispatch.native_kernels().output_like
+    for_query, for_key, for_value = (like(x, x.shape[3]) for x in (query, key, value))
+    return for_query, for_key, for_value, for_alpha, for_mask
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, a, scale, dropout_p, offset, k, left, _ = inputs
+    ctx.setting = (a, scale, dropout_p, offset, k, left)
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _of_operator(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad
+    gradients = _attention_backward(grads[0], *ctx.saved_tensors, *ctx.setting, needed[3], needed[4])
+    return *(x if wanted else None for x, wanted in zip(gradients, needed, strict=False)), *[None] * 10
+
+
+_attention.register_autograd(_of_operator, setup_context=_setup_context)

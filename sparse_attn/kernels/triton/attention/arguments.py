@@ -1,0 +1,140 @@
+"""The arguments that all attention kernels take, grouped by what they describe.
+
+A kernel takes named tuples: Triton flattens them, so that the compiled kernel has the same registers as one with loose
+arguments. Compile-time constants stay loose, since Triton cannot read the fields of a constant.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_attn.kernels.setting import Setting
+from sparse_attn.kernels.triton import interpreted
+from sparse_attn.kernels.triton.family import GENERAL, MODES
+from sparse_attn.versions import tf32_allowed
+
+
+class Operand(NamedTuple):
+    """A tensor (N, H, L, D) whose last dimension is contiguous, and its strides."""
+
+    start: Any
+    n: int
+    h: int
+    row: int
+
+    @staticmethod
+    def of(x: Tensor) -> Operand:
+        """The operand of a tensor."""
+        return Operand(x, *x.stride()[:3])
+
+
+class Mask(NamedTuple):
+    """A mask that broadcasts to the scores, or its gradient; a stride is 0 where the mask has size 1."""
+
+    start: Any
+    n: int
+    h: int
+    query: int | None  # None: all queries share one row, which a kernel loads once for all of them
+    key: int
+
+    @staticmethod
+    def of(x: Tensor, *, shared: bool = True) -> Mask:
+        """The mask of a tensor; without ``shared`` the stride of its queries is 0 instead of None."""
+        n, h, query, key = (0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
+        return Mask(x, n, h, (query or None) if shared else query, key)
+
+
+class PerHead(NamedTuple):
+    """One number per head, and the stride between them."""
+
+    start: Any
+    h: int
+
+
+class Inputs(NamedTuple):
+    """Everything that an attention call is given."""
+
+    query: Operand
+    key: Operand
+    value: Operand
+    alpha: PerHead | None  # None: ``a`` is that of all heads
+    mask: Mask | None
+    key_lengths: Tensor | None
+    seed: Tensor | None  # of the dropout; None: no dropout
+    a: float  # α - 1
+    scale: float
+    dropout_p: float
+    kept_scale: float  # factor of the weights that dropout keeps
+    lowest: float  # a float mask with this value or less hides the key
+    heads: int
+    group: int  # query heads per head of the keys
+    keys: int
+
+
+class Lengths(NamedTuple):
+    """Numbers that change with the length of the queries: kernels are not specialised on them.
+
+    A specialised kernel would be no faster, and every new length would compile one.
+    """
+
+    offset: int
+    queries: int
+    rows: int  # N * H * L
+
+
+class Constants(NamedTuple):
+    """Compile-time constants of every kernel, in the order of its parameters."""
+
+    causal: bool
+    mode: int
+    upcast: bool
+    precision: str
+    head_size: int
+    value_size: int
+
+
+def arguments_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    mask: Tensor | None,
+    key_lengths: Tensor | None,
+    seed: Tensor | None,
+    setting: Setting,
+) -> tuple[Inputs, Lengths, Constants]:
+    """The arguments of an attention call, in the form in which the kernels take them."""
+    heads, queries = query.shape[1:3]
+    lowest = torch.finfo(torch.float32).min
+    if mask is not None and mask.is_floating_point():
+        lowest = max(torch.finfo(mask.dtype).min, lowest)
+    inputs = Inputs(
+        query=Operand.of(query),
+        key=Operand.of(key),
+        value=Operand.of(value),
+        alpha=None if alpha is None else PerHead(alpha, alpha.stride(0)),
+        mask=None if mask is None else Mask.of(mask),
+        key_lengths=key_lengths,
+        seed=seed,
+        a=setting.a,
+        scale=setting.scale,
+        dropout_p=setting.dropout_p,
+        kept_scale=0.0 if setting.dropout_p >= 1 else 1 / (1 - setting.dropout_p),
+        lowest=lowest,
+        heads=heads,
+        group=heads // key.shape[1],
+        keys=key.shape[2],
+    )
+    tensor_cores = query.dtype != torch.float32 or tf32_allowed()
+    constants = Constants(
+        causal=setting.offset is not None,
+        mode=GENERAL if alpha is not None else MODES.get(setting.a, GENERAL),
+        upcast=interpreted() and query.dtype == torch.bfloat16,
+        precision="tf32" if tensor_cores else "ieee",
+        head_size=query.shape[3],
+        value_size=value.shape[3],
+    )
+    return inputs, Lengths(setting.offset or 0, queries, query.shape[0] * heads * queries), constants

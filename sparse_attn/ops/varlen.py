@@ -1,0 +1,99 @@
+"""Attention of packed sequences: all of a batch one behind the other, without padding."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sparse_attn.checks import check_bool, check_dropout, check_starts
+from sparse_attn.kernels.choose_attention import Call, attend_packed
+from sparse_attn.ops.attention import attend, check_shapes, entmax_mapping
+
+
+def entmax_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    alpha: float | Tensor = 1.5,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """α-entmax attention of each of N packed sequences by itself.
+
+    Sequence ``n`` has the queries ``cu_seqlens_q[n]`` to ``cu_seqlens_q[n + 1] - 1`` and the keys and values from
+    ``cu_seqlens_k[n]`` to ``cu_seqlens_k[n + 1] - 1``. The result is that of one :func:`entmax_attention` per sequence.
+
+    Args:
+        query: (total_q, H, D).
+        key: (total_k, H, D).
+        value: (total_k, H, Dv).
+        cu_seqlens_q: (N + 1,), int32 or int64: cumulative lengths, from 0 to total_q. A sequence may be empty.
+        cu_seqlens_k: (N + 1,), likewise, from 0 to total_k.
+        alpha: A number or (H,), in ``(0, inf)``; 1 is softmax attention.
+        is_causal: Query ``i`` of a sequence sees its keys up to ``i`` (aligned top-left).
+        scale: Factor of the scores; ``1 / sqrt(D)`` by default.
+        dropout_p: Probability that a weight is dropped; applied whenever it is above 0.
+        enable_gqa: Key and value may have fewer heads, a divisor of the query's.
+
+    Returns:
+        (total_q, H, Dv). A query that sees nothing gets zeros.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: Shapes that do not fit, lengths that fall, do not begin with 0 or do not end with the total.
+
+    Example:
+        >>> query, key, value = torch.randn(3, 7, 4, 8).unbind()
+        >>> lengths = torch.tensor([0, 2, 7])  # two sequences, of 2 and 5 entries
+        >>> output = entmax_attention_varlen(query, key, value, lengths, lengths)
+        >>> output.shape
+        torch.Size([7, 4, 8])
+
+    Reference:
+        The layout of ``torch.nn.attention.varlen.varlen_attn``; the mapping of :func:`entmax_attention`.
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if isinstance(x, Tensor) and x.dim() != 3:
+            raise ValueError(f"{name} must have the shape (total, H, D), got {tuple(x.shape)}")
+    _check_cumulative(cu_seqlens_q, "cu_seqlens_q", query)
+    _check_cumulative(cu_seqlens_k, "cu_seqlens_k", query)
+    if len(cu_seqlens_q) != len(cu_seqlens_k):
+        sizes = f"{len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have the same length N + 1, got {sizes}")
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    check_shapes(query, key, value, enable_gqa)
+    check_bool(is_causal, "is_causal")
+    check_dropout(dropout_p, "dropout_p")
+    mapping = entmax_mapping(alpha, query.shape[1])
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    call = Call(query, key, value, mapping.alpha, None, None, dropout_p, is_causal, scale)
+    output = attend_packed(call, cu_seqlens_q, cu_seqlens_k)
+    if output is not None:
+        return output[0].transpose(0, 1)
+    check_starts(cu_seqlens_q, query.shape[2], "cu_seqlens_q")
+    check_starts(cu_seqlens_k, key.shape[2], "cu_seqlens_k")
+    outputs = [query.new_empty(*query.shape[:2], 0, value.shape[-1])]
+    for queries, keys in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
+        one = query[:, :, slice(*queries)], key[:, :, slice(*keys)], value[:, :, slice(*keys)]
+        arguments = (*one, mapping, None, dropout_p, is_causal)
+        outputs.append(attend(*arguments, scale=scale, enable_gqa=enable_gqa, need_weights=False)[0])
+    return torch.cat(outputs, 2)[0].transpose(0, 1)
+
+
+def _check_cumulative(lengths: Tensor, name: str, query: Tensor) -> None:
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(lengths).__name__}")
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must have the dtype int32 or int64, got {lengths.dtype}")
+    if lengths.dim() != 1 or not len(lengths):
+        raise ValueError(f"{name} must have the shape (N + 1,), got {tuple(lengths.shape)}")
+    if lengths.device != query.device:
+        raise ValueError(f"{name} must be on the query's device, {query.device}, got {lengths.device}")

@@ -1,0 +1,19 @@
+"""Settings of torch that a test changes for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def fast_path(enabled: bool) -> Iterator[None]:
+    """torch's fused inference path for attention and encoders, on or off within the context."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

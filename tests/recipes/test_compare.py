@@ -1,0 +1,226 @@
+"""Runs in a table, from run folders written by hand: every number is known."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from recipes import compare as compare_module
+from recipes.bootstrap import paired_bootstrap
+from recipes.bootstrap import statistics as statistics_of
+from recipes.launch import run_hydra
+from recipes.predictions import PREDICTIONS, Prediction
+
+WORDS = 40
+
+
+def predictions(right: int, *, prefix: str = "w") -> list[Prediction]:
+    """Forty words of four phones, so many of which are right and the others one edit off."""
+    return [
+        Prediction(f"{prefix}{word}", "A B C D", "A B C D" if word < right else "A B C E", int(word >= right), 4, "")
+        for word in range(WORDS)
+    ]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a run folder into the sweep."""
+
+    def run(number: int, attention: str, seed: int, right: int, language: str = "hun", prefix: str = "w") -> Path:
+        folder = tmp_path / "sweep" / str(number)
+        folder.mkdir(parents=True)
+        config = {"data": {"name": "tsv", "language": language, "metrics": ["per", "wer"]}, "seed": seed}
+        config["model"] = {"attention": attention, "encoder_attention": attention}
+        OmegaConf.save(config, folder / "config.yaml")
+        overrides = [f"data.language={language}", f"seed={seed}", "threads=1"]
+        overrides += [] if attention == "adaptive" else [f"model.attention={attention}"]
+        OmegaConf.save(OmegaConf.create(overrides), folder / "overrides.yaml")
+        wrong = WORDS - right
+        results = {"test/wer": 100 * wrong / WORDS, "test/per": 100 * wrong / (4 * WORDS), "seconds": 1.0}
+        (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+        lines = ["source\tprediction\treference\tdistance\tlength\tgroup"]
+        for one in predictions(right, prefix=prefix):
+            lines.append(f"{one.source}\t{one.prediction}\t{one.reference}\t{one.distance}\t{one.length}\t")
+        (folder / PREDICTIONS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def sweep(run: Callable[..., Path], tmp_path: Path) -> str:
+    """Softmax and adaptive attention, three and two seeds; run 10 comes after run 9."""
+    for number, (attention, seed, right) in {
+        0: ("softmax", 0, 20),
+        1: ("softmax", 1, 22),
+        9: ("softmax", 2, 24),
+        10: ("adaptive", 0, 38),
+        11: ("adaptive", 1, 39),
+    }.items():
+        run(number, attention, seed, right)
+    return str(tmp_path / "sweep")
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    run_hydra("compare", compare_module.compare, arguments=list(arguments))
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit):
+        printed(capsys, *arguments)
+    error = capsys.readouterr().err
+    assert error.startswith("sparse-attn compare: ") and error.count("\n") == 1
+    return error.removeprefix("sparse-attn compare: ").rstrip()
+
+
+def test_runs_that_differ_in_their_seeds_are_one_line(sweep, capsys):
+    lines = [line.split("  ") for line in printed(capsys, f"sweep={sweep}").splitlines()]
+    rows = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    wer = [100 * (WORDS - right) / WORDS for right in (20, 22, 24)]
+    assert rows[0] == ["setting", "runs", "PER %", "WER %"]
+    assert rows[1][0:2] == ["model.attention=softmax", "3"]
+    assert rows[1][3] == f"{statistics.fmean(wer):.2f} ± {statistics.stdev(wer):.2f}"
+    assert rows[2] == ["model.attention=adaptive", "2", "0.94 ± 0.44", "3.75 ± 1.77"]
+
+
+def test_a_baseline_gives_differences_with_their_interval(sweep, capsys):
+    text = printed(capsys, f"sweep={sweep}", "baseline=model.attention=softmax", "metrics=[wer]", "format=csv")
+    softmax, adaptive = csv.DictReader(io.StringIO(text))
+    assert softmax["wer_diff"] == ""
+    assert float(adaptive["wer_diff"]) == pytest.approx(3.75 - 45.0)
+    assert -60 < float(adaptive["wer_low"]) < 3.75 - 45.0 < float(adaptive["wer_high"]) < -20
+    assert float(adaptive["wer_p"]) < 0.01
+
+
+def test_a_baseline_is_that_of_the_same_language(run, tmp_path, capsys):
+    for number, (attention, language, right) in enumerate(
+        [("softmax", "hun", 10), ("softmax", "jpn", 30), ("topk", "hun", 12), ("topk", "jpn", 32)]
+    ):
+        run(number, attention, 0, right, language)
+    text = printed(capsys, f"sweep={tmp_path / 'sweep'}", "baseline=model.attention=softmax", "format=csv")
+    found = {(row["data.language"], row["model.attention"]): row for row in csv.DictReader(io.StringIO(text))}
+    assert {key: row["wer_diff"] for key, row in found.items() if key[1] == "topk"} == {
+        ("hun", "topk"): "-5.0",
+        ("jpn", "topk"): "-5.0",
+    }
+    assert found["hun", "topk"]["wer_std"] == ""
+
+
+def test_markdown_and_latex(sweep, capsys, tmp_path):
+    (tmp_path / "sweep" / "9" / "results.json").unlink()
+    arguments = [f"sweep={sweep}", "baseline=model.attention=softmax", "metrics=[wer]"]
+    markdown = printed(capsys, *arguments, "format=markdown").splitlines()
+    assert markdown[0] == "| setting | runs | WER % | Δ WER % | p |"
+    assert markdown[1] == "| --- | ---: | ---: | ---: | ---: |"
+    assert markdown[3].startswith("| model.attention=adaptive | 2 | 3.75 ± 1.77 | -43.75 [")
+    assert markdown[-1] == "1 run without results left out"
+    latex = printed(capsys, *arguments, "format=latex").splitlines()
+    assert latex[1] == "% 1 run without results left out"
+    assert latex[2:6] == [
+        r"\begin{tabular}{lrrrr}",
+        r"\toprule",
+        r"setting & runs & WER \% & $\Delta$ WER \% & p \\",
+        r"\midrule",
+    ]
+    assert latex[7].startswith(r"model.attention=adaptive & 2 & 3.75 $\pm$ 1.77 & -43.75 [")
+    assert latex[7].endswith(r" & $<$0.001 \\")
+
+
+def test_a_table_may_be_kept(sweep, tmp_path, capsys):
+    assert printed(capsys, f"sweep={sweep}", "format=csv", f"output={tmp_path / 'table.csv'}") == ""
+    assert (tmp_path / "table.csv").read_text().startswith("model.attention,runs,per,")
+
+
+def test_runs_on_different_words_are_not_compared(run, tmp_path, capsys):
+    run(0, "softmax", 0, 10)
+    run(1, "topk", 0, 10, prefix="v")
+    text = printed(capsys, f"sweep={tmp_path / 'sweep'}", "baseline=model.attention=softmax")
+    expected = "model.attention=topk is not compared with the baseline: the runs were tested on different words"
+    assert text.splitlines()[-1] == expected
+
+
+def test_a_run_without_predictions_is_in_the_table_all_the_same(sweep, tmp_path, capsys):
+    (tmp_path / "sweep" / "10" / PREDICTIONS).unlink()
+    text = printed(capsys, f"sweep={sweep}", "baseline=model.attention=softmax")
+    assert "3.75 ± 1.77" in text
+    assert "is not compared with the baseline: cannot read" in text
+
+
+def test_wrong_input(sweep, tmp_path, capsys):
+    given = f"sweep={sweep}"
+    assert refused(capsys, given, "format=html") == "format must be one of text, markdown, latex, csv, got 'html'"
+    allowed = "per, wer, accuracy, edit_distance, bleu, chrf"
+    assert refused(capsys, given, "metrics=[ter]") == f"metrics must be one of {allowed}, got 'ter'"
+    assert "metrics must be in the results of all runs, got 'bleu'; " in refused(capsys, given, "metrics=[bleu]")
+    assert refused(capsys, given, "baseline=model.attention=soft") == (
+        "baseline must be of model.attention=softmax|adaptive, got 'model.attention=soft'"
+    )
+    assert refused(capsys, given, "samples=0") == "samples must be a whole number of at least 1, got 0"
+    assert "no folder 'nowhere'" in refused(capsys, "sweep=nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "must hold at least one finished run, got 0 unfinished" in refused(capsys, f"sweep={tmp_path / 'empty'}")
+    (tmp_path / "sweep" / "0" / "results.json").write_text("{")
+    assert f"{tmp_path / 'sweep' / '0'} must be a run folder, got one that cannot be read" in refused(capsys, given)
+
+
+def test_folders_are_given_without_a_key(sweep, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.compare", "sweep/0", "sweep/10", "metrics=[wer]"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] == [
+        ["model.attention=softmax", "1"],
+        ["model.attention=adaptive", "1"],
+    ]
+
+
+def test_the_bootstrap_agrees_with_the_normal_approximation():
+    """One system wrong on the first 300 of 1,000 words, the other on the first 260: a difference of -4 on 40 words."""
+    size, worse, better = 1000, 300, 260
+    words = [[Prediction(str(i), "", "", int(i < wrong), 5, "") for i in range(size)] for wrong in (worse, better)]
+    base, system = ([statistics_of("wer", table)] for table in words)
+    found = paired_bootstrap(base, system, [""] * size, samples=4000)
+    error = 100 * np.std([-1.0] * 40 + [0.0] * 960) / np.sqrt(size)
+    assert found.mean == pytest.approx(-4.0)
+    assert (found.low, found.high) == pytest.approx((-4 - 1.96 * error, -4 + 1.96 * error), abs=0.15)
+    assert found.p == 0.0
+
+
+def test_equal_systems_do_not_differ():
+    base = [statistics_of("per", predictions(20))]
+    found = paired_bootstrap(base, base, [""] * WORDS, samples=100)
+    assert found == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_groups_count_alike():
+    """A mean over two groups: 1 of 2 words and 0 of 8 is 25 %, not 10 %."""
+    words = [Prediction(str(i), "", "", int(i == 0), 1, "") for i in range(10)]
+    right = [Prediction(str(i), "", "", 0, 1, "") for i in range(10)]
+    base, system = ([statistics_of("wer", table)] for table in (right, words))
+    assert paired_bootstrap(base, system, ["a"] * 2 + ["b"] * 8, samples=10).mean == 25.0
+
+
+def test_bleu_from_statistics_is_that_of_the_corpus():
+    sacrebleu = pytest.importorskip("sacrebleu")
+    texts = [("the cat sat on the mat", "the cat sat on a mat"), ("a dog is there", "a dog was there today")]
+    table = [Prediction(str(i), *pair, 1, 1, "") for i, pair in enumerate(texts)]
+    values, score = statistics_of("bleu", table)
+    expected = sacrebleu.metrics.BLEU().corpus_score([pair[0] for pair in texts], [[pair[1] for pair in texts]]).score
+    assert score(values.sum(0)) == pytest.approx(expected)
+    assert statistics_of("chrf", table) is None

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+
+from recipes.callbacks.checkpoints import BestAndLast
+from recipes.curves import read_rows
+from recipes.plan import FEWEST_EPOCHS, FEWEST_UPDATES, Plan, plan_training
+from recipes.predictions import read_predictions
+from recipes.run import load_run
+from recipes.train import train
+
+
+@pytest.mark.parametrize(
+    ("section", "batches", "plan"),
+    [
+        ({"max_epochs": 7}, 13, Plan(7, 13, 13, 91)),
+        ({"max_epochs": 7, "limit_train_batches": 5}, 13, Plan(7, 5, 13, 35)),
+        ({"max_epochs": 7, "limit_train_batches": 0.5}, 13, Plan(7, 6, 13, 42)),
+        ({"max_epochs": 7, "accumulate_grad_batches": 3}, 13, Plan(7, 13, 13, 35)),
+        ({"max_epochs": 7, "max_steps": 20}, 13, Plan(7, 13, 13, 20)),
+        ({"max_steps": 27}, 13, Plan(3, 13, 13, 27)),
+        ({"max_epochs": None}, 1009, Plan(FEWEST_EPOCHS, 1009, 1009, 1009 * FEWEST_EPOCHS)),
+    ],
+)
+def test_the_length_of_a_training(section, batches, plan):
+    assert plan_training(section, batches) == plan
+
+
+def test_small_data_are_trained_on_for_enough_updates():
+    plan = plan_training({}, 13)
+    assert FEWEST_UPDATES <= plan.updates < FEWEST_UPDATES + 13
+
+
+def test_a_training_without_a_number_of_epochs_ends_and_records_it(tiny_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("recipes.plan.FEWEST_UPDATES", 12)
+    monkeypatch.setattr("recipes.plan.FEWEST_EPOCHS", 1)
+    train(tiny_config("trainer.max_epochs=null"))
+    assert "3 epochs of 5 batches: 15 updates, 3 of them warm-up" in capsys.readouterr().out
+    config = load_run(tmp_path / "run").config
+    assert (config.trainer.max_epochs, config.monitor) == (3, "val/per")
+
+
+def test_a_warm_up_that_is_too_long_and_unseen_symbols_are_told(tiny_config, tmp_path, capsys):
+    cfg = tiny_config("trainer.max_epochs=1", "optimizer.warmup_steps=4", "trainer.limit_train_batches=4")
+    (tmp_path / "test.tsv").write_text("zzz\tQ Q\n", encoding="utf-8")
+    train(cfg)
+    out = capsys.readouterr().out
+    assert "1 epoch of 4 of 5 batches (trainer.limit_train_batches): 4 updates, 4 of them warm-up" in out
+    assert "note: the warm-up of 4 updates is more than half of the 4 of this training (optimizer.warmup_steps)" in out
+    assert 'note: 1 of 1 test inputs hold symbols never seen in training: "z"' in out
+    assert 'note: 1 of 1 test targets hold symbols never seen in training: "Q"' in out
+
+
+@pytest.mark.parametrize("schedule", ["inverse_sqrt", "noam", "cosine"])
+def test_every_schedule_trains(tiny_config, tmp_path, schedule):
+    train(tiny_config(f"schedule={schedule}", "trainer.max_epochs=1"))
+    assert load_run(tmp_path / "run").task.hparams["schedule"] == schedule
+
+
+def test_the_monitored_metric_chooses_the_best_checkpoint(tiny_config, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(BestAndLast, "_save", lambda self, trainer, name: saved.append((trainer.current_epoch, name)))
+    monkeypatch.setattr("recipes.train.conclude", lambda *_, **__: {}, raising=False)
+    monkeypatch.setattr("recipes.summary.conclude", lambda *_, **__: {})
+    train(tiny_config("monitor=val/accuracy", "trainer.max_epochs=6"))
+    accuracies = [float(row["val/accuracy"]) for row in read_rows(tmp_path / "run/metrics.csv") if row["val/accuracy"]]
+    best = [epoch for epoch, value in enumerate(accuracies) if value > max(accuracies[:epoch], default=-1.0)]
+    assert [epoch for epoch, name in saved if name == "best.ckpt"] == best
+
+
+@pytest.mark.parametrize("monitor", ["val/bleu", "test/wer", "wer", "val/wer/hun", "val/ter"])
+def test_a_metric_that_will_not_be_there_is_refused(tiny_config, tmp_path, monitor):
+    message = (
+        "^monitor must be one of val/loss, val/support, val/per, val/wer, val/accuracy, val/edit_distance, "
+        f"which go with data.metrics, got '{monitor}'$"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(tiny_config(f"monitor={monitor}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_training_stops_early_and_says_so(tiny_config, tmp_path, capsys):
+    stopping = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1"]
+    train(tiny_config(*stopping, "trainer.max_epochs=50", "optimizer.learning_rate=1e-12"))
+    out = capsys.readouterr().out
+    assert "stopped early after epoch 2: val/per has not improved for 1 epoch" in out
+
+
+def test_predictions_of_the_test_words_are_kept(tiny_config, tmp_path):
+    results = train(tiny_config("trainer.max_epochs=1"))
+    found = read_predictions(tmp_path / "run" / "test_predictions.tsv")
+    assert len(found) == 11
+    assert 100 * sum(one.distance > 0 for one in found) / 11 == pytest.approx(results["test/wer"])
+    assert 100 * sum(one.distance for one in found) / sum(one.length for one in found) == pytest.approx(
+        results["test/per"]
+    )
+    task = load_run(tmp_path / "run").task
+    assert task.target_tokenizer.join(task.predict_words([found[0].source])[0]) == found[0].prediction
+
+
+def test_a_damaged_line_of_predictions_is_named(tmp_path):
+    file = tmp_path / "test_predictions.tsv"
+    file.write_text("source\tprediction\treference\tdistance\tlength\tgroup\na\tA\tB\tone\t1\t\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"test_predictions\.tsv:2: a line must have the columns "):
+        read_predictions(file)
