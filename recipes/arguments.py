@@ -29,7 +29,7 @@ _TEXTS = [
 _OTHER_NAMES = {"inspect": {"model": "hf_model"}}
 _QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 _SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)")
-_NEEDED_GROUPS = ("data", "model", "paths", "trainer")
+_NEEDED_GROUPS = ("data", "decoding", "model", "paths", "trainer")
 _HELP, _MULTIRUN = ("--help", "-h"), ("--multirun", "-m")
 # Of these, which say what to do instead of a single run, Hydra takes one.
 _MODES = (*_MULTIRUN, "--run", "-r", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
@@ -55,6 +55,11 @@ def is_multirun(arguments: Sequence[str]) -> bool:
     return any(argument in _MULTIRUN for argument in arguments)
 
 
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether the command line asks for the help instead of a run."""
+    return any(argument in (*_HELP, "--hydra-help") for argument in arguments)
+
+
 def quoted(text: str) -> str:
     r"""Text as a value that Hydra and OmegaConf read as it is.
 
@@ -78,6 +83,19 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         (flags if is_value or argument.startswith("-") else overrides).append(argument)
         before = "" if is_value else argument
     return flags, overrides
+
+
+def sweep_arguments(arguments: Sequence[str]) -> list[str]:
+    """The command line of ``compare``, whose folders need no key.
+
+    Example:
+        >>> sweep_arguments(["runs/a", "runs/b", "format=csv"])
+        ["sweep=['runs/a','runs/b']", 'format=csv']
+    """
+    flags, others = split(arguments)
+    folders = [argument for argument in others if "=" not in argument]
+    given = [f"sweep=[{','.join(map(quoted, folders))}]"] if folders else []
+    return [*given, *(argument for argument in others if argument not in folders), *flags]
 
 
 def check_flags(flags: Sequence[str]) -> None:
@@ -118,8 +136,17 @@ def read_as_text(override: str, *, sweep: bool) -> str:
     key, equals, value = override.partition("=")
     if not equals or key.lstrip("+") not in _TEXTS or (sweep and _SWEEP_FUNCTION.fullmatch(value)):
         return override
-    values = re.findall(rf"(?:^|,)\s*((?:{_QUOTED})(?=\s*(?:,|$))|[^,]*)", value) if sweep else [value]
+    listed = re.fullmatch(r"\[(.*)\]", value) if key == "run" else None
+    if listed:  # several run folders are one value
+        folders = _separated(listed[1]) if listed[1].strip() else []
+        return f"run=[{','.join(map(_as_text, folders))}]"
+    values = _separated(value) if sweep else [value]
     return f"{key}={','.join(_as_text(single) for single in values)}"
+
+
+def _separated(values: str) -> list[str]:
+    """What stands between commas outside of quotation marks."""
+    return re.findall(rf"(?:^|,)\s*((?:{_QUOTED})(?=\s*(?:,|$))|[^,]*)", values)
 
 
 def _as_text(value: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
@@ -30,7 +31,7 @@ def check_arguments(
         reserved: Arguments that are not for the section to give.
 
     Raises:
-        ValueError: If ``function`` has no argument of a name.
+        ValueError: If ``function`` has no argument of a name, or a number is infinite or NaN.
         TypeError: If a value does not have the annotated type.
 
     Example:
@@ -49,6 +50,8 @@ def check_arguments(
             raise ValueError(f"unknown key '{section}.{name}'{question}; allowed: {', '.join(allowed)}")
         if name in hints and not _fits(value, hints[name]):
             raise TypeError(f"{section}.{name} must be {' or '.join(_describe(hints[name]))}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{section}.{name} must be a finite number, got {value}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

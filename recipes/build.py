@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.utils import get_class, instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -18,8 +20,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from .bind import check_arguments
 from .callbacks.alpha import AlphaCourse
 from .callbacks.checkpoints import BestAndLast
+from .callbacks.learning_rate import LearningRate
 from .callbacks.progress import progress
 from .seq2seq.data import Seq2SeqData, make_sequences
+from .seq2seq.decode import Decoding
 from .seq2seq.metrics import MEANS, METRICS, Metric, computed
 from .seq2seq.model import Seq2SeqTransformer
 from .seq2seq.schedules import check_schedule
@@ -29,8 +33,10 @@ SECTIONS = (
     "seed",
     "resume",
     "threads",
+    "keep_checkpoints",
     "data",
     "model",
+    "decoding",
     "optimizer",
     "schedule",
     "loss",
@@ -40,13 +46,32 @@ SECTIONS = (
     "paths",
     "monitor",
 )
-_PLAIN = ("seed", "resume", "threads", "monitor")
+_PLAIN = ("seed", "resume", "threads", "monitor", "keep_checkpoints")
 # What older runs lack.
-_NEW = ("callbacks", "monitor", "schedule")
+_NEW = ("callbacks", "decoding", "keep_checkpoints", "monitor", "schedule")
 _INSTANTIATED = ("callbacks", "logger")
 # Keys of the config that only serve to write other keys.
 _SHORTHANDS = {"data": ("path", "language", "tokens"), "model": ("attention",)}
+_LOGGER_NEEDS = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
 _FILES = ("path", "train", "val", "test", "cache")
+# Of numbers that Lightning takes without a look, or fails on in the middle of a training: the lowest, whether that is
+# left out, and whether null is allowed. The learning rate needs an end to fall towards, and the run a checkpoint to
+# score; -1 asks Lightning for an endless training.
+_TRAINER_RANGES = {
+    "max_epochs": (0, True, True),
+    "limit_train_batches": (0, True, True),
+    "limit_val_batches": (0, False, True),
+    "accumulate_grad_batches": (1, False, False),
+    "check_val_every_n_epoch": (1, False, True),
+    "gradient_clip_val": (0, False, True),
+    "log_every_n_steps": (0, False, True),
+    "max_steps": (-1, False, False),
+    "min_epochs": (0, False, True),
+    "min_steps": (0, False, True),
+    "reload_dataloaders_every_n_epochs": (0, False, False),
+    "num_sanity_val_steps": (-1, False, True),
+}
+_BYTES_PER_LAYER = 100_000  # of the Python objects of a layer, however small its weights
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
@@ -68,10 +93,14 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
             raise TypeError(f"{name} must be a group of keys, got {cfg[name]!r}")
     for section in _INSTANTIATED:
         for name, node in (cfg.get(section) or {}).items():
-            if not isinstance(node, DictConfig) or "_target_" not in node:
+            if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
                 raise TypeError(
                     f"{section}.{name} must be a group of keys with _target_ (~{section}.{name} drops it), got {node}"
                 )
+    for name, node in (cfg.get("logger") or {}).items():
+        package = _LOGGER_NEEDS.get(str(node["_target_"]).rpartition(".")[2])
+        if package and importlib.util.find_spec(package) is None:
+            raise ValueError(f"logger.{name} needs the package {package}: pip install {package}")
     settings: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
         _without_unused(cfg), resolve=True, throw_on_missing=True
     )
@@ -79,8 +108,16 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
     threads = settings["threads"]
-    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
-        raise ValueError(f"threads must be a whole number of at least 1, or null for all cores, got {threads!r}")
+    cores = os.cpu_count() or 1
+    whole = isinstance(threads, int) and not isinstance(threads, bool)
+    if threads is not None and not (whole and 1 <= threads <= cores):
+        raise ValueError(
+            f"threads must be a whole number from 1 to {cores}, the cores of this machine, or null for all, "
+            f"got {threads!r}"
+        )
+    keep = settings.setdefault("keep_checkpoints", 0)
+    if not isinstance(keep, int) or isinstance(keep, bool) or keep < 0:
+        raise ValueError(f"keep_checkpoints must be a whole number of at least 0, got {keep!r}")
     if not isinstance(folder, str) or not folder:
         raise TypeError(f"paths.output_dir must be a folder, got {folder!r}")
     return settings
@@ -130,6 +167,11 @@ def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
         check_arguments(Seq2SeqTask, section, settings[section], reserved=given)
     if model.get("language_dim") and data.languages is None:
         raise ValueError(f"model.language_dim needs data.languages, got {model['language_dim']} and no languages")
+    for key, most in (("model.dropout", 0.99), ("loss.label_smoothing", 0.9)):
+        section, name = key.split(".")
+        if not 0 <= (value := settings[section].get(name, 0.0)) <= most:
+            raise ValueError(f"{key} must lie in [0, {most}], since nothing is learnt beyond; got {value}")
+    check_size(model, len(data.source_tokenizer), len(data.target_tokenizer))
     return Seq2SeqTask(
         source_tokenizer=data.source_tokenizer.state(),
         target_tokenizer=data.target_tokenizer.state(),
@@ -142,6 +184,47 @@ def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
         **settings["optimizer"],
         **settings["loss"],
     )
+
+
+def build_decoding(section: dict[str, Any] | None) -> Decoding:
+    """The decoding of a config section; greedy for a run of an earlier version, which has none."""
+    check_arguments(Decoding, "decoding", section or {})
+    return Decoding(**(section or {}))
+
+
+def check_size(model: dict[str, Any], source_size: int, target_size: int) -> None:
+    """Refuses a model that this machine has no memory for, before torch asks for the memory.
+
+    Args:
+        model: Arguments of ``Seq2SeqTransformer`` besides the sizes of the vocabularies.
+        source_size: Size of the source vocabulary.
+        target_size: Size of the target vocabulary.
+
+    Raises:
+        ValueError: If weights, gradients and the two moments of AdamW would take more than the memory there is.
+    """
+    layers = {name: model.get(name, 1) for name in ("encoder_layers", "decoder_layers")}
+    one = {name: min(count, 1) for name, count in layers.items()}  # all layers of a kind are equally large
+    try:
+        with torch.device("meta"):
+            built = Seq2SeqTransformer(source_size, target_size, **{**model, **one})
+    except RuntimeError as error:
+        raise ValueError(f"model is too large for any machine: {_sizes(model)} ({error})") from error
+    numbers = sum(parameter.numel() for parameter in built.parameters())
+    for stack, name in ((built.encoder, "encoder_layers"), (built.decoder, "decoder_layers")):
+        numbers += (layers[name] - one[name]) * sum(parameter.numel() for parameter in stack.layers.parameters())
+    needed = 16 * numbers + _BYTES_PER_LAYER * sum(layers.values())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
+    if needed > there:
+        raise ValueError(
+            f"model must fit into the memory of this machine, {there / 2**30:,.1f} GiB; its weights, gradients and "
+            f"optimizer need {needed / 2**30:,.1f} GiB with {_sizes(model)}"
+        )
+
+
+def _sizes(model: dict[str, Any]) -> str:
+    names = ("dim", "ff_dim", "encoder_layers", "decoder_layers")
+    return ", ".join(f"model.{name}={model[name]}" for name in names if name in model)
 
 
 def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Logger]:
@@ -208,16 +291,11 @@ def located(target: str) -> str:
 def check_trainer(section: dict[str, Any]) -> None:
     """Refuses settings of the trainer that cannot be used."""
     check_arguments(L.Trainer, "trainer", section, reserved=("logger", "callbacks", "default_root_dir"))
-    devices = section.get("devices", 1)
-    one = len(devices) == 1 if isinstance(devices, list) else devices in (1, "1")
-    if not one or section.get("num_nodes", 1) != 1:
-        came = {key: section[key] for key in ("devices", "num_nodes") if key in section}
-        raise ValueError(f"trainer.devices must be 1, or a list of one such as [0], on one node, got {came}")
-    # The learning rate needs an end to fall towards, and the run a checkpoint to score.
-    for name in ("max_epochs", "limit_train_batches"):
-        value = section.get(name)
-        if value is not None and not value > 0:
-            raise ValueError(f"trainer.{name} must be above 0, got {value}")
+    for name, (lowest, above, optional) in _TRAINER_RANGES.items():
+        value = section.get(name, lowest + 1)
+        if (value is None and not optional) or (value is not None and (value < lowest or (above and value == lowest))):
+            allowed = f"{'above' if above else 'at least'} {lowest}{' or null' if optional else ''}"
+            raise ValueError(f"trainer.{name} must be {allowed}, got {value}")
 
 
 def build_trainer(
@@ -228,24 +306,27 @@ def build_trainer(
     *,
     monitor: str = "val/per",
     higher_is_better: bool = False,
+    keep_checkpoints: int = 0,
 ) -> L.Trainer:
-    """The trainer of a config section, writing into the run folder."""
+    """The trainer of a config section, writing into the run folder; it keeps the weights of so many last epochs."""
     check_trainer(section)
     shown = progress()
     defaults = {
         "enable_progress_bar": isinstance(shown, ProgressBar),
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # the task takes its share of each batch itself
     }
     own = [
+        LearningRate(),
         AlphaCourse(folder),
-        BestAndLast(folder, monitor, higher_is_better=higher_is_better),
+        BestAndLast(folder, monitor, higher_is_better=higher_is_better, keep=keep_checkpoints),
     ]  # which write what the others have done
     try:
         return L.Trainer(
             **{**defaults, **section}, default_root_dir=folder, logger=loggers, callbacks=[shown, *callbacks, *own]
         )
-    except (MisconfigurationException, ValueError, TypeError) as error:
+    except Exception as error:  # a setting that does not fit, or that needs a package which is not there
         about = [f"{key}={value}" for key, value in section.items() if _is_about(str(error), key, value)]
         raise ValueError(f"trainer: {error}{' Got ' + ', '.join(about) if about else ''}") from error
 

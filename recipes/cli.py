@@ -7,6 +7,7 @@ import os
 import sys
 from difflib import get_close_matches
 from importlib.util import find_spec
+from typing import Any
 
 COMMANDS = {
     "train": "train a model and print its error rates and the α of every head",
@@ -45,6 +46,9 @@ def main() -> None:
     Raises:
         SystemExit: Always, unless the command succeeds.
     """
+    if os.name == "posix" and sys.getfilesystemencoding() == "ascii" and not sys.flags.utf8_mode:
+        # As under LC_ALL=C with PYTHONUTF8=0: words and paths of the command line would be bytes that are no text.
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     if hasattr(sys.stdout, "reconfigure"):
         # A terminal may have no α. Standard error replaces such characters anyway.
         sys.stdout.reconfigure(errors="replace")
@@ -79,10 +83,14 @@ def _start(command: str, *rest: str) -> None:
     if command == "train":
         importlib.import_module(".train", __package__).main()
     else:
+        from .arguments import sweep_arguments
         from .launch import run_hydra
 
         # The command's module loads torch, for which neither its help nor a mistyped key should wait.
-        run_hydra(command, lambda cfg: getattr(importlib.import_module(f".{command}", __package__), command)(cfg))
+        def task(cfg: Any) -> Any:
+            return getattr(importlib.import_module(f".{command}", __package__), command)(cfg)
+
+        run_hydra(command, task, arguments=sweep_arguments(rest) if command == "compare" else None)
 
 
 def _refuse(message: str, status: int = 2) -> None:

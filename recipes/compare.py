@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from .arguments import quoted
+from .arguments import sweep_arguments
 from .bootstrap import Difference, paired_bootstrap, statistics
 from .launch import run_hydra
 from .predictions import PREDICTIONS, read_predictions
@@ -143,9 +143,13 @@ def _read_run(folder: Path) -> FinishedRun:
 
 def _metrics(asked: Any, runs: Sequence[FinishedRun]) -> list[str]:
     if asked is None:
-        asked = next(
-            (run.config.data.metrics for run in runs if run.config.get("data", {}).get("metrics")), ("per", "wer")
-        )
+        shared = [name for name in METRICS if all(f"test/{name}" in run.results for run in runs)]
+        named = [name for run in runs for name in (run.config.get("data", {}).get("metrics") or ("per", "wer"))]
+        asked = [name for name in dict.fromkeys(named) if name in shared] or shared
+        if not asked:
+            raise ValueError(
+                "the runs must have a metric in common, got runs with none; compare them one folder at a time"
+            )
     metrics = [str(name) for name in asked] if not isinstance(asked, str) else [asked]
     for name in metrics:
         check_choice("metrics", name, list(METRICS))
@@ -231,11 +235,8 @@ def _difference(base: Setting, setting: Setting, metric: str, samples: int) -> D
 
 
 def main() -> None:
-    """Runs ``sparse-attn compare``; folders are given without a key."""
-    folders = [argument for argument in sys.argv[1:] if "=" not in argument and not argument.startswith("-")]
-    others = [argument for argument in sys.argv[1:] if argument not in folders]
-    given = [f"sweep=[{','.join(map(quoted, folders))}]"] if folders else []
-    run_hydra("compare", compare, arguments=[*given, *others])
+    """Runs ``sparse-attn compare``."""
+    run_hydra("compare", compare, arguments=sweep_arguments(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .folders import write_text
+
 
 def read_rows(file: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, none if there is no such file."""
+    """The whole rows of a CSV file, none if there is no such file; a kill or a full disk may cut a row short."""
     if not file.exists():
         return []
-    with file.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))
+    text = file.read_text(encoding="utf-8", errors="replace")
+    whole = io.StringIO(text[: text.rfind("\n") + 1], newline="")
+    rows = csv.DictReader(whole)
+    return [row for row in rows if None not in row and None not in row.values() and row["step"].isdecimal()]
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Writes rows, empty where a row has no value; an interruption leaves a whole file, old or new."""
-    unfinished = file.with_suffix(".tmp")
-    with unfinished.open("w", encoding="utf-8", newline="") as lines:
-        writer = csv.DictWriter(lines, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(unfinished, file)
+    lines = io.StringIO(newline="")
+    writer = csv.DictWriter(lines, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(file, lines.getvalue())
 
 
 def drop_rows_after(file: Path, step: int) -> None:

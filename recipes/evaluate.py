@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from .build import build_decoding
+from .ensemble import load_ensemble
 from .launch import run_hydra
 from .report.scores import print_scores
-from .run import Run, load_run, short_path, write_json
+from .report.search import search_table
+from .run import Run, short_path, write_json
 from .seq2seq.data import Seq2SeqData
+from .seq2seq.decode import DECODINGS, Decoding
 from .seq2seq.scores import score
+from .seq2seq.search_space import SearchSpace
 from .seq2seq.task import Seq2SeqTask
 
-EVALUATION = "evaluation.json"
+EVALUATION, ENSEMBLE = "evaluation.json", "ensemble.json"
 SPLITS = {"val": ("val",), "test": ("test",), "both": ("val", "test")}
 # Stands in the config for "what the run was trained with", where null is a value of its own (no limit).
 AS_TRAINED = "as_trained"
@@ -44,28 +52,81 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         cfg: ``configs/evaluate.yaml`` as composed by Hydra.
 
     Returns:
-        ``val/loss``, ``val/per``, ``val/wer``, ``val/words`` and the same for ``test``; those asked for.
+        ``val/loss``, ``val/support``, ``val/per``, ``val/wer``, ``val/words`` and the same for ``test``; those asked
+        for. An ensemble has no loss and no support. With ``decoding=exact`` also what ``SearchSpace.summary`` has.
 
     Raises:
-        FileNotFoundError: If the run, its checkpoint or a data file is missing.
-        ValueError: If the split is unknown, or the data or the checkpoint cannot be read.
+        FileNotFoundError: If a run, its checkpoint or a data file is missing.
+        TypeError: If a setting has the wrong type.
+        ValueError: If the split is unknown, a setting is outside its range, the data or a checkpoint cannot be read, or
+            the runs of an ensemble have different vocabularies.
     """
     splits = _splits(cfg.split)
-    run = load_run(cfg.run, cfg.checkpoint)
-    section = data_section(run, OmegaConf.to_container(cfg.data), splits)  # type: ignore[arg-type]
+    decoding = chosen_decoding(cfg)
+    ensemble = load_ensemble(cfg.run, cfg.checkpoint, cfg.average)
+    run, several = ensemble.first, len(ensemble.runs) > 1
+    section = data_section(run, given_data(cfg), splits)
     data = evaluation_data(section, run.task)
     console = Console(highlight=False)
-    scores = {}
+    scores, searches = {}, {}
     for split in splits:
+        space = SearchSpace(decoding.beam_size, decoding.budget) if decoding.name == "exact" else None
+        decode = partial((space.decode if space else decoding.best), ensemble.models, max_length=ensemble.max_length)
         with console.status(f"scoring the {split} words"):
             loader = data.full_val_dataloader() if split == "val" else data.test_dataloader()
-            scores[split] = score(run.task, loader)
+            scores[split] = score(run.task, loader, decode, losses=not several)
+        if space:
+            searches[split] = space.summary()
     results = {f"{split}/{name}": value for split, found in scores.items() for name, value in found.metrics().items()}
     results.update({f"{split}/words": len(found.sources) for split, found in scores.items()})
-    write_json(run.folder / EVALUATION, {"checkpoint": cfg.checkpoint, "data": section, **results})
+    results.update({f"{split}/{name}": value for split, found in searches.items() for name, value in found.items()})
     print_scores(console, scores)
-    console.print(f"\nwritten to {short_path(run.folder / EVALUATION)}", markup=False, soft_wrap=True)
+    if searches:
+        console.print()
+        console.print(search_table(searches, beam_size=decoding.beam_size, budget=decoding.budget))
+    own = run.folder / (ENSEMBLE if several else EVALUATION)
+    file = own if cfg.output is None else Path(str(cfg.output)).expanduser()
+    settings = {
+        **({"runs": [str(member.folder) for member in ensemble.runs]} if several else {}),
+        "checkpoint": cfg.checkpoint,
+        "average": cfg.average,
+        "decoding": asdict(decoding),
+        "data": section,
+    }
+    try:
+        write_json(file, {**settings, **results})
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}; the rates above are not kept: give output=FILE", str(file)
+        ) from None
+    console.print(f"\nwritten to {short_path(file)}", markup=False, soft_wrap=True)
     return results
+
+
+def chosen_decoding(cfg: DictConfig) -> Decoding:
+    """The decoding that a command asks for.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If it is outside its range.
+    """
+    if not isinstance(cfg.decoding, DictConfig):
+        raise TypeError(f"decoding must be one of {', '.join(DECODINGS)}, got {cfg.decoding!r}")
+    section: dict[str, Any] = OmegaConf.to_container(cfg.decoding)  # type: ignore[assignment]
+    n_best = {} if cfg.get("n_best") is None else {"n_best": cfg.n_best}
+    return build_decoding({**section, **n_best})
+
+
+def given_data(cfg: DictConfig) -> dict[str, Any]:
+    """The ``data`` section of a command that reads a run folder.
+
+    Raises:
+        TypeError: If it is no group of keys.
+    """
+    if not isinstance(cfg.data, DictConfig):
+        raise TypeError(f"data must be a group of keys, such as data.val=FILE, got data={cfg.data}")
+    given: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
+    return given
 
 
 def data_section(run: Run, given: dict[str, Any], splits: tuple[str, ...]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,20 @@ def fit(trainer: L.Trainer, task: Seq2SeqTask, data: Seq2SeqData, checkpoint: Pa
         if trainer.interrupted:
             raise KeyboardInterrupt from error
         raise
-    except MisconfigurationException as error:
-        raise ValueError(f"trainer: {error}") from error
+    except Exception as error:
+        if _refused_by_lightning(error):
+            raise ValueError(f"trainer: {error}") from error
+        raise
+
+
+def _refused_by_lightning(error: Exception) -> bool:
+    """Whether Lightning itself raised the error, in words for a user: a setting does not fit the data."""
+    if not isinstance(error, MisconfigurationException | ValueError | RuntimeError):
+        return False
+    module = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__", "")
+    return module.startswith("lightning.pytorch")
 
 
 @contextlib.contextmanager
@@ -46,6 +59,7 @@ def quiet() -> Iterator[None]:
                 r".*does not have many workers",  # the data is in memory
                 r".*available but not used",  # trainer.accelerator=cpu was a choice
                 r".*smaller than the logging interval",
+                r".*recommended to use `self.log.*sync_dist=True",  # every process scores all words
                 r".*LeafSpec.* is deprecated",  # Lightning calling torch
             ):
                 warnings.filterwarnings("ignore", message=message)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from sparse_attn import alpha_per_head
 
-from .evaluate import data_section, evaluation_data
+from .evaluate import data_section, evaluation_data, given_data
 from .launch import run_hydra
 from .report import alpha_table, attention_density, measure_at, measure_heads, roles_table, top_k_per_layer
 from .report.alignments import RULES, alignment_lines, check_alignment, write_lines
@@ -70,7 +70,7 @@ def _inspect_run(cfg: DictConfig) -> dict[str, list[float]]:
     check_alignment(cfg.align.heads, cfg.align.layer, crossing)
     if not isinstance(cfg.worth_words, int) or cfg.worth_words < 1:
         raise ValueError(f"worth_words must be a whole number of at least 1, got {cfg.worth_words!r}")
-    section = data_section(run, {}, ("val",))
+    section = data_section(run, given_data(cfg), ("val",))
     data = evaluation_data(section, task)
     console = Console(highlight=False)
     compared, courses = {}, {run.folder.name: read_course(run.folder / ALPHA)}

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -33,9 +34,13 @@ from omegaconf.errors import (
 )
 
 from .arguments import check_deletions, check_flags, is_multirun, quoted, read_as_text, split, with_config_names
+from .folders import remove_if_empty
 
 WRONG_INPUT, INTERRUPTED = 2, 130
 _OURS = ("recipes", "sparse_attn", "__main__")
+
+# Groups whose options are packages of their own.
+_PLUGGED = ("hydra/launcher", "hydra/sweeper")
 
 # What a value that has no default stands for, in the message that asks for it.
 MANDATORY = {
@@ -55,6 +60,11 @@ def config_dir() -> Path:
     here = Path(__file__).resolve().parent
     packed = here / "_configs"
     return packed if packed.is_dir() else here.parent / "configs"
+
+
+def config_options(group: str) -> list[str]:
+    """Names of the options of a config group, such as ``base`` and ``small`` of ``model``."""
+    return sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
 
 
 def config_groups() -> list[str]:
@@ -92,14 +102,20 @@ def run_hydra(
         if name != "train" and is_multirun(flags):
             # The sweeper writes down what it ran; only a training has a folder for that.
             overrides.append(f"hydra.sweep.dir={quoted(scratch)}")
-        restart = _restart(name)
+        program, typed = _program(name), sys.argv[1:]
         main = hydra.main(config_path=str(folder.resolve()), config_name=config_name, version_base="1.3")
         try:
             # Its parser takes no override behind a flag that follows an override.
             with _arguments([f"sparse-attn {name}", *overrides, *flags]), _unchecked_help_texts():
-                main(_through_hydra(task, restart))()
+                main(_through_hydra(task, program, typed))()
         except _TaskError as carrier:
             raise carrier.error from carrier.error.__cause__
+        except (HydraException, OmegaConfBaseException, OSError):
+            raise
+        except Exception as error:
+            # The task's own errors come in a carrier: this one is Hydra's, which it raises for values that no group or
+            # key can have.
+            raise ValueError(f"the command line cannot be composed: {error}") from error
 
 
 @contextlib.contextmanager
@@ -109,6 +125,7 @@ def reported(name: str) -> Any:
     Raises:
         SystemExit: In place of such an error or of an interruption.
     """
+    _open_standard_streams()
     # Hydra then raises its errors instead of printing them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -120,10 +137,17 @@ def reported(name: str) -> Any:
     except KeyboardInterrupt as error:
         _stop(name, error, str(error) or "stopped", INTERRUPTED)
     except Exception as error:
-        message = _message(error, name)
+        message = explained(error, name)
         if message is None:
             raise
         _stop(name, error, message, WRONG_INPUT)
+
+
+def _open_standard_streams() -> None:
+    """Gives output a place to go to where the standard streams were closed, as with ``>&-``."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 until the process ends
 
 
 def _stop(name: str, error: BaseException, message: str, status: int) -> NoReturn:
@@ -141,31 +165,32 @@ class _TaskError(BaseException):
         self.error = error
 
 
-def _through_hydra(task: Callable[[DictConfig], Any], restart: list[str]) -> Callable[[DictConfig], Any]:
+def _through_hydra(task: Callable[[DictConfig], Any], program: list[str], typed: list[str]) -> Callable[..., Any]:
+    """The task as Hydra calls it, with the command line in place that further processes would be started with."""
+
     @functools.wraps(task)
     def carried(cfg: DictConfig) -> Any:
-        folder = Path(HydraConfig.get().runtime.output_dir)
+        hydra = HydraConfig.get()
+        folder = Path(hydra.runtime.output_dir)
+        # Further processes of a run of a multirun take part in that run alone.
+        arguments = list(hydra.overrides.task) if hydra.mode == RunMode.MULTIRUN else typed
         try:
-            with _arguments(restart):
+            with _arguments([*program, *arguments]):
                 return task(cfg)
-        except BaseException as error:
+        except Exception as error:
+            raise _TaskError(error) from error
+        finally:
             # Hydra made the folder before the task could look at its input.
             if folder != Path.cwd():
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-            if isinstance(error, Exception):
-                raise _TaskError(error) from error
-            raise
+                remove_if_empty(folder)
 
     return carried
 
 
-def _restart(name: str) -> list[str]:
-    """The command line that Lightning starts further processes with, one for each device."""
-    program, *arguments = sys.argv
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    # Without one it is the script sparse-attn, which needs the command; otherwise python -m recipes.NAME.
-    return [program, *([] if spec else [name]), *arguments]
+def _program(name: str) -> list[str]:
+    """How the command was started: the script sparse-attn with its command, or ``python -m recipes.NAME``."""
+    by_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
+    return [sys.argv[0], *([] if by_module else [name])]
 
 
 @contextlib.contextmanager
@@ -188,7 +213,7 @@ def _unchecked_help_texts() -> Any:
         del argparse.ArgumentParser._check_help  # type: ignore[attr-defined]
 
 
-def _message(error: Exception, name: str) -> str | None:
+def explained(error: Exception, name: str) -> str | None:
     """What to tell the user, or ``None`` for a bug."""
     if isinstance(error, HydraException):
         return _composition_message(error, name)
@@ -212,7 +237,8 @@ def _composition_message(error: HydraException, name: str) -> str:
     cause = error.__cause__
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
-        return f"unknown {group} {option!r}{_allowed(option, error.options)}"
+        extra = '; more come with pip install "sparse-attn[sweep]"' if group in _PLUGGED else ""
+        return f"unknown {group} {option!r}{_allowed(option, error.options)}{extra}"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         return _config_message(cause, name)
     if isinstance(error, OverrideParseException):

@@ -1,7 +1,8 @@
 """Outputs of a trained model: ``sparse-attn predict run=DIR [input=FILE]`` or ``python -m recipes.predict``.
 
-Words come one a line from a file or standard input; every line gives one line ``word<TAB>prediction``,
-an empty line an empty one.
+Words come one a line from a file or standard input; every line gives one line ``word<TAB>prediction``, or with
+``n_best`` one for each of its best predictions, rank by rank; an empty line gives an empty one. ``scores=true`` adds
+the log-probability in a third column.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from omegaconf import DictConfig
 
+from .ensemble import load_ensemble
+from .evaluate import chosen_decoding
 from .launch import run_hydra
-from .run import load_run
 from .seq2seq.data.files import split_lines
+from .seq2seq.decode import Hypothesis
 from .seq2seq.task import Seq2SeqTask
 
 BATCH_LINES = 512
@@ -35,12 +39,21 @@ def predict(cfg: DictConfig) -> dict[str, int]:
 
     Raises:
         FileNotFoundError: If the run, its checkpoint, the input or the folder of the output is missing.
-        ValueError: If the input is empty, not UTF-8 or holds a tab, or the checkpoint cannot be read.
+        TypeError: If a setting has the wrong type.
+        ValueError: If the input is empty, not UTF-8 or holds a tab, a setting is outside its range, a checkpoint cannot
+            be read, or the runs of an ensemble have different vocabularies.
     """
     counts = {"lines": 0, "unknown": 0}
+    if cfg.output is None and getattr(sys.stdout, "name", None) == os.devnull:  # what a closed stream was replaced with
+        raise ValueError("standard output is closed; give output=FILE")
     with contextlib.ExitStack() as stack:
         source, name = _open_input(cfg.input, stack)
-        task = load_run(cfg.run, cfg.checkpoint).task
+        decoding = chosen_decoding(cfg)
+        if not isinstance(cfg.scores, bool):
+            raise TypeError(f"scores must be true or false, got {cfg.scores!r}")
+        ensemble = load_ensemble(cfg.run, cfg.checkpoint, cfg.average)
+        task = ensemble.task
+        decode = partial(decoding.hypotheses, ensemble.models, max_length=ensemble.max_length)
         lines = read_words(source, name, task.source_tokenizer.fields)
         if cfg.input is not None:
             # A mistake in a file is told before the first line is printed.
@@ -57,10 +70,10 @@ def predict(cfg: DictConfig) -> dict[str, int]:
             while batch:
                 _warn(task, batch, counts)
                 words = [word for _, word in batch if word]
-                predictions = iter(task.predict_words(words)) if words else iter(())
+                found = iter(task.decode_words(words, decode) if words else ())
                 for _, word in batch:
-                    text = f"{word}\t{task.target_tokenizer.join(next(predictions))}" if word else ""
-                    target.write(f"{text}\n")
+                    for line in _lines(task, word, next(found), scores=cfg.scores) if word else [""]:
+                        target.write(f"{line}\n")
                 target.flush()
                 batch = list(itertools.islice(lines, size))
     return counts
@@ -96,6 +109,14 @@ def read_words(source: Iterable[bytes], name: str, fields: Sequence[str] = ("sou
         raise ValueError(f"{name} must hold at least one line, got nothing")
 
 
+def _lines(task: Seq2SeqTask, word: str, hypotheses: Sequence[Hypothesis], *, scores: bool) -> Iterator[str]:
+    """A line for each hypothesis of a word."""
+    tokenizer = task.target_tokenizer
+    for hypothesis in hypotheses:
+        text = f"{word}\t{tokenizer.join(tokenizer.words(tokenizer.decode(hypothesis.tokens)))}"
+        yield f"{text}\t{hypothesis.log_probability:.6f}" if scores else text
+
+
 def _warn(task: Seq2SeqTask, batch: list[tuple[int, str]], counts: dict[str, int]) -> None:
     for number, word in batch:
         counts["lines"] += 1
@@ -107,6 +128,8 @@ def _warn(task: Seq2SeqTask, batch: list[tuple[int, str]], counts: dict[str, int
 
 def _open_input(path: str | None, stack: contextlib.ExitStack) -> tuple[BinaryIO, str]:
     if path is None:
+        if sys.stdin is None:
+            raise ValueError("standard input is closed; give input=FILE")
         return sys.stdin.buffer, "standard input"
     try:
         return stack.enter_context(Path(path).expanduser().open("rb")), str(path)

@@ -8,10 +8,14 @@ from typing import Any
 
 from .arguments import is_multirun, quoted
 from .launch import config_groups
+from .sweep import SWEEP, resumed_sweep
 
 # The rest of the configuration has shaped the weights and the optimizer in the checkpoint.
-_ALLOWED = ("trainer.", "logger.", "hydra.")
+_ALLOWED = ("trainer.", "logger.", "hydra.", "decoding.")
 _FILES = ("data.train", "data.val", "data.test")
+_MACHINE = ("threads",)
+# What Lightning reads of a checkpoint.
+_TRAINING_STATE = ("epoch", "global_step", "callbacks", "optimizer_states", "lr_schedulers", "loops")
 
 
 def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
@@ -29,31 +33,48 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     if not runs or runs[-1] in ("", "null"):
         return list(arguments), None
     # Here, because it loads torch: a run that starts anew need not wait for it yet.
-    from .run import CONFIG, checkpoint_file, read_checkpoint, run_folder
+    from .run import CONFIG, check_config, checkpoint_file, read_checkpoint, run_folder
 
     others = [argument for argument in arguments if not argument.startswith("resume=")]
+    if (Path(place := runs[-1].strip("'\"")).expanduser() / SWEEP).is_file():
+        return resumed_sweep(Path(place).expanduser(), [other for other in others if not is_multirun([other])]), None
     if is_multirun(others):
         raise ValueError("resume continues one run; it cannot be combined with -m")
     for argument in others:
         if argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
             continue  # a flag of Hydra, or the value of one
         key = argument.partition("=")[0].lstrip("+~")
-        if not key.startswith(_ALLOWED) and key not in _FILES:
+        if not key.startswith(_ALLOWED) and key not in (*_FILES, *_MACHINE):
             wrong = "chooses a group" if _is_group(key) else "would change what has been learnt"
             raise ValueError(
                 f"resume continues a run with its own configuration: {argument!r} {wrong}; "
-                f"allowed are single keys of trainer and logger, such as trainer.max_epochs=8, and {', '.join(_FILES)}"
+                "allowed are single keys of trainer, decoding and logger, such as trainer.max_epochs=8, and "
+                f"{', '.join(_FILES)}"
             )
-    folder = run_folder(runs[-1].strip("'\""))
-    read_checkpoint(checkpoint_file(folder, "last"))
-    place = quoted(str(folder))
+    folder = run_folder(place)
+    check_config(folder / CONFIG)
+    check_state(read_checkpoint(file := checkpoint_file(folder, "last")), file)
+    quoted_folder = quoted(str(folder))
     own = [
-        f"resume={place}",
-        f"paths.output_dir={place}",
-        f"hydra.run.dir={place}",
+        f"resume={quoted_folder}",
+        f"paths.output_dir={quoted_folder}",
+        f"hydra.run.dir={quoted_folder}",
         "hydra.output_subdir=null",
     ]
     return [*others, *own, "hydra/job_logging=none", "hydra/hydra_logging=none"], folder / CONFIG
+
+
+def check_state(state: Mapping[str, Any], file: Path) -> None:
+    """Whether a checkpoint holds what a training needs besides the weights.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    missing = [key for key in _TRAINING_STATE if key not in state]
+    if missing or "BestAndLast" not in state["callbacks"]:
+        raise ValueError(
+            f"{file} must hold the state of a training to go on from; it has no {', '.join(missing) or 'best score'}"
+        )
 
 
 def check_continues(state: Mapping[str, Any], settings: Mapping[str, Any], max_epochs: int) -> None:
@@ -74,6 +95,12 @@ def check_continues(state: Mapping[str, Any], settings: Mapping[str, Any], max_e
             raise ValueError(f"resume continues the model of the checkpoint: {key} must be {trained}, got {came}")
     for side in ("source", "target"):
         trained, came = (section[f"{side}_tokenizer"] for section in (before, settings))
+        for key in trained:
+            if key != "symbols" and trained[key] != came.get(key):
+                raise ValueError(
+                    f"resume continues with the {side} tokens of the checkpoint: {key} must be {trained[key]!r}, "
+                    f"got {came.get(key)!r}"
+                )
         if trained != came:
             new, gone = (
                 sorted(set(these["symbols"]) - set(others["symbols"]))[:5] or "none"
@@ -86,6 +113,19 @@ def check_continues(state: Mapping[str, Any], settings: Mapping[str, Any], max_e
     done = state["epoch"] + 1
     if max_epochs < done:
         raise ValueError(f"trainer.max_epochs must be at least {done}, the finished epochs, got {max_epochs}")
+
+
+def check_weights(state: Mapping[str, Any], weights: Mapping[str, Any], file: Path) -> None:
+    """Whether the weights of a checkpoint are those of the model built now.
+
+    Raises:
+        ValueError: If a name or a shape differs.
+    """
+    kept = state["state_dict"]
+    for name in {**weights, **kept}:
+        shapes = [tuple(found[name].shape) if name in found else None for found in (weights, kept)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{file} must hold {name} of shape {shapes[0]}, got {shapes[1] or 'no such weights'}")
 
 
 def _is_group(key: str) -> bool:

@@ -3,7 +3,7 @@
 config.yaml      the resolved configuration          versions.json    Python, libraries, git commit
 overrides.yaml   what the command line changed       results.json     final metrics
 metrics.csv      losses and error rates by step      alpha.csv        α of every head by step
-checkpoints/     best.ckpt and last.ckpt             tensorboard/     the same curves for TensorBoard
+checkpoints/     best, last, weights by epoch           tensorboard/     the same curves for TensorBoard
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from .curves import drop_rows_after
+from .folders import write_text
 from .seq2seq.task import LAYOUT, Seq2SeqTask
 
 CONFIG, OVERRIDES, VERSIONS, RESULTS = "config.yaml", "overrides.yaml", "versions.json", "results.json"
@@ -69,10 +70,19 @@ def load_run(run: str | Path, checkpoint: str = "best") -> Run:
         task.load_state_dict(state["state_dict"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{checkpoint} checkpoint of {folder} must be one of this version's model: {error}") from error
-    config = _read_yaml(folder / CONFIG)
-    if not isinstance(config, DictConfig) or "data" not in config:
-        raise ValueError(f"{folder / CONFIG} must hold the configuration of a run, got damaged or other content")
-    return Run(folder, config, task.eval())
+    return Run(folder, check_config(folder / CONFIG), task.eval())
+
+
+def check_config(file: Path) -> DictConfig:
+    """The configuration that a run folder keeps.
+
+    Raises:
+        ValueError: If the file is damaged, empty or something else.
+    """
+    config = _read_yaml(file)
+    if not isinstance(config, DictConfig) or not isinstance(config.get("data"), DictConfig):
+        raise ValueError(f"{file} must hold the configuration of a run, got damaged, empty or other content")
+    return config
 
 
 def run_folder(run: str | Path) -> Path:
@@ -80,7 +90,10 @@ def run_folder(run: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: If it does not exist or holds no run.
+        ValueError: If it is no path.
     """
+    if not isinstance(run, str | Path) or not str(run):
+        raise ValueError(f"run must be a folder that a training has printed, such as runs/DATE_TIME, got {run!r}")
     folder = Path(run).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -107,6 +120,11 @@ def checkpoint_file(folder: Path, name: str) -> Path:
         there = ", ".join(sorted(path.stem for path in file.parent.glob("*.ckpt"))) or "none"
         raise FileNotFoundError(f"{folder} has no checkpoint {name!r}; checkpoints there: {there}")
     return file
+
+
+def epoch_checkpoints(folder: Path) -> list[Path]:
+    """The weights after the last epochs of a run, in their order."""
+    return sorted((folder / CHECKPOINTS).glob("epoch_*.ckpt"))
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
@@ -143,24 +161,37 @@ def start_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> Non
         FileExistsError: If the folder already holds a run with a checkpoint, or a ``config.yaml`` of something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / VERSIONS).is_file() and not (folder / CHECKPOINTS / "last.ckpt").exists():
-        for old in (*(folder / name for name in _WRITTEN), *folder.glob("tensorboard/events.out.tfevents.*")):
+    refuse_taken(folder)
+    if (folder / VERSIONS).is_file():
+        # versions.json last: without it a kill in between would leave a folder that looks like another's.
+        others = [folder / name for name in (*_WRITTEN, f"{CHECKPOINTS}/best.ckpt") if name != VERSIONS]
+        for old in (*others, *folder.glob("tensorboard/events.out.tfevents.*"), folder / VERSIONS):
             old.unlink(missing_ok=True)
-    try:
-        with (folder / CONFIG).open("x", encoding="utf-8") as file:
-            file.write(OmegaConf.to_yaml(cfg, resolve=True))
-    except FileExistsError:
-        found = f"a run; continue it with resume={folder} or" if (folder / VERSIONS).is_file() else f"a {CONFIG};"
-        raise FileExistsError(f"{folder} already holds {found} choose another hydra.run.dir") from None
-    OmegaConf.save(OmegaConf.create(list(overrides)), folder / OVERRIDES)
     write_json(folder / VERSIONS, versions())
+    write_text(folder / OVERRIDES, OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
+    write_text(folder / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def refuse_taken(folder: Path) -> None:
+    """Checks that no run would be lost in a folder.
+
+    Raises:
+        FileExistsError: If it holds a run with a checkpoint, or a ``config.yaml`` of something else.
+    """
+    ours = (folder / VERSIONS).is_file()
+    if run := (folder / CHECKPOINTS / "last.ckpt").exists() or (ours and (folder / RESULTS).exists()):
+        found = f"a run; continue it with resume={folder} or"
+    else:
+        found = f"a {CONFIG};"
+    if run or ((folder / CONFIG).exists() and not ours):
+        raise FileExistsError(f"{folder} already holds {found} choose another hydra.run.dir")
 
 
 def continue_record(folder: Path, cfg: DictConfig, overrides: Sequence[str], step: int) -> None:
     """Brings the record up to date when a run goes on after ``step``.
 
     Adds what is overridden now and the versions of now, and takes back the curves behind the checkpoint: they
-    will be written again. The results of before are no longer those of the run.
+    will be written again. The results of before stay until the checkpoint they belong to is replaced.
 
     Raises:
         FileNotFoundError: If a file of the record is missing.
@@ -170,11 +201,10 @@ def continue_record(folder: Path, cfg: DictConfig, overrides: Sequence[str], ste
     overridden, before = _recorded_overrides(folder / OVERRIDES), _recorded_versions(folder / VERSIONS)
     settings = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     settings.resume = None
-    OmegaConf.save(settings, folder / CONFIG)
+    write_text(folder / CONFIG, OmegaConf.to_yaml(settings))
     new = [change for change in overrides if not change.startswith(("resume=", "paths.output_dir="))]
-    OmegaConf.save(OmegaConf.create([*overridden, *new]), folder / OVERRIDES)
+    write_text(folder / OVERRIDES, OmegaConf.to_yaml(OmegaConf.create([*overridden, *new])))
     write_json(folder / VERSIONS, {**before, "resumed": [*before.get("resumed", []), versions()]})
-    (folder / RESULTS).unlink(missing_ok=True)
     for curves in (METRICS, ALPHA):
         drop_rows_after(folder / curves, step)
 
@@ -205,7 +235,7 @@ def _recorded_versions(file: Path) -> dict[str, Any]:
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Writes ``content`` for people and programs to read."""
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 def versions() -> dict[str, Any]:

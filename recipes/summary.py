@@ -6,6 +6,7 @@ import random
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -22,12 +23,13 @@ from .report import alpha_table, attention_density, top_k_per_layer
 from .report.scores import print_scores
 from .run import CHECKPOINTS, RESULTS, checkpoint_file, read_checkpoint, short_path, write_json
 from .seq2seq.data import Seq2SeqData
+from .seq2seq.decode import Decoding
 from .seq2seq.metrics import METRICS
 from .seq2seq.scores import Scores, score
 from .seq2seq.task import Seq2SeqTask
 
 EXAMPLES = 10
-LONGEST_EXAMPLE = 72
+LONGEST_EXAMPLE = 48
 
 
 def headline(folder: Path, data: Seq2SeqData, task: Seq2SeqTask, trainer: L.Trainer, step: int) -> str:
@@ -62,7 +64,7 @@ def farewell(folder: Path) -> str:
 
 
 def conclude(
-    folder: Path, task: Seq2SeqTask, data: Seq2SeqData, *, device: torch.device, begin: float
+    folder: Path, task: Seq2SeqTask, data: Seq2SeqData, decoding: Decoding, *, device: torch.device, begin: float
 ) -> dict[str, float]:
     """Scores the best checkpoint on all validation and test words; prints and writes the results.
 
@@ -70,6 +72,7 @@ def conclude(
         folder: The run folder.
         task: The model, whose weights become those of the best checkpoint.
         data: Its data.
+        decoding: How the words are decoded.
         device: Where to compute.
         begin: ``time.monotonic()`` at the start of the run, less what sessions before a resumption took.
     """
@@ -77,7 +80,9 @@ def conclude(
     task.load_state_dict(read_checkpoint(checkpoint_file(folder, "best"))["state_dict"])
     task.to(device)
     with console.status("scoring the best checkpoint on all validation and test words"):
-        scores = {"val": score(task, data.full_val_dataloader()), "test": score(task, data.test_dataloader())}
+        loaders = {"val": data.full_val_dataloader(), "test": data.test_dataloader()}
+        decode = partial(decoding.best, task.model, max_length=task.hparams["max_length"])
+        scores = {split: score(task, loader, decode) for split, loader in loaders.items()}
         density = attention_density(task, data.full_val_dataloader())
     results = {f"{split}/{name}": value for split, found in scores.items() for name, value in found.metrics().items()}
     results["seconds"] = time.monotonic() - begin
@@ -94,24 +99,32 @@ def conclude(
     return results
 
 
-def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float]]]) -> None:
+def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float] | str]]) -> None:
     """Prints a row for each of several runs.
 
     Args:
-        runs: The overrides and the results of each.
+        runs: The overrides of each, and its results or, in words, why it has none.
     """
+    if not runs:
+        return
     common = set.intersection(*(set(changes) for changes, _ in runs))
-    shown = [name for name in METRICS if any(f"test/{name}" in results for _, results in runs)][:2]
+    finished = [results for _, results in runs if not isinstance(results, str)]
+    shown = [name for name in METRICS if any(f"test/{name}" in results for results in finished)][:2]
     labels = {f"{split}/{name}": METRICS[name].label.removesuffix(" %") for split in ("val", "test") for name in shown}
     columns = {f"{key.partition('/')[0]} {label}": key for key, label in labels.items()}
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("run")
     for column in (*columns, "seconds"):
         table.add_column(column, justify="right")
+    if len(finished) < len(runs):
+        table.add_column("failed because")
     for changes, results in runs:
-        name = " ".join(change for change in changes if change not in common) or "-"
-        rates = (f"{results[key]:.2f}" if key in results else "-" for key in columns.values())
-        table.add_row(Text(name), *rates, f"{results['seconds']:.0f}")
+        name = Text(" ".join(change for change in changes if change not in common) or "-")
+        if isinstance(results, str):
+            table.add_row(name, *["-"] * (len(columns) + 1), Text(results))
+        else:
+            rates = (f"{results[key]:.2f}" if key in results else "-" for key in columns.values())
+            table.add_row(name, *rates, f"{results['seconds']:.0f}")
     # Long overrides go beyond the edge of the terminal rather than being cut.
     needed = Console(width=1000).measure(table).maximum
     console = Console(highlight=False, width=max(Console().width, needed))

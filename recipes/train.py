@@ -7,18 +7,27 @@ validation and test words.
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import os
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
-from .arguments import is_multirun
-from .launch import Interrupted, config_dir, config_groups, reported, run_hydra
-from .resume import check_continues, resume_arguments
+from .arguments import asks_for_help, is_multirun
+from .folders import claimed, is_disk_full
+from .launch import Interrupted, config_groups, config_options, reported, run_hydra
+from .processes import FOLDER, rank, set_environment
+from .resume import check_continues, check_weights, resume_arguments
+from .sweep import sweep
+
+_NO_EXPERIMENT = ("experiment", "null")
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -30,10 +39,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     Returns:
         ``val/loss``, ``val/per``, ``val/wer``, the same for ``test``, and ``seconds``, which counts the sessions
-        before a resumption up to their last checkpoint.
+        before a resumption up to their last checkpoint. Of several processes that train together, only the first
+        has them.
 
     Raises:
         FileNotFoundError: If a file or checkpoint is missing.
+        FileExistsError: If the folder holds another run, or another process is at work in it.
         Interrupted: After Ctrl-C or SIGTERM; the message says how to go on.
         TypeError: If a value has the wrong type.
         ValueError: If a value or a file has a content that is not allowed.
@@ -46,6 +57,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from .build import (
         build_callbacks,
         build_data,
+        build_decoding,
         build_loggers,
         build_task,
         build_trainer,
@@ -62,11 +74,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
     settings = resolved(cfg)
     if settings["threads"] is not None:
         torch.set_num_threads(settings["threads"])
-    folder = Path(settings["resume"] or settings["paths"]["output_dir"])
-    last = checkpoint_file(folder, "last") if settings["resume"] else None
-    state = read_checkpoint(last) if last else None
-    step = state["global_step"] if state else 0
-    with quiet():
+    last = checkpoint_file(Path(settings["resume"]), "last") if settings["resume"] else None
+    with _held(settings, named_by_time=_is_named_by_time(settings["paths"]["output_dir"])) as folder, quiet():
+        cfg.paths.output_dir = str(folder)
+        state = read_checkpoint(last) if last else None
+        step = state["global_step"] if state else 0
         check_trainer(settings["trainer"])
         data = build_data(settings["data"])
         plan = plan_training(settings["trainer"], len(data.train_dataloader()))
@@ -75,15 +87,26 @@ def train(cfg: DictConfig) -> dict[str, float]:
         L.seed_everything(settings["seed"], verbose=False)
         task = build_task(settings, data)
         callbacks = build_callbacks(settings.get("callbacks"), monitor, higher_is_better)
+        decoding = build_decoding(settings.get("decoding"))
         loggers = build_loggers(cfg, folder, step)
         trainer = build_trainer(
-            settings["trainer"], loggers, folder, callbacks, monitor=monitor, higher_is_better=higher_is_better
+            settings["trainer"],
+            loggers,
+            folder,
+            callbacks,
+            monitor=monitor,
+            higher_is_better=higher_is_better,
+            keep_checkpoints=settings["keep_checkpoints"],
         )
         record = recorded(cfg)
         record.trainer.max_epochs, record.monitor = plan.epochs, monitor
-        if state:
+        if state and last:
             check_continues(state, task.hparams, trainer.max_epochs or 0)
+            check_weights(state, task.state_dict(), last)
             begin -= state["callbacks"]["BestAndLast"].get("seconds", 0.0)
+        if not trainer.is_global_zero:
+            fit(trainer, task, data, last)
+            return {}
         # Everything has been checked: only now does the run leave traces.
         overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
         if last:
@@ -97,46 +120,81 @@ def train(cfg: DictConfig) -> dict[str, float]:
         for note in (*plan.notes(warmup), *data.notes()):
             print(f"note: {note}", flush=True)
         try:
-            fit(trainer, task, data, last)
+            with set_environment(FOLDER, str(folder)):
+                fit(trainer, task, data, last)
             if stopped := early_stop(trainer):
                 print(stopped, flush=True)
-            return conclude(folder, task, data, device=trainer.strategy.root_device, begin=begin)
+            return conclude(folder, task, data, decoding, device=trainer.strategy.root_device, begin=begin)
         except KeyboardInterrupt:
             raise Interrupted(farewell(folder)) from None
+        except OSError as error:
+            if is_disk_full(error):
+                raise OSError(error.errno, f"{error.strerror}: {error.filename}; {farewell(folder)}") from error
+            raise
+
+
+@contextlib.contextmanager
+def _held(settings: dict[str, Any], *, named_by_time: bool) -> Iterator[Path]:
+    """The run folder, which the first of the processes that train together holds against others."""
+    from .run import refuse_taken
+
+    folder = Path(settings["resume"] or settings["paths"]["output_dir"])
+    started_together = rank() > 0 or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if FOLDER in os.environ:  # Lightning started this process
+        yield Path(os.environ[FOLDER])
+    elif started_together and named_by_time and not settings["resume"]:
+        raise ValueError("hydra.run.dir must be given where several processes train together, as with torchrun")
+    elif rank() > 0:
+        yield folder
+    else:
+        with claimed(folder, fixed=not named_by_time or bool(settings["resume"])) as own:
+            if not settings["resume"]:
+                refuse_taken(own)
+            yield own
+
+
+def _is_named_by_time(folder: str) -> bool:
+    """Whether Hydra chose the name of a run folder, in which case another name does as well."""
+    if not HydraConfig.initialized():
+        return False
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN or OmegaConf.is_missing(hydra.runtime, "output_dir"):
+        return False
+    return folder == hydra.runtime.output_dir and "${now:" in str(OmegaConf.to_container(hydra.run, resolve=False))
 
 
 def check_groups(arguments: Sequence[str]) -> None:
-    """Refuses ``GROUP=null``, on which Hydra fails with a traceback.
+    """Refuses an option that no group can have, such as ``GROUP=null`` or a number, on which Hydra gives a traceback.
 
     Raises:
-        ValueError: If a group is chosen to be nothing.
+        ValueError: If a group is chosen to be something else than one of its options.
     """
+    sweeps = is_multirun(arguments)
     for argument in arguments:
-        group, _, option = argument.partition("=")
-        if option == "null" and group in config_groups():
-            options = sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
-            raise ValueError(f"{group} must be one of {', '.join(options)}, got null")
+        group, equals, value = argument.lstrip("+").partition("=")
+        group = group.partition("@")[0]
+        if not equals or group not in config_groups():
+            continue
+        values = value.split(",") if sweeps else [value]
+        for option in (value.strip(" '\"") for value in values):
+            if (
+                re.fullmatch(r"(null|true|false|[-+.\d]+)?", option, re.IGNORECASE)
+                and (group, option) != _NO_EXPERIMENT
+            ):
+                raise ValueError(
+                    f"{group} must be one of {', '.join(config_options(group))}, got {option or 'nothing'}"
+                )
 
 
 def main() -> None:
-    """The command; several runs are compared at the end."""
+    """The command."""
     with reported("train"):
         arguments, config = resume_arguments(sys.argv[1:])
         check_groups(arguments)
-    finished: list[tuple[list[str], dict[str, float]]] = []
-
-    @functools.wraps(train)
-    def kept(cfg: DictConfig) -> None:
-        changes = list(HydraConfig.get().overrides.task)
-        if is_multirun(arguments):
-            print(f"\nrun {len(finished)}: {' '.join(changes)}", flush=True)
-        finished.append((changes, train(cfg)))
-
-    run_hydra("train", kept, arguments=arguments, config=config)
-    if is_multirun(arguments):
-        from .summary import print_comparison
-
-        print_comparison(finished)
+    if is_multirun(arguments) and not asks_for_help(arguments):
+        sweep(arguments)
+    else:
+        run_hydra("train", train, arguments=arguments, config=config)
 
 
 if __name__ == "__main__":

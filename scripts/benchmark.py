@@ -1,9 +1,9 @@
 """Time operators, losses, attention and layers beside softmax and the entmax package, interleaved in one run.
 
-OMP_WAIT_POLICY=passive python scripts/benchmark.py [ROUNDS] [--write]
+OMP_WAIT_POLICY=passive python scripts/benchmark.py [ROUNDS] [--write] [--threads N] [--only SECTION ...]
 
-Prints multiples of what torch does with softmax (forward / forward + backward), on one thread, and with ``--write``
-keeps them in benchmarks/cpu.md. Takes about five minutes with the default of 15 rounds.
+Prints multiples of what torch does with softmax (forward / forward + backward), on one thread by default, and with
+``--write`` keeps them in benchmarks/cpu.md. Takes about ten minutes with the default of 15 rounds.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from sparse_attn import (
     entmax15,
     entmax15_loss,
     entmax_attention,
+    entmax_attention_varlen,
     entmax_loss,
     replace_attention,
     sparsemax,
@@ -51,12 +52,12 @@ PAGE = Path(__file__).parents[1] / "benchmarks" / "cpu.md"
 Run = Callable[[], object]
 
 
-def main(rounds: int, write: bool) -> None:
+def main(rounds: int, write: bool, threads: int, only: list[str]) -> None:
     """Measure and print."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     lines = []
-    for section in (header, operators, losses, attention, memory, layers):
+    for section in (header, *(section for name, section in SECTIONS.items() if not only or name in only)):
         for line in section(rounds):
             print(line, flush=True)
             lines.append(line)
@@ -70,7 +71,7 @@ def header(rounds: int) -> Iterator[str]:
     yield "# Speed and memory on a CPU"
     yield ""
     yield f"Made by `OMP_WAIT_POLICY=passive python scripts/benchmark.py {rounds} --write` on {date.today()}."
-    yield f"{_processor()}, one thread; Python {platform.python_version()}, {versions}."
+    yield f"{_processor()}, threads: {torch.get_num_threads()}; Python {platform.python_version()}, {versions}."
     yield f"Kernels: {backends()['compiled']}."
     yield "Every number is a multiple of what torch takes with softmax in the same run: forward / forward + backward,"
     yield f"the smallest of {rounds} rounds in which all take turns, of 2 ms and at least one call each."
@@ -130,33 +131,90 @@ def losses(rounds: int) -> Iterator[str]:
 
 
 def attention(rounds: int) -> Iterator[str]:
-    """One head of size 64."""
-    lengths = (128, 512, 2048)
-    yield from _heading("Attention, one head of size 64, multiples of explicit softmax", [f"N {n}" for n in lengths])
-    columns = [_attention(n, max(3, rounds // (1 + n // 1024))) for n in lengths]
-    for name in list(columns[0])[1:]:
-        yield _row(name, [_ratio(column[name], column["explicit"]) for column in columns])
+    """One head, beside torch's function with softmax, causal beside causal."""
+    for dtype in (torch.float32, torch.bfloat16):
+        lengths = (32, 128, 512, 2048, 8192) if dtype == torch.float32 else (32, 128, 512, 2048)
+        name = f"Attention in {str(dtype).removeprefix('torch.')}, one head of size 64"
+        columns = [_attention(n, 64, dtype, max(3, rounds // (1 + n // 1024))) for n in lengths]
+        yield from _against_sdpa(name, [f"N {n}" for n in lengths], columns)
+    columns = [_attention(512, size, torch.float32, rounds) for size in (32, 128)]
+    yield from _against_sdpa("Attention in float32, N 512, one head", ["size 32", "size 128"], columns)
 
 
-def _attention(n: int, rounds: int) -> dict[str, list[float]]:
-    query, key, value = (torch.randn(1, 1, n, 64, requires_grad=True) for _ in range(3))
+def _against_sdpa(title: str, heads: list[str], columns: list[dict[str, list[float]]]) -> Iterator[str]:
+    yield from _heading(f"{title}, multiples of scaled_dot_product_attention", heads)
+    for name in list(columns[0])[2:]:
+        base = "softmax, causal" if "causal" in name else "softmax"
+        yield _row(name, [_ratio(column[name], column[base]) if name in column else "" for column in columns])
+
+
+def _attention(n: int, size: int, dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
+    query, key, value = (torch.randn(1, 1, n, size).to(dtype).requires_grad_() for _ in range(3))
     alpha = torch.tensor([1.5], requires_grad=True)
+    gentle = torch.tensor([1.25], requires_grad=True)
 
     def explicit(mapping: Callable[[Tensor], Tensor]) -> Tensor:
-        return mapping(query @ key.transpose(-2, -1) / math.sqrt(64)) @ value
+        return mapping(query @ key.transpose(-2, -1) / math.sqrt(size)) @ value
 
     makes: dict[str, Run] = {
-        "explicit": lambda: explicit(partial(torch.softmax, dim=-1)),
-        "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(query, key, value),
+        "softmax": lambda: F.scaled_dot_product_attention(query, key, value),
+        "softmax, causal": lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True),
         "entmax_attention, α = 1.5": lambda: entmax_attention(query, key, value),
         "entmax_attention, α = 1.5, causal": lambda: entmax_attention(query, key, value, is_causal=True),
         "entmax_attention, α = 2": lambda: entmax_attention(query, key, value, 2.0),
-        "entmax_attention, α learnt": lambda: entmax_attention(query, key, value, alpha),
-        "entmax_attention, α = 1.5, torch": _on("torch", lambda: entmax_attention(query, key, value)),
-        "topk_attention, k = 32": lambda: topk_attention(query, key, value, 32),
-        "explicit, entmax package, k=32": lambda: explicit(partial(peer.entmax15, dim=-1, k=32)),
+        "entmax_attention, α learnt, at 1.5": lambda: entmax_attention(query, key, value, alpha),
+        "entmax_attention, α learnt, at 1.25": lambda: entmax_attention(query, key, value, gentle),
+        "topk_attention, k = 8": lambda: topk_attention(query, key, value, 8),
     }
-    return _both(makes, torch.randn(1, 1, n, 64), rounds)
+    if n <= 2048 and dtype == torch.float32:
+        makes["explicit softmax"] = lambda: explicit(partial(torch.softmax, dim=-1))
+        makes["entmax_attention, α = 1.5, torch"] = _on("torch", lambda: entmax_attention(query, key, value))
+        makes["explicit, entmax package, k=32"] = lambda: explicit(partial(peer.entmax15, dim=-1, k=32))
+    return _both(makes, torch.randn(1, 1, n, size).to(dtype), rounds)
+
+
+def padding(rounds: int) -> Iterator[str]:
+    """A batch whose lengths differ, padded with a boolean mask, and packed without padding."""
+    lengths = (512, 130, 257, 300)
+    query, key, value = (torch.randn(4, 8, 512, 64, requires_grad=True) for _ in range(3))
+    mask = torch.arange(512) < torch.tensor(lengths).view(4, 1, 1, 1)
+    packed = [torch.randn(sum(lengths), 8, 64, requires_grad=True) for _ in range(3)]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    makes: dict[str, Run] = {
+        "softmax": lambda: F.scaled_dot_product_attention(query, key, value, mask),
+        "entmax_attention, α = 1.5": lambda: entmax_attention(query, key, value, attn_mask=mask),
+        "entmax_attention_varlen, α = 1.5": lambda: entmax_attention_varlen(*packed, starts, starts).sum(),
+    }
+    times = _interleave({**makes, **{(name,): _backward(make) for name, make in makes.items()}}, max(3, rounds // 2))
+    title = "Padding: lengths 512, 130, 257 and 300, 8 heads of size 64, multiples of scaled_dot_product_attention"
+    yield from _heading(title, ["forward / forward + backward"])
+    for name in list(makes)[1:]:
+        both = [[times[key], times[(key,)]] for key in (name, "softmax")]
+        yield _row(name, [_ratio(*both)])
+
+
+def _backward(make: Run) -> Run:
+    return lambda: make().sum().backward()  # type: ignore[attr-defined]
+
+
+def decoding(rounds: int) -> Iterator[str]:
+    """One query of each of 8 heads against a long cache."""
+    sizes = (4096, 16384, 65536)
+    columns = []
+    for size in sizes:
+        query = torch.randn(1, 8, 1, 64)
+        key, value = (torch.randn(1, 8, size, 64) for _ in range(2))
+        runs: dict[str, Run] = {
+            "softmax": lambda q=query, k=key, v=value: F.scaled_dot_product_attention(q, k, v),
+            "entmax_attention, α = 1.5": lambda q=query, k=key, v=value: entmax_attention(q, k, v),
+            "entmax_attention, α = 1.25": lambda q=query, k=key, v=value: entmax_attention(q, k, v, 1.25),
+            "topk_attention, k = 8": lambda q=query, k=key, v=value: topk_attention(q, k, v, 8),
+        }
+        columns.append(_interleave(runs, rounds))
+    title = "Decoding: one query, 8 heads of size 64, multiples of scaled_dot_product_attention"
+    yield from _heading(title, [f"{size} keys" for size in sizes])
+    for name in list(columns[0])[1:]:
+        yield _row(name, [f"{column[name] / column['softmax']:.2f}" for column in columns])
 
 
 def memory(rounds: int) -> Iterator[str]:
@@ -262,13 +320,14 @@ def _interleave(runs: dict, rounds: int) -> dict:
     have driven out of the caches.
     """
     taken: dict = {name: math.inf for name in runs}
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for turn in range(rounds + 1):
         for name, run in runs.items():
             spent = 0.0
             while spent < _TURN:
-                begin = time.thread_time()
+                begin = clock()
                 run()
-                seconds = time.thread_time() - begin
+                seconds = clock() - begin
                 spent += seconds
                 if turn:  # the first round warms up
                     taken[name] = min(taken[name], seconds)
@@ -295,13 +354,17 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
+SECTIONS = {section.__name__: section for section in (operators, losses, attention, padding, decoding, memory, layers)}
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rounds", type=int, nargs="?", default=15)
     parser.add_argument("--write", action="store_true", help="keep the tables in benchmarks/cpu.md")
+    parser.add_argument("--threads", type=int, default=1, help="with more than one, wall-clock time counts")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=[], help="sections to measure")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
         peak(arguments.peak)
     else:
-        main(arguments.rounds, arguments.write)
+        main(arguments.rounds, arguments.write, arguments.threads, arguments.only)

@@ -14,13 +14,14 @@ cat >"$work/main.c" <<'C'
 #include <stdlib.h>
 #include <string.h>
 
+#include "attention.h"
+
 const char *rows_variant(int index);
 int rows_forward(int variant, int threads, int rank, const int64_t *layout, int type, const void *scores,
                  const double *a, int64_t k, double lowest, void *p);
 int rows_backward(int variant, int threads, int rank, const int64_t *layout, int type, const void *p, const void *grad,
                   const double *a, void *grad_scores, double *grad_a);
-int rows_product(int variant, int threads, int kind, int is_double, const int64_t *sizes, const void *p, const void *x,
-                 const void *y, void *out);
+int attention_run(int variant, int threads, int backward, const attention *call);
 
 enum { FLOAT32, FLOAT64, FLOAT16, BFLOAT16, TYPES };
 static const size_t BYTES[] = {4, 8, 2, 2};
@@ -73,22 +74,47 @@ static void exercise(int variant, int threads, int type, int64_t count, int64_t 
     free(scores), free(grad), free(p), free(out), free(a), free(grad_a);
 }
 
-/* The four products with a matrix that is mostly zero; every buffer has what `sizes` says and no more. */
-static void multiply(int variant, int threads, int is_double, int64_t count, int64_t size, int64_t width) {
-    const size_t bytes = is_double ? 8 : 4;
-    const int type = is_double ? FLOAT64 : FLOAT32;
-    const int64_t out_rows[] = {count, size, count, count}, out_width[] = {width, width, size, 2};
-    void *p = malloc(bytes * count * size), *x = malloc(bytes * count * width), *y = malloc(bytes * size * width);
-    for (int64_t i = 0; i < count * size; i++) put(p, type, i, rand() % 8 ? 0 : any_score(i));
-    for (int64_t i = 0; i < count * width; i++) put(x, type, i, any_score(i));
-    for (int64_t i = 0; i < size * width; i++) put(y, type, i, any_score(i));
-    for (int kind = 0; kind < 4; kind++) {
-        void *out = calloc(out_rows[kind] * out_width[kind], bytes);
-        const int64_t sizes[] = {count, size, width, size, width, width, out_width[kind]};
-        check(!rows_product(variant, threads, kind, is_double, sizes, p, kind == 0 ? y : x, y, out), "product");
-        free(out);
+static tensor filled(int type, int64_t batch, int64_t heads, int64_t size, int64_t width, int anything) {
+    const int64_t count = batch * heads * size * width;
+    tensor x = {malloc(BYTES[type] * count), type, {heads * size * width, size * width, width, 1}};
+    for (int64_t i = 0; i < count; i++) put(x.data, type, i, anything ? any_score(i) : 4.0 * rand() / RAND_MAX - 2);
+    return x;
+}
+
+/* Attention forward and backward; every buffer has what the call says and no more. `kind` chooses among masks. */
+static void attend(int variant, int threads, int type, int64_t queries, int64_t keys, int64_t width, int kind) {
+    const int64_t batch = 2, heads = 4, kv_heads = 2, packed[] = {0, queries / 3, queries}, packed_keys[] = {0, keys, keys};
+    const double alphas[] = {0, 0.25, 0.5, 1}, steep[] = {1e-9, 0.75, 2, 1};
+    attention c = {.batch = batch, .heads = heads, .kv_heads = kv_heads, .queries = queries, .keys = keys};
+    c.depth = width, c.width = width / 2 + 1, c.tile_rows = queries < 12 ? queries : 12, c.capacity = keys < 9 ? keys : 9;
+    c.k = kind == 1 ? 3 : 0, c.left = kind == 2 ? 5 : 1 << 30, c.right = kind == 2 || kind == 3 ? 0 : 1 << 30;
+    c.scale = 1, c.dropout_p = kind == 3 ? 0.3 : 0, c.a_heads = kind % 2 ? alphas : steep, c.seed = 7;
+    c.query = filled(type, batch, heads, queries, width, kind == 4), c.grad = filled(type, batch, heads, queries, c.width, 0);
+    c.key = filled(type, batch, kv_heads, keys, width, kind == 4), c.value = filled(type, batch, kv_heads, keys, c.width, 0);
+    c.output = filled(type, batch, heads, queries, c.width, 0), c.grad_query = filled(type, batch, heads, queries, width, 0);
+    c.grad_key = filled(type, batch, kv_heads, keys, width, 0), c.grad_value = filled(type, batch, kv_heads, keys, c.width, 0);
+    const int wide = type == FLOAT64 ? FLOAT64 : FLOAT32;
+    if (kind == 5) {
+        c.mask = filled(FLOAT16, 1, heads, queries, keys, 1);
+        c.grad_mask = filled(wide, 1, heads, queries, keys, 0);
+        c.mask.strides[0] = c.grad_mask.strides[0] = 0;
     }
-    free(p), free(x), free(y);
+    if (kind == 6) {
+        c.mask = (tensor){calloc(batch * keys, 1), BOOLEAN, {keys, 0, 0, 1}};
+        for (int64_t j = 0; j < batch * keys; j++) ((uint8_t *)c.mask.data)[j] = rand() % 2;
+    }
+    if (kind == 7) c.query_starts = packed, c.key_starts = packed_keys;
+    const int64_t tiles = batch * heads * ((queries + c.tile_rows - 1) / c.tile_rows + 1);
+    c.counts = malloc(tiles * c.tile_rows * sizeof *c.counts);
+    c.places = malloc(tiles * c.tile_rows * c.capacity * sizeof *c.places);
+    c.weights = malloc(tiles * c.tile_rows * c.capacity * (wide == FLOAT64 ? 8 : 4));
+    double grad_alpha[4];
+    c.grad_alpha = grad_alpha;
+    check(!attention_run(variant, threads, 0, &c), "attention");
+    check(!attention_run(variant, threads, 1, &c), "attention backward");
+    tensor *all[] = {&c.query, &c.key, &c.value, &c.mask, &c.output, &c.grad, &c.grad_query, &c.grad_key, &c.grad_value, &c.grad_mask};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]->data);
+    free(c.counts), free(c.places), free(c.weights);
 }
 
 /* With an argument: only what runs in several threads. */
@@ -100,12 +126,13 @@ int main(int arguments, char **unused) {
         for (int type = 0; type < TYPES && arguments == 1; type++)
             for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
                 for (int64_t step = 1; step <= 3; step += 2) exercise(variant, 1, type, 18, sizes[s], step);
-        for (int is_double = 0; is_double < 2 && arguments == 1; is_double++)
-            for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
-                for (int64_t width = 1; width < 200; width = 3 * width + 2)
-                    multiply(variant, 1, is_double, 7, sizes[s], width);
+        const int64_t lengths[][2] = {{1, 1}, {1, 130}, {17, 31}, {40, 13}, {70, 300}};
+        for (int type = 0; type < TYPES && arguments == 1; type++)
+            for (int kind = 0; kind < 8; kind++)
+                for (size_t s = 0; s < sizeof lengths / sizeof *lengths; s++)
+                    attend(variant, 1, type, lengths[s][0], lengths[s][1], s % 2 ? 16 : 5, kind);
+        for (int kind = 0; kind < 8; kind++) attend(variant, 3, FLOAT32, 150, 300, 16, kind);
         exercise(variant, 3, FLOAT32, 97, 1021, 1);
-        multiply(variant, 3, 0, 97, 1021, 37);
         printf("%s: ok\n", rows_variant(variant));
     }
 }
@@ -113,7 +140,7 @@ C
 
 # build LIST_OF_SANITIZERS: the same pieces as build.py makes, and the program above
 build() {
-    local flags=(-std=c11 -O1 -g -Wall -Wextra -ffp-contract=fast "-fsanitize=$1" -fno-sanitize-recover=all)
+    local flags=(-std=c11 -O1 -g -Wall -Wextra -Wno-unused-function -ffp-contract=fast "-fsanitize=$1" -fno-sanitize-recover=all)
     local variants=(baseline) defines=() objects=()
     if [[ $("$cc" -dM -E -x c /dev/null) == *"__x86_64__ 1"* ]]; then
         variants+=(avx2 avx512)
@@ -124,13 +151,13 @@ build() {
     for variant in "${variants[@]}"; do
         local -n width=$variant
         for real in FLOAT DOUBLE; do
-            for source in row product; do
+            for source in row attention_forward attention_backward; do
                 objects+=("$work/${source}_${real}_$variant.o")
                 "$cc" "${flags[@]}" "${width[@]}" "-DVARIANT=$variant" "-DREAL_$real" -c $source.c -o "${objects[-1]}"
             done
         done
     done
-    "$cc" "${flags[@]}" "${defines[@]}" rows.c "$work/main.c" "${objects[@]}" -o "$work/main" -lm -pthread
+    "$cc" "${flags[@]}" "${defines[@]}" -I. threads.c rows.c attention.c "$work/main.c" "${objects[@]}" -o "$work/main" -lm -pthread
 }
 
 echo "--- address, undefined"

@@ -1,4 +1,4 @@
-"""What every operator asks of its arguments, and how a result finds its way back to the caller's dtype."""
+"""Checks of arguments that several modules share, and the dtypes of computation and result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_floating(x: Tensor, name: str) -> None:
-    """Raise unless ``x`` is a tensor of one of the four floating dtypes that are computed with."""
+    """Raise unless ``x`` is a tensor of one of the four supported floating dtypes."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in _DTYPES:
@@ -53,7 +53,7 @@ def check_interval(value: float | Tensor, name: str, *, above: float, below: flo
         if not value.numel():
             return
         least, most = (bound.item() for bound in value.detach().aminmax())
-        if least > above and (most <= below if closed else most < below):  # not so with a NaN
+        if least > above and (most <= below if closed else most < below):  # false for NaN
             return
         fits = (value > above) & ((value <= below) if closed else (value < below))
         got = f"{value.detach()[~fits].flatten()[0].item():g}"
@@ -67,7 +67,7 @@ def check_interval(value: float | Tensor, name: str, *, above: float, below: flo
 def check_row_parameter(value: Tensor, x: Tensor, dim: int, name: str) -> None:
     """Raise unless a tensor ``value`` is floating and broadcasts against ``x`` with size 1 along ``dim``.
 
-    The message shows the view to use.
+    If a view of a one-dimensional tensor fits, the message shows it.
     """
     check_number_or_tensor(value, name)
     if value.device != x.device and value.dim():
@@ -94,7 +94,7 @@ def check_k(k: int, size: int | None = None) -> None:
     if isinstance(k, bool) or not (isinstance(k, int) or hasattr(k, "__index__")):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
     if k < 1 or (size is not None and k > size):
-        # Written here alone: a length that is put into words is a constant for the compiler.
+        # The text is built only when an error is raised: formatting a length makes it a constant under torch.compile.
         upper = "" if size is None else f" and at most {size}, the size of dim"
         raise ValueError(f"k must be at least 1{upper}, got {k}")
 
@@ -107,7 +107,7 @@ def check_int(value: int, name: str) -> None:
 
 def check_number(value: float, name: str) -> None:
     """Raise unless ``value`` is a real number."""
-    if type(value) is float:  # as nearly always: the question below takes a microsecond
+    if type(value) is float:  # the usual case: the isinstance check below takes a microsecond
         return
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {value!r}")
@@ -115,7 +115,8 @@ def check_number(value: float, name: str) -> None:
 
 def check_bool(value: bool, name: str) -> None:
     """Raise unless ``value`` is True or False."""
-    if not isinstance(value, bool):
+    # `torch.onnx.export(dynamo=False)` passes default arguments as tensors.
+    if not isinstance(value, bool) and not (torch.jit.is_tracing() and isinstance(value, Tensor)):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
@@ -139,31 +140,31 @@ def check_dropout(dropout: float, name: str = "dropout") -> None:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Half precision is computed in float32."""
+    """The dtype to compute in: float32 for half precision, otherwise that of ``x``."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
-    """The input's dtype; under autocast whatever ``torch.softmax`` returns there, which differs between devices."""
+    """The input's dtype; under autocast the dtype that ``torch.softmax`` returns, which differs between devices."""
     if not autocast_enabled(x.device):
         return x.dtype
     return torch.softmax(x.new_zeros(1), -1).dtype
 
 
 def rows_last(value: Tensor, x: Tensor, dim: int) -> Tensor:
-    """A view of a parameter of the rows of ``x`` that fits ``x.movedim(dim, -1)``."""
-    if not x.dim() or (value.dim() and dim in (-1, x.dim() - 1)):  # dimensions in front are not missed
+    """A view of a row parameter of ``x`` (size 1 along ``dim``) that broadcasts against ``x.movedim(dim, -1)``."""
+    if not x.dim() or (value.dim() and dim in (-1, x.dim() - 1)):  # broadcasting adds leading dimensions
         return value
-    return value.view([1] * (x.dim() - value.dim()) + list(value.shape)).movedim(dim, -1)
+    return value.view([1] * (x.dim() - value.dim()) + list(value.shape)).movedim(dim % x.dim(), x.dim() - 1)
 
 
 def check_starts(starts: Tensor, total: int, name: str) -> None:
-    """Raise unless packed sequences begin at 0, never before the one before them, and end at the total."""
+    """Raise unless the starts of packed sequences begin with 0, never decrease and end with the total length."""
     values = starts.tolist()
     if not values or values[0] != 0:
         raise ValueError(f"{name} must begin with 0, got {values[0] if values else 'no entries'}")
     for before, after in itertools.pairwise(values):
         if after < before:
-            raise ValueError(f"{name} must not fall, got {after} after {before}")
+            raise ValueError(f"{name} must not decrease, got {after} after {before}")
     if values[-1] != total:
         raise ValueError(f"{name} must end with the total length {total}, got {values[-1]}")

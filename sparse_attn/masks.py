@@ -1,7 +1,8 @@
-"""Every mask convention into one internal form: ``True`` = take part, or a float that is added to the scores.
+"""Conversion of all mask conventions to one internal form: ``True`` = visible, or a float added to the scores.
 
-``nn.MultiheadAttention`` says ``True`` = masked here; ``scaled_dot_product_attention`` says ``True`` = take part. Both
-know additive float masks. The internal form is the second, broadcastable to scores (N, H, L, S).
+In ``nn.MultiheadAttention`` ``True`` means masked; in ``scaled_dot_product_attention`` ``True`` means visible. Both
+accept additive float masks. The internal form is that of ``scaled_dot_product_attention``, broadcastable to scores
+(N, H, L, S).
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def window_mask(
 
 
 def combine_masks(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """Two internal-form masks as one: a pair takes part where it does in both, and what is added is added."""
+    """Two internal-form masks as one: a pair is visible if it is visible in both; float masks are summed."""
     if first is None or second is None:
         return second if first is None else first
     if first.dtype == torch.bool:
@@ -82,7 +83,7 @@ def combine_masks(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 
 def visible_keys(attn_mask: Tensor | None, keys: int, device: torch.device) -> Tensor:
-    """How many keys each query sees under an internal-form mask: broadcastable to (N, H, L), or a number (1,)."""
+    """How many keys each query sees under an internal-form mask; broadcastable to (N, H, L), (1,) without a mask."""
     if attn_mask is None:
         return torch.full((1,), keys, device=device)
     visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf
@@ -94,7 +95,7 @@ def apply_mask(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
 
     Raises:
         TypeError: The mask is neither boolean nor floating.
-        ValueError: It does not broadcast to the scores.
+        ValueError: The mask does not broadcast to the scores.
     """
     if attn_mask is None:
         return scores
@@ -106,7 +107,10 @@ def apply_mask(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
 
 
 def visible_pairs(attn_mask: Tensor | None, is_causal: bool, weights: Tensor) -> Tensor | None:
-    """Which pairs an internal-form mask, or the causal one, leaves of weights (..., L, S): boolean; None for all."""
+    """A boolean mask of the visible pairs for weights (..., L, S), from an internal-form or the causal mask.
+
+    None means that all pairs are visible.
+    """
     if is_causal:
         return causal_mask(weights.shape[-2], weights.shape[-1], weights.device)
     if attn_mask is None:
@@ -116,7 +120,7 @@ def visible_pairs(attn_mask: Tensor | None, is_causal: bool, weights: Tensor) ->
 
 
 def dense_mask(attn_mask: Tensor, device: torch.device) -> Tensor:
-    """A mask that torch keeps as a description, written out."""
+    """A causal mask of ``torch.nn.attention.bias``, which holds only sizes, as a tensor; other masks unchanged."""
     described = described_causal(attn_mask)
     if described is None:
         return attn_mask
@@ -128,7 +132,7 @@ def described_causal(attn_mask: Tensor | None) -> tuple[int, int, int] | None:
     """Queries, keys and offset of a causal mask from ``torch.nn.attention.bias``; None for any other mask."""
     if attn_mask is None or type(attn_mask) in (Tensor, torch.nn.Parameter):
         return None
-    # Importing that module loads Dynamo, which takes a second. A mask that comes from it is of a type of its own.
+    # The import loads Dynamo, which takes a second. Plain tensors return above, so they never pay for the import.
     from torch.nn.attention.bias import CausalBias, CausalVariant
 
     if not isinstance(attn_mask, CausalBias):
@@ -140,8 +144,9 @@ def described_causal(attn_mask: Tensor | None) -> tuple[int, int, int] | None:
 def check_mask(attn_mask: Tensor, shape: Sequence[int], name: str = "attn_mask") -> None:
     """Raise unless a mask is boolean or floating and broadcasts to scores of that shape."""
     check_mask_dtype(attn_mask, name)
-    sizes = zip(reversed(attn_mask.shape), reversed(shape), strict=False)
-    if attn_mask.dim() > len(shape) or any(size not in (1, full) for size, full in sizes):
+    # In a list: Dynamo before torch 2.9 does not trace ``any`` of a generator.
+    fits = [size in (1, full) for size, full in zip(reversed(attn_mask.shape), reversed(shape), strict=False)]
+    if attn_mask.dim() > len(shape) or False in fits:
         raise ValueError(f"{name} must broadcast to the scores {tuple(shape)}, got shape {tuple(attn_mask.shape)}")
 
 
@@ -158,22 +163,22 @@ def multihead_mask(
     device: torch.device,
     only_causal: bool,
 ) -> tuple[Tensor | None, bool]:
-    """All that says which keys the queries of a layer see, and with which bias, as one mask in the internal form.
+    """All masks and biases of a multi-head layer as one mask in the internal form.
 
     Args:
         attn_mask: As in :func:`merge_multihead_masks`.
         key_padding_mask: As in :func:`merge_multihead_masks`.
         position_bias: A float added to the scores, broadcastable to (N, H, L, S).
-        own_bias: The same, of the layer's own positions.
+        own_bias: The bias of the layer's ``positions``, like ``position_bias``.
         window: As in :func:`window_mask`.
-        is_causal: Query ``i`` sees the keys up to ``i + offset``; nothing where there is an ``attn_mask``.
+        is_causal: Query ``i`` sees the keys up to ``i + offset``. No effect if there is an ``attn_mask``.
         shape: (N, H, L, S).
         offset: How many keys come before the key of the first query.
-        device: Of the mask.
-        only_causal: Causal attention alone need not be written as a mask of (L, S) entries.
+        device: The device of the mask.
+        only_causal: The caller can apply a causal mask itself, so that no mask of (L, S) entries is needed.
 
     Returns:
-        The mask, None for none, and whether attention is causal beside it.
+        The mask or None, and whether the caller must apply a causal mask too.
 
     Raises:
         TypeError: A mask is neither boolean nor floating, or ``position_bias`` not floating.
@@ -186,7 +191,7 @@ def multihead_mask(
     if position_bias is not None:
         check_floating(position_bias, "position_bias")
         check_mask(position_bias, shape, "position_bias")
-        # All S keys are written down, also where they share a bias: a layer may add keys of its own after them.
+        # The bias is expanded to all S keys, since the layer may append keys (add_bias_kv, add_zero_attn).
         position_bias = with_infinities(position_bias).expand(*position_bias.shape[:-1], keys)
         mask = combine_masks(mask, position_bias)
     mask = combine_masks(mask, own_bias)
@@ -217,7 +222,7 @@ def merge_multihead_masks(
         keys: S.
 
     Returns:
-        A mask broadcastable to (N, H, L, S): boolean when both are, float when one of them is; None without masks.
+        A mask broadcastable to (N, H, L, S): float if one of the two is float, otherwise boolean; None without masks.
 
     Raises:
         TypeError: A mask is neither boolean nor floating.
@@ -259,5 +264,5 @@ def _to_internal(mask: Tensor) -> Tensor:
 
 
 def with_infinities(mask: Tensor) -> Tensor:
-    """The smallest number of the mask's dtype as -inf: added to scores of a wider dtype it would mask nothing."""
+    """The mask with -inf in place of its dtype's smallest number, which would be too small to mask wider scores."""
     return mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -math.inf)

@@ -1,6 +1,6 @@
-"""α in training: groups for the optimizer, freezing, setting, annealing, projection, and a penalty; plain functions.
+"""Functions for α in training: parameter groups, freezing, setting, annealing, projection, and a penalty.
 
-They find α in whatever a model is made of (attention layers, ``Entmax``, losses), also inside
+The functions find α in all modules that have one (attention layers, ``Entmax``, losses), also inside
 ``DistributedDataParallel``, ``torch.compile`` or LoRA.
 """
 
@@ -34,22 +34,22 @@ __all__ = [
 def alpha_param_groups(
     model: nn.Module, *, lr: float, weight_decay: float = 0.0, alpha_lr: float | None = None, strict: bool = True
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any ``torch.optim`` optimizer, in which α has its own learning rate and does not decay.
+    """Parameter groups for any ``torch.optim`` optimizer: α has its own learning rate and no weight decay.
 
-    Weight decay would pull α towards zero, that is to the lower end of its range, and hold it there.
+    Weight decay would decrease α to the lower end of its range and keep it there.
 
     Args:
-        model: The model. Every parameter is in one group, but for those that are frozen.
-        lr: Learning rate of everything else.
-        weight_decay: Of parameters with two dimensions or more; biases, norms and α do not decay.
+        model: The model. Every parameter that is not frozen is in exactly one group.
+        lr: Learning rate of all parameters except α.
+        weight_decay: Weight decay of parameters with two dimensions or more; biases, norms and α do not decay.
         alpha_lr: Learning rate of α; ``lr`` by default.
         strict: Refuse a model without a learnt α.
 
     Returns:
-        Up to three groups, empty ones left out: weights that decay, those that do not, and α.
+        Up to three groups: weights that decay, other parameters that do not, and α. Empty groups are omitted.
 
     Raises:
-        TypeError: ``model`` is no module, or a rate or ``weight_decay`` no number.
+        TypeError: ``model`` is not a module, or a rate or ``weight_decay`` not a number.
         ValueError: A rate or ``weight_decay`` is negative, or there is no learnt α and ``strict`` is True.
 
     Example:
@@ -75,13 +75,13 @@ def alpha_param_groups(
 
 
 def freeze_alpha(model: nn.Module) -> None:
-    """Keep every learnt α as it is. An optimizer that has it passes over it, whatever momentum there was.
+    """Stop training α. An optimizer that has α as a parameter skips it, even if it has momentum for α.
 
     Args:
-        model: The model. Wrap it for distributed training after this, not before.
+        model: The model. Wrap it for distributed training after this call, not before.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: There is no learnt α.
 
     Example:
@@ -93,17 +93,17 @@ def freeze_alpha(model: nn.Module) -> None:
     """
     for _, raw_alpha in _learnt(model):
         raw_alpha.requires_grad_(False)
-        raw_alpha.grad = None  # else an optimizer would go on with it
+        raw_alpha.grad = None  # an optimizer would still apply a gradient that is left
 
 
 def unfreeze_alpha(model: nn.Module) -> None:
-    """Let every α that is a parameter learn (again).
+    """Train every α that is a parameter (again).
 
     Args:
-        model: The model. An optimizer made while α was frozen may not have it: see :func:`alpha_param_groups`.
+        model: The model. An optimizer built while α was frozen may lack α: see :func:`alpha_param_groups`.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: No α is a parameter (``learn_alpha=True``).
 
     Example:
@@ -125,22 +125,23 @@ def set_alpha(
 ) -> None:
     """Set every α, learnt or fixed, in place.
 
-    ``torch.compile`` does not recompile for it. Only where a fixed α is still a number it becomes a buffer, which is in
-    the state dict from there on: set it once before the model is compiled or copied (for an average of it, say).
+    ``torch.compile`` does not recompile after a change of α, with one exception: the first call turns a fixed α that is
+    a number into a buffer, which is in the state dict from then on. So call this function once before the model is
+    compiled or copied (for an average of weights, for example).
 
     Args:
         model: The model.
-        value: One α for all heads, one per head, or ``{module name: either}``, as
-            :func:`sparse_attn.alpha_per_head` returns it, for the modules named; a module that holds a single α may
-            stand for it.
-        filter_fn: Called with the name and module of each α, such as :func:`of_attention`; only where it returns True
-            is α set.
+        value: One α for all heads, one per head, or a dict ``{module name: either of these}`` for some modules, as
+            :func:`sparse_attn.alpha_per_head` returns it. The name of a module that contains a single α may be used in
+            place of the name of that α's module.
+        filter_fn: Called with the name and module of each α, such as :func:`of_attention`; α is set only if the result
+            is True.
 
     Raises:
-        TypeError: ``model`` is no module, ``value`` neither numbers nor a floating tensor, or ``filter_fn`` no
+        TypeError: ``model`` is not a module, ``value`` neither numbers nor a floating tensor, or ``filter_fn`` not a
             function.
-        ValueError: There is no α in the model, under a name, or that ``filter_fn`` accepts, a shape does not fit, α is
-            outside ``(0, inf)``, or outside the ``alpha_range`` of a learnt one. Nothing is changed then.
+        ValueError: The model has no α, or none under a given name, or none that ``filter_fn`` accepts; a shape does not
+            fit; α is outside ``(0, inf)`` or outside the ``alpha_range`` of a learnt α. No α is changed in this case.
 
     Example:
         >>> from sparse_attn import AdaptiveSparseMultiheadAttention
@@ -159,7 +160,7 @@ def check_set_alpha(
     *,
     filter_fn: FilterFn | None = None,
 ) -> None:
-    """Raise what :func:`set_alpha` would, and change nothing: to look at the end of a schedule before it begins.
+    """Raise the errors of :func:`set_alpha` without setting α, to check the last α of a schedule before it starts.
 
     Args:
         model: The model.
@@ -167,8 +168,8 @@ def check_set_alpha(
         filter_fn: As in :func:`set_alpha`.
 
     Raises:
-        TypeError: As :func:`set_alpha`.
-        ValueError: As :func:`set_alpha`.
+        TypeError: As in :func:`set_alpha`.
+        ValueError: As in :func:`set_alpha`.
 
     Example:
         >>> from sparse_attn import AdaptiveSparseMultiheadAttention
@@ -183,19 +184,19 @@ def check_set_alpha(
 def linear_alpha(step: float, start: float, end: float, *, first_step: float = 0, last_step: float) -> float:
     """α of a step on the straight line from ``start`` to ``end``: ``start`` before ``first_step``, ``end`` after.
 
-    Dense attention has a gradient for every score. Annealing from α = 1 lets a model find out what to look at before
-    the rest is cut off, and takes a dense checkpoint to sparse attention without a jump.
+    Dense attention has a gradient for every score. Annealing from α = 1 lets a model learn which keys matter before the
+    others get zero weight, and turns a dense checkpoint into a sparse one without a sudden change.
 
     Args:
-        step: The step, counted as the two below.
+        step: The current step, in the unit of ``first_step`` and ``last_step``.
         start: α up to ``first_step``.
         end: α from ``last_step`` on.
-        first_step: Where the line begins.
-        last_step: Where it ends, above ``first_step``.
+        first_step: The step at which α starts to change.
+        last_step: The step at which α reaches ``end``; above ``first_step``.
 
     Raises:
-        TypeError: An argument is no number.
-        ValueError: An α is outside ``(0, inf)``, or ``last_step`` not above ``first_step``.
+        TypeError: An argument is not a number.
+        ValueError: An α is outside ``(0, inf)``, or ``last_step`` is not above ``first_step``.
 
     Example:
         >>> [linear_alpha(step, 1.0, 1.5, first_step=2, last_step=4) for step in range(6)]
@@ -221,10 +222,11 @@ def linear_alpha(step: float, start: float, end: float, *, first_step: float = 0
 
 
 def project_alpha(model: nn.Module) -> None:
-    """Bring every learnt α that an optimizer step has carried past a bound back onto it: projected gradient descent.
+    """Clamp every learnt α to its range after an optimizer step: projected gradient descent.
 
-    Not needed, but exact: without it a parameter can stay some way past its bound (2 % of the range, and one step),
-    and takes that way back before α leaves the bound. Once for all steps::
+    This is optional. Without the projection, a parameter can be outside its range by up to 2 % of the range plus one
+    step. α is then on the bound, and leaves the bound only after the parameter has moved back into the range. To
+    register the projection for all steps::
 
         optimizer.register_step_post_hook(lambda *_: project_alpha(model))
 
@@ -232,7 +234,7 @@ def project_alpha(model: nn.Module) -> None:
         model: The model.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: There is no learnt α.
 
     Example:
@@ -255,31 +257,33 @@ def alpha_penalty(
     strength: float = 1.0,
     filter_fn: FilterFn | None = None,
 ) -> Tensor:
-    r"""A term for the loss that draws every learnt α to the sparse end of its range, the dense one, or a number.
+    r"""A loss term that moves every learnt α towards the sparse or the dense end of its range, or towards a number.
 
-    With :math:`u = (\alpha - lo) / (hi - lo)` of every head, and :math:`v` the same of a number ``target``, it is
+    With :math:`u = (\alpha - lo) / (hi - lo)` for each head, and :math:`v = (\text{target} - lo) / (hi - lo)` if
+    ``target`` is a number, the penalty for ``"sparse"``, ``"dense"`` and a number is
 
     .. math:: \lambda \, \mathrm{mean}(1 - u), \qquad \lambda \, \mathrm{mean}(u), \qquad
         \lambda \, \mathrm{mean}((u - v)^2)
 
-    over all heads of the model: at most λ, and zero where every head is on target. The first two pull evenly, however
-    far α is, so that it ends on the bound unless the task pulls harder; the third lets go close to the target.
+    with the mean over all heads of the model. The penalty is at most λ, and zero if every head is on target. The first
+    two have a constant gradient, so that α reaches the bound unless the gradient of the task is larger; the gradient of
+    the third vanishes at the target.
 
     Args:
         model: The model.
         target: ``"sparse"``, ``"dense"``, or an α inside every ``alpha_range``.
         strength: λ, at least 0.
-        filter_fn: Called with the name and module of each α, such as :func:`of_attention`; only where it returns True
-            does α count.
+        filter_fn: Called with the name and module of each α, such as :func:`of_attention`; α counts only if the result
+            is True.
 
     Returns:
         A scalar in float32 or wider, differentiable.
 
     Raises:
-        TypeError: ``model`` is no module, ``target`` no such word and no number, ``strength`` no number, or
-            ``filter_fn`` no function.
-        ValueError: There is no learnt α, or none that ``filter_fn`` accepts, ``target`` is an unknown word or outside
-            a range, or ``strength`` negative.
+        TypeError: ``model`` is not a module, ``target`` neither a string nor a number, ``strength`` not a number, or
+            ``filter_fn`` not a function.
+        ValueError: There is no learnt α, or none that ``filter_fn`` accepts; ``target`` is an unknown string or outside
+            an ``alpha_range``; or ``strength`` is negative.
 
     Example:
         >>> from sparse_attn import AdaptiveSparseMultiheadAttention
@@ -311,7 +315,7 @@ def alpha_penalty(
 
 
 def _chosen(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, WideAlpha]:
-    """The modules with an α that ``filter_fn`` accepts, by name; empty only where there is no α at all."""
+    """The modules with an α that ``filter_fn`` accepts, by name; empty only if the model has no α."""
     check_filter(filter_fn)
     modules = alpha_modules(model)
     if filter_fn is None:
@@ -328,34 +332,34 @@ def _learnt(
 ) -> list[tuple[WideAlpha, nn.Parameter]]:
     """The modules whose α is a parameter, frozen or not, each with that parameter."""
     modules = _chosen(model, filter_fn).values()
-    # By its place, not its type: ``torch.func.functional_call`` puts plain tensors there.
+    # A lookup in `_parameters`, no check of the type: torch.func.functional_call puts plain tensors there.
     places = [(module, module._parameters.get("raw_alpha")) for module in modules]
     found = [(module, raw_alpha) for module, raw_alpha in places if raw_alpha is not None]
     if strict and not found:
-        got = "fixed ones alone" if modules else "none"
+        got = "fixed α only" if modules else "none"
         raise ValueError(f"model must hold an α that is a parameter (learn_alpha=True), got {got}")
     return found
 
 
 def _fitted(model: nn.Module, value: Any, filter_fn: FilterFn | None) -> list[tuple[WideAlpha, Tensor]]:
-    """The modules whose α is to be set, each with its value, checked."""
+    """Pairs of a module and its checked value of α."""
     modules = _chosen(model, filter_fn)
     if not modules:
         raise ValueError(f"model must hold an α, got none in {type(model).__name__}")
     values = value if isinstance(value, Mapping) else dict.fromkeys(modules, value)
     fitted = []
     for name, alpha in values.items():
-        # An attention that is not ours goes by its own name, and not by that of the one α it holds.
+        # An attention module of another library is given by its own name, not by the name of the α module inside it.
         held = [module for inner, module in modules.items() if inner.rpartition(".")[0] == name]
         module = modules.get(name, held[0] if len(held) == 1 else None)
         if module is None:
-            raise ValueError(f"value must be for modules with an α, {', '.join(map(repr, modules))}, got {name!r}")
+            raise ValueError(f"value must name modules with an α, {', '.join(map(repr, modules))}, got {name!r}")
         fitted.append((module, _fitting(name, module, alpha)))
     return fitted
 
 
 def _fitting(name: str, module: WideAlpha, value: float | Sequence[float] | Tensor) -> Tensor:
-    """A value as a tensor that broadcasts to the α of a module, checked."""
+    """The value as a tensor that broadcasts to the α of a module; raises if it does not fit."""
     what = f"value for {name!r}" if name else "value"
     alpha = one_or_per_head(value, what)
     current = torch.as_tensor(module.alpha) if module.raw_alpha is None else module.raw_alpha
@@ -366,5 +370,5 @@ def _fitting(name: str, module: WideAlpha, value: float | Sequence[float] | Tens
         raise ValueError(f"{what} must be a number or one per head {tuple(shape)}, got shape {tuple(alpha.shape)}")
     check_alpha(alpha, what)
     if module._parameters.get("raw_alpha") is not None:
-        check_inside(alpha.to(current.dtype), module.alpha_range, what)  # rounded as the bounds are
+        check_inside(alpha.to(current.dtype), module.alpha_range, what)  # same rounding as the bounds
     return alpha

@@ -1,4 +1,4 @@
-"""Swap sparse attention into a model one already has, and out of it again."""
+"""Replace the attention layers of an existing model by sparse ones, and restore them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-# On an nn.TransformerEncoder: it would use nested tensors if its attention were dense.
+# Attribute set on an nn.TransformerEncoder that used nested tensors before its attention was replaced.
 _NESTED = "_nested_tensor_when_dense"
-# What FullyShardedDataParallel calls the module it wraps.
+# Name under which FullyShardedDataParallel registers the wrapped module.
 _FSDP = "_fsdp_wrapped_module"
 
 
@@ -45,34 +45,34 @@ def replace_attention(
     filter_fn: FilterFn | None = None,
     **layer_kwargs: Any,
 ) -> dict[str, SparseMultiheadAttention]:
-    """Replace every ``nn.MultiheadAttention`` in a model, in place, by a sparse layer with the very same parameters.
+    """Replace every ``nn.MultiheadAttention`` in a model, in place, by a sparse layer with the same parameter objects.
 
-    An optimizer made before keeps working on the projections; give it the new α parameters without weight decay, which
-    would pull them to their lower bound:
+    An optimizer that exists already keeps training the projections. Add the new α parameters to it without weight
+    decay, which would decrease α to its lower bound:
     ``optimizer.add_param_group({"params": [m.raw_alpha for m in new.values()], "weight_decay": 0.0})``. Hooks on the
-    replaced layers stay, and so do adapters (LoRA) in the place of the out-projection or around the layer. Everything
-    is checked and built before anything is changed. :func:`restore_attention` is the way back.
+    replaced layers are kept, as are adapters (LoRA) on the out-projection or around the layer. All layers are checked
+    and built before the model is changed. :func:`restore_attention` reverses the replacement.
 
     Args:
-        model: Any module that holds ``nn.MultiheadAttention`` layers, such as ``nn.TransformerEncoder``; its layers may
-            be on different devices, the meta device among them. Subclasses of ``nn.MultiheadAttention`` are left alone:
-            they may compute something else.
-        layer: What to put in their place.
-        filter_fn: Called with each layer's name and module; only where it returns True is the layer replaced.
+        model: Any module that contains ``nn.MultiheadAttention`` layers, such as ``nn.TransformerEncoder``. The layers
+            may be on different devices, including the meta device. Subclasses of ``nn.MultiheadAttention`` are not
+            replaced: they may compute another function.
+        layer: The class of the new layers.
+        filter_fn: Called with the name and the module of each layer; the layer is replaced only if the result is True.
         **layer_kwargs: Keyword arguments of ``layer`` beyond those of ``nn.MultiheadAttention``: ``alpha_init=1.0``
-            keeps a dense model's function, ``k=8`` is asked for by ``TopKMultiheadAttention``. All layers get the same
-            objects: of ``positions`` with parameters there is one for all.
+            keeps the function of a dense model; ``TopKMultiheadAttention`` requires ``k``. All layers get the same
+            objects: a ``positions`` module with parameters is shared by all layers.
 
     Returns:
-        ``{name: new layer}``; a layer shared between places is replaced once and everywhere, under its first name.
-        Empty where all that matches is sparse already.
+        ``{name: new layer}``. A layer that occurs in several places is replaced in all of them, and listed under its
+        first name. Empty if all matching layers are sparse already.
 
     Raises:
-        TypeError: ``model`` is no module, ``filter_fn`` no function, ``layer`` is not one of our multi-head layers or
-            does not take ``layer_kwargs``.
-        ValueError: Nothing matched; the model itself is an ``nn.MultiheadAttention``, or is wrapped for distributed
-            training; a layer is pruned, parametrised, quantised, sharded, spread over devices or has a ``forward``,
-            modules or buffers of its own; or ``layer`` refuses an argument.
+        TypeError: ``model`` is not a module, ``filter_fn`` not a function, ``layer`` is not one of this library's
+            multi-head layers or does not accept ``layer_kwargs``.
+        ValueError: No layer matches; the model itself is an ``nn.MultiheadAttention``, or is wrapped for distributed
+            training; a layer is pruned, parametrised, quantised, sharded, spread over devices or has its own
+            ``forward``, modules or buffers; or ``layer`` refuses an argument.
 
     Example:
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), num_layers=2)
@@ -89,45 +89,45 @@ def replace_attention(
     _check(model, dense)
     new = {}
     for name, old in dense.items():
-        with torch.random.fork_rng(devices=[]):  # initial values are thrown away; the caller's random state is not ours
-            built = layer(**_arguments(old), device="cpu", **layer_kwargs)  # the device whose random state that is
+        with torch.random.fork_rng(devices=[]):  # the initial values are discarded: keep the caller's random state
+            built = layer(**_arguments(old), device="cpu", **layer_kwargs)  # fork_rng saves the state of the CPU alone
         wanted = _shapes(old)
         if not wanted.items() <= _shapes(built).items():
             raise ValueError(
-                f"layer_kwargs must leave layer {name!r} its parameters {_listed(wanted)}, got {layer_kwargs}, which "
-                f"ask for {_listed(_shapes(built))}"
+                f"layer_kwargs must keep the parameters of {name!r}, {_listed(wanted)}, got {layer_kwargs}, which "
+                f"require {_listed(_shapes(built))}"
             )
         new[name] = _inherit(old, built.to(next(old.parameters()).device))
 
     _exchange(model, dense, new)
     for encoder in _encoders(model):
         if encoder.use_nested_tensor and any(module in new.values() for module in encoder.modules()):
-            # It decided when it was built that nested tensors would do, which our layers do not take.
+            # The encoder chose nested tensors when it was built, and sparse layers do not accept them.
             encoder.use_nested_tensor = False
             setattr(encoder, _NESTED, True)
     return new
 
 
 def restore_attention(model: nn.Module, *, filter_fn: FilterFn | None = None) -> dict[str, nn.MultiheadAttention]:
-    """Replace every sparse multi-head layer in a model, in place, by torch's own with the very same parameters.
+    """Replace every sparse multi-head layer in a model, in place, by torch's layer with the same parameter objects.
 
-    What :func:`replace_attention` did is undone: the parameters are the same objects with the values they have now,
-    hooks stay, ``nn.TransformerEncoder`` may use nested tensors again where it did, and of α nothing is left. The
-    function is that of softmax; where α is 1 it does not change. Everything is checked before anything is changed.
+    This reverses :func:`replace_attention`: the parameters are the same objects with their current values, hooks are
+    kept, ``nn.TransformerEncoder`` uses nested tensors again if it did before, and α is removed. The new layers attend
+    with softmax; a layer with α = 1 keeps its function. All layers are checked before the model is changed.
 
     Args:
-        model: Any module that holds ``AdaptiveSparseMultiheadAttention`` or ``TopKMultiheadAttention`` layers.
-        filter_fn: Called with each layer's name and module; only where it returns True is the layer replaced.
+        model: Any module that contains ``AdaptiveSparseMultiheadAttention`` or ``TopKMultiheadAttention`` layers.
+        filter_fn: Called with the name and the module of each layer; the layer is replaced only if the result is True.
 
     Returns:
-        ``{name: new layer}``; a layer shared between places is replaced once and everywhere, under its first name.
-        Empty where all that matches is dense already.
+        ``{name: new layer}``. A layer that occurs in several places is replaced in all of them, and listed under its
+        first name. Empty if all matching layers are dense already.
 
     Raises:
-        TypeError: ``model`` is no module, or ``filter_fn`` no function.
-        ValueError: Nothing matched; the model itself is an attention layer, or is wrapped for distributed training; a
-            layer has what torch's cannot express (grouped heads, a window, norms or positions), or is pruned,
-            parametrised, quantised, sharded, spread over devices or has a ``forward``, modules or buffers of its own.
+        TypeError: ``model`` is not a module, or ``filter_fn`` not a function.
+        ValueError: No layer matches; the model itself is an attention layer, or is wrapped for distributed training; a
+            layer has a feature that torch's layer lacks (grouped heads, a window, norms or positions), or is pruned,
+            parametrised, quantised, sharded, spread over devices or has its own ``forward``, modules or buffers.
 
     Example:
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), num_layers=2)
@@ -141,7 +141,8 @@ def restore_attention(model: nn.Module, *, filter_fn: FilterFn | None = None) ->
     sparse = {name: module for name, module in found.items() if isinstance(module, SparseMultiheadAttention)}
     _check(model, sparse)
     for name, old in sparse.items():
-        # peft's wrapper of a whole layer, of this name too, puts the adapter into the weights that torch reads.
+        # peft's wrapper of a whole layer, also called MultiheadAttention, merges the adapter into the weights that
+        # torch's layer reads.
         wrapped = type(model.get_submodule(name.rpartition(".")[0])).__name__ == "MultiheadAttention"
         if not isinstance(old.out_proj, nn.Linear) and not wrapped:
             raise ValueError(
@@ -159,7 +160,7 @@ def restore_attention(model: nn.Module, *, filter_fn: FilterFn | None = None) ->
 
 
 def _attention(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.MultiheadAttention]:
-    """Attention layers that are torch's or ours, under their first names."""
+    """The attention layers of torch's or this library's classes, by their first names."""
     check_module(model)
     check_filter(filter_fn)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
@@ -179,7 +180,7 @@ def _attention(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.Mul
 
 
 def _made_by_torch(module: nn.Module) -> bool:
-    """Whether a layer is torch's own, or of a class that torch derives to parametrise, quantise or shard it."""
+    """Whether the class of a layer is torch's own, including those derived to parametrise, quantise or shard it."""
     return type(module).__module__.split(".")[0] == "torch"
 
 
@@ -187,13 +188,13 @@ def _check(model: nn.Module, layers: Mapping[str, nn.MultiheadAttention]) -> Non
     """Raise unless these layers can be exchanged for others with the same parameters."""
     if "" in layers:
         raise ValueError(
-            "model must be a module that holds nn.MultiheadAttention layers, got one itself, which cannot be replaced "
-            "in place; build the other layer with its arguments and load its state dict"
+            "model must be a module that contains nn.MultiheadAttention layers, got such a layer itself, which cannot "
+            "be replaced in place; build the other layer with the same arguments and load the state dict of this one"
         )
     wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel) or _FSDP in m._modules]
     if layers and wrappers:
         raise ValueError(
-            f"model must not be wrapped yet in {type(wrappers[0]).__name__}, which has taken stock of its parameters; "
+            f"model must not be wrapped yet in {type(wrappers[0]).__name__}, which would not know the new parameters; "
             "unwrap it, swap and wrap again"
         )
     for name, layer in layers.items():
@@ -212,7 +213,7 @@ def _check(model: nn.Module, layers: Mapping[str, nn.MultiheadAttention]) -> Non
 
 
 def _check_tensors(name: str, layer: nn.MultiheadAttention) -> None:
-    """Raise unless what a layer holds are torch's parameters, ordinary ones and on one device."""
+    """Raise unless a layer has the parameters of ``nn.MultiheadAttention``, as ordinary tensors on one device."""
     projection = dict(layer.out_proj.named_parameters(prefix="out_proj"))
     parameters = {**dict(layer.named_parameters(recurse=False)), **projection}
     special = {key: p for key, p in parameters.items() if type(p) is not nn.Parameter or not p.is_floating_point()}
@@ -236,7 +237,7 @@ def _check_tensors(name: str, layer: nn.MultiheadAttention) -> None:
 
 
 def _check_expressible(name: str, layer: nn.MultiheadAttention) -> None:
-    """Raise unless a layer has only what torch's has, but for the mapping of ours: what is more would be lost."""
+    """Raise if a layer has features beyond torch's layer and the mapping: the exchange would lose them."""
     more = []
     if isinstance(layer, SparseMultiheadAttention):
         plain = SparseMultiheadAttention(**_arguments(layer), device="meta")
@@ -252,7 +253,7 @@ def _check_expressible(name: str, layer: nn.MultiheadAttention) -> None:
 
 
 def _arguments(layer: nn.MultiheadAttention) -> dict[str, Any]:
-    """The arguments of ``nn.MultiheadAttention`` that a layer was built with, but for the device."""
+    """The arguments of ``nn.MultiheadAttention`` that a layer was built with, without the device."""
     return {
         "embed_dim": layer.embed_dim,
         "num_heads": layer.num_heads,
@@ -263,7 +264,7 @@ def _arguments(layer: nn.MultiheadAttention) -> dict[str, Any]:
         "kdim": layer.kdim,
         "vdim": layer.vdim,
         "batch_first": layer.batch_first,
-        "dtype": next(layer.parameters()).dtype,  # not that of out_proj: what a user has put there need not have one
+        "dtype": next(layer.parameters()).dtype,  # not that of out_proj: a user's out_proj may have no weight
     }
 
 
@@ -279,11 +280,11 @@ def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _inherit(old: nn.MultiheadAttention, new: Layer) -> Layer:
-    """The new layer with the parameters, the out-projection, the hooks and the mode of the old one."""
+    """The new layer with the old layer's parameters, out-projection, hooks and training mode."""
     for name in _shapes(old):
         setattr(new, name, getattr(old, name))
     new.out_proj = old.out_proj
-    # The very dicts, so that the handles their owners keep still remove them.
+    # The same dict objects: handles returned for the old layer's hooks still remove them.
     new.__dict__.update({key: old.__dict__[key] for key in _HOOKS})
     new.training = old.training
     return new
@@ -292,7 +293,7 @@ def _inherit(old: nn.MultiheadAttention, new: Layer) -> Layer:
 def _exchange(
     model: nn.Module, old: Mapping[str, nn.MultiheadAttention], new: Mapping[str, nn.MultiheadAttention]
 ) -> None:
-    """Put the new layers in all places of the old ones."""
+    """Replace each old layer by its new one in every module that contains it."""
     replacement = {layer: new[name] for name, layer in old.items()}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
@@ -301,7 +302,7 @@ def _exchange(
     for layer in new.values():
         hooks: Mapping[int, Any] = layer._load_state_dict_pre_hooks
         for hook in hooks.values():
-            if getattr(hook, "with_module", False):  # the one kind that knows its module
+            if getattr(hook, "with_module", False):  # the only kind of hook that refers to its module
                 hook.module = weakref.ref(layer)
 
 

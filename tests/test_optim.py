@@ -217,7 +217,7 @@ def test_a_filter_leaves_the_alpha_of_a_loss_to_the_objective() -> None:
     set_alpha(model, 1.25, filter_fn=lambda name, module: seen.setdefault(name, module) is model.loss)
     assert seen["attention"] is model.attention and list(seen)[-1] == "block.sparse_alpha"
     assert model.loss.alpha.item() == 1.25 and set(model.attention.alpha.tolist()) == {1.75}
-    with pytest.raises(ValueError, match="value must be for modules with an α, 'loss', got 'attention'"):
+    with pytest.raises(ValueError, match="value must name modules with an α, 'loss', got 'attention'"):
         set_alpha(model, {"attention": 1.5}, filter_fn=lambda name, module: name == "loss")
 
 
@@ -311,7 +311,7 @@ def test_a_model_without_a_learnt_alpha(call: Callable[[nn.Module], Any], messag
     with pytest.raises(ValueError, match=message + r".*got none"):
         call(nn.Linear(2, 3))
     for make in FIXED:
-        with pytest.raises(ValueError, match=message + r".*got fixed ones alone"):
+        with pytest.raises(ValueError, match=message + r".*got fixed α only"):
             call(make())
     with pytest.raises(ValueError, match="model must hold an α, got none in Linear"):
         set_alpha(nn.Linear(2, 3), 1.5)

@@ -140,7 +140,7 @@ def test_nothing_to_exchange(way: str) -> None:
         swap(model, filter_fn=lambda name, _: False)
     with pytest.raises(TypeError, match="filter_fn must be a function of name and module, or None, got '0'"):
         swap(model, filter_fn="0")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"model must be a module that holds .*, got one itself"):
+    with pytest.raises(ValueError, match=r"model must be a module that contains .*, got such a layer itself"):
         swap(model[0])
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         swap("model")  # type: ignore[arg-type]
@@ -162,7 +162,7 @@ def test_a_model_wrapped_for_distributed_training(way: str) -> None:
         model = nn.parallel.DistributedDataParallel(nn.Sequential(layer_for(way)))
         before = everything(model)
         with pytest.raises(
-            ValueError, match="must not be wrapped yet in DistributedDataParallel, which has taken stock"
+            ValueError, match="must not be wrapped yet in DistributedDataParallel, which would not know"
         ):
             BACK_AND_FORTH[way](model)
         assert everything(model) == before
@@ -226,7 +226,7 @@ class Halved(AdaptiveSparseMultiheadAttention):
 def test_a_layer_that_cannot_take_the_parameters() -> None:
     model = nn.Sequential(nn.MultiheadAttention(E, H))
     before = everything(model)
-    message = r"must leave layer '0' its parameters in_proj_bias \(66,\), .*got {'halve': True}, which ask for .*\(3,\)"
+    message = r"must keep the parameters of '0', in_proj_bias \(66,\), .*got {'halve': True}, which require .*\(3,\)"
     with pytest.raises(ValueError, match=message):
         replace_attention(model, Halved, halve=True)
     assert everything(model) == before

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from sparse_attn import alpha_per_head
 
+from ..curves import write_rows
 from ..run import ALPHA
 from ..seq2seq.task import Seq2SeqTask
+from .metrics_csv import MetricsCsv
 
 COLUMNS = ("step", "layer", "head", "alpha")
 
 
 class AlphaCourse(L.Callback):
-    """Writes α of every head to ``alpha.csv`` and TensorBoard, at the start and as often as the trainer logs.
+    """Writes α of every head to ``alpha.csv`` and to every logger, at the start and as often as the trainer logs.
+
+    A logger gets one number for each head, ``alpha/LAYER/headN``; TensorBoard also a histogram of each layer.
 
     Args:
         folder: The run folder.
@@ -31,8 +37,8 @@ class AlphaCourse(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the values a new run starts from."""
         if trainer.global_step == 0:
-            with self.file.open("w", encoding="utf-8", newline="") as lines:
-                csv.writer(lines).writerow(COLUMNS)
+            if trainer.is_global_zero:
+                write_rows(self.file, [], COLUMNS)
             self._write(trainer, pl_module)
         self._written = trainer.global_step
 
@@ -47,12 +53,21 @@ class AlphaCourse(L.Callback):
             self._write(trainer, pl_module)
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
         step = trainer.global_step
-        boards = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        with self.file.open("a", encoding="utf-8", newline="") as lines:
-            rows = csv.writer(lines)
-            for layer, alphas in alpha_per_head(cast(Seq2SeqTask, pl_module).model).items():
-                for head, alpha in enumerate(alphas.tolist()):
-                    rows.writerow((step, layer, head, f"{alpha:.6f}"))
-                    for board in boards:
-                        board.add_scalar(f"alpha/{layer}/head{head}", alpha, step)
+        alpha = {name: values.tolist() for name, values in alpha_per_head(cast(Seq2SeqTask, pl_module).model).items()}
+        curves = {f"alpha/{layer}/head{head}": value for layer, of in alpha.items() for head, value in enumerate(of)}
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCsv) or not curves:
+                continue  # metrics.csv has a column for each curve, and alpha.csv has these
+            logger.log_metrics(curves, step)
+            if isinstance(logger, TensorBoardLogger):
+                for layer, of_layer in alpha.items():
+                    logger.experiment.add_histogram(f"alpha/{layer}", np.array(of_layer), step)
+        rows = io.StringIO(newline="")
+        for layer, of_layer in alpha.items():
+            csv.writer(rows).writerows((step, layer, head, f"{value:.6f}") for head, value in enumerate(of_layer))
+        # All rows of a step in one write: a kill in between should leave all or none.
+        with self.file.open("a", encoding="utf-8", newline="") as file:
+            file.write(rows.getvalue())

@@ -1,4 +1,4 @@
-"""The two checkpoints of a run."""
+"""The checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from ..run import CHECKPOINTS
+from ..folders import replacing
+from ..run import CHECKPOINTS, RESULTS, epoch_checkpoints
 
 
 class BestAndLast(Checkpoint):
@@ -23,29 +25,48 @@ class BestAndLast(Checkpoint):
         folder: The run folder.
         monitor: The metric that counts. Without a validation every epoch counts as the best.
         higher_is_better: Whether a higher value of it is better.
+        keep: Also write the weights after each epoch, as ``epoch_0001.ckpt`` and so on, and keep so many of the last.
     """
 
-    def __init__(self, folder: Path, monitor: str = "val/per", *, higher_is_better: bool = False) -> None:
+    def __init__(
+        self, folder: Path, monitor: str = "val/per", *, higher_is_better: bool = False, keep: int = 0
+    ) -> None:
         self.folder = folder / CHECKPOINTS
         self.monitor = monitor
+        self.keep = keep
         self.sign = -1.0 if higher_is_better else 1.0
         self.best = self.sign * math.inf
         self.earlier = 0.0
         self._begin = time.monotonic()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves; Lightning calls this after every other callback, when all metrics of the epoch are known."""
+        """Saves; Lightning calls this after every other callback, when all metrics of the epoch are known.
+
+        Raises:
+            ValueError: If the training has diverged: a weight or the validation loss is not finite. Nothing is saved.
+        """
+        check_finite(trainer, pl_module)
+        if trainer.is_global_zero:
+            # The results of an earlier session are those of a checkpoint that now goes.
+            (self.folder.parent / RESULTS).unlink(missing_ok=True)
         score = trainer.callback_metrics.get(self.monitor)
         if score is None or self.sign * score < self.sign * self.best:
             self.best = self.sign * math.inf if score is None else float(score)
             self._save(trainer, "best.ckpt")
+        if self.keep:
+            self._save(trainer, f"epoch_{trainer.current_epoch + 1:04d}.ckpt", weights_only=True)
+            if trainer.is_global_zero:
+                for old in epoch_checkpoints(self.folder.parent)[: -self.keep]:
+                    old.unlink()
         self._save(trainer, "last.ckpt")
 
-    def _save(self, trainer: L.Trainer, name: str) -> None:
+    def _save(self, trainer: L.Trainer, name: str, *, weights_only: bool = False) -> None:
         """Saves beside and renames: an interruption leaves a whole checkpoint, old or new."""
-        unfinished = self.folder / f"{name}.tmp"
-        trainer.save_checkpoint(unfinished)
-        unfinished.replace(self.folder / name)
+        if trainer.is_global_zero:
+            with replacing(self.folder / name) as unfinished:
+                trainer.save_checkpoint(unfinished, weights_only)
+        else:
+            trainer.save_checkpoint(self.folder / name, weights_only)  # takes part in it; the first process writes
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far, and how long the training took over all its sessions."""
@@ -55,3 +76,30 @@ class BestAndLast(Checkpoint):
         """Goes on from what the checkpoint has."""
         self.best = state_dict["best"]
         self.earlier = state_dict.get("seconds", 0.0)
+
+
+def check_finite(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Refuses to go on with a model that has diverged.
+
+    Raises:
+        ValueError: If a weight or the validation loss is not finite.
+    """
+    loss = trainer.callback_metrics.get("val/loss")
+    if loss is not None and not torch.isfinite(loss):
+        raise diverged(f"the validation loss must be finite, got {loss.item()}", module, trainer.current_epoch)
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise diverged(f"every weight must be finite, {name} is not", module, trainer.current_epoch)
+
+
+def diverged(what: str, module: L.LightningModule, epoch: int) -> ValueError:
+    """The error of a training that has diverged, with its likely cause and what is kept."""
+    rates = ", ".join(
+        f"optimizer.{name}={module.hparams[name]}"
+        for name in ("learning_rate", "alpha_learning_rate", "weight_decay")
+        if name in module.hparams
+    )
+    kept = f"; the checkpoints of epoch {epoch} and before are kept" if epoch else ""
+    return ValueError(
+        f"the training has diverged in epoch {epoch + 1}: {what}; the likely cause is a rate too high: {rates}{kept}"
+    )

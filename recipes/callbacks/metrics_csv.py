@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from ..curves import read_rows, write_rows
 from ..run import METRICS
@@ -45,6 +46,7 @@ class MetricsCsv(Logger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: ``config.yaml`` holds them."""
 
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Adds values to the row of a step, which Lightning counts from 0."""
         if self._rows is None:
@@ -52,6 +54,7 @@ class MetricsCsv(Logger):
         done = (step or 0) + 1
         self._rows.setdefault(done, {"step": done}).update({name: float(x) for name, x in metrics.items()})
 
+    @rank_zero_only
     def save(self) -> None:
         """Writes the table."""
         if self._rows:

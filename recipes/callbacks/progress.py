@@ -12,13 +12,14 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 from sparse_attn import alpha_per_head
 
+from ..processes import rank
 from ..seq2seq.metrics import METRICS
 from ..seq2seq.task import Seq2SeqTask
 
 
 def progress() -> L.Callback:
     """A bar if a person watches, plain lines if the output goes to a file or another program."""
-    return EpochBar() if sys.stdout.isatty() else EpochLines()
+    return EpochBar() if sys.stdout.isatty() and rank() == 0 else EpochLines()
 
 
 class EpochLines(L.Callback):
@@ -32,7 +33,8 @@ class EpochLines(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prints the line."""
-        print(epoch_line(trainer, cast(Seq2SeqTask, pl_module), time.monotonic() - self._start), flush=True)
+        if trainer.is_global_zero:
+            print(epoch_line(trainer, cast(Seq2SeqTask, pl_module), time.monotonic() - self._start), flush=True)
 
 
 class EpochBar(RichProgressBar):
@@ -69,16 +71,16 @@ def short_label(metric: str) -> str:
 
 
 def epoch_line(trainer: L.Trainer, task: Seq2SeqTask, seconds: float) -> str:
-    """Where the training stands: losses, error rates in percent, and the mean of all α."""
+    """Where the training stands: losses, error rates in percent, and the mean of all α, in 80 columns."""
     metrics = trainer.callback_metrics
-    parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", f"step {trainer.global_step}"]
+    parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
     for label, name, form in (
-        ("train loss", "train/loss_epoch", ".3f"),
+        ("loss", "train/loss_epoch", ".3f"),
         ("val loss", "val/loss", ".3f"),
         *((short_label(metric), f"val/{metric}", ".2f") for metric in task.hparams["metrics"]),
     ):
         if name in metrics:
             parts.append(f"{label} {metrics[name].item():{form}}")
     if alphas := list(alpha_per_head(task.model).values()):
-        parts.append(f"mean α {torch.cat(alphas).mean().item():.3f}")
-    return "  ".join([*parts, f"{seconds:.1f} s"])
+        parts.append(f"α {torch.cat(alphas).mean().item():.3f}")
+    return "  ".join([*parts, f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from sparse_attn.analysis import HeadChange
 
+from ..curves import read_rows
+from ..folders import replacing, write_text
 from ..run import RESULTS, Run
 from ..seq2seq.metrics import METRICS
 from . import html
@@ -111,9 +113,10 @@ def write_report(report: Report, folder: Path, figures: str = "png") -> list[Pat
     folder.mkdir(exist_ok=True, parents=True)
     page = view.save(folder / "report.html")
     for file, content in files.items():
-        file.write_bytes(content)
+        with replacing(file) as unfinished:
+            unfinished.write_bytes(content)
     write_rows(table, folder / "heads.csv")
-    (folder / "numbers.json").write_text(numbers, encoding="utf-8")
+    write_text(folder / "numbers.json", numbers)
     return [page, *files, folder / "heads.csv", folder / "numbers.json"]
 
 
@@ -151,19 +154,12 @@ def _diversities(heads: Mapping[str, LayerHeads]) -> dict[str, float]:
 def read_course(file: Path) -> list[tuple[int, str, int, float]]:
     """The rows (step, layer, head, α) of a run's alpha.csv; none if there is no such file.
 
-    Raises:
-        ValueError: if a line cannot be read.
+    Rows that cannot be read are left out: a training that was killed may have cut one short.
     """
-    if not file.is_file():
-        return []
-    with file.open(newline="", encoding="utf-8") as stream:
-        rows = []
-        reader = csv.DictReader(stream)
-        for row in reader:
-            try:
-                rows.append((int(row["step"]), row["layer"], int(row["head"]), float(row["alpha"])))
-            except (KeyError, TypeError, ValueError):
-                raise ValueError(f"{file}:{reader.line_num}: a line must be step,layer,head,alpha, got {row}") from None
+    rows = []
+    for row in read_rows(file):
+        with contextlib.suppress(KeyError, ValueError):
+            rows.append((int(row["step"]), row["layer"], int(row["head"]), float(row["alpha"])))
     return rows
 
 

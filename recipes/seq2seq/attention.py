@@ -13,7 +13,9 @@ ATTENTION_KINDS = ("softmax", "entmax15", "sparsemax", "entmax", "adaptive", "to
 _NAMED_ALPHA = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0}
 
 
-def attention_factory(kind: str, *, alpha: float = 1.5, k: int = 4) -> Callable[..., SparseMultiheadAttention]:
+def attention_factory(
+    kind: str, *, alpha: float = 1.5, k: int = 4, length_scaling: bool = False
+) -> Callable[..., SparseMultiheadAttention]:
     """A function of the arguments of ``nn.MultiheadAttention`` that makes a layer of the given kind.
 
     Args:
@@ -21,6 +23,7 @@ def attention_factory(kind: str, *, alpha: float = 1.5, k: int = 4) -> Callable[
             ``alpha``, within [1, 2]) or "topk" (softmax over the ``k`` best keys).
         alpha: For "entmax" and "adaptive".
         k: For "topk".
+        length_scaling: Whether scores grow with the number of visible keys, by a learnt factor.
 
     Raises:
         ValueError: An unknown kind.
@@ -32,7 +35,10 @@ def attention_factory(kind: str, *, alpha: float = 1.5, k: int = 4) -> Callable[
     if kind not in ATTENTION_KINDS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION_KINDS)}, got {kind!r}")
     if kind == "topk":
-        return partial(TopKMultiheadAttention, k=k)
+        return partial(TopKMultiheadAttention, k=k, length_scaling=length_scaling)
     return partial(
-        AdaptiveSparseMultiheadAttention, alpha_init=_NAMED_ALPHA.get(kind, alpha), learn_alpha=kind == "adaptive"
+        AdaptiveSparseMultiheadAttention,
+        alpha_init=_NAMED_ALPHA.get(kind, alpha),
+        learn_alpha=kind == "adaptive",
+        length_scaling=length_scaling,
     )

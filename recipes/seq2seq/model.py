@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_attn import DecoderCache, TransformerDecoderLayer, TransformerEncoderLayer
+from sparse_attn import (
+    NAPE,
+    ALiBi,
+    DecoderCache,
+    Positions,
+    RotaryPositions,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+)
 from sparse_attn.checks import check_alpha, check_dropout, check_k
+from sparse_attn.nn.dropout import Dropout
 
 from .attention import ATTENTION_KINDS, attention_factory
 from .output import output_alpha as alpha_of_output
 from .tokenizer import PAD
+
+POSITIONS = ("sinusoidal", "rotary", "alibi", "nape")
+_OF_HEADS: dict[str, Callable[[int], Positions]] = {"alibi": ALiBi, "nape": NAPE}
 
 
 class Seq2SeqTransformer(nn.Module):
@@ -36,6 +49,9 @@ class Seq2SeqTransformer(nn.Module):
         k: Keys kept by "topk".
         language_dim: Of ``dim``, the part of every source embedding that holds the language, which the first token
             names; 0 for none.
+        positions: Where a token stands: "sinusoidal" (added to the embeddings), or in self-attention alone "rotary",
+            "alibi" or "nape".
+        length_scaling: Whether attention scores grow with the number of visible keys, by a learnt factor.
         output: Distribution of the next token: "softmax", "sparsemax", "entmax15" or "entmax".
         output_alpha: The α of the output "entmax".
 
@@ -75,6 +91,8 @@ class Seq2SeqTransformer(nn.Module):
         alpha: float = 1.5,
         k: int = 4,
         language_dim: int = 0,
+        positions: str = "sinusoidal",
+        length_scaling: bool = False,
         output: str = "softmax",
         output_alpha: float = 1.5,
     ) -> None:
@@ -106,19 +124,33 @@ class Seq2SeqTransformer(nn.Module):
         check_k(k)
         self.output_alpha = alpha_of_output(output, output_alpha)
 
-        make = {place: attention_factory(kind, alpha=alpha, k=k) for place, kind in kinds.items()}
+        if positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
+        make = {
+            place: attention_factory(kind, alpha=alpha, k=k, length_scaling=length_scaling)
+            for place, kind in kinds.items()
+        }
+
+        def in_attention() -> Positions | None:
+            if positions == "sinusoidal":
+                return None
+            return RotaryPositions(dim // num_heads) if positions == "rotary" else _OF_HEADS[positions](num_heads)
+
         options: dict[str, Any] = {"dim_feedforward": ff_dim, "dropout": dropout, "activation": F.relu}
 
         def encoder_layer() -> TransformerEncoderLayer:
-            return TransformerEncoderLayer(dim, num_heads, attention=make["encoder"], **options)
-
-        def decoder_layer() -> TransformerDecoderLayer:
-            return TransformerDecoderLayer(
-                dim, num_heads, attention=make["decoder"], cross_attention=make["cross"], **options
+            return TransformerEncoderLayer(
+                dim, num_heads, attention=make["encoder"], positions=in_attention(), **options
             )
 
-        self.source_embedding = Embedding(source_size, dim, dropout, language_dim)
-        self.target_embedding = Embedding(target_size, dim, dropout)
+        def decoder_layer() -> TransformerDecoderLayer:
+            places = {"positions": in_attention(), **options}
+            return TransformerDecoderLayer(
+                dim, num_heads, attention=make["decoder"], cross_attention=make["cross"], **places
+            )
+
+        self.source_embedding = Embedding(source_size, dim, dropout, language_dim, positions == "sinusoidal")
+        self.target_embedding = Embedding(target_size, dim, dropout, 0, positions == "sinusoidal")
         self.encoder = Encoder([encoder_layer() for _ in range(encoder_layers)], dim)
         self.decoder = Decoder([decoder_layer() for _ in range(decoder_layers)], dim)
         self.output = nn.Linear(dim, target_size)
@@ -163,13 +195,13 @@ class Seq2SeqTransformer(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embeddings with sinusoidal positions, of any length.
+    """Token embeddings, with sinusoidal positions of any length unless attention has its own.
 
     The last ``language_dim`` numbers of every position are an embedding of the first token, the language
     (Peters & Martins 2020, "One-Size-Fits-All Multilingual Models").
     """
 
-    def __init__(self, size: int, dim: int, dropout: float, language_dim: int = 0) -> None:
+    def __init__(self, size: int, dim: int, dropout: float, language_dim: int = 0, sinusoidal: bool = True) -> None:
         super().__init__()
         self.tokens = nn.Embedding(size, dim - language_dim, padding_idx=PAD)
         nn.init.normal_(self.tokens.weight, std=dim**-0.5)
@@ -178,7 +210,8 @@ class Embedding(nn.Module):
         self.language = nn.Embedding(size, language_dim) if language_dim else None
         if self.language is not None:
             nn.init.normal_(self.language.weight, std=dim**-0.5)
-        self.dropout = nn.Dropout(dropout)
+        self.sinusoidal = sinusoidal
+        self.dropout = Dropout(dropout)
 
     def forward(self, ids: Tensor, start: int = 0) -> Tensor:
         """(N, T) ids at positions ``start``, ``start + 1``, ... -> (N, T, dim)."""
@@ -187,7 +220,9 @@ class Embedding(nn.Module):
             embedded = torch.cat([embedded, self.language(ids[:, :1]).expand(-1, ids.shape[1], -1)], -1)
         dim = embedded.shape[-1]
         embedded = embedded * math.sqrt(dim)
-        return self.dropout(embedded + sinusoids(start, ids.shape[1], dim, ids.device).to(embedded.dtype))
+        if self.sinusoidal:
+            embedded = embedded + sinusoids(start, ids.shape[1], dim, ids.device).to(embedded.dtype)
+        return self.dropout(embedded)
 
 
 def sinusoids(start: int, length: int, dim: int, device: torch.device | None = None) -> Tensor:

@@ -68,13 +68,16 @@ class Scores:
 
 
 @torch.no_grad()
-def score(task: Seq2SeqTask, loader: Iterable[dict[str, Any]], decode: Decode | None = None) -> Scores:
+def score(
+    task: Seq2SeqTask, loader: Iterable[dict[str, Any]], decode: Decode | None = None, *, losses: bool = True
+) -> Scores:
     """Predicts every word of an evaluation loader and compares; the task is left in the mode it was in.
 
     Args:
         task: The model, with the vocabularies of the data.
         loader: Evaluation batches.
         decode: From source ids (N, S) to the target ids of each row; greedy decoding if not given.
+        losses: Whether loss and support are wanted; an ensemble has neither.
     """
     training = task.training
     task.eval()
@@ -82,7 +85,8 @@ def score(task: Seq2SeqTask, loader: Iterable[dict[str, Any]], decode: Decode | 
     try:
         for batch in loader:
             tensors = ("source", "target_in", "target_out")
-            task.score_batch({**batch, **{name: batch[name].to(task.device) for name in tensors}}, scores, decode)
+            batch = {**batch, **{name: batch[name].to(task.device) for name in tensors}}
+            task.score_batch(batch, scores, decode, losses=losses)
     finally:
         task.train(training)
     return scores

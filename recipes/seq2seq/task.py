@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparse_attn.optim import alpha_param_groups
 
+from ..processes import share_of_batch
 from .data.batching import EVAL_BATCH_TOKENS, BatchByLength, pad
 from .decode import greedy_decode
 from .model import Seq2SeqTransformer
@@ -20,6 +21,8 @@ from .output import next_token_log_probabilities, output_loss
 from .schedules import check_schedule, rate_factor
 from .scores import Decode, Scores
 from .tokenizer import PAD, Tokenizer
+
+Decoded = TypeVar("Decoded")
 
 # Of checkpoints: raised when the weights or hyper-parameters of an earlier version no longer fit.
 LAYOUT = 2
@@ -112,7 +115,7 @@ class Seq2SeqTask(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Makes dropout a function of seed and epoch: a resumed run goes on as if it had never stopped."""
-        torch.manual_seed((self.hparams["seed"] << 20) + self.current_epoch)
+        torch.manual_seed((self.global_rank << 52) + (self.hparams["seed"] << 20) + self.current_epoch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of the output's mapping at the target tokens, padding left out.
@@ -120,8 +123,11 @@ class Seq2SeqTask(L.LightningModule):
         Raises:
             ValueError: If it is not a finite number: the training has diverged.
         """
+        weight = 1.0
+        if (processes := self._trainer.world_size if self._trainer else 1) > 1:
+            batch, weight = share_of_batch(batch, self.global_rank, processes, PAD)
         logits = self(batch["source"], batch["target_in"])
-        loss = output_loss(
+        loss = weight * output_loss(
             logits.flatten(0, 1),
             batch["target_out"].flatten(),
             self.model.output_alpha,
@@ -130,10 +136,11 @@ class Seq2SeqTask(L.LightningModule):
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the training loss must be finite, got {loss.item()} at step {self.global_step + 1}; "
-                f"a learning_rate below {self.hparams['learning_rate']} may help"
+                f"a learning_rate below {self.hparams['learning_rate']}, or a weight_decay below "
+                f"{self.hparams['weight_decay']}, may help"
             )
         size = len(batch["source"])
-        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=size)
+        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=True)
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -149,20 +156,24 @@ class Seq2SeqTask(L.LightningModule):
         for name, value in self._scores.metrics().items():
             self.log(f"val/{name}", value, prog_bar=name == self.hparams["metrics"][0])
 
-    def score_batch(self, batch: dict[str, Any], scores: Scores, decode: Decode | None = None) -> None:
+    def score_batch(
+        self, batch: dict[str, Any], scores: Scores, decode: Decode | None = None, *, losses: bool = True
+    ) -> None:
         """Adds the words of an evaluation batch to ``scores``; its tensors are on the device of the task.
 
         Args:
             batch: An evaluation batch.
             scores: What is added to.
             decode: From source ids (N, S) to the target ids of each row; greedy decoding if not given.
+            losses: Whether loss and support of the model are wanted.
         """
         source, target = batch["source"], batch["target_out"]
-        logits, real = self(source, batch["target_in"]).float()[target != PAD], target[target != PAD]
-        scores.loss_sum += output_loss(logits, real, self.model.output_alpha, reduction="sum").item()
-        probable = next_token_log_probabilities(logits, self.model.output_alpha) > -math.inf
-        scores.support_sum += int(probable.sum())
-        scores.tokens += len(real)
+        if losses:
+            logits, real = self(source, batch["target_in"]).float()[target != PAD], target[target != PAD]
+            scores.loss_sum += output_loss(logits, real, self.model.output_alpha, reduction="sum").item()
+            possible = next_token_log_probabilities(logits, self.model.output_alpha) > -math.inf
+            scores.support_sum += int(possible.sum())
+            scores.tokens += len(real)
         scores.sources += batch["sources"]
         scores.predictions += self._decode(source) if decode is None else self._written(decode(source))
         scores.references += batch["references"]
@@ -170,15 +181,20 @@ class Seq2SeqTask(L.LightningModule):
 
     @torch.no_grad()
     def predict_words(self, words: Sequence[str], *, batch_size: int = 512) -> list[list[str]]:
-        """The target tokens of each word; source tokens never seen in training are read as unknown."""
+        """The target tokens of each word by greedy decoding; source tokens never seen in training are unknown."""
+        return self.decode_words(words, self._decode, batch_size=batch_size)
+
+    @torch.no_grad()
+    def decode_words(
+        self, words: Sequence[str], decode: Callable[[Tensor], Sequence[Decoded]], *, batch_size: int = 512
+    ) -> list[Decoded]:
+        """What ``decode`` makes of each word, from source ids (N, S) of several words."""
         rows = [self.source_tokenizer.encode(word) for word in words]
         lengths = [(len(row), 0) for row in rows]
-        predictions: list[list[str]] = [[] for _ in rows]
+        found: dict[int, Decoded] = {}
         for batch in BatchByLength(lengths, batch_size, batch_tokens=EVAL_BATCH_TOKENS, shuffle=False, seed=0):
-            decoded = self._decode(pad([rows[index] for index in batch]).to(self.device))
-            for index, prediction in zip(batch, decoded, strict=True):
-                predictions[index] = prediction
-        return predictions
+            found.update(zip(batch, decode(pad([rows[index] for index in batch]).to(self.device)), strict=True))
+        return [found[index] for index in range(len(rows))]
 
     def _decode(self, source: Tensor) -> list[list[str]]:
         return self._written(greedy_decode(self.model, source, max_length=self.hparams["max_length"]))

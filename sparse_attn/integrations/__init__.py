@@ -1,1 +1,1 @@
-"""Sparse attention in the models of other libraries, each imported only when its functions are called."""
+"""Sparse attention in the models of other libraries. A library is imported only when a function needs it."""

@@ -1,6 +1,7 @@
-"""How mappings and attention are computed; their meaning is defined by ``sparse_attn.ops``.
+"""Computation of the mappings and of attention, whose meaning ``sparse_attn.ops`` defines.
 
-From top to bottom, each importing only what is below it: ``choose_attention`` (what runs an attention call),
-``functions`` (differentiable functions), ``dispatch`` (which backend computes), the backends ``plain``, ``cpu`` and
-``triton``, ``reference`` (the oracle of all backends), ``alpha`` and ``setting`` (arguments as kernels take them).
+The modules from top to bottom; each imports only modules below it: ``choose_attention`` (which implementation runs an
+attention call), ``functions`` (differentiable functions), ``dispatch`` (which backend computes), the backends
+``plain``, ``cpu`` and ``triton``, ``reference`` (the oracle of all backends), ``alpha`` and ``setting`` (arguments in
+the form that kernels take).
 """

@@ -1,9 +1,9 @@
-"""The one place that says what runs an attention call, and brings its tensors into shape for that.
+"""Chooses the implementation of an attention call, and reshapes its tensors for it. No other module chooses.
 
-fused        `functions.fused`: without a tensor of scores, by Triton
-native       `functions.native`: likewise on a CPU, in C
-in blocks    `functions.blockwise`: over blocks of queries, where scores are many
-one matrix   `ops.attention`: all scores at once, under every transform, and where the weights are asked for
+fused        `functions.fused`: Triton kernels, no tensor of scores
+native       `functions.native`: a C kernel for CPUs, no tensor of scores
+in blocks    `functions.blockwise`: one block of queries at a time, for many scores
+one matrix   `ops.attention`: all scores at once; works under every transform and returns weights
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sparse_attn.checks import check_alpha
+from sparse_attn.checks import check_alpha, compute_dtype
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.alpha import split_alpha
 from sparse_attn.kernels.functions.blockwise import blockwise_attention
@@ -24,18 +24,17 @@ from sparse_attn.kernels.functions.fused import fused_attention
 from sparse_attn.kernels.functions.native import native_attention
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.masks import check_mask, dense_mask, described_causal
-from sparse_attn.transforms import values_known
-from sparse_attn.versions import is_exporting
+from sparse_attn.transforms import needs_plain_operations, values_known
 
-# Blocks of queries are faster than one matrix from about this size of the matrix of a head.
+# From about this number of scores per head, blocks of queries are faster than one matrix.
 _LARGE = 2**18
 
 
-class Call(NamedTuple):  # taken apart by names: Dynamo before torch 2.9 cannot slice one
+class Call(NamedTuple):
     """The arguments of an attention call; shapes and meanings as in :func:`sparse_attn.entmax_attention`."""
 
     query: Tensor
-    key: Tensor  # as many heads as the query, or a divisor of them
+    key: Tensor  # its number of heads is that of the query or a divisor of it
     value: Tensor
     alpha: float | Tensor  # a number, or a tensor that broadcasts to (H, 1, 1)
     k: int | None  # how many keys a query keeps; None: all
@@ -46,7 +45,7 @@ class Call(NamedTuple):  # taken apart by names: Dynamo before torch 2.9 cannot 
 
 
 def choose_attention(call: Call) -> Callable[[Call], Tensor] | None:
-    """The function that computes (..., H, L, Dv) of a call without its weights; None where one matrix has to do."""
+    """The function that computes the output (..., H, L, Dv) of a call without weights; None: use one matrix."""
     if _is_native(call):
         return _native
     if _can_fuse(call):
@@ -55,34 +54,35 @@ def choose_attention(call: Call) -> Callable[[Call], Tensor] | None:
 
 
 def attend_packed(call: Call, query_starts: Tensor, key_starts: Tensor) -> Tensor | None:
-    """The output of packed sequences in one call of the kernel in C; None where each has to be computed by itself.
+    """The output of packed sequences in one call of the C kernel; None if it cannot compute them.
 
     The call has query (1, H, L, D), key (1, Hk, S, D), value (1, Hk, S, Dv) and no mask; lengths are checked.
     """
     if not _is_native(call):
         return None
     q, k, v, alpha, _, offset, _ = _in_heads(call)
-    setting = Setting(0.0, call.scale, call.dropout_p, offset, call.k)
+    per_head, a = split_alpha(alpha)
+    setting = Setting(a, float(call.scale), float(call.dropout_p), offset, call.k)
     starts = (query_starts.to(torch.int64).contiguous(), key_starts.to(torch.int64).contiguous())
-    return native_attention(q, k, v, alpha, None, setting, *starts)
+    return native_attention(q, k, v, per_head, None, setting, *starts)
 
 
 def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values with a head for each head of the query, where one of theirs serves several."""
+    """Keys and values with their heads repeated to the number of query heads (grouped-query attention)."""
     if query.dim() < 3 or key.shape[-3] in (1, query.shape[-3]) or query.shape[-3] == 1:
         return key, value
     group = query.shape[-3] // key.shape[-3]
     # Torch before 2.13 exports ``repeat_interleave`` with a fixed length.
-    repeated = [x.unsqueeze(-3).expand(*x.shape[:-2], group, *x.shape[-2:]).flatten(-4, -3) for x in (key, value)]
-    return repeated[0], repeated[1]
+    repeated = (x.unsqueeze(-3).expand(*x.shape[:-2], group, *x.shape[-2:]).flatten(-4, -3) for x in (key, value))
+    return next(repeated), next(repeated)
 
 
 def _can_fuse(call: Call) -> bool:
-    """Whether the fused kernels take a call: not in an export, a transform or forward mode, and not in float64."""
-    query, key, value = call.query, call.key, call.value
-    if call.k is not None or not dispatch.by_triton(query, _autocast_dtype(query)):
+    """Whether the fused kernels accept a call: not in an export, a transform or forward mode, and not in float64."""
+    query, key, value = call.query, call.key, call.value  # Dynamo before torch 2.9 cannot slice a named tuple
+    if call.k is not None or not dispatch.by_triton(query, autocast_dtype(query)):
         return False
-    if is_exporting() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if needs_plain_operations() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in (query, key, value)) or torch.compiler.is_compiling()
     fits = max(query.shape[-1], value.shape[-1]) <= dispatch.fused_plan().LARGEST_HEAD
@@ -90,12 +90,12 @@ def _can_fuse(call: Call) -> bool:
 
 
 def _is_native(call: Call) -> bool:
-    """Whether the kernel in C takes a call: not in an export, a transform or forward mode."""
+    """Whether the C kernel accepts a call: not in an export, a transform or forward mode."""
     query, key, value = call.query, call.key, call.value
     if not dispatch.by_c(query.device) or forward_ad._current_level >= 0:
         return False
     if torch.compiler.is_compiling():
-        if is_exporting() or torch._C._are_functorch_transforms_active():
+        if needs_plain_operations() or torch._C._are_functorch_transforms_active():
             return False
     elif not values_known(query, key, value):
         return False
@@ -103,7 +103,7 @@ def _is_native(call: Call) -> bool:
 
 
 def _can_block(call: Call) -> bool:
-    """Whether a call has many scores, no transform is at work, and no gradient is wanted for a mask of their size."""
+    """Whether a call has many scores, no transform is active, and the mask needs no gradient of the scores' size."""
     if not values_known(call.query) or torch.is_autocast_enabled(call.query.device.type):
         return False
     if call.mask is not None and call.mask.requires_grad:
@@ -112,7 +112,7 @@ def _can_block(call: Call) -> bool:
 
 
 class _Heads(NamedTuple):
-    """A call as fused and native kernels take it; scores have the shape (..., H, L, S)."""
+    """A call in the form that fused and native kernels take; scores have the shape (..., H, L, S)."""
 
     query: Tensor  # (N, H, L, D)
     key: Tensor  # (N, Hk, S, D), Hk a divisor of H
@@ -120,12 +120,12 @@ class _Heads(NamedTuple):
     alpha: float | Tensor  # a number or (H,)
     mask: Tensor | None  # (N or 1, H or 1, L or 1, S or 1)
     offset: int | None
-    output: tuple[int, ...]  # the shape that the call asks for
+    output: tuple[int, ...]  # the shape of the call's output
 
 
 def _in_heads(call: Call) -> _Heads:
-    query, key, value = call.query, call.key, call.value
-    dtype = _autocast_dtype(query)
+    query, key, value = call.query, call.key, call.value  # Dynamo before torch 2.9 cannot slice a named tuple
+    dtype = autocast_dtype(query)
     if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     sizes, key_sizes, value_sizes = query.shape, key.shape, value.shape
@@ -157,7 +157,7 @@ def _in_heads(call: Call) -> _Heads:
 
 
 def _fused(call: Call) -> Tensor:
-    """By the fused kernels."""
+    """Attention by the fused kernels."""
     q, k, v, alpha, mask, offset, shape = _in_heads(call)
     if not isinstance(alpha, Tensor) and alpha == 1:
         output = _softmax(q, k, v, mask, call.dropout_p, offset, call.scale)
@@ -169,16 +169,18 @@ def _fused(call: Call) -> Tensor:
 
 
 def _native(call: Call) -> Tensor:
-    """By the kernel in C, which also knows ``k``."""
+    """Attention by the C kernel, which also supports ``k``."""
     q, k, v, alpha, mask, offset, shape = _in_heads(call)
-    setting = Setting(0.0, call.scale, call.dropout_p, offset, call.k)
-    output = native_attention(q, k, v, alpha, mask, setting)
+    per_head, a = split_alpha(alpha)
+    setting = Setting(a, float(call.scale), float(call.dropout_p), offset, call.k)
+    output = native_attention(q, k, v, per_head, mask, setting)
     return output if output.shape == shape else output.reshape(shape)
 
 
 def _in_blocks(call: Call) -> Tensor:
-    """In blocks of queries, which take (R, L, D): batch and heads one by one."""
-    query, (key, value) = call.query, repeat_heads(*call[:3])
+    """Attention in blocks of queries: batch and heads are flattened to R, half precision is computed in float32."""
+    query, key, value = (x.to(compute_dtype(x)) for x in call[:3])
+    key, value = repeat_heads(query, key, value)
     batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     shape = (*batch, query.shape[-2], key.shape[-2])
     mask, offset = _mask_and_offset(call.mask, call.is_causal, shape, query.device)
@@ -190,13 +192,13 @@ def _in_blocks(call: Call) -> Tensor:
         alpha = alpha.expand(*batch, 1, 1).reshape(-1)
     setting = Setting(a, call.scale, call.dropout_p, offset, call.k)
     query, key, value = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (query, key, value))
-    return blockwise_attention(query, key, value, alpha, mask, setting).view(*shape[:-1], -1)
+    return blockwise_attention(query, key, value, alpha, mask, setting).view(*shape[:-1], -1).to(call.query.dtype)
 
 
 def _mask_and_offset(
     mask: Tensor | None, is_causal: bool, shape: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor | None, int | None]:
-    """The mask, checked against scores of that shape; a causal one as the offset of ``Setting`` in its place."""
+    """The checked mask and the offset of ``Setting``; a causal mask is returned as an offset only."""
     if mask is None:
         return None, 0 if is_causal else None
     described = described_causal(mask)
@@ -216,7 +218,7 @@ def _softmax(
     offset: int | None,
     scale: float,
 ) -> Tensor:
-    """Softmax attention is torch's."""
+    """Softmax attention, by torch's ``scaled_dot_product_attention``."""
     if mask is not None and mask.is_floating_point():
         lowest = torch.finfo(mask.dtype).min
         mask = mask.masked_fill(mask <= lowest, float("-inf")).to(query.dtype)
@@ -228,15 +230,15 @@ def _softmax(
     )
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks of ``scaled_dot_product_attention``; None for the tensor's own."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast converts the inputs of ``scaled_dot_product_attention``; None: no conversion."""
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(x.device.type)
 
 
 def _lengths(mask: Tensor, batch: int, keys: int) -> Tensor | None:
-    """Where padding begins, (N,), under a mask that is the same for all heads and queries: nobody looks beyond."""
+    """The position (N,) from which a mask that all heads and queries share hides all keys: kernels skip these."""
     if mask.shape[1] != 1 or mask.shape[2] != 1:
         return None
     seen = mask if mask.dtype == torch.bool else ~(mask.detach() <= torch.finfo(mask.dtype).min)
@@ -245,7 +247,7 @@ def _lengths(mask: Tensor, batch: int, keys: int) -> Tensor | None:
 
 
 def _four_dimensions(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A mask with four dimensions, each of full size or 1: what it broadcasts over stays unwritten."""
+    """A view of a mask with four dimensions, each of full size or 1, without expanding those of size 1."""
     mask = mask[(None,) * (max(len(shape), 4) - mask.dim())]
     batch = mask.shape[:-3]
     if len(batch) > 1:

@@ -1,6 +1,6 @@
-"""Chooses the backend that computes rows and products: kernels where a tensor has any, plain torch otherwise.
+"""Chooses the backend that computes rows and attention: a kernel if there is one for the tensor, else plain torch.
 
-No other module above the backends imports one.
+Of the modules above the backends, only this one imports them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from torch import Tensor
 
 from sparse_attn.kernels import triton
 from sparse_attn.kernels.cpu import attention as native_attention
-from sparse_attn.kernels.cpu import products as sparse_products
 from sparse_attn.kernels.cpu import rows
-from sparse_attn.kernels.plain import products as dense_products
 from sparse_attn.kernels.plain import rows as plain_rows
 from sparse_attn.kernels.triton.attention import plan
 
@@ -30,7 +28,7 @@ _forced: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
 def backends() -> dict[str, str]:
-    """The backends in order of preference: how each runs, or why it cannot.
+    """The backends in order of preference, each with a text that says how it runs, or why it is not available.
 
     Example:
         >>> list(backends())
@@ -46,12 +44,13 @@ def use_backend(name: str) -> Iterator[None]:
     """Compute with one backend only, in this thread, until the context ends.
 
     Args:
-        name: A key of :func:`backends`. What a backend has no kernel for is still computed by torch. "triton" computes
-            CPU tensors only in Triton's interpreter (``TRITON_INTERPRET=1``), and only when it is forced.
+        name: A key of :func:`backends`. An operation for which the backend has no kernel is computed by torch.
+            "triton" computes CPU tensors only in Triton's interpreter (``TRITON_INTERPRET=1``), and only under this
+            function.
 
     Raises:
-        ValueError: There is no backend of that name.
-        RuntimeError: It is not available.
+        ValueError: There is no backend called ``name``.
+        RuntimeError: The backend is not available.
 
     Example:
         >>> import torch
@@ -84,10 +83,14 @@ def _status() -> dict[str, tuple[bool, str]]:
 def entmax_forward(
     scores: Tensor, a: float | Tensor, lowest: float, k: int | None = None, *, in_place: bool = False
 ) -> Tensor:
-    """As :func:`kernels.reference.entmax.entmax_forward`, of the ``k`` largest scores of each row if ``k`` is given.
+    """As :func:`kernels.reference.entmax.entmax_forward`, over the ``k`` largest scores of each row if ``k`` is given.
+
+    A row of ``k`` scores or fewer keeps all of them.
 
     ``in_place`` allows the scores to be overwritten.
     """
+    if k is not None and k >= scores.shape[-1]:
+        k = None
     if by_triton(scores):
         return _triton_rows().entmax_forward(scores, a, lowest, k, in_place=in_place)
     if _compiled(scores):
@@ -108,40 +111,31 @@ def entmax_backward(
     return plain_rows.entmax_backward(p, a, grad, with_alpha=with_alpha)
 
 
-def products(p: Tensor, *others: Tensor) -> ModuleType:
-    """The module that multiplies weights ``p`` with these matrices: dense products, or products that skip the zeros.
-
-    Only dense products have gradients.
-    """
-    skip_zeros = not torch.is_grad_enabled() and _compiled(p) and sparse_products.worth_it(p, *others)
-    return sparse_products if skip_zeros else dense_products
-
-
 def fused_kernels() -> ModuleType:
-    """The module of fused attention, for tensors of which :func:`by_triton` is true; the first call imports Triton."""
+    """The module of fused attention, for tensors with a true :func:`by_triton`. The first call imports Triton."""
     return importlib.import_module("sparse_attn.kernels.triton.attention.entry")
 
 
 def native_kernels() -> ModuleType:
-    """The module of attention in C: for tensors of a device of which :func:`by_c` is true."""
+    """The module of attention in C, for tensors on a device with a true :func:`by_c`."""
     return native_attention
 
 
 def fused_plan() -> ModuleType:
-    """Sizes of the fused kernels and of what they keep for a backward, for which Triton need not be there."""
+    """The module with the sizes of the fused kernels and of the tensors kept for a backward; does not import Triton."""
     return plan
 
 
 def by_triton(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether kernels in Triton compute with ``x``, or with ``x`` cast to ``dtype``.
 
-    They give NaN for an α out of range: checking it would make the host wait for the device at every call.
+    These kernels give NaN for an α out of range: a check would make the host wait for the device at every call.
     """
     return (x.dtype if dtype is None else dtype) in _TRITON_DTYPES and _triton_computes(x.device.type)
 
 
 def _triton_computes(device: str) -> bool:
-    """Constant in compiled code: it keeps the backend that was chosen when it was compiled."""
+    """Constant in compiled code, which keeps the backend that was chosen at compilation."""
     if device == "cpu":  # only in the interpreter, see use_backend
         return _forced.get() == "triton" and triton.interpreted()
     if device != "cuda" or _forced.get() not in (None, "triton"):
@@ -152,7 +146,7 @@ def _triton_computes(device: str) -> bool:
     return available
 
 
-# What torch.compiler.assume_constant_result does, but that imports Dynamo, which takes a second.
+# The same as torch.compiler.assume_constant_result, whose import of Dynamo would take a second.
 _triton_computes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -162,7 +156,7 @@ def _warn_once(message: str) -> None:
 
 
 def _triton_rows() -> ModuleType:
-    return importlib.import_module("sparse_attn.kernels.triton.rows")  # which imports Triton
+    return importlib.import_module("sparse_attn.kernels.triton.rows")  # imports Triton
 
 
 def by_c(device: torch.device) -> bool:

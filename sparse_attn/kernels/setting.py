@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 
 class Setting(NamedTuple):
-    """Everything that attention needs beside its tensors."""
+    """The arguments of attention that are not tensors."""
 
-    a: float  # α - 1; not used where there is a tensor of α
+    a: float  # α - 1; not used if α is a tensor
     scale: float
     dropout_p: float
     offset: int | None  # causal: query i sees the keys up to i + offset; None: every query sees every key

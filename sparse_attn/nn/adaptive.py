@@ -1,4 +1,4 @@
-"""Multi-head attention that learns, per head, how sparse to be."""
+"""Multi-head attention with one learnt α per head."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
-    """``nn.MultiheadAttention`` with α-entmax in the place of softmax and one learnt α per head.
+    """``nn.MultiheadAttention`` with α-entmax in place of softmax and one learnt α per head.
 
     ::
 
@@ -29,7 +29,7 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
         value ─ linear ──────────────────────────────────────────────────────┴─ heads ─ out_proj
 
     Args:
-        embed_dim: As in ``nn.MultiheadAttention``, like everything up to ``dtype``.
+        embed_dim: Embedding size E. This and all arguments up to ``dtype`` are those of ``nn.MultiheadAttention``.
         num_heads: Number of heads H, a divisor of ``embed_dim``.
         dropout: Probability that a weight is dropped in training.
         bias: Biases on the projections.
@@ -38,30 +38,30 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
         kdim: Size of the keys; ``embed_dim`` by default.
         vdim: Size of the values; ``embed_dim`` by default.
         batch_first: (N, L, E) instead of (L, N, E).
-        device: Of the parameters.
-        dtype: Of the parameters; α is kept in float32 or wider, also by ``.to`` and ``.half``, since in bfloat16 no
-            optimizer step would move it.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters. α stays in float32 or wider, also after ``.to`` and ``.half``: in bfloat16
+            optimizer steps would be too small to change α.
         alpha_init: The initial α: a number, or one per head.
         alpha_range: The closed interval that a learnt α stays in; α = 1 is softmax, 2 is sparsemax.
-        learn_alpha: Whether α is a parameter. If not, it may be any in ``(0, inf)``, and the state dict is that of
-            ``nn.MultiheadAttention`` as long as α is the initial one.
-        num_kv_heads: Heads of keys and values, a divisor of ``num_heads``; the others share them.
+        learn_alpha: Whether α is a parameter. A fixed α may have any value in ``(0, inf)``; the state dict is that of
+            ``nn.MultiheadAttention`` unless :func:`sparse_attn.optim.set_alpha` was called.
+        num_kv_heads: Number of heads of keys and values, a divisor of ``num_heads``; query heads share them.
         window: (left, right): how many keys a query sees before and after its own position; one int for both sides.
         qk_norm: RMSNorm on the queries and keys of every head.
-        positions: ``RotaryPositions``, ``ALiBi``, ``NAPE`` or a ``Positions`` of one's own.
-        length_scaling: Scores that grow with the number of keys; see ``LengthScaling``. This and the four before it
-            are described in :class:`SparseMultiheadAttention`.
+        positions: ``RotaryPositions``, ``ALiBi``, ``NAPE`` or another subclass of ``Positions``.
+        length_scaling: Scale queries by a learnt factor that grows with the number of keys. This argument and the four
+            before are described in :class:`SparseMultiheadAttention`.
 
     Attributes:
         alpha: (H,) the current α per head, differentiable when learnt.
         raw_alpha: (H,) the parameter behind it. A state dict without it (a dense checkpoint) loads and keeps the
-            current α. Give it no weight decay, which would pull α to its lower bound and hold it there:
-            :func:`sparse_attn.optim.alpha_param_groups` sees to that. Where α is not learnt None, and a buffer from
-            :func:`sparse_attn.optim.set_alpha` on.
+            current α. Give it no weight decay, which would decrease α to its lower bound and keep it there:
+            :func:`sparse_attn.optim.alpha_param_groups` makes such parameter groups. If α is not learnt: None, or a
+            buffer after a call of :func:`sparse_attn.optim.set_alpha`.
 
     Raises:
-        ValueError: ``embed_dim`` is no multiple of ``num_heads``; ``alpha_init`` lies outside ``alpha_range``, or that
-            outside ``(0, inf)``.
+        ValueError: ``embed_dim`` is not a multiple of ``num_heads``; ``alpha_init`` is outside ``alpha_range``, or
+            ``alpha_range`` outside ``(0, inf)``.
 
     Shape:
         As in ``nn.MultiheadAttention``; see :meth:`forward`.
@@ -131,21 +131,21 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
             self.register_parameter("raw_alpha", None)
 
     def _initial_raw_alpha(self) -> Tensor:
-        weight = next(self.parameters())  # not that of out_proj: what a user has put there need not have one
+        weight = next(self.parameters())  # not that of out_proj: a user's out_proj may have no weight
         return torch.tensor(self.alpha_init, dtype=torch.promote_types(weight.dtype, torch.float32), device="cpu")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         had_no_values = self.raw_alpha is not None and self.raw_alpha.is_meta
         super()._apply(fn, recurse)
         if had_no_values and self.raw_alpha is not None and not self.raw_alpha.is_meta:
-            # From the meta device ``to_empty`` alone leads away. Its memory is anything, and a checkpoint without α,
-            # which fills all the rest, would leave it so.
+            # A module leaves the meta device only by `to_empty`, which does not initialise memory. A checkpoint without
+            # α fills all other parameters, so α is initialised here.
             fill(self.raw_alpha, self._initial_raw_alpha())
         return self
 
     def _reset_parameters(self) -> None:
         super()._reset_parameters()
-        raw_alpha = getattr(self, "raw_alpha", None)  # torch's constructor calls this before there is one
+        raw_alpha = getattr(self, "raw_alpha", None)  # torch's constructor calls this method before α exists
         if raw_alpha is not None:
             fill(raw_alpha, self._initial_raw_alpha())
 
@@ -157,13 +157,13 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
         return self._initial_raw_alpha().to(next(self.parameters()).device)
 
     def mapping(self) -> ScoreMapping:
-        """α-entmax over the keys; one fixed α for all heads goes as a number, which is faster."""
+        """α-entmax over the keys. If all heads have the same fixed α, it is passed as a number, which is faster."""
         if self.raw_alpha is None and len(set(self.alpha_init)) == 1:
             return entmax_mapping(self.alpha_init[0], self.num_heads)
         return entmax_mapping(self.alpha, self.num_heads)
 
     def extra_repr(self) -> str:
-        """The α arguments, as given, and what all of these layers show."""
+        """The α arguments as given, and those of the base class."""
         inits = set(self.alpha_init)
         init = self.alpha_init[0] if len(inits) == 1 else self.alpha_init
         own = f"alpha_init={init}, alpha_range={self.alpha_range}, learn_alpha={self.learn_alpha}"

@@ -1,4 +1,4 @@
-"""What every drop-in for ``nn.MultiheadAttention`` shares: all of it but the mapping from scores to weights."""
+"""Base class of the layers that replace ``nn.MultiheadAttention``: everything except the mapping to weights."""
 
 from __future__ import annotations
 
@@ -19,32 +19,35 @@ from sparse_attn.ops.attention import ScoreMapping, attend
 
 
 class SparseMultiheadAttention(nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` with the mapping left open; a subclass says what :meth:`mapping` is.
+    """``nn.MultiheadAttention`` with an abstract :meth:`mapping`, which subclasses define.
 
-    Arguments, shapes, masks, state-dict names and return values are those of ``nn.MultiheadAttention``. What differs:
+    Arguments, shapes, masks, state-dict names and return values are those of ``nn.MultiheadAttention``. The
+    differences are:
 
-    - a mask is always honoured, whatever ``is_causal`` says; ``is_causal=True`` without a mask builds the causal one;
-    - a query that sees nothing gets zero weights, and the out-projection's bias as its output;
+    - a mask is always applied, for any ``is_causal``; ``is_causal=True`` without a mask builds the causal mask;
+    - a query with no visible key gets zero weights, and the out-projection's bias as its output;
     - ``cache`` keeps projected keys and values between calls;
     - wrong input raises ValueError or TypeError, never AssertionError.
 
-    Beyond torch's arguments there are, by name:
+    The keyword arguments beyond torch's are:
 
     Args:
-        num_kv_heads: Heads of keys and values, a divisor of ``num_heads``, each shared by ``num_heads / num_kv_heads``
-            neighbours: grouped-query attention, or multi-query attention with 1 (Ainslie et al. 2023). With fewer than
-            ``num_heads`` the projections are the three that ``kdim`` and ``vdim`` make: ``q_proj_weight`` (E, E),
-            ``k_proj_weight`` and ``v_proj_weight`` with ``num_kv_heads * D`` rows, ``in_proj_bias`` the biases of the
-            three in this order, ``bias_k`` and ``bias_v`` (1, 1, num_kv_heads * D).
-        window: (left, right): a query sees no key more than ``left`` places before its own or ``right`` after; None for
-            no limit. One int is both. Mistral's ``sliding_window=w`` is ``(w - 1, 0)``.
-        qk_norm: RMSNorm on queries and keys of each head before they are compared, with weights ``q_norm.weight`` and
-            ``k_norm.weight`` (D,) that all heads share (Henry et al. 2020; Dehghani et al. 2023).
-        positions: Built-in positions: ``RotaryPositions``, ``ALiBi``, ``NAPE`` or a :class:`Positions` of one's own.
-            The keys that ``add_bias_kv`` and ``add_zero_attn`` add stand nowhere: they are not turned, their scores
-            have no bias, and every window shows them.
-        length_scaling: Multiply queries by a learnt factor that grows with the number of keys they see, see
-            :class:`LengthScaling` (parameters ``length_scaling.beta_weight``, ``beta_bias`` and two of ``gamma``).
+        num_kv_heads: Number of heads of keys and values, a divisor of ``num_heads``. Each is shared by
+            ``num_heads / num_kv_heads`` consecutive query heads: grouped-query attention, or multi-query attention
+            with 1 (Ainslie et al. 2023). With fewer than ``num_heads``, there are three projections, as with ``kdim``
+            and ``vdim``: ``q_proj_weight`` (E, E), and ``k_proj_weight`` and ``v_proj_weight`` with
+            ``num_kv_heads * D`` rows. ``in_proj_bias`` concatenates their biases in this order; ``bias_k`` and
+            ``bias_v`` are (1, 1, num_kv_heads * D).
+        window: (left, right): a query sees at most ``left`` keys before its own position and ``right`` after; None for
+            no limit on that side. One int sets both. Mistral's ``sliding_window=w`` is ``(w - 1, 0)``.
+        qk_norm: RMSNorm on the queries and keys of each head, with weights ``q_norm.weight`` and ``k_norm.weight``
+            (D,) that all heads share (Henry et al. 2020; Dehghani et al. 2023).
+        positions: Position encoding: ``RotaryPositions``, ``ALiBi``, ``NAPE`` or another subclass of
+            :class:`Positions`. The extra keys of ``add_bias_kv`` and ``add_zero_attn`` have no position: no rotary
+            turn, bias or window applies to them.
+        length_scaling: Multiply queries by a learnt factor that grows with the number of visible keys, see
+            :class:`LengthScaling` (its parameters are ``length_scaling.beta_weight``, ``beta_bias``, ``gamma_weight``
+            and ``gamma_bias``).
     """
 
     def __init__(
@@ -98,8 +101,8 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             device,
             dtype,
         )
-        # nn.TransformerEncoderLayer asks this attribute whether it may call its fused softmax kernel in eval mode
-        # instead of our forward. Which projections there are, ``in_proj_weight`` itself tells.
+        # False keeps nn.TransformerEncoderLayer from calling its fused softmax kernel in eval mode instead of this
+        # forward. So this attribute does not say which projections exist: code here tests `in_proj_weight` for that.
         self._qkv_same_embed_dim = False
         factory: Any = {"device": device, "dtype": dtype}
         self.num_kv_heads = num_kv_heads
@@ -113,7 +116,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             self._share_heads(factory)
 
     def _share_heads(self, factory: Any) -> None:
-        """Parameters of as many heads of keys and values as there are, in the place of torch's."""
+        """Replace torch's parameters by those for ``num_kv_heads`` heads of keys and values."""
         kv_dim = self.num_kv_heads * self.head_dim
         self.register_parameter("in_proj_weight", None)
         self.q_proj_weight = nn.Parameter(torch.empty(self.embed_dim, self.embed_dim, **factory))
@@ -127,13 +130,14 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        # torch's own asks ``_qkv_same_embed_dim``, which does not tell the truth here once construction is over.
+        # torch's method reads `_qkv_same_embed_dim` to find the projections. The attribute is always False after
+        # construction (see __init__), so it is set to the true value during the call.
         self._qkv_same_embed_dim = self.in_proj_weight is not None
         super()._reset_parameters()
         self._qkv_same_embed_dim = False
 
     def extra_repr(self) -> str:
-        """What there is beyond torch's arguments, where it is no module of its own."""
+        """The arguments beyond torch's that are not submodules."""
         shown = [f"num_kv_heads={self.num_kv_heads}"] if self.num_kv_heads < self.num_heads else []
         return ", ".join(shown if self.window is None else [*shown, f"window={self.window}"])
 
@@ -167,18 +171,19 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             attn_mask: (L, S) or (N * num_heads, L, S): True = masked, or a float added to the scores.
             average_attn_weights: Weights averaged over the heads, or one map per head.
             is_causal: Without ``attn_mask``, query ``i`` sees keys up to ``i``; with a cache, up to its own position.
-            cache: Past keys and values, extended in place by this call; masks then span all S keys, past ones included.
-            rotary: Cosines and sines, each (L, D / 2) or (N, L, D / 2), that queries and keys of this call are turned
-                by, as ``RotaryPositions.rotary`` makes them; of size D, halves repeated, as Hugging Face's models do.
+            cache: Past keys and values, extended in place by this call. Masks cover all S keys, including past ones.
+            rotary: Cosines and sines that rotate the queries and keys of this call, each (L, D / 2) or (N, L, D / 2),
+                as ``RotaryPositions.rotary`` returns them. The last size may also be D, with both halves equal, as in
+                Hugging Face's models.
             position_bias: A float added to the scores, broadcastable to (N, H, L, S).
 
         Returns:
             The output, of the query's shape, and the weights, (N, L, S) or (N, H, L, S) (no N when unbatched), or None.
 
         Raises:
-            TypeError: Inputs that are nested or not floating; a mask that is neither boolean nor floating.
-            ValueError: Shapes that do not fit; ``is_causal``, positions or a window with a static cache, which does
-                not know where the query stands; ``rotary`` where the layer's own positions rotate, too.
+            TypeError: An input is nested or not floating; a mask is neither boolean nor floating.
+            ValueError: Shapes do not fit; ``is_causal``, positions or a window are used with a static cache, for which
+                queries have no position; ``rotary`` is given although the layer's ``positions`` rotate.
         """
         batched = self._check_inputs(query, key, value)
         if not batched:
@@ -208,7 +213,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         output, weights = self._attend(q, k, v, mask, is_causal, need_weights=need_weights, batched=batched)
         output = self.out_proj(rearrange(output, "n h l d -> n l (h d)"))
         if cache is not None:
-            cache.key, cache.value = to_keep  # at the end: a refused call leaves the cache as it was
+            cache.key, cache.value = to_keep  # last, so that a call that raises leaves the cache unchanged
         if not batched:
             output, weights = output[0], None if weights is None else weights[0]
         elif not self.batch_first:
@@ -218,7 +223,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         return output, weights.mean(-3) if average_attn_weights else weights
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether the input is batched; raises where shapes do not fit."""
+        """Whether the input is batched; raises if shapes do not fit."""
         for name, x in (("query", query), ("key", key), ("value", value)):
             check_floating(x, name)
         if any(x.is_nested for x in (query, key, value)):
@@ -239,7 +244,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         return query.dim() == 3
 
     def _check_cache(self, cache: KVCache, batch: int, is_causal: bool, rotary: Rotary | None) -> None:
-        """Raise where a cache is not of this layer and batch, or is asked for positions it does not know."""
+        """Raise if a cache does not fit this layer and batch, or is static in a call that needs positions."""
         if not isinstance(cache, KVCache):
             raise TypeError(f"cache must be a sparse_attn.KVCache, got {type(cache).__name__}")
         if cache.static:
@@ -248,7 +253,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             for name, is_given in given.items():
                 if is_given:
                     unset = "False" if name == "is_causal" else "None"
-                    raise ValueError(f"{name} must be {unset} with a static cache, which has no place for the query")
+                    raise ValueError(f"{name} must be {unset} with a static cache, for which queries have no position")
         if cache.key is not None:
             expected, (n, h, _, d) = (batch, self.num_kv_heads, self.head_dim), cache.key.shape
             if (n, h, d) != expected:
@@ -267,7 +272,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         cache: KVCache | None,
         rotary: Rotary | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (N, heads, length, D), normalised and turned, with the cached ones in front."""
+        """Queries, keys and values (N, heads, length, D), normalised and rotated; cached keys and values come first."""
         sizes = [self.embed_dim] + 2 * [self.num_kv_heads * self.head_dim]
         if self.in_proj_weight is None:
             weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
@@ -295,7 +300,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         return q, *((k, v) if cache is None else cache.joined(k, v))
 
     def _extend_keys(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add the keys that belong to the layer, which every query sees: ``bias_k`` and the zero key."""
+        """Append the extra keys and values of ``add_bias_kv`` and ``add_zero_attn``, which every query sees."""
         extra = []
         if self.bias_k is not None and self.bias_v is not None:
             biases = (self.bias_k, self.bias_v)
@@ -321,7 +326,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         need_weights: bool,
         batched: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """The heads' outputs (N, H, L, D), and their weights where these are needed or observed."""
+        """The heads' outputs (N, H, L, D), and the weights if they are needed or observed."""
         observed = weights_are_observed()
         output, weights = attend(
             *(q, k, v, self.mapping(), mask, self.dropout if self.training else 0.0, is_causal),
@@ -339,7 +344,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
 def _as_batch(
     query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Unbatched input as a batch of one row, in front; one tensor given three times stays one."""
+    """Unbatched input as a batch of size 1, batch first. If all three are the same tensor, the results are too."""
     packed = query is key and key is value
     query, key, value = (query[None],) * 3 if packed else (query[None], key[None], value[None])
     if key_padding_mask is None:

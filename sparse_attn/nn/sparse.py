@@ -12,29 +12,29 @@ from sparse_attn.ops.attention import attend, entmax_mapping, topk_mapping
 
 
 class SparseAttention(HoldsAlpha):
-    """Attention to the ``k`` best keys, with α-entmax weights, or both: α-entmax over the ``k`` best keys.
+    """Attention to the ``k`` keys with the largest scores, with α-entmax over all keys, or with both.
 
     Args:
         k: How many keys a query keeps, or None for all. Ties go to the lowest index.
-        alpha: α of the weights, a number or a tensor (H,); softmax (1) by default when ``k`` is given. A parameter is
-            learnt, any other tensor copied into a buffer.
+        alpha: α of the weights, a number or a tensor (H,); 1 (softmax) by default when ``k`` is given. An
+            ``nn.Parameter`` is learnt; any other tensor is copied into a buffer.
         scale: Factor of the scores; ``1 / sqrt(E)`` by default.
         dropout: Probability that a weight is dropped in training.
-        learn_alpha: Learn α, whatever it was given as; a number is then one α for all heads.
-        alpha_range: The closed interval that a learnt α stays in; it may start on a bound, and leave it.
+        learn_alpha: Learn α, also if ``alpha`` is a number (one α for all heads) or a plain tensor.
+        alpha_range: The closed interval that a learnt α stays in; α may start on a bound, and can leave it.
 
     Attributes:
         alpha: The current α, a number or a tensor.
-        raw_alpha: The parameter or buffer behind it, which is what a state dict has; None where α is a number.
+        raw_alpha: The parameter or buffer behind ``alpha``, which the state dict contains; None if α is a number.
 
     Raises:
-        TypeError: ``k`` is not an int, ``scale`` or ``dropout`` no number, ``learn_alpha`` no bool, or ``alpha``
+        TypeError: ``k`` is not an int, ``scale`` or ``dropout`` not a number, ``learn_alpha`` not a bool, or ``alpha``
             neither a number nor a floating tensor.
-        ValueError: Neither ``k`` nor ``alpha`` is given, one of them or ``dropout`` is outside its range, or a learnt α
-            outside ``alpha_range``.
+        ValueError: Neither ``k`` nor ``alpha`` is given; one of them or ``dropout`` is outside its range; or a learnt α
+            is outside ``alpha_range``.
 
     Shape:
-        ``query`` (N, L, E) or (N, H, L, D), ``key`` and ``value`` (N, S, E) or (N, H, S, D); the output is the query's.
+        ``query`` (N, L, E) or (N, H, L, D), ``key`` and ``value`` (N, S, E) or (N, H, S, D); output like ``query``.
 
     Example:
         >>> import torch
@@ -83,8 +83,8 @@ class SparseAttention(HoldsAlpha):
             query: (N, L, E) or (N, H, L, D).
             key: (N, S, E) or (N, H, S, D).
             value: (N, S, E) or (N, H, S, D).
-            attn_mask: Broadcastable to the scores; True = take part (as in ``scaled_dot_product_attention``), or a
-                float added to them.
+            attn_mask: Broadcastable to the scores: True = visible (as in ``scaled_dot_product_attention``), or a float
+                added to the scores.
             is_causal: Query ``i`` sees the keys up to ``i``. Not together with ``attn_mask``.
 
         Returns:
@@ -110,5 +110,5 @@ class SparseAttention(HoldsAlpha):
         return output
 
     def extra_repr(self) -> str:
-        """The arguments; of a tensor α its values."""
+        """The arguments; a tensor α is shown by its values."""
         return f"k={self.k}, {super().extra_repr()}, scale={self.scale}, dropout={self.dropout}"

@@ -1,4 +1,4 @@
-"""Multi-head attention of every query to its k best keys."""
+"""Multi-head attention of every query to the k keys with the largest scores."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sparse_attn.ops.attention import Normalizer, ScoreMapping, normalizer_alpha
 
 
 class TopKMultiheadAttention(SparseMultiheadAttention):
-    """``nn.MultiheadAttention`` in which a query attends to its ``k`` best keys only, or to all where it sees fewer.
+    """``nn.MultiheadAttention`` in which each query attends only to the ``k`` visible keys with the largest scores.
 
     Args:
-        embed_dim: As in ``nn.MultiheadAttention``, like everything up to ``dtype``.
+        embed_dim: Embedding size E. This and all arguments up to ``dtype`` are those of ``nn.MultiheadAttention``.
         num_heads: Number of heads H, a divisor of ``embed_dim``.
         dropout: Probability that a weight is dropped in training.
         bias: Biases on the projections.
@@ -26,20 +26,20 @@ class TopKMultiheadAttention(SparseMultiheadAttention):
         kdim: Size of the keys; ``embed_dim`` by default.
         vdim: Size of the values; ``embed_dim`` by default.
         batch_first: (N, L, E) instead of (L, N, E).
-        device: Of the parameters.
-        dtype: Of the parameters.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
         k: How many keys a query keeps, at least 1. Ties go to the lowest index.
-        normalizer: What turns the kept scores into weights: "softmax" or "sparsemax".
-        num_kv_heads: Heads of keys and values, a divisor of ``num_heads``; the others share them.
+        normalizer: The mapping from the kept scores to weights: "softmax" or "sparsemax".
+        num_kv_heads: Number of heads of keys and values, a divisor of ``num_heads``; query heads share them.
         window: (left, right): how many keys a query sees before and after its own position; one int for both sides.
         qk_norm: RMSNorm on the queries and keys of every head.
-        positions: ``RotaryPositions``, ``ALiBi``, ``NAPE`` or a ``Positions`` of one's own.
-        length_scaling: Scores that grow with the number of keys; see ``LengthScaling``. This and the four before it
-            are described in :class:`SparseMultiheadAttention`.
+        positions: ``RotaryPositions``, ``ALiBi``, ``NAPE`` or another subclass of ``Positions``.
+        length_scaling: Scale queries by a learnt factor that grows with the number of keys. This argument and the four
+            before are described in :class:`SparseMultiheadAttention`.
 
     Raises:
         TypeError: ``k`` is not an int.
-        ValueError: ``k`` is below 1, ``normalizer`` is unknown, or ``embed_dim`` is no multiple of ``num_heads``.
+        ValueError: ``k`` is below 1, ``normalizer`` is unknown, or ``embed_dim`` is not a multiple of ``num_heads``.
 
     Shape:
         As in ``nn.MultiheadAttention``; see :meth:`forward`.
@@ -100,9 +100,9 @@ class TopKMultiheadAttention(SparseMultiheadAttention):
         self.normalizer = normalizer
 
     def mapping(self) -> ScoreMapping:
-        """Softmax or sparsemax over the k best keys."""
+        """Softmax or sparsemax over the k keys with the largest scores."""
         return topk_mapping(self.k, normalizer_alpha(self.normalizer))
 
     def extra_repr(self) -> str:
-        """The top-k arguments, as given, and what all of these layers show."""
+        """The top-k arguments as given, and those of the base class."""
         return ", ".join(filter(None, (f"k={self.k}, normalizer={self.normalizer!r}", super().extra_repr())))

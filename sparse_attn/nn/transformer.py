@@ -1,4 +1,4 @@
-"""Encoder and decoder layers for those who write new models; parameters are named as in torch's own."""
+"""Transformer encoder and decoder layers for new models, with the parameter names of torch's layers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparse_attn.checks import check_bool, check_dropout, check_floating, check_int, check_number
 from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
 from sparse_attn.nn.cache import DecoderCache, KVCache
+from sparse_attn.nn.dropout import Dropout
 from sparse_attn.nn.positions import Rotary
 
 Activation = Callable[[Tensor], Tensor]
@@ -44,7 +45,7 @@ class _Layer(nn.Module):
         self.d_model = d_model
         self.linear1 = nn.Linear(d_model, width, **factory)
         self.linear2 = nn.Linear(width, d_model, **factory)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.activation = activation
         self.norm_first = norm_first
 
@@ -56,7 +57,7 @@ class _Layer(nn.Module):
             raise ValueError(f"{name} must be (N, L, E) or (L, E) with E = {self.d_model}, got shape {tuple(x.shape)}")
 
     def _add(self, x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """``x`` and what a branch makes of it."""
+        """``x`` plus the output of a branch, with the norm before or after."""
         if self.norm_first:
             return x + self.dropout(branch(norm(x)))
         return norm(x + self.dropout(branch(x)))
@@ -66,31 +67,34 @@ class _Layer(nn.Module):
 
 
 class TransformerEncoderLayer(_Layer):
-    """Self-attention and a feed-forward block; with ``is_causal=True`` and a cache the layer of a language model.
+    """Self-attention and a feed-forward block. With ``is_causal=True`` and a cache: a layer of a language model.
 
-    Everything ``attention`` takes can be given by name and reaches it: ``alpha_init=1.0``, ``num_kv_heads=2``,
-    ``positions=RotaryPositions(64)``. ``nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)`` stacks
-    it; a state dict of ``nn.TransformerEncoderLayer`` loads.
+    Keyword arguments of ``attention``, such as ``alpha_init=1.0``, ``num_kv_heads=2`` or
+    ``positions=RotaryPositions(64)``, are passed on to it. To stack layers, use
+    ``nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)``. A state dict of
+    ``nn.TransformerEncoderLayer`` loads.
 
     Args:
         d_model: Embedding size E.
         nhead: Number of heads H.
         dim_feedforward: Width of the feed-forward block; ``4 * d_model`` by default.
-        dropout: Of attention weights, activations and both branches.
-        activation: Of the feed-forward block.
-        layer_norm_eps: Of the norms.
-        batch_first: (N, L, E), other than torch's default, instead of (L, N, E).
-        norm_first: Normalise before the branches, other than torch's default, instead of after.
-        bias: Biases everywhere.
+        dropout: Dropout probability of attention weights, activations and both branches.
+        activation: Activation of the feed-forward block.
+        layer_norm_eps: Epsilon of the norms.
+        batch_first: (N, L, E) if True, the default here but not in torch; otherwise (L, N, E).
+        norm_first: Normalise before the branches if True, the default here but not in torch; otherwise after.
+        bias: Whether linear layers and norms have biases.
         norm: "layer" for LayerNorm, "rms" for RMSNorm.
-        device: Of the parameters.
-        dtype: Of the parameters.
-        attention: What makes the attention layer, called with the arguments of ``nn.MultiheadAttention``.
-        **attention_kwargs: What ``attention`` takes beside those.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        attention: Class or function that makes the attention layer, called with the arguments of
+            ``nn.MultiheadAttention``.
+        **attention_kwargs: Further arguments of ``attention``.
 
     Raises:
-        TypeError: ``attention`` makes no layer, ``activation`` is no function, a size no int, ``norm_first`` no bool.
-        ValueError: A size, ``dropout`` or ``norm`` that is not allowed.
+        TypeError: ``attention`` is not a class or a function, ``activation`` not a function, a size not an int, or
+            ``norm_first`` not a bool.
+        ValueError: A size, ``dropout`` or ``norm`` is not allowed.
 
     Shape:
         ``src`` (N, L, E) -> (N, L, E).
@@ -147,7 +151,7 @@ class TransformerEncoderLayer(_Layer):
             src: (N, L, E).
             src_mask: (L, S) or (N * nhead, L, S): True = masked, or a float added to the scores.
             src_key_padding_mask: (N, S): True = ignore this key.
-            is_causal: Without ``src_mask``, a position sees those up to itself.
+            is_causal: Without ``src_mask``, position ``i`` sees positions up to ``i``.
             cache: Past keys and values, extended in place.
             rotary: As in :meth:`SparseMultiheadAttention.forward`.
             position_bias: As in :meth:`SparseMultiheadAttention.forward`.
@@ -169,32 +173,34 @@ class TransformerEncoderLayer(_Layer):
 class TransformerDecoderLayer(_Layer):
     """Self-attention, attention to an encoder's output, and a feed-forward block.
 
-    What is given by name reaches both attentions, but for ``positions`` and ``window``, which are of the self-attention
-    alone: a place in the target is none in the source. ``nn.TransformerDecoder(layer, num_layers)`` stacks it; a state
-    dict of ``nn.TransformerDecoderLayer`` loads.
+    Keyword arguments of ``attention`` are passed on to both attention layers, except ``positions`` and ``window``,
+    which only the self-attention gets: a position in the target does not correspond to a position in the source. To
+    stack layers, use ``nn.TransformerDecoder(layer, num_layers)``. A state dict of ``nn.TransformerDecoderLayer``
+    loads.
 
     Args:
         d_model: Embedding size E.
         nhead: Number of heads H.
         dim_feedforward: Width of the feed-forward block; ``4 * d_model`` by default.
-        dropout: Of attention weights, activations and the three branches.
-        activation: Of the feed-forward block.
-        layer_norm_eps: Of the norms.
-        batch_first: (N, L, E), other than torch's default, instead of (L, N, E).
-        norm_first: Normalise before the branches, other than torch's default, instead of after.
-        bias: Biases everywhere.
+        dropout: Dropout probability of attention weights, activations and the three branches.
+        activation: Activation of the feed-forward block.
+        layer_norm_eps: Epsilon of the norms.
+        batch_first: (N, L, E) if True, the default here but not in torch; otherwise (L, N, E).
+        norm_first: Normalise before the branches if True, the default here but not in torch; otherwise after.
+        bias: Whether linear layers and norms have biases.
         norm: "layer" for LayerNorm, "rms" for RMSNorm.
-        device: Of the parameters.
-        dtype: Of the parameters.
-        attention: What makes the attention layers, called with the arguments of ``nn.MultiheadAttention``.
-        cross_attention: What makes the attention to the memory, if it is of another kind; it is called with the
-            arguments of ``nn.MultiheadAttention`` alone, ``functools.partial`` adds others.
-        **attention_kwargs: What ``attention`` takes beside those.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        attention: Class or function that makes the attention layers, called with the arguments of
+            ``nn.MultiheadAttention``.
+        cross_attention: Class or function that makes the attention to the memory, if it differs from ``attention``.
+            It is called with the arguments of ``nn.MultiheadAttention`` only; use ``functools.partial`` for others.
+        **attention_kwargs: Further arguments of ``attention``.
 
     Raises:
-        TypeError: ``attention`` or ``cross_attention`` makes no layer, ``activation`` is no function, a size no int,
-            ``norm_first`` no bool.
-        ValueError: A size, ``dropout`` or ``norm`` that is not allowed.
+        TypeError: ``attention`` or ``cross_attention`` is not a class or a function, ``activation`` not a function, a
+            size not an int, or ``norm_first`` not a bool.
+        ValueError: A size, ``dropout`` or ``norm`` is not allowed.
 
     Shape:
         ``tgt`` (N, L, E), ``memory`` (N, S, E) -> (N, L, E).
@@ -264,15 +270,16 @@ class TransformerDecoderLayer(_Layer):
         Args:
             tgt: (N, L, E).
             memory: (N, S, E).
-            tgt_mask: (L, T) or (N * nhead, L, T), T past positions included: True = masked, or a float to add.
-            memory_mask: (L, S) or (N * nhead, L, S), likewise.
+            tgt_mask: (L, T) or (N * nhead, L, T), where T includes past positions: True = masked, or a float added to
+                the scores.
+            memory_mask: (L, S) or (N * nhead, L, S): True = masked, or a float added to the scores.
             tgt_key_padding_mask: (N, T): True = ignore this key.
             memory_key_padding_mask: (N, S): True = ignore this key.
-            tgt_is_causal: Without ``tgt_mask``, a position sees those up to itself.
+            tgt_is_causal: Without ``tgt_mask``, position ``i`` sees positions up to ``i``.
             memory_is_causal: Without ``memory_mask``, position ``i`` sees the memory up to ``i``.
             cache: Past keys and values, extended in place.
-            rotary: Of the self-attention, as in :meth:`SparseMultiheadAttention.forward`.
-            position_bias: Of the self-attention, likewise.
+            rotary: For the self-attention, as in :meth:`SparseMultiheadAttention.forward`.
+            position_bias: For the self-attention, as in :meth:`SparseMultiheadAttention.forward`.
 
         Returns:
             (N, L, E).
@@ -298,14 +305,14 @@ class TransformerDecoderLayer(_Layer):
         try:
             x = self._add(x, self.norm2, attend_to_memory)
         except Exception:
-            if cache is not None and past is not None:  # a refused call leaves both caches as they were
+            if cache is not None and past is not None:  # a call that raises leaves both caches unchanged
                 cache.self_attention.key, cache.self_attention.value = past
             raise
         return self._add(x, self.norm3, self._feed_forward)
 
 
 def _given(**arguments: Any) -> dict[str, Any]:
-    """Those that are not None: ``nn.MultiheadAttention``, put in the place of ours, would not know the others."""
+    """The arguments that are not None: a plain ``nn.MultiheadAttention`` would not accept the keywords."""
     return {name: value for name, value in arguments.items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""Scores to probabilities to attention: pure functions."""
+"""Pure functions: mappings from scores to probabilities, losses, and attention."""
 
 from sparse_attn.ops.attention import entmax_attention, topk_attention
 from sparse_attn.ops.budget import budget_sparsemax

@@ -1,4 +1,4 @@
-"""Attention with a sparse mapping in the place of softmax; signatures of ``scaled_dot_product_attention``."""
+"""Attention with a sparse mapping in place of softmax; signatures like ``scaled_dot_product_attention``."""
 
 from __future__ import annotations
 
@@ -11,28 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_attn.checks import check_dropout, check_floating, check_k
-from sparse_attn.kernels.choose_attention import Call, choose_attention, repeat_heads
+from sparse_attn.checks import check_dropout, check_floating, check_k, compute_dtype, result_dtype
+from sparse_attn.kernels.choose_attention import Call, autocast_dtype, choose_attention, repeat_heads
 from sparse_attn.masks import apply_mask, causal_mask, described_causal
 from sparse_attn.ops.entmax import entmax_along
-from sparse_attn.ops.topk import topk_entmax
 
 Normalizer = Literal["softmax", "sparsemax"]
 
 
 @dataclass(frozen=True, eq=False)  # Dynamo before torch 2.13 would ask for a hash before the fields are there
 class ScoreMapping:
-    """Scores (..., H, L, S) to weights: α-entmax over the ``k`` best keys of each query, or over all of them."""
+    """Maps scores (..., H, L, S) to weights: α-entmax over the ``k`` largest scores of each query, or over all."""
 
     alpha: float | Tensor  # a number, or a tensor that broadcasts to (H, 1, 1)
     k: int | None = None
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Weights of the scores."""
-        # No keys at all are fewer than k, too.
-        if self.k is None or scores.shape[-1] <= self.k:
-            return entmax_along(scores, self.alpha, -1)
-        return topk_entmax(scores, self.k, self.alpha)
+        # Only the kernels ask whether there are more than k keys: a branch here would limit an exported length.
+        return entmax_along(scores, self.alpha, -1, self.k)
 
 
 _ALPHA_OF = {"softmax": 1.0, "sparsemax": 2.0}
@@ -53,22 +50,22 @@ def entmax_attention(
     """α-entmax attention: ``entmax(scale * query @ key^T + mask, alpha) @ value``.
 
     Args:
-        query: (..., H, L, D).
+        query: (..., H, L, D). Dimensions before the last two broadcast, also where a tensor has fewer of them.
         key: (..., H, S, D).
         value: (..., H, S, Dv).
         alpha: A number or (H,), in ``(0, inf)``; 1 is softmax attention.
-        attn_mask: Broadcastable to (..., H, L, S): boolean, ``True`` = take part, or floating, added to the scores.
+        attn_mask: Broadcastable to (..., H, L, S): boolean, ``True`` = visible, or floating, added to the scores.
         dropout_p: Probability that a weight is dropped; applied whenever it is above 0, as in torch's function.
         is_causal: Query ``i`` sees the keys up to ``i`` (aligned top-left). Not together with ``attn_mask``.
         scale: Factor of the scores; ``1 / sqrt(D)`` by default.
-        enable_gqa: Key and value may have fewer heads, a divisor of the query's.
+        enable_gqa: Key and value may have fewer heads than the query; their number must divide the query's.
 
     Returns:
-        (..., H, L, Dv). A query that sees nothing gets zeros.
+        (..., H, L, Dv). A query with no visible key gets zeros.
 
     Raises:
         TypeError: A wrong dtype.
-        ValueError: Shapes that do not fit, α or ``dropout_p`` outside its range.
+        ValueError: Shapes do not fit; α or ``dropout_p`` is outside its range.
 
     Example:
         >>> query, key, value = torch.randn(3, 2, 4, 5, 8).unbind()
@@ -96,7 +93,7 @@ def topk_attention(
     enable_gqa: bool = False,
     normalizer: Normalizer = "softmax",
 ) -> Tensor:
-    """Attention of every query to its ``k`` best keys, or to all where it sees fewer.
+    """Attention of every query to the ``k`` visible keys with the largest scores, or to all if fewer are visible.
 
     Args:
         query: (..., H, L, D).
@@ -108,14 +105,14 @@ def topk_attention(
         is_causal: As in :func:`entmax_attention`.
         scale: As in :func:`entmax_attention`.
         enable_gqa: As in :func:`entmax_attention`.
-        normalizer: What turns the kept scores into weights.
+        normalizer: The mapping from the kept scores to weights.
 
     Returns:
-        (..., H, L, Dv). A query that sees nothing gets zeros.
+        (..., H, L, Dv). A query with no visible key gets zeros.
 
     Raises:
         TypeError: A wrong dtype, or ``k`` is not an int.
-        ValueError: Shapes that do not fit, ``k`` below 1, an unknown ``normalizer``.
+        ValueError: Shapes do not fit, ``k`` is below 1, or ``normalizer`` is unknown.
 
     Example:
         >>> query, key, value = torch.randn(3, 2, 4, 5, 8).unbind()
@@ -131,7 +128,7 @@ def topk_attention(
 
 
 def entmax_mapping(alpha: float | Tensor, heads: int, k: int | None = None) -> ScoreMapping:
-    """α-entmax with one α or one per head, over all keys or the ``k`` best."""
+    """α-entmax with one α or one per head, over all keys or the ``k`` with the largest scores."""
     if not isinstance(alpha, Tensor) or alpha.dim() == 0:
         return ScoreMapping(alpha, k)
     if tuple(alpha.shape) != (heads,):
@@ -140,13 +137,13 @@ def entmax_mapping(alpha: float | Tensor, heads: int, k: int | None = None) -> S
 
 
 def topk_mapping(k: int, alpha: float | Tensor = 1.0, heads: int = 1) -> ScoreMapping:
-    """α-entmax over the ``k`` best keys, all of them where there are fewer."""
+    """α-entmax over the ``k`` keys with the largest scores, or over all keys if there are fewer."""
     check_k(k)
     return entmax_mapping(alpha, heads, k)
 
 
 def normalizer_alpha(normalizer: str) -> float:
-    """The α that a top-k normalizer's name stands for."""
+    """The α of a top-k normalizer: 1 for softmax, 2 for sparsemax."""
     if normalizer not in _ALPHA_OF:
         raise ValueError(f"normalizer must be one of {', '.join(_ALPHA_OF)}, got {normalizer!r}")
     return _ALPHA_OF[normalizer]
@@ -165,30 +162,64 @@ def attend(
     enable_gqa: bool = False,
     need_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output of attention with any mapping, and the weights (after dropout) if they are needed.
+    """The output of attention with any mapping, and the weights (after dropout) if ``need_weights``.
 
-    Arguments are as in the public functions.
+    The other arguments are those of the public functions.
     """
     check_shapes(query, key, value, enable_gqa)
     check_dropout(dropout_p, "dropout_p")
     if is_causal and attn_mask is not None:
-        raise ValueError("attn_mask must be None when is_causal=True, got both; put the causal part into the mask")
+        raise ValueError("attn_mask must be None when is_causal=True, got both; combine them into one mask")
     if isinstance(attn_mask, Tensor) and described_causal(attn_mask) is None and attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device, {query.device}, got {attn_mask.device}")
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    query, key, value = _of_one_rank(query, key, value)
+    # Heads of size 0 have scores of 0 whatever the factor.
+    scale = 1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
     if not need_weights and isinstance(mapping, ScoreMapping):
         call = Call(query, key, value, mapping.alpha, mapping.k, attn_mask, dropout_p, is_causal, scale)
         compute = choose_attention(call)
         if compute is not None:
             return compute(call), None
-    key, value = repeat_heads(query, key, value)
     if is_causal:
         attn_mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
+    dtype = autocast_dtype(query)
+    if dtype is None:
+        return _by_one_matrix(query, key, value, mapping, attn_mask, dropout_p, scale)
+    # Autocast chooses the dtypes of the inputs and of the weights; it would also round the scores.
+    weights_dtype = result_dtype(query)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        output, weights = _by_one_matrix(query, key, value, mapping, attn_mask, dropout_p, scale)
+    return output, weights.to(weights_dtype)
+
+
+def _by_one_matrix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mapping: Callable[[Tensor], Tensor],
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output and weights by a matrix of all scores, in the query's dtype; half precision is computed in float32.
+
+    Rounded to bfloat16, a score of 10 is off by up to 0.03, and so would be the weights of a sparse mapping.
+    """
+    dtype, wide = query.dtype, compute_dtype(query)
+    query, key, value = query.to(wide), key.to(wide), value.to(wide)
+    key, value = repeat_heads(query, key, value)
     scores = (query * scale) @ key.transpose(-2, -1)
     weights = mapping(apply_mask(scores, attn_mask))
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
-    return weights.to(value.dtype) @ value, weights
+    return (weights @ value).to(dtype), weights.to(dtype)
+
+
+def _of_one_rank(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with leading dimensions of size 1 where others have more."""
+    rank = max(x.dim() for x in tensors)
+    return tuple(x if x.dim() == rank else x[(None,) * (rank - x.dim())] for x in tensors)
 
 
 def _heads(x: Tensor) -> int:
@@ -196,15 +227,15 @@ def _heads(x: Tensor) -> int:
 
 
 def check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    """Raise unless query, key and value have one dtype and device and shapes that fit."""
+    """Raise unless query, key and value have the same dtype, the same device and shapes that fit."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_floating(x, name)
     dtypes = (query.dtype, key.dtype, value.dtype)
     if len(set(dtypes)) > 1 and not torch.is_autocast_enabled(query.device.type):
         raise TypeError(f"query, key and value must have one dtype, got {', '.join(map(str, dtypes))}")
     shapes = f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if not (query.dim() == key.dim() == value.dim() >= 2):
-        raise ValueError(f"query, key and value must have the same number of dimensions, at least 2; {shapes}")
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        raise ValueError(f"query, key and value must have at least 2 dimensions; {shapes}")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"query and key must have the same last size D; {shapes}")
     if key.shape[-2] != value.shape[-2]:
@@ -213,7 +244,10 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
         devices = f"{query.device}, {key.device} and {value.device}"
         raise ValueError(f"query, key and value must be on one device, got {devices}")
     if enable_gqa and (
-        query.dim() < 3 or not key.shape[-3] or query.shape[-3] % key.shape[-3] or key.shape[-3] != value.shape[-3]
+        min(query.dim(), key.dim(), value.dim()) < 3
+        or not key.shape[-3]
+        or query.shape[-3] % key.shape[-3]
+        or key.shape[-3] != value.shape[-3]
     ):
         raise ValueError(f"key and value must have the same number of heads, a divisor of the query's; {shapes}")
     axes = -3 if enable_gqa else -2

@@ -1,4 +1,4 @@
-"""Budget sparsemax: probabilities of being chosen, when a given number may be."""
+"""Budget sparsemax: a relaxed choice of a given number of entries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparse_attn.transforms import double_noticing_changes, values_known
 
 
 def budget_sparsemax(x: Tensor, budget: float | Tensor = 2.0, dim: int = -1) -> Tensor:
-    r"""Sparsemax that sums to ``budget`` along ``dim``, no entry above 1: a relaxed choice of a subset.
+    r"""Sparsemax that sums to ``budget`` along ``dim``, with entries up to 1: a relaxed choice of a subset.
 
     .. math:: \operatorname{argmax}_p \langle p, x \rangle - \tfrac12 \lVert p \rVert^2, \quad
         0 \le p \le 1, \; \sum p = \text{budget}
@@ -25,10 +25,10 @@ def budget_sparsemax(x: Tensor, budget: float | Tensor = 2.0, dim: int = -1) -> 
     Computed in float64 from a sort of the row.
 
     Args:
-        x: Scores of any floating dtype; masked entries as in :func:`sparse_attn.entmax`. Where fewer entries than
-            ``budget`` are not masked, all of those are 1.
-        budget: How much to spend on a row: a number, or a tensor that broadcasts against ``x`` with size 1 along
-            ``dim``, in ``(0, d]`` with d the size of ``dim``. Differentiable. At 1 this is sparsemax.
+        x: Scores of any floating dtype; masked entries as in :func:`sparse_attn.entmax`. If fewer than ``budget``
+            entries of a row are unmasked, each of these is 1.
+        budget: The sum of a row: a number, or a tensor that broadcasts against ``x`` with size 1 along ``dim``, in
+            ``(0, d]`` with d the size of ``dim``. Differentiable. At 1 the result is sparsemax.
         dim: The dimension that sums to ``budget``.
 
     Returns:
@@ -57,14 +57,17 @@ def budget_sparsemax(x: Tensor, budget: float | Tensor = 2.0, dim: int = -1) -> 
 
 
 def spend(x: Tensor, budget: float | Tensor, dim: int = -1) -> Tensor:
-    """:func:`budget_sparsemax` for a budget that has been checked; 0 and NaN are taken as well."""
+    """:func:`budget_sparsemax` without checks of the budget, which may also be 0 or NaN."""
     if x.numel() == 0:
-        return x + 0 * budget.sum().to(x.dtype) if isinstance(budget, Tensor) else x.clone()
+        p = torch.softmax(x, dim)  # the gradients of an empty batch, of every order, are zero, not missing
+        return p * (1 + 0 * budget.sum().to(x.dtype)) if isinstance(budget, Tensor) else p
     scores = x.double() if x.dim() else x.double().view(1)
     masked = scores <= torch.finfo(x.dtype).min
     if isinstance(budget, Tensor):
         budget = rows_last(double_noticing_changes(budget), x, dim)
-    scores, masked = scores.movedim(dim, -1), masked.movedim(dim, -1)
+    # Counted from the front: ``torch.onnx.export(dynamo=False)`` writes negative ones into the graph as they are.
+    last, dim = scores.dim() - 1, dim % scores.dim()
+    scores, masked = scores.movedim(dim, last), masked.movedim(dim, last)
     budget = torch.as_tensor(budget, dtype=torch.float64, device=x.device)
     budget = torch.minimum(budget, (~masked).sum(-1, keepdim=True))
     top = scores.amax(-1, keepdim=True).masked_fill(masked.all(-1, keepdim=True), 0.0)
@@ -73,17 +76,17 @@ def spend(x: Tensor, budget: float | Tensor, dim: int = -1) -> Tensor:
         tau = _threshold(z.detach(), masked, budget.detach())
     one, zero = ~masked & (z - tau >= 1), masked | (z <= tau)
     between = ~(one | zero)
-    # The threshold once more, from the entries strictly between 0 and 1, now as a function that has derivatives.
+    # The threshold again, as a differentiable function of the entries strictly between 0 and 1.
     tau = (torch.where(between, z, 0.0).sum(-1, keepdim=True) + one.sum(-1, keepdim=True) - budget) / between.sum(
         -1, keepdim=True
     ).clamp(min=1)
-    p = torch.where(between, (z - tau).clamp(0, 1), one.to(z.dtype)).movedim(-1, dim)
+    p = torch.where(between, (z - tau).clamp(0, 1), one.to(z.dtype)).movedim(last, dim)
     return p.view(x.shape).to(result_dtype(x)).contiguous()
 
 
 def _threshold(z: Tensor, masked: Tensor, budget: Tensor) -> Tensor:
     """τ with ``Σ clip(z - τ, 0, 1) = budget``: piecewise linear in τ, with kinks at every ``z`` and ``z - 1``."""
-    # As τ falls past z one more entry grows, past z - 1 one fewer does.
+    # As τ decreases, an entry grows between τ = z and τ = z - 1: one more grows below z, one fewer below z - 1.
     turns = torch.where(masked, 0, 1)
     kinks, order = torch.cat([z, z - 1], -1).sort(-1, descending=True)
     growing = torch.cat([turns, -turns], -1).gather(-1, order).cumsum(-1)

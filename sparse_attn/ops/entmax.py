@@ -1,4 +1,4 @@
-"""The α-entmax family: softmax (α = 1), 1.5-entmax, sparsemax (α = 2) and everything between and beyond."""
+"""The α-entmax family: softmax (α = 1), 1.5-entmax, sparsemax (α = 2) and every other α > 0."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
     .. math:: \operatorname{argmax}_{p \in \triangle} \langle p, x \rangle + \frac{1-\sum p_i^\alpha}{\alpha(\alpha-1)}
 
     Args:
-        x: Scores of any floating dtype. ``-inf`` and the smallest finite number of the dtype are masked; a row with
-            nothing else gives zeros, and zero gradients.
+        x: Scores of any floating dtype. ``-inf`` and the smallest finite number of the dtype are masked. A row of
+            masked scores only gets zeros, and zero gradients.
         alpha: A number, or a tensor that broadcasts against ``x`` with size 1 along ``dim``, in ``(0, inf)``. Scores of
             shape (N, H, L, S) take one α per head as ``alpha.view(-1, 1, 1)``. Differentiable. Up to α = 4 the result
-            is right to rounding; far beyond, the mapping is nearly a step function and the problem ill-conditioned.
+            is exact to rounding; for much larger α the mapping is close to a step function and ill-conditioned.
         dim: The dimension that sums to one.
 
     Returns:
@@ -97,22 +97,25 @@ def entmax15(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def entmax_along(x: Tensor, alpha: float | Tensor, dim: int, k: int | None = None) -> Tensor:
-    """:func:`entmax` of the ``k`` largest scores along ``dim``, if ``k`` is given."""
+    """:func:`entmax` along ``dim``, over the ``k`` largest scores if ``k`` is given."""
     check_scores(x, dim)
     if isinstance(alpha, Tensor):
-        check_row_parameter(alpha, x, dim, "alpha")  # its values are looked at where they are used
+        check_row_parameter(alpha, x, dim, "alpha")  # entmax_rows checks the values
         alpha = rows_last(alpha, x, dim)
     else:
         check_alpha(alpha)
     if x.numel() == 0:
-        # An empty batch still reaches α: its gradient is zero, not missing.
-        return x + 0 * alpha.sum().to(x.dtype) if isinstance(alpha, Tensor) else x.clone()
+        # Keeps x and α in the graph: over an empty batch their gradients, of every order, are zero, not None.
+        p = torch.softmax(x, dim)
+        return p * (1 + 0 * alpha.sum().to(x.dtype)) if isinstance(alpha, Tensor) else p
     scores = widened(x, alpha)
     lowest = torch.finfo(x.dtype).min
     if not x.dim():
         return entmax_rows(scores.view(1), alpha, lowest).view(()).to(result_dtype(x))
-    if dim in (-1, x.dim() - 1):  # as nearly always: two views less, each of which autograd would follow
+    if dim in (-1, x.dim() - 1):  # the usual case: skips two views, which autograd would record
         p = entmax_rows(scores, alpha, lowest, k)
     else:
-        p = entmax_rows(scores.movedim(dim, -1), alpha, lowest, k).movedim(-1, dim)
+        # Counted from the front: ``torch.onnx.export(dynamo=False)`` writes negative ones into the graph as they are.
+        last, dim = x.dim() - 1, dim % x.dim()
+        p = entmax_rows(scores.movedim(dim, last), alpha, lowest, k).movedim(last, dim)
     return p.to(result_dtype(x)).contiguous()

@@ -1,19 +1,18 @@
-r"""Cross-entropy with α-entmax in the place of its softmax.
+r"""Cross-entropy with α-entmax in place of softmax.
 
-Which to take:
+Which loss to use:
 
-- **Cross-entropy** (α = 1) when probabilities themselves are wanted: likelihood, perplexity, calibration, sampling,
-  distillation. No class ever gets probability zero, and no example is ever done with.
-- **The 1.5-entmax loss** when decisions are wanted among many classes, the words of a vocabulary above all. Almost all
-  of them get exactly zero, so that a search may enumerate what is left; an example whose target leads by 2 costs
-  nothing and has no gradient.
+- **Cross-entropy** (α = 1) when the probabilities matter: likelihood, perplexity, calibration, sampling, distillation.
+  No class gets probability zero, and every example keeps a gradient.
+- **The 1.5-entmax loss** for decisions among many classes, such as the words of a vocabulary. Almost all classes get
+  exactly zero, so a search can enumerate the others. An example whose target leads by 2 has loss zero and no gradient.
 - **The sparsemax loss** (α = 2) when the support is the answer: which labels apply, which few continuations are
-  possible. A lead of 1 is enough, and wrong classes outside the support get no gradient. For sequences 1.5 has been the
-  better one.
-- **A learnt α** only where something besides the loss depends on it. The entropy ``H_α(p)`` falls as α grows, for every
-  ``p``, so the gradient of the loss always asks for a larger α: the loss alone carries α to the upper end of its range,
-  whatever the data. For the same reason losses at different α cannot be compared; choose α on a metric that does not
-  contain it, as accuracy.
+  possible. A lead of 1 is enough for loss zero, and wrong classes outside the support get no gradient. For sequences,
+  published results are better with 1.5.
+- **A learnt α** only where another term than the loss depends on α. The entropy ``H_α(p)`` decreases in α for every
+  ``p``, so the gradient of the loss always increases α: trained by the loss alone, α reaches the upper end of its range
+  on any data. For the same reason losses at different α cannot be compared; choose α by a metric that does not contain
+  α, such as accuracy.
 """
 
 from __future__ import annotations
@@ -46,33 +45,34 @@ def entmax_loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    r"""The α-entmax loss: cross-entropy at α = 1, above it zero for an example whose target has probability one.
+    r"""The α-entmax loss. At α = 1: cross-entropy; for α > 1: zero for an example whose target has probability one.
 
     .. math:: \ell(x, c) = \Omega^*_\alpha(x) - x_c, \qquad
         \Omega^*_\alpha(x) = \max_{p \in \triangle} \langle p, x \rangle + \frac{1-\sum p_i^\alpha}{\alpha(\alpha-1)}
 
     The maximum is attained by ``p = entmax(x, alpha)``, and the gradient is ``p`` minus the target. At α = 1 the result
-    is that of :func:`torch.nn.functional.cross_entropy` for the same arguments, which also says how everything else
-    enters: with the smoothed target ``y``, the loss of an example is ``Σ w_c y_c ℓ(x, c)``. For a target of
-    probabilities that is the Fenchel-Young loss plus ``H_α(y)``, a constant which cross-entropy does not take off
-    either: the loss is smallest, not zero, where ``p = y``.
+    is that of :func:`torch.nn.functional.cross_entropy` for the same arguments. The other arguments have the same
+    effect as in cross-entropy: with the smoothed target ``y``, the loss of an example is ``Σ w_c y_c ℓ(x, c)``. For a
+    target of probabilities this is the Fenchel-Young loss plus the constant ``H_α(y)``, which cross-entropy contains
+    too: the loss has its minimum at ``p = y``, and the minimum is not zero.
 
-    Take α = 1 for probabilities (likelihood, calibration, sampling), 1.5 for decisions among many classes, 2 where the
-    support is the answer. Do not learn α by this loss alone: it falls as α grows, whatever the data.
+    Use α = 1 for probabilities (likelihood, calibration, sampling), 1.5 for decisions among many classes, 2 where the
+    support is the answer. Do not learn α by this loss alone: the loss decreases in α on any data.
 
     Args:
-        x: Scores of any floating dtype. ``-inf`` is masked, as there: it costs nothing unless the target asks for it.
+        x: Scores of any floating dtype. ``-inf`` is masked, as in cross-entropy: the loss is infinite if the target is
+            such a class, and does not depend on it otherwise.
         target: Class indices (int64 or uint8), or class probabilities.
         alpha: A number, or a tensor that broadcasts against ``x`` with size 1 along the classes, in ``(0, inf)``.
             Differentiable.
         weight: One weight per class.
-        ignore_index: Examples with this class index cost nothing and do not count in the mean.
+        ignore_index: Examples with this class index have loss zero and do not count in the mean.
         reduction: ``"mean"``, weighted by the classes of the targets if these are indices; ``"sum"``; ``"none"``.
         label_smoothing: How much of the target, in ``[0, 1]``, is spread evenly over the classes.
 
     Returns:
-        A scalar, or one loss per example without reduction; never negative for targets and weights that are not. Half
-        precision is computed in float32 and returned as by cross-entropy, in float32 under autocast.
+        A scalar, or one loss per example with ``reduction="none"``. If targets and weights are not negative, no loss is
+        negative. Half precision is computed in float32; the dtype is that of cross-entropy: float32 under autocast.
 
     Raises:
         TypeError: ``x`` or ``weight`` is not floating; ``target`` is neither indices nor probabilities.
@@ -83,7 +83,7 @@ def entmax_loss(
         - x: (C), (N, C) or (N, C, d1, ...).
         - target: (), (N) or (N, d1, ...) for indices; like ``x`` for probabilities.
         - weight: (C).
-        - Output: (), or without reduction that of a target of indices.
+        - Output: (), or with ``reduction="none"`` the shape of a target of indices.
 
     Example:
         >>> x = torch.tensor([[3.0, 0.5, 0.0], [1.0, 0.5, 0.0]])
@@ -103,7 +103,7 @@ def entmax_loss(
     if weight is not None:
         _check_weight(weight, x, dim)
     if isinstance(alpha, Tensor):
-        check_row_parameter(alpha, x, dim, "alpha")  # its values are looked at where they are used
+        check_row_parameter(alpha, x, dim, "alpha")  # conjugate_rows checks the values
         alpha = rows_last(alpha, x, dim)
     else:
         check_alpha(alpha)
@@ -111,9 +111,9 @@ def entmax_loss(
     scores = x.to(compute_dtype(x)).movedim(dim, -1)
     weight = None if weight is None else weight.to(torch.promote_types(weight.dtype, scores.dtype))
     if not x.numel():
-        # Nothing is counted; an empty batch still reaches α.
+        # Keeps x and α in the graph: over an empty batch their gradients, of every order, are zero, not None.
         total: float | Tensor = 0.0
-        losses = scores.sum(-1) + (0 * alpha.sum() if isinstance(alpha, Tensor) else 0.0)
+        losses = torch.softmax(scores, -1).sum(-1) * (1 + 0 * alpha.sum() if isinstance(alpha, Tensor) else 1.0)
     elif target.shape == x.shape:
         losses, total = _of_probabilities(scores, target.movedim(dim, -1), alpha, weight, label_smoothing)
     else:
@@ -137,7 +137,7 @@ def sparsemax_loss(
     .. math:: \ell(x, c) = \max_{p \in \triangle} \langle p, x \rangle + \tfrac12 (1 - \lVert p \rVert^2) - x_c
 
     Args:
-        x: Scores; everything is as in :func:`entmax_loss`.
+        x: Scores. This and all other arguments are those of :func:`entmax_loss`.
         target: Class indices, or class probabilities.
         weight: One weight per class.
         ignore_index: Examples with this class index do not count.
@@ -145,7 +145,7 @@ def sparsemax_loss(
         label_smoothing: How much of the target is spread evenly over the classes.
 
     Returns:
-        A scalar, or one loss per example without reduction.
+        A scalar, or one loss per example with ``reduction="none"``.
 
     Raises:
         TypeError: As :func:`entmax_loss`.
@@ -155,7 +155,7 @@ def sparsemax_loss(
     Shape:
         - x: (C), (N, C) or (N, C, d1, ...).
         - target: (), (N) or (N, d1, ...) for indices; like ``x`` for probabilities.
-        - Output: (), or without reduction that of a target of indices.
+        - Output: (), or with ``reduction="none"`` the shape of a target of indices.
 
     Example:
         >>> x = torch.tensor([[3.0, 0.5, 0.0], [1.0, 0.5, 0.0]])
@@ -190,7 +190,7 @@ def entmax15_loss(
     .. math:: \ell(x, c) = \max_{p \in \triangle} \langle p, x \rangle + \tfrac43 (1 - \textstyle\sum p_i^{3/2}) - x_c
 
     Args:
-        x: Scores; everything is as in :func:`entmax_loss`.
+        x: Scores. This and all other arguments are those of :func:`entmax_loss`.
         target: Class indices, or class probabilities.
         weight: One weight per class.
         ignore_index: Examples with this class index do not count.
@@ -198,7 +198,7 @@ def entmax15_loss(
         label_smoothing: How much of the target is spread evenly over the classes.
 
     Returns:
-        A scalar, or one loss per example without reduction.
+        A scalar, or one loss per example with ``reduction="none"``.
 
     Raises:
         TypeError: As :func:`entmax_loss`.
@@ -208,7 +208,7 @@ def entmax15_loss(
     Shape:
         - x: (C), (N, C) or (N, C, d1, ...).
         - target: (), (N) or (N, d1, ...) for indices; like ``x`` for probabilities.
-        - Output: (), or without reduction that of a target of indices.
+        - Output: (), or with ``reduction="none"`` the shape of a target of indices.
 
     Example:
         >>> x = torch.tensor([[3.0, 0.5, 0.0], [1.0, 0.5, 0.0]])
@@ -237,7 +237,7 @@ def _of_indices(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """The losses of the examples, and what their sum is divided by in the mean."""
+    """The losses of the examples, and the divisor of their sum in the mean."""
     target = target.long()
     ignored = target == ignore_index
     index = target.masked_fill(ignored, 0).unsqueeze(-1)
@@ -270,12 +270,12 @@ def _of_probabilities(
 
 
 def _below_top(scores: Tensor) -> Tensor:
-    """The scores as the conjugate takes them: a constant that makes the largest 0 cancels in the loss."""
+    """Scores minus their maximum, as in the conjugate: this constant cancels in the loss."""
     return scores - scores.detach().amax(-1, keepdim=True)
 
 
 def _result_dtype(x: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
-    """What cross-entropy returns."""
+    """The dtype that cross-entropy returns."""
     dtype = x.dtype
     if autocast_enabled(x.device):
         dtype = torch.nn.functional.cross_entropy(x.new_zeros(1), x.new_zeros(1)).dtype
@@ -286,7 +286,7 @@ def _result_dtype(x: Tensor, target: Tensor, weight: Tensor | None) -> torch.dty
 
 
 def check_loss_arguments(weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float) -> None:
-    """Raise unless the arguments that a module holds make sense."""
+    """Raise unless the arguments that do not depend on a batch are valid."""
     if weight is not None:
         check_floating(weight, "weight")
         if weight.dim() != 1:
@@ -299,7 +299,7 @@ def check_loss_arguments(weight: Tensor | None, ignore_index: int, reduction: st
 
 
 def check_target(x: Tensor, target: Tensor, ignore_index: int) -> None:
-    """Raise unless the target is one of the two kinds, and every index that can be looked at one of a class."""
+    """Raise unless the target has class indices in range or probabilities; indices are read where values are known."""
     check_floating(x, "x")
     if not x.dim():
         raise ValueError("x must have shape (C), (N, C) or (N, C, d1, ...), got shape ()")

@@ -19,7 +19,7 @@ from sparse_attn.transforms import double_noticing_changes, values_known
 
 
 def normmax(x: Tensor, alpha: float | Tensor = 2.0, dim: int = -1) -> Tensor:
-    r"""α-normmax along ``dim``: few large probabilities, which grow alike as α grows.
+    r"""α-normmax along ``dim``: a sparse mapping whose non-zero probabilities become more equal as α grows.
 
     .. math:: \operatorname{argmax}_{p \in \triangle} \langle p, x \rangle - \lVert p \rVert_\alpha
 
@@ -28,8 +28,8 @@ def normmax(x: Tensor, alpha: float | Tensor = 2.0, dim: int = -1) -> Tensor:
     Args:
         x: Scores of any floating dtype; masked entries as in :func:`sparse_attn.entmax`.
         alpha: The norm's exponent: a number, or a tensor that broadcasts against ``x`` with size 1 along ``dim``, in
-            ``(1, inf)``. Differentiable. Towards 1 the result tends to the arg max, towards ∞ to a uniform
-            distribution over the entries less than 1 below it, more or less.
+            ``(1, inf)``. Differentiable. For α towards 1 the result tends to the arg max; for α towards ∞, to a nearly
+            uniform distribution over the entries less than 1 below the maximum.
         dim: The dimension that sums to one.
 
     Returns:
@@ -54,12 +54,12 @@ def normmax(x: Tensor, alpha: float | Tensor = 2.0, dim: int = -1) -> Tensor:
         if values_known(alpha):
             check_interval(alpha, "alpha", above=1.0, below=math.inf)
         alpha = double_noticing_changes(alpha)
-        alpha = torch.where(alpha > 1, alpha, math.nan)  # entmax refuses it where its value is known
+        alpha = torch.where(alpha > 1, alpha, math.nan)  # where values are unknown, a wrong α gives NaN, not an error
     else:
         check_interval(alpha, "alpha", above=1.0, below=math.inf)
     scores = x.double().masked_fill(x <= torch.finfo(x.dtype).min, -math.inf)
     if scores.numel():
-        # The maximum goes first: a product with a large offset would round what tells the scores apart.
+        # The maximum is subtracted before the product: with a large offset, rounding would lose the differences.
         top = scores.detach().amax(dim, keepdim=True)
         scores = scores - torch.where(top == -math.inf, 0.0, top)
     support = entmax(scores * (alpha / (alpha - 1)), 2 - 1 / alpha, dim)

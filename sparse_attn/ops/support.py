@@ -1,4 +1,4 @@
-"""What can be read off a sparse mapping beside its probabilities: how many entries it kept, and where it cut."""
+"""Support size and threshold of a sparse mapping."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sparse_attn.ops.entmax import entmax
 
 
 def support_size(p: Tensor, dim: int = -1) -> Tensor:
-    """How many entries of ``p`` along ``dim`` are not zero.
+    """The number of non-zero entries of ``p`` along ``dim``.
 
     Args:
-        p: What any of the mappings returned.
-        dim: The dimension that the mapping went along.
+        p: Probabilities, as any of the mappings returns them.
+        dim: The dimension of the mapping.
 
     Returns:
         An int64 tensor of ``p``'s shape without ``dim``.
@@ -39,11 +39,12 @@ def tau(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
 
     Args:
         x: Scores, as in :func:`sparse_attn.entmax`.
-        alpha: As there. For α > 1 scores at or below ``τ/(α-1)`` get probability zero; at α = 1 τ is -1.
-        dim: As there.
+        alpha: A number or a tensor, as in :func:`sparse_attn.entmax`. For α > 1, scores at or below ``τ/(α-1)`` get
+            probability zero; at α = 1, τ is -1.
+        dim: The dimension that sums to one.
 
     Returns:
-        ``x``'s shape with size 1 along ``dim``; differentiable. ``inf`` for a row of masked scores alone.
+        A tensor of ``x``'s shape with size 1 along ``dim``; differentiable. A row of masked scores only gets ``inf``.
 
     Raises:
         TypeError: ``x`` or ``alpha`` is not floating.
@@ -67,6 +68,6 @@ def tau(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
     largest = p.amax(dim, keepdim=True) if x.dim() else p
     empty = largest == 0
     a = alpha - 1
-    # The largest entry is always in the support, whatever the others do.
+    # The largest entry is always in the support, so its probability determines τ.
     threshold = a * torch.where(empty, 0.0, top) - torch.where(empty, 1.0, largest) ** a
     return torch.where(empty, math.inf, threshold).to(p.dtype)

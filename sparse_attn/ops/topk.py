@@ -1,4 +1,4 @@
-"""Maps onto at most k entries: the k largest scores are kept, and those alone are normalised."""
+"""Mappings with at most k non-zero entries: only the k largest scores are normalised."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def topk_softmax(x: Tensor, k: int, dim: int = -1) -> Tensor:
 
     Args:
         x: Scores of any floating dtype; masked entries as in :func:`sparse_attn.entmax`.
-        k: How many scores to keep, from 1 to the size of ``dim``. Ties go to the lowest index: never more.
+        k: How many scores to keep, from 1 to the size of ``dim``. Ties go to the lowest index: never more than ``k``
+            scores are kept.
         dim: The dimension that sums to one.
 
     Returns:
@@ -30,7 +31,7 @@ def topk_softmax(x: Tensor, k: int, dim: int = -1) -> Tensor:
         tensor([0.0000, 0.5000, 0.0000, 0.5000])
 
     Reference:
-        Zhao et al. 2019, "Explicit Sparse Transformer", with ties broken.
+        Zhao et al. 2019, "Explicit Sparse Transformer". There, all scores tied with the k-th are kept.
     """
     return topk_entmax(x, k, 1.0, dim)
 
@@ -46,7 +47,7 @@ def sparse_softmax(x: Tensor, k: int = 3, dim: int = -1) -> Tensor:
         dim: The dimension that sums to one.
 
     Returns:
-        Probabilities of ``x``'s shape and dtype. Where sparsemax has at most ``k`` non-zero entries, it is sparsemax.
+        Probabilities of ``x``'s shape and dtype: those of sparsemax where sparsemax has at most ``k`` non-zero entries.
 
     Raises:
         TypeError: ``x`` is not floating or ``k`` is not an int.
@@ -65,7 +66,7 @@ def sparse_softmax(x: Tensor, k: int = 3, dim: int = -1) -> Tensor:
 
 
 def topk_entmax(x: Tensor, k: int, alpha: float | Tensor, dim: int = -1) -> Tensor:
-    """α-entmax of the ``k`` largest scores along ``dim``; arguments and errors as in its two named cases."""
+    """α-entmax of the ``k`` largest scores along ``dim``; arguments and errors as in :func:`topk_softmax`."""
     check_scores(x, dim)
     size = x.shape[dim] if x.dim() else 1
     check_k(k, size)

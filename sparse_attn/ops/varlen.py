@@ -1,4 +1,4 @@
-"""Attention of packed sequences: all of a batch one behind the other, without padding."""
+"""Attention of packed sequences: the sequences of a batch concatenated, without padding."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def entmax_attention_varlen(
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """α-entmax attention of each of N packed sequences by itself.
+    """α-entmax attention within each of N packed sequences.
 
-    Sequence ``n`` has the queries ``cu_seqlens_q[n]`` to ``cu_seqlens_q[n + 1] - 1`` and the keys and values from
+    Sequence ``n`` has the queries ``cu_seqlens_q[n]`` to ``cu_seqlens_q[n + 1] - 1`` and the keys and values
     ``cu_seqlens_k[n]`` to ``cu_seqlens_k[n + 1] - 1``. The result is that of one :func:`entmax_attention` per sequence.
 
     Args:
@@ -36,19 +36,19 @@ def entmax_attention_varlen(
         key: (total_k, H, D).
         value: (total_k, H, Dv).
         cu_seqlens_q: (N + 1,), int32 or int64: cumulative lengths, from 0 to total_q. A sequence may be empty.
-        cu_seqlens_k: (N + 1,), likewise, from 0 to total_k.
+        cu_seqlens_k: (N + 1,), int32 or int64: cumulative lengths, from 0 to total_k.
         alpha: A number or (H,), in ``(0, inf)``; 1 is softmax attention.
-        is_causal: Query ``i`` of a sequence sees its keys up to ``i`` (aligned top-left).
+        is_causal: Query ``i`` of a sequence sees the keys of the sequence up to ``i`` (aligned top-left).
         scale: Factor of the scores; ``1 / sqrt(D)`` by default.
         dropout_p: Probability that a weight is dropped; applied whenever it is above 0.
-        enable_gqa: Key and value may have fewer heads, a divisor of the query's.
+        enable_gqa: Key and value may have fewer heads than the query; their number must divide the query's.
 
     Returns:
-        (total_q, H, Dv). A query that sees nothing gets zeros.
+        (total_q, H, Dv). A query with no visible key gets zeros.
 
     Raises:
         TypeError: A wrong dtype.
-        ValueError: Shapes that do not fit, lengths that fall, do not begin with 0 or do not end with the total.
+        ValueError: Shapes do not fit; cumulative lengths decrease, do not begin with 0 or do not end with the total.
 
     Example:
         >>> query, key, value = torch.randn(3, 7, 4, 8).unbind()
@@ -73,7 +73,7 @@ def entmax_attention_varlen(
     check_bool(is_causal, "is_causal")
     check_dropout(dropout_p, "dropout_p")
     mapping = entmax_mapping(alpha, query.shape[1])
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scale = 1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
     call = Call(query, key, value, mapping.alpha, None, None, dropout_p, is_causal, scale)
     output = attend_packed(call, cu_seqlens_q, cu_seqlens_k)
     if output is not None:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sparse_attn.analysis.pieces import own_word_weight, word_groups
 from sparse_attn.analysis.roles import entropy, mean_per_head, monotonicity, name_roles, offset_weight
 from sparse_attn.analysis.statistics import AttentionRecord
 
@@ -104,6 +105,7 @@ def read_layers(record: AttentionRecord, tokens: Texts, memory_tokens: Texts, ex
             "support": heads.support_size.tolist(),
             "largest": heads.max_weight.tolist(),
         }
+        numbers["weight on own word"] = _own_word_weights(maps)
         shown = {key: values for key, values in numbers.items() if values}
         layers.append(Layer(name, kinds[name], shown, _roles(kinds[name], batch, visible), maps))
     return layers
@@ -196,6 +198,16 @@ def _named(layer: str, what: str, count: int, argument: str, names: Names | None
     if names.longest != count:
         raise ValueError(f"{argument} must name the {count} {what} of layer {layer!r}, got {names.longest} tokens")
     return names.tokens
+
+
+def _own_word_weights(maps: Sequence[Map]) -> list[float]:
+    """The mean weight on the other pieces of a word, of texts that have such pieces; empty without any."""
+    found = []
+    for shown in maps:
+        groups = word_groups(shown.keys)
+        if shown.queries == shown.keys and groups and groups[-1] + 1 < len(groups):
+            found.append(own_word_weight(shown.weights.float(), groups))
+    return mean_per_head(torch.cat(found, dim=-1)).tolist() if found else []
 
 
 @torch.no_grad()

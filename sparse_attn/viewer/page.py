@@ -16,7 +16,7 @@ import torch
 
 from sparse_attn.analysis.pieces import word_groups
 from sparse_attn.analysis.roles import ROLE_THRESHOLDS
-from sparse_attn.viewer.encode import encode_map, encode_mask, smallest_kept, to_half_bits
+from sparse_attn.viewer.encode import encode_map, encode_mask, smallest_kept, to_half_bits, with_fewer_bits
 
 if TYPE_CHECKING:
     from sparse_attn.viewer.view import AttentionView
@@ -26,6 +26,8 @@ Courses = dict[str, dict[str, dict[int, list[tuple[int, float]]]]]
 
 # A page with more entries is too heavy to open; the largest are then kept.
 MOST_ENTRIES = 12_000_000
+# With more entries, small weights are written with fewer bits.
+MANY_ENTRIES = 500_000
 _PROGRAM = (
     "decode.js",
     "state.js",
@@ -77,12 +79,14 @@ def _data(view: AttentionView) -> tuple[dict[str, Any], dict[str, str]]:
     histogram[0] = 0
     total = int(histogram.sum())
     at_least = smallest_kept(histogram, MOST_ENTRIES) if total > MOST_ENTRIES else 1
+    coarse = total > MANY_ENTRIES
     maps: dict[str, str] = {}
     layers = []
     for number, layer in enumerate(view.layers):
         described = []
         for place, shown in enumerate(layer.maps):
-            encoded = encode_map(to_half_bits(shown.weights), at_least)
+            bits = to_half_bits(shown.weights)
+            encoded = encode_map(with_fewer_bits(bits) if coarse else bits, at_least)
             key = f"map-{number}-{place}"
             maps[key] = encoded.data
             mask = None if shown.visible is None else encode_mask(shown.visible)
@@ -119,6 +123,7 @@ def _data(view: AttentionView) -> tuple[dict[str, Any], dict[str, str]]:
             run: {name: {str(head): points for head, points in heads.items()} for name, heads in by_layer.items()}
             for run, by_layer in view.courses.items()
         },
+        "coarse": coarse,
         "leftOut": left_out if at_least > 1 else None,
     }
     return data, maps

@@ -60,7 +60,7 @@ def test_a_module_at_two_places_has_one_alpha(build, tmp_path, with_alpha):
 def test_dense_checkpoint_gets_alpha(build, batch, tmp_path):
     build("bert", "eager").save_pretrained(tmp_path)
     model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path, attn_implementation="entmax")
-    with pytest.raises(ValueError, match=r"path must be a checkpoint with learnt α, got '.*' without; add_alpha gives"):
+    with pytest.raises(ValueError, match=r"path must be a checkpoint with learnt α, got '.*' without α; add_alpha"):
         load_alpha(model, tmp_path)
     assert not alpha_per_head(model)
     add_alpha(model, alpha_init=1.0)

@@ -273,6 +273,15 @@ def test_alpha_changed_in_place_before_the_backward_is_noticed(mapping, values):
 
 
 @every_mapping
+def test_gradients_of_an_empty_batch_have_a_graph(mapping, values):
+    inputs = require(tuple(x[:0] for x in arguments(values)))
+    gradients = torch.autograd.grad(mapping(*inputs).sum(), inputs, create_graph=True)
+    assert all(gradient.shape == x.shape for gradient, x in zip(gradients, inputs, strict=True))
+    assert gradients[0].requires_grad
+    torch.autograd.grad(gradients[0].sum(), inputs)
+
+
+@every_mapping
 def test_shapes_without_data(mapping, values):
     inputs = arguments(values)
     meta = mapping(*(x.to("meta") for x in inputs))

@@ -102,7 +102,7 @@ WRONG: list[tuple[dict[str, object], type[Exception], str]] = [
     ({"cu_seqlens_k": torch.tensor([0, 2, 5])}, ValueError, r"the same length N \+ 1, got 2 and 3"),
     ({"cu_seqlens_q": torch.tensor([1, 3])}, ValueError, "cu_seqlens_q must begin with 0, got 1"),
     ({"cu_seqlens_k": torch.tensor([0, 4])}, ValueError, "cu_seqlens_k must end with the total length 5, got 4"),
-    ({"cu_seqlens_q": torch.tensor([0, 2, 1, 3])}, ValueError, "cu_seqlens_q must not fall, got 1 after 2"),
+    ({"cu_seqlens_q": torch.tensor([0, 2, 1, 3])}, ValueError, "cu_seqlens_q must not decrease, got 1 after 2"),
     ({"query": torch.randn(1, 3, 2, 4)}, ValueError, r"query must have the shape \(total, H, D\), got \(1, 3, 2, 4\)"),
     ({"key": torch.randn(5, 3, 4)}, ValueError, "batch and head sizes must broadcast"),
     ({"alpha": -1.0}, ValueError, r"alpha must be in \(0, inf\), got -1"),

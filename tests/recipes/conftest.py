@@ -62,8 +62,9 @@ def run_folder(tmp_path: Path) -> Path:
                 parameter.mul_(2)  # attention that is not nearly uniform
     state = {"state_dict": task.state_dict(), "hyper_parameters": dict(task.hparams)}
     task.on_save_checkpoint(state)
-    for name in ("best", "last"):
-        torch.save(state, folder / "checkpoints" / f"{name}.ckpt")
+    torch.save(state, folder / "checkpoints/best.ckpt")
+    training = {"epoch": 0, "global_step": 9, "optimizer_states": [], "lr_schedulers": [], "loops": {}}
+    torch.save({**state, **training, "callbacks": {"BestAndLast": {}}}, folder / "checkpoints/last.ckpt")
     data = {
         "name": "tsv",
         "path": str(tmp_path),

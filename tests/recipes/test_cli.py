@@ -95,14 +95,14 @@ def test_train_help_lists_groups_and_keys(command, flag):
     [
         ("experiment=g2p2019", "unknown experiment 'g2p2019', did you mean 'g2p2021'?; allowed: characters, "),
         ("model=huge", "unknown model 'huge'; allowed: base, small"),
-        ("seeds=1", "unknown key 'seeds', did you mean 'seed'?; allowed: callbacks, data, experiment, logger, "),
+        ("seeds=1", "unknown key 'seeds', did you mean 'seed'?; allowed: callbacks, data, decoding, experiment, "),
         ("trainer.epochs=1", "unknown key 'trainer.epochs', did you mean 'max_epochs'?; allowed in trainer: "),
         ("seed.x=1", "'seed.x' cannot be set: seed is a value, not a group of keys"),
         ("seed", "'seed' is not of the form key=value"),
         ("seed=[1", "'seed=[1' is not of the form key=value"),
         ("--sweep", "unknown option '--sweep'; allowed: --help, "),
         ("data=tsv", "data.path has no value; give it as data.path=DIR, the folder of the data files"),
-        ("+speed=1", "unknown key 'speed'; allowed: seed, resume, threads, data, "),
+        ("+speed=1", "unknown key 'speed'; allowed: seed, resume, threads, keep_checkpoints, data, "),
         ("seed=-1", "seed must be a whole number from 0 to 4294967295, got -1"),
         ("resume=nowhere", "no run folder 'nowhere'; give the folder a training has printed"),
         ("resume=.", "'.' is not a run folder: it has no config.yaml"),
@@ -255,4 +255,4 @@ def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(tiny_arguments, tmp_p
         "sparse-attn train: stopped; the checkpoint of the last finished epoch is kept, "
         "to go on: sparse-attn train resume='a run'\n"
     )
-    assert "epoch 1/10000  step 5  train loss " in output
+    assert "epoch 1/10000  loss " in output

@@ -158,6 +158,15 @@ def test_a_run_without_predictions_is_in_the_table_all_the_same(sweep, tmp_path,
     assert "is not compared with the baseline: cannot read" in text
 
 
+def test_runs_with_different_metrics_share_what_they_have_in_common(run, tmp_path, capsys):
+    for number, name in enumerate(("per", "bleu")):
+        folder = run(number, "softmax", number, 10)
+        (folder / "results.json").write_text(json.dumps({f"test/{name}": 1.0, "test/wer": 75.0}), encoding="utf-8")
+    assert printed(capsys, f"sweep={tmp_path / 'sweep'}").split()[:4] == ["setting", "runs", "WER", "%"]
+    (tmp_path / "sweep" / "0" / "results.json").write_text('{"test/per": 1.0}', encoding="utf-8")
+    assert "the runs must have a metric in common" in refused(capsys, f"sweep={tmp_path / 'sweep'}")
+
+
 def test_wrong_input(sweep, tmp_path, capsys):
     given = f"sweep={sweep}"
     assert refused(capsys, given, "format=html") == "format must be one of text, markdown, latex, csv, got 'html'"
@@ -175,9 +184,12 @@ def test_wrong_input(sweep, tmp_path, capsys):
     assert f"{tmp_path / 'sweep' / '0'} must be a run folder, got one that cannot be read" in refused(capsys, given)
 
 
-def test_folders_are_given_without_a_key(sweep, tmp_path):
+@pytest.mark.parametrize(
+    "program", [["-m", "recipes.compare"], ["-c", "from recipes.cli import main; main()", "compare"]]
+)
+def test_folders_are_given_without_a_key(sweep, tmp_path, program):
     done = subprocess.run(
-        [sys.executable, "-m", "recipes.compare", "sweep/0", "sweep/10", "metrics=[wer]"],
+        [sys.executable, *program, "sweep/0", "sweep/10", "metrics=[wer]"],
         cwd=tmp_path,
         env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""},
         capture_output=True,

@@ -15,6 +15,7 @@ from recipes.build import _SHORTHANDS, SECTIONS, build_callbacks
 from recipes.launch import config_dir, config_groups
 from recipes.seq2seq.attention import ATTENTION_KINDS
 from recipes.seq2seq.data import Seq2SeqData
+from recipes.seq2seq.decode import Decoding
 from recipes.seq2seq.model import Seq2SeqTransformer
 from recipes.seq2seq.schedules import check_schedule
 from recipes.seq2seq.task import Seq2SeqTask
@@ -40,6 +41,7 @@ def test_there_are_configs():
     assert set(config_groups()) == {
         "callbacks",
         "data",
+        "decoding",
         "experiment",
         "logger",
         "model",
@@ -83,6 +85,7 @@ def test_every_key_binds_to_what_it_configures(option):
         check_arguments(
             function, section, {k: v for k, v in settings[section].items() if k not in _SHORTHANDS[section]}
         )
+    check_arguments(Decoding, "decoding", settings["decoding"])
     for section in ("optimizer", "loss"):
         check_arguments(Seq2SeqTask, section, settings[section])
     check_arguments(check_schedule, "schedule", settings["schedule"])

@@ -132,7 +132,10 @@ def test_resolve_alone(capsys):
 
 def test_only_a_training_has_groups(capsys):
     error = refused(capsys, lambda: composed("evaluate", "foo=1"))
-    assert error == "sparse-attn evaluate: unknown key 'foo'; allowed: run, checkpoint, split, data\n"
+    assert (
+        error
+        == "sparse-attn evaluate: unknown key 'foo'; allowed: run, checkpoint, average, split, output, data, decoding\n"
+    )
 
 
 def test_a_group_that_is_needed_cannot_be_left_out(capsys):

@@ -111,7 +111,10 @@ def test_without_resume_nothing_changes(arguments):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("model=base", "'model=base' chooses a group; allowed are single keys of trainer and logger, such as trainer"),
+        (
+            "model=base",
+            "'model=base' chooses a group; allowed are single keys of trainer, decoding and logger, such as trainer",
+        ),
         ("model.attention=softmax", "'model.attention=softmax' would change what has been learnt; allowed are"),
         ("data.path=x", "allowed are .*data.train, data.val, data.test"),
         ("seed=1", "'seed=1' would change"),
@@ -185,7 +188,11 @@ def test_results_are_those_of_all_sessions(tiny_config, tmp_path, interrupt):
     torch.save(state, last)
     interrupt(7)
     with pytest.raises(Interrupted):
-        train(resumed_config(folder, "trainer.max_epochs=2"))
+        train(resumed_config(folder, "trainer.max_epochs=3"))
+    assert (folder / "results.json").exists(), "they are those of the first epoch, as the checkpoint is"
+    interrupt(12)
+    with pytest.raises(Interrupted):
+        train(resumed_config(folder))
     assert not (folder / "results.json").exists(), "they were those of the first epoch"
     interrupt(-1)
     assert 1000 < train(resumed_config(folder))["seconds"] < 1060

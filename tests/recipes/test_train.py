@@ -1,5 +1,6 @@
 """A whole training, small: what it returns, prints and leaves behind, and what it refuses."""
 
+import importlib.util
 import json
 import warnings
 
@@ -65,8 +66,8 @@ def test_a_run_folder_holds_everything(tiny_config, tmp_path, capsys):
     assert lines[0] == "tsv: 40 training, 7 validation and 11 test words"
     assert lines[1].endswith(f"run folder {folder}")
     assert lines[2] == "2 epochs of 5 batches: 10 updates, 3 of them warm-up"
-    assert lines[3].startswith("epoch 1/2  step 5  train loss ")
-    assert lines[4].startswith("epoch 2/2  step 10  train loss ")
+    assert lines[3].startswith("epoch 1/2  loss ")
+    assert lines[4].startswith("epoch 2/2  loss ")
     text = "\n".join(lines)
     for expected in ("prediction", "reference", *LAYERS, "density", "validation", "test ", "PER", "WER"):
         assert expected in text
@@ -124,11 +125,45 @@ def test_all_loggers_write_into_the_run_folder(tiny_config, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(tiny_config("logger=default", "trainer.max_epochs=1"))
-    board = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    board = EventAccumulator(str(tmp_path / "run/tensorboard"), size_guidance={"histograms": 0})
     board.Reload()
     assert [event.step for event in board.Scalars("alpha/encoder.layers.0.self_attn/head1")] == list(range(6))
+    assert [event.step for event in board.Histograms("alpha/encoder.layers.0.self_attn")] == list(range(6))
     assert len(board.Scalars("val/per")) == 1
     assert (tmp_path / "run/metrics.csv").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # of what mlflow imports
+def test_mlflow_gets_alpha(tiny_config, tmp_path):
+    pytest.importorskip("sqlalchemy")
+    mlflow = pytest.importorskip("mlflow")
+    train(tiny_config("logger=mlflow", "trainer.max_epochs=1"))
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/run/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("sparse-attn").experiment_id])
+    values = client.get_metric_history(run.info.run_id, "alpha/encoder.layers.0.self_attn/head1")
+    rows = [row for row in read_rows(tmp_path / "run/alpha.csv") if row["layer"].startswith("encoder")]
+    expected = [float(row["alpha"]) for row in rows if row["head"] == "1"]
+    assert [value.value for value in values] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # of what wandb imports
+def test_weights_and_biases_gets_alpha(tiny_config, tmp_path):
+    wandb = pytest.importorskip("wandb")
+    train(tiny_config("logger=wandb", "logger.wandb.offline=true", "trainer.max_epochs=1"))
+    assert wandb.run.summary["alpha/encoder.layers.0.self_attn/head1"] > 1
+    wandb.finish()
+    assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(("logger", "package"), [("wandb", "wandb"), ("mlflow", "mlflow")])
+def test_a_logger_without_its_package_is_refused_before_anything_is_written(
+    tiny_config, tmp_path, monkeypatch, logger, package
+):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == package else find(name, *a))
+    with pytest.raises(ValueError, match=rf"^logger\.{logger} needs the package {package}: pip install {package}$"):
+        train(tiny_config(f"logger={logger}"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -149,14 +184,13 @@ def test_all_loggers_write_into_the_run_folder(tiny_config, tmp_path):
         (["optimizer.learning_rate=0"], "learning_rate must be above 0, got 0"),
         (["optimizer.max_steps=0"], "max_steps must be at least 1 or null, got 0"),
         (["optimizer.weight_decay=-1"], "weight_decay must be at least 0, got -1"),
-        (["loss.label_smoothing=1"], r"label_smoothing must lie in \[0, 1\), got 1"),
+        (["loss.label_smoothing=1"], r"label_smoothing must lie in \[0, 0.9\], since nothing is learnt beyond; got 1"),
         (["trainer.max_epochs=many"], "trainer.max_epochs must be a whole number or null, got 'many'"),
-        (["trainer.max_epochs=0"], "trainer.max_epochs must be above 0, got 0"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs must be above 0 or null, got 0"),
         (["+trainer.min_epoch=1"], "unknown key 'trainer.min_epoch', did you mean 'min_epochs'"),
         (["+trainer.logger=true"], "unknown key 'trainer.logger'"),
         (["trainer.accelerator=abacus"], "trainer: .*abacus"),
         (["+trainer.val_check_interval=-3"], "trainer: (?!.*accelerator=).*val_check_interval=-3"),
-        (["trainer.devices=2"], r"trainer.devices must be 1, or a list of one such as \[0\], .*got .*2"),
         (["~optimizer"], "the configuration must have seed, .*, got no optimizer"),
         (["optimizer=null"], "optimizer must be a group of keys, got None"),
         (["logger.csv=null"], r"logger.csv must be a group of keys with _target_ .*, got None"),
@@ -187,7 +221,7 @@ def test_a_folder_is_used_once(tiny_config, tmp_path):
 
 def test_a_diverged_training_stops(tiny_config):
     with pytest.raises(
-        ValueError, match=r"must be finite, got nan at step [2-9]; a learning_rate below 1e\+38 may help"
+        ValueError, match=r"must be finite, got nan at step [2-9]; a learning_rate below 1e\+38, or a weight"
     ):
         train(tiny_config("optimizer.learning_rate=1e38", "model.attention=softmax"))
 
@@ -205,7 +239,7 @@ def test_versions_name_the_commit_only_in_a_checkout(tmp_path):
 
 def test_no_group_is_nothing():
     check_groups(["logger=csv", "resume=null", "optimizer.max_steps=null"])
-    with pytest.raises(ValueError, match="logger must be one of csv, default, got null"):
+    with pytest.raises(ValueError, match="logger must be one of csv, default, mlflow, wandb, got null"):
         check_groups(["logger=null"])
 
 

@@ -554,8 +554,10 @@ def test_tabs_keys_theme_and_help(page: Page, view: AttentionView) -> None:
 
 
 @pytest.mark.parametrize("address", ["", "#layer=4&head=1&pins=0,2", "#view=alpha", "#table=1"])
-def test_a_narrow_screen_is_not_scrolled_sideways(page: Page, view: AttentionView, address: str) -> None:
+def test_a_narrow_screen_is_not_scrolled_sideways(page: Page, translation: AttentionRecord, address: str) -> None:
+    view = attention_view(translation, [TOKENS, TOKENS], [MEMORY, MEMORY], title="A translation of two texts")
     page.open(view, address, width=360, height=780)
+    assert page.ask("document.querySelector('.top').offsetHeight") < 200
     assert page.ask("document.documentElement.scrollWidth") <= 360
     page.click("#help-open")
     assert page.ask("document.querySelector('#help').getBoundingClientRect().right") <= 360

@@ -56,6 +56,19 @@ def test_no_weight_becomes_zero(read_page: Reader) -> None:
     assert torch.equal(held != 0, weights != 0)
 
 
+def test_small_weights_of_a_large_page_have_fewer_bits(read_page: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = entmax(torch.randn(1, 2, 17, 61), 1.25)
+    weights[0, 0, 0, 0] = 1e-7
+    monkeypatch.setattr(page_module, "MANY_ENTRIES", 100)
+    page = read_page(attention_view(recorded(weights)).html())
+    held = page.weights(0)
+    assert page.data["coarse"] and torch.equal(held != 0, weights[0] != 0)
+    error = (held - weights[0]).abs()
+    large = weights[0] >= 0.125
+    assert (error[large] <= HALF * weights[0][large]).all()
+    assert (error[~large] <= 5 * HALF * weights[0][~large] + 2**-22).all() and (error > HALF * weights[0]).any()
+
+
 def test_masks_travel_with_the_weights(read_page: Reader) -> None:
     visible = torch.ones(11, 11, dtype=torch.bool).tril()
     scores = torch.randn(1, 2, 11, 11).masked_fill(~visible, -torch.inf)
@@ -193,3 +206,15 @@ def test_courses_and_further_numbers(encoder_record: Records, read_page: Reader)
     data = read_page(view.html()).data
     assert data["courses"]["a"][name]["2"] == [[0, 1.5], [5, 1.55]]
     assert data["layers"][0]["numbers"]["worth"] == [0.5, None, -1.0]
+
+
+def test_heads_that_merge_pieces_are_measured(encoder_record: Records, read_page: Reader) -> None:
+    record = encoder_record(5)
+    pieces = ["▁un", "believ", "ably", "▁old", "▁cats"]
+    first = next(iter(record.values())).weights
+    assert first is not None
+    expected = sum(first[0, :, row, others].sum(-1) for row, others in {0: [1, 2], 1: [0, 2], 2: [0, 1]}.items()) / 3
+    numbers = read_page(attention_view(record, pieces).html()).data["layers"][0]["numbers"]
+    assert numbers["weight on own word"] == pytest.approx(expected.tolist(), rel=1e-4)
+    numbers = read_page(attention_view(record, list("abcde")).html()).data["layers"][0]["numbers"]
+    assert "weight on own word" not in numbers

@@ -28,6 +28,7 @@ class ExactHypothesis(Hypothesis):
         proved: Whether no hypothesis of ``max_length`` tokens at most is more probable; False: the budget was reached.
         expansions: Prefixes whose next tokens were computed.
         mass: Probability of all finished hypotheses that were seen.
+        single: Whether no other hypothesis is possible.
         empty_log_probability: That of the empty hypothesis; ``-inf`` where it is impossible.
         empty_rank: 1 plus the number of hypotheses that were seen and are more probable than the empty one.
     """
@@ -35,6 +36,7 @@ class ExactHypothesis(Hypothesis):
     proved: bool = False
     expansions: int = 0
     mass: float = 0.0
+    single: bool = False
     empty_log_probability: float = -math.inf
     empty_rank: int = 1
 
@@ -111,6 +113,7 @@ class _Search:
         self.expansions = 0
         self.finished: list[float] = []  # log-probabilities
         self.empty_log_probability = -math.inf
+        self.single = True
 
     def next_prefixes(self) -> list[_Prefix]:
         """What to expand next; the budget is not exceeded."""
@@ -125,6 +128,7 @@ class _Search:
     def expand(self, prefix: _Prefix, after: Tensor) -> None:
         """Takes in the log-probabilities (V,) of the token after a prefix."""
         self.expansions += 1
+        self.single &= int((after > -math.inf).sum()) == 1
         if (ending := float(after[EOS])) > -math.inf:
             whole = _Prefix(prefix.cost - ending, prefix.tokens)
             self.finished.append(-whole.cost)
@@ -162,6 +166,7 @@ class _Search:
             proved=self.best is not None and self.dive is None and not self._can_win(),
             expansions=self.expansions,
             mass=math.fsum(map(math.exp, self.finished)),
+            single=self.single and self.best is not None,
             empty_log_probability=self.empty_log_probability,
             empty_rank=1 + sum(other > self.empty_log_probability for other in self.finished),
         )

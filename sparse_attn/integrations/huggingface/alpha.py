@@ -15,7 +15,7 @@ from sparse_attn.nn.alpha import HeadAlpha, check_alpha_range, head_alpha
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Where config.json keeps the range, which is no weight.
+# Key of alpha_range in config.json: the range is not a weight, so the weight files cannot hold it.
 RANGE_KEY = "sparse_attn_alpha_range"
 
 
@@ -26,29 +26,30 @@ def add_alpha(
     alpha_range: tuple[float, float] = (1.0, 2.0),
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
 ) -> dict[str, HeadAlpha]:
-    """Give every attention module of a transformers model a learnt α per head.
+    """Add a learnt α per head to every attention module of a transformers model.
 
-    Call it after loading and before the optimizer is made; give the new parameters no weight decay, which would pull
-    them to their lower bound. They are float32 whatever the model's dtype, and on the device of their module.
-    ``save_pretrained`` saves them; :func:`load_alpha` brings them back. After ``model.set_attn_implementation("sdpa")``
-    the model is dense: α stays on it, also in :func:`sparse_attn.alpha_per_head`, and has no effect.
+    Call this function after loading the model and before building the optimizer. Give the new parameters no weight
+    decay, which would decrease them to their lower bound. They are float32 for every dtype of the model, and on the
+    device of their module. ``save_pretrained`` saves them; :func:`load_alpha` loads them. After
+    ``model.set_attn_implementation("sdpa")`` the model is dense: the α modules remain, without effect, and
+    :func:`sparse_attn.alpha_per_head` still lists them.
 
     Args:
         model: Built or loaded with ``attn_implementation="entmax"``.
-        alpha_init: The initial α: a number, or one per head. 1 keeps a dense model's function.
+        alpha_init: The initial α: a number, or one per head. 1 keeps the function of a dense model.
         alpha_range: The closed interval that α stays in.
-        filter_fn: Called with each attention module's name and module; only where it returns True is α learnt.
+        filter_fn: Called with the name and module of each attention module; α is added only if the result is True.
 
     Returns:
-        ``{name of the attention module: its α}``, in the order of ``model.named_modules()``. Where there is one, it
-        stays.
+        ``{name of the attention module: its α}``, in the order of ``model.named_modules()``. A module that has an α
+        already keeps it.
 
     Raises:
         ImportError: transformers is not installed.
-        TypeError: ``model`` is no ``PreTrainedModel``, or ``filter_fn`` no function.
-        ValueError: The model does not attend with ``"entmax"``, or not through transformers' attention interface,
-            ``filter_fn`` accepts nothing, ``alpha_init`` lies outside ``alpha_range``, or that is not the one that the
-            model has already. Nothing has been changed then.
+        TypeError: ``model`` is not a ``PreTrainedModel``, or ``filter_fn`` not a function.
+        ValueError: The model's ``attn_implementation`` is not ``"entmax"``, or the model does not use transformers'
+            attention interface; ``filter_fn`` accepts no module; ``alpha_init`` is outside ``alpha_range``; or
+            ``alpha_range`` differs from that of an α in the model. The model is unchanged in this case.
 
     Example:
         >>> from transformers import GPT2Config, GPT2Model
@@ -71,17 +72,17 @@ def add_alpha(
 
 
 def remove_alpha(model: PreTrainedModel) -> None:
-    """Take the learnt α off a model, which then attends with what its ``attn_implementation`` says.
+    """Remove the learnt α from a model, which then uses the α of its ``attn_implementation``.
 
     Raises:
         ImportError: transformers is not installed.
-        TypeError: ``model`` is no ``PreTrainedModel``.
-        ValueError: There is none.
+        TypeError: ``model`` is not a ``PreTrainedModel``.
+        ValueError: The model has no learnt α.
     """
     _check_model(model)
     owners = [module for module in model.modules() if head_alpha(module) is not None]
     if not owners:
-        raise ValueError(f"model must have learnt α from add_alpha, got {type(model).__name__} without")
+        raise ValueError(f"model must have learnt α from add_alpha, got {type(model).__name__} without α")
     for module in owners:
         del module.sparse_alpha
     if hasattr(model.config, RANGE_KEY):
@@ -94,7 +95,7 @@ def attach(
     alpha_init: float | Sequence[float] | Tensor,
     alpha_range: tuple[float, float],
 ) -> dict[str, HeadAlpha]:
-    """The α of each module, new where it has none; all are built and checked before one is put in."""
+    """The α of each module, new if the module has none. All are built and checked before the model is changed."""
     ranges = {alpha.alpha_range for alpha in map(head_alpha, model.modules()) if alpha is not None}
     if ranges - {alpha_range}:
         raise ValueError(f"alpha_range must be the one that the model has, {ranges.pop()}, got {alpha_range}")
@@ -117,7 +118,7 @@ def _check_model(model: object) -> None:
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"model must be a transformers.PreTrainedModel, got {type(model).__name__}; of a wrapper, give the inside"
+            f"model must be a transformers.PreTrainedModel, got {type(model).__name__}; pass the model inside a wrapper"
         )
 
 
@@ -127,8 +128,8 @@ def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     modules = {name: module for name, module in model.named_modules() if calls_interface(module)}
     if not modules:
         raise ValueError(
-            "model must attend through transformers' attention interface, got none of that in "
-            f"{type(model).__name__}, which does the same whatever its attn_implementation is"
+            "model must attend through transformers' attention interface, got no such module in "
+            f"{type(model).__name__}, which ignores its attn_implementation"
         )
     chosen = {name: module for name, module in modules.items() if learns_alpha(module.config._attn_implementation)}
     if not chosen:
@@ -141,25 +142,25 @@ def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def num_heads(name: str, module: nn.Module) -> int:
-    """How many query heads an attention module has."""
+    """The number of query heads of an attention module."""
     for owner in (module, module.config):
         for attribute in ("num_heads", "num_attention_heads", "n_heads"):
             heads = getattr(owner, attribute, None)
             if isinstance(heads, int):
                 return heads
     raise ValueError(
-        f"model must say how many heads its attention has, got {name!r} of {type(module).__name__} without; "
-        "filter_fn can leave it out"
+        f"model must have attention modules with a known number of heads, got {name!r} of {type(module).__name__} "
+        "without; filter_fn can exclude it"
     )
 
 
 def _device(name: str, module: nn.Module) -> torch.device:
-    """Where a module computes, which accelerate's hooks know where its weights are kept elsewhere."""
+    """The device on which a module computes; from accelerate's hooks if its weights are offloaded."""
     weight = next(module.parameters(), None)
     if weight is None:
         raise ValueError(
             f"model must have its weights in parameters, got {name!r} of {type(module).__name__} without; quantise "
-            "after add_alpha, or leave it out by filter_fn"
+            "after add_alpha, or exclude it by filter_fn"
         )
     if not weight.is_meta:
         return weight.device

@@ -1,4 +1,4 @@
-"""Attention functions that transformers' models call by the name of their ``attn_implementation``."""
+"""Attention functions that transformers' models select by ``attn_implementation``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparse_attn.ops.attention import ScoreMapping, attend, entmax_mapping, topk
 _DEFAULT_ALPHA = 1.5
 _DEFAULT_K = 8
 
-# None stands for α-entmax with the module's learnt α, or the default.
+# None means α-entmax with the module's learnt α, or with the default α if it has none.
 _BUILT_IN: dict[str, ScoreMapping | None] = {
     "entmax": None,
     "entmax15": ScoreMapping(1.5),
@@ -30,7 +30,7 @@ _BUILT_IN: dict[str, ScoreMapping | None] = {
 }
 _registered: dict[str, ScoreMapping | None] = {}
 
-# What would change the weights in a way that these functions do not know, and who asks for it.
+# Arguments that change the weights and are not supported, each with the models that pass it.
 _REFUSED = {
     "softcap": "softcapped scores, as in Gemma 2",
     "s_aux": "attention sinks, as in GPT-OSS",
@@ -44,28 +44,30 @@ _REFUSED = {
 def register(name: str | None = None, *, alpha: float | None = None, k: int | None = None) -> None:
     """Make sparse attention an ``attn_implementation`` of transformers' models.
 
-    Called without arguments, it registers these four; to call it again changes nothing::
+    Without arguments, the function registers these four names. A second call has no effect::
 
         "entmax"      α-entmax; α is learnt per head after `add_alpha`, 1.5 otherwise
         "entmax15"    α = 1.5
         "sparsemax"   α = 2
-        "topk"        softmax over the 8 best keys of each query
+        "topk"        softmax over the 8 keys with the largest scores of each query
 
-    With a name, that one alone, and anew if it is there: ``register("topk32", k=32)``. Each comes with a function for
-    masks of the same name, without which transformers would make no mask at all and a decoder would see its future.
+    With a name, the function registers only that name, and replaces an earlier registration of it:
+    ``register("topk32", k=32)``. A mask function is registered under the same name: without one, transformers would
+    build no mask, and a decoder would see future positions.
 
-    transformers' models without its attention interface (BLOOM and DeBERTa are some) take the name and ignore it.
+    Models that do not use transformers' attention interface (BLOOM and DeBERTa, for example) accept the name and
+    ignore it.
 
     Args:
-        name: A name of your own, which has to be a Python identifier.
-        alpha: A fixed α; by default that of softmax with ``k``, otherwise learnt as in ``"entmax"``.
+        name: A new name, which must be a Python identifier.
+        alpha: A fixed α. By default 1 if ``k`` is given, otherwise learnt as in ``"entmax"``.
         k: How many keys a query keeps; all by default.
 
     Raises:
         ImportError: transformers is not installed.
         TypeError: An argument of another type.
-        ValueError: ``name`` is one that transformers uses itself, ``alpha`` or ``k`` lies outside its range or comes
-            without a name.
+        ValueError: transformers uses ``name`` itself; ``alpha`` or ``k`` is outside its range, or given without
+            ``name``.
 
     Example:
         >>> register()
@@ -80,7 +82,7 @@ def register(name: str | None = None, *, alpha: float | None = None, k: int | No
 
     if name is None:
         if alpha is not None or k is not None:
-            raise ValueError(f"name must be given with alpha or k, got alpha={alpha} and k={k} without")
+            raise ValueError(f"name must be given with alpha or k, got alpha={alpha} and k={k} without name")
         wanted = {key: mapping for key, mapping in _BUILT_IN.items() if key not in _registered}
     else:
         _check_name(name, AttentionInterface._global_mapping)
@@ -93,14 +95,15 @@ def register(name: str | None = None, *, alpha: float | None = None, k: int | No
 
 
 def learns_alpha(name: str | None) -> bool:
-    """Whether that ``attn_implementation`` uses an α on the module."""
+    """Whether the ``attn_implementation`` called ``name`` uses an α stored on the module."""
     return name in _registered and _registered[name] is None
 
 
 def calls_interface(module: nn.Module) -> bool:
-    """Whether a module calls the function that its ``attn_implementation`` names."""
-    # The name is what all of transformers' attention modules have in common, and what it looks for itself (in
-    # `PreTrainedModel._can_set_attn_implementation`). Of the class: accelerate puts another forward on the module.
+    """Whether a module calls the attention function selected by ``attn_implementation``."""
+    # All such modules use the name ALL_ATTENTION_FUNCTIONS, and transformers itself searches for it (in
+    # `PreTrainedModel._can_set_attn_implementation`). The class's forward is read, since accelerate sets another one
+    # on the instance.
     forward = inspect.unwrap(type(module).forward)
     return hasattr(forward, "__code__") and "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
 
@@ -117,7 +120,7 @@ def require_transformers() -> None:
 
 
 def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """A function that transformers' attention modules call with their projected heads; without mapping α is theirs."""
+    """A function that transformers' attention modules call with projected heads; None means the module's own α."""
 
     def sparse_attention(
         module: nn.Module,
@@ -140,8 +143,8 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
             is_causal = getattr(module, "is_causal", None)
         if is_causal is None:
             is_causal = _no_mask_is_causal(getattr(module, "config", None))
-        # As in transformers' function for `scaled_dot_product_attention`: no mask and more than one query stand for
-        # causal attention where the module is causal at all.
+        # Same rule as transformers' function for `scaled_dot_product_attention`: a causal module with more than one
+        # query and no mask attends causally.
         is_causal = query.shape[2] > 1 and attention_mask is None and is_causal
         if position_bias is not None:
             attention_mask = _with_bias(attention_mask, position_bias, is_causal, query, key)
@@ -167,7 +170,7 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
 
 
 def mask_function(*, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:
-    """The boolean mask of transformers; none for a causal one where the modules say themselves that they are."""
+    """The boolean mask of transformers; None for a causal mask if the modules apply ``is_causal`` themselves."""
     from transformers.masking_utils import sdpa_mask
 
     skip = allow_is_causal_skip and _no_mask_is_causal(config)
@@ -175,13 +178,13 @@ def mask_function(*, config: Any = None, allow_is_causal_skip: bool = True, **kw
 
 
 def _no_mask_is_causal(config: Any) -> bool:
-    """Whether a model is made for ``scaled_dot_product_attention``, which it tells what is causal without a mask.
+    """Whether a model supports ``scaled_dot_product_attention``, so that a missing mask means causal attention.
 
-    In others (Pegasus-X, NLLB-MoE) the decoder says it is not causal, and expects its mask.
+    In other models (Pegasus-X, NLLB-MoE) the decoder's ``is_causal`` is False, and the decoder needs its mask.
     """
     from transformers import MODEL_MAPPING
 
-    if torch.compiler.is_compiling():  # which cannot look into that table, and does not depend on the answer
+    if torch.compiler.is_compiling():  # the compiler cannot trace the table, and False is always correct
         return False
     model = MODEL_MAPPING.get(type(config), None)
     models = model if isinstance(model, tuple) else (model,)
@@ -189,8 +192,8 @@ def _no_mask_is_causal(config: Any) -> bool:
 
 
 def _weights_are_returned(asked: bool | None) -> bool:
-    """Whether the model was called with ``output_attentions=True``, which not all models pass on to here."""
-    if asked or torch.compiler.is_compiling():  # compiled code cannot look into the variable below
+    """Whether the model was called with ``output_attentions=True``, which some models do not pass on."""
+    if asked or torch.compiler.is_compiling():  # compiled code cannot read the context variable below
         return bool(asked)
     from transformers.utils.output_capturing import _active_collector
 
@@ -203,7 +206,7 @@ def _mapping_of(module: nn.Module, heads: int) -> ScoreMapping:
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor, is_causal: bool, query: Tensor, key: Tensor) -> Tensor:
-    """A bias of the scores with the mask, or with the causal one, put into it."""
+    """A bias of the scores combined with the mask, or with the causal mask."""
     if is_causal:
         mask = causal_mask(query.shape[2], key.shape[2], query.device)
     if mask is None:
@@ -224,7 +227,7 @@ def _fixed_mapping(alpha: float | None, k: int | None) -> ScoreMapping:
 def _check_name(name: str, taken: dict[str, Any]) -> None:
     if not isinstance(name, str):
         raise TypeError(f"name must be a str, got {type(name).__name__}")
-    # transformers looks for these words inside of names.
+    # transformers searches for these words within names.
     reserved = any(word in name for word in ("eager", "sdpa", "flash", "flex"))
     if not name.isidentifier() or reserved or (name in taken and name not in _registered):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The way of a learnt α from a checkpoint back into a transformers model."""
+"""Loading of a learnt α from a checkpoint into a transformers model."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ _SUFFIX = ".sparse_alpha.raw_alpha"
 
 
 def load_alpha(model: PreTrainedModel, path: str | Path) -> dict[str, HeadAlpha]:
-    """Give a model the learnt α of a checkpoint that ``save_pretrained`` has written.
+    """Load the learnt α of a checkpoint written by ``save_pretrained`` into a model.
 
-    ``from_pretrained`` builds the model as transformers knows it and leaves α out, with a note on unexpected keys.
-    This is the second half; heads may have been put on the model or taken off it in between.
+    ``from_pretrained`` does not know α: it loads the other weights and reports the keys of α as unexpected. Call this
+    function afterwards. The model may have another task head than the saved one, or none.
 
     Args:
         model: Loaded with ``attn_implementation="entmax"``.
-        path: The folder, or the name of a repository on the Hub, that the model was loaded from.
+        path: The folder, or the name of the Hub repository, from which the model was loaded.
 
     Returns:
-        ``{name of the attention module: its α}`` for the modules that had one.
+        ``{name of the attention module: its α}`` for the modules with an α in the checkpoint.
 
     Raises:
         ImportError: transformers is not installed.
         OSError: There is no checkpoint in safetensors files at ``path``.
-        TypeError: ``model`` is no ``PreTrainedModel``.
-        ValueError: The model does not attend with ``"entmax"``; the checkpoint has no α (it is a dense one), or one
-            that does not fit the model. Nothing has been changed then.
+        TypeError: ``model`` is not a ``PreTrainedModel``.
+        ValueError: The model's ``attn_implementation`` is not ``"entmax"``; the checkpoint has no α (a dense model), or
+            one that does not fit the model. The model is unchanged in this case.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -62,7 +62,7 @@ def load_alpha(model: PreTrainedModel, path: str | Path) -> dict[str, HeadAlpha]
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], tuple[float, float]]:
-    """The α of a checkpoint by the names it gives them, and their range."""
+    """The α of a checkpoint by their keys there, and their range."""
     from safetensors import safe_open
     from transformers import PreTrainedConfig
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -81,18 +81,18 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], tuple[float, float]]:
     alpha_range = PreTrainedConfig.get_config_dict(path)[0].get(RANGE_KEY)
     if not saved or alpha_range is None:
         raise ValueError(
-            f"path must be a checkpoint with learnt α, got {str(path)!r} without; add_alpha gives a new one"
+            f"path must be a checkpoint with learnt α, got {str(path)!r} without α; add_alpha adds a new one"
         )
     return saved, check_alpha_range(alpha_range)
 
 
 def _by_module(model: PreTrainedModel, saved: dict[str, Tensor], modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The saved α by module: their names go the way that transformers' loader takes all names of a checkpoint."""
+    """The saved α by module name, found with the renaming rules of transformers' checkpoint loader."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     name_of = {module: name for name, module in modules.items()}
-    # A module that is at two places is saved under one of its names.
+    # A module that occurs in two places is saved under only one of its names.
     keys = {
         name + _SUFFIX: name_of[module]
         for name, module in model.named_modules(remove_duplicate=False)

@@ -1,1 +1,1 @@
-"""Row kernels in C for CPU tensors, compiled where the installation finds a compiler; nothing else needs them."""
+"""The backend "compiled": kernels in C for CPU tensors. Optional: compiled if the installation finds a compiler."""

@@ -1,6 +1,6 @@
 """Attention in C on CPU tensors, one call for all batch entries and heads.
 
-Half precision is computed in float32 and rounded once. Nothing here is differentiable.
+Half precision is computed in float32 and rounded once. Not differentiable: ``functions.native`` adds gradients.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from sparse_attn.kernels.setting import Setting
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _ELEMENTS = {**DTYPES, torch.bool: 4}
-_FAR = 2**40  # more than there are keys
-_KEPT_PER_ROW = 64  # weights, on average over a tile
+_FAR = 2**40  # larger than any number of keys
+_KEPT_PER_ROW = 64  # kept weights per query, on average over a tile
 
 # The members of `attention` in attention.h.
 _CALL = struct.Struct("=13q3d3q" + 5 * "6q" + "3q" + 5 * "6q" + "q")
@@ -26,33 +26,34 @@ _NOTHING = 5 * _NO_TENSOR
 
 
 class Starts(NamedTuple):
-    """Packed sequences: where each begins, and behind them the total; (N + 1,) contiguous int64, already checked."""
+    """The starts of packed sequences, followed by the total length: (N + 1,) contiguous int64, already checked."""
 
     query: Tensor
     key: Tensor
 
 
 def tile_rows(queries: int, keys: int) -> int:
-    """How many queries are computed together: their scores stay in the second-level cache."""
+    """How many queries are computed together, so that their scores stay in the second-level cache."""
     fitting = 48 if keys <= 2048 else 24 if keys <= 4096 else 12
     return max(1, min(fitting, queries))
 
 
 def _tiles(query: Tensor, key: Tensor, starts: Starts | None) -> tuple[int, int]:
-    """How many queries and how many kept weights have room in all tiles together."""
+    """The number of queries and of kept weights for which all tiles together have room."""
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
     size = tile_rows(queries, keys)
-    # Each of packed sequences may begin a tile that it does not fill.
+    # Each packed sequence may end with a tile that is not full.
     tiles = batch * -(-queries // size) if starts is None else queries // size + len(starts.query) - 1
     places = heads * tiles * size
     return places, places * min(keys, _KEPT_PER_ROW)
 
 
 def room_for_kept(query: Tensor, key: Tensor, starts: Starts | None) -> Tensor:
-    """Memory for the weights that are not zero, kept for the backward: at most 64 for a query on average.
+    """Memory for the non-zero weights kept for the backward: at most 64 per query on average.
 
-    They lie one after the other by tiles of queries; after them, how many each query has and where.
+    The weights are stored consecutively by tiles of queries, followed by the number and the position of each query's
+    weights.
     """
     queries, weights = _tiles(query, key, starts)
     words = 2 if query.dtype == torch.float64 else 1
@@ -60,7 +61,7 @@ def room_for_kept(query: Tensor, key: Tensor, starts: Starts | None) -> Tensor:
 
 
 def output_like(query: Tensor, width: int) -> Tensor:
-    """An empty (N, H, L, width) whose dimensions lie in memory in the order of the query's: sequence first stays so."""
+    """An empty (N, H, L, width) with the query's order of dimensions in memory, such as sequence first."""
     batch, heads, length, _ = query.shape
     batch_step, head_step, row_step, _ = query.stride()
     if head_step >= row_step:
@@ -92,11 +93,11 @@ def forward(
         key: (N, Hk, S, D), Hk a divisor of H.
         value: (N, Hk, S, Dv).
         a: α - 1 of each head, (H,) in float64.
-        mask: (N or 1, H or 1, L or 1, S or 1): boolean, ``True`` = take part, or floating, added to the scores.
-        setting: The numbers that the call is made of.
-        seed: Of dropout.
-        kept: Where to keep the weights for the backward.
-        starts: Of packed sequences, where N is 1.
+        mask: (N or 1, H or 1, L or 1, S or 1): boolean, ``True`` = visible, or floating, added to the scores.
+        setting: The other arguments.
+        seed: The seed of the dropout.
+        kept: Memory in which the weights are kept for the backward.
+        starts: The starts of packed sequences; N is 1 then.
         variant: One of :func:`rows.variants`; None for the widest.
     """
     output = output_like(query, value.shape[3])
@@ -167,12 +168,12 @@ def _run(
 
 
 def _described(x: Tensor | None) -> tuple[int, ...]:
-    """The members of `tensor` in attention.h."""
+    """The members of the C struct `tensor` in attention.h."""
     return _NO_TENSOR if x is None else (x.data_ptr(), _ELEMENTS[x.dtype], *x.stride())
 
 
 def _broadcast(x: Tensor | None) -> tuple[int, ...]:
-    """Likewise, with strides of 0 where the size is 1."""
+    """The members of the C struct `tensor`, with stride 0 for dimensions of size 1."""
     if x is None:
         return _NO_TENSOR
     strides = (0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
@@ -180,7 +181,7 @@ def _broadcast(x: Tensor | None) -> tuple[int, ...]:
 
 
 def _addresses(kept: Tensor | None, query: Tensor, key: Tensor, starts: Starts | None) -> tuple[int, int, int]:
-    """Of how many weights each query has, of their places, and of the weights."""
+    """The addresses of the number of each query's kept weights, of their positions, and of the weights."""
     if kept is None:
         return 0, 0, 0
     queries, weights = _tiles(query, key, starts)
@@ -190,7 +191,7 @@ def _addresses(kept: Tensor | None, query: Tensor, key: Tensor, starts: Starts |
 
 
 def multipliers(shape: torch.Size, seed: int, dropout_p: float) -> Tensor:
-    """What dropout multiplies weights of a shape (N, H, L, S) by: 0 or ``1 / (1 - dropout_p)``, in float64."""
+    """The dropout factors of weights (N, H, L, S): 0 or ``1 / (1 - dropout_p)``, in float64."""
     batch, heads, queries, keys = shape
     output = torch.empty((batch, queries, heads, keys), dtype=torch.float64)
     rows.library().multipliers(seed, dropout_p, 0, batch * queries * heads, keys, output.data_ptr())

@@ -25,6 +25,17 @@ static void keep(const workspace *w, int64_t tile) {
     }
 }
 
+/* The output of one query from values that are read in place; the buffer of packed keys is free. */
+static void gather_in_place(const workspace *w, int64_t r, real *out) {
+    const attention *c = &w->task->call;
+    memset(out, 0, (size_t)w->width * sizeof *out);
+    for (int64_t n = 0; n < w->sizes[r]; n++) {
+        const real *value = row_in_place(w, &c->value, w->list_places[r][n], c->width, w->key_pack);
+        const lanes weight = splat(w->list_weights[r][n]);
+        for (int64_t d = 0; d < w->width; d += LANES) store(out + d, load(out + d) + weight * load(value + d));
+    }
+}
+
 static void attend(workspace *w) {
     const attention *c = &w->task->call;
     if (c->dropout_p > 0)
@@ -38,6 +49,8 @@ static void attend(workspace *w) {
         memset(w->output, 0, (size_t)(w->count * w->width) * sizeof(real));
         add_product((matrix){w->scores + w->begin, w->row, 1}, w->values.data + w->begin * w->values.row, w->values.row,
                     w->end - w->begin, w->output, w->width, w->count, w->width);
+    } else if (w->few) {
+        for (int64_t r = 0; r < w->count; r++) gather_in_place(w, r, w->output + r * w->width);
     } else {
         for (int64_t r = 0; r < w->count; r++)
             gather_rows(w->list_places[r], w->list_weights[r], w->sizes[r], w->values, w->width, 1,

@@ -12,12 +12,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-LIBRARY = "rows.shared"  # no suffix that Python takes for an extension module
+LIBRARY = "rows.shared"  # not a suffix by which Python recognises extension modules
 
 _SOURCES = Path(__file__).resolve().parent
 _FLAGS = [
     *("-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-function"),
-    # Nothing of -ffast-math that would change what NaN, infinities or the order of a sum mean.
+    # Only those parts of -ffast-math that do not change NaN, infinities or the order of a sum.
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 ]
 _X86_VARIANTS = {
@@ -37,7 +37,7 @@ def build(target_dir: str | Path, extra_flags: tuple[str, ...] = ()) -> Path:
         The path of the library.
 
     Raises:
-        RuntimeError: There is no C compiler, or it failed; the message says how.
+        RuntimeError: There is no C compiler, or it failed; the message contains its output.
     """
     compiler = _compiler()
     variants = {"baseline": [], **(_X86_VARIANTS if _targets_x86_64(compiler) else {})}
@@ -52,10 +52,10 @@ def build(target_dir: str | Path, extra_flags: tuple[str, ...] = ()) -> Path:
         for variant, flags in variants.items():
             for real in ("FLOAT", "DOUBLE"):
                 defines = [f"-DVARIANT={variant}", f"-DREAL_{real}"]
-                for source in ("row", "product", "attention_forward", "attention_backward"):
+                for source in ("row", "attention_forward", "attention_backward"):
                     objects.append(os.path.join(folder, f"{source}_{real}_{variant}.o"))
                     _run([*common, *flags, *defines, "-c", str(_SOURCES / f"{source}.c"), "-o", objects[-1]])
-        # Under another name first: a process that has the old library open keeps it.
+        # Written under another name and renamed: a process that has loaded the old library keeps it.
         fresh = os.path.join(folder, LIBRARY)
         _run([*common, "-shared", *objects, "-o", fresh, "-lm", "-pthread"])
         beside = target.with_name(f"{target.name}.{os.getpid()}")
@@ -65,7 +65,7 @@ def build(target_dir: str | Path, extra_flags: tuple[str, ...] = ()) -> Path:
 
 
 def target() -> str:
-    """What the C compiler compiles for, such as ``x86_64-linux-gnu``.
+    """The target of the C compiler, such as ``x86_64-linux-gnu``.
 
     Raises:
         RuntimeError: There is no C compiler, or it failed.

@@ -42,14 +42,15 @@ static void scatter_row(const int32_t *places, const real *weights, int64_t coun
     }
 }
 
+INLINE real dot(const real *x, const real *y, int64_t width) {
+    lanes sum = splat(0);
+    for (int64_t d = 0; d < width; d += LANES) sum += load(x + d) * load(y + d);
+    return sum_of(sum);
+}
+
 /* out[n] = row · x[places[n]]. */
 static void dot_rows(const int32_t *places, int64_t count, rows x, const real *row, int64_t width, real *out) {
-    for (int64_t n = 0; n < count; n++) {
-        const real *from = x.data + places[n] * x.row;
-        lanes sum = splat(0);
-        for (int64_t d = 0; d < width; d += LANES) sum += load(from + d) * load(row + d);
-        out[n] = sum_of(sum);
-    }
+    for (int64_t n = 0; n < count; n++) out[n] = dot(x.data + places[n] * x.row, row, width);
 }
 
 #endif

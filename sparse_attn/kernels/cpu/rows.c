@@ -5,23 +5,20 @@
 
 #include <stddef.h>
 
-enum { INTERFACE = 3, MAX_RANK = 64 };
+enum { INTERFACE = 4, MAX_RANK = 64 };
 
 #define DECLARE(variant)                                              \
     forward_row forward_float_##variant, forward_double_##variant;    \
-    backward_row backward_float_##variant, backward_double_##variant; \
-    product_part product_float_##variant, product_double_##variant;
+    backward_row backward_float_##variant, backward_double_##variant;
 #define KERNELS(variant)                                             \
     {#variant,                                                       \
      {forward_float_##variant, forward_double_##variant},            \
-     {backward_float_##variant, backward_double_##variant},          \
-     {product_float_##variant, product_double_##variant}},
+     {backward_float_##variant, backward_double_##variant}},
 
 typedef struct {
     const char *name;
     forward_row *forward[2]; /* computed in float and in double */
     backward_row *backward[2];
-    product_part *product[2];
 } kernels;
 
 FOR_EACH_VARIANT(DECLARE)
@@ -150,26 +147,4 @@ EXPORT int rows_backward(int variant, int threads, int rank, const int64_t *layo
     t.grad = operand_of(grad, layout + 2 * rank, (element)type);
     t.a = operand_of(a, layout + 3 * rank, FLOAT64);
     return run_rows(&t, threads);
-}
-
-typedef struct {
-    product of;
-    product_part *part;
-} product_task;
-
-static void multiply_part(const void *argument, int64_t begin, int64_t end, void *scratch) {
-    const product_task *t = argument;
-    t->part(&t->of, begin, end, scratch);
-}
-
-/* A product with a matrix that is mostly zero, see rows.h. `sizes` holds rows, size and width, then the strides of p, x,
- * y and out; elements are float, or double where `is_double`. Returns 0, or 1 where memory ran out. */
-EXPORT int rows_product(int variant, int threads, int kind, int is_double, const int64_t *sizes, const void *p,
-                        const void *x, const void *y, void *out) {
-    product of = {.kind = (product_kind)kind, .rows = sizes[0], .size = sizes[1], .width = sizes[2]};
-    of.strides = sizes + 3, of.p = p, of.x = x, of.y = y, of.out = out;
-    const product_task t = {of, variants[variant].product[is_double]};
-    job j = {.part = multiply_part, .task = &t, .items = kind == SCATTERED ? of.size : of.rows};
-    j.entries = of.rows * of.size, j.scratch = (size_t)of.size * sizeof(int64_t);
-    return run_job(&j, threads);
 }

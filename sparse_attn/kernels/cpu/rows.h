@@ -1,4 +1,4 @@
-/* The interface between rows.c and the kernels row.c and product.c, compiled once per element type and variant.
+/* The interface between rows.c and the kernels in row.c, compiled once per element type and variant.
  *
  * Notation: z scores, p probabilities, a = α - 1, p_i = [1 + a (z_i - σ)]_+^(1/a), u = p^(1 - a).
  */
@@ -27,24 +27,6 @@ typedef int64_t support_row(vector scores, int64_t size, int64_t k, double a, do
 
 /* The gradient for the scores of one row into `out`; the gradient for α is returned where `with_alpha`, else 0. */
 typedef double backward_row(vector p, vector grad, int64_t size, double a, int with_alpha, void *out, void *scratch);
-
-/* With a matrix P (rows, size), where `strides` are the elements between rows of p, x, y and out:
- *   GATHERED   out (rows, width)  = P x, with x (size, width)
- *   SCATTERED  out (size, width) += P' x, with x (rows, width)
- *   SAMPLED    out (rows, size)   = x y' where P is not zero and 0 elsewhere, with x (rows, width) and y (size, width)
- *   COUNTED    out (rows) int64   = how many are not zero */
-typedef enum { GATHERED, SCATTERED, SAMPLED, COUNTED } product_kind;
-
-typedef struct {
-    product_kind kind;
-    int64_t rows, size, width;
-    const int64_t *strides;
-    const void *p, *x, *y;
-    void *out;
-} product;
-
-/* A part of the rows, or of the columns where it is SCATTERED; `index` has room for `size` numbers. */
-typedef void product_part(const product *t, int64_t begin, int64_t end, int64_t *index);
 
 enum { PADDING = 16, SCRATCH_ROWS = 6 };
 

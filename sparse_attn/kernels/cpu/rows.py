@@ -1,8 +1,8 @@
 """The compiled row kernels, called through ctypes: the contract of ``kernels.reference.entmax`` on CPU tensors.
 
-Scores are float32, float64, float16 or bfloat16 of any strides, and are mapped along the last dimension; half precision
-is computed in float32 and rounded once. ``a = α - 1`` is a number above -1, or a tensor that broadcasts with size 1 in
-the last dimension: each row goes by its own. Nothing here is differentiable: that is for the operators above.
+Scores are float32, float64, float16 or bfloat16 with any strides, and are mapped along the last dimension. Half
+precision is computed in float32 and rounded once. ``a = α - 1`` is a number above -1, or a tensor with one value per
+row, which broadcasts with size 1 in the last dimension. Not differentiable: ``kernels.functions`` adds gradients.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ from torch import Tensor
 
 from sparse_attn.kernels.cpu.build import LIBRARY
 
-_INTERFACE = 3
+_INTERFACE = 4
 _ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
 class _Library(NamedTuple):
     forward: Any
     backward: Any
-    product: Any
     attention: Any
     multipliers: Any
-    variants: dict[str | None, int]  # None is the widest
+    variants: dict[str | None, int]  # None stands for the widest
 
 
 @functools.cache
 def _load() -> _Library | str:
-    """The library, or why there is none."""
+    """The library, or the reason why it cannot be loaded."""
     path = Path(__file__).with_name(LIBRARY)
     if not path.exists():
         return f"no compiled library at {path}: it is built by the installation where a C compiler is found"
@@ -51,14 +50,12 @@ def _load() -> _Library | str:
     shared = (c_int, c_int, c_int, POINTER(c_int64), c_int, c_void_p, c_void_p)
     library.rows_forward.argtypes = (*shared, c_int64, c_double, c_void_p)
     library.rows_backward.argtypes = (*shared, c_void_p, c_void_p, c_void_p)
-    # variant, threads, kind, whether double, sizes, then p, x, y and out
-    library.rows_product.argtypes = (c_int, c_int, c_int, c_int, POINTER(c_int64), *(c_void_p,) * 4)
     # variant, threads, whether backward, the members of `attention` in attention.h
     library.attention_run.argtypes = (c_int, c_int, c_int, c_char_p)
     # seed, probability, first row, rows, keys, output
     library.attention_multipliers.argtypes = (c_int64, c_double, c_int64, c_int64, c_int64, c_void_p)
-    functions = (library.rows_forward, library.rows_backward, library.rows_product)
-    return _Library(*functions, library.attention_run, library.attention_multipliers, variants)
+    attention = (library.attention_run, library.attention_multipliers)
+    return _Library(library.rows_forward, library.rows_backward, *attention, variants)
 
 
 def library() -> _Library:
@@ -70,18 +67,18 @@ def library() -> _Library:
 
 
 def variants() -> list[str]:
-    """The vector widths that this processor can run, the widest last; none where there is no library."""
+    """The vector widths that this processor supports, the widest last; empty if there is no library."""
     library = _load()
     return [] if isinstance(library, str) else [name for name in library.variants if name]
 
 
 def available() -> bool:
-    """Whether there are compiled kernels."""
+    """Whether the compiled kernels are available."""
     return not isinstance(_load(), str)
 
 
 def status() -> tuple[bool, str]:
-    """Whether the compiled kernels are available; how they run, or why they are not."""
+    """Whether the compiled kernels are available, and a text that says how they run, or why they are not."""
     library = _load()
     if isinstance(library, str):
         return False, library
@@ -98,10 +95,11 @@ def entmax_forward(
     in_place: bool = False,
     variant: str | None = None,
 ) -> Tensor:
-    """The probabilities; scores at or below ``lowest`` are masked, and a row of nothing else is all zeros.
+    """The probabilities. Scores at or below ``lowest`` are masked; a row of masked scores only is all zeros.
 
-    With ``k`` only the k largest scores of each row take part, the first of ties. A row with NaN or ``+inf`` is NaN
-    throughout. ``in_place`` overwrites the scores if they are contiguous; ``variant`` forces one of :func:`variants`.
+    With ``k`` only the k largest scores of each row take part; ties go to the lowest index. A row with NaN or ``+inf``
+    is NaN throughout. ``in_place`` overwrites the scores if they are contiguous; ``variant`` forces one of
+    :func:`variants`.
     """
     loaded, shape = library(), scores.shape
     p = scores if in_place and scores.is_contiguous() else torch.empty(shape, dtype=scores.dtype)
@@ -111,16 +109,16 @@ def entmax_forward(
         layout = (c_int64 * (3 * rank))(*shape, *scores.stride(), *strides)
         head = loaded.variants[variant], torch.get_num_threads(), rank, layout, _ELEMENTS[scores.dtype]
         check(loaded.forward(*head, scores.data_ptr(), address, k or 0, lowest, p.data_ptr()))
-        del number  # which the address is of
+        del number  # kept alive until here: the call used its address
     return p
 
 
 def entmax_backward(
     p: Tensor, a: float | Tensor, grad: Tensor, with_alpha: bool = False, *, variant: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradient for the scores, and one for α per row ``(..., 1)`` when asked, in float32 or wider.
+    """The gradient for the scores and, if wanted, for α per row ``(..., 1)``, in float32 or wider.
 
-    Where ``p`` is 0 the gradient is 0, whatever ``grad`` holds there: this serves the top-k mapping too.
+    Where ``p`` is 0 the gradient is 0 for any ``grad``, so the function serves the top-k mapping too.
     """
     if p.dtype in (torch.float16, torch.bfloat16):
         grad_scores, grad_a = entmax_backward(p.float(), a, grad, with_alpha, variant=variant)
@@ -143,7 +141,7 @@ def entmax_backward(
 
 
 def _alpha(a: float | Tensor, rank: int) -> tuple[object, object, list[int]]:
-    """``a`` in float64, to be kept while its address is in use, and its strides against ``rank`` dimensions."""
+    """``a`` in float64, which the caller keeps alive while its address is in use, and its ``rank`` strides."""
     if not isinstance(a, Tensor):
         number = c_double(a)
         return number, ctypes.byref(number), [0] * rank
@@ -153,6 +151,6 @@ def _alpha(a: float | Tensor, rank: int) -> tuple[object, object, list[int]]:
 
 
 def check(failed: int) -> None:
-    """Raise where a call has failed."""
+    """Raise if a call has failed."""
     if failed:
         raise MemoryError("the row kernels could not allocate their buffers")

@@ -21,6 +21,9 @@ support_row EXPORTED(support), EXPORTED_IN_DOUBLE(support);
  * weight. */
 enum { SHORT = 256, SHORT_WITH_EXP = 64 };
 
+/* Up to this number of queries, as in decoding, keys and values are read in place, and once. */
+enum { FEW = 4 };
+
 /* The memory of a thread, and what it holds at present. */
 typedef struct {
     const attention_task *task;
@@ -30,6 +33,7 @@ typedef struct {
     rows keys, values;
     real *key_buffer, *value_buffer, *key_pack, *value_panels;
     enum layout { NOTHING, PANELS, BLOCKS } packed_keys; /* how the keys are packed */
+    int few;                       /* no copies of keys and values have been made */
     int have_value_panels, finite; /* finite: -1 where that is not known */
     /* One tile: queries, scores and lists of rows. */
     const sequence *of;
@@ -81,7 +85,7 @@ static void lay_out(workspace *w, const attention_task *t, memory *m) {
     w->row = padded_size(panels);
     w->batch = w->kv_head = -1;
     w->key_buffer = take_reals(m, t->longest * w->depth), w->value_buffer = take_reals(m, t->longest * w->width);
-    w->key_pack = take_reals(m, panels * w->depth);
+    w->key_pack = take_reals(m, panels * w->depth + w->width);
     w->sizes = take(m, rows_of_tile, sizeof *w->sizes);
     w->list_places = take(m, rows_of_tile, sizeof *w->list_places);
     w->list_weights = take(m, rows_of_tile, sizeof *w->list_weights);
@@ -161,8 +165,18 @@ static void open_head(workspace *w, const sequence *of, int64_t head) {
     w->batch = batch, w->kv_head = kv_head;
     w->packed_keys = NOTHING, w->have_value_panels = 0, w->finite = -1;
     const int64_t b = entry_of(c, w);
+    w->few = !w->task->backward && of->queries <= FEW;
+    if (w->few) return;
     w->keys = rows_of(&c->key, b, kv_head, of->key_start, of->keys, c->depth, w->key_buffer);
     w->values = rows_of(&c->value, b, kv_head, of->key_start, of->keys, c->width, w->value_buffer);
+}
+
+/* One key or value where few are looked at. */
+static const real *row_in_place(const workspace *w, const tensor *x, int64_t j, int64_t size, real *buffer) {
+    const vector from = entries_of(x, entry_of(&w->task->call, w), w->kv_head, w->of->key_start + j);
+    if (from.type == REAL_TYPE && from.stride == 1 && size % LANES == 0) return from.data;
+    copy_row(from, size, in_vectors(size), 1, buffer);
+    return buffer;
 }
 
 /* Whether keys and values are finite: a matrix product would make NaN of a weight of zero and a value that is not. */
@@ -242,12 +256,25 @@ static void pack_keys(workspace *w, enum layout wanted) {
     else pack_panels(w->keys.data, w->keys.row, w->of->keys, w->depth, w->key_pack);
 }
 
+/* Scores of few queries; the buffer of packed keys is free. */
+static void few_scores(workspace *w) {
+    const attention *c = &w->task->call;
+    for (int64_t j = w->begin; j < w->end; j++) {
+        const real *key = row_in_place(w, &c->key, j, c->depth, w->key_pack);
+        for (int64_t r = 0; r < w->count; r++) w->scores[r * w->row + j] = dot(key, w->queries + r * w->depth, w->depth);
+    }
+}
+
 /* Solves one row after the other; `added` is the mask where all rows share it. */
 static void solve_rows(workspace *w, int masked, const real *added) {
-    pack_keys(w, PANELS);
-    pack_rows(w->queries, w->depth, w->count, w->depth, 1, w->packed);
-    const int64_t start = w->begin / BLOCK_COLUMNS * BLOCK_COLUMNS;
-    packed_product(w->packed, w->key_pack, w->depth, w->count, start, w->end, w->scores, w->row);
+    if (w->few) {
+        few_scores(w);
+    } else {
+        const int64_t start = w->begin / BLOCK_COLUMNS * BLOCK_COLUMNS;
+        pack_keys(w, PANELS);
+        pack_rows(w->queries, w->depth, w->count, w->depth, 1, w->packed);
+        packed_product(w->packed, w->key_pack, w->depth, w->count, start, w->end, w->scores, w->row);
+    }
     for (int64_t r = 0; r < w->count; r++) {
         const int64_t i = w->first + r;
         int64_t begin = w->begin, end = w->end;
@@ -267,7 +294,8 @@ static int are_short(const workspace *w, int has_own_masks) {
     const double a = a_of(c, w->head);
     const int64_t most = a == 1 || a == 0.5 ? SHORT : SHORT_WITH_EXP;
     const int all_keys = c->k == 0 || c->k >= w->of->keys;
-    return w->end - w->begin <= most && 2 * w->count > LANES && !has_own_masks && all_keys && a >= 0 && a <= 1;
+    const int fits = w->end - w->begin <= most && 2 * w->count > LANES && !w->few;
+    return fits && !has_own_masks && all_keys && a >= 0 && a <= 1;
 }
 
 /* Hides the keys that the queries r, r + 1, ... in the lanes of a vector do not see by their places. */
@@ -378,6 +406,7 @@ static void make_lists(workspace *w) {
 }
 
 static int is_dense(workspace *w) {
+    if (w->few) return 0;
     int64_t total = 0;
     for (int64_t r = 0; r < w->count; r++) total += w->sizes[r];
     return (double)total > DENSE_FROM * (double)(w->count * (w->end - w->begin)) && is_finite(w);

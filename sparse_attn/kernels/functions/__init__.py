@@ -1,1 +1,1 @@
-"""Mappings, losses and attention as differentiable functions: what autograd, vmap and torch.compile see."""
+"""Mappings, losses and attention as differentiable functions, for autograd, vmap and torch.compile."""

@@ -1,7 +1,6 @@
-"""Attention over blocks of queries: the backward computes the weights again, so that memory is linear in the length.
+"""Attention over blocks of queries. The backward recomputes the weights, so memory is linear in the length.
 
-The scores of a block stay in the processor's cache. Where few weights are not zero, products skip the zeros: a value
-with weight zero is not read.
+The scores of a block stay in the processor's cache. Used for tensors that no kernel accepts.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_attn.checks import compute_dtype
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.alpha import shift_alpha
+from sparse_attn.kernels.dropout import dropout_noise
 from sparse_attn.kernels.functions.entmax import entmax_rows
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.masks import apply_mask
@@ -25,15 +24,15 @@ _QUERIES = 256
 def blockwise_attention(
     query: Tensor, key: Tensor, value: Tensor, alpha: Tensor | None, mask: Tensor | None, setting: Setting
 ) -> Tensor:
-    """Attention of R pairs of batch and head, each by itself.
+    """Attention for R pairs of a batch entry and a head.
 
     Args:
-        query: (R, L, D).
+        query: (R, L, D), float32 or float64.
         key: (R, S, D).
         value: (R, S, Dv).
         alpha: (R,), or None for the number in ``setting``.
-        mask: (..., L, S), whose first dimensions make R: internal form, without gradient.
-        setting: Everything else.
+        mask: (..., L, S) in the internal form, without gradient. The product of its first dimensions is R.
+        setting: The other arguments.
 
     Returns:
         (R, L, Dv).
@@ -48,7 +47,7 @@ class _Block(NamedTuple):
 
 
 def _blocks(query: Tensor, key: Tensor, offset: int | None) -> Iterator[_Block]:
-    """Blocks of queries, each with the keys up to the last one that its last query sees, and at least one key."""
+    """Blocks of queries, each with the keys up to the last one visible to its last query, and at least one key."""
     length, keys = query.shape[1], key.shape[1]
     for row in range(len(query)):
         for start in range(0, length, _QUERIES):
@@ -60,7 +59,7 @@ def _blocks(query: Tensor, key: Tensor, offset: int | None) -> Iterator[_Block]:
 def _scores(
     query: Tensor, key: Tensor, mask: Tensor | None, block: _Block, setting: Setting, buffer: Tensor | None
 ) -> Tensor:
-    """Scores (queries, keys) of a block, in the buffer where there is one."""
+    """Scores (queries, keys) of a block, in the buffer if there is one."""
     queries, keys = query[block.row, block.queries] * setting.scale, key[block.row, block.keys]
     if buffer is None:
         scores = queries @ keys.T
@@ -68,7 +67,7 @@ def _scores(
         scores = buffer[: len(queries) * len(keys)].view(len(queries), len(keys))
         torch.mm(queries, keys.T, out=scores)
     if setting.offset is not None:
-        last = block.queries.start + setting.offset  # of the keys that the first query of the block sees
+        last = block.queries.start + setting.offset  # index of the last key that the first query of the block sees
         first = max(last, 0)
         if first < block.keys.stop:
             shape = (len(queries), block.keys.stop - first)
@@ -84,40 +83,33 @@ def _scores(
 
 
 def _buffer(query: Tensor, key: Tensor) -> Tensor | None:
-    """Memory for the scores of one block, used by all blocks in turn; None where gradients flow through the scores."""
+    """Memory for the scores of one block, reused by all blocks; None if gradients flow through the scores."""
     if torch.is_grad_enabled():
         return None
     return query.new_empty(min(_QUERIES, query.shape[1]) * key.shape[1])
 
 
 def _weights(scores: Tensor, alpha: Tensor | None, setting: Setting) -> Tensor:
-    """Weights in float32 or wider; they overwrite the scores where no gradient flows through these."""
+    """Weights; they overwrite the scores where no gradient flows through these."""
     k = None if setting.k is None or setting.k >= scores.shape[-1] else setting.k
     lowest = torch.finfo(scores.dtype).min
-    scores = scores.to(compute_dtype(scores))
     if torch.is_grad_enabled():
         return entmax_rows(scores, setting.a + 1 if alpha is None else alpha, lowest, k)
     return dispatch.entmax_forward(scores, shift_alpha(alpha, setting.a, scores), lowest, k, in_place=True)
 
 
-def _dropout(weights: Tensor, setting: Setting, generator: torch.Generator) -> Tensor:
-    """Factors of the weights under dropout, the same in the forward and the backward of one call."""
-    kept = torch.empty_like(weights).bernoulli_(1 - setting.dropout_p, generator=generator)
-    return kept.div_(1 - setting.dropout_p) if setting.dropout_p < 1 else kept
-
-
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, alpha: Tensor | None, mask: Tensor | None, setting: Setting, seed: int
 ) -> Iterator[Tensor]:
-    """The output of each block, differentiable where gradients are on."""
+    """The output of each block, differentiable if gradients are enabled."""
     generator, buffer = torch.Generator(query.device).manual_seed(seed), _buffer(query, key)
     for block in _blocks(query, key, setting.offset):
         scores = _scores(query, key, mask, block, setting, buffer)
         weights = _weights(scores, None if alpha is None else alpha[block.row].view(1, 1), setting)
         if setting.dropout_p > 0:
-            weights = weights * _dropout(weights, setting, generator)
+            weights = weights * dropout_noise(weights, setting.dropout_p, generator)
         weights, values = weights.to(value.dtype), value[block.row, block.keys]
-        yield dispatch.products(weights, values).gathered(weights, values)
+        yield weights @ values
 
 
 class _Blockwise(torch.autograd.Function):
@@ -155,25 +147,24 @@ class _Blockwise(torch.autograd.Function):
             one_alpha = None if alpha is None else alpha[row].view(1, 1)
             weights = _weights(_scores(query, key, ctx.mask, block, setting, buffer), one_alpha, setting)
             grad_output, values, its_keys = grad[row, queries], value[row, keys], key[row, keys]
-            multiply = dispatch.products(weights, grad_output, values, its_keys, query)
-            grad_weights = multiply.sampled(weights, grad_output, values).to(weights.dtype)
+            grad_weights = (grad_output @ values.T).to(weights.dtype)
             dropped = weights
             if setting.dropout_p > 0:
-                dropout = _dropout(weights, setting, generator)
+                dropout = dropout_noise(weights, setting.dropout_p, generator)
                 grad_weights, dropped = grad_weights * dropout, weights * dropout
-            multiply.scatter_(grad_value[row, keys], dropped.to(value.dtype), grad_output)
+            grad_value[row, keys].addmm_(dropped.to(value.dtype).T, grad_output)
             a, with_alpha = shift_alpha(one_alpha, setting.a, weights), alpha is not None
             grad_scores, grad_a = dispatch.entmax_backward(weights, a, grad_weights, with_alpha=with_alpha)
             grad_scores = grad_scores.to(query.dtype) * setting.scale
-            grad_query[row, queries] = multiply.gathered(grad_scores, its_keys)
-            multiply.scatter_(grad_key[row, keys], grad_scores, query[row, queries])
+            grad_query[row, queries] = grad_scores @ its_keys
+            grad_key[row, keys].addmm_(grad_scores.T, query[row, queries])
             if grad_alpha is not None and grad_a is not None:
                 grad_alpha[row] += grad_a.sum().to(grad_alpha.dtype)
         return grad_query, grad_key, grad_value, grad_alpha, None, None
 
 
 def _backward_once_more(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients, differentiable, by autograd through the same blocks."""
+    """Differentiable gradients, by autograd through the same blocks."""
     query, key, value, alpha = ctx.saved_tensors
     inputs = [x for x in (query, key, value, alpha) if x is not None and x.requires_grad]
     blocks = _attend(query, key, value, alpha, ctx.mask, ctx.setting, ctx.seed)

@@ -2,9 +2,9 @@
 
     Ω*(z) = max_p ⟨p, z⟩ + H(p),    H(p) = (1 - Σ p^α) / (α a),    a = α - 1
 
-The probabilities that attain the maximum are an input: as they are optimal, a change of theirs does not move the value
-(the envelope theorem), so ``∂Ω*/∂z = p`` and ``∂Ω*/∂α = ∂H/∂α`` at fixed ``p``. Both are written in ``p``, which is
-part of the graph, and so the second derivatives are those of the mapping.
+The probabilities ``p`` that attain the maximum are an input. Since ``p`` is optimal, the value does not depend on it to
+first order (the envelope theorem), so ``∂Ω*/∂z = p`` and ``∂Ω*/∂α = ∂H/∂α`` at fixed ``p``. Both are functions of
+``p``, which is part of the graph, so second derivatives follow from those of the mapping.
 
 Reference: Blondel, Martins & Niculae 2020 (JMLR), "Learning with Fenchel-Young Losses".
 """
@@ -30,14 +30,14 @@ def conjugate_rows(scores: Tensor, alpha: float | Tensor, index: Tensor | None =
     Args:
         scores: (..., C), float32 or float64; ``-inf`` has probability zero.
         alpha: A number, or a tensor that broadcasts with size 1 in the last dimension.
-        index: (..., 1), int64. Its score comes from here and not from a ``gather`` of the caller's, so that the
+        index: (..., 1), int64. The score is returned here, instead of by a ``gather`` of the caller, so that the
             backward can write ``p - e_index`` into one tensor.
     """
     p = entmax_rows(scores, alpha, -math.inf)
     per_row, number = split_alpha(alpha)
     if needs_plain_operations():
         return _conjugate(scores, p, shift_alpha(per_row, number, p), index)
-    # Dynamo refuses autograd functions that have a ``jvp``.
+    # Dynamo does not support autograd functions with a ``jvp``.
     function = _Conjugate if torch.compiler.is_compiling() else _ConjugateForwards
     return function.apply(scores, p, per_row, number, index)
 
@@ -45,8 +45,8 @@ def conjugate_rows(scores: Tensor, alpha: float | Tensor, index: Tensor | None =
 def _conjugate(scores: Tensor, p: Tensor, a: float | Tensor, index: Tensor | None) -> tuple[Tensor, ...]:
     """``Ω* = [σ + a ⟨p, z⟩] / α`` where ``p = [1 + a (z - σ)]^(1/a)`` and no z is above 0.
 
-    Both terms are of the size of ``q``, what the largest probability leaves to the others, and Ω* may be of the size of
-    its square. ``1 - max p`` would have lost a small ``q``: it is summed.
+    Both terms are of the order of ``q = 1 - max p``, and Ω* may be of the order of ``q²``. ``q`` is computed as the sum
+    of the other probabilities, since the difference ``1 - max p`` would lose the digits of a small ``q``.
     """
     top, largest = scores.amax(-1, keepdim=True), p.amax(-1, keepdim=True)
     shift = top.detach()  # the caller sees a constant
@@ -63,13 +63,13 @@ def _conjugate(scores: Tensor, p: Tensor, a: float | Tensor, index: Tensor | Non
 
 
 def _mean_score(p: Tensor, scores: Tensor, top: Tensor) -> Tensor:
-    """``⟨p, z⟩``, where masked scores count as very small ones: 0 times ``-inf`` is not 0."""
+    """``⟨p, z⟩``, with masked scores replaced by finite ones, since 0 times ``-inf`` is NaN."""
     lowest = torch.finfo(p.dtype).min
     if needs_plain_operations():
         return (p * (scores - top).clamp(min=lowest)).sum(-1, keepdim=True)
     return (
         (scores - top).clamp_(min=lowest).mul_(p).sum(-1, keepdim=True)
-    )  # in place: new memory takes longer than arithmetic
+    )  # in place: allocating takes longer than arithmetic
 
 
 def _entropy_slope(p: Tensor, a: Tensor) -> Tensor:
@@ -87,8 +87,9 @@ def _entropy_slope(p: Tensor, a: Tensor) -> Tensor:
 
 
 def _entropy_slope_in_blocks(p: Tensor, a: Tensor) -> Tensor:
-    """The same, a few rows at a time: it has ten temporaries, each as large as the scores of a vocabulary."""
-    # Autograd would save all temporaries of all blocks; the compiler fuses them.
+    """:func:`_entropy_slope`, a few rows at a time: it needs ten temporaries, each as large as its input."""
+    # No blocks with gradients, since autograd would save the temporaries of all blocks, or when compiling, since the
+    # compiler fuses the operations.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _entropy_slope(p, a)
     shape, size = p.shape[:-1], p.shape[-1]
@@ -99,11 +100,11 @@ def _entropy_slope_in_blocks(p: Tensor, a: Tensor) -> Tensor:
 
 
 def _where_there_is_weight(p: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """All these without the columns in which ``p`` is 0 in every row: nearly all columns of a vocabulary."""
-    # Reading values breaks a trace, or makes the host wait for a device.
+    """The arguments without columns in which ``p`` is 0 in every row: with a vocabulary, nearly all columns."""
+    # Reading values would break a trace, or make the host wait for a device.
     if p.device.type != "cpu" or not values_known(p):
         return p, *others
-    used = p.reshape(-1, p.shape[-1]).sum(0).nonzero().squeeze(1)  # a NaN is not 0
+    used = p.reshape(-1, p.shape[-1]).sum(0).nonzero().squeeze(1)  # NaN counts as non-zero
     if 2 * len(used) > p.shape[-1]:
         return p, *others
     return tuple(x.index_select(-1, used) for x in (p, *others))

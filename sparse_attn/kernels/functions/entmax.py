@@ -1,12 +1,13 @@
 """α-entmax of the last dimension as one differentiable function, under every transform of PyTorch.
 
-Eager code goes through an autograd function, which knows reverse mode, forward mode and ``vmap``. ``torch.compile``
-calls a custom operator, into which it does not look: how many sweeps a solver takes depends on the data. Export traces
-plain operations, a fixed number of them, so that what it writes runs without this library.
+Eager code calls an autograd function, which supports reverse mode, forward mode and ``vmap``. ``torch.compile`` calls a
+custom operator, which it does not trace: the solver's number of iterations depends on the data. Export traces a fixed
+number of plain operations, so that the exported program runs without this library.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -26,29 +27,33 @@ def entmax_rows(scores: Tensor, alpha: float | Tensor, lowest: float, k: int | N
     """Probabilities along the last dimension.
 
     Args:
-        scores: (..., d), float32 or float64; half precision where nothing has a gradient and Triton's kernels compute.
+        scores: (..., d), float32 or float64; also half precision if no gradient is needed and Triton's kernels compute.
         alpha: A number, or a tensor that broadcasts with size 1 in the last dimension.
-        lowest: Scores at or below are masked.
-        k: Only the k largest scores of a row take part, if given; the first of ties.
+        lowest: Scores at or below this value are masked.
+        k: Only the k largest scores of a row take part, if given; ties go to the lowest index.
     """
     per_row, number = split_alpha(alpha)
     if needs_plain_operations():
         a = shift_alpha(per_row, number, scores)
-        if k is None:
-            return entmax_unrolled(scores, a, lowest)
-        index = largest_first(scores.detach())[..., :k]
-        return torch.zeros_like(scores).scatter(-1, index, entmax_unrolled(scores.gather(-1, index), a, lowest))
+        return entmax_unrolled(scores if k is None else _largest_alone(scores, k), a, lowest)
     if torch.compiler.is_compiling():
         return _entmax(scores, per_row, number, lowest, k)
     route = _EntmaxInTransforms if torch._C._are_functorch_transforms_active() else _Entmax
     return route.apply(scores, per_row, number, lowest, k)
 
 
-def widened(x: Tensor, alpha: float | Tensor) -> Tensor:
-    """Scores in the dtype that :func:`entmax_rows` takes: half precision in float32, unless the kernel does it.
+def _largest_alone(scores: Tensor, k: int) -> Tensor:
+    """The scores with ``-inf`` for all but the k largest: a slice of the sorted ones would limit an exported length."""
+    index = largest_first(scores.detach())
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(index)
+    return scores.masked_fill(torch.zeros_like(index).scatter(-1, index, places) >= k, -math.inf)
 
-    A kernel that reads and writes half precision moves a fifth of the bytes. A backward needs the probabilities in
-    float32, and so do all of torch's transforms.
+
+def widened(x: Tensor, alpha: float | Tensor) -> Tensor:
+    """Scores in the dtype that :func:`entmax_rows` takes: half precision becomes float32, unless a kernel converts it.
+
+    A kernel that reads and writes half precision moves a fifth of the bytes. The backward and torch's transforms need
+    the probabilities in float32.
     """
     if dispatch.by_triton(x) and values_known(x) and forward_ad._current_level < 0:
         learnt = torch.is_grad_enabled() and (x.requires_grad or (isinstance(alpha, Tensor) and alpha.requires_grad))
@@ -57,7 +62,7 @@ def widened(x: Tensor, alpha: float | Tensor) -> Tensor:
     return x.to(compute_dtype(x))
 
 
-# Both routes take the same arguments: α as :func:`split_alpha` gives it.
+# The autograd function and the custom operator take the same arguments: α as `split_alpha` returns it.
 _Arguments = tuple[Tensor, Tensor | None, float, float, int | None]
 
 
@@ -73,11 +78,11 @@ def _setup_context(ctx: Any, inputs: _Arguments, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-    p, per_row = ctx.saved_tensors  # both gradients are functions of p and α: the scores are not saved
+    p, per_row = ctx.saved_tensors  # both gradients depend only on p and α, so the scores are not saved
     if grad is None:
         return None, None, None, None, None
     a = shift_alpha(per_row, ctx.number, p)
-    # A second derivative and a trace need plain operations.
+    # Second derivatives and traces need plain operations.
     fast = not torch.is_grad_enabled() and values_known(p) and values_known(grad)
     backward = dispatch.entmax_backward if fast else entmax_backward
     grad_scores, grad_alpha = backward(p, a, grad, with_alpha=ctx.needs_input_grad[1])
@@ -108,7 +113,7 @@ class _Entmax(torch.autograd.Function):
 
 
 class _EntmaxInTransforms(_Entmax):
-    """The form that ``torch.func`` needs; a small call takes twice the time in it."""
+    """The form that ``torch.func`` needs. It is not used elsewhere, since it doubles the time of a small call."""
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
@@ -143,7 +148,7 @@ def _rows_in_front(
 
 @torch.library.custom_op("sparse_attn::entmax", mutates_args=())
 def _entmax(scores: Tensor, per_row: Tensor | None, number: float, lowest: float, k: int | None = None) -> Tensor:
-    return _forward(scores, per_row, number, lowest, k).contiguous()  # the strides that the fake function promises
+    return _forward(scores, per_row, number, lowest, k).contiguous()  # the strides of the fake function's result
 
 
 @_entmax.register_fake

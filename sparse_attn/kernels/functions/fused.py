@@ -1,6 +1,6 @@
 """Fused attention as one differentiable function, and as a custom operator for ``torch.compile``.
 
-Nothing here imports Triton before a kernel is called.
+Triton is imported only when a kernel is called.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ def fused_attention(
         query: (N, H, L, D).
         key: (N, Hk, S, D), Hk a divisor of H.
         value: (N, Hk, S, Dv).
-        alpha: A number or (H,). A value out of range gives NaN: checking it would make the host wait for the device.
-        mask: (N or 1, H or 1, L or 1, S or 1), boolean, ``True`` = take part, or floating, added to the scores.
+        alpha: A number or (H,). A value out of range gives NaN: a check would make the host wait for the device.
+        mask: (N or 1, H or 1, L or 1, S or 1), boolean, ``True`` = visible, or floating, added to the scores.
         dropout_p: Probability that a weight is dropped.
-        offset: Causal: query ``i`` sees the keys up to ``i + offset``. None: all.
+        offset: Query ``i`` sees the keys up to ``i + offset`` (causal). None: all keys.
         scale: Factor of the scores.
-        key_lengths: (N,), how many of the keys there are; integers on the device.
+        key_lengths: (N,), the number of keys without padding; integers on the device.
 
     Returns:
-        (N, H, L, Dv). A query that sees nothing gets zeros, and so do all gradients of it.
+        (N, H, L, Dv). A query with no visible key gets zeros and zero gradients.
     """
-    # Kernels count in int32 inside a tile: rows that are further apart are copied.
+    # Kernels compute offsets within a tile in int32, so tensors with larger strides are copied.
     query, key, value = (
         x if x.stride(-1) == 1 and x.stride(-2) < _LARGEST_STRIDE else x.contiguous() for x in (query, key, value)
     )
@@ -55,11 +55,11 @@ def fused_attention(
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     seed = None
-    if dropout_p > 0.0:  # on the device, where a captured graph draws a new one at every replay
+    if dropout_p > 0.0:  # on the device, so that a captured graph draws a new seed at every replay
         seed = torch.randint(2**31 - 1, (1,), device=query.device)
     tensors = (query, key, value, per_head, mask, key_lengths, seed)
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    setting = Setting(a, float(scale), float(dropout_p), offset)  # an int would compile kernels of its own
+    setting = Setting(a, float(scale), float(dropout_p), offset)  # Triton would compile separate kernels for an int
     if torch.compiler.is_compiling():
         return _attention(*tensors, a, setting.scale, setting.dropout_p, offset, training)[0]
     if training:
@@ -96,13 +96,13 @@ class _Attention(torch.autograd.Function):
 
 
 def _to_inputs(gradients: tuple[Tensor, ...], tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """Gradients in the dtypes of what they are for: those of α and of a mask come in float32."""
+    """Gradients in the dtypes of their inputs: the kernels return those of α and of a mask in float32."""
     pairs = zip(gradients, tensors[:5], strict=True)
     return [None if tensor is None else gradient.to(tensor.dtype) for gradient, tensor in pairs]
 
 
 def _plain_gradients(grad: Tensor, tensors: list[Any], setting: Setting) -> list[Tensor | None]:
-    """The gradients by plain torch, with a matrix of scores: they can be differentiated, and ``grad`` batched."""
+    """The gradients by plain torch, with a matrix of scores: differentiable, and ``grad`` may be batched."""
     inputs = [x for x in tensors[:5] if x is not None and x.requires_grad]
     query, key, value, alpha, mask, lengths, seed = tensors
     create_graph = torch.is_grad_enabled()
@@ -123,7 +123,7 @@ def plain_attention(
     seed: Tensor | None,
     setting: Setting,
 ) -> Tensor:
-    """The result of the kernels in plain torch, with a matrix of scores; dropout drops the same weights."""
+    """The kernels' result in plain torch, with a matrix of scores; dropout drops the same weights."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = (query.float() @ key.float().transpose(-2, -1)) * setting.scale

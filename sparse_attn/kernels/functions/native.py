@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sparse_attn.checks import check_alpha, check_starts
 from sparse_attn.kernels import dispatch
-from sparse_attn.kernels.alpha import split_alpha
 from sparse_attn.kernels.functions.entmax import entmax_rows
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.transforms import values_known
@@ -19,7 +18,7 @@ def native_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    alpha: float | Tensor,
+    alpha: Tensor | None,
     mask: Tensor | None,
     setting: Setting,
     query_starts: Tensor | None = None,
@@ -31,20 +30,24 @@ def native_attention(
         query: (N, H, L, D).
         key: (N, Hk, S, D), Hk a divisor of H.
         value: (N, Hk, S, Dv).
-        alpha: A number or (H,).
+        alpha: (H,); None for the number in ``setting``.
         mask: (N or 1, H or 1, L or 1, S or 1), boolean, ``True`` = take part, or floating, added to the scores.
-        setting: Everything but ``a``.
+        setting: Everything else.
         query_starts: Where packed sequences begin along L, and L at the end: integers; N is then 1.
         key_starts: Likewise along S.
 
     Returns:
         (N, H, L, Dv). A query that sees nothing gets zeros, and so do all gradients of it.
     """
-    per_head, a = split_alpha(alpha)
-    setting = setting._replace(a=a, scale=float(setting.scale), dropout_p=float(setting.dropout_p))
     seed = torch.randint(2**62, ()) if setting.dropout_p > 0.0 else None
-    tensors = _Tensors(query, key, value, per_head, mask, seed, query_starts, key_starts)
-    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:5])
+    tensors = _Tensors(query, key, value, alpha, mask, seed, query_starts, key_starts)
+    training = torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (alpha is not None and alpha.requires_grad)
+        or (mask is not None and mask.requires_grad)
+    )
     if torch.compiler.is_compiling():
         return _attention(*tensors, *setting, training)[0]
     if training:
@@ -91,7 +94,7 @@ def _number(seed: Tensor | None) -> int:
 def _backward(
     grad: Tensor, tensors: _Tensors, kept: Tensor | None, setting: Setting, with_alpha: bool, with_mask: bool
 ) -> list[Tensor | None]:
-    """Gradients of the first five tensors, each in the dtype of its own."""
+    """Gradients of the first five tensors, each in the dtype of its tensor."""
     query, key, value, alpha, mask, seed, *_ = tensors
     arguments = (query, key, value, _shifted(alpha), mask, setting, _number(seed), kept)
     gradients = dispatch.native_kernels().backward(grad, *arguments, with_alpha, with_mask, _starts(tensors))
@@ -122,7 +125,7 @@ class _Attention(torch.autograd.Function):
 def _plain_gradients(
     grad: Tensor, tensors: _Tensors, needed: tuple[bool, ...], setting: Setting
 ) -> list[Tensor | None]:
-    """The gradients by plain torch, with a matrix of scores: they can be differentiated, and ``grad`` batched."""
+    """The gradients by plain torch, with a matrix of scores: differentiable, and ``grad`` may be batched."""
     create_graph = torch.is_grad_enabled()
     inputs = [x for x, wanted in zip(tensors, needed, strict=False) if wanted and x is not None]
     with torch.enable_grad():
@@ -132,7 +135,7 @@ def _plain_gradients(
 
 
 def plain_attention(tensors: _Tensors, setting: Setting) -> Tensor:
-    """The same in plain torch with a matrix of scores, the same weights dropped."""
+    """The kernel's result in plain torch, with a matrix of scores; dropout drops the same weights."""
     query, key, value, alpha, mask, seed, query_starts, key_starts = tensors
     a, scale, dropout_p, right, k, left = setting
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -187,7 +190,7 @@ def _attention(
 
 
 def _room(tensors: _Tensors, training: bool) -> Tensor:
-    """Memory for what is kept, all of it defined: two calls of the operator have to agree in every entry."""
+    """Memory for the kept weights, set to zero: two calls of the operator must agree in every entry."""
     if training:
         return dispatch.native_kernels().room_for_kept(tensors.query, tensors.key, _starts(tensors)).zero_()
     return tensors.query.new_empty(0, dtype=torch.int32)

@@ -1,11 +1,11 @@
-"""The fall-back where no kernel is compiled: what ``kernels.reference.entmax`` computes, in few and cheap operations.
+"""The functions of ``kernels.reference.entmax`` in few and cheap torch operations, used if no kernel is compiled.
 
-On a CPU an operation of plain torch costs its call, its pass over the data and above all any fresh memory; where a
-comparison selects (``where``, ``masked_fill``), and for a logarithm of 0 or in float64, the pass costs ten times what
-arithmetic does. So rows go in blocks through the same few buffers, their statistics are computed for all of them at
-once, and masked scores need no care: what is far below the largest has no weight anyway.
+On a CPU, an operation of plain torch costs its call, a pass over the data and, most of all, new memory. A pass with a
+selection (``where``, ``masked_fill``), with a logarithm of 0 or in float64 takes ten times as long as arithmetic. So
+rows are computed in blocks that reuse a few buffers, and statistics of rows for all rows at once. Masked scores need no
+special treatment: scores far below the largest have weight zero.
 
-Not differentiable; α between 1 and 2, everything else goes to the reference.
+Not differentiable. α is between 1 and 2; any other α is passed on to the reference.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from sparse_attn.kernels.reference import entmax as reference
 from sparse_attn.kernels.reference.entmax import away_from_zero, norm_step
 
 _MAX_SWEEPS = 100
-_SHORT, _LANES = 256, 16  # rows that long begin at the root of the largest of every sixteen entries
-_FIRST_SWEEPS = 5  # over that part, unchecked
-_NEAR = 1e-4  # of Σ p - 1, from where a step of Newton's method lands on the root
-_LONG, _FEW = 4096, 4  # rows that long are made shorter where one entry in so many may have weight
-_FAR = 1e3  # so far below the largest score an entry has no weight at any α
-_SMALL = 2**15  # entries that are gone over in less time than it takes to pick some out
-_BUFFERED = 2**17  # entries of all buffers together: they stay in the cache
+_SHORT, _LANES = 256, 16  # from 256 entries on, a row starts at the root of its part: the largest of every 16 entries
+_FIRST_SWEEPS = 5  # Newton steps on that part, without a check for convergence
+_NEAR = 1e-4  # if |Σ p - 1| is smaller, one Newton step reaches the root
+_LONG, _FEW = 4096, 4  # rows of 4096 or more are shortened if at most one entry in 4 may have weight
+_FAR = 1e3  # an entry this far below the largest score has weight zero for every α
+_SMALL = 2**15  # for fewer entries, a pass over all is faster than a selection of some
+_BUFFERED = 2**17  # entries of all buffers together, so that they stay in the cache
 
 
 def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
@@ -44,21 +44,21 @@ def topk_entmax_forward(scores: Tensor, k: int, a: float | Tensor, lowest: float
     """As :func:`sparse_attn.kernels.reference.entmax.topk_entmax_forward`, which sorts all scores."""
     largest, index = scores.topk(k, -1)
     last = largest[..., -1:]
-    p = torch.ge(scores, last, out=torch.empty_like(scores))  # numbers: booleans cost five times that
-    if bool(((p.sum(-1, keepdim=True) > k) & (last > lowest)).any()):  # torch.topk takes any of equal ones
+    p = torch.ge(scores, last, out=torch.empty_like(scores))  # as numbers: booleans take five times as long
+    if bool(((p.sum(-1, keepdim=True) > k) & (last > lowest)).any()):  # torch.topk takes any of tied scores
         return reference.topk_entmax_forward(scores, k, a, lowest)
     return p.zero_().scatter_(-1, index, entmax_forward(largest, a, lowest))
 
 
 def _probabilities(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
-    """Of rows (n, size), with ``a`` a number or (n, 1).
+    """The probabilities of rows (n, size), with ``a`` a number or (n, 1).
 
-    Newton's method climbs in a plain form, first on a part of the row, then on all of it. The form that writes ``p``
-    loses no digits; where it finds the root not quite reached, it steps on from there.
+    Newton's method uses a fast form of the equation, first on a part of the row, then on the whole row. ``p`` itself is
+    written in a form that loses no digits. Rows whose sum is not yet close enough to 1 take further steps in that form.
     """
     maxima = _maxima(scores)
     top = maxima.amax(-1, keepdim=True)
-    if not bool((top - lowest).amin() > _FAR):  # nor where it is NaN
+    if not bool((top - lowest).amin() > _FAR):  # also true for NaN
         top = top.masked_fill(top <= lowest, 0.0)
         scores = scores.masked_fill(scores <= lowest, -math.inf)
         maxima = _maxima(scores)
@@ -85,12 +85,12 @@ def _probabilities(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
         its_a = _of(a, rows)
         blocks = _blocks(buffers, p, rows, its_a)
         slope = _joined(_slopes(block, b, spare[0]).sum(-1, keepdim=True) for spare, block, b in blocks)
-        sigma[rows] += norm_step(total, slope * total ** (1 - its_a), its_a)  # the p there are divided by their sum
+        sigma[rows] += norm_step(total, slope * total ** (1 - its_a), its_a)  # these p are divided by their sum
     return p if index is None else p.new_zeros(len(p), size).scatter_(-1, index, p)
 
 
 def _maxima(scores: Tensor) -> Tensor:
-    """The largest of every sixteen entries: a part of a row, whose root is a lower bound; a short row itself."""
+    """The largest of every sixteen entries, whose root is a lower bound for the row; a short row itself."""
     size = scores.shape[-1]
     if size < _SHORT:
         return scores
@@ -102,16 +102,16 @@ def _maxima(scores: Tensor) -> Tensor:
 def _where_there_may_be_weight(
     scores: Tensor, maxima: Tensor, top: Tensor, a: float | Tensor, at: Tensor
 ) -> Tensor | None:
-    """Indices (n, m) of the entries whose maximum is above the edge of the support at a lower bound of the root.
+    """Indices (n, m) of the entries that may be in the support, given a lower bound of the root and the lanes' maxima.
 
-    None where they are not few, or a row has no largest score.
+    None if these entries are not few, or if a row has no largest score.
     """
     size = scores.shape[-1]
     if size < _LONG:
         return None
     width = size // _LANES
     edge = top + at if _is_closed(a) else top + at - 1 / a
-    edge -= 1e-5 * (1 + edge.abs())  # more than it is rounded by
+    edge -= 1e-5 * (1 + edge.abs())  # more than its rounding error
     count = int((maxima[:, :width] > edge).sum(-1).amax())
     rest = size - _LANES * width
     if _FEW * (_LANES * count + rest) > size or not bool(top.isfinite().all()):
@@ -123,9 +123,9 @@ def _where_there_may_be_weight(
 
 
 def _climb(scores: Tensor, top: Tensor, a: float | Tensor, at: Tensor, buffers: list[Tensor]) -> Tensor:
-    """The root in float64, from a lower bound: counted as :func:`_sums` has it.
+    """The root in float64, from a lower bound, relative to the origin of :func:`_sums`.
 
-    Rows that have arrived are left alone, where it costs less to pick the others out than to go over all.
+    Converged rows are skipped if it is faster to select the others than to pass over all rows.
     """
     result = at.double()
     rows: Tensor | None = None
@@ -155,7 +155,7 @@ def _climb(scores: Tensor, top: Tensor, a: float | Tensor, at: Tensor, buffers: 
 def _sums(
     scores: Tensor, top: Tensor, a: float | Tensor, at: Tensor, rows: Tensor | None, buffers: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Σ p and Σ u in a plain form, with σ counted from the largest score and less :func:`_lift`."""
+    """Σ p and Σ u in the fast form, with σ relative to the largest score and reduced by :func:`_lift`."""
     sums = [_plain_sums(*block, *spare) for spare, *block in _blocks(buffers, scores, rows, top, a, at)]
     total, slope = map(_joined, zip(*sums, strict=True))
     return total, slope
@@ -171,8 +171,8 @@ def _plain_sums(
         total = torch.linalg.vector_norm(w, dim=-1, keepdim=True).square_()
         return total.mul_(0.25), w.sum(-1, keepdim=True).mul_(0.5)
     torch.sub(scores, top, out=p).sub_(at).mul_(a).clamp_(min=-1.0)
-    torch.add(p, 1.0, out=w).clamp_(min=1e-8)  # a float32 next to 1 is further away
-    p.log1p_().mul_(1 / a / math.log(2)).clamp_(min=-120.0).exp2_()  # numbers below are slow
+    torch.add(p, 1.0, out=w).clamp_(min=1e-8)  # smaller than the distance of two float32 near 1
+    p.log1p_().mul_(1 / a / math.log(2)).clamp_(min=-120.0).exp2_()  # subnormal results are slow
     return p.sum(-1, keepdim=True), p.div_(w).sum(-1, keepdim=True)
 
 
@@ -185,10 +185,11 @@ def _write(
     rows: Tensor | None,
     buffers: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Put what is ``p`` at σ, divided by its sum, into some rows or all; returns the sum and the largest before that.
+    """Write ``p`` at σ, divided by its sum, into some rows or all; returns the sum and the largest before the division.
 
-    ``1 + a (z - σ)`` is ``a (z - (σ - 1/a))``: counted from there, in two numbers, an entry keeps its digits where it
-    is small. Counted from the top, many equal scores would all be rounded the same way, by as much as their weight.
+    ``1 + a (z - σ)`` is computed as ``a (z - (σ - 1/a))``, with the inner bracket as two numbers, so that small results
+    keep their digits. Relative to the largest score, many equal scores would all have the same rounding error, which
+    can be as large as their weight.
     """
     if rows is not None:
         top, a, sigma = top[rows], _of(a, rows), sigma[rows]
@@ -221,14 +222,15 @@ def _exact(
     w: Tensor | None = None,
     log_w: Tensor | None = None,
 ) -> Tensor:
-    """Of ``p``, or where its form is not closed ``p / max p``; the sum."""
+    """Write ``p`` (closed forms) or ``p / max p`` (other α), divided by its sum, into ``p``; returns the sum."""
     tiny = torch.finfo(p.dtype).tiny
     if w is None or log_w is None:
         torch.sub(scores, high, out=p).sub_(low).relu_()
         if a == 0.5:
             p.mul_(0.5).square_()
     else:
-        # (p / max p)^a, which close to the top is better known by how far it is from 1, and at the edge by itself.
+        # (p / max p)^a in two forms: near the largest score, 1 minus a distance is more exact; near the edge of the
+        # support, the value w itself.
         torch.sub(scores, high, out=w).sub_(low).mul_(rise).clamp_(min=tiny)
         torch.sub(scores, top, out=p).mul_(rise).clamp_(min=torch.finfo(p.dtype).eps - 1).log1p_()
         torch.lerp(torch.log(w, out=log_w), p, w, out=p)
@@ -266,15 +268,15 @@ def _gradient(p: Tensor, a: float | Tensor, grad: Tensor, out: Tensor, c: Tensor
 
 
 def _gradients(p: Tensor, a: Tensor, grad: Tensor, out: Tensor, c: Tensor, s: Tensor) -> Tensor:
-    """The same, and the gradient for α, which is returned.
+    """As :func:`_gradient`; returns the gradient for α.
 
-    In the reference's formula ``ℓ`` may be counted from ``m = log max p``, where float32 has digits to tell entries
-    apart that are nearly alike:
+    The reference's formula also holds with ``ℓ`` relative to ``m = log max p``, where float32 can distinguish
+    entries that are nearly equal:
 
         dα = [(1 - a m) (S D - B) - m (A - L D) - a (A S - B L)] / Σ p e^(-a λ),    λ = log(p / max p)
 
-    with ``s = λ² φ₂(-a λ)``, the sums ``D = Σ p c, A = Σ p λ c, B = Σ p s c, L = Σ p λ, S = Σ p s``, and ``c`` the
-    gradient that is centred. ``u`` is ``p e^(-a λ)`` times ``(max p)^(-a)``. In float64 φ₂ needs no series.
+    with ``s = λ² φ₂(-a λ)``, the sums ``D = Σ p c, A = Σ p λ c, B = Σ p s c, L = Σ p λ, S = Σ p s``, and the centred
+    gradient ``c``. ``u`` is ``p e^(-a λ)`` times ``(max p)^(-a)``. In float64 φ₂ needs no series.
     """
     tiny = torch.finfo(p.dtype).tiny
     largest = p.amax(-1, keepdim=True).clamp_(min=tiny)
@@ -294,7 +296,7 @@ def _gradients(p: Tensor, a: Tensor, grad: Tensor, out: Tensor, c: Tensor, s: Te
 
 
 def _slopes(p: Tensor, a: float | Tensor, out: Tensor) -> Tensor:
-    """``u = p^(1 - a)`` where ``p`` is not 0; ``out`` may be ``p`` itself."""
+    """``u = p^(1 - a)``, and 0 where ``p`` is 0; ``out`` may be ``p`` itself."""
     if isinstance(a, float) and a in (0.0, 0.5, 1.0):
         return out.copy_(p) if a == 0.0 else torch.sqrt(p, out=out) if a == 0.5 else torch.sign(p, out=out)
     power = -a.to(p.dtype) if isinstance(a, Tensor) else -a
@@ -304,7 +306,7 @@ def _slopes(p: Tensor, a: float | Tensor, out: Tensor) -> Tensor:
 def _centre(grad: Tensor, u: Tensor, out: Tensor) -> Tensor:
     """``g - Σ u g / Σ u`` into ``out``; returns ``Σ u``.
 
-    In two steps, for rows that are nearly one-hot, where what is left is small beside ``g``.
+    The mean is subtracted in two steps: in nearly one-hot rows, the result is small compared with ``g``.
     """
     total = u.sum(-1, keepdim=True).clamp_(min=torch.finfo(u.dtype).tiny)
     torch.sub(grad, _dot(u, grad).div_(total), out=out)
@@ -318,14 +320,14 @@ def _buffers(rows: Tensor, count: int) -> list[Tensor]:
 
 
 def _step(buffers: list[Tensor], rows: Tensor) -> int:
-    """How many rows a buffer holds."""
+    """The number of rows that fit into a buffer."""
     return max(1, len(buffers[0]) // rows.shape[-1])
 
 
 def _blocks(buffers: list[Tensor], x: Tensor, rows: Tensor | None, *per_row: Any) -> Iterator[tuple[Any, ...]]:
-    """Blocks of some rows of ``x``, or of all: buffers of their shape, the rows, and what belongs to them of the rest.
+    """Blocks of the given rows of ``x``, or of all: buffers of the block's shape, its rows, its part of ``per_row``.
 
-    Rows that are picked out lie in the last buffer.
+    Selected rows are copied into the last buffer.
     """
     step, picked = _step(buffers, x), x if rows is None else rows
     parts: Iterable[Any] = [(picked, *per_row)]
@@ -342,7 +344,7 @@ def _joined(blocks: Iterable[Any]) -> Tensor:
 
 
 def _where(x: Tensor) -> Tensor:
-    """Indices (m,) of the rows that (n, 1) says."""
+    """Indices (m,) of the rows for which ``x`` (n, 1) is true."""
     return x.squeeze(-1).nonzero().squeeze(-1)
 
 
@@ -360,7 +362,7 @@ def _is_closed(a: float | Tensor) -> bool:
 
 
 def _lift(a: float | Tensor) -> float:
-    """How far σ is above what the closed forms subtract; the others subtract σ."""
+    """``1/a`` for the closed forms, which subtract ``σ - 1/a`` from the scores; 0 for the others, which subtract σ."""
     return 1 / a if isinstance(a, float) and _is_closed(a) else 0.0
 
 

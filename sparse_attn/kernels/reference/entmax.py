@@ -19,34 +19,34 @@ import torch
 from torch import Tensor
 
 from sparse_attn.kernels.reference.series import phi2
-from sparse_attn.versions import is_exporting
+from sparse_attn.transforms import writes_onnx
 
 _MAX_SWEEPS = 100
-# A score that has no weight at any α, and still overflows nothing.
+# A score with weight zero for every α, and not large enough to cause overflow.
 _NOWHERE = -1e30
 
 
 def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
-    """The probabilities ``p``; entries at or below ``lowest`` are masked, and a row of nothing else is all zeros."""
+    """The probabilities ``p``. Entries at or below ``lowest`` are masked; a row of masked entries only is all zeros."""
     steep = bool((a > 1).any()) if isinstance(a, Tensor) else a > 1  # some α > 2
     if steep and scores.dtype != torch.float64:
-        # Where an entry enters the support its slope is infinite then: a rounding of σ is a large error of p.
+        # For α > 2 the slope at the edge of the support is infinite: a rounding error of σ is a large error of p.
         wide = a.double() if isinstance(a, Tensor) else a
         return entmax_forward(scores.double(), wide, lowest).to(scores.dtype)
     scores, top, masked = without_masked(scores, lowest)
     if isinstance(a, Tensor):
         a = away_from_zero(a, scores.dtype)
     if isinstance(a, float) and a == 0.0:
-        p = (scores - top).exp_()  # torch.softmax adds up long rows less exactly
+        p = (scores - top).exp_()  # torch.softmax sums long rows less exactly
     else:
         p = _solve_bracketed(scores, top, a) if steep else climb(scores, top, a, torch.zeros_like(top).double())
     return normalised(p if masked is None else p.masked_fill_(masked, 0.0))
 
 
 def without_masked(scores: Tensor, lowest: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scores that have no weight where masked, the largest of each row, 0 if all are masked, and which are masked."""
+    """Scores with masked entries replaced, the largest of each row (0 if all are masked), and the mask."""
     top = scores.amax(-1, keepdim=True)
-    if bool((scores.amin(-1) > lowest).all()):  # not so with a NaN
+    if bool((scores.amin(-1) > lowest).all()):  # false for NaN
         return scores, top, None
     masked = scores <= lowest
     top = top.masked_fill(top <= lowest, 0.0)
@@ -55,36 +55,36 @@ def without_masked(scores: Tensor, lowest: float) -> tuple[Tensor, Tensor, Tenso
 
 
 def away_from_zero(a: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a``; a row at α = 1 takes one so small that log1p(t) / a is z - σ to the last bit."""
+    """``a``, with 0 replaced by a number so small that log1p(t) / a equals z - σ to the last bit."""
     tiny = torch.finfo(dtype).eps * 1e-3
     return torch.where(a.abs() < tiny, tiny, a)
 
 
 def normalised(p: Tensor) -> Tensor:
-    """``p`` divided by its sum, in place; a row of zeros stays one."""
+    """``p`` divided by its sum, in place; a row of zeros stays zero."""
     total = row_sums(p).to(p.dtype)
     return p.div_(total.masked_fill_(total == 0.0, 1.0))
 
 
 def topk_entmax_forward(scores: Tensor, k: int, a: float | Tensor, lowest: float) -> Tensor:
-    """:func:`entmax_forward` of the ``k`` largest scores of each row alone, zero elsewhere."""
+    """:func:`entmax_forward` over the ``k`` largest scores of each row, zero elsewhere."""
     index = largest_first(scores)[..., :k]
     return torch.zeros_like(scores).scatter_(-1, index, entmax_forward(scores.gather(-1, index), a, lowest))
 
 
 def largest_first(scores: Tensor) -> Tensor:
-    """Indices from the largest score to the smallest; equal ones stay in order, which ``torch.topk`` leaves open."""
-    if is_exporting():
-        return torch.sort(scores, dim=-1, descending=True).indices  # all that ONNX has, and it keeps ties in order
+    """Indices from the largest score to the smallest; ties keep their order, which ``torch.topk`` does not promise."""
+    if writes_onnx():
+        return torch.sort(scores, dim=-1, descending=True).indices  # ONNX has only this sort; it is stable
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices
 
 
 def climb(scores: Tensor, top: Tensor, a: float | Tensor, sigma: Tensor) -> Tensor:
-    """``p``, not divided by its sum yet, by Newton's method on the norm ``(Σ p)^a = 1``, for ``α <= 2``.
+    """``p`` before division by its sum, by Newton's method on the norm ``(Σ p)^a = 1``, for ``α <= 2``.
 
-    ``sigma`` is where to begin, counted from the largest score: 0, or another lower bound of the root. The norm is
-    convex (concave for α < 1) in σ, so the iterates climb to the root and pass it by no more than rounding. At α = 1
-    the first step lands on ``logsumexp(z)``.
+    ``sigma`` is the initial value, relative to the largest score: 0, or another lower bound of the root. The norm is
+    convex (concave for α < 1) in σ, so the iterates increase to the root and exceed it only by rounding. At α = 1 the
+    first step reaches ``logsumexp(z)``.
     """
     error_before = torch.full_like(sigma, math.inf)
     still_open = torch.ones_like(sigma, dtype=torch.bool)
@@ -93,7 +93,7 @@ def climb(scores: Tensor, top: Tensor, a: float | Tensor, sigma: Tensor) -> Tens
         p, u = _power(scores, top, sigma, a)
         total = row_sums(p)
         error = (total - 1).abs()
-        # A step from close by lands on the root; what moves a row after that is rounding.
+        # Near the root, one step reaches it; later changes are rounding errors.
         landed = (error < 2 * tolerance) & (error_before < 1e-3)
         still_open &= (error > tolerance) & (error < error_before) & ~landed
         if not bool(still_open.any()):
@@ -104,16 +104,16 @@ def climb(scores: Tensor, top: Tensor, a: float | Tensor, sigma: Tensor) -> Tens
 
 
 def _solve_bracketed(scores: Tensor, top: Tensor, a: float | Tensor) -> Tensor:
-    """``p`` by Newton's method inside a bracket with bisection as the fall-back, for any α.
+    """``p`` by Newton's method within a bracket, with bisection where a step leaves the bracket, for any α.
 
-    For α > 2 the slope is infinite where an entry enters the support, so a short step proves nothing: what is asked
-    is that the sum be 1, or the bracket empty.
+    For α > 2 the slope at the edge of the support is infinite, so a short step is no sign of convergence. The iteration
+    stops when the sum is 1 or the bracket is empty.
     """
     eps = torch.finfo(scores.dtype).eps
     low = torch.zeros_like(top)
     log_size = torch.full_like(low, math.log(scores.shape[-1]))
     high = -torch.expm1(-a * log_size) / a
-    high = high + eps * high  # the bound is attained by a flat row
+    high = high + eps * high  # the root of a flat row is the bound itself
     sigma, error_before = low, torch.full_like(low, math.inf)
     for _ in range(_MAX_SWEEPS):
         p, u = _power(scores, top, sigma, a)
@@ -127,7 +127,7 @@ def _solve_bracketed(scores: Tensor, top: Tensor, a: float | Tensor) -> Tensor:
         good = (newton > low) & (newton < high) & (error <= error_before / 2)
         sigma = torch.where(open_rows, torch.where(good, newton, (low + high) / 2), sigma)
         error_before = error
-    # At the upper end of an empty bracket all of many equal scores may have left the support.
+    # At the upper end of an empty bracket, many equal scores may all be outside the support.
     outside = 1 - total > 2 * eps
     return torch.where(outside, _power(scores, top, low, a)[0], p) if bool(outside.any()) else p
 
@@ -135,8 +135,8 @@ def _solve_bracketed(scores: Tensor, top: Tensor, a: float | Tensor) -> Tensor:
 def _power(scores: Tensor, top: Tensor, sigma: Tensor, a: float | Tensor) -> tuple[Tensor, Tensor]:
     """``p`` and ``u`` at a given σ; α = 2 and 1.5 need neither exp nor log.
 
-    ``1 + a (z - σ)`` is ``a (z - (σ - 1/a))``: counted from there an entry keeps its digits where it is small. Counted
-    from the top, many equal scores would all be rounded the same way, by as much as their weight.
+    ``1 + a (z - σ)`` is computed as ``a (z - (σ - 1/a))``, so that small results keep their digits. Relative to the
+    largest score, many equal scores would all have the same rounding error, which can be as large as their weight.
     """
     from_edge = _count_from(scores, top, sigma - 1 / a)
     if isinstance(a, float) and a == 1.0:
@@ -169,13 +169,13 @@ def _power(scores: Tensor, top: Tensor, sigma: Tensor, a: float | Tensor) -> tup
 
 
 def _exp(x: Tensor) -> Tensor:
-    """``exp_``, which is thirty times slower where it underflows: there 0 without computing it."""
+    """``exp_``, with 0 set directly where it would underflow: underflow is thirty times slower."""
     lowest = math.log(torch.finfo(x.dtype).tiny) + 1
     return x.clamp_(min=lowest).exp_().sub_(1.0001 * math.exp(lowest)).clamp_(min=0.0)
 
 
 def _count_from(scores: Tensor, top: Tensor, below: Tensor) -> Tensor:
-    """``scores - (top + below)``, where the number in brackets is known to twice the digits of the scores."""
+    """``scores - (top + below)``, where the pair ``top + below`` has twice the digits of the scores."""
     place = top.double() + below
     high = place.to(scores.dtype)
     low = ((top.double() - high.double()) + below).to(scores.dtype)
@@ -183,7 +183,7 @@ def _count_from(scores: Tensor, top: Tensor, below: Tensor) -> Tensor:
 
 
 def row_sums(x: Tensor) -> Tensor:
-    """Sums ``(..., 1)`` in float64; float32 adds four terms at a time, which is faster than to convert them all."""
+    """Sums ``(..., 1)`` in float64. In float32, four terms are added before the conversion, which is faster."""
     whole = x.shape[-1] // 4 * 4
     if x.dtype == torch.float64 or x.shape[-1] < 256:
         return x.sum(-1, keepdim=True, dtype=torch.float64)
@@ -194,7 +194,7 @@ def row_sums(x: Tensor) -> Tensor:
 
 
 def norm_step(total: Tensor, slope: Tensor, a: float | Tensor) -> Tensor:
-    """Newton's step ``(S - S^(1-a)) / (a U)``, exact as ``a -> 0``; no step for rows without support or with NaN."""
+    """The Newton step ``(S - S^(1-a)) / (a U)``, exact as ``a -> 0``; 0 for rows without support or with NaN."""
     if isinstance(a, float) and a == 1.0:
         step = (total - 1) / slope
     elif isinstance(a, float) and a == 0.5:
@@ -207,25 +207,25 @@ def norm_step(total: Tensor, slope: Tensor, a: float | Tensor) -> Tensor:
 def entmax_backward(
     p: Tensor, a: float | Tensor, grad: Tensor, *, with_alpha: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradient for the scores, and one for α per row ``(..., 1)`` when asked; itself differentiable.
+    """The gradient for the scores and, if wanted, for α per row ``(..., 1)``. Differentiable.
 
     ``dz = u ∘ (g - δ)``, ``δ = Σ u g / Σ u``; ``dα = [Y D - B - a (Y A - H B)] / U`` with ``D = Σ p g``,
     ``A = Σ p ℓ g``, ``B = Σ p y g``, ``H = Σ p ℓ``, ``Y = Σ p y``, ``ℓ = log p`` and ``y = ℓ² φ₂(-a ℓ)``.
     """
     if with_alpha and p.dtype == torch.float32:
-        # Logarithms of entries that are nearly alike differ in their last digits only.
+        # Logarithms of nearly equal entries differ only in their last digits.
         wide = a.double() if isinstance(a, Tensor) else a
         grad_scores, grad_alpha = entmax_backward(p.double(), wide, grad.double(), with_alpha=True)
         return grad_scores.to(p.dtype), None if grad_alpha is None else grad_alpha.to(p.dtype)
     log_p, u, total = _support(p, a)
-    # Counted from the upstream gradient of the largest entry, what the row has in common does not cost it digits.
+    # Relative to the upstream gradient of the largest entry, a constant common to the row does not cost digits.
     grad = grad - grad.gather(-1, p.argmax(-1, keepdim=True))
     centred = grad - (u * grad).sum(-1, keepdim=True) / total
     grad_scores = u * centred
     if not with_alpha:
         return grad_scores, None
     y = log_p.square() * phi2(-a * log_p)
-    weighted = p * centred  # Σ dp/dα = 0, so the centred gradient serves and loses fewer digits
+    weighted = p * centred  # Σ dp/dα = 0, so the centred gradient gives the same sum and loses fewer digits
     d = weighted.sum(-1, keepdim=True)
     a_sum = (weighted * log_p).sum(-1, keepdim=True)
     b = (weighted * y).sum(-1, keepdim=True)
@@ -235,7 +235,7 @@ def entmax_backward(
 
 
 def entmax_tangent(p: Tensor, a: float | Tensor, scores_tangent: Tensor | None, alpha_tangent: Tensor | None) -> Tensor:
-    """What changes of the scores and of α do to ``p``: the derivative of :func:`entmax_forward`, forwards.
+    """The forward-mode derivative of :func:`entmax_forward`: the tangent of ``p`` from those of scores and α.
 
     ``dp = u ∘ (dz - Σ u dz / Σ u) + p/U ∘ [(Y - y) - a (ℓ Y - y H)] dα``, letters as in :func:`entmax_backward`.
     """

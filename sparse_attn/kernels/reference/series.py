@@ -1,4 +1,4 @@
-"""``φ₁`` and ``φ₂``, the exponential series without their first terms, and with all digits next to 0."""
+"""``φ₁`` and ``φ₂``: the exponential series without its first terms, exact also near 0."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def phi1(x: Tensor) -> Tensor:
-    """``(eˣ - 1) / x``, in a form that has derivatives at 0 too."""
+    """``(eˣ - 1) / x``, in a form that is differentiable at 0."""
     small = x.abs() < 0.5
     return torch.where(small, 1 + x * phi2(x), torch.expm1(x) / torch.where(small, 1.0, x))
 
 
 def phi2(x: Tensor) -> Tensor:
-    """``(eˣ - 1 - x) / x²``, by its series where the difference would cancel."""
+    """``(eˣ - 1 - x) / x²``, by its series near 0, where the differences would cancel."""
     small = x.abs() < 0.5
     near = torch.where(small, x, 0.0)
     terms = 9 if x.dtype == torch.float32 else 15

@@ -1,11 +1,11 @@
-"""α-entmax of the last dimension as a fixed number of plain operations, for whoever traces them.
+"""α-entmax of the last dimension as a fixed number of plain operations, for tracing and export.
 
-Slower than the solver beside it, which looks at the data to know when to stop. Bisection finds σ of
+Slower than ``reference.entmax``, which reads the data to decide when to stop. Bisection finds σ of
 
     p_i = [1 + a (z_i - σ)]_+^(1/a),    Σ p_i = 1,
 
-to rounding, without gradient; two Newton steps after it change nothing but carry the derivatives: plain autograd
-through them gives the first and second ones.
+to rounding, without gradient. Two Newton steps follow, which do not change the value: autograd through them gives the
+first and second derivatives.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from sparse_attn.versions import is_exporting, loops_export
 
 
 def entmax_unrolled(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
-    """The probabilities; arguments and result as those of ``reference.entmax.entmax_forward``."""
+    """The probabilities; arguments and result are those of ``reference.entmax.entmax_forward``."""
     dtype = scores.dtype
     if isinstance(a, Tensor) or a not in (0.0, 0.5, 1.0):
-        # Close to α = 1 a runtime without log1p loses digits in log(1 + t) / t; above α = 2 entries enter with infinite
-        # slope, and σ has to be right to many more digits than p.
+        # Near α = 1, a runtime without log1p loses digits in log(1 + t) / t. Above α = 2 the slope at the edge of the
+        # support is infinite, and σ needs many more digits than p.
         scores, a = scores.double(), a.double() if isinstance(a, Tensor) else a
     masked = scores <= lowest
     top = scores.amax(-1, keepdim=True)
     empty = top <= lowest
     if not isinstance(a, Tensor) and a == 0:
-        return torch.softmax(scores, -1).masked_fill(empty, 0.0).to(dtype)
-    # A masked entry gets a harmless score and is dropped afterwards: -inf times a zero gradient would be NaN.
+        # Also before: the gradient of a row of NaN is NaN, whatever is done to it afterwards.
+        return torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0).to(dtype)
+    # A masked entry gets a finite score, and its weight is set to 0 afterwards: -inf times a zero gradient is NaN.
     z = torch.where(masked, 0.0, scores - torch.where(empty, 0.0, top))
     with torch.no_grad():
         sigma = _bisect(z.detach(), a.detach() if isinstance(a, Tensor) else a, masked)
@@ -46,12 +47,12 @@ def entmax_unrolled(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
 
 
 def _bisect(z: Tensor, a: float | Tensor, masked: Tensor) -> Tensor:
-    """σ between that of a row with one entry, 0, and that of a flat row, ``(1 - d^(-a)) / a``."""
+    """σ by bisection between 0, the root of a row with one entry, and ``(1 - d^(-a)) / a``, that of a flat row."""
     if isinstance(a, Tensor):
-        a = torch.where(a.abs() < 1e-9, 1e-9, a)  # in float64 as good as 0
+        a = torch.where(a.abs() < 1e-9, 1e-9, a)  # equal to 0 within float64 rounding
     log_count = (~masked).sum(-1, keepdim=True).clamp(min=1).to(z.dtype).log()
     low = torch.zeros_like(log_count)
-    high = (1 - torch.exp(-a * log_count)) / a * (1 + 1e-6)  # for what the difference may have lost
+    high = (1 - torch.exp(-a * log_count)) / a * (1 + 1e-6)  # 1e-6 covers the rounding error of the difference
 
     def halve(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         sigma = (low + high) / 2
@@ -70,7 +71,7 @@ def _repeat(
         for _ in range(times):
             low, high = step(low, high)
         return low, high
-    # One loop in the graph, not a thousand nodes.
+    # One loop in the graph instead of a thousand nodes.
     begin = (torch.zeros((), dtype=torch.int64, device=low.device), low, high)
     return while_loop(lambda n, *_: n < times, lambda n, *ends: (n + 1, *step(*ends)), begin)[1:]
 
@@ -88,7 +89,7 @@ def _power(z: Tensor, sigma: Tensor, a: float | Tensor, masked: Tensor) -> tuple
 
 
 def _log1p_over(t: Tensor) -> Tensor:
-    """``log(1 + t) / t``, by its series for small t: at α = 1 every t is 0, and has derivatives all the same."""
+    """``log(1 + t) / t``, by its series for small t: at α = 1 every t is 0, where the derivatives must exist too."""
     small = t.abs() < 0.03
     near = torch.where(small, t, 0.0)
     series = torch.zeros_like(t)

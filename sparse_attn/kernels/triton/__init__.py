@@ -17,7 +17,7 @@ _OLDEST = (8, 0)  # compute capability: bfloat16 in matrix products
 
 @functools.cache
 def status() -> tuple[bool, str]:
-    """Whether the kernels are available; where they run, or why they do not."""
+    """Whether the kernels are available, and a text that says where they run, or why they are not."""
     if problem := triton_problem():
         return False, problem
     if interpreted():
@@ -31,19 +31,19 @@ def status() -> tuple[bool, str]:
 
 
 def available() -> bool:
-    """Whether there are kernels to run."""
+    """Whether the kernels are available."""
     return status()[0]
 
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors, which ``TRITON_INTERPRET=1`` asks for."""
+    """Whether kernels run in Triton's interpreter on CPU tensors, which ``TRITON_INTERPRET=1`` selects."""
     if triton_problem():
         return False
     from triton import knobs, language  # type: ignore[import-untyped, unused-ignore]
     from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped, unused-ignore]
 
-    # Triton reads the variable also when it is imported, and keeps that choice for its own functions.
+    # Triton also reads the variable at import, and keeps that choice for its own functions.
     if not (knobs.runtime.interpret and isinstance(language.sum, InterpretedFunction)):
         return False
     mend_interpreter()

@@ -1,14 +1,14 @@
-"""What the kernels share: α-entmax of scores on the chip, given where a row's threshold lies, and the step towards it.
+"""Device functions that the kernels share: α-entmax of scores on the chip for a given threshold, and the Newton step.
 
-As in ``kernels.reference.entmax``, everything is written in ``a = α - 1`` and σ; α is data. Scores and probabilities
-are float32. What belongs to a row is float64, and goes to the scores as pairs of float32: a threshold that is rounded
-once moves thousands of small entries the same way.
+As in ``kernels.reference.entmax``, formulas use ``a = α - 1`` and σ; α is data, not a constant. Scores and
+probabilities are float32. Numbers per row are float64, and are applied to scores as pairs of float32: the rounding
+error of a single float32 threshold would change thousands of small entries in the same direction.
 
-``MODE`` is 0 for any α, 1 for α = 1.5 and 2 for α = 2, which need neither logarithms nor powers. Logarithms are a
-polynomial of our own: the hardware's have lost all digits near 1, where those of α close to 1 are.
+``MODE`` is 0 for any α, 1 for α = 1.5 and 2 for α = 2. The last two need neither logarithms nor powers. Logarithms are
+computed by a polynomial: the hardware's logarithm is inexact near 1, where the arguments lie for α close to 1.
 """
 
-# Triton's functions carry no types; what they take is said where they are defined.
+# Triton functions have no type annotations; their docstrings describe the arguments.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GENERAL, ENTMAX15, SPARSEMAX = 0, 1, 2
 MODES = {0.5: ENTMAX15, 1.0: SPARSEMAX}  # by a
 
 _LN2 = tl.constexpr(0.6931471805599453)
-# A head at α = 1 takes an a so small that log(1 + a t) / a is t to the last bit.
+# For α = 1, a is replaced by a number so small that log(1 + a t) / a equals t to the last bit.
 TINY = tl.constexpr(1e-10)
 # log2(1 + f) / f on [√½ - 1, √2 - 1], relative error 2.6e-8
 _LOG2 = tl.constexpr(
@@ -55,7 +55,7 @@ _G = tl.constexpr(
 
 @triton.jit
 def log2(w, t):
-    """log2 of ``w = 1 + t > 0``, where a small ``t`` is known to more digits than ``w``."""
+    """log2 of ``w = 1 + t > 0``; a small ``t`` has more digits than ``w``."""
     bits = w.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
     f = tl.where(exponent == 0, t, (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0)
@@ -67,7 +67,7 @@ def log2(w, t):
 
 @triton.jit
 def _split(x):
-    """A float64 as two float32."""
+    """A float64 as the sum of two float32."""
     high = x.to(tl.float32)
     return high, (x - high.to(tl.float64)).to(tl.float32)
 
@@ -80,17 +80,17 @@ def _log1p(x):
 
 @triton.jit
 def place_rows(top, sigma, total, a, MODE: tl.constexpr):
-    """All that :func:`weigh` asks of a row: of its largest score, σ, and what to divide by.
+    """The numbers per row that :func:`weigh` needs, from the largest score, σ, and the divisor.
 
     Returns:
-        edge (two float32), the factors of p and u, place (two float32), the slope in it, log of the factor of p. For
-        the two fixed α only the first four are used. A row whose largest score or α is no number gets NaN.
+        edge (two float32), the factors of p and u, place (two float32), the slope in place, log of the factor of p.
+        For α = 1.5 and 2 only the first four are used. A row whose largest score or α is NaN gets NaN.
     """
     shown = tl.where(top == float("-inf"), 0.0, top).to(tl.float64)
     edge, edge_rest = _split(shown + sigma - 1.0 / a)
     fine = (shown < float("inf")) & (a > -1.0) & (a < float("inf"))
     total = tl.where(total > 0.0, total, 1.0).to(tl.float64)
-    factor = tl.where(fine, 1.0 / total, float("nan"))  # where the total is 1, nothing to compute
+    factor = tl.where(fine, 1.0 / total, float("nan"))  # NaN for a row whose largest score or α is not valid
     if MODE == 2:
         return edge, edge_rest, factor.to(tl.float32), tl.where(fine, 1.0, float("nan"))
     elif MODE == 1:
@@ -117,7 +117,7 @@ def weigh(z, row, a, AXIS: tl.constexpr, MODE: tl.constexpr):
     """``p``, ``u = p^(2-α)`` and, for any α, ``log p`` less ``row[7]``.
 
     ``row``, from :func:`place_rows`, and ``a`` lack the dimension ``AXIS`` of the scores.
-    Scores of ``-inf`` have p = u = 0. Where a row is NaN, so are its p and u.
+    Scores of ``-inf`` have p = u = 0. A row of NaN has p = u = NaN.
     """
     from_edge = (z - tl.expand_dims(row[0], AXIS)) - tl.expand_dims(row[1], AXIS)
     factor, slope_factor = tl.expand_dims(row[2], AXIS), tl.expand_dims(row[3], AXIS)
@@ -151,7 +151,7 @@ def _phi1_phi2(x):
 
 @triton.jit
 def reference_of(log_reference, a):
-    """What :func:`deviation_of_y` asks of a row, whose probabilities are counted from one with the logarithm ℓ₀.
+    """The numbers per row that :func:`deviation_of_y` needs; ``ℓ₀`` is the logarithm of a reference probability.
 
     Returns:
         ``ℓ₀ φ₁(-a ℓ₀)`` and ``exp(a ℓ₀)`` in float32, and ``y₀ = ℓ₀² φ₂(-a ℓ₀)``.
@@ -165,8 +165,8 @@ def reference_of(log_reference, a):
 def deviation_of_y(p, u, d, a, reference, AXIS: tl.constexpr):
     """``p (y - y₀)`` with ``y = ℓ² φ₂(-a ℓ)``, ``φ₂(x) = (eˣ - 1 - x) / x²``, where ``ℓ = ℓ₀ + d``.
 
-    The gradient in α is made of how far these lie apart. In a nearly flat row that is not to be had from ``y`` itself;
-    ``y - y₀ = d [ℓ₀ φ₁(-a ℓ₀) φ₁(-a d) + d φ₂(-a d)]`` has no difference of like numbers.
+    The gradient in α depends on the differences ``y - y₀``, which would cancel in a nearly flat row. The form
+    ``y - y₀ = d [ℓ₀ φ₁(-a ℓ₀) φ₁(-a d) + d φ₂(-a d)]`` subtracts no nearly equal numbers.
     """
     x = -tl.expand_dims(a.to(tl.float32), AXIS) * d
     near = tl.where(tl.abs(x) < 1.0, x, 0.0)
@@ -180,7 +180,7 @@ def deviation_of_y(p, u, d, a, reference, AXIS: tl.constexpr):
     series = series * near + 1.0 / 24
     series = series * near + 1.0 / 6
     series = series * near + 0.5
-    # Where x is large φ₂ may overflow, p φ₂ does not: p eˣ = u exp(a ℓ₀).
+    # For large x, φ₂ may overflow, but p φ₂ does not: p eˣ = u exp(a ℓ₀).
     far = (u * tl.expand_dims(reference[1], AXIS) - p - p * x) / tl.where(near == x, 1.0, x * x)
     p_phi2 = tl.where(near == x, p * series, far)
     return d * (tl.expand_dims(reference[0], AXIS) * (p + x * p_phi2) + d * p_phi2)
@@ -188,10 +188,10 @@ def deviation_of_y(p, u, d, a, reference, AXIS: tl.constexpr):
 
 @triton.jit
 def deviation_from_scores(z, p, u, d, row, a, reference, AXIS: tl.constexpr):
-    """The same from scores, of which :func:`weigh` has made ``p``, ``u`` and ``d``: with neither powers nor divisions.
+    """:func:`deviation_of_y` from scores and the results ``p``, ``u`` and ``d`` of :func:`weigh`, without powers.
 
-    With ``w = exp(a d) = 1 + t`` it is ``[ℓ₀ φ₁(-a ℓ₀)] (p / w) q + p q² g(t)`` where ``q = t / a`` and
-    ``g(t) = (log w - t / w) / t²``, a polynomial near 0, whose relative error is 3.5e-8, and what it says elsewhere.
+    With ``w = exp(a d) = 1 + t`` it equals ``[ℓ₀ φ₁(-a ℓ₀)] (p / w) q + p q² g(t)`` where ``q = t / a`` and
+    ``g(t) = (log w - t / w) / t²``. Near 0, ``g`` is a polynomial with relative error 3.5e-8; elsewhere the formula.
     """
     outside = (u == 0.0) | (z == float("-inf"))
     place, rest, rise = tl.expand_dims(row[4], AXIS), tl.expand_dims(row[5], AXIS), tl.expand_dims(row[6], AXIS)
@@ -208,10 +208,10 @@ def deviation_from_scores(z, p, u, d, row, a, reference, AXIS: tl.constexpr):
 
 @triton.jit
 def alpha_gradient(with_log, with_y, mean_log, mean_y, slope, a, log_reference, reference):
-    """The gradient in α from the covariances of ``ℓ`` and ``y`` with the upstream gradient, and their means from ℓ₀.
+    """The gradient in α from the covariances of ``ℓ`` and ``y`` with the upstream gradient, and their means minus ℓ₀.
 
-    ``dα = -[B + a (Y A - H B)] / U`` with covariances ``A``, ``B`` and means ``H``, ``Y``: what the published sums
-    ``D``, ``A``, ``B`` come to when all that cancels is taken out.
+    ``dα = -[B + a (Y A - H B)] / U`` with covariances ``A``, ``B`` and means ``H``, ``Y``. This equals the formula of
+    :func:`kernels.reference.entmax.entmax_backward` without the terms that cancel.
     """
     y, log = reference[2] + mean_y, log_reference + mean_log
     return -(with_y + a * (y * with_log - log * with_y)) / slope
@@ -219,7 +219,7 @@ def alpha_gradient(with_log, with_y, mean_log, mean_y, slope, a, log_reference, 
 
 @triton.jit
 def start_of(low, size, a):
-    """What σ cannot exceed, and reaches in a flat row of that many scores; an error that any sweep reduces; σ."""
+    """Initial values: an upper bound of σ (the root of a flat row), an error larger than any, and σ."""
     x = -a * tl.log(size + 0.0 * a)
     small = tl.abs(x) < 1e-4
     power = tl.where(small, x * (1.0 + 0.5 * x), tl.exp(tl.where(small, 0.0, x)) - 1.0)
@@ -228,14 +228,15 @@ def start_of(low, size, a):
 
 @triton.jit
 def step(sigma, low, high, error_before, total, slope, a, tolerance, MODE: tl.constexpr):
-    """One of Newton's steps on the norm ``(Σ p)^a = 1``, with bisection where it leaves the bracket.
+    """A Newton step on the norm ``(Σ p)^a = 1``, or bisection if the step leaves the bracket.
 
-    For α up to 2 the iterates climb from the left, and what no longer brings the sum closer to 1 is rounding; beyond,
-    the slope is infinite where an entry enters the support, and only the sum or an empty bracket proves anything. There
-    all of many equal scores may have left the support at the upper end: such a row ends at the lower one.
+    For α up to 2 the iterates increase from the left, and a row has converged when a step no longer brings the sum
+    closer to 1. For larger α the slope at the edge of the support is infinite, and only the sum or an empty bracket
+    shows convergence. At the upper end of an empty bracket many equal scores may all be outside the support, so such a
+    row ends at the lower end.
 
     Returns:
-        The next σ, the bracket, the error of the sum, and which rows are still open: the others keep their σ.
+        The next σ, the bracket, the error of the sum, and which rows have not converged: the others keep their σ.
     """
     error = tl.abs(total - 1.0)
     low = tl.where(total >= 1.0, sigma, low)
@@ -261,7 +262,7 @@ def step(sigma, low, high, error_before, total, slope, a, tolerance, MODE: tl.co
 
 @triton.jit
 def solve_on_chip(z, top, start, size, a, tolerance, MODE: tl.constexpr):
-    """σ of rows (R, B) whose scores are all here, to a tolerance of the sum, and the largest σ known to be too small.
+    """σ of rows (R, B) held on the chip, to a tolerance of the sum, and the largest known lower bound of σ.
 
     ``start`` is a lower bound, ``a`` one number per row.
     """
@@ -281,6 +282,6 @@ def solve_on_chip(z, top, start, size, a, tolerance, MODE: tl.constexpr):
 
 @triton.jit
 def bound_from_lanes(lanes, top, size, a, MODE: tl.constexpr):
-    """A lower bound of σ, nearly the answer: the σ of the largest scores of strided lanes (R, B) of a row."""
+    """A lower bound close to σ: the root for the largest scores of strided lanes (R, B) of a row."""
     _, low = solve_on_chip(lanes, top, 0.0 * a, size, a, 1e-3, MODE)
     return tl.maximum(low - 1e-6 * (1.0 + low), 0.0)

@@ -1,4 +1,4 @@
-"""How a kernel is started: on the device of its tensors, with the compiler's options that the kernels count on."""
+"""Starts a kernel on the device of its tensors, with the compiler options that the kernels rely on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_attn.kernels.triton import interpreted
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes that a program can have for itself; without a device those of compute capability 9.0."""
+    """Bytes of shared memory per program; without a device, those of compute capability 9.0."""
     if device.type != "cuda":
         return 227 * 1024
     properties: Any = torch.cuda.get_device_properties(device)
@@ -28,12 +28,12 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: 
     first = next(_tensors(arguments))
     # Triton starts a kernel on the current device, whichever device its tensors are on.
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
-        # Fused multiplications and additions are asked for by name: the default changes between versions.
+        # The option for fused multiply-add is explicit, since its default differs between versions of Triton.
         kernel[(programs,)](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 def _as_a_device_sees(argument: Any) -> Any:
-    """Floats rounded to float32, as a device gets them: the interpreter would keep all digits."""
+    """Floats rounded to float32, as on a device: the interpreter would keep all digits."""
     if isinstance(argument, float):
         return torch.tensor(argument, dtype=torch.float32).item()
     if isinstance(argument, tuple):

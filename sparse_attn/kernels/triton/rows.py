@@ -1,7 +1,7 @@
-"""Row kernels on a GPU: the contract of ``kernels.reference.entmax``, in float32 whatever the tensors are.
+"""Row kernels on a GPU: the contract of ``kernels.reference.entmax``, computed in float32 for every dtype.
 
-A row of up to 16,384 entries is read once and stays on the chip; a longer one is read in chunks, a few times. Both
-start from the largest scores of strided lanes, which bound σ from below and nearly are the answer.
+A row of up to 16,384 entries is read once and stays on the chip; a longer row is read in chunks, several times. Both
+start from the largest scores of strided lanes, from which follows a lower bound close to σ.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
@@ -32,7 +32,7 @@ from sparse_attn.kernels.triton.launch import launch
 
 _ON_CHIP = 2**14
 _CHUNK = 2**13
-# Of the sum of a row; what is left of it is divided away.
+# Tolerance of a row's sum; dividing by the sum removes the remaining error.
 _TOLERANCE = tl.constexpr(2.4e-7)
 _LN2 = tl.constexpr(0.6931471805599453)
 
@@ -40,11 +40,10 @@ _LN2 = tl.constexpr(0.6931471805599453)
 def entmax_forward(
     scores: Tensor, a: float | Tensor, lowest: float, k: int | None = None, *, in_place: bool = False
 ) -> Tensor:
-    """The probabilities; scores at or below ``lowest`` are masked, and a row of nothing else is all zeros.
+    """The probabilities. Scores at or below ``lowest`` are masked; a row of masked scores only is all zeros.
 
-    A row with NaN or ``+inf`` is NaN throughout, and so is one whose α is not in ``(0, inf)``. Of the ``k`` largest
-    scores of each row alone, if given, and zero elsewhere; the first of ties. ``in_place`` allows the scores to be
-    overwritten.
+    A row with NaN or ``+inf``, or with α outside ``(0, inf)``, is NaN throughout. With ``k``, only the k largest scores
+    of each row take part; ties go to the lowest index. ``in_place`` allows the scores to be overwritten.
     """
     size = scores.shape[-1]
     if k is not None and size > _ON_CHIP:
@@ -69,9 +68,9 @@ def entmax_forward(
 def entmax_backward(
     p: Tensor, a: float | Tensor, grad: Tensor, with_alpha: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradient for the scores, and one for α per row ``(..., 1)`` when asked, in float32.
+    """The gradient for the scores and, if wanted, for α per row ``(..., 1)``, in float32.
 
-    Where ``p`` is 0 the gradient is 0, whatever ``grad`` holds there: this serves the top-k mapping too.
+    Where ``p`` is 0 the gradient is 0 for any ``grad``, so the function serves the top-k mapping too.
     """
     result = torch.empty(p.shape, dtype=p.dtype, device=p.device)
     grad_a = torch.zeros((*p.shape[:-1], 1), dtype=torch.float32, device=p.device) if with_alpha else None
@@ -82,7 +81,7 @@ def entmax_backward(
     per_row, number, mode = _parameter(a, p)
     arguments = (x, g, per_row, result, grad_a, number, len(x), size, *x.stride(), *g.stride())
     mode = GENERAL if with_alpha else mode
-    if size <= (_ON_CHIP // 2 if with_alpha else _ON_CHIP):  # there are several tensors to hold
+    if size <= (_ON_CHIP // 2 if with_alpha else _ON_CHIP):  # a program holds several tensors
         rows, block, warps = _tile(size)
         warps = min(2 * warps, 16)
         launch(_backward_on_chip, triton.cdiv(len(x), rows), *arguments, mode, rows, block, warps=warps)
@@ -101,7 +100,7 @@ def _parameter(a: float | Tensor, x: Tensor) -> tuple[Tensor | None, float, int]
 def _tile(size: int) -> tuple[int, int, int]:
     """Rows, entries and warps of a program: one row or a few short ones, and up to 32 entries to a thread.
 
-    What is computed for a row is computed by each of its threads, and takes longer than a few entries do.
+    Every thread of a row repeats the computations per row, which take longer than those for a few entries.
     """
     block = max(triton.next_power_of_2(size), 16)
     return max(128 // block, 1), block, min(max(block // 1024, 1), 16)
@@ -109,7 +108,7 @@ def _tile(size: int) -> tuple[int, int, int]:
 
 @triton.jit
 def _a_of(A, row, valid, number):
-    """``a`` of each row, never quite 0."""
+    """``a`` of each row, never exactly 0."""
     if A is None:  # noqa: SIM108, one branch does not exist
         a = number + 0.0 * row.to(tl.float64)
     else:
@@ -119,9 +118,9 @@ def _a_of(A, row, valid, number):
 
 @triton.jit
 def _only_largest(z, k):
-    """The ``k`` largest scores of each row, the first of ties; the others become ``-inf``."""
-    bits = tl.where(z == 0.0, 0.0, z).to(tl.int32, bitcast=True)  # there are two zeros
-    order = tl.where(bits < 0, ~bits, bits | -(2**31)).to(tl.uint32, bitcast=True)  # as the scores are ordered
+    """The ``k`` largest scores of each row (ties go to the lowest index); the others become ``-inf``."""
+    bits = tl.where(z == 0.0, 0.0, z).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0, so that both have the same bits
+    order = tl.where(bits < 0, ~bits, bits | -(2**31)).to(tl.uint32, bitcast=True)  # same order as scores
     bound = tl.zeros([z.shape[0]], tl.uint32)  # the k-th largest, bit by bit
     for n in range(32):
         tried = bound + (tl.full([z.shape[0]], 0x80000000, tl.uint32) >> n)
@@ -212,7 +211,7 @@ def _forward_in_chunks(
 
 @triton.jit
 def _slope(p, a, largest, MODE: tl.constexpr):
-    """``u = p^(2-α)`` and, for any α, ``log p`` less that of the row's largest; 0 where p is 0, and a NaN stays one."""
+    """``u = p^(2-α)`` and, for any α, ``log(p / max p)``; 0 where p is 0, NaN where p is NaN."""
     if MODE == 2:
         return tl.where(p == 0.0, 0.0, p / p), p
     elif MODE == 1:
@@ -254,7 +253,7 @@ def _backward_on_chip(
     u, log_p = _slope(p, a, largest, MODE)
     total = tl.sum(u, 1)
     total = tl.where(total == 0.0, 1.0, total)
-    # Twice: what the row has in common does not cost the gradient its digits.
+    # The mean is subtracted twice, so that a constant common to the row does not cost digits.
     g -= (tl.sum(u * g, 1) / total)[:, None]
     g -= (tl.sum(u * g, 1) / total)[:, None]
     tl.store(DZ + row[:, None] * size + entry[None, :], (u * g).to(DZ.dtype.element_ty), mask=inside)

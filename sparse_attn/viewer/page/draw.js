@@ -7,6 +7,7 @@ const TERMS = {
   entropy: ["entropy", "of a query's weights, in nats, on average: 0 is one key alone"],
   support: ["keys per query", "how many keys have weight, on average"],
   largest: ["largest weight", "of a query, on average"],
+  "weight on own word": ["weight on own word", "of a piece, on the other pieces of its word; the texts shown, on average"],
   role: ["role", "what the head mostly does"],
 };
 const KIND_NAMES = { encoder: "encoder", decoder: "decoder", cross: "cross-attention", self: "self-attention" };

@@ -135,13 +135,13 @@ def test_bounds_are_masks(keys, offset, left, monkeypatch):
     seen = torch.ones(61, keys, dtype=torch.bool)
     seen &= j <= i + (1000 if offset is None else offset)
     seen &= j >= i - (1000 if left is None else left)
-    setting = Setting(0.0, 0.4, 0.0, offset, None, left)
+    setting = Setting(0.5, 0.4, 0.0, offset, None, left)
     inputs = (query, key, value)
-    bounded = run(lambda *qkv: native.native_attention(*qkv, 1.5, None, setting), inputs)
+    bounded = run(lambda *qkv: native.native_attention(*qkv, None, None, setting), inputs)
     masked = run(
-        lambda *qkv: native.native_attention(*qkv, 1.5, seen[None, None], Setting(0.0, 0.4, 0.0, None)), inputs
+        lambda *qkv: native.native_attention(*qkv, None, seen[None, None], Setting(0.5, 0.4, 0.0, None)), inputs
     )
-    plain = run(lambda *qkv: plain_attention(*qkv, setting=setting._replace(a=0.5)), inputs)
+    plain = run(lambda *qkv: plain_attention(*qkv, setting=setting), inputs)
     for x, y, z in zip(bounded, masked, plain, strict=True):
         torch.testing.assert_close(x, y, atol=1e-12, rtol=1e-12)
         torch.testing.assert_close(x, z, atol=1e-10, rtol=1e-10)

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from recipes.seq2seq.attention import ATTENTION_KINDS, attention_factory
-from recipes.seq2seq.model import Seq2SeqTransformer, sinusoids
-from sparse_attn import AdaptiveSparseMultiheadAttention, TopKMultiheadAttention, alpha_per_head
+from recipes.seq2seq.model import POSITIONS, Seq2SeqTransformer, sinusoids
+from sparse_attn import (
+    NAPE,
+    AdaptiveSparseMultiheadAttention,
+    ALiBi,
+    RotaryPositions,
+    TopKMultiheadAttention,
+    alpha_per_head,
+)
 
 N, S, T, SOURCE, TARGET = 3, 7, 5, 11, 13
 PLACES = ("encoder_attention", "decoder_attention", "cross_attention")
@@ -178,6 +185,26 @@ def test_decoding_by_steps_with_a_cache_is_the_full_pass(kind: str, sizes: list[
     )
 
 
+@pytest.mark.parametrize("length_scaling", [False, True])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_positions_and_scaling_reach_attention_and_steps_agree_with_the_full_pass(
+    positions: str, length_scaling: bool
+) -> None:
+    model = model_of("adaptive", dim=20, num_heads=2, positions=positions, length_scaling=length_scaling)
+    layers = [*model.encoder.layers, *model.decoder.layers]
+    kinds = {"rotary": RotaryPositions, "alibi": ALiBi, "nape": NAPE}
+    assert {type(layer.self_attn.positions) for layer in layers} == {kinds.get(positions, type(None))}
+    assert all(layer.multihead_attn.positions is None for layer in model.decoder.layers)
+    attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    assert {module.length_scaling is not None for module in attentions} == {length_scaling}
+    source, target = ids()
+    expected = model(source, target)
+    real = target != 0
+    torch.testing.assert_close(by_steps(model, source, target, [1] * T)[real], expected[real], rtol=0, atol=1e-6)
+    swapped = source[:, [1, 0, *range(2, S)]]
+    assert not torch.allclose(model(swapped, target)[0], expected[0])  # the order matters
+
+
 def test_positions_are_the_sines_and_cosines_of_the_paper() -> None:
     for dim in (6, 7):
         half = (dim + 1) // 2
@@ -211,6 +238,8 @@ def test_dropout_is_for_training_only() -> None:
         ({"encoder_attention": "entmax", "alpha": 0.0}, r"alpha must be in \(0, inf\), got 0"),
         ({"decoder_attention": "topk", "k": 0}, "k must be at least 1, got 0"),
         ({"k": 0}, "k must be at least 1, got 0"),
+        ({"positions": "learnt"}, "positions must be one of sinusoidal, rotary, alibi, nape, got 'learnt'"),
+        ({"output": "dense"}, "output must be one of softmax, sparsemax, entmax15, entmax, got 'dense'"),
     ],
 )
 def test_a_wrong_argument_is_named(kwargs: dict[str, Any], message: str) -> None:

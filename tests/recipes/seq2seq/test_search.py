@@ -170,6 +170,7 @@ def test_exact_search_finds_the_best_of_all_and_proves_it(output: str, seed: int
         assert math.exp(total) - 1e-6 <= found.mass <= sum(map(math.exp, possible.values())) + 1e-6
         assert 1 <= found.expansions <= len(EVERY)
         assert found.empty_log_probability == pytest.approx(possible.get((), -math.inf), abs=1e-6)
+        assert found.single == (len(possible) == 1 and total == pytest.approx(0, abs=1e-6))
         empty = possible.get((), -math.inf)
         assert 1 <= found.empty_rank <= 1 + sum(other > empty + 1e-9 for other in possible.values())
         if ids == ():

@@ -48,19 +48,19 @@ class Mask(NamedTuple):
 
 
 class PerHead(NamedTuple):
-    """One number per head, and the stride between them."""
+    """One number per head, and its stride."""
 
     start: Any
     h: int
 
 
 class Inputs(NamedTuple):
-    """Everything that an attention call is given."""
+    """All arguments of an attention call."""
 
     query: Operand
     key: Operand
     value: Operand
-    alpha: PerHead | None  # None: ``a`` is that of all heads
+    alpha: PerHead | None  # None: ``a`` holds for all heads
     mask: Mask | None
     key_lengths: Tensor | None
     seed: Tensor | None  # of the dropout; None: no dropout
@@ -77,7 +77,7 @@ class Inputs(NamedTuple):
 class Lengths(NamedTuple):
     """Numbers that change with the length of the queries: kernels are not specialised on them.
 
-    A specialised kernel would be no faster, and every new length would compile one.
+    A specialised kernel would not be faster, and every new length would need a compilation.
     """
 
     offset: int

@@ -1,6 +1,6 @@
 """Fused attention, backward: one pass for the queries and α, one for the keys and values, over tiles that have weight.
 
-With ``Z`` the dropout's multiplier, ``dP = Z ∘ (dO Vᵀ)`` and ``δ = dO · (Σ u Z v / Σ u)``: ``dS = u ∘ (dP - δ)``.
+``dS = u ∘ (dP - δ)`` with ``dP = Z ∘ (dO Vᵀ)``, ``δ = dO · (Σ u Z v / Σ u)`` and the dropout multiplier ``Z``.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
@@ -34,7 +34,7 @@ from sparse_attn.kernels.triton.launch import launch
 
 @triton.jit(do_not_specialize=("lines", "size", "stride_head", "stride_line"))
 def _list_tiles(Flags, Lists, Counts, lines, size, stride_head, stride_line, stride_tile, BLOCK: tl.constexpr):
-    """The tiles of a line of flags that are set: of a tile of queries, or of one of keys."""
+    """The indices of the flags that are set in one line: the key tiles of a query tile, or the reverse."""
     line = tl.program_id(0).to(tl.int64)
     Flags += (line // lines) * stride_head + (line % lines) * stride_line
     Lists += line * size
@@ -49,7 +49,7 @@ def _list_tiles(Flags, Lists, Counts, lines, size, stride_head, stride_line, str
 
 @triton.jit
 def _load_rows(Stats, row, inside, rows, MODE: tl.constexpr):
-    """What ``place_rows`` gave for these rows."""
+    """The results of ``place_rows`` for these rows, stored by the forward."""
     rows = tl.cast(rows, tl.int64)
     edge = tl.load(Stats + row, mask=inside, other=0.0)
     edge_rest = tl.load(Stats + rows + row, mask=inside, other=0.0)
@@ -66,17 +66,17 @@ def _load_rows(Stats, row, inside, rows, MODE: tl.constexpr):
 
 
 class Kept(NamedTuple):
-    """Tensors that the forward left for the backward, and the tiles with weight as lists."""
+    """Tensors that the forward kept for the backward, and lists of the tiles with weight."""
 
-    grad: Tensor  # of the output
-    delta: Tensor  # of each row: dO · (Σ u v / Σ u)
+    grad: Tensor  # gradient of the output
+    delta: Tensor  # δ of each row: dO · (Σ u v / Σ u)
     statistics: Tensor
     lists: Tensor
     counts: Tensor
 
 
 class Gradients(NamedTuple):
-    """Tensors that the pass over the queries writes; None where no gradient is wanted."""
+    """Tensors that the pass over the queries writes; None if no gradient is wanted."""
 
     query: Tensor
     alpha: Tensor | None
@@ -127,7 +127,7 @@ def _backward_queries(
     if gradients.alpha is not None:
         log_factor = placed[7].to(tl.float64)
         reference = reference_of(log_factor, a)
-    # Sums of u, of ℓ and y counted from ℓ₀, and of these and 1 with the upstream gradient: what α's is made of.
+    # Sums for the gradient of α: u, and ℓ and y relative to ℓ₀; then 1, ℓ and y times the upstream gradient.
     slope = tl.zeros([BLOCK_M], tl.float64)
     mean_log = tl.zeros([BLOCK_M], tl.float64)
     mean_y = tl.zeros([BLOCK_M], tl.float64)
@@ -203,7 +203,7 @@ def _backward_keys(
 ):
     queries, keys = lengths.queries, inputs.keys
     tiles_m, tiles_n = tl.cdiv(queries, BLOCK_M), tl.cdiv(keys, BLOCK_N)
-    tile_n = tl.program_id(0) % tiles_n  # under a causal mask the first tiles have most to do
+    tile_n = tl.program_id(0) % tiles_n  # under a causal mask the first tiles have most work
     pair = tl.program_id(0) // tiles_n  # batch entry and head of the keys
     key_heads = inputs.heads // inputs.group
     n, key_head = (pair // key_heads).to(tl.int64), (pair % key_heads).to(tl.int64)
@@ -267,7 +267,7 @@ def backward(
     with_alpha: bool,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for query, key, value, α and a float mask, the last two empty where they are not wanted."""
+    """Gradients for query, key, value, α and a float mask; the last two are empty if they are not wanted."""
     plan = Plan.of(query, value)
     device, (batch, heads, queries), key_heads = query.device, query.shape[:3], key.shape[1]
     rows, (tiles_m, tiles_n) = batch * heads, flags.shape[1:]
@@ -298,7 +298,7 @@ def backward(
 
 
 def _lists(flags: Tensor) -> tuple[Tensor, Tensor]:
-    """The tiles that are set in the last dimension, packed in front, and how many they are."""
+    """The indices of the tiles that are set in the last dimension, packed at the front, and their number."""
     heads, lines, size = flags.shape
     lists = torch.empty((heads, lines, size), dtype=torch.int32, device=flags.device)
     counts = torch.empty((heads, lines), dtype=torch.int32, device=flags.device)

@@ -1,8 +1,9 @@
-"""Attention of few queries to many keys, as when decoding with a cache: the work on the keys is split over programs.
+"""Attention of few queries to many keys, as in decoding with a cache: the keys are split over programs.
 
-Three steps, each with as many programs as the device can use. Scores are written down, which for few queries is a small
-part of what reading the keys takes, and so the keys are read once, however often the row kernel looks at their scores.
-Of the values only tiles that have weight are read. The sums of the splits are added up in a fixed order.
+There are three steps, each with as many programs as the device can run. Scores are written to memory: for few queries
+this takes little time compared with reading the keys, which are then read only once, for any number of passes of the
+row kernel over their scores. Values are read only in tiles with weight. The sums of the splits are added in a fixed
+order.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
@@ -28,14 +29,14 @@ from sparse_attn.kernels.triton.attention.tiles import (
 )
 from sparse_attn.kernels.triton.launch import launch
 
-_FEW = 16  # rows of one head of the keys: what a tile of matrix units has at least
+_FEW = 16  # rows per head of the keys: the smallest tile of matrix units
 _MANY = 2048
-_KEYS = 64  # of a tile
+_KEYS = 64  # keys per tile
 _SPLITS = 64
 
 
 def pays(query: Tensor, key: Tensor) -> bool:
-    """Whether there are few queries to a head of the keys, and many keys."""
+    """Whether this method is faster: few queries per head of the keys, and many keys."""
     return query.shape[2] * (query.shape[1] // key.shape[1]) <= _FEW and key.shape[2] >= _MANY
 
 
@@ -68,7 +69,7 @@ def _scores(
     q = tl.load(inputs.query.start + n * inputs.query.n + place[:, None] + d[None, :], mask=mask, other=0.0)
     limit = keys_of(inputs, n)
     end = end_of_keys(tl.where(inside, i, queries), queries, limit, lengths.offset, CAUSAL)
-    # Rows behind the last key, as in a cache that is not full yet, are not read.
+    # Rows after the last key, as in a cache that is not full, are not read.
     k = load_tile(of_head(inputs.key, n, key_head), first, inputs.key.row, limit, D, BLOCK, BLOCK_D)
     s = masked_scores(dot(q, k.T, UPCAST, PRECISION), i[:, None], j[None, :], end[:, None], inputs, n, h[:, None])
     place = (pair.to(tl.int64) * group * queries + row)[:, None] * keys + j[None, :]

@@ -1,4 +1,4 @@
-"""The dropout of the fused kernels, written out: for a path that has a matrix of weights, and for tests."""
+"""The dropout multipliers of the fused kernels as a tensor, for code with a matrix of weights, and for tests."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 
@@ -24,7 +24,7 @@ def _multipliers(Seed, Out, queries, keys, dropout_p, kept_scale, BLOCK: tl.cons
 
 
 def multipliers(weights: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
-    """What weights (N, H, L, S) are multiplied by."""
+    """The factors of weights (N, H, L, S)."""
     *_, queries, keys = weights.shape
     output = torch.empty(weights.shape, dtype=torch.float32, device=weights.device)
     kept_scale = 0.0 if dropout_p >= 1 else 1 / (1 - dropout_p)

@@ -1,8 +1,9 @@
-"""Fused attention, forward: no scores or weights are ever written down.
+"""Fused attention, forward: scores and weights are never written to memory.
 
-A program has a tile of queries of one head and goes over the keys a few times: once for the largest score of each
-strided lane, which bound σ from below and nearly are the answer; a few times with Newton's method; and once for the
-output. The list of key tiles that may hold weight shrinks on the way, and what it is in the end, the backward goes by.
+A program computes a tile of queries of one head and passes over the keys several times: once for the largest score of
+each strided lane, from which follows a lower bound of σ close to the root; a few times with Newton's method; and once
+for the output. The list of key tiles that may have weight becomes shorter with each pass. The backward uses the final
+list.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
@@ -43,11 +44,11 @@ from sparse_attn.kernels.triton.launch import launch, shared_memory
 
 
 class Results(NamedTuple):
-    """Tensors that a forward kernel writes; all but the output are None where no backward follows."""
+    """Tensors that a forward kernel writes; all but the output are None if no backward follows."""
 
     output: Tensor
     second: Tensor | None  # Σ u v / Σ u
-    statistics: Tensor | None  # of each row, from which the backward makes the weights again
+    statistics: Tensor | None  # numbers per row from which the backward recomputes the weights
     flags: Tensor | None  # 1 for tiles of scores that have weight
 
 
@@ -72,7 +73,7 @@ def _forward(
 ):
     queries, keys = lengths.queries, inputs.keys
     tiles_m, tiles_n = tl.cdiv(queries, BLOCK_M), tl.cdiv(keys, BLOCK_N)
-    tile_m = tiles_m - 1 - tl.program_id(0) % tiles_m  # under a causal mask the last tiles have most to do
+    tile_m = tiles_m - 1 - tl.program_id(0) % tiles_m  # under a causal mask the last tiles have most work
     head = tl.program_id(0) // tiles_m
     n, h = (head // inputs.heads).to(tl.int64), (head % inputs.heads).to(tl.int64)
     i = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -105,7 +106,7 @@ def _forward(
     go = count > 0
     while go:
         placed = place_rows(top, sigma, 1.0, a, MODE)
-        # σ only climbs from its lower bound: a tile below that edge never comes back.
+        # σ only increases from its lower bound, so a tile below that edge never gets weight later.
         edge = tl.where(a > 0.0, top + low - 1.0 / a - 1e-6 * tl.abs(top), float("-inf")).to(tl.float32)
         total = tl.zeros([BLOCK_M], tl.float64)
         slope = tl.zeros([BLOCK_M], tl.float64)
@@ -120,9 +121,9 @@ def _forward(
             p, u, _ = weigh(s, placed, a, 1, MODE)
             total += tl.sum(p, 1).to(tl.float64)
             slope += tl.sum(u, 1).to(tl.float64)
-            # The list is packed in place: it is never written beyond where it is read.
+            # The list is packed in place: the write position never passes the read position.
             tl.store(listed + kept, tile)
-            # A row that is no number keeps all of its tiles, and makes all of its gradients none.
+            # A row with NaN keeps all of its tiles, so that all of its gradients become NaN.
             kept += tl.max((~(tl.max(s, 1) <= edge)).to(tl.int32), 0)
         tl.debug_barrier()
         count = kept
@@ -132,7 +133,7 @@ def _forward(
         far = still_open & (error > tl.where(a > 1.0, TOLERANCE, LOOSE))
         go = (sweeps < 100) & (tl.max(far.to(tl.int32), 0) > 0)
 
-    # The last of Newton's steps came from close by: what is left of the sum is divided away.
+    # After the last Newton step the sum is close to 1; dividing by the sum removes the remaining error.
     placed = place_rows(top, sigma, 1.0, a, MODE)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     acc2 = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -177,10 +178,10 @@ def forward(
         value: (N, Hk, S, Dv).
         alpha: (H,), or None for the number in ``setting``.
         mask: (N or 1, H or 1, L or 1, S or 1), floating, or uint8 where 0 is masked.
-        key_lengths: (N,), how many keys there are, at most S; int32 or int64.
-        seed: (1,), int64, of the dropout.
-        setting: Everything else.
-        training: Whether the last three results are wanted; they are empty otherwise.
+        key_lengths: (N,), the number of keys without padding, at most S; int32 or int64.
+        seed: (1,), int64, the seed of the dropout.
+        setting: The other arguments.
+        training: Whether to compute the last three results; otherwise they are empty.
     """
     if not training and decode.pays(query, key):
         output = decode.forward(query, key, value, alpha, mask, key_lengths, seed, setting)
@@ -196,7 +197,7 @@ def forward(
     statistics = torch.empty(told if training else (0,), dtype=torch.float32, device=device)
     flags = torch.zeros((rows, tiles_m, tiles_n) if training else (0,), dtype=torch.uint8, device=device)
     inputs, lengths, constants = arguments_of(query, key, value, alpha, mask, key_lengths, seed, setting)
-    # The sum of a row at which its last step begins (loose), and from which no step is needed any more.
+    # Tolerances of a row's sum. With an error below `loose` one last step follows; below `tolerance` none is needed.
     loose, tolerance = (2.4e-7, 2.4e-7) if query.dtype == torch.float32 else (2.0**-10, 2.0**-12)
     results = Results(output, *((second, statistics, flags) if training else (None, None, None)))
     sizes = (plan.block_d, plan.block_dv)

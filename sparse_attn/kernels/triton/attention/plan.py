@@ -1,4 +1,4 @@
-"""How attention is cut into tiles, and what is kept for its backward; known before anything runs, or is traced."""
+"""Sizes of tiles, and of tensors kept for the backward. They are known before a kernel runs, also while tracing."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 LARGEST_HEAD = 256
-# Keys whose scores stay on the chip: without matrix units, which float32 has none of, operands need registers too.
+# Number of keys whose scores stay on the chip. Fewer for float32, which has no matrix units: operands need registers.
 _SHORT, _SHORT_IN_FLOAT32 = 1024, 32
 _ON_CHIP_SCORES = 2**13
 
 
 class Plan(NamedTuple):
-    """Sizes of tiles, and of what they are padded to."""
+    """Sizes of tiles, and the sizes to which heads are padded."""
 
     block_m: int
     block_n: int
@@ -24,7 +24,7 @@ class Plan(NamedTuple):
 
     @staticmethod
     def of(query: Tensor, value: Tensor) -> Plan:
-        """What the registers of compute capability 9.0 hold nearly without spilling (`scripts/compile_kernels.py`)."""
+        """Sizes that compute capability 9.0 compiles with almost no spilling (see `scripts/compile_kernels.py`)."""
         block_d, block_dv = padded(query.shape[-1]), padded(value.shape[-1])
         size = max(block_d, block_dv)
         if query.dtype == torch.float32:  # without matrix units
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
         return Plan(block_m, block_n, block_d, block_dv, warps)
 
     def short(self, keys: int, itemsize: int, shared_memory: int) -> tuple[int, int] | None:
-        """Queries and warps of a program that holds the scores of all keys, or None where there are too many keys."""
+        """Queries and warps of a program that holds the scores of all keys, or None if there are too many keys."""
         padded_keys = max(padded(keys), self.block_n)
         if padded_keys > (_SHORT_IN_FLOAT32 if itemsize == 4 else _SHORT):
             return None
@@ -45,22 +45,22 @@ class Plan(NamedTuple):
 
 
 def padded(size: int) -> int:
-    """The smallest power of two that holds it, and that matrix units can use."""
+    """The smallest power of two that is at least ``size`` and large enough for matrix units."""
     power = 16
-    while power < size:  # and no bit_length: a size may be a symbol while it is traced
+    while power < size:  # not bit_length: a size may be a symbol while tracing
         power *= 2
     return power
 
 
 def statistics_of(a: float, alpha: Tensor | None) -> int:
-    """How many numbers the backward is told of a row: what ``family.place_rows`` gives, less for the two fixed α."""
+    """How many numbers per row the backward needs: the results of ``family.place_rows``, fewer for α = 1.5 and 2."""
     return 4 if alpha is None and a in (0.5, 1.0) else 8
 
 
 def kept(
     query: Tensor, key: Tensor, value: Tensor, alpha: Tensor | None, a: float, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tensors of the shapes that ``forward`` keeps for the backward; empty ones where there is no backward."""
+    """Tensors of the shapes that ``forward`` keeps for the backward; empty if there is no backward."""
     if not training:
         return query.new_empty(0), query.new_empty(0, dtype=torch.float32), query.new_empty(0, dtype=torch.uint8)
     plan = Plan.of(query, value)

@@ -1,4 +1,4 @@
-"""Fused attention of up to 1,024 keys, forward: all scores of a tile of queries stay on the chip, in one pass."""
+"""Fused attention for up to 1,024 keys, forward: one pass; all scores of a tile of queries stay on the chip."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 
@@ -45,7 +45,7 @@ def forward_short(
     TILES_N: tl.constexpr,
     BACKWARD_M: tl.constexpr,
 ):
-    """As the kernel for many keys. The backward works on tiles of ``BACKWARD_M`` queries and ``BLOCK_N`` keys."""
+    """As ``forward._forward``. The backward uses tiles of ``BACKWARD_M`` queries and ``BLOCK_N`` keys."""
     ALL: tl.constexpr = BLOCK_N * TILES_N
     queries, keys = lengths.queries, inputs.keys
     tiles_m = tl.cdiv(queries, BLOCK_M)

@@ -12,13 +12,13 @@ from sparse_attn.kernels.triton.family import TINY, place_rows
 
 @triton.jit
 def of_head(operand, n, h):
-    """Where the rows of a batch entry and a head begin."""
+    """A pointer to the first row of a batch entry and a head."""
     return operand.start + n * operand.n + h * operand.h
 
 
 @triton.jit
 def of_mask(mask, n, h):
-    """Where the mask of a batch entry and a head begins."""
+    """A pointer to the mask of a batch entry and a head."""
     return mask.start + n * mask.n + h * mask.h
 
 
@@ -34,7 +34,7 @@ def head_a(inputs, h):
 
 @triton.jit
 def keys_of(inputs, n):
-    """How many keys a batch entry has, padding apart."""
+    """The number of keys of a batch entry, without padding."""
     limit = inputs.keys
     if inputs.key_lengths is not None:
         limit = tl.minimum(limit, tl.load(inputs.key_lengths + n).to(tl.int32))
@@ -52,7 +52,7 @@ def dot(x, y, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def end_of_keys(i, queries, limit, offset, CAUSAL: tl.constexpr):
-    """How many keys each of the queries ``i`` sees, masks apart; none where there is no such query."""
+    """How many keys each of the queries ``i`` sees, apart from masks; 0 beyond the last query."""
     end = tl.zeros_like(i) + limit
     if CAUSAL:
         end = tl.minimum(end, i + offset + 1)
@@ -85,7 +85,7 @@ def masked_scores(product, i, j, end, inputs, n, h):
 
 @triton.jit
 def load_tile(X, first, stride, size, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows from ``first`` on; zeros beyond the last."""
+    """Rows from ``first`` on; zeros beyond the last row."""
     row, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     X += tl.cast(first, tl.int64) * stride
     mask = (first + row < size)[:, None] & (d < D)[None, :]
@@ -94,7 +94,7 @@ def load_tile(X, first, stride, size, D: tl.constexpr, BLOCK: tl.constexpr, BLOC
 
 @triton.jit
 def dropout(inputs, head, i, j, queries):
-    """Factors of the weights: a function of the seed and the place alone, so that every kernel makes the same ones."""
+    """Dropout factors of the weights, which depend only on seed and position: all kernels get the same factors."""
     return multiplier(inputs.seed, head, i, j, queries, inputs.keys, inputs.dropout_p, inputs.kept_scale)
 
 
@@ -126,9 +126,9 @@ def store_rows(
     inside = i < lengths.queries
     divisor = tl.where(total == 0.0, 1.0, total)
     final = place_rows(top, sigma, total, a, MODE)
-    factor = (1.0 / divisor).to(tl.float32) + (final[2] - final[2])  # NaN where the row or α is
+    factor = (1.0 / divisor).to(tl.float32) + (final[2] - final[2])  # NaN if the row or α is NaN
     row = head.to(tl.int64) * lengths.queries + i
-    rows = tl.cast(lengths.rows, tl.int64)  # there are eight statistics per row, which may be more than 2³¹
+    rows = tl.cast(lengths.rows, tl.int64)  # with eight statistics per row, an index may exceed 2³¹
     d = tl.arange(0, BLOCK_DV)
     place = row[:, None] * DV + d[None, :]
     within = inside[:, None] & (d < DV)[None, :]

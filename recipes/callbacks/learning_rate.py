@@ -1,0 +1,42 @@
+"""The learning rate of every update, beside the losses."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import lightning as L
+from torch.optim.lr_scheduler import LambdaLR
+
+KEY = "train/learning_rate"
+
+
+class LearningRate(L.Callback):
+    """Logs ``train/learning_rate``: that of the weights (the first group of the optimizer), with which a step is taken.
+
+    A training that is resumed with another length has another schedule: its first step is taken with the rate of the
+    new one, and the change is said.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compares the rates that a checkpoint has left with those of the schedule of now."""
+        for config in trainer.lr_scheduler_configs:
+            scheduler = cast(LambdaLR, config.scheduler)
+            groups = scheduler.optimizer.param_groups
+            before = [group["lr"] for group in groups]
+            now = [
+                base * factor(scheduler.last_epoch)
+                for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
+            if any(abs(new - old) > 1e-6 * max(abs(new), abs(old)) for new, old in zip(now, before, strict=True)):
+                for group, rate in zip(groups, now, strict=True):
+                    group["lr"] = rate
+                if trainer.is_global_zero:
+                    print(
+                        "the schedule ends at another step than before: the learning rate goes on at "
+                        f"{now[0]:.2e}, after {before[0]:.2e}",
+                        flush=True,
+                    )
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Logs the rate of the update to come."""
+        pl_module.log(KEY, trainer.optimizers[0].param_groups[0]["lr"], on_step=True, on_epoch=False)

@@ -1,0 +1,148 @@
+"""Folders that two processes may want at once, and files that a kill or a full disk must not leave half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no lock on a folder
+    fcntl = None  # type: ignore[assignment]
+
+_TAKEN = (errno.EAGAIN, errno.EACCES)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Busy(FileExistsError):
+    """Another process works in the folder."""
+
+
+def new_folder(folder: Path) -> Path:
+    """Makes a folder of this name, with ``_2``, ``_3``, ... behind it where the name is taken.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     [new_folder(Path(place, "run")).name for _ in range(3)]
+        ['run', 'run_2', 'run_3']
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for candidate in _numbered(folder):
+        with contextlib.suppress(FileExistsError):
+            candidate.mkdir()  # the system lets one process succeed
+            return candidate
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, *, fixed: bool = True) -> Iterator[Path]:
+    """Holds a folder against other processes for the length of a ``with`` block; it is made if it is missing.
+
+    The lock is on the folder itself, so that it leaves no file behind, and ends with the process, also after a kill.
+
+    Args:
+        folder: The folder wanted.
+        fixed: Whether no other will do. Otherwise the first free one of ``folder``, ``folder_2``, ... is taken: one
+            that nobody holds and that has no file.
+
+    Yields:
+        The folder. It is removed at the end if nothing was written into it.
+
+    Raises:
+        Busy: If another process holds it, and it is ``fixed``.
+    """
+    for candidate in [folder] if fixed else _numbered(folder):
+        try:
+            lock = _lock(candidate)
+        except Busy:
+            if fixed:
+                raise
+            continue
+        try:
+            if not fixed and any(candidate.iterdir()):
+                continue
+            yield candidate
+            return
+        finally:
+            with contextlib.suppress(OSError):
+                candidate.rmdir()  # which fails unless it is empty
+            if lock is not None:
+                os.close(lock)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Removes a folder without content that no process has claimed."""
+    if folder.is_dir():
+        with contextlib.suppress(Busy), claimed(folder):
+            pass
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A path to write to in a ``with`` block; the file takes the place of ``file`` once it is complete on disk.
+
+    Whatever happens in between, ``file`` is the old or the new one, whole.
+
+    Raises:
+        OSError: If it cannot be written; the error names ``file``.
+    """
+    unfinished = file.with_name(f"{file.name}.tmp")
+    try:
+        yield unfinished
+        with unfinished.open("rb") as written:
+            os.fsync(written.fileno())
+        unfinished.replace(file)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # which may name a file that Lightning writes in between
+            raise OSError(error.errno, error.strerror or str(error), str(file)) from error
+        raise
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes UTF-8 text by way of :func:`replacing`."""
+    with replacing(file) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as stream:
+        stream.write(text)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room left for a file."""
+    return isinstance(error, OSError) and error.errno in _DISK_FULL
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    yield folder
+    for number in itertools.count(2):
+        yield folder.with_name(f"{folder.name}_{number}")
+
+
+def _lock(folder: Path) -> int | None:
+    """A file descriptor that holds the lock, or ``None`` where the system cannot lock a folder."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            return None
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # another process has just removed it
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in _TAKEN:
+                raise Busy(
+                    f"another process is at work in {folder}; wait for its end or choose another folder"
+                ) from None
+            return None  # some network file systems have no such lock
+        os.close(descriptor)  # another process removed the folder and perhaps made it anew

@@ -1,0 +1,56 @@
+"""Training by several processes: which one this is, and its share of a batch.
+
+``data.batch_size`` counts the examples of all processes together. Each takes every n-th row of the same batch, with its
+loss weighted by its tokens, so that the mean gradient is that of the whole batch and a result does not depend on the
+number of processes (but for dropout, which each draws for itself).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+# Tells the processes that Lightning starts in which folder the first one writes.
+FOLDER = "SPARSE_ATTN_RUN_FOLDER"
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # the order in which Lightning asks for them
+
+
+def rank() -> int:
+    """The number of this process, 0 if it is alone or the first."""
+    return next((int(os.environ[name]) for name in _RANKS if os.environ.get(name, "").isdecimal()), 0)
+
+
+@contextlib.contextmanager
+def set_environment(name: str, value: str) -> Iterator[None]:
+    """Sets an environment variable for the length of a ``with`` block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def share_of_batch(batch: dict[str, Any], rank: int, count: int, padding: int) -> tuple[dict[str, Any], float]:
+    """This process's rows of a training batch, and the weight of their mean loss.
+
+    Args:
+        batch: Tensors (N, ...), of which ``target_out`` says how many tokens count.
+        rank: Number of this process.
+        count: Number of processes.
+        padding: The id in ``target_out`` that does not count.
+
+    Returns:
+        The rows ``rank``, ``rank + count``, ...; and the weight with which the mean over the processes of their mean
+        losses is the mean loss of the whole batch. A process without a row gets the first, with weight 0.
+    """
+    tensors = {name: batch[name] for name in ("source", "target_in", "target_out")}
+    rows = len(batch["target_out"])
+    mine = {name: value[rank::count] if rank < rows else value[:1] for name, value in tensors.items()}
+    tokens, all_tokens = (int((part["target_out"] != padding).sum()) for part in (mine, batch))
+    return {**batch, **mine}, (tokens * count / all_tokens if rank < rows else 0.0)

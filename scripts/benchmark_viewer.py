@@ -1,0 +1,144 @@
+"""How large pages of attention are, and how fast a browser opens them and moves in them.
+
+    python scripts/benchmark_viewer.py
+
+Needs chromium, chromedriver and selenium for the times; without them only sizes are printed. Weights are α-entmax of
+random scores; their standard deviation decides how dense they are. `--pictures RUN` writes screenshots of the page of
+a run for docs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_attn import entmax
+from sparse_attn.analysis import AttentionRecord
+from sparse_attn.viewer import AttentionView, attention_view
+
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+# Layers, heads, tokens, α, standard deviation of the scores.
+CASES = ((12, 12, 256, 1.5, 1.0), (12, 12, 256, 1.5, 0.5), (12, 12, 256, 1.0, 1.0), (4, 8, 2048, 1.5, 2.0))
+# Resolves once the small maps in sight are drawn.
+DRAWN = """
+const done = arguments[0];
+const check = () => [...document.querySelectorAll(".card canvas")].slice(0, 8).every((c) => c.width > 1)
+    ? done(performance.now()) : requestAnimationFrame(check);
+check();
+"""
+# The longest frame while a matrix is scrolled from end to end in 60 steps.
+SCROLLED = """
+const done = arguments[0];
+const box = document.getElementById("matrix");
+let step = 0, last = performance.now(), longest = 0;
+const frame = (now) => {
+  if (step > 2) longest = Math.max(longest, now - last);
+  last = now;
+  if (step === 60) return done(longest);
+  step += 1;
+  box.scrollTo((box.scrollWidth * step) / 60, (box.scrollHeight * step) / 60);
+  requestAnimationFrame(frame);
+};
+requestAnimationFrame(frame);
+"""
+
+
+def made_up(layers: int, heads: int, length: int, alpha: float, spread: float) -> AttentionRecord:
+    """Causal attention of random scores."""
+    torch.manual_seed(0)
+    visible = torch.ones(length, length, dtype=torch.bool).tril()
+    record = AttentionRecord(keep_weights=True)
+    for layer in range(layers):
+        scores = (spread * torch.randn(1, heads, length, length)).masked_fill(~visible, -torch.inf)
+        record.add(f"layers.{layer}.self_attn", entmax(scores, alpha), visible, alpha)
+    return record
+
+
+def browser() -> Any:
+    """A headless one, or None."""
+    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
+    try:
+        from selenium import webdriver
+    except ModuleNotFoundError:
+        return None
+    if driver is None or chromium is None:
+        return None
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*FLAGS, f"--user-data-dir={tempfile.mkdtemp()}", "--window-size=1280,900"):
+        options.add_argument(flag)
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+
+
+def measure(view: AttentionView, driver: Any, folder: Path) -> str:
+    """Size of a page in MB, seconds to make and to open it, milliseconds of the longest frame of scrolling."""
+    started = time.perf_counter()
+    file = view.save(folder / "page.html")
+    made = time.perf_counter() - started
+    size = f"{file.stat().st_size / 1e6:.2f} | {made:.1f}"
+    if driver is None:
+        return f"{size} | - | -"
+    driver.get("about:blank")
+    driver.get(file.as_uri())
+    opened = driver.execute_async_script(DRAWN) / 1000
+    driver.get("about:blank")
+    driver.get(f"{file.as_uri()}#layer=0&head=0&zoom=16")
+    time.sleep(1)
+    return f"{size} | {opened:.2f} | {driver.execute_async_script(SCROLLED):.0f}"
+
+
+def pictures(run: Path, driver: Any, folder: Path) -> None:
+    """Screenshots of the page of a run: all heads, one head, α, and one head on a telephone in the dark."""
+    page = (run / "report" / "report.html").resolve().as_uri()
+    shots = (
+        ("viewer_heads", "#example=1", 1180, 760, "light"),
+        ("viewer_head", "#layer=5&head=2&example=1&pins=3,6", 1180, 900, "light"),
+        ("viewer_alpha", "#view=alpha", 1180, 900, "light"),
+        ("viewer_narrow", "#layer=5&head=2&example=1&pins=3", 360, 1180, "dark"),
+    )
+    for name, address, width, height, theme in shots:
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        feature = {"name": "prefers-color-scheme", "value": theme}
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        driver.get("about:blank")
+        driver.get(page + address)
+        time.sleep(1)
+        driver.save_screenshot(str(folder / f"{name}.png"))
+
+
+def main() -> None:
+    """Print a table, or write pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=Path, metavar="RUN", help="a run folder that inspect has been called for")
+    arguments = parser.parse_args()
+    driver = browser()
+    try:
+        if arguments.pictures is not None:
+            pictures(arguments.pictures, driver, Path(__file__).resolve().parent.parent / "docs")
+            return
+        print("| layers × heads × tokens | α | density | MB | s to make | s to open | ms, longest frame |")
+        print("|---|---|---|---|---|---|---|")
+        with tempfile.TemporaryDirectory() as folder:
+            for layers, heads, length, alpha, spread in CASES:
+                record = made_up(layers, heads, length, alpha, spread)
+                density = sum(float(each.density.mean()) for each in record.values()) / layers
+                view = attention_view(record, [f"token{place}" for place in range(length)])
+                numbers = measure(view, driver, Path(folder))
+                print(f"| {layers} × {heads} × {length} | {alpha} | {density:.1%} | {numbers} |", flush=True)
+    finally:
+        if driver is not None:
+            driver.quit()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Dropout whose mask is drawn four entries at a time.
+
+``torch.nn.functional.dropout`` draws its mask on a CPU by ``bernoulli_``, one entry after the other: nine tenths of its
+time. Here every 64-bit number of the same generator gives four entries of 16 bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_attn.transforms import values_known
+
+_LEVELS = 2**16
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """``torch.nn.functional.dropout(x, p)`` in training, with another mask of the same distribution.
+
+    The mask is a function of torch's random state, so seeds and activation checkpointing work as they do there. Torch's
+    own function runs on other devices, under ``torch.compile`` (which fuses it) and under every transform.
+
+    Args:
+        x: Of any shape and floating dtype.
+        p: Probability of a zero, in [0, 1]; between 0 and 1 it is rounded to a multiple of 1/65536, and so is the
+            scale, so that the mean is kept.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> dropout(torch.ones(6), 0.5)
+        tensor([0., 0., 2., 0., 0., 0.])
+    """
+    if x.device.type == "cpu" and values_known(x) and not torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return x * dropout_noise(x, p) if p > 0 else x
+    return F.dropout(x, p)
+
+
+def dropout_noise(like: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
+    """What dropout multiplies by: 0 with probability ``p``, otherwise ``1 / (1 - p)``; shaped like ``like``."""
+    dropped = round(p * _LEVELS)
+    noise = torch.empty_like(like, requires_grad=False)
+    if like.device.type != "cpu" or dropped in (0, _LEVELS):
+        noise.bernoulli_(1 - p, generator=generator)
+        return noise.div_(1 - p) if p < 1 else noise
+    draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    levels = draws.view(torch.int16)[: like.numel()].view(like.shape)
+    # Written as numbers at once: a comparison into a bool tensor and its conversion take three times as long.
+    torch.ge(levels, dropped - _LEVELS // 2, out=noise)
+    return noise.mul_(_LEVELS / (_LEVELS - dropped))

@@ -1,0 +1,22 @@
+"""Dropout as a module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sparse_attn.kernels.dropout import dropout
+
+
+class Dropout(nn.Dropout):
+    """``torch.nn.Dropout``, whose mask on a CPU is drawn in a third of the time.
+
+    Example:
+        >>> Dropout(0.1)
+        Dropout(p=0.1, inplace=False)
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` with a share ``p`` of zeros and the rest scaled in training; ``input`` itself otherwise."""
+        if self.inplace or not self.training:
+            return super().forward(input)
+        return dropout(input, self.p)

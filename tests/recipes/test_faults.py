@@ -1,0 +1,138 @@
+"""A training that is killed or finds the disk full, and goes on, is the training that was never disturbed."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from recipes.curves import read_rows
+from recipes.resume import resume_arguments
+from recipes.run import read_checkpoint
+from recipes.train import train
+
+ROOT = Path(__file__).parents[2]
+SAME = ("metrics.csv", "alpha.csv")
+
+
+def resumed_config(folder):
+    """What ``sparse-attn train resume=FOLDER`` composes."""
+    arguments, config = resume_arguments([f"resume={folder}"])
+    with initialize_config_dir(str(config.parent), version_base="1.3"):
+        return compose(config.stem, [argument for argument in arguments if not argument.startswith("hydra")])
+
+
+def assert_same(one: Path, other: Path) -> None:
+    for name in SAME:
+        assert (one / name).read_text() == (other / name).read_text(), name
+    for name in ("best", "last"):
+        states = [read_checkpoint(folder / f"checkpoints/{name}.ckpt") for folder in (one, other)]
+        for key, tensor in states[0]["state_dict"].items():
+            assert torch.equal(tensor, states[1]["state_dict"][key]), key
+
+
+def in_a_process(cfg, seconds: float | None = None) -> bool:
+    """Trains in a copy of this process, and kills it after some time; whether it came to its end."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            train(cfg)
+            status = 0
+        finally:
+            os._exit(status)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_killed_again_and_again_and_resumed_equals_never_killed(tiny_config, tmp_path):
+    options = ("trainer.max_epochs=16", "model.dropout=0.2")
+    begin = time.monotonic()
+    assert in_a_process(tiny_config(*options, f"paths.output_dir={tmp_path / 'straight'}"))
+    whole = time.monotonic() - begin
+    times = random.Random(0)
+    kills, done = 0, False
+    folder = tmp_path / "run"
+    while not done:
+        going = (folder / "checkpoints/last.ckpt").exists()
+        cfg = resumed_config(folder) if going else tiny_config(*options)
+        # Somewhere in the length of a run, less as it goes on: so it advances in spite of the kills.
+        done = in_a_process(cfg, times.uniform(0.05, 0.4) * whole if kills < 6 else None)
+        kills += not done
+    assert kills >= 5
+    assert_same(folder, tmp_path / "straight")
+    assert (folder / "results.json").exists()
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_a_full_disk_names_the_file_and_how_to_go_on(tiny_config, tmp_path, monkeypatch, fails_at):
+    straight = tmp_path / "straight"
+    train(tiny_config(f"paths.output_dir={straight}"))
+    save, saved = L.Trainer.save_checkpoint, []
+
+    def full(self, file, *arguments, **options):
+        saved.append(file)
+        if len(saved) == fails_at:
+            Path(file).parent.mkdir(exist_ok=True)
+            Path(file).write_bytes(b"half a checkpoint")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, file, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(L.Trainer, "save_checkpoint", full)
+        with pytest.raises(
+            OSError, match=r"\[Errno 28\] No space left on device: .*/run/checkpoints/\w+\.ckpt"
+        ) as told:
+            train(tiny_config())
+    folder = tmp_path / "run"
+    assert not list(folder.rglob("*.tmp"))
+    if fails_at <= 2:  # best.ckpt, then last.ckpt of the first epoch
+        assert "no checkpoint to go on from; the same command begins again" in str(told.value)
+        train(tiny_config())
+    else:
+        assert f"the checkpoint of the last finished epoch is kept, to go on: sparse-attn train resume={folder}" in str(
+            told.value
+        )
+        train(resumed_config(folder))
+    assert_same(folder, straight)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one_and_can_be_resumed(tiny_arguments, tmp_path):
+    def run(*more: str) -> str:
+        command = [sys.executable, "-m", "recipes.train", *more]
+        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    tiny = [
+        argument
+        for argument in tiny_arguments("model.dropout=0", "optimizer.max_steps=10")
+        if "output_dir" not in argument
+    ]
+    run(*tiny, f"hydra.run.dir={tmp_path / 'one'}")
+    output = run(*tiny, "trainer=ddp", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path / 'two'}")
+    assert output.count("epoch 1/1") == output.count("test words") - 1 == 1
+    output = run(f"resume={tmp_path / 'two'}", "trainer.max_epochs=2")
+    assert "going on after step 5" in output
+    rows = [read_rows(tmp_path / name / "metrics.csv") for name in ("one", "two")]
+    assert [row["step"] for row in rows[1]] == [str(step) for step in range(1, 11)]
+    for key in ("val/loss", "val/per"):
+        one, two = ([float(row[key]) for row in table if row[key]] for table in rows)
+        assert two == pytest.approx(one, rel=1e-4)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"one", "two"}
