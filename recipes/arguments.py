@@ -1,11 +1,11 @@
-"""The command line before Hydra reads it: flags anywhere, and paths and words as they are typed."""
+"""Prepares the command line for Hydra: flags may stand anywhere, and paths and words are taken literally."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-# Values that are a path or a word, whatever they look like to Hydra: a number, a list, a function call.
+# Keys whose value is a path or a word, also if Hydra would read it as a number, a list or a function call.
 _TEXTS = [
     "run",
     "compare",
@@ -25,13 +25,13 @@ _TEXTS = [
     "hydra.run.dir",
     "hydra.sweep.dir",
 ]
-# Hydra takes the name of a config group for a choice among its files, in every command.
+# Hydra reads the name of a config group as a choice among its files, in every command.
 _OTHER_NAMES = {"inspect": {"model": "hf_model"}}
 _QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 _SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)")
 _NEEDED_GROUPS = ("data", "decoding", "model", "paths", "trainer")
 _HELP, _MULTIRUN = ("--help", "-h"), ("--multirun", "-m")
-# Of these, which say what to do instead of a single run, Hydra takes one.
+# Flags that replace a single run by something else. Hydra accepts only one of them.
 _MODES = (*_MULTIRUN, "--run", "-r", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 _WITH_VALUE = [
     "--cfg",
@@ -99,7 +99,7 @@ def sweep_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def check_flags(flags: Sequence[str]) -> None:
-    """Raise where Hydra would answer with a usage message of many lines."""
+    """Raise in one line for flags on which Hydra would print a usage message of many lines."""
     names = [flag.partition("=")[0] for flag in flags if flag.startswith("-")]
     for flag, name in zip((flag for flag in flags if flag.startswith("-")), names, strict=True):
         if name not in _FLAGS:
@@ -112,7 +112,7 @@ def check_flags(flags: Sequence[str]) -> None:
 
 
 def check_deletions(overrides: Sequence[str]) -> None:
-    """Raise where a group is dropped that nothing works without."""
+    """Raise if a required config group is deleted."""
     for override in overrides:
         group = override.partition("=")[0].removeprefix("~")
         if override.startswith("~") and group in _NEEDED_GROUPS:
@@ -145,7 +145,7 @@ def read_as_text(override: str, *, sweep: bool) -> str:
 
 
 def _separated(values: str) -> list[str]:
-    """What stands between commas outside of quotation marks."""
+    """The parts of a text between commas outside of quotation marks."""
     return re.findall(rf"(?:^|,)\s*((?:{_QUOTED})(?=\s*(?:,|$))|[^,]*)", values)
 
 

@@ -21,14 +21,14 @@ def check_arguments(
 ) -> None:
     """Checks names and types of keyword arguments against the signature of ``function``.
 
-    A config file has no types of its own: without this check, text in the place of a number fails somewhere
-    deep inside.
+    A config file has no types: without this check, a text instead of a number would cause an error far from its
+    origin.
 
     Args:
-        function: What will be called; a class stands for its constructor.
+        function: The function to be called; a class stands for its constructor.
         section: Name of the config section, for the message.
-        arguments: What the section holds.
-        reserved: Arguments that are not for the section to give.
+        arguments: The keys and values of the section.
+        reserved: Arguments that the section must not contain.
 
     Raises:
         ValueError: If ``function`` has no argument of a name, or a number is infinite or NaN.

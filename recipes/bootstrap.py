@@ -33,7 +33,7 @@ class Difference(NamedTuple):
 
 
 def statistics(metric: str, predictions: Sequence[Prediction], bleu_tokenize: str = "13a") -> Statistics | None:
-    """What a metric sums over the inputs, and the score of the sums; None for a metric that is no function of sums."""
+    """A metric's statistics of each input, and the score from their sums; None if the score is no function of sums."""
     if metric == "bleu":
         return _bleu(predictions, bleu_tokenize)
     parts: dict[str, Callable[[Prediction], tuple[float, float]]] = {

@@ -1,4 +1,4 @@
-"""A configuration becomes data, model, loggers and trainer; whatever does not fit is refused here."""
+"""Builds data, model, loggers and trainer from a configuration, and checks its values."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ SECTIONS = (
     "monitor",
 )
 _PLAIN = ("seed", "resume", "threads", "monitor", "keep_checkpoints")
-# What older runs lack.
+# Keys that runs of older versions lack.
 _NEW = ("callbacks", "decoding", "keep_checkpoints", "monitor", "schedule")
 _INSTANTIATED = ("callbacks", "logger")
 # Keys of the config that only serve to write other keys.
 _SHORTHANDS = {"data": ("path", "language", "tokens"), "model": ("attention",)}
 _LOGGER_NEEDS = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
 _FILES = ("path", "train", "val", "test", "cache")
-# Of numbers that Lightning takes without a look, or fails on in the middle of a training: the lowest, whether that is
-# left out, and whether null is allowed. The learning rate needs an end to fall towards, and the run a checkpoint to
-# score; -1 asks Lightning for an endless training.
+# Numbers that Lightning does not check, or on which it fails during a training: the lower bound, whether the bound is
+# excluded, and whether null is allowed. Endless trainings (-1 in Lightning) are not allowed: the learning rate falls
+# towards the last step, and the final scores need a checkpoint.
 _TRAINER_RANGES = {
     "max_epochs": (0, True, True),
     "limit_train_batches": (0, True, True),
@@ -71,7 +71,7 @@ _TRAINER_RANGES = {
     "reload_dataloaders_every_n_epochs": (0, False, False),
     "num_sanity_val_steps": (-1, False, True),
 }
-_BYTES_PER_LAYER = 100_000  # of the Python objects of a layer, however small its weights
+_BYTES_PER_LAYER = 100_000  # memory of a layer's Python objects, independent of its weights
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     if missing := [name for name in SECTIONS if name not in cfg and name not in _NEW]:
         raise ValueError(f"the configuration must have {', '.join(SECTIONS)}, got no {', '.join(missing)}")
     for name in SECTIONS:
-        # No logger or callback at all is a choice.
+        # The groups logger and callbacks may be empty.
         optional = (name in _INSTANTIATED and cfg.get(name) is None) or (name in _NEW and name not in cfg)
         if name not in _PLAIN and not optional and not isinstance(cfg[name], DictConfig):
             raise TypeError(f"{name} must be a group of keys, got {cfg[name]!r}")
@@ -124,7 +124,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def recorded(cfg: DictConfig) -> DictConfig:
-    """The configuration as a run folder keeps it: it means the same from every other folder."""
+    """The configuration as a run folder keeps it, with paths that hold from every working directory."""
     kept = _without_unused(cfg)
     for key in _FILES:
         if isinstance(file := kept.data.get(key), str):
@@ -156,7 +156,7 @@ def build_data(section: dict[str, Any]) -> Seq2SeqData:
 
 
 def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
-    """The model with its vocabularies from the data, and how it learns."""
+    """The model with the vocabularies of the data, its loss and its optimizer."""
     model = _without_shorthands("model", settings["model"])
     check_arguments(Seq2SeqTransformer, "model", model, reserved=("source_size", "target_size"))
     schedule = settings.get("schedule") or {"name": "linear"}
@@ -228,7 +228,7 @@ def _sizes(model: dict[str, Any]) -> str:
 
 
 def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Logger]:
-    """The loggers of the config; what a resumed run will log again is taken back first."""
+    """The loggers of the config. Curves after the checkpoint are removed first: a resumed run logs them again."""
     loggers = []
     for node in (cfg.logger or {}).values():
         purge = {"purge_step": step} if step and "purge_step" in node else {}
@@ -245,7 +245,7 @@ def monitored(monitor: Any, data: Seq2SeqData) -> tuple[str, bool]:
         data: The data, with the metrics that are computed on them.
 
     Raises:
-        ValueError: If there will be no such metric.
+        ValueError: If the training computes no such metric.
     """
     if monitor is None:
         monitor = f"val/{data.metrics[0]}"
@@ -321,7 +321,7 @@ def build_trainer(
         LearningRate(),
         AlphaCourse(folder),
         BestAndLast(folder, monitor, higher_is_better=higher_is_better, keep=keep_checkpoints),
-    ]  # which write what the others have done
+    ]  # last, since these write the results of the others
     try:
         return L.Trainer(
             **{**defaults, **section}, default_root_dir=folder, logger=loggers, callbacks=[shown, *callbacks, *own]
@@ -332,7 +332,7 @@ def build_trainer(
 
 
 def _is_about(message: str, key: str, value: Any) -> bool:
-    """Whether a message of Lightning is about a setting, which it does not always name."""
+    """Whether a message of Lightning concerns a setting, also if the message does not name the setting."""
     return key in message or (isinstance(value, str) and value in message)
 
 

@@ -1,4 +1,4 @@
-"""The command ``sparse-attn``: finds the command and leaves the rest to it."""
+"""The program ``sparse-attn``: finds the subcommand and runs it."""
 
 from __future__ import annotations
 

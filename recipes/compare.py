@@ -28,7 +28,7 @@ _SAME = re.compile(r"(seed|data\.seed|data\.cache|threads|resume|paths\..*|hydra
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run folder says: its settings, its results, and where its predictions are."""
+    """The settings and results of a run folder, and the file of its predictions."""
 
     folder: Path
     config: DictConfig
@@ -41,9 +41,9 @@ class Setting:
     """Runs that differ in nothing but their seeds.
 
     Attributes:
-        values: What tells this setting from the others: key -> value.
+        values: The keys in which this setting differs from the others, with their values.
         runs: Its runs.
-        differences: Metric -> the difference to the baseline, where there is one.
+        differences: Metric -> the difference to the baseline, if there is one.
     """
 
     values: dict[str, str]
@@ -175,7 +175,7 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[Setting]:
 
 
 def _value(run: FinishedRun, key: str) -> str:
-    """The value of a key in a run, also where its command line does not have it; a group's is known only from there."""
+    """The value of a key in a run, from its overrides or its config; the choice of a group is only in the overrides."""
     value = OmegaConf.select(run.config, key) if "/" not in key else None
     if value is None or isinstance(value, DictConfig):
         return run.overrides.get(key, "null" if value is None and key not in run.config else "-")

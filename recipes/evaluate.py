@@ -24,9 +24,9 @@ from .seq2seq.task import Seq2SeqTask
 
 EVALUATION, ENSEMBLE = "evaluation.json", "ensemble.json"
 SPLITS = {"val": ("val",), "test": ("test",), "both": ("val", "test")}
-# Stands in the config for "what the run was trained with", where null is a value of its own (no limit).
+# This value in the config means "as the run was trained". null cannot mean this: it means "no limit".
 AS_TRAINED = "as_trained"
-# What decides which texts are scored. How they become tokens, the checkpoint knows.
+# The keys that choose the texts to score. How texts become tokens is stored in the checkpoint.
 DATA_KEYS = (
     "name",
     "title",
@@ -130,10 +130,10 @@ def given_data(cfg: DictConfig) -> dict[str, Any]:
 
 
 def data_section(run: Run, given: dict[str, Any], splits: tuple[str, ...]) -> dict[str, Any]:
-    """What to evaluate on: the data of the run, with the keys that were given in their place.
+    """The data section to evaluate with: that of the run, with the given keys replaced.
 
-    A file that is given is read whole, unless a limit is given too, whatever data the run was trained on.
-    Files of splits that are not asked for need not be there.
+    A given file is read completely unless a limit is given too, for any training data. Only files of requested splits
+    must exist.
 
     Args:
         run: The run.
@@ -162,7 +162,7 @@ def data_section(run: Run, given: dict[str, Any], splits: tuple[str, ...]) -> di
                 f"give data.{split}=FILE or split={'test' if split == 'val' else 'val'}"
             )
     if section.get("limit") is None:
-        # Only a limit needs the training words: it keeps the same share of the others.
+        # The training words are needed only for a limit, which keeps the same share of every split.
         section.update({key: section[splits[0]] for key in ("train", "val", "test") if key not in splits})
     return section
 

@@ -1,4 +1,4 @@
-"""Lightning's training loop without its habits: no chatter, and neither Ctrl-C nor SIGTERM ends the process."""
+"""Lightning's training loop with fewer messages; Ctrl-C and SIGTERM raise an error instead of ending the process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def fit(trainer: L.Trainer, task: Seq2SeqTask, data: Seq2SeqData, checkpoint: Pa
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as error:
-        # Lightning answers Ctrl-C and SIGTERM by leaving the process, the latter as if all were well.
+        # On Ctrl-C and SIGTERM Lightning ends the process; on SIGTERM with exit status 0.
         if trainer.interrupted:
             raise KeyboardInterrupt from error
         raise
@@ -48,7 +48,7 @@ def _refused_by_lightning(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Leaves out what Lightning says that a user need not act on; real warnings stay."""
+    """Suppresses messages of Lightning that need no action by the user; other warnings stay."""
     chatter = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in chatter]
     for logger in chatter:

@@ -1,4 +1,4 @@
-"""Folders that two processes may want at once, and files that a kill or a full disk must not leave half-written."""
+"""Locks on folders that several processes may use, and writing of files that is complete or has no effect."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Busy(FileExistsError):
-    """Another process works in the folder."""
+    """Another process has locked the folder."""
 
 
 def new_folder(folder: Path) -> Path:
-    """Makes a folder of this name, with ``_2``, ``_3``, ... behind it where the name is taken.
+    """Makes a folder with this name, or with ``_2``, ``_3``, ... appended if the name exists.
 
     Example:
         >>> import tempfile
@@ -34,27 +34,27 @@ def new_folder(folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     for candidate in _numbered(folder):
         with contextlib.suppress(FileExistsError):
-            candidate.mkdir()  # the system lets one process succeed
+            candidate.mkdir()  # if two processes try this, only one succeeds
             return candidate
     raise AssertionError("unreachable")
 
 
 @contextlib.contextmanager
 def claimed(folder: Path, *, fixed: bool = True) -> Iterator[Path]:
-    """Holds a folder against other processes for the length of a ``with`` block; it is made if it is missing.
+    """Locks a folder against other processes during a ``with`` block; a missing folder is made.
 
-    The lock is on the folder itself, so that it leaves no file behind, and ends with the process, also after a kill.
+    The folder itself is locked, so that no lock file is left. The lock ends with the process, also after a kill.
 
     Args:
         folder: The folder wanted.
-        fixed: Whether no other will do. Otherwise the first free one of ``folder``, ``folder_2``, ... is taken: one
-            that nobody holds and that has no file.
+        fixed: Whether only this folder may be used. Otherwise the first free one of ``folder``, ``folder_2``, ... is
+            used: one that is not locked and has no file.
 
     Yields:
         The folder. It is removed at the end if nothing was written into it.
 
     Raises:
-        Busy: If another process holds it, and it is ``fixed``.
+        Busy: If another process has locked the folder, and ``fixed`` is true.
     """
     for candidate in [folder] if fixed else _numbered(folder):
         try:
@@ -70,7 +70,7 @@ def claimed(folder: Path, *, fixed: bool = True) -> Iterator[Path]:
             return
         finally:
             with contextlib.suppress(OSError):
-                candidate.rmdir()  # which fails unless it is empty
+                candidate.rmdir()  # fails unless the folder is empty
             if lock is not None:
                 os.close(lock)
 
@@ -84,9 +84,9 @@ def remove_if_empty(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A path to write to in a ``with`` block; the file takes the place of ``file`` once it is complete on disk.
+    """A path to write to in a ``with`` block; at its end, the complete new file replaces ``file``.
 
-    Whatever happens in between, ``file`` is the old or the new one, whole.
+    After an error or a kill, ``file`` is either the complete old file or the complete new one.
 
     Raises:
         OSError: If it cannot be written; the error names ``file``.
@@ -112,7 +112,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that there is no room left for a file."""
+    """Whether an error means that the disk is full."""
     return isinstance(error, OSError) and error.errno in _DISK_FULL
 
 

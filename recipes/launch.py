@@ -1,9 +1,9 @@
-"""How every command starts: Hydra composes the configuration, and a wrong input becomes one line.
+"""The start of every command: Hydra composes the configuration, and a wrong input is reported in one line.
 
-Hydra's own report of an error is several lines with the program's internals in between. ``run_hydra`` asks
-Hydra for the bare exception instead, turns what a user can put right into one line on standard error (exit
-status 2), lets an interruption say how to go on (130), and leaves anything unexpected, a bug, to Python's
-traceback. ``SPARSE_ATTN_TRACEBACK=1`` shows the traceback of every error.
+Hydra's own report of an error has several lines, with internals of the program. ``run_hydra`` obtains the exception
+from Hydra instead. An error that a user can correct becomes one line on standard error (exit status 2), an interruption
+a message on how to continue (130), and an unexpected error, a bug, keeps Python's traceback.
+``SPARSE_ATTN_TRACEBACK=1`` shows the traceback of every error.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _OURS = ("recipes", "sparse_attn", "__main__")
 # Groups whose options are packages of their own.
 _PLUGGED = ("hydra/launcher", "hydra/sweeper")
 
-# What a value that has no default stands for, in the message that asks for it.
+# Descriptions of values without a default, for the message that a value is missing.
 MANDATORY = {
     "data.path": "DIR, the folder of the data files",
     "data.language": "CODE, the language of the data files such as hun",
@@ -52,7 +52,7 @@ MANDATORY = {
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with a message that says what is left and how to go on."""
+    """Ctrl-C, with a message that says what has been saved and how to continue."""
 
 
 def config_dir() -> Path:
@@ -120,7 +120,7 @@ def run_hydra(
 
 @contextlib.contextmanager
 def reported(name: str) -> Any:
-    """Turns errors of the block that a user can put right into one line and an exit status.
+    """Turns errors of the block that a user can correct into one line and an exit status.
 
     Raises:
         SystemExit: In place of such an error or of an interruption.
@@ -131,7 +131,7 @@ def reported(name: str) -> Any:
     try:
         yield
     except BrokenPipeError:
-        # The reader of a pipe, such as head, has had enough. Python would complain once more when it exits.
+        # The reader of a pipe, such as head, has closed it. Python would report the error again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt as error:
@@ -144,7 +144,7 @@ def reported(name: str) -> Any:
 
 
 def _open_standard_streams() -> None:
-    """Gives output a place to go to where the standard streams were closed, as with ``>&-``."""
+    """Replaces closed standard streams, as after ``>&-``, by the null device."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 until the process ends
@@ -214,7 +214,7 @@ def _unchecked_help_texts() -> Any:
 
 
 def explained(error: Exception, name: str) -> str | None:
-    """What to tell the user, or ``None`` for a bug."""
+    """The message for the user, or ``None`` for a bug."""
     if isinstance(error, HydraException):
         return _composition_message(error, name)
     if isinstance(error, OmegaConfBaseException):
@@ -226,7 +226,7 @@ def explained(error: Exception, name: str) -> str | None:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether our own code raised the error; what torch or Lightning did not expect, nobody has checked: a bug."""
+    """Whether this project's code raised the error. An error raised by torch or Lightning counts as a bug."""
     module = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         module = frame.f_globals.get("__name__", "")

@@ -1,4 +1,4 @@
-"""How long a training is: epochs, updates and warm-up, before it begins."""
+"""The length of a training: epochs, updates and warm-up, computed before the start."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-# Of a training whose number of epochs is not given: enough to learn something from a few hundred words.
+# Minimum length of a training without a given number of epochs: enough for a data set of a few hundred words.
 FEWEST_EPOCHS, FEWEST_UPDATES = 5, 1500
 
 
@@ -39,7 +39,7 @@ class Plan:
         return f"{epochs} of {self.batches:,}{of} batches{limit}: {self.updates:,} updates, {warmup:,} of them warm-up"
 
     def notes(self, warmup: int) -> list[str]:
-        """What speaks against the plan.
+        """Warnings about the plan.
 
         Example:
             >>> Plan(5, 13, 13, 65).notes(200)[0]

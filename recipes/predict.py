@@ -1,8 +1,8 @@
 """Outputs of a trained model: ``sparse-attn predict run=DIR [input=FILE]`` or ``python -m recipes.predict``.
 
-Words come one a line from a file or standard input; every line gives one line ``word<TAB>prediction``, or with
-``n_best`` one for each of its best predictions, rank by rank; an empty line gives an empty one. ``scores=true`` adds
-the log-probability in a third column.
+The input has one word per line, from a file or standard input. The output has one line ``word<TAB>prediction`` per
+input line, or with ``n_best`` one line for each of the best predictions, best first; an empty line gives an empty line.
+``scores=true`` adds the log-probability in a third column.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def predict(cfg: DictConfig) -> dict[str, int]:
         decode = partial(decoding.hypotheses, ensemble.models, max_length=ensemble.max_length)
         lines = read_words(source, name, task.source_tokenizer.fields)
         if cfg.input is not None:
-            # A mistake in a file is told before the first line is printed.
+            # Mistakes in a file are reported before the first line is printed.
             lines = iter(list(lines))
         # A person at a terminal waits for the answer to each line.
         size = BATCH_LINES
@@ -64,7 +64,7 @@ def predict(cfg: DictConfig) -> dict[str, int]:
             size = 1
             print("reading words from the terminal, one a line; end with Ctrl-D", file=sys.stderr)
         batch = list(itertools.islice(lines, size))
-        # Not before there is something to write: an earlier output outlives a wrong input.
+        # Opened only when there is something to write, so that wrong input does not overwrite an earlier output.
         target = _open_output(cfg.output, cfg.input, stack)
         with _closed_pipe_is_no_error(target):
             while batch:
@@ -153,11 +153,11 @@ def _open_output(path: str | None, source: str | None, stack: contextlib.ExitSta
 
 @contextlib.contextmanager
 def _closed_pipe_is_no_error(target: Any) -> Iterator[None]:
-    """The reader of a pipe, such as ``head``, may have had enough."""
+    """Ignores the error when the reader of a pipe, such as ``head``, closes it."""
     try:
         yield
     except BrokenPipeError:
-        # Python flushes standard output once more when it exits, and would complain.
+        # Python flushes standard output again at exit, and would report the error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), target.fileno())
 
 

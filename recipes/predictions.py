@@ -15,7 +15,7 @@ _COLUMNS = ("prediction", "reference", "distance", "length", "group")
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was predicted for one input, beside the closest reference.
+    """The prediction for one input, and the closest reference.
 
     Attributes:
         source: The fields of the input, with tabs between them.
@@ -57,7 +57,7 @@ def write_predictions(file: Path, scores: Scores, fields: Sequence[str]) -> None
 
 
 def read_predictions(file: Path) -> list[Prediction]:
-    """What :func:`write_predictions` wrote, in order of the inputs, whatever the order of the lines.
+    """Reads the file of :func:`write_predictions`; the result is in the order of the inputs, not of the lines.
 
     Raises:
         FileNotFoundError: If the file is missing.

@@ -1,8 +1,8 @@
-"""Training by several processes: which one this is, and its share of a batch.
+"""Training by several processes: the number of this process, and its share of a batch.
 
-``data.batch_size`` counts the examples of all processes together. Each takes every n-th row of the same batch, with its
-loss weighted by its tokens, so that the mean gradient is that of the whole batch and a result does not depend on the
-number of processes (but for dropout, which each draws for itself).
+``data.batch_size`` counts the examples of all processes together. Each of n processes takes every n-th row of the same
+batch and weights its loss by its number of tokens, so that the mean gradient is that of the whole batch. Apart from
+dropout, which each process draws independently, results do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-# Tells the processes that Lightning starts in which folder the first one writes.
+# Environment variable that tells processes started by Lightning the folder in which the first process writes.
 FOLDER = "SPARSE_ATTN_RUN_FOLDER"
-_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # the order in which Lightning asks for them
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # the order in which Lightning reads them
 
 
 def rank() -> int:

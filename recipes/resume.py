@@ -1,4 +1,4 @@
-"""How ``resume=DIR`` turns into a command line for Hydra."""
+"""Converts ``resume=DIR`` to a command line for Hydra."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .arguments import is_multirun, quoted
 from .launch import config_groups
 from .sweep import SWEEP, resumed_sweep
 
-# The rest of the configuration has shaped the weights and the optimizer in the checkpoint.
+# No other part of the configuration may change: weights and optimizer state in the checkpoint depend on it.
 _ALLOWED = ("trainer.", "logger.", "hydra.", "decoding.")
 _FILES = ("data.train", "data.val", "data.test")
 _MACHINE = ("threads",)
-# What Lightning reads of a checkpoint.
+# The entries of a checkpoint that Lightning reads.
 _TRAINING_STATE = ("epoch", "global_step", "callbacks", "optimizer_states", "lr_schedulers", "loops")
 
 

@@ -1,4 +1,4 @@
-"""A run folder: what a training leaves behind and how it is read again.
+"""A run folder: the files that a training writes, and functions to read them.
 
 config.yaml      the resolved configuration          versions.json    Python, libraries, git commit
 overrides.yaml   what the command line changed       results.json     final metrics
@@ -128,7 +128,7 @@ def epoch_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
-    """The content of a checkpoint, tensors on the CPU; runs no code that the file might bring along.
+    """The content of a checkpoint, tensors on the CPU; code in the file is not executed.
 
     Raises:
         ValueError: If the file is cut short, damaged, no checkpoint of this program or one of another layout.
@@ -153,9 +153,9 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
 
 def start_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Writes what is known when a run starts: its configuration, the overrides and the versions.
+    """Writes the files that are known when a run starts: its configuration, the overrides and the versions.
 
-    A run that was stopped before its first checkpoint cannot go on, so the new one takes its place.
+    A run that was stopped before its first checkpoint cannot be resumed, so a new run in its folder replaces it.
 
     Raises:
         FileExistsError: If the folder already holds a run with a checkpoint, or a ``config.yaml`` of something else.
@@ -163,7 +163,7 @@ def start_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     refuse_taken(folder)
     if (folder / VERSIONS).is_file():
-        # versions.json last: without it a kill in between would leave a folder that looks like another's.
+        # versions.json is removed last: after a kill, `refuse_taken` still recognises the folder by this file.
         others = [folder / name for name in (*_WRITTEN, f"{CHECKPOINTS}/best.ckpt") if name != VERSIONS]
         for old in (*others, *folder.glob("tensorboard/events.out.tfevents.*"), folder / VERSIONS):
             old.unlink(missing_ok=True)
@@ -173,7 +173,7 @@ def start_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> Non
 
 
 def refuse_taken(folder: Path) -> None:
-    """Checks that no run would be lost in a folder.
+    """Raises if a new run would overwrite an existing one.
 
     Raises:
         FileExistsError: If it holds a run with a checkpoint, or a ``config.yaml`` of something else.
@@ -190,14 +190,14 @@ def refuse_taken(folder: Path) -> None:
 def continue_record(folder: Path, cfg: DictConfig, overrides: Sequence[str], step: int) -> None:
     """Brings the record up to date when a run goes on after ``step``.
 
-    Adds what is overridden now and the versions of now, and takes back the curves behind the checkpoint: they
-    will be written again. The results of before stay until the checkpoint they belong to is replaced.
+    Adds the current overrides and versions, and removes the curves after the checkpoint, which will be written again.
+    Earlier results stay until the checkpoint that they belong to is replaced.
 
     Raises:
         FileNotFoundError: If a file of the record is missing.
         ValueError: If one is damaged.
     """
-    # Whatever may be refused comes before the first change.
+    # All checks come before the first change.
     overridden, before = _recorded_overrides(folder / OVERRIDES), _recorded_versions(folder / VERSIONS)
     settings = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     settings.resume = None
@@ -239,7 +239,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def versions() -> dict[str, Any]:
-    """What the results of a run depend on besides its configuration."""
+    """The versions that affect the results of a run, besides its configuration."""
     found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:

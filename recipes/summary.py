@@ -1,4 +1,4 @@
-"""What a training says at its start and at its end, and the results it keeps."""
+"""Messages at the start and the end of a training, and its results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LONGEST_EXAMPLE = 48
 
 
 def headline(folder: Path, data: Seq2SeqData, task: Seq2SeqTask, trainer: L.Trainer, step: int) -> str:
-    """What is trained on what, where, and from which step on."""
+    """The first line of a training: model, data, device and first step."""
     splits = data.splits
     words = f"{len(splits.train):,} training, {len(splits.val):,} validation and {len(splits.test):,} test words"
     weights = sum(parameter.numel() for parameter in task.parameters())
@@ -53,7 +53,7 @@ def early_stop(trainer: L.Trainer) -> str | None:
 
 
 def farewell(folder: Path) -> str:
-    """What an interrupted training has left, and how to go on."""
+    """The message of an interrupted training: what has been saved, and how to continue."""
     if (folder / CHECKPOINTS / "last.ckpt").exists():
         command = f"sparse-attn train resume={shlex.quote(short_path(folder))}"
         return f"stopped; the checkpoint of the last finished epoch is kept, to go on: {command}"
@@ -152,7 +152,7 @@ def _examples(scores: Scores, task: Seq2SeqTask) -> Table:
     for index in sorted(chosen):
         prediction, references = scores.predictions[index], scores.references[index]
         wrong = "" if prediction in references else "✗ "
-        # Text, not str: square brackets and colons in the data are no markup.
+        # rich.Text instead of str, so that square brackets and colons in the data are not read as markup.
         shown = Text.assemble((wrong, "red"), _short(join(prediction)))
         source = _short(scores.sources[index].replace("\t", " "))
         table.add_row(Text(source), shown, Text(_short(" | ".join(map(join, references)))))

@@ -1,8 +1,8 @@
-"""Several trainings: ``sparse-attn train -m KEY=A,B,C``. One that fails does not end the others.
+"""Several trainings: ``sparse-attn train -m KEY=A,B,C``. A failed training does not stop the others.
 
-A sweep folder holds sweep.json, the command line, and a run folder for each run: 0, 1, 2, ... A run that failed leaves
-failure.json there. Started again in the same folder, a sweep does what is missing: finished runs are kept, interrupted
-ones go on from their last checkpoint, failed ones start anew.
+A sweep folder contains sweep.json with the command line, and a run folder for each run: 0, 1, 2, ... A failed run
+writes failure.json there. If a sweep is started again in the same folder, finished runs are kept, interrupted runs
+continue from their last checkpoint, and failed runs start anew.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FAILED_RUNS = 1
 
 
 def sweep(arguments: Sequence[str]) -> None:
-    """Trains once for every combination of values, and prints a table of what came out.
+    """Trains once for every combination of values, and prints a table of the results.
 
     Args:
         arguments: The command line after ``train``, with ``-m``.
@@ -74,8 +74,8 @@ def run_of_sweep(cfg: DictConfig) -> float:
     """One training of a sweep, unless it is finished already.
 
     Returns:
-        What a sweeper such as Optuna's should lower: the monitored validation score on all validation words, negative
-        if higher is better, infinite if the run failed.
+        The value that a sweeper such as Optuna's minimises: the monitored score on all validation words, negated if
+        higher is better, infinite if the run failed.
     """
     from .train import train
 

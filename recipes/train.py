@@ -1,8 +1,7 @@
 """Train a model: ``sparse-attn train`` or ``python -m recipes.train``.
 
-The way through it: the configuration becomes data, model and trainer, all checked before anything is written;
-the run folder is begun, or continued from its last checkpoint; the best checkpoint is scored on all
-validation and test words.
+The steps: data, model and trainer are built from the configuration and checked before a file is written; the run
+folder is made, or continued from its last checkpoint; the best checkpoint is scored on all validation and test words.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _NO_EXPERIMENT = ("experiment", "null")
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
-    """Trains, keeps everything in the run folder, and prints what was reached.
+    """Trains, writes all results to the run folder, and prints the scores.
 
     Args:
         cfg: ``configs/train.yaml`` as composed by Hydra, with ``paths.output_dir`` as the run folder; if
@@ -107,7 +106,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         if not trainer.is_global_zero:
             fit(trainer, task, data, last)
             return {}
-        # Everything has been checked: only now does the run leave traces.
+        # All checks are done: files are written only from here on.
         overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
         if last:
             continue_record(folder, record, overrides, step)
@@ -164,7 +163,7 @@ def _is_named_by_time(folder: str) -> bool:
 
 
 def check_groups(arguments: Sequence[str]) -> None:
-    """Refuses an option that no group can have, such as ``GROUP=null`` or a number, on which Hydra gives a traceback.
+    """Raises for an option that no group can have, such as ``GROUP=null`` or a number: Hydra would print a traceback.
 
     Raises:
         ValueError: If a group is chosen to be something else than one of its options.

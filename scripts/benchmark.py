@@ -66,7 +66,7 @@ def main(rounds: int, write: bool, threads: int, only: list[str]) -> None:
 
 
 def header(rounds: int) -> Iterator[str]:
-    """What was measured, where and how."""
+    """The header of the page: machine, versions and method."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "entmax", "sparse-attn"))
     yield "# Speed and memory on a CPU"
     yield ""
@@ -240,9 +240,9 @@ MEMORY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 def peak(name: str) -> None:
     """Print how far the resident memory of this process rises."""
     torch.set_num_threads(1)
-    for n in (64, 4096):  # first a small one, for what is allocated once
+    for n in (64, 4096):  # a small one first, so that one-time allocations are not counted
         inputs = [torch.randn(1, 8, n, 64, requires_grad=True) for _ in range(3)]
-        Path("/proc/self/clear_refs").write_text("5")  # the highest mark so far, that of the imports, is forgotten
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which the imports have raised
         before = _resident("VmRSS")
         MEMORY[name](*inputs).sum().backward()
     print(f"{(_resident('VmHWM') - before) / 1024:.0f}")
@@ -314,10 +314,10 @@ def _both(makes: dict[str, Run], upstream: Tensor | None, rounds: int) -> dict[s
 
 
 def _interleave(runs: dict, rounds: int) -> dict:
-    """The fewest seconds of each, taken in turn so that a busy neighbour meets all alike.
+    """The minimum time of each function, measured in turn so that other load on the machine affects all alike.
 
-    A short one runs several times in its turn, as it would in a loop: the first would be paying for what the others
-    have driven out of the caches.
+    A short function runs several times per turn, as in a loop: its first run is slower, since the other functions have
+    replaced its data in the caches.
     """
     taken: dict = {name: math.inf for name in runs}
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter

@@ -20,7 +20,7 @@ _CALLS = 50  # of each case in a round
 
 
 def cases() -> dict[str, Callable[[], object]]:
-    """What is timed: calls that are so small that Python takes most of the time."""
+    """The timed cases: calls so small that Python takes most of the time."""
     import torch
 
     from sparse_attn import AdaptiveSparseMultiheadAttention, entmax, entmax15, entmax_attention
@@ -54,7 +54,7 @@ def cases() -> dict[str, Callable[[], object]]:
 
 
 def serve() -> None:
-    """Time a case whenever its name comes in."""
+    """Time a case each time its name is read from standard input."""
     runs = cases()
     for run in runs.values():
         for _ in range(20):

@@ -1,12 +1,13 @@
-"""Compile the Triton kernels for a GPU that need not be there, and show what each asks of it.
+"""Compile the Triton kernels for a GPU, which need not be present, and show the resources that each kernel needs.
 
     python scripts/compile_kernels.py [rows attention decode few]
 
-All kernels take five minutes and more; `few` is one of each, with everything in it.
+All kernels take five minutes or more; `few` compiles one variant of each, with all features.
 
-Calls the functions that start kernels, on small CPU tensors, with a compiler for compute capability 9.0 in the place of
-the start. What does not compile raises. Prints registers, spilled bytes and shared memory of every kernel that they
-would start; a kernel that spills is slow, one that asks for more shared memory than there is would not start.
+The script calls the functions that start kernels, on small CPU tensors, and compiles each kernel for compute capability
+9.0 instead of starting it. A kernel that does not compile raises an error. Printed are registers, spilled bytes and
+shared memory of every kernel: a kernel that spills is slow, and one that needs more shared memory than exists would not
+start.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # what the interpreter has taken over cannot be compiled
+os.environ.pop("TRITON_INTERPRET", None)  # functions defined for the interpreter cannot be compiled
 
 import torch
 import triton
@@ -87,7 +88,7 @@ def resources(compiled: triton.compiler.CompiledKernel) -> tuple[int, int]:
 
 
 def compile_instead(variant: str) -> Callable[..., None]:
-    """What takes the place of ``launch``, and prints a line for each kernel."""
+    """The replacement of ``launch``, which compiles and prints a line for each kernel."""
 
     def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: int = 2) -> None:
         began = time.perf_counter()
@@ -141,7 +142,7 @@ def compile_few() -> None:
     everything = {"alpha": torch.ones(2), "mask": torch.zeros(1, 1, 1, 5000), "dropout_p": 0.1, "offset": 0}
     compile_both(256, 5000, 64, torch.bfloat16, **everything)
     compile_both(256, 512, 64, torch.float16, alpha=torch.ones(2))
-    compile_both(1, 1, 1, torch.float32, heads=1)  # an integer that is 1 is compiled in
+    compile_both(1, 1, 1, torch.float32, heads=1)  # Triton specialises on integers that are 1
     compile_decode()
 
 

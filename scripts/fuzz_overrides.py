@@ -70,7 +70,7 @@ def _keys(section: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def outcome(override: str, folder: Path, seconds: int) -> str:
-    """``refused`` or ``ran``; anything else is what is wrong."""
+    """``refused`` or ``ran``, or else a description of the fault."""
 
     def stop(*_: object) -> None:
         raise TooLong
@@ -115,11 +115,11 @@ def write_data(folder: Path) -> None:
 
 
 def fuzz(tried: list[str], seconds: int) -> dict[str, str]:
-    """What each override came to."""
+    """The outcome of each override."""
     with tempfile.TemporaryDirectory() as name:
         folder, place = Path(name), os.getcwd()
         write_data(folder)
-        os.chdir(folder)  # whatever an override writes, it writes here
+        os.chdir(folder)  # so that overrides write only here
         try:
             return {override: outcome(override, folder, seconds) for override in tried}
         finally:

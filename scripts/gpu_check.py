@@ -1,4 +1,4 @@
-"""Check and time the Triton kernels on this machine's GPU, beside what else there is, in less than ten minutes.
+"""Check and time the Triton kernels on this machine's GPU, and time other packages, in less than ten minutes.
 
     python scripts/gpu_check.py [--out benchmarks]     with a CUDA device; writes gpu.md and gpu.json there
     python scripts/gpu_check.py --interpret            correctness alone, in Triton's interpreter, without a device
@@ -6,9 +6,9 @@
 Needs torch, Triton and this checkout; adasplash, entmax and flex attention are timed where they are installed and work.
 Ends with 0 when everything was right, 1 when something was wrong, 2 when there is no device.
 
-What is checked and timed lies in `gpu_correctness.py` and `gpu_timing.py`, as lists of tasks. Tasks run in processes of
-their own: to compile takes longer than to run, and on as many processors as there are; a kernel that takes its process
-down, or never returns, is one line of the report. Figures are taken afterwards, one by one, by a process that is alone.
+`gpu_correctness.py` and `gpu_timing.py` contain the checks and timings as lists of tasks. Tasks run in separate
+processes: compilation takes longer than execution and uses all processors, and a kernel that crashes its process or
+never returns becomes one line of the report. Timings are taken afterwards, one by one, by a single process.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def tasks(kind: str) -> list[Callable[[], Measured]]:
-    """What there is to do, in the order of its importance."""
+    """All tasks, the most important first."""
     if kind == "check":
         return gpu_correctness.tasks(torch.device("cpu" if triton.interpreted() else "cuda"))
     return gpu_timing.tasks(warm_up_only=kind == "compile")
@@ -119,7 +119,7 @@ def run_share(kind: str, todo: list[int], until: float) -> dict[int, Measured]:
 
 
 def run_process(kind: str, todo: list[int], until: float) -> tuple[dict[int, Measured], str]:
-    """What a process of its own gets done, until a task takes too long, or all of them; and how the process ended."""
+    """The results of a separate process, up to the first task that takes too long, and how the process ended."""
     command = [sys.executable, __file__, "--tasks", kind, ",".join(map(str, todo))]
     command += ["--interpret"] if triton.interpreted() else []
     done: dict[int, Measured] = {}
@@ -149,7 +149,7 @@ def run_process(kind: str, todo: list[int], until: float) -> tuple[dict[int, Mea
 
 
 def skipped(task: Any, why: str) -> Measured:
-    """What is said of a task that gave no result."""
+    """The message for a task without a result."""
     if isinstance(task, gpu_timing.Timing):
         return task.named() | {"skipped": why}
     return {"case": gpu_correctness.name_of(task), "skipped": why}
@@ -165,7 +165,7 @@ def report(checks: list[Measured]) -> int:
 
 
 def environment() -> dict[str, str]:
-    """What the figures belong to."""
+    """The device and the versions to which the figures belong."""
     versions = {name: version(name) for name in ("torch", "triton", "adasplash", "entmax")}
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -195,7 +195,7 @@ def driver() -> str:
 
 
 def short_table(timings: list[Measured]) -> Iterator[str]:
-    """The figures that are to be reached, and what was measured."""
+    """The targets, and the measured figures."""
     yield "| figure, the worst of its cases | to reach | measured | where |"
     yield "|---|---|---|---|"
     for name, bound, values in gpu_timing.figures(timings):

@@ -1,4 +1,4 @@
-"""What `gpu_check.py` checks: values and every gradient against float64, and how the kernels behave on a device."""
+"""The checks of `gpu_check.py`: values and all gradients against float64, and the kernels' behaviour on a device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALPHAS = (1.0, 1.0001, 1.01, 1.3, 1.5, 1.8, 2.0, 2.5)
 PER_HEAD = (1.0, 1.01, 1.4, 2.0)
 BOUNDS = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 HEADS, KEY_HEADS = 4, 2
-# α and what else there is: together every feature, and each with an α of its own and one for all heads.
+# Cases that together cover every feature, each with one α per head and with one α for all heads.
 FEATURES = (
     ("per head", "learnt mask"),
     ("per head", "causal"),
@@ -34,7 +34,7 @@ FEATURES = (
 
 
 def tasks(device: torch.device) -> list[Callable[[], Measured]]:
-    """What is checked; on a CPU less of it."""
+    """The checks; fewer on a CPU."""
     small = device.type == "cpu"
     wide, both = (torch.float32,), (torch.float32, torch.bfloat16)
     checks: list[partial[Measured]] = []
@@ -63,7 +63,7 @@ def tasks(device: torch.device) -> list[Callable[[], Measured]]:
 
 
 def guarded(check: partial[Measured]) -> Measured:
-    """A kernel that does not compile or start is wrong, and the others are to be checked."""
+    """Report a kernel that does not compile or start as wrong, and continue with the others."""
     try:
         return check()
     except Exception as error:
@@ -72,13 +72,13 @@ def guarded(check: partial[Measured]) -> Measured:
 
 
 def name_of(task: partial[Measured]) -> str:
-    """What a check is called by when it has no result that says so."""
+    """The name of a check without a result."""
     check = task.args[0] if task.func is guarded else task
     return " ".join(str(x) for x in (check.func.__name__, *check.args))
 
 
 def is_lost() -> bool:
-    """Whether this process can use its device no more."""
+    """Whether this process can no longer use its device."""
     try:
         if torch.cuda.is_available():
             torch.zeros(1, device="cuda").item()
@@ -168,7 +168,7 @@ def check_attention(
         rest = list(tensors[3:])
         one = rest.pop(0) if alpha == "per head" else alpha
         how = {"is_causal": feature == "causal", "enable_gqa": True}
-        torch.manual_seed(7)  # of the dropout
+        torch.manual_seed(7)  # the seed of the dropout
         if tensors[0].dtype != torch.float64 or not dropout_p:
             return entmax_attention(*tensors[:3], one, rest[0] if rest else mask, dropout_p, **how)
         seed = torch.randint(2**31 - 1, (1,), device=device)
@@ -205,7 +205,7 @@ def few_inputs(device: torch.device) -> list[Tensor]:
 
 
 def check_graph(device: torch.device) -> Measured:
-    """A captured forward and backward, replayed on other data: nothing in them waits for the device."""
+    """A captured forward and backward, replayed on other data: no operation waits for the device."""
     inputs = few_inputs(device)
 
     def step(dropout_p: float = 0.0) -> tuple[Tensor, ...]:
@@ -268,7 +268,7 @@ def check_checkpoint(device: torch.device) -> Measured:
 
 
 def check_compiles_once(device: torch.device) -> Measured:
-    """No value of a learnt α, and no length that 16 does not divide, compiles a kernel anew."""
+    """New values of a learnt α and new lengths cause no compilation."""
     from triton import knobs
 
     compiled: list[str] = []

@@ -1,6 +1,6 @@
-"""What `gpu_check.py` times, who it is compared with, and the figures that come of it.
+"""The timings of `gpu_check.py`, the packages to compare with, and the derived figures.
 
-Times come in the order of their importance: what there is no time left for is said to be missing.
+The most important timings come first. Timings for which no time is left are reported as missing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FIXED, LEARNT, FLASH, V2 = "ours, α 1.5", "ours, α learnt", "flash attention",
 
 
 class Timing(NamedTuple):
-    """One time to take: of what, of whom, and how to prepare it."""
+    """One timing: what is timed, by which package, and how to prepare it."""
 
     group: str
     length: int
@@ -43,7 +43,7 @@ class Timing(NamedTuple):
     make: Callable[[torch.device], Run]
 
     def __call__(self, warm_up_only: bool = False) -> Measured:
-        """A time, or why there is none: a peer may be missing, or refuse a case."""
+        """A time, or the reason for its absence: a package may be missing, or not support a case."""
         device = torch.device("cuda")
         try:
             run = self.make(device)
@@ -65,12 +65,12 @@ class Timing(NamedTuple):
 
 
 def tasks(warm_up_only: bool) -> list[Callable[[], Measured]]:
-    """All times, or calls of the same things, after which their kernels lie compiled on the disk."""
+    """All timings, or with ``warm_up_only`` one call of each, so that compiled kernels are on the disk."""
     return [partial(timing, warm_up_only) if warm_up_only else timing for timing in timings()]
 
 
 def timings() -> Iterator[Timing]:
-    """Ours and flash attention first, then the peer that is to be reached, then what is good to know."""
+    """This library and flash attention first, then the package in the targets, then the others."""
     for length in LENGTHS:
         for what in (FIXED, LEARNT, FLASH):
             yield attention("causal attention", length, length, what, BOTH)
@@ -184,7 +184,7 @@ def local_heads(length: int, device: torch.device) -> list[Tensor]:
 
 
 def attention(group: str, queries: int, keys: int, what: str, step: str) -> Timing:
-    """Attention of somebody, heads of 64 in bfloat16; all take the same tensors."""
+    """Attention of one package, heads of 64 in bfloat16; all packages get the same tensors."""
     return Timing(group, keys, what, step, partial(attend, queries, keys, group.startswith("causal"), what, step))
 
 
@@ -300,7 +300,7 @@ Figure = tuple[str, str, list[tuple[float, str]]]
 
 
 def figures(timings: list[Measured]) -> Iterator[Figure]:
-    """What is to be reached: a name, a bound, and what was measured where."""
+    """The targets: a name, a bound, and the measured figure."""
     found = {(x["group"], x["length"], x["who"], x["step"]): x for x in timings if "skipped" not in x}
     seconds = {key: x["seconds"] for key, x in found.items() if "seconds" in x}
 

@@ -116,7 +116,7 @@ def check_number(value: float, name: str) -> None:
 def check_bool(value: bool, name: str) -> None:
     """Raise unless ``value`` is True or False."""
     # `torch.onnx.export(dynamo=False)` passes default arguments as tensors.
-    if not isinstance(value, bool) and not (torch.jit.is_tracing() and isinstance(value, Tensor)):
+    if not isinstance(value, bool) and not (torch._C._is_tracing() and isinstance(value, Tensor)):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 

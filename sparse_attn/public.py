@@ -1,6 +1,6 @@
 """The public names of the package, which ``sparse_attn`` re-exports."""
 
-# First, since it raises before another module of ours trips over what an older version does not have.
+# Imported first, so that an old version of torch gets a clear error before another module fails on a missing name.
 import sparse_attn.versions  # noqa: F401  # isort: split
 from sparse_attn.analysis.record import record_attention
 from sparse_attn.kernels.dispatch import backends, use_backend

@@ -1,7 +1,7 @@
-"""Stands for the package ``sparse_attn.recipes`` in a checkout, where the recipes lie at the top.
+"""The package ``sparse_attn.recipes`` in a checkout, where the folder ``recipes/`` is at the top level.
 
-A wheel carries ``recipes/`` at this place, and not this file: the command ``sparse-attn`` finds its code under one name
-however it was installed, and a package ``recipes`` of another project neither hides it nor is hidden by it.
+A wheel contains the folder ``recipes/`` here instead of this file. So the command ``sparse-attn`` finds its code under
+the same name in every kind of installation, and a package ``recipes`` of another project cannot conflict with it.
 """
 
 from pathlib import Path

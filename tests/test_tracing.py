@@ -22,6 +22,7 @@ from sparse_attn import (
     budget_sparsemax,
     entmax,
     entmax_attention,
+    entmax_attention_varlen,
     entmax_loss,
     normmax,
     replace_attention,
@@ -178,3 +179,29 @@ def test_learnt_alpha_is_trained_in_a_trace() -> None:
     traced, upstream = torch.jit.trace(layer, (torch.randn(3, 5),)), torch.randn(3, 5)
     gradients = [torch.autograd.grad((f(x) * upstream).sum(), layer.raw_alpha)[0] for f in (traced, layer)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"window": 3},
+        {"add_bias_kv": True, "add_zero_attn": True},
+        {"num_kv_heads": 1},
+    ],
+    ids=["window", "extra keys", "grouped heads"],
+)
+def test_a_traced_layer_takes_other_batches_and_lengths(kwargs: dict[str, Any]) -> None:
+    layer = TopKMultiheadAttention(8, 2, k=7, batch_first=True, **kwargs).eval()
+    model = Calls(lambda x: layer(x, x, x, is_causal=True)[0])
+    layer.requires_grad_(False)
+    traced = torch.jit.trace(model, (torch.randn(2, 11, 8),))
+    for shape in ((3, 5, 8), (1, 17, 8)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(traced(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_packed_sequences_are_not_traced_with_constant_lengths() -> None:
+    starts = torch.tensor([0, 2, 5])
+    model = Calls(lambda x, starts: entmax_attention_varlen(x, x, x, starts, starts))
+    with pytest.raises(RuntimeError, match="lengths would become constants"):
+        torch.jit.trace(model, (torch.randn(5, 2, 7), starts))

@@ -1,1 +1,1 @@
-"""What a training does beside learning: checkpoints, curves, and lines or bars on the terminal."""
+"""Callbacks of a training: checkpoints, curves, and progress on the terminal."""

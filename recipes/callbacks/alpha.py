@@ -68,6 +68,6 @@ class AlphaCourse(L.Callback):
         rows = io.StringIO(newline="")
         for layer, of_layer in alpha.items():
             csv.writer(rows).writerows((step, layer, head, f"{value:.6f}") for head, value in enumerate(of_layer))
-        # All rows of a step in one write: a kill in between should leave all or none.
+        # All rows of a step in one write, so that a killed process leaves either all of them or none.
         with self.file.open("a", encoding="utf-8", newline="") as file:
             file.write(rows.getvalue())

@@ -1,4 +1,4 @@
-"""α by the step: from dense attention to sparse, or back."""
+"""A schedule of α over the optimizer steps, from dense attention to sparse or back."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class AlphaSchedule(L.Callback):
         start: α up to ``first_step``.
         end: α at ``last_step``; of a fixed α also after it.
         first_step: Optimizer step at which the line begins.
-        last_step: The one at which it ends, above ``first_step``.
-        filter_fn: Called with the name and module of each α; only where it returns True does α move. By default that
-            of attention layers; None is for all, also the α of a loss, which changes what is trained for.
+        last_step: Optimizer step at which the line ends, above ``first_step``.
+        filter_fn: Called with the name and module of each α; α moves only if the result is True. By default true for
+            attention layers. None selects every α, also that of a loss, whose change alters the training objective.
 
     Raises:
-        TypeError: A step or an α is no number.
+        TypeError: A step or an α is not a number.
         ValueError: α is outside ``(0, inf)``, or ``last_step`` not above ``first_step``; before the training begins,
-            the model has no α that ``filter_fn`` accepts, or a learnt one whose range leaves ``start`` or ``end`` out.
-            No α has been changed then.
+            the model has no α that ``filter_fn`` accepts, or ``start`` or ``end`` is outside the range of a learnt α.
+            No α is changed in this case.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class AlphaSchedule(L.Callback):
     ) -> None:
         self.start, self.end, self.first_step, self.last_step = start, end, first_step, last_step
         self.filter_fn = filter_fn
-        self.alpha(0)  # refuses what does not fit
+        self.alpha(0)  # raises for invalid arguments
 
     def alpha(self, step: int) -> float:
         """α of an optimizer step."""
@@ -49,11 +49,11 @@ class AlphaSchedule(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Sets the first value; a fixed number becomes a buffer before anything is compiled or loaded."""
-        if stage == "fit" and not is_overridden("configure_model", pl_module):  # which builds the model later
+        if stage == "fit" and not is_overridden("configure_model", pl_module):  # configure_model builds the model later
             self._begin(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Sets the value of the step the training begins with or goes on from."""
+        """Sets the value of the first step of a new or resumed training."""
         self._begin(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -66,9 +66,9 @@ class AlphaSchedule(L.Callback):
             self._set(trainer, pl_module)
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for alpha in (self.start, self.end):  # refuses now what would be refused at the end of the line
+        for alpha in (self.start, self.end):  # raises now, not at the end of the line
             check_set_alpha(pl_module, alpha, filter_fn=self.filter_fn)
-        if trainer.global_step <= self.last_step:  # else α is what the line, or learning after it, has left
+        if trainer.global_step <= self.last_step:  # after the line, α keeps its last or learnt value
             self._set(trainer, pl_module)
 
     def _set(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -18,8 +18,8 @@ from ..run import CHECKPOINTS, RESULTS, epoch_checkpoints
 class BestAndLast(Checkpoint):
     """Writes ``last.ckpt`` at the end of every epoch, and ``best.ckpt`` when the validation score is the best so far.
 
-    Unlike ``ModelCheckpoint`` it writes ``last.ckpt`` also when the score has not improved, and remembers the
-    best score when the run folder was moved.
+    Unlike ``ModelCheckpoint``, this callback writes ``last.ckpt`` also if the score has not improved, and keeps the
+    best score if the run folder is moved.
 
     Args:
         folder: The run folder.
@@ -47,7 +47,7 @@ class BestAndLast(Checkpoint):
         """
         check_finite(trainer, pl_module)
         if trainer.is_global_zero:
-            # The results of an earlier session are those of a checkpoint that now goes.
+            # The results of an earlier session belong to a checkpoint that is replaced now.
             (self.folder.parent / RESULTS).unlink(missing_ok=True)
         score = trainer.callback_metrics.get(self.monitor)
         if score is None or self.sign * score < self.sign * self.best:
@@ -61,7 +61,7 @@ class BestAndLast(Checkpoint):
         self._save(trainer, "last.ckpt")
 
     def _save(self, trainer: L.Trainer, name: str, *, weights_only: bool = False) -> None:
-        """Saves beside and renames: an interruption leaves a whole checkpoint, old or new."""
+        """Saves to another name and renames, so that an interruption leaves the old or the new checkpoint complete."""
         if trainer.is_global_zero:
             with replacing(self.folder / name) as unfinished:
                 trainer.save_checkpoint(unfinished, weights_only)
@@ -73,13 +73,13 @@ class BestAndLast(Checkpoint):
         return {"best": self.best, "seconds": self.earlier + time.monotonic() - self._begin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from what the checkpoint has."""
+        """Restores the state from a checkpoint."""
         self.best = state_dict["best"]
         self.earlier = state_dict.get("seconds", 0.0)
 
 
 def check_finite(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Refuses to go on with a model that has diverged.
+    """Raises if a model has diverged.
 
     Raises:
         ValueError: If a weight or the validation loss is not finite.
@@ -93,7 +93,7 @@ def check_finite(trainer: L.Trainer, module: L.LightningModule) -> None:
 
 
 def diverged(what: str, module: L.LightningModule, epoch: int) -> ValueError:
-    """The error of a training that has diverged, with its likely cause and what is kept."""
+    """The error of a diverged training, with its likely cause and the remaining checkpoints."""
     rates = ", ".join(
         f"optimizer.{name}={module.hparams[name]}"
         for name in ("learning_rate", "alpha_learning_rate", "weight_decay")

@@ -13,12 +13,12 @@ KEY = "train/learning_rate"
 class LearningRate(L.Callback):
     """Logs ``train/learning_rate``: that of the weights (the first group of the optimizer), with which a step is taken.
 
-    A training that is resumed with another length has another schedule: its first step is taken with the rate of the
-    new one, and the change is said.
+    A training that is resumed with another length has another schedule. Its first step uses the rate of the new
+    schedule, and a message reports the change.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compares the rates that a checkpoint has left with those of the schedule of now."""
+        """Compares the learning rates in the checkpoint with those of the current schedule."""
         for config in trainer.lr_scheduler_configs:
             scheduler = cast(LambdaLR, config.scheduler)
             groups = scheduler.optimizer.param_groups
@@ -38,5 +38,5 @@ class LearningRate(L.Callback):
                     )
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Logs the rate of the update to come."""
+        """Logs the rate of the next update."""
         pl_module.log(KEY, trainer.optimizers[0].param_groups[0]["lr"], on_step=True, on_epoch=False)

@@ -16,7 +16,7 @@ from ..run import METRICS
 class MetricsCsv(Logger):
     """Writes ``metrics.csv``: one row per step, one column per metric, empty where a step has no value.
 
-    Lightning's own logger deletes the file it finds; this one goes on with it. ``step`` counts finished
+    Lightning's own logger deletes an existing file; this logger appends to it. ``step`` counts finished
     updates.
 
     Args:

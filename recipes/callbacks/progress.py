@@ -1,4 +1,4 @@
-"""What a training shows while it runs: one line per epoch, and on a terminal a bar below them."""
+"""Progress of a training: one line per epoch, and on a terminal a bar below the lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..seq2seq.task import Seq2SeqTask
 
 
 def progress() -> L.Callback:
-    """A bar if a person watches, plain lines if the output goes to a file or another program."""
+    """A bar if the output is a terminal, plain lines if it is a file or another program."""
     return EpochBar() if sys.stdout.isatty() and rank() == 0 else EpochLines()
 
 
@@ -71,7 +71,7 @@ def short_label(metric: str) -> str:
 
 
 def epoch_line(trainer: L.Trainer, task: Seq2SeqTask, seconds: float) -> str:
-    """Where the training stands: losses, error rates in percent, and the mean of all α, in 80 columns."""
+    """The state of the training in 80 columns: losses, error rates in percent, and the mean of all α."""
     metrics = trainer.callback_metrics
     parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
     for label, name, form in (

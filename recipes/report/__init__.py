@@ -1,4 +1,4 @@
-"""What a trained model's attention heads do: measured, in tables, in pictures, and as one HTML file.
+"""Reports on a trained model's attention heads: measurements, tables, pictures, and one HTML file.
 
 The pictures and the page (`recipes.report.write`) are imported where they are drawn: matplotlib loads slowly.
 """

@@ -28,7 +28,7 @@ ATTENTION = ("entmax", "entmax15", "sparsemax", "topk", "softmax")
 LONGEST_OUTPUT = 64
 _SOFTMAX = "sparse_attn_softmax"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-# Without any of these transformers makes some tokenizers without a word.
+# Without any of these files, transformers would still build a tokenizer for some models, without a warning.
 _TOKENIZER = ("tokenizer*", "vocab*", "*.model")
 
 

@@ -1,4 +1,4 @@
-"""What the attention heads of a trained model do on evaluation data."""
+"""Measurements of the attention heads of a trained model on evaluation data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OFFSETS = {"previous": -1, "self": 0, "next": 1}
 
 @dataclass(frozen=True)
 class LayerHeads:
-    """One attention layer, measured: every tensor has one value per head.
+    """Measurements of one attention layer; every tensor has one value per head.
 
     Attributes:
         kind: "encoder" and "decoder" self-attention, "cross" from decoder to encoder.
@@ -155,7 +155,7 @@ def measure_heads(task: Any, loader: Iterable[dict[str, Any]]) -> dict[str, Laye
 
 
 def _add(record: AttentionRecord, layer: RecordedLayer) -> None:
-    """Counts the weights of real positions alone: a query without weight, as padding has it here, does not count."""
+    """Adds the weights of real positions to the record; queries without weight, such as padding, do not count."""
     record.add(layer.name, layer.weights * layer.visible, layer.visible)
 
 

@@ -12,7 +12,7 @@ from .tables import groups_table, rates_table
 
 
 def print_scores(console: Console, scores: Mapping[str, Scores]) -> None:
-    """Prints the metrics of each split, and of each group where there are several.
+    """Prints the metrics of each split, and of each group if there are several.
 
     Args:
         console: Where to.

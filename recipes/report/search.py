@@ -1,4 +1,4 @@
-"""The table of what exact search says about a model."""
+"""The table of the results of exact search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model makes of some words, with the attention it has on the way."""
+"""The outputs of a model for some words, with the attention behind them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every head of a trained model is worth, with an announcement of how long that takes."""
+"""The worth of every head of a trained model, with an estimate of the time it takes to measure."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def check_schedule(name: str, warmup: float) -> None:
 
 
 def rate_factor(step: int, warmup: int, total: int, *, schedule: str = "linear", dim: int = 1) -> float:
-    r"""What the learning rate is multiplied by at a step, counted from 0.
+    r"""The factor of the learning rate at a step, counted from 0.
 
     With :math:`s = \text{step} + 1` all of them rise linearly for :math:`w` steps. Afterwards ``linear`` falls to
     zero at ``total`` in a straight line, ``cosine`` in half a wave, and ``inverse_sqrt`` by :math:`\sqrt{w / s}`.
@@ -29,7 +29,7 @@ def rate_factor(step: int, warmup: int, total: int, *, schedule: str = "linear",
 
     .. math:: d^{-1/2} \min(s^{-1/2}, s \, w^{-3/2})
 
-    with its highest value :math:`(d w)^{-1/2}`, so that the learning rate is a factor of about 1 and no rate.
+    whose highest value is :math:`(d w)^{-1/2}`. With this schedule, ``learning_rate`` is therefore a factor of about 1.
 
     Args:
         step: Finished updates.

@@ -1,4 +1,4 @@
-"""What Lightning trains: the model with its loss, its optimizer and its error rates."""
+"""The LightningModule: the model with its loss, its optimizer and its error rates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .tokenizer import PAD, Tokenizer
 
 Decoded = TypeVar("Decoded")
 
-# Of checkpoints: raised when the weights or hyper-parameters of an earlier version no longer fit.
+# Version of the layout of checkpoints, increased when weights or hyper-parameters of earlier versions no longer fit.
 LAYOUT = 2
 
 
@@ -89,7 +89,7 @@ class Seq2SeqTask(L.LightningModule):
             raise ValueError(f"max_steps must be at least 1 or null, got {max_steps}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
-        # The tokenizers are long and say nothing on a dashboard.
+        # The tokenizers are too long to be shown with the hyper-parameters of a logger.
         self.save_hyperparameters(logger=False)
         self.source_tokenizer = Tokenizer(**source_tokenizer)
         self.target_tokenizer = Tokenizer(**target_tokenizer)
@@ -114,7 +114,7 @@ class Seq2SeqTask(L.LightningModule):
         checkpoint["layout"] = LAYOUT
 
     def on_train_epoch_start(self) -> None:
-        """Makes dropout a function of seed and epoch: a resumed run goes on as if it had never stopped."""
+        """Makes dropout a function of seed and epoch, so that a resumed run equals an uninterrupted one."""
         torch.manual_seed((self.global_rank << 52) + (self.hparams["seed"] << 20) + self.current_epoch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -144,7 +144,7 @@ class Seq2SeqTask(L.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Forgets the scores of the validation before."""
+        """Resets the scores."""
         self._scores = self.new_scores()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -224,7 +224,7 @@ class Seq2SeqTask(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def warmup_steps(self, total: int) -> int:
-        """Steps in which the learning rate rises, of so many in all."""
+        """The number of steps in which the learning rate rises, given the number of all steps."""
         given = self.hparams["warmup_steps"]
         return round(self.hparams["warmup"] * total) if given is None else int(given)
 

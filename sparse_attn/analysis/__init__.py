@@ -1,4 +1,4 @@
-"""Statistics of attention: what each head looks at, how much of it, and how widely."""
+"""Statistics of attention heads: density, entropy, roles, diversity, alignments, rollout and worth."""
 
 from sparse_attn.analysis.alignment import AlignmentRule, align
 from sparse_attn.analysis.density import density, support_counts

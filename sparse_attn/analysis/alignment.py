@@ -1,4 +1,4 @@
-"""From cross-attention to word alignments."""
+"""Word alignments from cross-attention."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ AlignmentRule = Literal["any", "most", "all", "best"]
 
 
 def align(weights: Tensor, rule: AlignmentRule = "most") -> Tensor:
-    """Which pairs of a query and a key are aligned, by the heads that give them weight.
+    """Which pairs of a query and a key are aligned, from the weights of all heads.
 
-    With exact zeros no threshold is needed: a head aligns a query with the keys to which it gives any weight. Softmax
-    gives some to all of them; there only "best" tells anything.
+    Weights with exact zeros need no threshold: a head aligns a query with every key of non-zero weight. Softmax gives
+    every key some weight, so only the rule "best" is useful for softmax.
 
     Args:
-        weights: (..., H, L, S); keys that are no words, such as the end of the sequence, left out.
-        rule: "any": a head gives the pair weight; "most": more than half of the heads do; "all": every head does;
-            "best": the key is the one with the largest mean weight over heads, one for each query that has any.
+        weights: (..., H, L, S), without keys that are not words, such as the end of the sequence.
+        rule: "any": at least one head gives the pair weight; "most": more than half of the heads; "all": every head;
+            "best": the key has the query's largest mean weight over heads (one key per query that has any weight).
 
     Returns:
         (..., L, S) bool.

@@ -1,4 +1,4 @@
-"""Density of attention: the share of the visible pairs that a head really uses."""
+"""Density of attention: the share of the visible pairs to which a head gives weight."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def full_visible(weights: Tensor, visible: Tensor | None) -> Tensor:
 def support_counts(weights: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Count the visible pairs of each head, and those among them with a non-zero weight.
 
-    The sums over batches of the two counts give the density of a whole data set.
+    To get the density of a whole data set, sum both counts over its batches.
 
     Args:
         weights: attention weights of each head, (N, H, L, S) or (H, L, S).
@@ -67,7 +67,7 @@ def support_counts(weights: Tensor, visible: Tensor | None = None) -> tuple[Tens
 def density(weights: Tensor, visible: Tensor | None = None) -> Tensor:
     """Share of the visible pairs of a query and a key that have a non-zero weight, per head.
 
-    Softmax gives 1 (short of underflow), a head that always picks one of S keys gives 1 / S.
+    Softmax has density 1 (except for underflow); a head that gives all weight to one of S keys has 1 / S.
 
     Args:
         weights: attention weights of each head, (N, H, L, S) or (H, L, S).

@@ -1,4 +1,4 @@
-"""How far the heads of a layer disagree."""
+"""Disagreement between the heads of a layer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["head_diversity"]
 def head_diversity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
     """Jensen-Shannon divergence between the heads of a layer, for each query.
 
-    JS = E(1/H Σ_h p_h) - 1/H Σ_h E(p_h), with E the Shannon entropy and p_h the weights of head h: 0 where all heads
-    look alike, log H where no two of them look at the same key.
+    JS = E(1/H Σ_h p_h) - 1/H Σ_h E(p_h), with E the Shannon entropy and p_h the weights of head h: 0 if all heads
+    have the same weights, log H if no two heads give weight to the same key.
 
     Args:
         weights: attention weights of each head, (N, H, L, S) or (H, L, S).
@@ -38,5 +38,5 @@ def head_diversity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
     entropy_of_mean = torch.special.entr(used.mean(-3)).sum(-1)
     mean_of_entropies = torch.special.entr(used).sum(-1).mean(-2)
     attends: Tensor = (used != 0).any(-1).all(-2)
-    # Rounding may carry equal heads below zero.
+    # Rounding may give a negative value for equal heads.
     return (entropy_of_mean - mean_of_entropies).clamp(min=0.0).masked_fill(~attends, torch.nan)

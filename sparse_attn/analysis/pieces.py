@@ -14,17 +14,17 @@ _STARTS = ("▁", "Ġ", "Ċ")
 
 
 def word_groups(tokens: Sequence[str]) -> list[int]:
-    """Number the word that each token belongs to, by the mark that the tokenizer leaves on its pieces.
+    """The number of the word that each token belongs to, from the marks of the tokenizer.
 
-    Known are ``##`` before a piece that continues a word (WordPiece), ``@@`` after one that is continued
-    (subword-nmt), ``</w>`` after the last piece of a word (CLIP, GPT-1), and ``▁`` or ``Ġ`` before the first piece
-    (SentencePiece, byte-level BPE). Under the last rule a special token such as ``<s>`` or ``[CLS]`` stands alone.
+    Supported marks: ``##`` before a piece that continues a word (WordPiece), ``@@`` after a piece whose word continues
+    (subword-nmt), ``</w>`` after the last piece of a word (CLIP, GPT-1), and ``▁`` or ``Ġ`` before the first piece of a
+    word (SentencePiece, byte-level BPE). With the last two, a special token such as ``<s>`` or ``[CLS]`` is a word.
 
     Args:
-        tokens: the tokens of one text. The mark that most tokens carry is the rule for all.
+        tokens: the tokens of one text. The most frequent kind of mark is used for all tokens.
 
     Returns:
-        One number per token, from 0, that grows by one at each new word. Without any mark every token is a word.
+        One number per token, from 0, that increases by one at each new word. Without any mark every token is a word.
 
     Example:
         >>> word_groups(["[CLS]", "un", "##believ", "##able", "story", "[SEP]"])
@@ -59,11 +59,11 @@ def word_groups(tokens: Sequence[str]) -> list[int]:
 def merge_pieces(weights: Tensor, query_groups: Sequence[int], key_groups: Sequence[int]) -> Tensor:
     """Attention between words from attention between pieces: summed over the keys, averaged over the queries.
 
-    With A the weights, q and k words: M[q, k] = 1/|q| Σ_{i in q} Σ_{j in k} A[i, j]. A row that sums to one still does.
+    For weights A and words q and k: M[q, k] = 1/|q| Σ_{i in q} Σ_{j in k} A[i, j]. Rows that sum to one keep that sum.
 
     Args:
         weights: (..., L, S).
-        query_groups: the word of each query, L numbers as :func:`word_groups` gives them.
+        query_groups: the word of each query, L numbers as :func:`word_groups` returns them.
         key_groups: the word of each key, S numbers.
 
     Returns:
@@ -93,7 +93,7 @@ def merge_pieces(weights: Tensor, query_groups: Sequence[int], key_groups: Seque
 def own_word_weight(weights: Tensor, groups: Sequence[int]) -> Tensor:
     """Weight that each piece gives to the other pieces of its own word, in self-attention.
 
-    Averaged over texts this tells the heads that merge the pieces of words.
+    The average over texts is high for heads that merge the pieces of words.
 
     Args:
         weights: (..., L, L).

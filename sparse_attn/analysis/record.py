@@ -1,4 +1,4 @@
-"""Watch the attention of any model while it runs."""
+"""Recording of the attention of any model during forward passes."""
 
 from __future__ import annotations
 
@@ -26,31 +26,32 @@ _WANTED = {"need_weights": True, "average_attn_weights": False}
 
 
 def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractContextManager[AttentionRecord]:
-    """Sum up what every attention head of a model does while the context is open.
+    """Record statistics of every attention head of a model while the context is open.
 
-    Recorded are every `nn.MultiheadAttention`, ours and torch's own; every `SparseAttention`; the attention of a
-    Hugging Face model that runs on ours (`attn_implementation="entmax"`); and any other module that calls
-    `sparse_attn.observe.report_weights`. Any number of passes takes constant memory: sums over the queries, for each
-    head.
+    Four kinds of modules are recorded: `nn.MultiheadAttention`, of this library and of torch; `SparseAttention`; the
+    attention of a Hugging Face model with an `attn_implementation` of this library, such as "entmax"; and any other
+    module that calls `sparse_attn.observe.report_weights`. Memory is constant in the number of passes: the record holds
+    sums over the queries for each head.
 
-    What counts: every call of a layer, and in it every query that gives weight to some key. A query that is masked
-    fully does not; one at a padded position does, since no mask tells of it. Density is measured over the pairs that
-    the masks of the call leave visible. In training mode the weights are those after dropout, which takes its share of
-    the support: to measure a model, put it in `eval()`. With activation checkpointing, close the context after the
-    backward pass, in which layers run once more and are not counted again.
+    Every call of a layer counts, and in each call every query that gives weight to some key. A fully masked query does
+    not count. A query at a padded position counts, since no mask marks it. Density is measured over the pairs that the
+    masks of the call leave visible. In training mode the weights are those after dropout, which also removes weights:
+    to measure a model, put it in `eval()`. With activation checkpointing, close the context after the backward pass, in
+    which layers run again without being counted.
 
-    The model computes what it would without. Layers of ours make weights where a fused kernel made none, so that
-    outputs and gradients may differ by rounding. A layer that is not ours is left alone and then run a second time,
-    without gradient or hooks and with the random state put back, to see its weights; its dropout is drawn anew for
-    that. Weights take (N, H, L, S) numbers for the time of a call. What cannot be recorded is left out with a warning:
-    a class of one's own whose `forward` takes no `need_weights` and `average_attn_weights`, a call that fails to give
-    weights, calls inside transforms of `torch.func`.
+    The model computes the same function as without a record. Layers of this library compute weights even where a
+    fused kernel would not, so that outputs and gradients may differ by rounding. Other layers run unchanged, and then
+    again to obtain their weights: without gradient or hooks, with new dropout, and with the random state restored
+    afterwards. Weights take (N, H, L, S) numbers during a call. The record skips with a warning: a user's class whose
+    `forward` has no arguments `need_weights` and `average_attn_weights`, a call that fails to return weights, and
+    calls inside transforms of `torch.func`.
 
-    Two things change in the whole process until the last record closes: torch's fused inference path for transformer
-    encoders is off (`torch.backends.mha.set_fastpath_enabled`), as it never calls the attention layer, so that padded
-    positions have other outputs than the zeros it gives; and compiled code runs uncompiled
-    (`torch.compiler.set_stance`), as it may not look for new hooks. When the context closes, also by an exception, no
-    trace is left on the model; the record stays readable. A copy made inside is not recorded.
+    Two settings of the whole process change until the last record closes. First, torch's fused inference path for
+    transformer encoders is off (`torch.backends.mha.set_fastpath_enabled`), since it never calls the attention layer;
+    without that path, outputs at padded positions are not zeros. Second, compiled code runs uncompiled
+    (`torch.compiler.set_stance`), since compiled code may ignore new hooks. When the context closes, also by an
+    exception, the model is as before; the record stays readable. A copy of the model made inside the context is not
+    recorded.
 
     Args:
         model: any module; it may itself be an attention layer, recorded under the name "". A layer found under
@@ -58,13 +59,13 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractCont
         weights: also keep the weights of each layer's last call.
 
     Returns:
-        A context manager that gives the record, a mapping from layer name to `HeadStatistics`, which prints as a table.
-        It has the layers that have been called.
+        A context manager that returns the record: a mapping from the names of the called layers to `HeadStatistics`,
+        which prints as a table.
 
     Raises:
-        TypeError: if `model` is no module, or `weights` no bool.
-        ValueError: if there is no attention in the model that could be recorded, as in Hugging Face models that take
-            the name of an attention implementation and ignore it (BLOOM).
+        TypeError: if `model` is not a module, or `weights` not a bool.
+        ValueError: if the model has no attention that can be recorded, as Hugging Face models that ignore their
+            `attn_implementation` (BLOOM).
 
     Example:
         >>> from sparse_attn import record_attention, replace_attention
@@ -109,7 +110,7 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractCont
 def _recording(
     names: dict[nn.Module, str], asked: dict[nn.MultiheadAttention, list[str]], record: AttentionRecord
 ) -> Iterator[AttentionRecord]:
-    @torch.no_grad()  # checkpointing counts what a forward saves, also by reading α
+    @torch.no_grad()  # activation checkpointing counts the tensors that a forward saves, including those from reading α
     def count(module: nn.Module, weights: Tensor, visible: Tensor | None, alpha: float | Tensor | None) -> None:
         if module in names and not _recomputing():
             with _warning_of_errors(names[module]):
@@ -123,7 +124,7 @@ def _recording(
         stack.enter_context(observe_weights(count))
         for layer, positional in asked.items():
             hook = _Ask(layer, names[layer], positional, count)
-            # In front of hooks that take the parameters away again, as those of sharded layers do.
+            # Before hooks that free the parameters, such as those of sharded layers.
             stack.callback(layer.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
         yield record
 
@@ -135,7 +136,7 @@ _opening = threading.Lock()
 
 @contextmanager
 def _plain_process() -> Iterator[None]:
-    """What changes in the whole process from the first record that opens to the last that closes, in any order."""
+    """The settings of the process that change from the first record opened to the last one closed, in any order."""
     global _open_records
     with _opening:
         if not _open_records:
@@ -155,13 +156,13 @@ def _plain_process() -> Iterator[None]:
 
 
 def _recomputing() -> bool:
-    """Whether a backward pass runs a layer again, for a call that has been counted."""
+    """Whether a backward pass is running a layer again (activation checkpointing), whose call was counted already."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 @contextmanager
 def _warning_of_errors(name: str) -> Iterator[None]:
-    """A model that runs must not fail because it is recorded."""
+    """Turns errors of the recording into warnings, so that a model does not fail because of its record."""
     try:
         yield
     except Exception as error:
@@ -169,7 +170,7 @@ def _warning_of_errors(name: str) -> Iterator[None]:
 
 
 def _positional_arguments(layer: nn.MultiheadAttention) -> list[str] | None:
-    """What a layer's arguments by position are called; None if it cannot be asked for the weights of each head."""
+    """The names of a layer's positional arguments; None if its forward cannot return the weights of each head."""
     parameters = signature(layer.forward).parameters
     kinds = {parameter.kind for parameter in parameters.values()}
     if Parameter.VAR_KEYWORD not in kinds and not parameters.keys() >= _WANTED.keys():
@@ -180,10 +181,10 @@ def _positional_arguments(layer: nn.MultiheadAttention) -> list[str] | None:
 
 
 class _Ask:
-    """A hook that runs its layer again for the weights of each head, where the call itself may have made none.
+    """A hook that runs its layer a second time to obtain the weights of each head.
 
-    The call is not asked for them: with a query that sees nothing, torch's layer gives NaN if it makes weights and
-    zeros if not.
+    The first call is left unchanged, since its result may depend on the weights being requested: for a query without a
+    visible key, torch's layer returns NaN with weights, and may return zeros without.
     """
 
     def __init__(self, layer: nn.MultiheadAttention, name: str, positional: list[str], count: Observer) -> None:
@@ -224,7 +225,7 @@ class _Ask:
 
 
 class _Left:
-    """What a copy of the model has in the place of a hook: it goes at the first call."""
+    """Replaces the hook in a copy of the model, and removes itself at the first call."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         for key in [key for key, hook in module._forward_hooks.items() if hook is self]:
@@ -232,7 +233,7 @@ class _Left:
 
 
 def _visible(layer: nn.MultiheadAttention, asked: dict[str, Any], weights: Tensor) -> Tensor | None:
-    """Which pairs the masks of a call leave; keys that the layer adds at the end are seen by all."""
+    """The pairs that the masks of a call leave visible; every query sees the keys that the layer appends."""
     attn_mask, padding = asked.get("attn_mask"), asked.get("key_padding_mask")
     added = (layer.bias_k is not None) + layer.add_zero_attn
     batch = weights.shape[0] if weights.dim() == 4 else 1

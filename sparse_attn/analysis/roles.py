@@ -1,7 +1,7 @@
-"""What a head does: how widely it looks, at which relative position, and whether it scans its keys in order.
+"""Roles of a head: the spread of its weights, their relative position, and whether it scans its keys in order.
 
-Each statistic gives one value per query (or per sequence), NaN where it has no value, so that a data set of
-many batches can be averaged exactly; `mean_per_head` averages one batch.
+Each statistic has one value per query (or per sequence), or NaN where it is not defined, so that averages over a data
+set of many batches are exact; `mean_per_head` averages one batch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROLE_THRESHOLDS = {"previous": 0.5, "self": 0.5, "next": 0.5, "monotone": 0.8, "
 
 
 def mean_per_head(values: Tensor) -> Tensor:
-    """Average of a statistic per head, over sequences and queries that have a value.
+    """Average of a statistic per head, over the sequences and queries for which it is defined.
 
     Args:
         values: (N, H, L) or (H, L), as the statistics of this module give them; NaN marks "no value".
@@ -50,11 +50,11 @@ def entropy(weights: Tensor, visible: Tensor | None = None, *, relative: bool = 
     Args:
         weights: attention weights of each head, (N, H, L, S) or (H, L, S).
         visible: True where a query may see a key; broadcasts against `weights`. None: everywhere.
-        relative: divide by log S, the entropy of a query that looks at all its S visible keys alike.
+        relative: divide by log S, the entropy of equal weights on all S visible keys of the query.
 
     Returns:
-        (N, H, L) or (H, L), from 0 (one key) to log S (all keys alike), or to 1 if relative; NaN for a query
-        that sees no key, or only one if relative.
+        (N, H, L) or (H, L), from 0 (one key) to log S (equal weights), or to 1 if relative; NaN for a query
+        with no visible key, and with only one if relative.
 
     Raises:
         TypeError: if `weights` is not floating point or `visible` is not bool.
@@ -136,11 +136,11 @@ def strongest_at_offset(weights: Tensor, offset: int, visible: Tensor | None = N
 
 
 def monotonicity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
-    """How steadily a head moves forward over its keys while the queries move forward.
+    """Correlation of key positions with query positions: how steadily a head moves forward over its keys.
 
     Pearson's correlation, within one sequence, of the query's position l and the mean position of its
-    weights, c_l = Σ_s p_ls s / Σ_s p_ls: 1 for a head that scans the keys in order, 0 for one that stays
-    where it is.
+    weights, c_l = Σ_s p_ls s / Σ_s p_ls: 1 for a head that scans the keys in order, 0 for a head whose mean
+    position does not depend on the query.
 
     Args:
         weights: attention weights of each head, (N, H, L, S) or (H, L, S).
@@ -172,7 +172,7 @@ def monotonicity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
         return (x - mean) * real
 
     dx, dy = deviation(query_positions.expand_as(centre)), deviation(centre)
-    # A centre that wanders by less than this is standing still: what is left is rounding, not direction.
+    # Smaller changes of the mean position are rounding errors and count as no movement.
     moves: Tensor = dy.abs().amax(dim=-1, keepdim=True) > 1e-4
     spread = (dx.norm(dim=-1, keepdim=True) * dy.norm(dim=-1, keepdim=True)).where(moves, 1.0)
     correlation: Tensor = ((dx * dy).sum(dim=-1, keepdim=True) / spread).where(moves, 0.0)
@@ -180,21 +180,20 @@ def monotonicity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
 
 
 def name_roles(shares: Mapping[str, Tensor], thresholds: Mapping[str, float] = ROLE_THRESHOLDS) -> list[str]:
-    """Name each head after the role it has most of, if it has enough of it.
+    """The name of each head's strongest role, if it reaches the threshold of the role.
 
-    With the default thresholds a head is "previous", "self" or "next" when at least half of its weight is on
-    that position, "monotone" when it scans its keys in order, and "diffuse" when it looks almost evenly at
-    everything.
+    With the default thresholds a head is "previous", "self" or "next" if at least half of its weight is on
+    that position, "monotone" if it scans its keys in order, and "diffuse" if its weights are almost equal.
 
     Args:
-        shares: for each role, how far each head has it, (H,), 1 at most: the mean `offset_weight` for
+        shares: for each role, the share of each head, (H,), 1 at most: the mean `offset_weight` for
             "previous", "self" and "next", `monotonicity` for "monotone", relative `entropy` for "diffuse".
             NaN counts as 0.
-        thresholds: the smallest share that earns each name.
+        thresholds: the smallest share of each role.
 
     Returns:
-        A name for every head, "mixed" where no share reaches its threshold; of several the one that exceeds
-        its threshold by the largest factor.
+        A name for every head. If several shares reach their thresholds, the role that exceeds its threshold by
+        the largest factor; if none does, "mixed".
 
     Raises:
         ValueError: if there is no share at all, or no threshold for one.

@@ -1,4 +1,4 @@
-"""How much of each input reaches each position through all layers."""
+"""Attention rollout: the share of each input in each position after all layers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["attention_rollout"]
 
 
 def attention_rollout(weights: Sequence[Tensor], residual: float = 0.5) -> Tensor:
-    """Multiply the attention of all layers, each mixed with the identity that stands for the residual connection.
+    """Product of the attention matrices of all layers, each mixed with the identity for the residual connection.
 
-    R_l = (r I + (1 - r) mean_h A_l) R_{l-1}, R_0 = I. Rows sum to one if those of the weights do. Where weights are
-    exactly zero, an input that no path leads from has exactly zero here, too.
+    R_l = (r I + (1 - r) mean_h A_l) R_{l-1}, R_0 = I. Rows sum to one if those of the weights do. With exact zeros in
+    the weights, an input without a path to a position has exactly zero there.
 
     Args:
         weights: of each self-attention layer from the first, (N, H, L, L) or (H, L, L), all of one shape but for H.
         residual: r, the share of a position's own state, from 0 to 1.
 
     Returns:
-        (N, L, L) or (L, L): row i says what position i of the last layer is made of.
+        (N, L, L) or (L, L): row i holds the share of each input in position i of the last layer.
 
     Raises:
         ValueError: if there is no layer, the shapes do not fit or `residual` is out of range.

@@ -1,4 +1,4 @@
-"""What the heads of a model do, summed up over any number of forward passes in constant memory."""
+"""Statistics of the heads of a model, summed over any number of forward passes in constant memory."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["AttentionRecord", "HeadStatistics"]
 
 @dataclass(frozen=True, eq=False)
 class HeadStatistics:
-    """One attention layer, measured: every tensor but the last two has one value per head and lies on the CPU.
+    """Statistics of one attention layer; every tensor but the last two has one value per head, on the CPU.
 
     A query that gives no weight to any key (a fully masked one) does not count.
 
     Attributes:
-        alpha: (H,) α at the last call; None where there is none.
+        alpha: (H,) α at the last call; None if the layer has no α.
         density: (H,) share of the visible pairs of a query and a key with a non-zero weight.
         entropy: (H,) mean over the queries of - Σ p log p, in nats.
         support_size: (H,) mean number of keys with a non-zero weight.
         max_weight: (H,) mean of a query's largest weight.
-        rows: (H,) how many queries were counted.
-        weights: (N, H, L, S) of the last call, or (H, L, S) for unbatched input; None unless asked for.
-        visible: True where the masks of that call let a query see a key; broadcasts against ``weights``. None without
+        rows: (H,) number of queries counted.
+        weights: (N, H, L, S) of the last call, or (H, L, S) for unbatched input; None unless requested.
+        visible: True where a query saw a key under the masks of that call; broadcasts against ``weights``. None without
             ``weights`` or without masks.
     """
 
@@ -54,10 +54,10 @@ class _Sums:
 
 
 class AttentionRecord(Mapping[str, HeadStatistics]):
-    """Layer name -> :class:`HeadStatistics` of the calls so far; printed, a table with a line per head.
+    """Layer name -> :class:`HeadStatistics` of the calls so far; prints as a table with a line per head.
 
-    A layer that is called with another number of heads than at first, as `SparseAttention` can be, has a second entry
-    for these calls: ``"name (3 heads)"``.
+    Some layers, such as `SparseAttention`, can be called with different numbers of heads. Calls with another number
+    than the first call get an entry of their own: ``"name (3 heads)"``.
 
     Args:
         keep_weights: Whether to keep the weights of each layer's last call.
@@ -73,10 +73,10 @@ class AttentionRecord(Mapping[str, HeadStatistics]):
         """Count one call.
 
         Args:
-            name: Of the layer.
+            name: Name of the layer.
             weights: (N, H, L, S) or (H, L, S).
             visible: True where a query may see a key; broadcasts against ``weights``. None: everywhere.
-            alpha: α that made the weights, a number or one per head; None where there is none.
+            alpha: α of the weights, a number or one per head; None if there is no α.
         """
         counts, totals = _sums_of(weights, visible)
         heads = counts.shape[1]
@@ -117,7 +117,7 @@ class AttentionRecord(Mapping[str, HeadStatistics]):
         return "\n".join(lines)
 
 
-# Sums that a pass in inference mode leaves must still add up outside it.
+# Outside inference mode: later passes could not update sums that are inference tensors.
 @torch.inference_mode(False)
 @torch.no_grad()
 def _sums_of(weights: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:

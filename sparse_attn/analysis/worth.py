@@ -1,4 +1,4 @@
-"""What a head is worth: how the loss of a model changes when the head is another."""
+"""The worth of a head: the change of a model's loss when the head is changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ALPHAS = {"dense": 1.0, "sparse": 2.0}
 
 
 def count_head_changes(model: nn.Module, changes: Sequence[HeadChange] = get_args(HeadChange)) -> int:
-    """How often :func:`head_worth` evaluates the model, the first time as it is."""
+    """How often :func:`head_worth` evaluates the model, including once unchanged."""
     return 1 + sum(layer.num_heads for change in changes for layer in _layers(model, change).values())
 
 
@@ -29,22 +29,22 @@ def head_worth(
     *,
     progress: Callable[[], None] | None = None,
 ) -> dict[HeadChange, dict[str, Tensor]]:
-    """Change one head at a time, and see how the loss changes.
+    """Change one head at a time, and measure the change of the loss.
 
-    A head is switched "off" by taking its columns out of the output projection; it is made "dense" by α = 1 and
-    "sparse" by α = 2, both within the layer's range of α. Everything else stays, so that the numbers of two heads do
-    not add up. The model is as before when the function returns or raises.
+    "off" sets the head's columns of the output projection to zero; "dense" sets α = 1 and "sparse" α = 2, both within
+    the layer's range of α. Only one head is changed at a time, so the values of two heads do not add up to the effect
+    of changing both. The model is as before when the function returns or raises.
 
     Args:
-        model: with `nn.MultiheadAttention` layers, ours or torch's; those of ours with a learnt α can be made dense
-            and sparse. Put it in `eval()`: dropout would cover what one head does.
-        evaluate: gives the loss, the same for the same model.
-        changes: what is done to each head.
+        model: with `nn.MultiheadAttention` layers, of this library or of torch; "dense" and "sparse" need a layer of
+            this library with a learnt α. Put it in `eval()`: the noise of dropout would hide the effect of one head.
+        evaluate: returns the loss, the same for the same model.
+        changes: the changes to make to each head.
         progress: called after each evaluation.
 
     Returns:
-        Change -> layer name -> (H,): the loss with the head changed less the loss without; above zero the head is
-        worth having as it is. Layers that a change cannot be made to are missing.
+        Change -> layer name -> (H,): the loss with the changed head minus the loss of the unchanged model; a positive
+        value means that the change makes the model worse. Layers without a head that can be changed are missing.
 
     Raises:
         ValueError: if a change is unknown, or there is no layer for any.

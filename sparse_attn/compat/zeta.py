@@ -1,8 +1,7 @@
-"""The sparse mappings of ``zeta.ops`` on our operators, with the meaning that its documentation gives them.
+"""The sparse mappings of ``zeta.ops``, as its documentation describes them.
 
-Both project each row, along the last dimension, on the simplex with at most ``k`` non-zero entries. The package itself
-ignores ``k`` in one and is a softmax over the first dimension in the other; for one row, the first dimension of its
-documented examples, first and last are the same.
+Both project each row, along the last dimension, on the simplex with at most ``k`` non-zero entries. The package's own
+code differs from its documentation: one function ignores ``k``, and the other is a softmax over the first dimension.
 """
 
 from __future__ import annotations
@@ -38,18 +37,18 @@ def sparsemax(x: Tensor, k: int) -> Tensor:
 
 
 def sparse_softmax(z: Tensor, k: int = 3) -> Tensor:
-    """The same as :func:`sparsemax`, under a name of its own and with a default.
+    """The same as :func:`sparsemax`, under another name and with a default for ``k``.
 
     Args:
         z: Scores (..., d).
-        k: As there.
+        k: How many scores to keep, from 1 to d. Ties go to the lowest index.
 
     Returns:
-        As there.
+        Probabilities of ``z``'s shape and dtype.
 
     Raises:
-        TypeError: As there.
-        ValueError: As there.
+        TypeError: ``z`` is not floating or ``k`` is not an int.
+        ValueError: ``k`` is below 1 or above d.
 
     Example:
         >>> import torch

@@ -305,7 +305,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         if self.bias_k is not None and self.bias_v is not None:
             biases = (self.bias_k, self.bias_v)
             extra.append(
-                [rearrange(b, "1 1 (h d) -> 1 h 1 d", d=self.head_dim).expand(len(k), -1, -1, -1) for b in biases]
+                [rearrange(b, "1 1 (h d) -> 1 h 1 d", d=self.head_dim).expand(k.shape[0], -1, -1, -1) for b in biases]
             )
         if self.add_zero_attn:
             extra.append([torch.zeros_like(k[..., :1, :]), torch.zeros_like(v[..., :1, :])])

@@ -230,30 +230,32 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
     """Raise unless query, key and value have the same dtype, the same device and shapes that fit."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_floating(x, name)
-    dtypes = (query.dtype, key.dtype, value.dtype)
-    if len(set(dtypes)) > 1 and not torch.is_autocast_enabled(query.device.type):
-        raise TypeError(f"query, key and value must have one dtype, got {', '.join(map(str, dtypes))}")
-    shapes = f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if min(query.dim(), key.dim(), value.dim()) < 2:
-        raise ValueError(f"query, key and value must have at least 2 dimensions; {shapes}")
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query and key must have the same last size D; {shapes}")
-    if key.shape[-2] != value.shape[-2]:
-        raise ValueError(f"key and value must have the same length S; {shapes}")
-    if query.device != key.device or query.device != value.device:
+    if not (query.dtype == key.dtype == value.dtype or torch.is_autocast_enabled(query.device.type)):
+        dtypes = ", ".join(str(x.dtype) for x in (query, key, value))
+        raise TypeError(f"query, key and value must have one dtype, got {dtypes}")
+    if not query.device == key.device == value.device:
         devices = f"{query.device}, {key.device} and {value.device}"
         raise ValueError(f"query, key and value must be on one device, got {devices}")
-    if enable_gqa and (
-        min(query.dim(), key.dim(), value.dim()) < 3
-        or not key.shape[-3]
-        or query.shape[-3] % key.shape[-3]
-        or key.shape[-3] != value.shape[-3]
-    ):
-        raise ValueError(f"key and value must have the same number of heads, a divisor of the query's; {shapes}")
+    if wrong := _wrong_sizes(query.shape, key.shape, value.shape, enable_gqa):
+        shapes = f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        raise ValueError(f"{wrong}; {shapes}")
+
+
+def _wrong_sizes(query: torch.Size, key: torch.Size, value: torch.Size, enable_gqa: bool) -> str | None:
+    """What does not fit, as the beginning of an error's message."""
+    least = min(len(query), len(key), len(value))
+    if least < 2:
+        return "query, key and value must have at least 2 dimensions"
+    if query[-1] != key[-1]:
+        return "query and key must have the same last size D"
+    if key[-2] != value[-2]:
+        return "key and value must have the same length S"
+    if enable_gqa and (least < 3 or not key[-3] or query[-3] % key[-3] or key[-3] != value[-3]):
+        return "key and value must have the same number of heads, a divisor of the query's"
     axes = -3 if enable_gqa else -2
-    if query.shape[:axes] == key.shape[:axes] == value.shape[:axes]:
-        return
-    try:
-        torch.broadcast_shapes(query.shape[:axes], key.shape[:axes], value.shape[:axes])
-    except RuntimeError as error:
-        raise ValueError(f"batch and head sizes must broadcast; {shapes}") from error
+    if not query[:axes] == key[:axes] == value[:axes]:
+        try:
+            torch.broadcast_shapes(query[:axes], key[:axes], value[:axes])
+        except RuntimeError:
+            return "batch and head sizes must broadcast"
+    return None

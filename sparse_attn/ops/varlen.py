@@ -78,6 +78,8 @@ def entmax_attention_varlen(
     output = attend_packed(call, cu_seqlens_q, cu_seqlens_k)
     if output is not None:
         return output[0].transpose(0, 1)
+    if torch._C._is_tracing():
+        raise RuntimeError("entmax_attention_varlen cannot be traced by torch.jit: the lengths would become constants")
     check_starts(cu_seqlens_q, query.shape[2], "cu_seqlens_q")
     check_starts(cu_seqlens_k, key.shape[2], "cu_seqlens_k")
     outputs = [query.new_empty(*query.shape[:2], 0, value.shape[-1])]

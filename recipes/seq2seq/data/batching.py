@@ -100,7 +100,7 @@ class BatchByLength(Sampler[list[int]]):
             order = [*left, *members]
             rng.shuffle(order)
             size = self._size(longest)
-            # A remainder joins the next longer examples: then the number of batches depends on no random draw.
+            # A remainder joins the next longer examples, so that the number of batches is not random.
             whole = len(order) - len(order) % size
             order, left = order[:whole], order[whole:]
             for start in range(0, whole, POOL * size):

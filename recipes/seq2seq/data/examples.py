@@ -1,4 +1,4 @@
-"""What every data set is: examples in three splits."""
+"""The form of every data set: examples in three splits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pairs(examples: Sequence[Example]) -> list[tuple[str, str]]:
 
 
 def check_count(name: str, value: int) -> None:
-    """Refuses anything but whole numbers from 1 upwards.
+    """Raises unless ``value`` is a whole number of at least 1.
 
     Raises:
         TypeError: If ``value`` is not a whole number.

@@ -61,6 +61,7 @@ def exact_search(model: Models, source: Tensor, *, budget: int, max_length: int)
         ValueError: ``budget`` or ``max_length`` is below 1.
 
     Example:
+        >>> import torch
         >>> from recipes.seq2seq.model import Seq2SeqTransformer
         >>> model = Seq2SeqTransformer(11, 7, dim=16, num_heads=2, ff_dim=32, output="sparsemax")
         >>> best = exact_search(model, torch.randint(4, 11, (1, 7)), budget=1000, max_length=4)[0]

@@ -31,7 +31,7 @@ FOR_EACH_VARIANT(DECLARE)
 
 static const kernels variants[][2] = {FOR_EACH_VARIANT(KERNELS)};
 
-/* Enough parts for the threads of a laptop. Their number depends on shapes alone, and so does the result. */
+/* Enough parts for the threads of a laptop. The number depends only on shapes, so results do not depend on threads. */
 enum { PARTS = 8, ENTRIES_PER_PART = 1 << 16 };
 
 static void describe(attention_task *t) {
@@ -109,7 +109,7 @@ EXPORT int attention_run(int variant, int threads, int backward, const attention
     return failed;
 }
 
-/* What dropout multiplies the weights of some rows by; rows are counted by batch entry, query and head. */
+/* The dropout factors of the weights of some rows; rows are numbered by batch entry, query and head. */
 EXPORT void attention_multipliers(int64_t seed, double probability, int64_t first, int64_t rows, int64_t keys,
                                   double *out) {
     for (int64_t i = 0; i < rows; i++) {

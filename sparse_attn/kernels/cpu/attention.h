@@ -17,7 +17,7 @@ typedef struct {
 
 enum { BOOLEAN = 4 };
 
-/* One call; every member has 8 bytes, so that other languages can write it down as a row of numbers. */
+/* One call. Every member has 8 bytes, so that other languages can pass the struct as an array of numbers. */
 typedef struct {
     int64_t batch, heads, kv_heads, queries, keys, depth, width; /* width: entries of a value */
     int64_t tile_rows;
@@ -42,14 +42,14 @@ static inline double a_of(const attention *c, int64_t head) {
     return c->a_heads ? c->a_heads[head] : c->a;
 }
 
-/* What sequence b of the batch consists of. */
+/* The parts of sequence b of the batch. */
 typedef struct {
     int64_t query_start, queries, key_start, keys, tiles;
     int64_t first_tile; /* its first tile, counted over all heads and all sequences before */
     int64_t first_key;  /* keys of all sequences before */
 } sequence;
 
-/* A call with what attention.c has derived from it. */
+/* A call, and the numbers that attention.c derives from it. */
 typedef struct {
     attention call;
     int backward;

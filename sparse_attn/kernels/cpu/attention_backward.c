@@ -21,7 +21,7 @@ static void use_kept_lists(workspace *w, int64_t tile) {
     }
 }
 
-/* The gradient for the scores of one row, from that for its weights in `grad`, into `grad`. */
+/* Replaces the gradient of one row's weights in `grad` by the gradient of its scores. */
 static double grad_scores(workspace *w, int64_t r, real *grad) {
     const attention *c = &w->task->call;
     const double a = a_of(c, w->head);
@@ -38,7 +38,7 @@ static double grad_scores(workspace *w, int64_t r, real *grad) {
     return grad_a;
 }
 
-/* Weights as they met the values. */
+/* The weights after dropout, as the forward multiplied them with the values. */
 static const real *dropped(workspace *w, int64_t r) {
     if (!(w->task->call.dropout_p > 0)) return w->list_weights[r];
     drop_out(w, r, w->list_places[r], w->list_weights[r], w->sizes[r], w->dropped);

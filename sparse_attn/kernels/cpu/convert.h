@@ -67,7 +67,7 @@ static const real *fetch(vector from, int64_t size, real *buffer) {
     return buffer;
 }
 
-/* Where to put `size` numbers that `deliver` will take to `out`: `out` itself where it holds reals. */
+/* Memory for `size` numbers that `deliver` will write to `out`: `out` itself if its elements are reals. */
 static real *target(void *out, element type, real *buffer) {
     return type == REAL_TYPE ? out : buffer;
 }

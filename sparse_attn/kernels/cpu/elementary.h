@@ -97,7 +97,7 @@ INLINE words biased_exponent(lanes w) {
     return ((words)w + (((word)BIAS << MANTISSA) - SQRT_HALF_BITS)) >> MANTISSA;
 }
 
-INLINE lanes unbiased(words biased) { /* a conversion that not every processor has for 64 bits */
+INLINE lanes unbiased(words biased) { /* not every processor can convert 64-bit integers */
     const real two_to_mantissa = (real)((word)1 << MANTISSA);
     return (lanes)(biased | (words)splat(two_to_mantissa)) - (two_to_mantissa + BIAS);
 }

@@ -39,8 +39,8 @@ static weighted slopes(const real *p, const real *g, int64_t size, double a, rea
     }
 }
 
-/* Σ u g / Σ u. In a row that is nearly one-hot, where Σ u is little more than 1, what the product with the largest entry
- * has rounded away is as much as the gradient: there, once more from what is left of g. */
+/* Σ u g / Σ u. In a nearly one-hot row Σ u is close to 1, and the rounding error of the product with the largest entry is
+ * as large as the gradient. Such a row is computed a second time, from g minus the first result. */
 static origin centre_of(const real *u, const real *g, int64_t size, weighted sums) {
     const double delta = sums.u_g / sums.u;
     if (!(sums.u < 1.1)) return origin_at(0, delta);
@@ -53,7 +53,7 @@ static origin centre_of(const real *u, const real *g, int64_t size, weighted sum
     return origin_at((real)delta, sum_of(rest) / sums.u);
 }
 
-/* What the gradient for α is centred by, and whether float has digits enough for it. */
+/* The mean by which the gradient for α is centred, and whether float has enough digits for it. */
 typedef struct {
     real most;
     double mean; /* Σ p g */
@@ -75,7 +75,7 @@ static overview survey(const real *p, const real *g, int64_t size) {
  * A = Σ p l (g - δ), B = Σ p y (g - δ), H = Σ p l, Y = Σ p y and U = Σ u. It depends on no constant in g, but for its
  * digits.
  */
-enum { BLOCK = 32 * LANES }; /* sums of reals go that far, and are added in double */
+enum { BLOCK = 32 * LANES }; /* number of terms summed as reals before they are added in double */
 
 static double alpha_gradient(const real *p, const real *g, int64_t size, real a, real mean, real *u, origin *delta) {
     double U = 0, UC = 0, P = 0, D = 0, H = 0, A = 0, Y = 0, B = 0;

@@ -4,8 +4,8 @@
 
 #include "lanes.h"
 
-/* A score that everything is counted from, in two parts: one alone would shift all entries by what it rounds away,
- * which in a row of many equal scores is as much as their weight. */
+/* The origin of all differences, in two parts. In one part, its rounding error would shift all entries, which in a row of
+ * many equal scores is as much as their weight. */
 typedef struct {
     real high, low;
 } origin;

@@ -63,7 +63,7 @@ INLINE int unpack_lanes(const real *key, real threshold, const real *packed, rea
 #else
 #define PACKED_AT_ONCE PADDING
 
-/* Mostly no entry of a block takes part; the others go one by one. */
+/* In most blocks no entry takes part; the entries of other blocks are packed one by one. */
 INLINE int none_above(const real *key, real threshold) {
     words below = (words)(load(key) <= threshold);
     for (int j = LANES; j < PACKED_AT_ONCE; j += LANES) below &= (words)(load(key + j) <= threshold);

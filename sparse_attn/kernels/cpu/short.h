@@ -96,7 +96,7 @@ INLINE lanes solve_lanes_family(const short_rows *x, const family of, real a, la
         at = evaluate_lanes(x, of, a, top, reach);
         if (of == SOFTMAX) break;
         if (of == GENTLE) { /* (max p)^a = a reach */
-            const lanes most = a * reach, unit = power_lanes(most, 1 / a);
+            const lanes most = a * reach, unit = exp_lanes(log1p_lanes(-a * sigma) / a);
             at.total *= unit, at.slope *= unit / most, at.curve *= unit / (most * most);
         }
         const lanes excess = at.total - one, now = at_least(excess, -excess);
@@ -113,7 +113,7 @@ INLINE lanes solve_lanes_family(const short_rows *x, const family of, real a, la
         reach = of == GENTLE ? (one - a * sigma) / a : reach - taken; /* near α = 1 the reach has lost the digits of σ */
         before = now;
     }
-    if (of == GENTLE) at.total /= power_lanes(a * reach, 1 / a);
+    if (of == GENTLE) at.total /= exp_lanes(log1p_lanes(-a * sigma) / a);
     return select_below(zero, at.total, one / at.total, zero);
 }
 

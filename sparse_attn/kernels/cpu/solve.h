@@ -14,7 +14,7 @@
 
 enum { MAX_SWEEPS = 100 };
 
-/* A distance from σ that has no weight at any α, and still overflows nothing. */
+/* A distance from σ with weight zero for every α, and not large enough to cause overflow. */
 static const real NOWHERE = -REAL_MAX / 2;
 
 typedef struct {
@@ -148,7 +148,7 @@ INLINE double climb_family(const real *x, int64_t size, const family of, real a,
         /* A step from close by lands on the root, and for α = 2 any that finds the support: what Σ p is off after that is
          * rounding. */
         const int landed = now < rounding && (before < 1e-3 || of == SPARSEMAX);
-        /* softmax is done by the division by Σ p */
+        /* for softmax, the division by Σ p gives the result */
         if (of == SOFTMAX || landed || !(now > error && (now < before || now > 1e-3)) || sweep == MAX_SWEEPS)
             return at.total / at.unit;
         below |= now > before / 2; /* jumping to and fro */
@@ -163,8 +163,8 @@ INLINE double climb_family(const real *x, int64_t size, const family of, real a,
     }
 }
 
-/* A step for a long row from every eighth block of it, which takes the place of one from all of it. It may go too far,
- * and goes nowhere where the blocks do not hold what has weight. */
+/* A step for a long row, computed from every eighth block instead of all blocks. The step may pass the root, and is 0 if
+ * these blocks have no weight. */
 static double sampled_step(const real *x, int64_t size, double a, real top, double sigma, real *p) {
     enum { EVERY = 8 };
     int64_t count = 0;
@@ -190,8 +190,8 @@ static double climb(const real *x, int64_t size, double a, real top, double *sig
 }
 
 #ifdef REAL_DOUBLE
-/* The same for α > 2: a bracket with bisection as the fall-back. The slope is infinite there where an entry enters the
- * support, so a short step proves nothing: what is asked is that the sum be 1, or the bracket empty. */
+/* The same for α > 2: Newton's method within a bracket, with bisection where a step leaves it. The slope at the edge of
+ * the support is infinite, so a short step is no sign of convergence: the sum must be 1, or the bracket empty. */
 static double bracket(const real *x, int64_t size, double a, real top, real *p) {
     double low = 0, high = -expm1(-a * log((double)size)) / a * (1 + REAL_EPS), sigma = 0, error_before = INFINITY;
     norms at = {0, 0, 0, 1};
@@ -205,7 +205,7 @@ static double bracket(const real *x, int64_t size, double a, real top, real *p) 
         sigma = newton > low && newton < high && error <= error_before / 2 ? newton : (low + high) / 2;
         error_before = error;
     }
-    /* At the upper end of an empty bracket all of many equal scores may have left the support. */
+    /* At the upper end of an empty bracket, many equal scores may all be outside the support. */
     if (1 - at.total > 2 * REAL_EPS) at = evaluate(x, size, STEEP, a, top, low, p);
     return at.total;
 }

@@ -4,7 +4,7 @@
 
 #include "lanes.h"
 
-/* A sum that is right to rounding however many terms it has: what an addition rounds away is kept. */
+/* A sum that is exact to rounding for any number of terms: the rounding errors of the additions are kept. */
 typedef struct {
     lanes sum, lost;
 } tally;

@@ -61,7 +61,7 @@ static int64_t in_panels(int64_t size) {
     return (size + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS * BLOCK_COLUMNS;
 }
 
-/* Hands out parts of a block of memory; without a block, it only counts. */
+/* Allocates parts of a block of memory; without a block, only counts the bytes. */
 typedef struct {
     char *block;
     size_t used;
@@ -152,7 +152,7 @@ static rows rows_of(const tensor *x, int64_t b, int64_t head, int64_t first, int
     return (rows){buffer, padded};
 }
 
-/* Which of the batch entries of a tensor holds a sequence: packed ones lie one after the other in the first. */
+/* The batch entry of a tensor that holds a sequence: all packed sequences are in the first entry. */
 static int64_t entry_of(const attention *c, const workspace *w) {
     return c->query_starts ? 0 : w->of - w->task->sequences;
 }
@@ -179,7 +179,7 @@ static const real *row_in_place(const workspace *w, const tensor *x, int64_t j, 
     return buffer;
 }
 
-/* Whether keys and values are finite: a matrix product would make NaN of a weight of zero and a value that is not. */
+/* Whether keys and values are finite: in a matrix product, a weight of zero times an infinite value would be NaN. */
 static int is_finite(workspace *w) {
     if (w->finite >= 0) return w->finite;
     lanes sum = splat(0);
@@ -190,7 +190,7 @@ static int is_finite(workspace *w) {
     return w->finite = sum_of(sum) == 0;
 }
 
-/* The keys that query i sees by its place alone, within a range. */
+/* The keys within a range that query i sees by position, apart from masks. */
 static void narrow(const attention *c, int64_t i, int64_t *begin, int64_t *end) {
     if (i + c->right + 1 < *end) *end = i + c->right + 1 > *begin ? i + c->right + 1 : *begin;
     if (i - c->left > *begin) *begin = i - c->left < *end ? i - c->left : *end;
@@ -319,7 +319,9 @@ static void hide_masked(const workspace *w, const real *added, real *scores, int
 /* A bit for each lane that is not zero; NaN is not. */
 INLINE uint32_t nonzero_bits(lanes x) {
 #if defined(__AVX512F__)
-    return COMPARE(x, splat(0), _CMP_NEQ_UQ);
+    uint32_t bits = COMPARE(x, splat(0), _CMP_NEQ_UQ);
+    __asm__("" : "+r"(bits)); /* GCC 12 may store a mask of 16 bits and load 32: a register has zeros there */
+    return bits;
 #elif defined(__SSE2__)
     return (uint32_t)OP(movemask)((lanes)(x != 0));
 #else
