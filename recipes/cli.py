@@ -36,7 +36,7 @@ _NEEDED = ("lightning", "hydra", "rich", "rapidfuzz")
 
 
 def usage() -> str:
-    """What ``sparse-attn -h`` prints."""
+    """The text that ``sparse-attn -h`` prints."""
     return USAGE.format(commands="\n".join(f"  {name:<9} {purpose}" for name, purpose in COMMANDS.items()))
 
 

@@ -59,7 +59,7 @@ class Timing(NamedTuple):
         return result
 
     def named(self) -> Measured:
-        """What the result belongs to."""
+        """The key of the result."""
         key = {"group": self.group, "length": self.length, "who": self.what, "step": self.step}
         return key | {"case": f"{self.group}, {self.length}", "what": f"{self.what}, {self.step}"}
 

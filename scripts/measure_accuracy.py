@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
 
 
 def heading() -> str:
-    """What was run, and on what."""
+    """The versions and the machine of the measurement."""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, entmax {version('entmax')}"
     scales = ", ".join(f"{scale:g}" for scale in SCALES)
     return f"""# Accuracy
@@ -319,7 +319,7 @@ def relative(got: Tensor, exact: Tensor) -> float:
 
 
 def hard_inputs() -> str:
-    """What comes out of rows that go wrong elsewhere."""
+    """Results for rows on which other packages fail."""
     inf, low = math.inf, torch.finfo(torch.float32).min
     torch.manual_seed(2)
     random = torch.randn(8, 128)

@@ -1,10 +1,10 @@
-"""Predict from the compiled kernels, without a GPU, what a change of tiles brings, and what a learnt α costs.
+"""Predict from the compiled kernels, without a GPU, the speed-up of other tile sizes and the cost of a learnt α.
 
     python scripts/predict_gpu.py [--write]     five minutes; --write keeps the page as benchmarks/gpu_predictions.md
 
-Counts the instructions of the innermost loops, which go over tiles of keys or of queries, for each score of a tile: the
-kernels have far more of other arithmetic than of matrix products, so that issuing instructions is what they wait for. A
-prediction is a ratio of these counts. It knows nothing of latencies, of caches, or of how many tiles have weight.
+Counts the instructions per score in the innermost loops over tiles of keys or of queries. The kernels have far more
+other arithmetic than matrix products, so their speed is limited by the number of instructions. A prediction is a ratio
+of these counts. It ignores latencies, caches and the number of tiles with weight.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Count(NamedTuple):
     spilled: int  # bytes of a thread, of all kernels
 
     def total(self) -> float:
-        """Of a forward and backward pass in which all tiles have weight."""
+        """The count of a forward and backward pass in which all tiles have weight."""
         return self.largest + SWEEPS * self.newton + self.output + self.queries + self.keys
 
 
@@ -94,7 +94,7 @@ def page() -> Iterator[str]:
 
 
 def count(tile: tuple[int, int, int], alpha: torch.Tensor | None) -> Count:
-    """What the three kernels of attention are compiled to with these tiles."""
+    """The instruction counts of the three attention kernels, compiled with these tiles."""
     found: list[list[float]] = []
     spilled: list[int] = []
 

@@ -3,13 +3,13 @@
 python scripts/run_peer_tests.py [WHEEL | FOLDER] [--seed SEED]
 
 WHEEL is that of entmax 1.3, FOLDER one that holds its package (site-packages, say); without either the wheel is
-downloaded. The tests draw random data without a seed, some of them on import: each is given one here. What they import
-of the package's private helpers is in ``sparse_attn/compat/entmax/activations.py``, under the same names.
+downloaded. The tests draw random data without a seed, some of them on import: this script sets one for each. The
+private helpers that they import have the same names in ``sparse_attn/compat/entmax/activations.py``.
 
 ``test_budget_grad_multiple_k`` is flaky upstream: it calls normmax with four α drawn from (0, 6), and below 1 the
 package returns noise. The default seed draws all four above 1, so that it passes there as it does here.
-``test_entmax_grad`` at α = 2.25 fails with some seeds, upstream's and ours alike: where an entry enters the support the
-slope is infinite, and a finite difference across that place is no derivative.
+``test_entmax_grad`` at α = 2.25 fails with some seeds, for both packages: the slope at the edge of the support is
+infinite, and a finite difference across this point does not approximate a derivative.
 """
 
 from __future__ import annotations

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-from torch.fx import _symbolic_trace
+from torch.fx import Proxy, _symbolic_trace
 
 from sparse_attn.versions import is_exporting
+
+_Forward = TypeVar("_Forward", bound=Callable[..., Any])
+
+
+def leaf(forward: _Forward) -> _Forward:
+    """Decorate the ``forward`` of a module that ``torch.fx.symbolic_trace`` shall record as one call, not look into.
+
+    The tracer does so with torch's own modules, which it tells by their name; their drop-ins have another.
+    """
+
+    @functools.wraps(forward)
+    def recorded(module: Any, *args: Any, **kwargs: Any) -> Any:
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, Proxy):
+                tracer: Any = x.tracer
+                return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
+        return forward(module, *args, **kwargs)
+
+    return cast(_Forward, recorded)
 
 
 def is_traced() -> bool:

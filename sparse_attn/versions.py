@@ -1,4 +1,4 @@
-"""What differs between the versions of Python, torch and Triton that are supported.
+"""Differences between the supported versions of Python, torch and Triton.
 
 Each difference has one name here and says with which version it ends. No other module of the package asks for a
 version. ``docs/versions.md`` lists the versions that the tests have passed with and what the older ones cannot do.
@@ -93,7 +93,7 @@ def _autocast_available(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
-# What torch.compiler.assume_constant_result does, but that imports Dynamo, which takes a second.
+# The same as torch.compiler.assume_constant_result, whose import of Dynamo would take a second.
 _dynamo_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _autocast_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

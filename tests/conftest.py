@@ -1,4 +1,4 @@
-"""What every test starts from: one thread, a working Ctrl-C, a fixed seed, no memory that happens to hold zeros."""
+"""The initial state of every test: one thread, a working Ctrl-C, a fixed seed, `torch.empty` filled with NaN."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fixed_seed() -> None:
 
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill floating tensors of `torch.empty` with NaN: a value that nobody has written cannot pass a test."""
+    """Fill floating tensors of `torch.empty` with NaN, so that unwritten values fail a test."""
 
     def filled(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(create)

@@ -121,7 +121,7 @@ def merge(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor |
 
 
 def added(mask: Tensor | None) -> Tensor:
-    """What a mask of `nn.MultiheadAttention` adds to the scores."""
+    """The numbers that a mask of `nn.MultiheadAttention` adds to the scores."""
     if mask is None:
         return torch.zeros(())
     return torch.zeros(mask.shape).masked_fill(mask, -INF) if mask.dtype == torch.bool else mask

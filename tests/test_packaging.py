@@ -1,4 +1,4 @@
-"""What the package promises to whoever installs or imports it."""
+"""Installation and import of the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What swapping refuses, in both directions: said before anything is changed."""
+"""Models that replace_attention and restore_attention refuse, before any change."""
 
 from __future__ import annotations
 

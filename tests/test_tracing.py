@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
 from typing import Any
@@ -205,3 +206,43 @@ def test_packed_sequences_are_not_traced_with_constant_lengths() -> None:
     model = Calls(lambda x, starts: entmax_attention_varlen(x, x, x, starts, starts))
     with pytest.raises(RuntimeError, match="lengths would become constants"):
         torch.jit.trace(model, (torch.randn(5, 2, 7), starts))
+
+
+class Block(nn.Module):
+    """A block as those of vision models: attention called with names, its weights not asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.weights = Entmax(1.4, learn_alpha=True)
+        self.core = SparseAttention(k=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        y, _ = self.attention(y, y, value=y, need_weights=False)
+        return x + self.core(y, y, y) * self.weights(y)
+
+
+def test_symbolic_tracing_takes_layers_as_leaves() -> None:
+    block, x = Block(), torch.randn(2, 5, 6)
+    replace_attention(block)
+    traced = torch.fx.symbolic_trace(block)
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert targets == ["norm", "attention", "core", "weights"]
+    assert torch.equal(traced(x), block(x))
+    assert torch.equal(copy.deepcopy(traced)(x), block(x))
+
+
+def test_features_can_be_taken_out_of_a_symbolic_trace() -> None:
+    block, x = Block(), torch.randn(2, 5, 6)
+    replace_attention(block)
+    traced = torch.fx.symbolic_trace(block)
+    (attention,) = (node for node in traced.graph.nodes if node.target == "attention")
+    for node in reversed(traced.graph.nodes):
+        if node.op == "output":
+            node.args = (attention,)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    normed = block.norm(x)
+    torch.testing.assert_close(traced(x)[0], block.attention(normed, normed, normed)[0])

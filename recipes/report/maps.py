@@ -37,7 +37,7 @@ AXES_MEAN: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """What one layer does with one word: weights (H, L, S), visible (L, S), what the positions stand for."""
+    """The attention of one layer for one word: weights (H, L, S), visible (L, S), and the tokens of the positions."""
 
     layer: str
     kind: Kind

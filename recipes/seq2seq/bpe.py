@@ -33,7 +33,7 @@ def learn_bpe(texts: Iterable[str], size: int) -> str:
 
 
 def load_bpe(state: str) -> Tokenizer:
-    """What :func:`learn_bpe` gave, ready to encode.
+    """A tokenizer from the JSON of :func:`learn_bpe`.
 
     Raises:
         ValueError: If it is something else.

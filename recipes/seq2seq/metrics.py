@@ -26,7 +26,7 @@ EDIT_METRICS = {
 }
 TEXT_METRICS = {"bleu": Metric("BLEU", higher_is_better=True), "chrf": Metric("chrF", higher_is_better=True)}
 METRICS = {**EDIT_METRICS, **TEXT_METRICS}
-# What is measured under teacher forcing.
+# Scores under teacher forcing.
 MEANS = {"loss": Metric("loss"), "support": Metric("support")}
 BLEU_TOKENIZERS = ("13a", "none", "intl", "char", "zh")
 

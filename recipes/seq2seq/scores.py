@@ -19,7 +19,7 @@ Decode: TypeAlias = Callable[[Tensor], list[list[int]]]
 
 @dataclass
 class Scores:
-    """What was predicted for the words seen so far, and how far it was from right."""
+    """The predictions for the words so far, and their distances to the references."""
 
     sources: list[str] = field(default_factory=list)
     predictions: list[list[str]] = field(default_factory=list)

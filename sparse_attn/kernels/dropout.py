@@ -37,7 +37,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def dropout_noise(like: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
-    """What dropout multiplies by: 0 with probability ``p``, otherwise ``1 / (1 - p)``; shaped like ``like``."""
+    """Dropout factors of the shape of ``like``: 0 with probability ``p``, otherwise ``1 / (1 - p)``."""
     dropped = round(p * _LEVELS)
     noise = torch.empty_like(like, requires_grad=False)
     if like.device.type != "cpu" or dropped in (0, _LEVELS):

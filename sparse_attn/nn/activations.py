@@ -10,6 +10,7 @@ from sparse_attn.ops.budget import budget_sparsemax
 from sparse_attn.ops.entmax import entmax, entmax15, sparsemax
 from sparse_attn.ops.normmax import normmax
 from sparse_attn.ops.topk import sparse_softmax, topk_softmax
+from sparse_attn.transforms import leaf
 
 
 class Sparsemax(nn.Module):
@@ -34,6 +35,7 @@ class Sparsemax(nn.Module):
         super().__init__()
         self.dim = dim
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """Map scores to probabilities."""
         return sparsemax(x, self.dim)
@@ -65,6 +67,7 @@ class Entmax15(nn.Module):
         super().__init__()
         self.dim = dim
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """Map scores to probabilities."""
         return entmax15(x, self.dim)
@@ -120,6 +123,7 @@ class Entmax(HoldsAlpha):
         super().__init__(alpha, learn_alpha=learn_alpha, alpha_range=alpha_range)
         self.dim = dim
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """Map scores to probabilities."""
         return entmax(x, self.alpha, self.dim)
@@ -162,6 +166,7 @@ class Normmax(nn.Module):
         hold(self, "alpha", alpha)
         self.dim = dim
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """Map scores to probabilities."""
         return normmax(x, self.alpha, self.dim)
@@ -204,6 +209,7 @@ class BudgetSparsemax(nn.Module):
         hold(self, "budget", budget)
         self.dim = dim
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """Map scores to entries of [0, 1] that sum to the budget."""
         return budget_sparsemax(x, self.budget, self.dim)
@@ -242,6 +248,7 @@ class TopkSoftmax(nn.Module):
         self.k = k
         self.dim = dim
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """Map scores to probabilities."""
         return topk_softmax(x, self.k, self.dim)
@@ -280,6 +287,7 @@ class SparseSoftmax(nn.Module):
         self.k = k
         self.dim = dim
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """Map scores to probabilities."""
         return sparse_softmax(x, self.k, self.dim)

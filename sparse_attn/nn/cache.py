@@ -59,7 +59,7 @@ class KVCache:
         return self.key, self.value
 
     def joined(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What :meth:`append` would return, without adding anything."""
+        """The result of :meth:`append`, without a change of the cache."""
         if self.key is None or self.value is None:
             return key, value
         return torch.cat([self.key, key], -2), torch.cat([self.value, value], -2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from sparse_attn.kernels.dropout import dropout
+from sparse_attn.transforms import leaf
 
 
 class Dropout(nn.Dropout):
@@ -15,6 +16,7 @@ class Dropout(nn.Dropout):
         Dropout(p=0.1, inplace=False)
     """
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         """``input`` with a share ``p`` of zeros and the rest scaled in training; ``input`` itself otherwise."""
         if self.inplace or not self.training:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sparse_attn.nn.alpha import HoldsAlpha
 from sparse_attn.ops.losses import check_loss_arguments, entmax15_loss, entmax_loss, sparsemax_loss
+from sparse_attn.transforms import leaf
 
 
 class SparsemaxLoss(nn.Module):
@@ -53,6 +54,7 @@ class SparsemaxLoss(nn.Module):
         super().__init__()
         _hold_arguments(self, weight, ignore_index, reduction, label_smoothing)
 
+    @leaf
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """The loss."""
         return sparsemax_loss(x, target, **_arguments(self))
@@ -105,6 +107,7 @@ class Entmax15Loss(nn.Module):
         super().__init__()
         _hold_arguments(self, weight, ignore_index, reduction, label_smoothing)
 
+    @leaf
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """The loss."""
         return entmax15_loss(x, target, **_arguments(self))
@@ -177,6 +180,7 @@ class EntmaxLoss(HoldsAlpha):
         super().__init__(alpha, learn_alpha=learn_alpha, alpha_range=alpha_range)
         _hold_arguments(self, weight, ignore_index, reduction, label_smoothing)
 
+    @leaf
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """The loss."""
         return entmax_loss(x, target, self.alpha, **_arguments(self))

@@ -1,4 +1,4 @@
-"""The α of a whole model: which modules hold one, which of them attend, and what it is in every head."""
+"""The α of a whole model: the modules with an α, those among them that attend, and the α of every head."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def alpha_per_head(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         ``{layer name: (num_heads,) tensor}`` in the order of ``model.named_modules()``, copies without a graph; empty
-        without such layers. A ``SparseAttention`` counts where its α is (H,), an attention module of another library
-        where it has been given a learnt α: also while its ``attn_implementation`` is another, and the α has no effect.
-        Of a model that is sharded over processes (FSDP2) whole tensors; each has to ask for them.
+        without such layers. A ``SparseAttention`` is included if its α has the shape (H,). An attention module of
+        another library is included if it has a learnt α, also while another ``attn_implementation`` ignores this α.
+        For a model that is sharded over processes (FSDP2), tensors are complete, and every process must call this.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
 
     Example:
         >>> model = nn.Sequential(AdaptiveSparseMultiheadAttention(8, 2, alpha_init=[1.25, 1.75]))
@@ -39,18 +39,18 @@ def alpha_per_head(model: nn.Module) -> dict[str, Tensor]:
     for name, module in alpha_modules(model).items():
         alpha = module.alpha
         if of_attention(name, module) and isinstance(alpha, Tensor) and alpha.dim() == 1:
-            # A module of others goes by its own name, and not by that of the α it has been given.
+            # A module of another library has its own name here, not the name of the α module inside it.
             layer = name.rpartition(".")[0] if isinstance(module, HeadAlpha) else name
             alphas[layer] = whole(alpha.detach()).clone()
     return alphas
 
 
 def of_attention(name: str, module: nn.Module) -> bool:
-    """A ``filter_fn`` for the α of attention layers alone; that of a loss is part of the objective.
+    """A ``filter_fn`` that selects the α of attention layers. The α of a loss is part of the training objective.
 
     Args:
-        name: Of the module.
-        module: The one that holds α. ``Entmax`` may be anything, and is none of them.
+        name: The name of the module.
+        module: The module with α. ``Entmax`` does not count as attention, since it may be used for other purposes.
 
     Example:
         >>> from sparse_attn import EntmaxLoss
@@ -64,10 +64,10 @@ def of_attention(name: str, module: nn.Module) -> bool:
 
 
 def alpha_modules(model: nn.Module) -> dict[str, WideAlpha]:
-    """Every module with an α that the model computes with, by name; one that is at several places by its first.
+    """All modules with an α that the model uses, by name; a module in several places has its first name.
 
-    PEFT's `modules_to_save` keeps the module it has copied, and the copies of adapters that are not active. They are
-    left out, and what counts has the name that it had before it was wrapped.
+    PEFT's `modules_to_save` keeps the original module and the copies of inactive adapters. Both are left out. The
+    active copy has the name that the module had before it was wrapped.
     """
     check_module(model)
     found: dict[str, WideAlpha] = {}
@@ -87,7 +87,7 @@ def _collect(module: nn.Module, name: str, found: dict[str, WideAlpha], seen: se
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """What PEFT's wrapper passes its input on to; any other module itself."""
+    """The module that PEFT's wrapper calls; any other module unchanged."""
     original, copies = module._modules.get("original_module"), module._modules.get("modules_to_save")
     if original is None or not isinstance(copies, nn.ModuleDict):
         return module

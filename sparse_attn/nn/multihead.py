@@ -16,6 +16,7 @@ from sparse_attn.nn.positions import Positions, Rotary, places, turn
 from sparse_attn.nn.scaling import LengthScaling
 from sparse_attn.observe import report_weights, weights_are_observed
 from sparse_attn.ops.attention import ScoreMapping, attend
+from sparse_attn.transforms import leaf
 
 
 class SparseMultiheadAttention(nn.MultiheadAttention):
@@ -145,6 +146,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         """The function from scores (N, H, L, S) to weights."""
         raise NotImplementedError
 
+    @leaf
     def forward(
         self,
         query: Tensor,

@@ -9,6 +9,7 @@ from sparse_attn.masks import visible_pairs
 from sparse_attn.nn.alpha import HoldsAlpha
 from sparse_attn.observe import report_weights, weights_are_observed
 from sparse_attn.ops.attention import attend, entmax_mapping, topk_mapping
+from sparse_attn.transforms import leaf
 
 
 class SparseAttention(HoldsAlpha):
@@ -69,6 +70,7 @@ class SparseAttention(HoldsAlpha):
         self.scale = scale
         self.dropout = dropout
 
+    @leaf
     def forward(
         self,
         query: Tensor,

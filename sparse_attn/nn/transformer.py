@@ -14,6 +14,7 @@ from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
 from sparse_attn.nn.cache import DecoderCache, KVCache
 from sparse_attn.nn.dropout import Dropout
 from sparse_attn.nn.positions import Rotary
+from sparse_attn.transforms import leaf
 
 Activation = Callable[[Tensor], Tensor]
 NormKind = Literal["layer", "rms"]
@@ -134,6 +135,7 @@ class TransformerEncoderLayer(_Layer):
         self.self_attn = attention(d_model, nhead, **factory_of_attention, **attention_kwargs)
         self.norm1, self.norm2 = (_make_norm(norm, d_model, layer_norm_eps, factory) for _ in range(2))
 
+    @leaf
     def forward(
         self,
         src: Tensor,
@@ -250,6 +252,7 @@ class TransformerDecoderLayer(_Layer):
         self.multihead_attn = (cross_attention or attention)(d_model, nhead, **factory_of_attention, **of_cross)
         self.norm1, self.norm2, self.norm3 = (_make_norm(norm, d_model, layer_norm_eps, factory) for _ in range(3))
 
+    @leaf
     def forward(
         self,
         tgt: Tensor,

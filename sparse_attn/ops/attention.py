@@ -242,7 +242,7 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
 
 
 def _wrong_sizes(query: torch.Size, key: torch.Size, value: torch.Size, enable_gqa: bool) -> str | None:
-    """What does not fit, as the beginning of an error's message."""
+    """The mismatch of the shapes, as the beginning of an error message."""
     least = min(len(query), len(key), len(value))
     if least < 2:
         return "query, key and value must have at least 2 dimensions"

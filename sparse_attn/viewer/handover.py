@@ -1,4 +1,4 @@
-"""What other viewers take: the arguments of BertViz and CircuitsVis."""
+"""Export to other viewers: the arguments of BertViz and CircuitsVis."""
 
 from __future__ import annotations
 

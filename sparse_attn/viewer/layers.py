@@ -1,4 +1,4 @@
-"""What a record holds, brought into the shape that a view shows, and checked."""
+"""The layers of a record, checked and converted for a view."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class AttentionView:
         return page(self)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the page in a frame of its own, so that neither changes the style of the other."""
+        """HTML for a notebook: the page in a frame, so that page and notebook do not change each other's style."""
         return (
             f'<iframe srcdoc="{html.escape(self.html())}" title="{html.escape(_encodable(self.title))}" '
             f'sandbox="allow-scripts allow-downloads" '

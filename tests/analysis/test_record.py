@@ -1,4 +1,4 @@
-"""What is recorded: the statistics of every head, over any number of passes."""
+"""The content of a record: statistics of every head, over any number of passes."""
 
 from __future__ import annotations
 

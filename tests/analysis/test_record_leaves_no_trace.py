@@ -1,4 +1,4 @@
-"""What a recorded model still gives, and that nothing is left on it."""
+"""A record changes neither the results of a model nor the model itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the losses refuse, and how they say so."""
+"""Error messages of the losses."""
 
 from __future__ import annotations
 

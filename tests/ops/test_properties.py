@@ -1,4 +1,4 @@
-"""What holds for every row of scores, asked of thousands of rows that were chosen to be awkward.
+"""Properties that hold for every row of scores, checked on thousands of difficult rows.
 
 SPARSE_ATTN_EXAMPLES=5000 pytest tests/ops/test_properties.py      as many new ones each time, at random
 """
@@ -117,7 +117,7 @@ def total(p: Tensor) -> float:
 
 
 def rounding_of_a_sum(p: Tensor) -> float:
-    """What rounding the entries of ``p`` to its own dtype may do to their sum."""
+    """The error of the sum of ``p`` from rounding its entries to its dtype."""
     info = torch.finfo(p.dtype)
     return (
         1e-13 + 3e-7 * (p.dtype != torch.float64) + info.eps / 2 * total(p) + len(p) * info.smallest_normal * info.eps

@@ -1,4 +1,4 @@
-"""What a command line means before Hydra reads it: paths and words as typed, flags anywhere."""
+"""Preparation of the command line for Hydra: paths and words are literal, flags may stand anywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values that nobody would give on purpose: one line, and nothing is written."""
+"""Invalid values are refused in one line, and no file is written."""
 
 import os
 import subprocess

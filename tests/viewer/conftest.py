@@ -111,7 +111,7 @@ class ReadPage(NamedTuple):
 
 
 def page_contents(html: str) -> ReadPage:
-    """What a page holds."""
+    """The content of a page."""
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
     assert data is not None
     blobs = re.findall(r'<script type="text/plain" id="([^"]*)">([^<]*)</script>', html)

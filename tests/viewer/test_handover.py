@@ -1,4 +1,4 @@
-"""What BertViz and CircuitsVis take."""
+"""The arguments of BertViz and CircuitsVis."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def content_key(parts: Iterable[str]) -> str:
 
 
 def cached_ids(folder: str | Path | None, parts: Sequence[str], encode: Callable[[], Ids]) -> Ids:
-    """What ``encode()`` gives, read from ``folder`` if it holds the result for these ``parts``.
+    """The result of ``encode()``, read from ``folder`` if the folder has the result for these ``parts``.
 
     A file that cannot be read is made again.
 

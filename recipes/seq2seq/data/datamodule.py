@@ -203,7 +203,7 @@ class Seq2SeqData(L.LightningDataModule):
         return max(len(row.target_ids) for row in self._train_rows()) + EXTRA_LENGTH
 
     def notes(self) -> list[str]:
-        """What a user should know before training: pairs left out, inputs cut off, symbols never seen."""
+        """Messages for the user before training: pairs left out, inputs cut off, symbols never seen."""
         self._train_rows()
         notes = []
         if self._left_out:

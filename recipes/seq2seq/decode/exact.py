@@ -117,7 +117,7 @@ class _Search:
         self.single = True
 
     def next_prefixes(self) -> list[_Prefix]:
-        """What to expand next; the budget is not exceeded."""
+        """The prefixes to expand next, within the budget."""
         if self.dive is not None:
             return [self.dive]
         count = min(1 + self.expansions // GROWTH, WIDEST, self.budget - self.expansions)

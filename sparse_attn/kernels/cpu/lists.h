@@ -1,5 +1,5 @@
-/* Products with rows of a matrix that a list names, for the attention kernels: a list holds the places of the weights of
- * one query that are not zero. Widths are whole vectors.
+/* Products with the rows of a matrix that a list selects, for the attention kernels. A list holds the places of the
+ * non-zero weights of one query. Widths are whole vectors.
  */
 #ifndef SPARSE_ATTN_LISTS_H
 #define SPARSE_ATTN_LISTS_H

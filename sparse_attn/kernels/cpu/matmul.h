@@ -48,7 +48,7 @@ INLINE void block_product(const real *a, const int64_t a_row, const int64_t a_st
         for (int v = 0; v < vectors; v++) store(c + i * c_row + v * LANES, sum[i][v]);
 }
 
-/* How many rows the next block has, of those that are left. */
+/* The number of rows in the next block, given the number of rows left. */
 INLINE int block_of(int64_t left) {
     return left >= BLOCK_ROWS ? BLOCK_ROWS : left >= HALF_BLOCK ? HALF_BLOCK : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }

@@ -35,7 +35,7 @@ static real weightless(real top, double a, double sigma, real lowest) {
     return threshold > lowest ? threshold : lowest;
 }
 
-/* How a row was solved. Where it was, `scale` times the packed numbers is p, and their scores lie above `threshold`. */
+/* The state of a row. If SOLVED, p is `scale` times the packed numbers, and their scores lie above `threshold`. */
 typedef struct {
     enum { MASKED, UNDEFINED, SOLVED } state; /* all of it masked; NaN or +inf among the scores; neither */
     int64_t count;
@@ -127,7 +127,7 @@ double EXPORTED(backward)(vector p, vector grad, int64_t size, double a, int wit
         if (seen.most * (float)size < 2 || seen.most > 0.99f)
             return EXPORTED_IN_DOUBLE(backward)(p, grad, size, a, with_alpha, out, scratch);
 #endif
-        const real tiny = (real)1e-3 * REAL_EPS; /* in the place of 0, where it makes no difference */
+        const real tiny = (real)1e-3 * REAL_EPS; /* replaces 0, with the same result */
         const real of_alpha = fabs(a) < tiny ? tiny : (real)a;
         grad_alpha = alpha_gradient(weights, g, padded, of_alpha, (real)seen.mean, u, &delta);
     } else {

@@ -35,7 +35,7 @@ static int strands_for_start(int64_t size) {
     return size < 256 ? 16 : size < 4096 ? 64 : 256;
 }
 
-/* Enough strands that their k-th largest maximum leaves few other entries above it; 16 where that cannot be. */
+/* A number of strands for which few other entries lie above the k-th largest maximum; 16 if there is none. */
 static int strands_for_largest(int64_t size, int64_t k) {
     for (int strands = 64; strands <= MAX_STRANDS; strands *= 4)
         if (2 * k <= strands && 4 * strands <= size) return strands;

@@ -25,7 +25,7 @@ from sparse_attn.kernels.functions import fused as operator
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """What the fused function is called with."""
+    """The arguments of the call of the fused function."""
     seen: list[tuple] = []
 
     def recorded(*args, **kwargs):
