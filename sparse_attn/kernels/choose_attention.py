@@ -94,10 +94,14 @@ def _is_native(call: Call) -> bool:
     query, key, value = call.query, call.key, call.value
     if not dispatch.by_c(query.device) or forward_ad._current_level >= 0:
         return False
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling:
         if needs_plain_operations() or torch._C._are_functorch_transforms_active():
             return False
     elif not values_known(query, key, value):
+        return False
+    # With one matrix of weights, torch draws the dropout: from one seed, a layer drops the weights that torch's drops.
+    if call.dropout_p > 0 and (compiling or query.shape[-2] * key.shape[-2] < _LARGE):
         return False
     return query.numel() > 0 and key.numel() > 0 and value.numel() > 0
 

@@ -181,7 +181,8 @@ def test_dropout_drops_weights_in_training_alone(build, batch):
 def test_weights_are_returned_when_asked_for(name, build, batch):
     model, inputs = build(name, "sparsemax"), batch(name)
     silent, asked = model(**inputs), model(**inputs, output_attentions=True)
-    torch.testing.assert_close(result(asked), result(silent))
+    # Two ways of computing attention round differently, and the layers after it magnify that.
+    torch.testing.assert_close(result(asked), result(silent), atol=1e-4, rtol=1e-3)
     kinds = [key for key in asked if "attentions" in key and asked[key]]
     assert kinds == [key for key in kinds if silent.get(key) is None] != []
     for weights in (layer for kind in kinds for layer in asked[kind]):
