@@ -144,8 +144,9 @@ def described_causal(attn_mask: Tensor | None) -> tuple[int, int, int] | None:
 def check_mask(attn_mask: Tensor, shape: Sequence[int], name: str = "attn_mask") -> None:
     """Raise unless a mask is boolean or floating and broadcasts to scores of that shape."""
     check_mask_dtype(attn_mask, name)
-    sizes = zip(reversed(attn_mask.shape), reversed(shape), strict=False)
-    if attn_mask.dim() > len(shape) or any(size not in (1, full) for size, full in sizes):
+    # In lists of one length: Dynamo before torch 2.9 traces neither ``any`` of a generator nor a shorter ``zip``.
+    last = list(shape)[max(len(shape) - attn_mask.dim(), 0) :]
+    if attn_mask.dim() > len(shape) or False in [a in (1, b) for a, b in zip(attn_mask.shape, last, strict=True)]:
         raise ValueError(f"{name} must broadcast to the scores {tuple(shape)}, got shape {tuple(attn_mask.shape)}")
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-from torch.fx import Proxy, _symbolic_trace
+from torch.fx import Proxy
 
-from sparse_attn.versions import is_exporting
+from sparse_attn.versions import fx_traces, is_exporting
 
 _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 
@@ -40,7 +40,7 @@ def is_traced() -> bool:
     A kernel that is called through a pointer leaves no operation behind: the graph would hold a constant, or memory
     that nothing has written to.
     """
-    return torch._C._is_tracing() or _symbolic_trace._is_fx_tracing_flag or is_exporting()
+    return torch._C._is_tracing() or fx_traces() or is_exporting()
 
 
 def writes_onnx() -> bool:

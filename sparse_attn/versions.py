@@ -75,6 +75,13 @@ def _dynamo_is_exporting() -> bool:
     return bool(InstructionTranslator.current_tx().export)
 
 
+def fx_traces() -> bool:
+    """Whether ``torch.fx`` or ``make_fx`` writes a graph. The public function warns; the flag ends with 2.13."""
+    if TORCH >= (2, 14):
+        return torch.fx._symbolic_trace._get_is_fx_tracing()  # type: ignore[attr-defined, unused-ignore]
+    return torch.fx._symbolic_trace._is_fx_tracing_flag
+
+
 def loops_export() -> bool:
     """Whether a ``while_loop`` can be exported, in every way and to ONNX; else a fixed number of steps is written out.
 
