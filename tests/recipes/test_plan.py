@@ -59,7 +59,9 @@ def test_every_schedule_trains(tiny_config, tmp_path, schedule):
 
 def test_the_monitored_metric_chooses_the_best_checkpoint(tiny_config, tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(BestAndLast, "_save", lambda self, trainer, name, **_: saved.append((trainer.current_epoch, name)))
+    monkeypatch.setattr(
+        BestAndLast, "_save", lambda self, trainer, name, **_: saved.append((trainer.current_epoch, name))
+    )
     monkeypatch.setattr("recipes.train.conclude", lambda *_, **__: {}, raising=False)
     monkeypatch.setattr("recipes.summary.conclude", lambda *_, **__: {})
     train(tiny_config("monitor=val/accuracy", "trainer.max_epochs=6"))
