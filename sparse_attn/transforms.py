@@ -1,4 +1,4 @@
-"""Which of torch's transforms (compile, export, ``torch.func``) is active, and what the transform supports."""
+"""Questions about torch's transforms (compile, export, ``torch.func``): is one active, and does it support a call."""
 
 from __future__ import annotations
 

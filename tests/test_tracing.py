@@ -1,4 +1,4 @@
-"""Whatever torch offers to write a computation into a graph: the graph computes the same from other input."""
+"""Graphs written by each of torch's tracers compute the values of eager code, also from another input."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ AlignmentRule = Literal["any", "most", "all", "best"]
 
 
 def align(weights: Tensor, rule: AlignmentRule = "most") -> Tensor:
-    """Which pairs of a query and a key are aligned, from the weights of all heads.
+    """Aligned pairs of a query and a key, computed from the weights of all heads.
 
     Weights with exact zeros need no threshold: a head aligns a query with every key of non-zero weight. Softmax gives
     every key some weight, so only the rule "best" is useful for softmax.

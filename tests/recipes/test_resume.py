@@ -16,7 +16,7 @@ from recipes.train import train
 
 
 def resumed_config(folder, *overrides):
-    """What ``sparse-attn train resume=FOLDER ...`` composes."""
+    """The configuration that ``sparse-attn train resume=FOLDER ...`` composes."""
     arguments, config = resume_arguments([f"resume={folder}", *overrides])
     with initialize_config_dir(str(config.parent), version_base="1.3"):
         return compose(config.stem, [argument for argument in arguments if not argument.startswith("hydra")])

@@ -1,4 +1,4 @@
-/* Which functions compute p for an α, for solve.h and gradients.h. */
+/* The cases of α that have code of their own. solve.h and gradients.h choose their functions by them. */
 #ifndef SPARSE_ATTN_FAMILY_H
 #define SPARSE_ATTN_FAMILY_H
 
