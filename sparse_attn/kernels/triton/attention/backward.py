@@ -27,6 +27,7 @@ from sparse_attn.kernels.triton.attention.tiles import (
     masked_scores,
     of_head,
     of_mask,
+    queries_of_program,
 )
 from sparse_attn.kernels.triton.family import alpha_gradient, deviation_from_scores, reference_of, weigh
 from sparse_attn.kernels.triton.launch import launch
@@ -104,11 +105,8 @@ def _backward_queries(
     ONE_COLUMN: tl.constexpr,
 ):
     queries, keys = lengths.queries, inputs.keys
-    tiles_m, tiles_n = tl.cdiv(queries, BLOCK_M), tl.cdiv(keys, BLOCK_N)
-    tile_m = tiles_m - 1 - tl.program_id(0) % tiles_m
-    head = tl.program_id(0) // tiles_m
-    n, h = (head // inputs.heads).to(tl.int64), (head % inputs.heads).to(tl.int64)
-    i = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    tiles_m, tile_m, head, n, h, i = queries_of_program(inputs, lengths, BLOCK_M)
+    tiles_n = tl.cdiv(keys, BLOCK_N)
     inside = i < queries
     d, j = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     k_start = of_head(inputs.key, n, h // inputs.group)

@@ -31,6 +31,7 @@ from sparse_attn.kernels.triton.attention.tiles import (
     load_tile,
     masked_scores,
     of_head,
+    queries_of_program,
     store_rows,
 )
 from sparse_attn.kernels.triton.family import (
@@ -72,11 +73,8 @@ def _forward(
     LOOSE: tl.constexpr,
 ):
     queries, keys = lengths.queries, inputs.keys
-    tiles_m, tiles_n = tl.cdiv(queries, BLOCK_M), tl.cdiv(keys, BLOCK_N)
-    tile_m = tiles_m - 1 - tl.program_id(0) % tiles_m  # under a causal mask the last tiles have most work
-    head = tl.program_id(0) // tiles_m
-    n, h = (head // inputs.heads).to(tl.int64), (head % inputs.heads).to(tl.int64)
-    i = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    tiles_m, tile_m, head, n, h, i = queries_of_program(inputs, lengths, BLOCK_M)
+    tiles_n = tl.cdiv(keys, BLOCK_N)
     j = tl.arange(0, BLOCK_N)
     k_start = of_head(inputs.key, n, h // inputs.group)
     v_start = of_head(inputs.value, n, h // inputs.group)

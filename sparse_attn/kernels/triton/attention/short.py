@@ -16,6 +16,7 @@ from sparse_attn.kernels.triton.attention.tiles import (
     load_tile,
     masked_scores,
     of_head,
+    queries_of_program,
     store_rows,
 )
 from sparse_attn.kernels.triton.family import (
@@ -48,11 +49,7 @@ def forward_short(
     """As ``forward._forward``. The backward uses tiles of ``BACKWARD_M`` queries and ``BLOCK_N`` keys."""
     ALL: tl.constexpr = BLOCK_N * TILES_N
     queries, keys = lengths.queries, inputs.keys
-    tiles_m = tl.cdiv(queries, BLOCK_M)
-    tile_m = tl.program_id(0) % tiles_m
-    head = tl.program_id(0) // tiles_m
-    n, h = (head // inputs.heads).to(tl.int64), (head % inputs.heads).to(tl.int64)
-    i = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    _, tile_m, head, n, h, i = queries_of_program(inputs, lengths, BLOCK_M)
     j = tl.arange(0, ALL)
     q = load_tile(of_head(inputs.query, n, h), tile_m * BLOCK_M, inputs.query.row, queries, D, BLOCK_M, BLOCK_D)
     k = load_tile(of_head(inputs.key, n, h // inputs.group), 0, inputs.key.row, keys, D, ALL, BLOCK_D)

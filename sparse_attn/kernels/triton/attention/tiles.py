@@ -11,6 +11,20 @@ from sparse_attn.kernels.triton.family import TINY, place_rows
 
 
 @triton.jit
+def queries_of_program(inputs, lengths, BLOCK_M: tl.constexpr):
+    """The tile of queries that a program computes; the last tiles, with most work under a causal mask, come first.
+
+    Returned are the number of tiles per head, the tile, the index of the pair of batch entry and head, the batch entry,
+    the head, and the indices of the queries.
+    """
+    tiles = tl.cdiv(lengths.queries, BLOCK_M)
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles
+    n, h = (head // inputs.heads).to(tl.int64), (head % inputs.heads).to(tl.int64)
+    return tiles, tile, head, n, h, tile * BLOCK_M + tl.arange(0, BLOCK_M)
+
+
+@triton.jit
 def of_head(operand, n, h):
     """A pointer to the first row of a batch entry and a head."""
     return operand.start + n * operand.n + h * operand.h
