@@ -32,6 +32,19 @@ class Starts(NamedTuple):
     key: Tensor
 
 
+class Inputs(NamedTuple):
+    """The arguments of an attention call."""
+
+    query: Tensor  # (N, H, L, D)
+    key: Tensor  # (N, Hk, S, D), Hk a divisor of H
+    value: Tensor  # (N, Hk, S, Dv)
+    a: Tensor | None  # α - 1 of each head, (H,) in float64; None: that of the setting
+    mask: Tensor | None  # (N or 1, H or 1, L or 1, S or 1): boolean, True = visible, or floating, added to the scores
+    setting: Setting
+    seed: int  # of the dropout
+    starts: Starts | None  # of packed sequences; N is 1 then
+
+
 def tile_rows(queries: int, keys: int) -> int:
     """How many queries are computed together, so that their scores stay in the second-level cache."""
     return _least(12 * _most(1, _least(4, 8192 // keys)), queries)
@@ -82,85 +95,46 @@ def output_like(query: Tensor, width: int) -> Tensor:
     return query.new_empty_strided((batch, heads, length, width), strides)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    a: Tensor | None,
-    mask: Tensor | None,
-    setting: Setting,
-    seed: int,
-    kept: Tensor | None,
-    starts: Starts | None = None,
-    *,
-    variant: str | None = None,
-) -> Tensor:
+def forward(inputs: Inputs, kept: Tensor | None, *, variant: str | None = None) -> Tensor:
     """The output.
 
     Args:
-        query: (N, H, L, D).
-        key: (N, Hk, S, D), Hk a divisor of H.
-        value: (N, Hk, S, Dv).
-        a: α - 1 of each head, (H,) in float64.
-        mask: (N or 1, H or 1, L or 1, S or 1): boolean, ``True`` = visible, or floating, added to the scores.
-        setting: The other arguments.
-        seed: The seed of the dropout.
+        inputs: The arguments of the call.
         kept: Memory in which the weights are kept for the backward.
-        starts: The starts of packed sequences; N is 1 then.
         variant: One of :func:`rows.variants`; None for the widest.
     """
-    output = output_like(query, value.shape[3])
-    results = (*_described(output), *_addresses(kept, query, key, starts), *_NOTHING, 0)
-    _run(False, query, key, value, a, mask, setting, seed, starts, results, variant)
+    output = output_like(inputs.query, inputs.value.shape[3])
+    _run(False, inputs, (*_described(output), *_addresses(kept, inputs), *_NOTHING, 0), variant)
     return output
 
 
 def backward(
     grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    a: Tensor | None,
-    mask: Tensor | None,
-    setting: Setting,
-    seed: int,
+    inputs: Inputs,
     kept: Tensor | None,
     with_alpha: bool,
     with_mask: bool,
-    starts: Starts | None = None,
     *,
     variant: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients for query, key, value, α in float64, and the mask in float32 or wider."""
-    grad_query, grad_key, grad_value = grads = [output_like(x, x.shape[3]) for x in (query, key, value)]
+    query, _, _, a, mask, *_ = inputs
+    grad_query, grad_key, grad_value = grads = [output_like(x, x.shape[3]) for x in inputs[:3]]
     grad_alpha = torch.empty_like(a) if with_alpha and a is not None else None
     grad_mask = None
     if with_mask and mask is not None:
         grad_mask = torch.zeros(mask.shape, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
     address = 0 if grad_alpha is None else grad_alpha.data_ptr()
     tensors = sum((_described(x) for x in (grad, *grads)), ())
-    results = (*_NO_TENSOR, *_addresses(kept, query, key, starts), *tensors, *_broadcast(grad_mask), address)
-    _run(True, query, key, value, a, mask, setting, seed, starts, results, variant)
+    _run(True, inputs, (*_NO_TENSOR, *_addresses(kept, inputs), *tensors, *_broadcast(grad_mask), address), variant)
     return grad_query, grad_key, grad_value, grad_alpha, grad_mask
 
 
-def _run(
-    is_backward: bool,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    a: Tensor | None,
-    mask: Tensor | None,
-    setting: Setting,
-    seed: int,
-    starts: Starts | None,
-    results: tuple[int, ...],
-    variant: str | None,
-) -> None:
+def _run(is_backward: bool, inputs: Inputs, results: tuple[int, ...], variant: str | None) -> None:
     library = rows.library()
+    query, key, value, a, mask, (a_of_all, scale, dropout_p, right, k, left), seed, starts = inputs
     batch, heads, queries, depth = query.shape
     _, kv_heads, keys, width = value.shape
-    a_of_all, scale, dropout_p, right, k, left = setting
     sequences = (0, 0)
     if starts is not None:
         batch, sequences = len(starts.query) - 1, (starts.query.data_ptr(), starts.key.data_ptr())
@@ -189,13 +163,13 @@ def _broadcast(x: Tensor | None) -> tuple[int, ...]:
     return x.data_ptr(), _ELEMENTS[x.dtype], *strides
 
 
-def _addresses(kept: Tensor | None, query: Tensor, key: Tensor, starts: Starts | None) -> tuple[int, int, int]:
+def _addresses(kept: Tensor | None, inputs: Inputs) -> tuple[int, int, int]:
     """The addresses of the number of each query's kept weights, of their positions, and of the weights."""
     if kept is None:
         return 0, 0, 0
-    queries, weights = _tiles(query, key, starts)
+    queries, weights = _tiles(inputs.query, inputs.key, inputs.starts)
     start = kept.data_ptr()
-    counts = start + weights * (8 if query.dtype == torch.float64 else 4)
+    counts = start + weights * (8 if inputs.query.dtype == torch.float64 else 4)
     return counts, counts + 4 * queries, start
 
 

@@ -31,13 +31,13 @@ def native_attention(
         key: (N, Hk, S, D), Hk a divisor of H.
         value: (N, Hk, S, Dv).
         alpha: (H,); None for the number in ``setting``.
-        mask: (N or 1, H or 1, L or 1, S or 1), boolean, ``True`` = take part, or floating, added to the scores.
-        setting: Everything else.
-        query_starts: Where packed sequences begin along L, and L at the end: integers; N is then 1.
+        mask: (N or 1, H or 1, L or 1, S or 1), boolean, ``True`` = visible, or floating, added to the scores.
+        setting: The other arguments.
+        query_starts: Starts of packed sequences along L, followed by L: integers; N is 1 then.
         key_starts: Likewise along S.
 
     Returns:
-        (N, H, L, Dv). A query that sees nothing gets zeros, and so do all gradients of it.
+        (N, H, L, Dv). A query with no visible key gets zeros and zero gradients.
     """
     seed = torch.randint(2**62, ()) if setting.dropout_p > 0.0 else None
     tensors = _Tensors(query, key, value, alpha, mask, seed, query_starts, key_starts)
@@ -72,32 +72,29 @@ def _starts(tensors: _Tensors) -> tuple[Tensor, Tensor] | None:
     return dispatch.native_kernels().Starts(tensors.query_starts, tensors.key_starts)
 
 
+def _inputs(tensors: _Tensors, setting: Setting) -> Any:
+    """The arguments of the kernel."""
+    query, key, value, alpha, mask, seed, *_ = tensors
+    a = None if alpha is None else alpha.to(torch.float64) - 1
+    number = 0 if seed is None else int(seed)
+    return dispatch.native_kernels().Inputs(query, key, value, a, mask, setting, number, _starts(tensors))
+
+
 def _forward(tensors: _Tensors, setting: Setting, kept: Tensor | None) -> Tensor:
-    query, key, value, alpha, mask, seed, query_starts, key_starts = tensors
-    if alpha is not None:
-        check_alpha(alpha)
-    if query_starts is not None and key_starts is not None:
-        check_starts(query_starts, query.shape[2], "cu_seqlens_q")
-        check_starts(key_starts, key.shape[2], "cu_seqlens_k")
-    arguments = (_shifted(alpha), mask, setting, _number(seed), kept, _starts(tensors))
-    return dispatch.native_kernels().forward(query, key, value, *arguments)
-
-
-def _shifted(alpha: Tensor | None) -> Tensor | None:
-    return None if alpha is None else alpha.to(torch.float64) - 1
-
-
-def _number(seed: Tensor | None) -> int:
-    return 0 if seed is None else int(seed)
+    if tensors.alpha is not None:
+        check_alpha(tensors.alpha)
+    if tensors.query_starts is not None and tensors.key_starts is not None:
+        check_starts(tensors.query_starts, tensors.query.shape[2], "cu_seqlens_q")
+        check_starts(tensors.key_starts, tensors.key.shape[2], "cu_seqlens_k")
+    return dispatch.native_kernels().forward(_inputs(tensors, setting), kept)
 
 
 def _backward(
     grad: Tensor, tensors: _Tensors, kept: Tensor | None, setting: Setting, with_alpha: bool, with_mask: bool
 ) -> list[Tensor | None]:
     """Gradients of the first five tensors, each in the dtype of its tensor."""
-    query, key, value, alpha, mask, seed, *_ = tensors
-    arguments = (query, key, value, _shifted(alpha), mask, setting, _number(seed), kept)
-    gradients = dispatch.native_kernels().backward(grad, *arguments, with_alpha, with_mask, _starts(tensors))
+    inputs = _inputs(tensors, setting)
+    gradients = dispatch.native_kernels().backward(grad, inputs, kept, with_alpha, with_mask)
     pairs = zip(gradients, tensors, strict=False)
     return [None if x is None or of is None else x.to(of.dtype) for x, of in pairs]
 
