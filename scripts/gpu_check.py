@@ -51,7 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--interpret", action="store_true", help="check correctness in Triton's interpreter")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "benchmarks", help="where to write")
-    parser.add_argument("--tasks", nargs=2, help=argparse.SUPPRESS)  # what a process of its own is started with
+    parser.add_argument("--tasks", nargs=2, help=argparse.SUPPRESS)  # for the processes that this script starts
     options = parser.parse_args()
     available, why = triton.status()
     if not available:

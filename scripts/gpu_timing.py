@@ -52,7 +52,7 @@ class Timing(NamedTuple):
                 torch.cuda.synchronize()
                 return {}
             result = self.named() | measured(run)
-        except Exception as error:  # whatever a peer raises is a line of the table
+        except Exception as error:  # every error of another package is a line of the table
             result = self.named() | {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
             result |= {"lost": True} if "CUDA error" in str(error) else {}
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The build hook of hatchling: compiles the row kernels into the wheel, or goes on without them.
+"""The build hook of hatchling: compiles the kernels in C into the wheel, or goes on without them.
 
 A wheel with the library is tagged ``py3-none-<platform>``, since the library knows nothing of Python; on Linux the
 platform is the manylinux that the library's symbols allow. Without a compiler the wheel is pure, and the operators run
@@ -22,7 +22,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 _KERNELS = "sparse_attn/kernels/cpu"
 
 
-class RowKernelsHook(BuildHookInterface):  # type: ignore[type-arg]
+class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
     """An editable installation finds the library beside its sources; a wheel carries it."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
@@ -37,7 +37,7 @@ class RowKernelsHook(BuildHookInterface):  # type: ignore[type-arg]
             library = compiler.build(sources if editable else self._folder.name)
         except (OSError, RuntimeError) as error:
             reason = str(error).strip() or type(error).__name__
-            print(f"sparse-attn: no compiled row kernels, torch will do: {reason.splitlines()[0]}", file=sys.stderr)
+            print(f"sparse-attn: no compiled kernels, torch will do: {reason.splitlines()[0]}", file=sys.stderr)
             return
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{_platform_tag(compiler.target(), library)}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run every row kernel at odd sizes under the address, undefined-behaviour and thread sanitizers. Needs a C compiler.
+# Run every kernel in C at odd sizes under the address, undefined-behaviour and thread sanitizers. Needs a C compiler.
 set -euo pipefail
 cd "$(dirname "$0")/../sparse_attn/kernels/cpu"
 

@@ -44,7 +44,7 @@ def is_traced() -> bool:
 
 
 def writes_onnx() -> bool:
-    """Whether what is traced may become ONNX, which has fewer operations than torch."""
+    """Whether a trace may become ONNX, which has fewer operations than torch."""
     if torch.compiler.is_compiling():  # Dynamo cannot trace the question below
         return is_exporting()
     return torch._C._is_tracing() and torch.onnx.is_in_onnx_export()

@@ -111,6 +111,6 @@ def test_packages_are_typed(package):
 def test_kernels_ask_for_no_symbol_newer_than_glibc_2_17():
     library = Path(sparse_attn.__file__).parent / "kernels" / "cpu" / "rows.shared"
     if not library.is_file():
-        pytest.skip("no compiled row kernels")
+        pytest.skip("no compiled kernels")
     versions = {tuple(map(int, found)) for found in re.findall(rb"GLIBC_(\d+)\.(\d+)", library.read_bytes())}
     assert max(versions, default=(0, 0)) <= (2, 17)

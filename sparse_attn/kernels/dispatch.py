@@ -93,7 +93,7 @@ def entmax_forward(
         k = None
     if by_triton(scores):
         return _triton_rows().entmax_forward(scores, a, lowest, k, in_place=in_place)
-    if _compiled(scores):
+    if by_c(scores.device):
         return rows.entmax_forward(scores, a, lowest, k, in_place=in_place)
     if k is None:
         return plain_rows.entmax_forward(scores, a, lowest)
@@ -106,7 +106,7 @@ def entmax_backward(
     """As :func:`kernels.reference.entmax.entmax_backward`, but not differentiable."""
     if by_triton(p):
         return _triton_rows().entmax_backward(p, a, grad, with_alpha)
-    if _compiled(p):
+    if by_c(p.device):
         return rows.entmax_backward(p, a, grad, with_alpha)
     return plain_rows.entmax_backward(p, a, grad, with_alpha=with_alpha)
 
@@ -146,10 +146,6 @@ def _triton_computes(device: str) -> bool:
     return available
 
 
-# The same as torch.compiler.assume_constant_result, whose import of Dynamo would take a second.
-_triton_computes._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
@@ -168,8 +164,6 @@ def _c_computes(device: str) -> bool:
     return device == "cpu" and _forced.get() in (None, "compiled") and rows.available()
 
 
-def _compiled(x: Tensor) -> bool:
-    return by_c(x.device)
-
-
-_c_computes._dynamo_marked_constant = True  # type: ignore[attr-defined] # as above
+# The same as torch.compiler.assume_constant_result, whose import of Dynamo would take a second.
+_triton_computes._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_c_computes._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -31,7 +31,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
         >>> dropout(torch.ones(6), 0.5)
         tensor([0., 0., 2., 0., 0., 0.])
     """
-    if x.device.type == "cpu" and values_known(x) and not torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if x.device.type == "cpu" and values_known(x):
         return x * dropout_noise(x, p) if p > 0 else x
     return F.dropout(x, p)
 

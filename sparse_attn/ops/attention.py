@@ -173,8 +173,7 @@ def attend(
     if isinstance(attn_mask, Tensor) and described_causal(attn_mask) is None and attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device, {query.device}, got {attn_mask.device}")
     query, key, value = _of_one_rank(query, key, value)
-    # Heads of size 0 have scores of 0 whatever the factor.
-    scale = 1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
+    scale = default_scale(query) if scale is None else scale
     if not need_weights and isinstance(mapping, ScoreMapping):
         call = Call(query, key, value, mapping.alpha, mapping.k, attn_mask, dropout_p, is_causal, scale)
         compute = choose_attention(call)
@@ -214,6 +213,11 @@ def _by_one_matrix(
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
     return (weights @ value).to(dtype), weights.to(dtype)
+
+
+def default_scale(query: Tensor) -> float:
+    """``1 / sqrt(D)``; heads of size 0 have scores of 0, whatever the factor is."""
+    return 1 / math.sqrt(query.shape[-1] or 1)
 
 
 def _of_one_rank(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from sparse_attn.checks import check_bool, check_dropout, check_starts
 from sparse_attn.kernels.choose_attention import Call, attend_packed
-from sparse_attn.ops.attention import attend, check_shapes, entmax_mapping
+from sparse_attn.ops.attention import attend, check_shapes, default_scale, entmax_mapping
 
 
 def entmax_attention_varlen(
@@ -73,7 +72,7 @@ def entmax_attention_varlen(
     check_bool(is_causal, "is_causal")
     check_dropout(dropout_p, "dropout_p")
     mapping = entmax_mapping(alpha, query.shape[1])
-    scale = 1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
+    scale = default_scale(query) if scale is None else scale
     call = Call(query, key, value, mapping.alpha, None, None, dropout_p, is_causal, scale)
     output = attend_packed(call, cu_seqlens_q, cu_seqlens_k)
     if output is not None:

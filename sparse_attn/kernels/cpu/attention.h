@@ -26,11 +26,12 @@ typedef struct {
     int64_t left, right;
     int64_t seed;
     double scale, dropout_p;
-    double a;               /* of all heads, or */
-    const double *a_heads;  /* of each; NULL where all have the same */
+    double a;                                 /* of all heads, if a_heads is NULL */
+    const double *a_heads;                    /* of each head */
     const int64_t *query_starts, *key_starts; /* packed sequences: batch + 1 places in rows; else NULL */
     tensor query, key, value, mask, output;
-    /* Weights of each tile, kept for the backward: how many each row has (-1 in the first: not kept), where, and which. */
+    /* Non-zero weights of each tile, kept for the backward: their number per row (-1 in the first row: not kept), their
+     * keys, and the weights. */
     int32_t *counts, *places;
     void *weights;
     tensor grad, grad_query, grad_key, grad_value;
@@ -62,7 +63,7 @@ typedef struct {
     double *alpha_sums; /* the gradient of α by item and head */
 } attention_task;
 
-/* The memory that a thread needs, in bytes, and what prepares it. */
+/* The memory that a thread needs, in bytes, and the function that prepares this memory. */
 typedef size_t attention_scratch(const attention_task *t);
 typedef void attention_open(const void *task, void *scratch);
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from sparse_attn.kernels.cpu import rows
 from sparse_attn.kernels.setting import Setting
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-_ELEMENTS = {**DTYPES, torch.bool: 4}
+_ELEMENTS = {**rows.ELEMENTS, torch.bool: 4}
 _FAR = 2**40  # larger than any number of keys
 _KEPT_PER_ROW = 64  # kept weights per query, on average over a tile
 

@@ -1,4 +1,4 @@
-"""Compiles the row kernels into one shared library. Standard library only: the build of the package runs this file.
+"""Compiles the kernels in C into one shared library. Standard library only: the build of the package runs this file.
 
 For development: ``python sparse_attn/kernels/cpu/build.py`` puts the library beside this file.
 """

@@ -19,7 +19,7 @@ from torch import Tensor
 from sparse_attn.kernels.cpu.build import LIBRARY
 
 _INTERFACE = 4
-_ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
 class _Library(NamedTuple):
@@ -107,7 +107,7 @@ def entmax_forward(
         rank = len(shape)
         number, address, strides = _alpha(a, rank)
         layout = (c_int64 * (3 * rank))(*shape, *scores.stride(), *strides)
-        head = loaded.variants[variant], torch.get_num_threads(), rank, layout, _ELEMENTS[scores.dtype]
+        head = loaded.variants[variant], torch.get_num_threads(), rank, layout, ELEMENTS[scores.dtype]
         check(loaded.forward(*head, scores.data_ptr(), address, k or 0, lowest, p.data_ptr()))
         del number  # kept alive until here: the call used its address
     return p
@@ -131,7 +131,7 @@ def entmax_backward(
         grad = grad.to(p.dtype)
         number, address, strides = _alpha(a, rank)
         layout = (c_int64 * (4 * rank))(*shape, *p.stride(), *grad.stride(), *strides)
-        head = loaded.variants[variant], torch.get_num_threads(), rank, layout, _ELEMENTS[p.dtype]
+        head = loaded.variants[variant], torch.get_num_threads(), rank, layout, ELEMENTS[p.dtype]
         results = grad_scores.data_ptr(), None if grad_a is None else grad_a.data_ptr()
         check(loaded.backward(*head, p.data_ptr(), grad.data_ptr(), address, *results))
         del number
@@ -153,4 +153,4 @@ def _alpha(a: float | Tensor, rank: int) -> tuple[object, object, list[int]]:
 def check(failed: int) -> None:
     """Raise if a call has failed."""
     if failed:
-        raise MemoryError("the row kernels could not allocate their buffers")
+        raise MemoryError("the kernels in C could not allocate their buffers")

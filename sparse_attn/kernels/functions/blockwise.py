@@ -108,8 +108,7 @@ def _attend(
         weights = _weights(scores, None if alpha is None else alpha[block.row].view(1, 1), setting)
         if setting.dropout_p > 0:
             weights = weights * dropout_noise(weights, setting.dropout_p, generator)
-        weights, values = weights.to(value.dtype), value[block.row, block.keys]
-        yield weights @ values
+        yield weights @ value[block.row, block.keys]
 
 
 class _Blockwise(torch.autograd.Function):
@@ -147,15 +146,15 @@ class _Blockwise(torch.autograd.Function):
             one_alpha = None if alpha is None else alpha[row].view(1, 1)
             weights = _weights(_scores(query, key, ctx.mask, block, setting, buffer), one_alpha, setting)
             grad_output, values, its_keys = grad[row, queries], value[row, keys], key[row, keys]
-            grad_weights = (grad_output @ values.T).to(weights.dtype)
+            grad_weights = grad_output @ values.T
             dropped = weights
             if setting.dropout_p > 0:
                 dropout = dropout_noise(weights, setting.dropout_p, generator)
                 grad_weights, dropped = grad_weights * dropout, weights * dropout
-            grad_value[row, keys].addmm_(dropped.to(value.dtype).T, grad_output)
+            grad_value[row, keys].addmm_(dropped.T, grad_output)
             a, with_alpha = shift_alpha(one_alpha, setting.a, weights), alpha is not None
             grad_scores, grad_a = dispatch.entmax_backward(weights, a, grad_weights, with_alpha=with_alpha)
-            grad_scores = grad_scores.to(query.dtype) * setting.scale
+            grad_scores = grad_scores * setting.scale
             grad_query[row, queries] = grad_scores @ its_keys
             grad_key[row, keys].addmm_(grad_scores.T, query[row, queries])
             if grad_alpha is not None and grad_a is not None:

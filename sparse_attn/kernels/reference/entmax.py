@@ -163,7 +163,7 @@ def _power(scores: Tensor, top: Tensor, sigma: Tensor, a: float | Tensor) -> tup
     w = torch.where(far, from_edge.mul_(rise), t + 1).clamp_(min=0.0)
     inside = w.sign()
     log_w = w.clamp_(min=smallest).log()
-    log_w += torch.where(far, 0.0, t.sub_(w - 1).div_(w))  # what 1 + t has rounded away
+    log_w += torch.where(far, 0.0, t.sub_(w - 1).div_(w))  # the rounding error of 1 + t
     u = _exp(log_w.mul_(1 / a - 1)).mul_(inside)
     return w.mul_(u).mul_(largest.to(u.dtype)), u.mul_((largest / most).to(u.dtype))
 
