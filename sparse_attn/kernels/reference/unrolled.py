@@ -68,8 +68,12 @@ def _bisect(z: Tensor, a: float | Tensor, masked: Tensor) -> Tensor:
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """(..., n) as (rows, n)."""
-    return x.unsqueeze(0).flatten(0, -2)
+    """(..., n) as (rows, n).
+
+    A copy: the strides of a view of symbolic lengths contain a minimum of products, which limits an export to lengths
+    for which torch can compare them.
+    """
+    return torch.view_copy(x.contiguous(), (math.prod(x.shape[:-1]), x.shape[-1]))
 
 
 def _repeat(
