@@ -1,25 +1,36 @@
-"""Call our functions at α = 1 with the samples that torch tests its own with, and print where the results differ.
+"""Call our functions and layers at α = 1 with torch's samples and tests, and print where the results differ.
 
-    python scripts/run_torch_tests.py
+    python scripts/run_torch_tests.py                            the samples (OpInfo), which come with torch
+    python scripts/run_torch_tests.py FILE ... [-k EXPRESSION]   files of tests, from a checkout of torch
 
-The samples (OpInfo) come with torch, in ``torch.testing``, and need expecttest. Outputs and gradients are compared with
-those of torch's function, in float64. Samples with dropout cannot agree, since ours draws other random numbers: they
-are counted apart, and do not make the exit status 1 as every other difference does.
+Both need expecttest. For samples, outputs and gradients are compared with those of torch's function, in float64.
+Samples with dropout cannot agree, since ours draws other random numbers: they are counted apart, and do not make the
+exit status 1 as every other difference does.
+
+Files are those of the installed version of torch, for example ``test/nn/test_multihead_attention.py``,
+``test/test_transformers.py``, and ``test/test_nn.py`` with ``-k "softmax or cross_entropy"``, which selects tests as in
+pytest. Each runs twice, with torch's names and with ours in their place. Tests that fail with ours alone are printed;
+they are no error of this script, since a replacement at α = 1 need not have torch's exception types or fast path.
 """
 
 from __future__ import annotations
 
+import argparse
+import multiprocessing
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.testing._internal.common_methods_invocations import op_db
+from torch import Tensor, nn
 
-from sparse_attn import entmax, entmax_attention, entmax_loss
+from sparse_attn import AdaptiveSparseMultiheadAttention, entmax, entmax_attention, entmax_loss
 
 _DROPOUT = "dropout draws other random numbers"
 
@@ -67,9 +78,11 @@ def difference(torchs: Callable[..., Tensor], ours: Callable[..., Tensor], sampl
     return None
 
 
-def main() -> int:
-    """Print one line per function, and one per kind of failure below it."""
-    failed = False
+def compare_samples() -> bool:
+    """Whether all samples agree; prints one line per function, and one per kind of failure below it."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    agree = True
     for info in op_db:
         if info.name not in FUNCTIONS or info.variant_test_name:
             continue
@@ -78,8 +91,108 @@ def main() -> int:
         print(f"{info.name}: {kinds.pop(None, 0)} of {len(samples)} samples agree")
         for kind, count in kinds.most_common():
             print(f"    {count:3}  {kind}")
-        failed |= bool(kinds.keys() - {_DROPOUT})
-    return int(failed)
+        agree &= not kinds.keys() - {_DROPOUT}
+    return agree
+
+
+class MultiheadAttention(AdaptiveSparseMultiheadAttention):
+    """``nn.MultiheadAttention``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, alpha_init=1.0, learn_alpha=False, **kwargs)
+
+
+def softmax_of_nn(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+    """``torch.nn.functional.softmax``."""
+    return softmax(x, F._get_softmax_dim("softmax", x.dim(), _stacklevel) if dim is None else dim, dtype)
+
+
+def replace_names() -> None:
+    """Put our functions and layer where torch's tests and torch's own modules look theirs up."""
+    for module in (nn, nn.modules, nn.modules.activation, nn.modules.transformer):
+        module.MultiheadAttention = MultiheadAttention  # type: ignore[misc, attr-defined]
+    F.scaled_dot_product_attention = attention
+    F.softmax = softmax_of_nn
+    F.cross_entropy = cross_entropy
+
+
+class Outcomes:
+    """A plugin of pytest: how every test has ended."""
+
+    def __init__(self) -> None:
+        self.failures: dict[str, str | None] = {}  # the message of a test that failed, None of one that passed
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A phase of a test is over."""
+        if report.failed:
+            self.failures[report.nodeid] = message_of(report)
+        elif report.passed and report.when == "call":
+            self.failures.setdefault(report.nodeid, None)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A file or class has been read."""
+        if report.failed:
+            self.failures[report.nodeid] = message_of(report)
+
+
+def message_of(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """The error of a failed test or file in one line, without the advice that torch's tests add."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = crash.message if crash else str(report.longrepr).rpartition("\n")[2]
+    return " ".join(text.partition("To execute this test")[0].split())[:150]
+
+
+def run_file(file: Path, keywords: str, ours: bool) -> dict[str, str | None]:
+    """The failures of a file's tests, with our names or with torch's."""
+    if ours:
+        replace_names()
+    outcomes = Outcomes()
+    options = [
+        "-p",
+        "no:terminal",
+        "-p",
+        "no:cacheprovider",
+        "--noconftest",
+        "-c",
+        os.devnull,
+        f"--rootdir={file.parent}",
+    ]
+    pytest.main([*options, "-k", keywords, str(file)], plugins=[outcomes])
+    return outcomes.failures
+
+
+def compare_file(file: Path, keywords: str) -> None:
+    """Print how many tests that pass with torch's names pass with ours, and the others."""
+
+    def run(ours: bool) -> dict[str, str | None]:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            return process.submit(run_file, file, keywords, ours).result()
+
+    theirs, ours = run(ours=False), run(ours=True)
+    passed = [name for name, failure in theirs.items() if failure is None]
+    if not passed:
+        reason = next(iter(theirs.values()), "no test is selected")
+        sys.exit(f"{file} must have a test that passes with torch {torch.__version__}: {reason}")
+    failed = {name: ours.get(name, "not run") for name in passed if ours.get(name, "") is not None}
+    print(
+        f"{file.name}: {len(passed) - len(failed)} of {len(passed)} tests that pass with torch's names pass with ours"
+    )
+    for name, failure in failed.items():
+        print(f"    {name.rpartition('::')[2]}: {failure}")
+
+
+def main() -> int:
+    """Compare samples or files; the exit status is 1 if a sample differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
+    parser.add_argument("-k", dest="keywords", default="", metavar="EXPRESSION")
+    arguments = parser.parse_args()
+    for file in arguments.files:
+        if not file.is_file():
+            parser.error(f"FILE must be a file of torch's tests, got {file}")
+    for file in arguments.files:
+        compare_file(file.resolve(), arguments.keywords)
+    return 0 if arguments.files or compare_samples() else 1
 
 
 if __name__ == "__main__":
