@@ -31,7 +31,8 @@ def check_arguments(
         reserved: Arguments that the section must not contain.
 
     Raises:
-        ValueError: If ``function`` has no argument of a name, or a number is infinite or NaN.
+        ValueError: If ``function`` has no argument of a name, or a number is infinite, NaN or
+            too large for 64 bits.
         TypeError: If a value does not have the annotated type.
 
     Example:
@@ -50,6 +51,8 @@ def check_arguments(
             raise ValueError(f"unknown key '{section}.{name}'{question}; allowed: {', '.join(allowed)}")
         if name in hints and not _fits(value, hints[name]):
             raise TypeError(f"{section}.{name} must be {' or '.join(_describe(hints[name]))}, got {value!r}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{section}.{name} must be a number of at most 64 bits, got {value}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{section}.{name} must be a finite number, got {value}")
 

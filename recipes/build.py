@@ -63,6 +63,7 @@ _TRAINER_RANGES = {
     "limit_val_batches": (0, False, True),
     "accumulate_grad_batches": (1, False, False),
     "check_val_every_n_epoch": (1, False, True),
+    "val_check_interval": (0, True, True),
     "gradient_clip_val": (0, False, True),
     "log_every_n_steps": (0, False, True),
     "max_steps": (-1, False, False),
@@ -71,6 +72,7 @@ _TRAINER_RANGES = {
     "reload_dataloaders_every_n_epochs": (0, False, False),
     "num_sanity_val_steps": (-1, False, True),
 }
+_LONGEST_WARMUP = 1_000_000
 _BYTES_PER_LAYER = 100_000  # memory of a layer's Python objects, independent of its weights
 
 
@@ -171,6 +173,9 @@ def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
         section, name = key.split(".")
         if not 0 <= (value := settings[section].get(name, 0.0)) <= most:
             raise ValueError(f"{key} must lie in [0, {most}], since nothing is learnt beyond; got {value}")
+    warmup = settings["optimizer"].get("warmup_steps")
+    if warmup is not None and not 0 <= warmup <= _LONGEST_WARMUP:
+        raise ValueError(f"optimizer.warmup_steps must be from 0 to {_LONGEST_WARMUP:,} or null, got {warmup:,}")
     check_size(model, len(data.source_tokenizer), len(data.target_tokenizer))
     return Seq2SeqTask(
         source_tokenizer=data.source_tokenizer.state(),

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from .arguments import sweep_arguments
 from .bootstrap import Difference, paired_bootstrap, statistics
+from .folders import write_text
 from .launch import run_hydra
 from .predictions import PREDICTIONS, read_predictions
 from .report.comparison import FORMATS, render
@@ -95,7 +96,7 @@ def compare(cfg: DictConfig) -> list[Setting]:
     if cfg.output is None:
         print(text)
     else:
-        Path(str(cfg.output)).expanduser().write_text(text + "\n", encoding="utf-8")
+        write_text(Path(str(cfg.output)).expanduser(), text + "\n")
     return settings
 
 

@@ -1,4 +1,4 @@
-"""Tables by step, as CSV files."""
+"""Tables as CSV files, most of them by step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_rows(file: Path) -> list[dict[str, str]]:
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Writes rows, empty where a row has no value; an interruption leaves a whole file, old or new."""
     lines = io.StringIO(newline="")
-    writer = csv.DictWriter(lines, columns)
+    writer = csv.DictWriter(lines, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(file, lines.getvalue())

@@ -86,17 +86,22 @@ def remove_if_empty(folder: Path) -> None:
 def replacing(file: Path) -> Iterator[Path]:
     """A path to write to in a ``with`` block; at its end, the complete new file replaces ``file``.
 
-    After an error or a kill, ``file`` is either the complete old file or the complete new one.
+    After an error or a kill, ``file`` is either the complete old file or the complete new one. A link stays, and the
+    file that it names is replaced. A pipe or a device, such as ``/dev/stdout``, is written to directly.
 
     Raises:
         OSError: If it cannot be written; the error names ``file``.
     """
-    unfinished = file.with_name(f"{file.name}.tmp")
+    if file.exists() and not file.is_file():
+        yield file
+        return
+    place = file.resolve()
+    unfinished = place.with_name(f"{place.name}.tmp")
     try:
         yield unfinished
         with unfinished.open("rb") as written:
             os.fsync(written.fileno())
-        unfinished.replace(file)
+        unfinished.replace(place)
     except BaseException as error:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)

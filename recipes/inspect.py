@@ -18,7 +18,7 @@ from .report.alignments import RULES, alignment_lines, check_alignment, write_li
 from .report.maps import choose_word, word_maps
 from .report.measure import layer_kind
 from .report.tables import ROLES_EXPLAINED
-from .report.words import given_words, read_batch
+from .report.words import LONGEST_SHOWN, given_words, read_batch
 from .report.worth import measure_worth, worth_table
 from .report.write import ENTMAX15, FIGURES, FOLDER, SOFTMAX, Report, read_course, write_report
 from .run import ALPHA, load_run, short_path
@@ -120,14 +120,17 @@ def _inspect_run(cfg: DictConfig) -> dict[str, list[float]]:
         console.print(f"  {short_path(file)}", markup=False, soft_wrap=True)
     if len(shown) > MOST_SHOWN:
         console.print(f"the page shows the first {MOST_SHOWN} of {len(shown):,} words")
+    tokens = (len(tokens) for texts in (report.read.sources, report.read.written) for tokens in texts)
+    if any(count > LONGEST_SHOWN for count in tokens):
+        console.print(f"page and pictures show at most the first {LONGEST_SHOWN} tokens of a word and of its output")
     if cfg.alignments is not None:
-        _write_alignments(cfg, task, given if given is not None else validation, console)
+        _write_alignments(cfg, task, given if given is not None else validation, data.max_length, console)
     return {layer: values.tolist() for layer, values in density.items()}
 
 
-def _write_alignments(cfg: DictConfig, task: Any, words: list[str], console: Console) -> None:
+def _write_alignments(cfg: DictConfig, task: Any, words: list[str], longest: int, console: Console) -> None:
     file = Path(cfg.alignments).expanduser()
-    write_lines(list(alignment_lines(task, words, cfg.align.heads, cfg.align.layer)), file)
+    write_lines(list(alignment_lines(task, words, cfg.align.heads, cfg.align.layer, longest)), file)
     names = {"all": "of all cross-attention layers", -1: "of the last cross-attention layer"}
     where = names.get(cfg.align.layer, f"of cross-attention layer {cfg.align.layer}")
     console.print(

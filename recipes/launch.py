@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import functools
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -24,7 +25,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -41,6 +42,8 @@ _OURS = ("recipes", "sparse_attn", "__main__")
 
 # Groups whose options are packages of their own.
 _PLUGGED = ("hydra/launcher", "hydra/sweeper")
+
+_NO_EXPERIMENT = ("experiment", "null")
 
 # Descriptions of values without a default, for the message that a value is missing.
 MANDATORY = {
@@ -97,6 +100,8 @@ def run_hydra(
         flags, overrides = split(arguments)
         check_flags(flags)
         check_deletions(overrides)
+        if config is None:
+            check_groups(name, overrides, sweep=is_multirun(flags))
         overrides = with_config_names(name, overrides)
         overrides = [read_as_text(override, sweep=is_multirun(flags)) for override in overrides]
         if name != "train" and is_multirun(flags):
@@ -116,6 +121,34 @@ def run_hydra(
             # The task's own errors come in a carrier: this one is Hydra's, which it raises for values that no group or
             # key can have.
             raise ValueError(f"the command line cannot be composed: {error}") from error
+
+
+def check_groups(command: str, overrides: Sequence[str], *, sweep: bool = False) -> None:
+    """Raises for an option that no group can have, such as ``GROUP=null`` or a number, on which Hydra itself fails.
+
+    Args:
+        command: The command, whose configuration says which groups are chosen as a whole.
+        overrides: The command line without flags.
+        sweep: Whether commas separate several values.
+
+    Raises:
+        ValueError: If a group is chosen to be something else than one of its options.
+    """
+    defaults = OmegaConf.load(config_dir() / f"{command}.yaml").defaults
+    chosen = [group for default in defaults if not isinstance(default, str) for group in default]
+    for override in overrides:
+        key, equals, value = override.lstrip("+").partition("=")
+        group = key.partition("@")[0]
+        if not equals or group not in config_groups():
+            continue
+        for option in (option.strip(" '\"") for option in (value.split(",") if sweep else [value])):
+            if not re.fullmatch(r"(null|true|false|[-+.\d]+)?", option, re.IGNORECASE):
+                continue  # Hydra tells the options for a word that is none of them
+            if group not in chosen:
+                raise ValueError(f"{group} must be given key by key, as {group}.KEY=VALUE, got {override}")
+            if (group, option) != _NO_EXPERIMENT:
+                allowed = ", ".join(config_options(group))
+                raise ValueError(f"{group} must be one of {allowed}, got {option or 'nothing'}")
 
 
 @contextlib.contextmanager

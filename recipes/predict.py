@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 
 from .ensemble import load_ensemble
 from .evaluate import chosen_decoding
+from .folders import replacing
 from .launch import run_hydra
 from .seq2seq.data.files import split_lines
 from .seq2seq.decode import Hypothesis
@@ -65,7 +66,7 @@ def predict(cfg: DictConfig) -> dict[str, int]:
             print("reading words from the terminal, one a line; end with Ctrl-D", file=sys.stderr)
         batch = list(itertools.islice(lines, size))
         # Opened only when there is something to write, so that wrong input does not overwrite an earlier output.
-        target = _open_output(cfg.output, cfg.input, stack)
+        target = stack.enter_context(_output(cfg.output, cfg.input))
         with _closed_pipe_is_no_error(target):
             while batch:
                 _warn(task, batch, counts)
@@ -137,16 +138,20 @@ def _open_input(path: str | None, stack: contextlib.ExitStack) -> tuple[BinaryIO
         raise FileNotFoundError(f"cannot read the input file {str(path)!r}: {error.strerror}") from None
 
 
-def _open_output(path: str | None, source: str | None, stack: contextlib.ExitStack) -> TextIO:
+@contextlib.contextmanager
+def _output(path: str | None, source: str | None) -> Iterator[TextIO]:
+    """Standard output, or a file that appears when all is written."""
     if path is None:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(encoding="utf-8")
-        return sys.stdout
+        yield sys.stdout
+        return
     file = Path(path).expanduser()
     if source is not None and file.exists() and file.samefile(Path(source).expanduser()):
         raise ValueError(f"output must be another file than input, got {str(path)!r} for both")
     try:
-        return stack.enter_context(file.open("w", encoding="utf-8", newline="\n"))
+        with replacing(file) as unfinished, unfinished.open("w", encoding="utf-8", newline="\n") as stream:
+            yield stream
     except OSError as error:
         raise FileNotFoundError(f"cannot write the output file {str(path)!r}: {error.strerror}") from None
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .folders import write_text
 from .seq2seq.metrics import closest_references
 from .seq2seq.scores import Scores
 
@@ -51,9 +52,7 @@ def write_predictions(file: Path, scores: Scores, fields: Sequence[str]) -> None
         # A target is free to hold a tab where it is no column of a file.
         written, wanted = (scores.join(tokens).replace("\t", " ") for tokens in (prediction, reference))
         lines.append("\t".join([source, written, wanted, str(distance), str(len(reference)), group]))
-    unfinished = file.with_name(f"{file.name}.tmp")
-    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
-    unfinished.replace(file)
+    write_text(file, "\n".join(lines) + "\n")
 
 
 def read_predictions(file: Path) -> list[Prediction]:

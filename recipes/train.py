@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from .arguments import asks_for_help, is_multirun
 from .folders import claimed, is_disk_full
-from .launch import Interrupted, config_groups, config_options, reported, run_hydra
+from .launch import Interrupted, reported, run_hydra
 from .processes import FOLDER, rank, set_environment
 from .resume import check_continues, check_weights, resume_arguments
 from .sweep import sweep
-
-_NO_EXPERIMENT = ("experiment", "null")
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -162,34 +159,10 @@ def _is_named_by_time(folder: str) -> bool:
     return folder == hydra.runtime.output_dir and "${now:" in str(OmegaConf.to_container(hydra.run, resolve=False))
 
 
-def check_groups(arguments: Sequence[str]) -> None:
-    """Raises for an option that no group can have, such as ``GROUP=null`` or a number: Hydra would print a traceback.
-
-    Raises:
-        ValueError: If a group is chosen to be something else than one of its options.
-    """
-    sweeps = is_multirun(arguments)
-    for argument in arguments:
-        group, equals, value = argument.lstrip("+").partition("=")
-        group = group.partition("@")[0]
-        if not equals or group not in config_groups():
-            continue
-        values = value.split(",") if sweeps else [value]
-        for option in (value.strip(" '\"") for value in values):
-            if (
-                re.fullmatch(r"(null|true|false|[-+.\d]+)?", option, re.IGNORECASE)
-                and (group, option) != _NO_EXPERIMENT
-            ):
-                raise ValueError(
-                    f"{group} must be one of {', '.join(config_options(group))}, got {option or 'nothing'}"
-                )
-
-
 def main() -> None:
     """The command."""
     with reported("train"):
         arguments, config = resume_arguments(sys.argv[1:])
-        check_groups(arguments)
     if is_multirun(arguments) and not asks_for_help(arguments):
         sweep(arguments)
     else:

@@ -114,14 +114,15 @@ def write_data(folder: Path) -> None:
         (folder / f"{split}.tsv").write_text(lines, encoding="utf-8")
 
 
-def fuzz(tried: list[str], seconds: int) -> dict[str, str]:
-    """The outcome of each override."""
+def fuzz(tried: list[str], seconds: int) -> Iterator[tuple[str, str]]:
+    """Each override with its outcome."""
     with tempfile.TemporaryDirectory() as name:
         folder, place = Path(name), os.getcwd()
         write_data(folder)
         os.chdir(folder)  # so that overrides write only here
         try:
-            return {override: outcome(override, folder, seconds) for override in tried}
+            for override in tried:
+                yield override, outcome(override, folder, seconds)
         finally:
             os.chdir(place)
 
@@ -137,12 +138,15 @@ def main() -> None:
     tried = options.overrides or overrides()
     if options.count:
         tried = random.Random(options.seed).sample(tried, min(options.count, len(tried)))
-    found = fuzz(tried, options.seconds)
-    counts = Counter(result if result in ("ran", "refused") else "faults" for result in found.values())
-    for override, result in found.items():
-        if result not in ("ran", "refused"):
-            print(f"{override}: {result}")
-    print(", ".join(f"{counts[kind]} {kind}" for kind in ("refused", "ran", "faults")), "of", len(found))
+    counts: Counter[str] = Counter()
+    for override, result in fuzz(tried, options.seconds):
+        known = result in ("ran", "refused")
+        counts[result if known else "faults"] += 1
+        if not known:
+            print(f"{override}: {result}", flush=True)
+        if counts.total() % 100 == 0:
+            print(f"{counts.total()} of {len(tried)}", file=sys.stderr, flush=True)
+    print(", ".join(f"{counts[kind]} {kind}" for kind in ("refused", "ran", "faults")), "of", counts.total())
     sys.exit(1 if counts["faults"] else 0)
 
 

@@ -67,7 +67,9 @@ class AlphaCourse(L.Callback):
                     logger.experiment.add_histogram(f"alpha/{layer}", np.array(of_layer), step)
         rows = io.StringIO(newline="")
         for layer, of_layer in alpha.items():
-            csv.writer(rows).writerows((step, layer, head, f"{value:.6f}") for head, value in enumerate(of_layer))
+            csv.writer(rows, lineterminator="\n").writerows(
+                (step, layer, head, f"{value:.6f}") for head, value in enumerate(of_layer)
+            )
         # All rows of a step in one write, so that a killed process leaves either all of them or none.
         with self.file.open("a", encoding="utf-8", newline="") as file:
             file.write(rows.getvalue())

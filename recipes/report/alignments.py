@@ -10,6 +10,7 @@ import torch
 
 from sparse_attn.analysis.alignment import AlignmentRule, align
 
+from ..folders import write_text
 from .measure import layer_kind
 from .words import ReadWords, in_batches
 
@@ -34,7 +35,7 @@ def check_alignment(rule: Any, layer: Any, layers: int) -> None:
         raise ValueError(f"align.layer must be all or a number from {-layers} to {layers - 1}, got {layer!r}")
 
 
-def alignment_lines(task: Any, words: list[str], rule: AlignmentRule, layer: int | str) -> Iterable[str]:
+def alignment_lines(task: Any, words: list[str], rule: AlignmentRule, layer: int | str, longest: int) -> Iterable[str]:
     """A line ``0-0 1-2 ...`` for each word, source token - output token; a blank line for an empty word.
 
     Args:
@@ -42,10 +43,10 @@ def alignment_lines(task: Any, words: list[str], rule: AlignmentRule, layer: int
         words: any number.
         rule: how heads are combined; see :func:`sparse_attn.analysis.align`.
         layer: number of the cross-attention layer, counted from the end if negative, or "all" for the heads of all.
+        longest: tokens of an input at most; a longer one is cut off.
     """
-    lines = iter(
-        line for batch in in_batches(task, [word for word in words if word]) for line in _lines(batch, rule, layer)
-    )
+    batches = in_batches(task, [word for word in words if word], longest)
+    lines = iter(line for batch in batches for line in _lines(batch, rule, layer))
     return [next(lines) if word else "" for word in words]
 
 
@@ -68,6 +69,6 @@ def write_lines(lines: Iterable[str], file: Path) -> None:
         FileNotFoundError: if it cannot be written.
     """
     try:
-        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_text(file, "".join(f"{line}\n" for line in lines))
     except OSError as error:
         raise FileNotFoundError(f"cannot write the file {str(file)!r}: {error.strerror}") from None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import importlib.util
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,8 @@ from sparse_attn.analysis import AttentionRecord, record_attention
 from sparse_attn.analysis.alignment import align
 from sparse_attn.viewer import AttentionView, attention_view
 
+from ..curves import write_rows
+from ..folders import write_text
 from ..run import short_path
 from .alignments import RULES, check_alignment, write_lines
 from .tables import ROLES_EXPLAINED, alpha_table, roles_table
@@ -171,16 +171,12 @@ def _write(view: AttentionView, folder: Path, figures: str) -> list[Path]:
         for head, role in enumerate(layer.roles)
     ]
     fields = list(dict.fromkeys(name for row in rows for name in row))
-    table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, fieldnames=fields, lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows(rows)
     shown = view.layers[0].maps[view.first]
     numbers = {"title": view.title, "tokens": list(shown.keys), "heads": rows}
     folder.mkdir(exist_ok=True, parents=True)
     files = [view.save(folder / "report.html"), view.save(folder / f"attention.{figures}")]
-    (folder / "heads.csv").write_text(table.getvalue(), encoding="utf-8")
-    (folder / "numbers.json").write_text(json.dumps(numbers, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
+    write_rows(folder / "heads.csv", rows, fields)
+    write_text(folder / "numbers.json", json.dumps(numbers, indent=2, ensure_ascii=True) + "\n")
     return [*files, folder / "heads.csv", folder / "numbers.json"]
 
 

@@ -17,11 +17,9 @@ from torch import Tensor
 from sparse_attn.analysis import attention_rollout
 from sparse_attn.viewer.picture import printable
 
-from ..seq2seq.decode import greedy_decode
-from ..seq2seq.tokenizer import BOS
-from .measure import KINDS, Kind, layer_kind, record_batch
+from .measure import KINDS, Kind, layer_kind
 from .tables import setting
-from .words import ReadWords
+from .words import ReadWords, read_batch
 
 NEVER_VISIBLE = "#bdbdbd"
 # The smallest non-zero weight is already blue; exactly zero is left white.
@@ -73,26 +71,22 @@ def word_maps(task: Any, word: str) -> WordMaps:
     """
     if not word:
         raise ValueError(f"word must hold at least one character, got {word!r}")
-    source, target = task.source_tokenizer, task.target_tokenizer
-    device = next(task.model.parameters()).device
-    source_ids = torch.tensor([source.encode(word)], device=device)
-    target_ids = greedy_decode(task.model, source_ids, max_length=task.hparams["max_length"])[0]
-    predicted = target.decode(target_ids)
-    recorded = record_batch(task.model, source_ids, torch.tensor([[BOS, *target_ids]], device=device))
-    inputs = [*source.tokenize(word), "<eos>"]
-    read, written = ["<bos>", *predicted], [*predicted, "<eos>"]
+    found = read_batch(task, [word])
+    inputs, read, written = found.sources[0], found.read[0], found.written[0]
     axes: dict[Kind, tuple[list[str], list[str]]] = {
         "encoder": (inputs, inputs),
         "decoder": (read, read),
         "cross": (written, inputs),
     }
-    last = {layer.kind: layer for layer in recorded}
-    maps = [
-        AttentionMap(last[kind].name, kind, last[kind].weights[0].cpu(), last[kind].visible[0, 0].cpu(), *axes[kind])
-        for kind in KINDS
-        if kind in last
-    ]
-    return WordMaps(word.replace("\t", " "), target.join(predicted), maps)
+    last = {layer_kind(name): (name, heads.weights) for name, heads in found.record.items()}
+    maps = []
+    for kind in KINDS:
+        name, weights = last.get(kind, ("", None))
+        if weights is not None:
+            visible = torch.ones(weights.shape[-2:], dtype=torch.bool)
+            seen = visible.tril() if kind == "decoder" else visible
+            maps.append(AttentionMap(name, kind, weights[0].cpu(), seen, *axes[kind]))
+    return WordMaps(word.replace("\t", " "), found.outputs[0], maps)
 
 
 def attention_figure(sample: WordMaps, alpha: Mapping[str, Tensor], top_k: Mapping[str, int]) -> Figure:
@@ -148,7 +142,8 @@ def rollout_figure(read: ReadWords) -> Figure:
         if layer_kind(name) == "encoder" and heads.weights is not None
     ]
     rolled = attention_rollout(layers).numpy()
-    figure = Figure(figsize=(1.8 + 0.3 * length, 1.2 + 0.3 * length), layout="constrained")
+    side = min(0.3 * length, 20.0)
+    figure = Figure(figsize=(1.8 + side, 1.2 + side), layout="constrained")
     panel = figure.subplots()
     image = panel.imshow(np.where(rolled != 0, rolled, np.nan), vmin=0.0, vmax=1.0, cmap=NON_ZERO)
     tokens = [printable(token) for token in read.sources[0]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,9 +18,10 @@ from sparse_attn.analysis import (
     monotonicity,
     name_roles,
     offset_weight,
-    record_attention,
     strongest_at_offset,
+    support_counts,
 )
+from sparse_attn.observe import observe_weights
 from sparse_attn.optim import set_alpha
 
 from ..seq2seq.tokenizer import PAD
@@ -28,6 +29,9 @@ from ..seq2seq.tokenizer import PAD
 Kind = Literal["encoder", "decoder", "cross"]
 KINDS: tuple[Kind, ...] = ("encoder", "decoder", "cross")
 OFFSETS = {"previous": -1, "self": 0, "next": 1}
+# Pairs of a query and a key in one pass, over all of its rows. Weights and their statistics need memory for every pair
+# and head, so that a batch of long texts is measured in parts.
+PAIRS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,25 @@ def top_k_per_layer(model: nn.Module) -> dict[str, int]:
     return {name: module.k for name, module in model.named_modules() if isinstance(module, TopKMultiheadAttention)}
 
 
-def record_batch(model: nn.Module, source: Tensor, target: Tensor) -> list[RecordedLayer]:
-    """Run the model once with teacher forcing and return what each attention layer did, kind by kind.
+def parts(lengths: Sequence[int], pairs: int = PAIRS_AT_ONCE) -> Iterator[slice]:
+    """Consecutive rows whose number times the square of the longest is at most ``pairs``, and at least one row.
+
+    Example:
+        >>> list(parts([2, 2, 2, 5, 1], 8))
+        [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None), slice(4, 5, None)]
+    """
+    start = longest = 0
+    for index, length in enumerate(lengths):
+        longest = max(longest, length)
+        if index > start and (index + 1 - start) * longest**2 > pairs:
+            yield slice(start, index)
+            start, longest = index, length
+    if start < len(lengths):
+        yield slice(start, len(lengths))
+
+
+def observe_layers(model: nn.Module, source: Tensor, target: Tensor, take: Callable[[RecordedLayer], None]) -> None:
+    """Run the model once with teacher forcing, and pass on what each attention layer did as soon as it has done it.
 
     Visible are real queries and real keys only, never padding; in the decoder, positions up to the query's.
 
@@ -85,9 +106,9 @@ def record_batch(model: nn.Module, source: Tensor, target: Tensor) -> list[Recor
         model: a `Seq2SeqTransformer`, in evaluation mode.
         source: token ids (N, S), 0 is padding.
         target: decoder input ids (N, T), 0 is padding.
+        take: called for each layer. Unless it keeps the weights, they are freed before the next layer makes its own.
     """
-    with torch.no_grad(), record_attention(model, weights=True) as recorded:
-        model(source, target)
+    names = {module: name for name, module in model.named_modules()}
     source_real, target_real = source != PAD, target != PAD
     causal = torch.ones(target.shape[1], target.shape[1], dtype=torch.bool, device=target.device).tril()
     visible: dict[Kind, Tensor] = {
@@ -95,12 +116,13 @@ def record_batch(model: nn.Module, source: Tensor, target: Tensor) -> list[Recor
         "decoder": target_real[:, None, :, None] & target_real[:, None, None, :] & causal,
         "cross": target_real[:, None, :, None] & source_real[:, None, None, :],
     }
-    layers = [
-        RecordedLayer(name, layer_kind(name), heads.weights, visible[layer_kind(name)])
-        for name, heads in recorded.items()
-        if heads.weights is not None
-    ]
-    return sorted(layers, key=lambda layer: KINDS.index(layer.kind))
+
+    def observed(module: nn.Module, weights: Tensor, *_: object) -> None:
+        name = names[module]
+        take(RecordedLayer(name, layer_kind(name), weights, visible[layer_kind(name)]))
+
+    with torch.no_grad(), observe_weights(observed):
+        model(source, target)
 
 
 def attention_density(task: Any, loader: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
@@ -116,10 +138,14 @@ def attention_density(task: Any, loader: Iterable[dict[str, Any]]) -> dict[str, 
     Raises:
         ValueError: if the loader has no batch.
     """
-    record = AttentionRecord()
-    for layer in _recorded_layers(task.model, loader):
-        _add(record, layer)
-    return {name: heads.density for name, heads in record.items()}
+    counts: dict[str, Tensor] = {}
+
+    def take(layer: RecordedLayer) -> None:
+        counted = torch.stack(support_counts(layer.weights, layer.visible))
+        counts[layer.name] = counts.get(layer.name, 0) + counted.cpu()
+
+    _observe_all(task.model, loader, take)
+    return {name: counts[name][0] / counts[name][1] for name in _kind_by_kind(counts)}
 
 
 def measure_heads(task: Any, loader: Iterable[dict[str, Any]]) -> dict[str, LayerHeads]:
@@ -137,29 +163,33 @@ def measure_heads(task: Any, loader: Iterable[dict[str, Any]]) -> dict[str, Laye
     """
     sums: dict[tuple[str, str], Tensor] = {}
     counts: dict[tuple[str, str], Tensor] = {}
-    kinds: dict[str, Kind] = {}
     record = AttentionRecord()
-    for layer in _recorded_layers(task.model, loader):
-        kinds[layer.name] = layer.kind
-        _add(record, layer)
+
+    def take(layer: RecordedLayer) -> None:
+        # Queries without weight, such as those at padding, do not count.
+        record.add(layer.name, layer.weights * layer.visible, layer.visible)
         for statistic, (total, count) in _statistics(layer).items():
             key = (layer.name, statistic)
             sums[key] = sums.get(key, 0) + total.double().cpu()
             counts[key] = counts.get(key, 0) + count.cpu()
+
+    _observe_all(task.model, loader, take)
     return {
         name: _layer_heads(
-            kind, record[name], {key[1]: (sums[key] / counts[key]).float() for key in sums if key[0] == name}
+            layer_kind(name),
+            record[name],
+            {key[1]: (sums[key] / counts[key]).float() for key in sums if key[0] == name},
         )
-        for name, kind in kinds.items()
+        for name in _kind_by_kind(record)
     }
 
 
-def _add(record: AttentionRecord, layer: RecordedLayer) -> None:
-    """Adds the weights of real positions to the record; queries without weight, such as padding, do not count."""
-    record.add(layer.name, layer.weights * layer.visible, layer.visible)
+def _kind_by_kind(layers: Iterable[str]) -> list[str]:
+    return sorted(layers, key=lambda name: KINDS.index(layer_kind(name)))
 
 
-def _recorded_layers(model: nn.Module, loader: Iterable[dict[str, Any]]) -> Iterator[RecordedLayer]:
+def _observe_all(model: nn.Module, loader: Iterable[dict[str, Any]], take: Callable[[RecordedLayer], None]) -> None:
+    """:func:`observe_layers` over the batches of a loader, in parts where texts are long."""
     device = next(model.parameters()).device
     was_training = model.training
     empty = True
@@ -167,7 +197,9 @@ def _recorded_layers(model: nn.Module, loader: Iterable[dict[str, Any]]) -> Iter
     try:
         for batch in loader:
             empty = False
-            yield from record_batch(model, batch["source"].to(device), batch["target_in"].to(device))
+            source, target = batch["source"], batch["target_in"]
+            for part in parts([max(source.shape[1], target.shape[1])] * len(source)):
+                observe_layers(model, source[part].to(device), target[part].to(device), take)
     finally:
         model.train(was_training)
     if empty:

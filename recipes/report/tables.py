@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from rich.table import Table
@@ -194,14 +192,6 @@ def head_rows(
                 }
             )
     return rows
-
-
-def write_rows(rows: list[dict[str, str]], file: Path) -> None:
-    """Writes rows as comma-separated values."""
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _check_same_heads(density: Mapping[str, Tensor], compared: Mapping[str, Tensor], name: str) -> None:

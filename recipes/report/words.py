@@ -13,11 +13,13 @@ from torch import Tensor
 from sparse_attn.analysis import AttentionRecord, record_attention
 
 from ..predict import read_words
-from ..seq2seq.data.batching import pad
+from ..seq2seq.data.batching import cut, pad
 from ..seq2seq.decode import greedy_decode
 from ..seq2seq.tokenizer import BOS
+from .measure import parts
 
-BATCH_WORDS = 128
+# Tokens of an input and of an output that pictures and the page show.
+LONGEST_SHOWN = 128
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,13 @@ class ReadWords:
 
 
 @torch.no_grad()
-def read_batch(task: Any, words: Sequence[str]) -> ReadWords:
+def read_batch(task: Any, words: Sequence[str], longest: int = LONGEST_SHOWN) -> ReadWords:
     """Predict words and record the attention, step by step under teacher forcing.
 
     Args:
         task: a `Seq2SeqTask` in evaluation mode.
         words: one or more.
+        longest: tokens of an input and of an output at most; a longer input is cut off.
 
     Raises:
         ValueError: if there is no word, or one is empty.
@@ -55,8 +58,8 @@ def read_batch(task: Any, words: Sequence[str]) -> ReadWords:
     if not words or not all(words):
         raise ValueError(f"words must hold at least one, none of them empty, got {list(words)!r}")
     device = next(task.model.parameters()).device
-    source: Tensor = pad([task.source_tokenizer.encode(word) for word in words]).to(device)
-    rows = greedy_decode(task.model, source, max_length=task.hparams["max_length"])
+    source: Tensor = pad([cut(task.source_tokenizer.encode(word), longest) for word in words]).to(device)
+    rows = greedy_decode(task.model, source, max_length=min(longest, task.hparams["max_length"]))
     target = pad([[BOS, *row] for row in rows]).to(device)
     with record_attention(task.model, weights=True) as record:
         task.model(source, target)
@@ -64,17 +67,18 @@ def read_batch(task: Any, words: Sequence[str]) -> ReadWords:
     return ReadWords(
         words=list(words),
         outputs=[task.target_tokenizer.join(tokens) for tokens in written],
-        sources=[[*task.source_tokenizer.tokenize(word), "<eos>"] for word in words],
+        sources=[[*task.source_tokenizer.tokenize(word)[:longest], "<eos>"] for word in words],
         read=[["<bos>", *tokens] for tokens in written],
         written=[[*tokens, "<eos>"] for tokens in written],
         record=record,
     )
 
 
-def in_batches(task: Any, words: Sequence[str]) -> Iterator[ReadWords]:
+def in_batches(task: Any, words: Sequence[str], longest: int) -> Iterator[ReadWords]:
     """:func:`read_batch` over any number of words."""
-    for start in range(0, len(words), BATCH_WORDS):
-        yield read_batch(task, words[start : start + BATCH_WORDS])
+    lengths = [min(longest, len(task.source_tokenizer.tokenize(word))) + 1 for word in words]
+    for part in parts(lengths):
+        yield read_batch(task, words[part], longest)
 
 
 def given_words(words: Any, word: Any, file: Any, fields: Sequence[str]) -> list[str] | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_attn.analysis import HeadChange
 
-from ..curves import read_rows
+from ..curves import read_rows, write_rows
 from ..folders import replacing, write_text
 from ..run import RESULTS, Run
 from ..seq2seq.metrics import METRICS
@@ -23,7 +23,7 @@ from .maps import WordMaps, attention_figure, rollout_figure
 from .measure import OFFSETS, LayerHeads
 from .page import run_view
 from .plots import alpha_course, drawn, heat_map
-from .tables import ROLES_EXPLAINED, SPLIT_NAMES, head_rows, percent, setting, write_rows
+from .tables import ROLES_EXPLAINED, SPLIT_NAMES, head_rows, percent, setting
 from .words import ReadWords
 from .worth import CHANGES
 
@@ -115,7 +115,7 @@ def write_report(report: Report, folder: Path, figures: str = "png") -> list[Pat
     for file, content in files.items():
         with replacing(file) as unfinished:
             unfinished.write_bytes(content)
-    write_rows(table, folder / "heads.csv")
+    write_rows(folder / "heads.csv", table, list(table[0]))
     write_text(folder / "numbers.json", numbers)
     return [page, *files, folder / "heads.csv", folder / "numbers.json"]
 

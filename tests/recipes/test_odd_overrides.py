@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from recipes.build import check_size
-from recipes.launch import run_hydra
+from recipes.launch import check_groups, run_hydra
 from recipes.resume import resume_arguments
-from recipes.train import check_groups, main, train
+from recipes.train import main, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +34,16 @@ ROOT = Path(__file__).parents[2]
         ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val must be at least 0 or null, got -1"),
         ("trainer.max_epochs=-1", "trainer.max_epochs must be above 0 or null, got -1"),
         ("+trainer.val_check_interval=100", r"trainer: +`val_check_interval` \(100\) must be less than or equal"),
+        ("+trainer.val_check_interval=0", "trainer.val_check_interval must be above 0 or null, got 0"),
+        ("model.ff_dim=99999999999999999999", "model.ff_dim must be a number of at most 64 bits, got 9+$"),
+        (
+            "+trainer.accumulate_grad_batches=99999999999999999999",
+            "trainer.accumulate_grad_batches must be a number of at most 64 bits, got 9+$",
+        ),
+        (
+            "optimizer.warmup_steps=1000000000000",
+            "optimizer.warmup_steps must be from 0 to 1,000,000 or null, got 1,000,000,000,000",
+        ),
         ("model.dropout=1.0", r"model.dropout must lie in \[0, 0.99\], since nothing is learnt beyond; got 1.0"),
         ("loss.label_smoothing=0.999999", r"label_smoothing must lie in \[0, 0.9\], since .* got 0.999999"),
     ],
@@ -45,11 +55,22 @@ def test_a_value_beyond_reason_is_refused_in_one_line(tiny_config, override, mes
 
 
 @pytest.mark.parametrize(
-    "arguments", [["model=5"], ["callbacks=3"], ["logger=true"], ["-m", "logger=null,csv"], ["data="]]
+    ("command", "override"),
+    [
+        *(("train", override) for override in ("model=5", "callbacks=3", "logger=true", "logger=csv,null", "data=")),
+        ("evaluate", "decoding=null"),
+        ("predict", "decoding=5"),
+    ],
 )
-def test_a_group_has_options_with_names(arguments):
+def test_a_group_has_options_with_names(command, override):
     with pytest.raises(ValueError, match=r"must be one of \w+(, \w+)*, got \w+"):
-        check_groups(arguments)
+        check_groups(command, [override], sweep=True)
+
+
+@pytest.mark.parametrize("override", ["data=5", "data=null"])
+def test_evaluate_has_keys_of_data_and_no_choice(override):
+    with pytest.raises(ValueError, match=rf"data must be given key by key, as data.KEY=VALUE, got {override}"):
+        check_groups("evaluate", [override])
 
 
 def test_a_model_that_fits_is_let_through():

@@ -14,11 +14,12 @@ from rich.table import Table
 from torch import Tensor
 
 from recipes.report import alpha_table, attention_density, html, measure_heads, roles_table
+from recipes.report import measure as measurements
 from recipes.report.maps import attention_figure, choose_word, rollout_figure, word_maps
 from recipes.report.measure import LayerHeads, top_k_per_layer
 from recipes.report.plots import alpha_course, drawn, heat_map
 from recipes.report.tables import percent
-from recipes.report.words import read_batch
+from recipes.report.words import LONGEST_SHOWN, read_batch
 from recipes.run import load_run
 from recipes.seq2seq.model import Seq2SeqTransformer
 from recipes.seq2seq.task import Seq2SeqTask
@@ -297,3 +298,37 @@ def test_the_tables_do_not_load_matplotlib() -> None:
     code = "import sys, recipes.report; sys.exit('matplotlib' in sys.modules)"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("measure", [attention_density, measure_heads])
+def test_long_texts_are_measured_in_parts(measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = small_task()
+    whole = measure(task, [batch()])
+    largest = []
+    observe = measurements.observe_layers
+
+    def observed(model, source, target, take):
+        largest.append(len(source) * max(source.shape[1], target.shape[1]) ** 2)
+        observe(model, source, target, take)
+
+    monkeypatch.setattr(measurements, "observe_layers", observed)
+    monkeypatch.setattr(measurements.parts, "__defaults__", (80,))
+    in_parts = measure(task, [batch()])
+    assert largest == [72, 36]
+    for layer, heads in whole.items():
+        found = in_parts[layer]
+        if measure is measure_heads:
+            heads, found = heads.entropy, found.entropy
+        torch.testing.assert_close(found, heads)
+
+
+def test_a_long_word_is_shown_by_its_beginning() -> None:
+    source, target = (Tokenizer.fit(["abc"], split="characters", normalization="NFC") for _ in range(2))
+    model = {"dim": 6, "num_heads": 3, "ff_dim": 8, "encoder_layers": 1, "decoder_layers": 1}
+    task = Seq2SeqTask(source_tokenizer=source.state(), target_tokenizer=target.state(), model=model, max_length=997)
+    read = read_batch(task.eval(), ["abc" * 331])
+    assert "".join(read.sources[0]) == ("abc" * 331)[:LONGEST_SHOWN] + "<eos>"
+    assert len(read.read[0]) <= LONGEST_SHOWN + 1
+    weights = read.record[KINDS[0].format(0)].weights
+    assert weights is not None and weights.shape == (1, 3, LONGEST_SHOWN + 1, LONGEST_SHOWN + 1)
+    assert max(rollout_figure(read).get_size_inches()) < 25

@@ -11,11 +11,12 @@ from omegaconf.errors import InterpolationToMissingValueError
 
 from recipes import run as run_module
 from recipes.curves import read_rows
+from recipes.launch import check_groups
 from recipes.run import Run, load_run, read_checkpoint
 from recipes.seq2seq.data import Seq2SeqData
 from recipes.seq2seq.scores import score
 from recipes.summary import print_comparison
-from recipes.train import check_groups, train
+from recipes.train import train
 
 LAYERS = (
     "encoder.layers.0.self_attn",
@@ -238,9 +239,9 @@ def test_versions_name_the_commit_only_in_a_checkout(tmp_path):
 
 
 def test_no_group_is_nothing():
-    check_groups(["logger=csv", "resume=null", "optimizer.max_steps=null"])
+    check_groups("train", ["logger=csv", "resume=null", "optimizer.max_steps=null"])
     with pytest.raises(ValueError, match="logger must be one of csv, default, mlflow, wandb, got null"):
-        check_groups(["logger=null"])
+        check_groups("train", ["logger=null"])
 
 
 def test_what_only_the_data_shows_to_be_wrong(tiny_config):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from ..tokenizer import BOS, PAD
+from ..tokenizer import BOS, EOS, PAD
 
 # Sorted within random pools of this many batches, 95 % of the source positions of CMUdict are letters (57 %
 # unsorted), and the 57 batches of a SIGMORPHON language still differ from epoch to epoch.
@@ -138,6 +138,16 @@ class BatchByLength(Sampler[list[int]]):
             batch.append(index)
         if batch:
             yield batch
+
+
+def cut(ids: list[int], most: int) -> list[int]:
+    """The ids of a text, or its first ``most`` and ``EOS``.
+
+    Example:
+        >>> cut([5, 6, 7, 2], 3), cut([5, 6, 7, 8, 2], 3)
+        ([5, 6, 7, 2], [5, 6, 7, 2])
+    """
+    return ids if len(ids) <= most + 1 else [*ids[:most], EOS]
 
 
 def pad(rows: Sequence[Sequence[int]]) -> Tensor:

@@ -11,9 +11,10 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ...folders import write_text
 from ..metrics import BLEU_TOKENIZERS, check_metrics
-from ..tokenizer import EOS, NORMALIZATIONS, SPLITS, Tokenizer, check_choice
-from .batching import EVAL_BATCH_TOKENS, BatchByLength, Row, collate
+from ..tokenizer import NORMALIZATIONS, SPLITS, Tokenizer, check_choice
+from .batching import EVAL_BATCH_TOKENS, BatchByLength, Row, collate, cut
 from .cache import Ids, cached_ids
 from .cmudict import load_cmudict
 from .examples import Example, Splits, check_count, check_optional_count, limit_splits, pairs, subset
@@ -208,15 +209,16 @@ class Seq2SeqData(L.LightningDataModule):
         notes = []
         if self._left_out:
             notes.append(
-                f"{self._left_out:,} training pairs have more than {self.max_length} tokens on a side and are left out "
-                "(data.max_length)"
+                f"{self._left_out:,} of {self._left_out + len(self._rows['train']):,} training pairs have more than "
+                f"{self.max_length} tokens on a side and are left out (data.max_length)"
             )
         for split, name in {"val": "validation", "test": "test"}.items():
             examples: list[Example] = getattr(self.splits, split)
             long = sum(len(self.source_tokenizer.tokenize(example.source)) > self.max_length for example in examples)
             if long:
                 notes.append(
-                    f"{long:,} {name} inputs have more than {self.max_length} tokens and are cut off (data.max_length)"
+                    f"{long:,} of {len(examples):,} {name} inputs have more than {self.max_length} tokens and are cut "
+                    "off (data.max_length)"
                 )
             notes += unseen_symbols(self.source_tokenizer, [example.source for example in examples], f"{name} inputs")
             targets = [example.references[0] for example in examples]
@@ -228,7 +230,7 @@ class Seq2SeqData(L.LightningDataModule):
         for side, tokenizer in {"source": self.source_tokenizer, "target": self.target_tokenizer}.items():
             if tokenizer.bpe is not None:
                 content = json.dumps(json.loads(tokenizer.bpe), ensure_ascii=False, indent=1)
-                (folder / f"bpe_{side}.json").write_text(content, encoding="utf-8")
+                write_text(folder / f"bpe_{side}.json", content)
 
     def _load(self) -> Splits:
         if self.name == "cmudict":
@@ -283,16 +285,13 @@ class Seq2SeqData(L.LightningDataModule):
         source, target = self.source_tokenizer, self.target_tokenizer
         references = [target.words(target.tokenize(reference)) for reference in example.references]
         return Row(
-            self._cut(source.encode(example.source)),
-            self._cut(target.encode(example.references[0])),
+            # Attention needs time for the square of the length.
+            cut(source.encode(example.source), self.max_length),
+            cut(target.encode(example.references[0]), self.max_length),
             example.source,
             references,
             example.group,
         )
-
-    def _cut(self, ids: list[int]) -> list[int]:
-        """At most ``max_length`` tokens and the end: attention needs memory for the square of the length."""
-        return ids if len(ids) <= self.max_length + 1 else [*ids[: self.max_length], EOS]
 
     def _eval_loader(self, rows: list[Row]) -> DataLoader[Row]:
         return self._loader(rows, self.eval_batch_size, self.eval_batch_tokens, shuffle=False)

@@ -302,9 +302,9 @@ def test_long_pairs_are_left_out_and_long_inputs_cut_off_and_both_told(files, tm
     assert ["A", "B", "A", "B", "A"] in [references[0] for references in batch["references"]]
     assert "abcdefg" in batch["sources"]
     assert module.notes() == [
-        "2 training pairs have more than 4 tokens on a side and are left out (data.max_length)",
-        "1 validation inputs have more than 4 tokens and are cut off (data.max_length)",
-        "1 test inputs have more than 4 tokens and are cut off (data.max_length)",
+        "2 of 3 training pairs have more than 4 tokens on a side and are left out (data.max_length)",
+        "1 of 3 validation inputs have more than 4 tokens and are cut off (data.max_length)",
+        "1 of 3 test inputs have more than 4 tokens and are cut off (data.max_length)",
     ]
 
 
