@@ -146,7 +146,7 @@ def fsdp_alpha_kept_whole(folder: Path) -> Any:
 
 
 def fsdp_bfloat16(folder: Path) -> Any:
-    """What a layer sees in its forward, and whether the α of both processes have the same gradients."""
+    """The α that a layer uses in its forward, and whether both processes have the same gradients of α."""
     model, seen = kept_whole(torch.bfloat16), {}
     attention = model.blocks[0].attention
     attention.register_forward_hook(
@@ -157,7 +157,7 @@ def fsdp_bfloat16(folder: Path) -> Any:
 
 
 def fsdp_alpha(folder: Path) -> Any:
-    """What is reported and set of a sharded model, before its first forward and after."""
+    """α of a sharded model, read and set before its first forward and after."""
     model = sharded()
     raw = model.blocks[1].attention.raw_alpha
     found = {"is sharded": isinstance(raw, DTensor), "mine": raw.to_local().numel(), "before": alpha_per_head(model)}
@@ -213,7 +213,7 @@ def process(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """What each of the two processes has found, by scenario."""
+    """The results of both processes, by scenario."""
     folder = tmp_path_factory.mktemp("processes")
     # Where the package is imported from here, it is there.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

@@ -1,4 +1,4 @@
-"""The command that a GPU is checked with: what can be seen of it where there is none."""
+"""The command that checks a GPU, as far as it can be tested without one."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_task_that_takes_its_process_down_is_one_line(gpu_check, monkeypatch, 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-def test_without_a_device_it_says_so():
+def test_a_missing_device_is_reported():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, SCRIPTS / "gpu_check.py"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)

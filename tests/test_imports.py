@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 
-def test_rooms_import_only_what_is_below_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_packages_import_only_lower_ones(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     cli = pytest.importorskip("importlinter.cli")
     root = Path(__file__).parents[1]
     monkeypatch.chdir(root)

@@ -55,7 +55,7 @@ SHAPES = [(N, H, L, S), (N, 1, 1, S), (H, 1, S), (L, S), (1, S)]
 
 @pytest.mark.parametrize(("first", "second"), list(product(SHAPES, SHAPES)), ids=str)
 @pytest.mark.parametrize(("first_float", "second_float"), list(product([False, True], repeat=2)))
-def test_combined_masks_do_what_one_after_the_other_does(
+def test_combined_masks_equal_masks_applied_in_turn(
     first: tuple[int, ...], second: tuple[int, ...], first_float: bool, second_float: bool
 ) -> None:
     masks = [

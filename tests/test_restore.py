@@ -129,7 +129,7 @@ def test_a_trained_model_keeps_its_function_at_alpha_one_and_there_and_back(kind
         assert torch.equal(model(*inputs), expected)
 
 
-def test_what_the_sparse_model_learnt_goes_into_the_dense_one() -> None:
+def test_restored_layers_keep_the_trained_parameters() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, **layer_arguments(dropout=0.0)), 2)
     plain = copy.deepcopy(model)
     replace_attention(model, alpha_init=1.5)
@@ -236,7 +236,7 @@ def test_filter_fn_is_given_names_and_modules() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of the compiler
-def test_a_compiled_model_computes_what_it_was_swapped_to() -> None:
+def test_a_compiled_model_follows_the_swap() -> None:
     model = nn.TransformerEncoderLayer(E, H, **layer_arguments()).eval()
     compiled = torch.compile(model, backend="eager")
     x = torch.randn(N, S, E)

@@ -39,7 +39,7 @@ def decoder(layers: int = 2, **kwargs: Any) -> nn.TransformerDecoder:
 
 
 def snapshot(model: nn.Module) -> tuple[list[tuple[str, int]], list[tuple[str, int]], list[bool]]:
-    """Which modules and parameters there are, by identity, and their modes."""
+    """All modules and parameters, by identity, and their modes."""
     modules = [(name, id(module)) for name, module in model.named_modules(remove_duplicate=False)]
     parameters = [(name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)]
     return modules, parameters, [module.training for module in model.modules()]
@@ -224,7 +224,7 @@ def test_trap_8_an_error_leaves_nested_tensors_as_they_were() -> None:
     assert not model.use_nested_tensor
 
 
-def test_trap_8_somebody_elses_subclass_is_left_alone() -> None:
+def test_trap_8_subclasses_of_other_packages_are_left_alone() -> None:
     class Other(nn.MultiheadAttention):
         pass
 

@@ -22,12 +22,12 @@ BACK_AND_FORTH = {"replace": replace_attention, "restore": restore_attention}
 
 
 def layer_for(way: str, **kwargs: Any) -> nn.MultiheadAttention:
-    """One that the function would exchange."""
+    """A layer that the function would exchange."""
     return (nn.MultiheadAttention if way == "replace" else AdaptiveSparseMultiheadAttention)(E, H, **kwargs)
 
 
 def everything(model: nn.Module) -> list[Any]:
-    """Every object that hangs on a model, by name and identity, with what the tables of a module hold."""
+    """Every object of a model, by name and identity, with the entries of the tables of its modules."""
     return [
         (name, id(module), key, id(value), [(k, id(v)) for k, v in value.items()] if isinstance(value, dict) else [])
         for name, module in model.named_modules(remove_duplicate=False)
@@ -196,7 +196,7 @@ BEYOND: list[tuple[type[AdaptiveSparseMultiheadAttention], dict[str, Any], str]]
 
 
 @pytest.mark.parametrize(("kind", "kwargs", "message"), BEYOND)
-def test_what_torchs_layer_cannot_express_is_not_restored(
+def test_layers_that_torch_cannot_express_are_not_restored(
     kind: type[AdaptiveSparseMultiheadAttention], kwargs: dict[str, Any], message: str
 ) -> None:
     model = nn.ModuleList([AdaptiveSparseMultiheadAttention(E, H), kind(E, H, **kwargs)])
@@ -234,7 +234,7 @@ def test_a_layer_that_cannot_take_the_parameters() -> None:
 
 
 def test_a_checkpoint_of_another_model_is_named() -> None:
-    """Torch says which parameter does not fit; α is one among them."""
+    """Torch names the parameter that does not fit; α is one of them."""
     model = nn.Sequential(nn.MultiheadAttention(E, H))
     replace_attention(model, alpha_init=1.25)
     state = nn.Sequential(AdaptiveSparseMultiheadAttention(E, 11)).state_dict()

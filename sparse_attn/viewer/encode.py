@@ -1,4 +1,4 @@
-"""Weights and masks as short texts: only what is not zero is written.
+"""Weights and masks as short texts: only non-zero weights are written.
 
 All whole numbers share one code: a byte each, and 255 says that the next byte is added. The bytes are deflated and
 written in base64; `decode.js` reads them.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# By the bits of float16.
+# As bits of float16.
 _SMALLEST = 1
 _EIGHTH = 0x3000
 
@@ -82,7 +82,7 @@ def encode_mask(visible: Tensor) -> str:
 
 
 def smallest_kept(histogram: Tensor, limit: int) -> int:
-    """The smallest bits that can be kept if at most ``limit`` entries are.
+    """The smallest weight, as bits, that is kept when at most ``limit`` entries are.
 
     Args:
         histogram: how often each of the 32,768 magnitudes occurs.

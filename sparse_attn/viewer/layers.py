@@ -19,7 +19,7 @@ Texts = Sequence[Sequence[str]] | None
 
 _CROSS = ("cross", "multihead_attn", "encoder_attn", "encdecattention")
 _OFFSETS = {"previous": -1, "self": 0, "next": 1}
-# Keys that `add_bias_kv` and `add_zero_attn` put behind those of the input.
+# `add_bias_kv` and `add_zero_attn` append these keys to those of the input.
 _MOST_ADDED = 2
 
 
@@ -35,14 +35,14 @@ class Map:
 
 @dataclass(frozen=True)
 class Names:
-    """The tokens of one example, and how many the longest of its batch has: the others were padded to that."""
+    """The tokens of one example, and the length of the longest in its batch, to which the others were padded."""
 
     tokens: Sequence[str]
     longest: int
 
     @classmethod
     def of(cls, texts: Sequence[Sequence[str]], place: int) -> Names:
-        """Those of one text among all of a batch."""
+        """The tokens of one text of a batch."""
         return cls(texts[place], max(map(len, texts)))
 
 
@@ -165,7 +165,7 @@ def _map(
     own: Names | None,
     memory: Names | None,
 ) -> Map:
-    """Put names to the rows and columns of one map; a text shorter than the longest of its batch is cut out."""
+    """Name the rows and columns of one map; without the padding of a text shorter than the longest of its batch."""
     queries, keys = weights.shape[-2:]
     side, other = ("tokens", own), ("tokens", own)
     if kind == "cross":

@@ -1,4 +1,4 @@
-"""One HTML page out of a view: markup, style and program from `page/`, and the data inside."""
+"""A view as one HTML page: markup, style and program from `page/`, with the data."""
 
 from __future__ import annotations
 

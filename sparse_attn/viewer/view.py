@@ -47,7 +47,7 @@ class AttentionView:
     sections: Sequence[tuple[str, str]] = field(default=(), repr=False)
 
     def html(self) -> str:
-        """The page: one text in ASCII that needs nothing beside it and makes no request."""
+        """The page: one text in ASCII that needs no other file and makes no request."""
         return page(self)
 
     def _repr_html_(self) -> str:
@@ -250,7 +250,7 @@ def _checked_courses(courses: Mapping[str, Iterable[tuple[int, str, int, float]]
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Put a file in its place in one step: nothing sees half of it."""
+    """Rename a finished file to its place, so that no half-written file is ever seen."""
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -46,7 +46,7 @@ def test_passes_of_different_sizes_add_up_query_by_query(assert_statistics: Call
     assert heads.weights is None
 
 
-def test_of_one_pass_they_are_those_of_the_functions() -> None:
+def test_statistics_of_one_pass_equal_the_functions() -> None:
     layer = sparse_layer()
     x = torch.randn(N, L, E)
     with record_attention(layer, weights=True) as record:
@@ -263,7 +263,7 @@ def test_constant_memory_unless_weights_are_asked_for() -> None:
             assert large() - before == expected, record
 
 
-def test_printed_it_is_a_table() -> None:
+def test_a_record_prints_as_a_table() -> None:
     model = nn.ModuleDict({"first": sparse_layer(), "second": nn.MultiheadAttention(E, H)})
     x = torch.randn(N, L, E)
     with record_attention(model) as record:

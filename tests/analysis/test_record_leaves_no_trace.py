@@ -34,7 +34,7 @@ def sparse_layer(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
 @pytest.mark.parametrize("by_position", [False, True])
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("average", [False, True])
-def test_the_caller_gets_what_it_asked_for(by_position: bool, need_weights: bool, average: bool) -> None:
+def test_a_call_returns_the_weights_it_asks_for_under_a_record(by_position: bool, need_weights: bool, average: bool) -> None:
     layer = nn.MultiheadAttention(E, H, batch_first=True)
     query, key = torch.randn(N, L, E), torch.randn(N, S, E)
     padding = torch.zeros(N, S, dtype=torch.bool)
@@ -77,7 +77,7 @@ def test_gradients_and_dropout_are_those_without_a_record(sparse: bool, dropout:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_of_torchs_gives_exactly_what_it_gives_without(
+def test_a_layer_of_torch_gives_the_same_output_with_a_record(
     dtype: torch.dtype, need_weights: bool, training: bool
 ) -> None:
     layer = nn.MultiheadAttention(E, H, dropout=0.3, batch_first=True).train(training)
@@ -291,7 +291,7 @@ def test_a_model_without_attention() -> None:
 
 
 @pytest.mark.parametrize("model", [None, "model", nn.Linear, [nn.MultiheadAttention(E, H)]])
-def test_what_is_no_model_is_refused_before_the_context_opens(model: Any) -> None:
+def test_a_non_model_is_refused_before_the_context_opens(model: Any) -> None:
     with pytest.raises(TypeError, match=rf"model must be a torch\.nn\.Module, got {type(model).__name__}"):
         record_attention(model)
     with pytest.raises(TypeError, match="weights must be a bool, got str"):

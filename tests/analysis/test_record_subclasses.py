@@ -77,7 +77,7 @@ def test_subclasses_that_give_weights_are_recorded() -> None:
     assert record["b"].weights is not None and record["b"].weights.shape == (N, H, L, L)
 
 
-def test_what_a_layer_attends_with_inside_counts_once() -> None:
+def test_attention_nested_in_a_layer_counts_once() -> None:
     model, x = Containing(), torch.randn(N, L, E)
     with record_attention(model) as outer, record_attention(model) as inner:
         model(x, x, x)

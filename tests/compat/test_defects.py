@@ -296,7 +296,7 @@ def test_a_logit_of_minus_infinity(loss):
     assert loss(x, torch.tensor([1])).item() == math.inf
 
 
-def test_what_else_a_loss_takes():
+def test_other_arguments_of_a_loss():
     # Scores (n, C) and classes (n,) only: no further dimensions, class weights, label smoothing or soft targets.
     x, target = torch.randn(3, 7, 5), torch.randint(7, (3, 5))
     given = {"weight": torch.rand(7), "label_smoothing": 0.1}

@@ -130,7 +130,7 @@ def test_functional_losses_are_one_for_each_sample(name):
     assert getattr(ours, name)(x, target)[4] == 0
 
 
-def test_hints_change_nothing():
+def test_tuning_arguments_of_the_package_have_no_effect():
     x, target = torch.randn(5, 11), torch.arange(5)
     for k in (None, 1, 100):
         assert torch.equal(ours.sparsemax(x, k=k), ours.sparsemax(x))

@@ -1,4 +1,4 @@
-"""A page in a headless browser: what tests do to it and read from it."""
+"""A page in a headless browser, with functions that use it and read from it."""
 
 from __future__ import annotations
 

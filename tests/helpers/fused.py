@@ -34,7 +34,7 @@ def expected(
     key_lengths: Tensor | None = None,
     multiplier: Tensor | None = None,
 ) -> Tensor:
-    """With the matrix of weights."""
+    """Attention computed with the matrix of weights."""
     group = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(group, 1).transpose(-2, -1) * scale
     seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device)

@@ -100,7 +100,7 @@ def build() -> Callable[..., Any]:
 
 @pytest.fixture
 def batch() -> Callable[[str], dict[str, torch.Tensor]]:
-    """What a model is called with: two sequences, of which the second is padded at its end."""
+    """The inputs of a model: two sequences, the second padded at its end."""
 
     def batch(name: str) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(5)

@@ -33,7 +33,7 @@ def result(output) -> Tensor:
 
 
 def real(inputs: dict[str, Tensor], output: Tensor) -> Tensor:
-    """Which positions of an output are no padding."""
+    """The positions of an output that are not padding."""
     mask = inputs.get("attention_mask")
     return (
         torch.ones(output.shape[:-1], dtype=torch.bool) if mask is None or "decoder_input_ids" in inputs else mask > 0
@@ -58,13 +58,13 @@ def test_alpha_one_is_eager_with_its_gradients(name, build, batch):
 
 
 @pytest.mark.parametrize("name", ["pegasus_x", "nllb_moe", "splinter"])
-def test_what_is_causal_is_not_left_to_modules_that_do_not_say(name, build, batch):
+def test_causality_does_not_depend_on_modules_without_is_causal(name, build, batch):
     inputs = {key: ids for key, ids in batch(name).items() if key != "attention_mask"}  # no mask has to be made
     expected, got = result(build(name, "eager")(**inputs)), result(build(name, "alpha_one")(**inputs))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
 
 
-def test_no_mask_is_made_where_the_modules_say_what_is_causal(build, batch):
+def test_no_mask_is_made_where_the_modules_have_is_causal(build, batch):
     model, seen = build("gpt2", "entmax"), []
     hooks = [
         block.attn.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
@@ -207,7 +207,7 @@ def test_observers_are_shown_the_weights(name, build, batch):
     assert all(value is None for key, value in output.items() if "attentions" in key)
 
 
-def test_no_weights_are_kept_where_nobody_asks(build):
+def test_weights_are_not_kept_unless_asked_for(build):
     # 1,031 x 1,031 scores a head are more than go into one block.
     model = build("gpt2", "entmax", n_layer=1, n_positions=1031, n_embd=6)
     largest = 0
@@ -243,7 +243,7 @@ def test_implementation_can_be_set_and_set_back(build, batch):
     torch.testing.assert_close(model(**inputs).logits, expected)
 
 
-def test_what_changes_scores_otherwise_is_refused():
+def test_other_changes_of_scores_are_refused():
     grouped = {"vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "head_dim": 4}
     grouped |= {"num_key_value_heads": 2, "intermediate_size": 29}
     capped = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**grouped, attn_implementation="entmax"))

@@ -111,7 +111,7 @@ def test_a_second_call_changes_nothing(build):
         assert torch.equal(value, before[key])
 
 
-def test_removed_it_is_the_model_it_was(build, batch, with_alpha):
+def test_removal_restores_the_model(build, batch, with_alpha):
     model, inputs = build("bert", "eager"), batch("bert")
     before, keys = model(**inputs).logits, list(model.state_dict())
     config = model.config.to_dict()
@@ -187,7 +187,7 @@ def test_weights_kept_elsewhere_by_accelerate(build, batch):
     torch.testing.assert_close(model(**batch("llama")).logits, expected)
 
 
-def test_parts_of_a_model_that_attend_otherwise_are_left_alone():
+def test_other_kinds_of_attention_in_a_model_are_left_alone():
     text = {"vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
     image = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 15, "patch_size": 5}
     model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=image))

@@ -1,4 +1,4 @@
-"""Which backend computes, and how one is forced."""
+"""The choice of the backend that computes, and how to force one."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_without_a_library_torch_computes(monkeypatch, tmp_path):
         rows._load.cache_clear()
 
 
-def test_where_triton_is_missing_torch_computes_and_says_so_once(monkeypatch):
+def test_where_triton_is_missing_torch_computes_after_one_warning(monkeypatch):
     monkeypatch.setattr(dispatch.triton, "status", lambda: (False, "Triton is not installed"))
     dispatch._warn_once.cache_clear()
     assert backends()["triton"] == "not available: Triton is not installed"

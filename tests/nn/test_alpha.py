@@ -84,7 +84,7 @@ def test_gradients_of_micro_batches_add_up_to_that_of_the_joined_batch(start: fl
 
 @pytest.mark.parametrize("make_optimizer", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("bound", [1.0, 2.0])
-def test_it_comes_back_soon_from_a_long_time_on_a_bound(
+def test_alpha_leaves_a_bound_soon_after_a_long_stay(
     make_optimizer: type[torch.optim.Optimizer], bound: float
 ) -> None:
     raw = nn.Parameter(torch.tensor([bound]))
@@ -117,7 +117,7 @@ def test_noise_in_micro_batches_does_not_lift_a_head_off_its_bound() -> None:
         assert bounded_alpha(raw, RANGE).item() == 1.0  # projecting each micro-batch lifts it in every fourth step
 
 
-def test_projected_after_each_step_it_is_projected_gradient_descent() -> None:
+def test_projection_after_each_step_is_projected_gradient_descent() -> None:
     generator = torch.Generator().manual_seed(0)
     layer = Entmax(torch.tensor([1.0, 1.2, 2.0]), learn_alpha=True)
     raw = layer.raw_alpha
@@ -217,7 +217,7 @@ def test_a_fixed_alpha_that_was_set_is_used_saved_and_loaded(alphas: Any) -> Non
     assert alpha_per_head(layer)[""].tolist() == [1.0] * H
 
 
-def test_what_alpha_per_head_gave_does_not_change_afterwards() -> None:
+def test_alpha_per_head_returns_copies() -> None:
     layer = layer_of(alpha_init=1.0, learn_alpha=False)
     set_alpha(layer, 1.25)
     kept = alpha_per_head(layer)[""]

@@ -85,7 +85,7 @@ def test_a_fixed_alpha_that_is_none_is_refused(wrong: float) -> None:
         (nn.Sequential(nn.MultiheadAttention(E, H)).state_dict(), 1.5),
     ],
 )
-def test_what_a_training_of_the_same_range_leaves_is_loaded(state: Any, alpha: float) -> None:
+def test_states_of_a_training_with_the_same_range_are_loaded(state: Any, alpha: float) -> None:
     model = nn.Sequential(layer_of())
     model.load_state_dict(state)
     torch.testing.assert_close(model[0].raw_alpha.detach(), torch.full((H,), alpha))
@@ -98,7 +98,7 @@ def test_what_a_training_of_the_same_range_leaves_is_loaded(state: Any, alpha: f
         lambda alphas: torch.optim.AdamW(alphas, lr=0.1, weight_decay=1.0),
     ],
 )
-def test_whatever_an_optimizer_has_done_is_loaded(optimize: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
+def test_alpha_after_any_optimizer_is_loaded(optimize: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
     layer, again = layer_of(alpha_init=1.0), layer_of()
     optimizer = optimize([layer.raw_alpha])
     for _ in range(20):

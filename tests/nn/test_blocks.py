@@ -121,11 +121,11 @@ def test_blocks_of_queries_give_what_one_large_matrix_gives(
     torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-9, atol=1e-10)
 
 
-# torch's tracer makes an autograd function the old way itself.
+# torch's own tracer builds an autograd function in a deprecated way, with a warning.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("options", [TOGETHER, {"num_kv_heads": 2, "qk_norm": True, "positions": "rotary"}], ids=short)
-def test_it_compiles_into_one_graph(options: dict[str, Any], need_weights: bool) -> None:
+def test_the_layer_compiles_into_one_graph(options: dict[str, Any], need_weights: bool) -> None:
     layer = layer_of(options)
     x = torch.randn(N, T, E, dtype=torch.float64)
     torch._dynamo.reset()
@@ -171,7 +171,7 @@ def test_gradients_per_example_are_those_of_each(options: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("options", [TOGETHER, {"num_kv_heads": 2, "positions": "rotary"}], ids=short)
-def test_everything_it_makes_is_on_its_device(options: dict[str, Any]) -> None:
+def test_new_tensors_are_on_the_device_of_the_layer(options: dict[str, Any]) -> None:
     layer = layer_of(options).to("meta")
     x, cache = torch.randn(N, T, E, dtype=torch.float64, device="meta"), KVCache()
     for _ in range(2):
@@ -227,7 +227,7 @@ def test_unbatched_input_and_length_first() -> None:
     torch.testing.assert_close(output.transpose(0, 1), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_the_keys_of_the_layer_itself_stand_nowhere() -> None:
+def test_extra_keys_of_the_layer_have_no_position() -> None:
     layer = layer_of({**TOGETHER, "positions": "alibi", "window": (0, 0)}, add_zero_attn=True, alpha_init=1.0)
     x = torch.randn(N, T, E, dtype=torch.float64)
     weights = layer(x, x, x, average_attn_weights=False)[1]
@@ -238,7 +238,7 @@ def test_the_keys_of_the_layer_itself_stand_nowhere() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (H, 1, 1), (T, 1), (T,), (N, 1, T, T)], ids=str)
-def test_a_bias_that_keys_share_is_written_down_for_each(shape: tuple[int, ...]) -> None:
+def test_a_bias_shared_by_keys_is_expanded(shape: tuple[int, ...]) -> None:
     layer = layer_of({"length_scaling": True}, add_bias_kv=True, add_zero_attn=True)
     x, bias = torch.randn(N, T, E, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
     full = bias.expand(N, H, T, T).contiguous()

@@ -89,7 +89,7 @@ def test_a_static_cache_serves_every_step(options: dict[str, Any]) -> None:
         ({}, {"rotary": (torch.ones(1, D // 2), torch.zeros(1, D // 2))}, "rotary"),
     ],
 )
-def test_what_needs_a_place_of_the_query_is_refused_with_a_static_cache(
+def test_arguments_that_need_query_positions_are_refused_with_a_static_cache(
     options: dict[str, Any], kwargs: dict[str, Any], name: str
 ) -> None:
     x, cache = torch.randn(N, 1, E, dtype=torch.float64), KVCache(static=True)

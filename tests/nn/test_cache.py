@@ -103,7 +103,7 @@ def test_static_cross_attention_by_steps_is_the_full_pass(kind: str, batch_first
     torch.testing.assert_close(torch.cat(steps, length), full, rtol=1e-9, atol=1e-12)
 
 
-def test_a_filled_static_cache_serves_a_query_that_is_also_passed_as_the_key() -> None:
+def test_a_filled_static_cache_ignores_the_key_that_is_passed() -> None:
     layer = LAYERS["adaptive"]()
     memory, x = torch.randn(N, S, E, dtype=torch.float64), torch.randn(N, 1, E, dtype=torch.float64)
     cache = KVCache(static=True)
@@ -217,7 +217,7 @@ def test_a_static_cache_is_not_cropped() -> None:
         cache.crop(1)
 
 
-def test_a_decoder_cache_is_both() -> None:
+def test_a_decoder_cache_holds_both_caches() -> None:
     cache = DecoderCache()
     for part, length in ((cache.self_attention, T), (cache.cross_attention, S)):
         part.append(torch.randn(N, H, length, 3), torch.randn(N, H, length, 3))
@@ -241,7 +241,7 @@ def test_a_call_that_fails_late_leaves_the_cache_as_it_was():
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 4, 1, 9), (1, 4, 1, 8)])
-def test_what_does_not_continue_the_cache_is_named(shape):
+def test_keys_that_do_not_continue_the_cache_are_named(shape):
     cache = KVCache()
     cache.append(torch.randn(2, 4, 1, 8), torch.randn(2, 4, 1, 8))
     with pytest.raises(ValueError, match=r"key must be \(N, H, L, D\) to continue \(2, 4, 1, 8\)"):

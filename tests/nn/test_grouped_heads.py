@@ -1,4 +1,4 @@
-"""Keys and values with fewer heads than queries: what their parameters are, and what they stand for."""
+"""Keys and values with fewer heads than queries: their parameters, and the dense layer they are equal to."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_positions_may_differ_between_the_rows_of_a_batch() -> None:
     torch.testing.assert_close(rotate(x, rotary), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_turned_scores_depend_on_differences_of_positions_alone() -> None:
+def test_rotary_scores_depend_only_on_differences_of_positions() -> None:
     query, key = torch.randn(2, H, L, D, dtype=torch.float64).unbind()
     rotary = RotaryPositions(D)
 

@@ -137,7 +137,7 @@ def test_a_layer_multiplies_its_queries(nape: bool, batch_first: bool) -> None:
                 torch.testing.assert_close(weights[n, h, i], scaled[h, 0], rtol=1e-9, atol=1e-12)
 
 
-def test_it_learns_and_takes_no_part_where_it_is_not_asked_for() -> None:
+def test_length_scaling_learns_and_is_absent_unless_asked_for() -> None:
     layer = TopKMultiheadAttention(E, H, k=3, batch_first=True, length_scaling=True)
     x = torch.randn(N, L, E)
     layer(x, x, x)[0].square().sum().backward()

@@ -78,7 +78,7 @@ def test_a_parameter_is_learnt_and_a_tensor_is_a_buffer() -> None:
 @pytest.mark.parametrize(
     ("arguments", "shape"), [({"k": 3}, ()), ({"alpha": 1.25}, ()), ({"k": 3, "alpha": torch.full((H,), 1.25)}, (H,))]
 )
-def test_whatever_alpha_is_given_as_can_be_learnt(arguments: dict[str, Any], shape: tuple[int, ...]) -> None:
+def test_alpha_is_learnt_from_every_kind_of_initial_value(arguments: dict[str, Any], shape: tuple[int, ...]) -> None:
     attention = SparseAttention(**arguments, learn_alpha=True)
     (alpha,) = attention.parameters()
     assert alpha.shape == shape and set(alpha.flatten().tolist()) == {1.25 if "alpha" in arguments else 1.0}
@@ -99,7 +99,7 @@ def test_a_learnt_alpha_stays_in_its_range_whatever_the_step(sign: int, bound: f
     torch.testing.assert_close(attention(*(tensors := inputs())), SparseAttention(alpha=bound)(*tensors))
 
 
-def test_it_is_known_to_all_that_handles_alpha() -> None:
+def test_alpha_is_known_to_every_function_for_alpha() -> None:
     model = nn.Sequential(
         SparseAttention(alpha=nn.Parameter(torch.full((H,), 1.5))), SparseAttention(k=2), SparseAttention(alpha=1.5)
     )
@@ -120,7 +120,7 @@ def test_it_is_known_to_all_that_handles_alpha() -> None:
 @pytest.mark.parametrize(
     "attention", [SparseAttention(k=2), SparseAttention(alpha=1.5), SparseAttention(k=3, alpha=2.0)]
 )
-def test_a_mask_says_who_takes_part(attention: SparseAttention) -> None:
+def test_masked_keys_equal_keys_left_out(attention: SparseAttention) -> None:
     query, key, value = inputs()
     short = attention(query, key[..., :4, :], value[..., :4, :])
     visible = torch.arange(S) < 4
@@ -214,7 +214,7 @@ def test_half_precision_is_near_and_keeps_its_dtype(attention: SparseAttention, 
 # torch's tracer makes an autograd function the old way itself.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("attention", [*KINDS, SparseAttention(alpha=1.3, learn_alpha=True)], ids=str)
-def test_it_compiles_into_one_graph(attention: SparseAttention) -> None:
+def test_the_layer_compiles_into_one_graph(attention: SparseAttention) -> None:
     tensors = inputs()
     torch._dynamo.reset()
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")

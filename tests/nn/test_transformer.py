@@ -94,7 +94,7 @@ def test_a_decoder_layer_is_torchs_at_alpha_one(options: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_torchs_stacks_take_them(train: bool) -> None:
+def test_torchs_stacks_take_our_layers(train: bool) -> None:
     shared = {"batch_first": True, "norm_first": True, **F64}
     dense = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, **shared), 2, enable_nested_tensor=False)
     layer = TransformerEncoderLayer(E, H, activation=F.relu, alpha_init=1.0, **F64)
@@ -127,7 +127,7 @@ def test_torchs_attention_may_stand_in_the_place_of_ours(train: bool) -> None:
     torch.testing.assert_close(layer(x, memory), dense(x, memory), rtol=1e-9, atol=1e-10)
 
 
-def test_in_eval_they_are_as_sparse_as_in_training() -> None:
+def test_layers_are_as_sparse_in_eval_as_in_training() -> None:
     encoder = nn.TransformerEncoder(
         TransformerEncoderLayer(E, H, alpha_init=2.0, **F64), 2, enable_nested_tensor=False
     ).requires_grad_(False)
@@ -219,7 +219,7 @@ def test_gradients_are_those_of_finite_differences(kind: Any) -> None:
     assert torch.autograd.gradcheck(run, (*inputs, *parameters.values()), fast_mode=True)
 
 
-# torch's tracer makes an autograd function the old way itself.
+# torch's own tracer builds an autograd function in a deprecated way, with a warning.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_decoder_layer_compiles_into_one_graph() -> None:
     layer = TransformerDecoderLayer(E, H, num_kv_heads=2, positions=RotaryPositions(E // H), norm="rms", **F64)
@@ -368,7 +368,7 @@ class LanguageModel(nn.Module):
         return self.output(x)
 
 
-def test_a_language_model_of_them_learns_and_generates() -> None:
+def test_a_language_model_of_our_layers_learns_and_generates() -> None:
     """The second half of a sequence repeats the first: a head has to look a fixed number of places back."""
     size, half = 7, 5
     options = {"num_kv_heads": 2, "norm": "rms", "qk_norm": True, "length_scaling": True, "alpha_init": 1.5}

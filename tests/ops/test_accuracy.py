@@ -1,4 +1,4 @@
-"""How exact every mapping and its gradients are, beside oracles that share nothing with them (``conftest.py``)."""
+"""Accuracy of every mapping and its gradients, against oracles that share no code with them (``conftest.py``)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ by_each_backend = pytest.mark.usefixtures("backend")
 
 
 def in_float32(alpha: float) -> float:
-    """What a float32 tensor makes of it, so that one oracle serves α as a number and as a tensor."""
+    """α rounded to float32, so that one oracle serves α as a number and as a tensor."""
     return float(torch.tensor(alpha))
 
 
@@ -52,7 +52,7 @@ def hard_rows(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def assert_sums_to_one(p: Tensor, x: Tensor) -> None:
-    """Or to zero, where all entries are masked."""
+    """The sum of a row is 1, or 0 where all entries are masked."""
     some = (x > torch.finfo(x.dtype).min).any(-1)
     assert (p >= 0).all() and (p.sum(-1, dtype=torch.float64) - some.double()).abs().max() <= 3e-7
 
@@ -151,8 +151,8 @@ def test_float32_gradients_beside_float64(alpha):
         assert relative(per_row, exact[1]) <= 1e-4, (size, scale)
         if size > 1024:
             continue
-        # In the gradient for α terms of both signs cancel, and of nearly equal scores a p that is rounded to float32
-        # has lost what tells them apart: a row is measured by its terms without their signs.
+        # In the gradient for α, terms of both signs cancel, and p in float32 cannot tell nearly equal scores apart: the
+        # error of a row is compared with the sum of its absolute terms.
         slope = (entmax(x.double(), alpha + 1e-6) - entmax(x.double(), alpha - 1e-6)) / 2e-6
         terms = (slope * upstream).abs().sum(-1, keepdim=True)
         assert ((per_row - exact[1]).abs() <= 1e-4 * terms + lost).all(), (size, scale)

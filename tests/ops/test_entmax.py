@@ -213,7 +213,7 @@ def test_wrong_input_is_named():
         entmax(x, dim=4)
 
 
-def test_every_axis_that_one_alpha_each_would_fit_is_shown():
+def test_the_error_shows_every_axis_that_alpha_could_belong_to():
     with pytest.raises(ValueError, match=r"dim 0 use alpha.view\(-1, 1, 1, 1\); .* dim 1 use alpha.view\(-1, 1, 1\)"):
         entmax(torch.randn(4, 4, 5, 5), torch.full((4,), 1.5))
 

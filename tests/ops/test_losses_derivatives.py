@@ -213,7 +213,7 @@ def test_a_compiled_graph_without_breaks_trains_alike(name):
         torch.testing.assert_close(compiled(*inputs), loss(*inputs))
 
 
-def test_inductor_compiles_it_too():
+def test_inductor_compiles_the_layer():
     torch._dynamo.reset()
     x = torch.randn(N, C, requires_grad=True)
     loss = partial(entmax15_loss, target=INDICES, weight=WEIGHT.float(), label_smoothing=0.1)

@@ -101,7 +101,7 @@ def alphas(low: float = 1.0, high: float = 4.0) -> st.SearchStrategy[float]:
 
 
 def tolerance(x: Tensor, alpha: float) -> float:
-    """How far a probability may be from the exact one: rounding, and above α = 2 what infinite slopes make of it."""
+    """The allowed error of a probability: rounding, which infinite slopes enlarge above α = 2."""
     wide = 1e-13 if x.dtype == torch.float64 else (2e-7 if alpha >= 1 else 4e-7)
     steep = 2 * 2e-15 ** (1 / (alpha - 1)) if alpha > 2 else 0.0
     half = torch.finfo(x.dtype).eps / 2 if x.dtype in (torch.bfloat16, torch.float16) else 0.0
@@ -135,13 +135,13 @@ def test_agrees_with_bisection(x, alpha, oracle):
 
 @examples
 @given(x=rows(), alpha=alphas(low=0.3))
-@example(x=torch.tensor([-math.inf, -1e35, -1e35]), alpha=2.0)  # all that is visible is far below any filler
+@example(x=torch.tensor([-math.inf, -1e35, -1e35]), alpha=2.0)  # visible scores are far below the masked ones
 def test_probabilities_sum_to_one_and_masked_entries_are_exactly_zero(x, alpha):
     for given_alpha in (alpha, torch.tensor(alpha, dtype=torch.float64)):
         p = entmax(x, given_alpha)
         assert (p[~visible(x)] == 0).all() and (p >= 0).all()
         assert abs(total(p) - bool(visible(x).any())) <= rounding_of_a_sum(p)
-        # what is masked might as well not be there
+        # removing masked entries changes nothing
         alone = entmax(x[visible(x)], given_alpha)
         assert ((p[visible(x)] - alone).abs() <= 2 * tolerance(x, alpha)).all()
 
@@ -159,7 +159,7 @@ def test_a_shift_of_all_scores_changes_nothing(x, alpha, shift):
     moved = (x.double() + shift).to(x.dtype)
     assume(moved[visible(x)].isfinite().all())
     moved = torch.where(visible(x), moved, x)
-    back = torch.where(visible(x), moved.double() - shift, -math.inf)  # what is left of the scores, without the shift
+    back = torch.where(visible(x), moved.double() - shift, -math.inf)  # the scores after rounding, without the shift
     wanted = entmax(back, alpha)
     assert (entmax(moved, alpha) - wanted).abs().max() <= tolerance(x, alpha) + tolerance(back, alpha)
 

@@ -1,4 +1,4 @@
-"""Models that were recorded, and a reader of pages that shares nothing with the program inside them."""
+"""Records of models, and a reader of pages that shares no code with the program inside them."""
 
 from __future__ import annotations
 

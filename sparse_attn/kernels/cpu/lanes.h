@@ -93,7 +93,7 @@ INLINE lanes select_equal(lanes x, lanes y, lanes then, lanes otherwise) {
 }
 #endif
 
-/* Whether an x is not below y: NaN counts. */
+/* True if some x is not below y; NaN counts as not below. */
 INLINE int any_beyond(lanes x, lanes y) {
 #if defined(__AVX512F__)
     return COMPARE(x, y, _CMP_NLT_UQ) != 0;

@@ -12,7 +12,7 @@
 #if defined(__AVX512F__)
 #define PACKED_AT_ONCE LANES
 
-/* One vector; how many of its entries were kept. A masked store would be many times slower. */
+/* Packs one vector and returns the number of entries that it kept. A masked store would be many times slower. */
 INLINE int pack_lanes(const real *key, real threshold, const real *beside, real *out, real *beside_out) {
     const lanes x = load(key);
     const lane_mask kept = COMPARE(x, splat(threshold), _CMP_NLE_UQ);
@@ -30,7 +30,7 @@ INLINE int unpack_lanes(const real *key, real threshold, const real *packed, rea
 #elif defined(__AVX2__) && !defined(REAL_DOUBLE)
 #define PACKED_AT_ONCE 4
 
-/* For each mask of four lanes: which lane each packed one comes from, and the other way round. */
+/* For each mask of four lanes: the source lane of each packed lane, and the inverse. */
 static const int32_t PACKED[16][4] = {
     {0, 0, 0, 0}, {0, 0, 0, 0}, {1, 0, 0, 0}, {0, 1, 0, 0}, {2, 0, 0, 0}, {0, 2, 0, 0}, {1, 2, 0, 0}, {0, 1, 2, 0},
     {3, 0, 0, 0}, {0, 3, 0, 0}, {1, 3, 0, 0}, {0, 1, 3, 0}, {2, 3, 0, 0}, {0, 2, 3, 0}, {1, 2, 3, 0}, {0, 1, 2, 3},
@@ -98,8 +98,8 @@ INLINE int unpack_lanes(const real *key, real threshold, const real *packed, rea
 }
 #endif
 
-/* The keys that take part, in order, and where `beside` is given what lies beside them; returns how many. `out` may be
- * `key` itself. */
+/* Packs the keys that take part, in order, or the entries of `beside` at the same places if it is given; returns their
+ * number. `out` may be `key` itself. */
 INLINE int64_t pack_both(const real *key, real threshold, const real *beside, int64_t size, real *out,
                          real *beside_out) {
     int64_t i = 0, count = 0;
@@ -129,7 +129,7 @@ static void unpack(const real *key, real threshold, const real *packed, real fac
     }
 }
 
-/* Where the keys that take part lie. */
+/* Writes the places of the keys that take part. */
 static void pack_places(const real *key, real threshold, int64_t size, int32_t *places) {
     int64_t i = 0;
 #if defined(__AVX512F__) && !defined(REAL_DOUBLE)
@@ -147,7 +147,7 @@ static void pack_places(const real *key, real threshold, int64_t size, int32_t *
     }
 }
 
-/* Drops zeros from packed p and their places, and multiplies the others by `scale`; returns how many are left. */
+/* Drops zeros from packed p and their places, and multiplies the others by `scale`; returns the number left. */
 static int64_t keep_nonzero(const real *p, real scale, int64_t size, int32_t *places, real *out) {
     int64_t i = 0, count = 0;
 #if defined(__AVX512F__) && !defined(REAL_DOUBLE)
@@ -167,7 +167,7 @@ static int64_t keep_nonzero(const real *p, real scale, int64_t size, int32_t *pl
     return count;
 }
 
-/* Fills up to a multiple of PADDING; returns the size with it. */
+/* Fills the row up to a multiple of PADDING; returns the padded size. */
 static int64_t pad(real *x, int64_t size, real value) {
     for (int i = 0; i < PADDING; i++) x[size + i] = value;
     return (size + PADDING - 1) & -PADDING;

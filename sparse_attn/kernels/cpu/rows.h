@@ -30,7 +30,7 @@ typedef double backward_row(vector p, vector grad, int64_t size, double a, int w
 
 enum { PADDING = 16, SCRATCH_ROWS = 6 };
 
-/* Buffers end in room for one vector more: packed writes and reads run past their last entry. */
+/* Buffers have room for one more vector at the end, since packed writes and reads run past the last entry. */
 static inline int64_t padded_size(int64_t size) {
     return (size + 2 * PADDING - 1) / PADDING * PADDING;
 }

@@ -6,7 +6,7 @@
 #include "pack.h"
 #include "strands.h"
 
-/* How many of the padded x are above a cut. */
+/* Counts the padded x above a cut. */
 static int64_t count_above(const real *x, int64_t size, real cut) {
     words count = {0};
     for (int64_t i = 0; i < size; i += LANES) count -= (words)(load(x + i) > cut); /* true is -1 */
@@ -15,8 +15,8 @@ static int64_t count_above(const real *x, int64_t size, real cut) {
     return all;
 }
 
-/* Raises `*low`, above which at least k of the padded x lie, towards the k-th largest; whether they became exactly k,
- * which ties at that place prevent. */
+/* Raises `*low` towards the k-th largest of the padded x; at least k of them stay above it. Returns true if exactly k
+ * are above it in the end, which equal scores at the k-th place prevent. */
 static int cut_off(const real *x, int64_t size, int64_t k, real *low, real high, int steps) {
     for (int step = 0; step < steps; step++) {
         const real middle = *low / 2 + high / 2;
@@ -51,7 +51,7 @@ static real kth_largest(real *x, int64_t size, int64_t k) {
     return x[wanted];
 }
 
-/* A number below x, and above all that is smaller but for subnormal numbers, which the processor may take for 0. */
+/* A number just below x: no number lies between, except subnormal ones, which the processor may treat as 0. */
 INLINE real just_below(real x) {
 #ifdef REAL_DOUBLE
     return fabs(x) < REAL_MIN ? -REAL_MIN : nextafter(x, -INFINITY);
@@ -63,8 +63,8 @@ INLINE real just_below(real x) {
 enum { ROUGH_CUTS = 6, EXACT_CUTS = 24 };
 
 /* Packs the k largest of the scores above `lowest`, or all where there are fewer, and returns how many entries lie
- * above `*threshold`, which the scores are to be compared with to unpack. Of equal scores the first ones are taken; the
- * others are packed too, as -inf. `maxima` are those of the row's strands, and `top` is the largest. */
+ * above `*threshold`, with which `unpack` compares the scores. Of equal scores the first ones are taken; the others are
+ * packed too, as -inf. `maxima` holds the largest score of each strand, and `top` the largest of the row. */
 static int64_t pack_largest(const real *x, int64_t size, int64_t k, real lowest, const real *maxima, int strands,
                             real top, real *packed, real *threshold) {
     *threshold = lowest;

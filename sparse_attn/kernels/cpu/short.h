@@ -1,7 +1,7 @@
 /* Solves Σ p = 1 in as many short rows at once as a vector has lanes, one row per lane, for the attention kernels.
  *
- * Sums over a row are then sums of vectors: nothing waits for a sum across lanes. rows.h defines the letters; `reach` is
- * 1/a - σ counted from the largest score, how far below it an entry still has weight (for softmax it is not used).
+ * Sums over a row are then sums of vectors, without the delay of a sum across lanes. rows.h defines the letters. `reach`
+ * is 1/a - σ, with σ counted from the largest score: entries have weight down to this distance (unused for softmax).
  */
 #ifndef SPARSE_ATTN_SHORT_H
 #define SPARSE_ATTN_SHORT_H
@@ -100,7 +100,7 @@ INLINE lanes solve_lanes_family(const short_rows *x, const family of, real a, la
             at.total *= unit, at.slope *= unit / most, at.curve *= unit / (most * most);
         }
         const lanes excess = at.total - one, now = at_least(excess, -excess);
-        /* As in solve.h: a step from close by lands on the root, and what is then left of the excess is rounding. */
+        /* As in solve.h: a step from a near σ lands on the root; the rest of the excess is rounding. */
         lanes open = select_below(error, now, one, zero);
         open = select_below(now, before, open, select_below(close, now, open, zero));
         open = select_below(before, close, select_below(now, landing, zero, open), open);

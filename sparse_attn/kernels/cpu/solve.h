@@ -19,13 +19,13 @@ static const real NOWHERE = -REAL_MAX / 2;
 
 typedef struct {
     double total, slope, curve; /* Σ p, Σ u and Σ u²/p, the last for α <= 1.5 alone */
-    double unit;                /* the p of what is stored as 1 */
+    double unit;                /* the p that is stored as 1 */
 } norms;
 
 /* p at a given σ, counted from the largest score `top`, for padded scores. With z = x - top, an entry is a power of
- * a z + 1 - a σ = a (z - σ + 1 / a): counted from σ - 1 / a it keeps its digits where it is small. For α < 1.5 what is
- * stored is p / max p, a power of 1 + a z / (1 - a σ): in a long flat row p is small, and its logarithm has lost digits
- * that the one of a number close to 1 has. */
+ * a z + 1 - a σ = a (z - σ + 1 / a), which keeps its digits near zero if z is counted from σ - 1 / a. For α < 1.5 the
+ * stored value is p / max p, a power of 1 + a z / (1 - a σ): in a long flat row p is small, and its logarithm would have
+ * fewer correct digits than the logarithm of a number close to 1. */
 INLINE norms evaluate(const real *scores, int64_t size, const family of, real a, real top, double sigma, real *p) {
     const lanes zero = splat(0), one = splat(1), nowhere = splat(NOWHERE), half = splat(-0.5), smallest = splat(REAL_MIN);
     const real power = (real)(1 / (double)a - 1);
@@ -78,7 +78,7 @@ INLINE real exp_real(real x) {
 
 /* Newton's step for (Σ p)^a = 1: S h(a) / U with h(a) = (1 - S^-a) / a, which is log(S) at a = 0. For α >= 1.5 without
  * logarithms: 1 / h is convex in a, and the line through its values at a = ½ and 1, from above, makes the step a little
- * shorter. From below it does not pass the root, but for rounding. */
+ * shorter. A step from below passes the root by rounding at most. */
 INLINE double newton_step(norms at, const family of, double a) {
     const double excess = at.total - 1;
     if (of == SPARSEMAX) return excess / at.slope;
@@ -93,9 +93,9 @@ INLINE double newton_step(norms at, const family of, double a) {
     return at.total * log_total * ratio / at.slope;
 }
 
-/* Halley's step in the place of Newton's, which gets nearer and may pass the root; up to α = 1.5 the second derivative of
- * Σ p is finite. Where many entries leave the support at once it may jump to and fro, or beyond `end`, where even the
- * largest has left: then it is Newton's. */
+/* Halley's step instead of Newton's: it comes nearer to the root and may pass it. Up to α = 1.5 the second derivative of
+ * Σ p is finite. If many entries leave the support at once, Halley's step may oscillate or go beyond `end`, where the
+ * support is empty; Newton's step is used then. */
 INLINE double halley_step(norms at, const family of, double a, double newton, double end) {
     if (of != GENTLE && of != ENTMAX15) return newton;
     const double bend = (1 - a) / 2 * newton * (at.curve / at.slope - at.slope / at.total);
@@ -103,9 +103,9 @@ INLINE double halley_step(norms at, const family of, double a, double newton, do
     return step < end ? step : newton;
 }
 
-/* p at σ + step from the p that are stored for σ, for 1 < α < 1.5 and a step that is small beside what most entries have
- * in 1 + a (z - σ): there p changes by the factor (1 - a r)^(1/a), r = step / (1 + a (z - σ)), whose series is short.
- * The others are computed anew. */
+/* p at σ + step from the stored p at σ, for 1 < α < 1.5 and a step that is small compared with 1 + a (z - σ) of most
+ * entries. Their p changes by the factor (1 - a r)^(1/a), r = step / (1 + a (z - σ)), which a short series gives. Other
+ * entries are computed anew. */
 #ifdef REAL_DOUBLE
 static const double SHORT_STEP = 0; /* three terms are too few for any */
 #else
@@ -136,8 +136,8 @@ INLINE double refine(const real *scores, int64_t size, real a, real top, double 
     return total_of(total);
 }
 
-/* Climbs from a σ at or below the root, for α <= 2, until Σ p is within `error` of 1 or comes no closer; stays `below` the
- * root if asked to. What is stored, and its sum, which is returned, are of the last σ. */
+/* Climbs from a σ at or below the root, for α <= 2, until Σ p is within `error` of 1 or comes no closer. With `below`, σ
+ * stays below the root. The stored p and the returned sum belong to the last σ. */
 INLINE double climb_family(const real *x, int64_t size, const family of, real a, real top, double *sigma, double error,
                            int below, real *p) {
     const double rounding = 12 * error;
@@ -145,13 +145,13 @@ INLINE double climb_family(const real *x, int64_t size, const family of, real a,
     for (int sweep = 0;; sweep++) {
         const norms at = evaluate(x, size, of, a, top, *sigma, p);
         const double now = fabs(at.total - 1);
-        /* A step from close by lands on the root, and for α = 2 any that finds the support: what Σ p is off after that is
-         * rounding. */
+        /* A step from a near σ lands on the root, and for α = 2 every step with the right support does. The rest of the
+         * error of Σ p is rounding. */
         const int landed = now < rounding && (before < 1e-3 || of == SPARSEMAX);
         /* for softmax, the division by Σ p gives the result */
         if (of == SOFTMAX || landed || !(now > error && (now < before || now > 1e-3)) || sweep == MAX_SWEEPS)
             return at.total / at.unit;
-        below |= now > before / 2; /* jumping to and fro */
+        below |= now > before / 2; /* the steps oscillate */
         const double newton = newton_step(at, of, a), end = a > 0 ? 0.999 / (double)a - *sigma : INFINITY;
         const double step = below ? newton : halley_step(at, of, a, newton, end);
         if (of == GENTLE && a > 0 && now < SHORT_STEP) {
@@ -190,7 +190,7 @@ static double climb(const real *x, int64_t size, double a, real top, double *sig
 }
 
 #ifdef REAL_DOUBLE
-/* The same for α > 2: Newton's method within a bracket, with bisection where a step leaves it. The slope at the edge of
+/* Solves for σ when α > 2: Newton's method within a bracket, with bisection where a step leaves it. The slope at the edge of
  * the support is infinite, so a short step is no sign of convergence: the sum must be 1, or the bracket empty. */
 static double bracket(const real *x, int64_t size, double a, real top, real *p) {
     double low = 0, high = -expm1(-a * log((double)size)) / a * (1 + REAL_EPS), sigma = 0, error_before = INFINITY;

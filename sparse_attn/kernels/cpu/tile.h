@@ -14,17 +14,17 @@
 
 support_row EXPORTED(support), EXPORTED_IN_DOUBLE(support);
 
-/* From this share of weights that are not zero, products with whole matrices are faster than with lists. */
+/* With a larger share of non-zero weights, products with whole matrices are faster than with lists. */
 #define DENSE_FROM 0.3
 
-/* Up to this number of keys, rows are solved side by side; fewer where that takes exp and log, since then all keys have
- * weight. */
+/* Up to this number of keys, rows are solved side by side. The limit is lower where the mapping needs exp and log, since
+ * all keys may have weight there. */
 enum { SHORT = 256, SHORT_WITH_EXP = 64 };
 
-/* Up to this number of queries, as in decoding, keys and values are read in place, and once. */
+/* Up to this number of queries, as in decoding, keys and values are read in place without a packed copy. */
 enum { FEW = 4 };
 
-/* The memory of a thread, and what it holds at present. */
+/* The memory of a thread and its present content. */
 typedef struct {
     const attention_task *task;
     int64_t depth, width; /* in whole vectors */
@@ -38,8 +38,8 @@ typedef struct {
     /* One tile: queries, scores and lists of rows. */
     const sequence *of;
     int64_t head, first, count; /* its queries */
-    int64_t begin, end;         /* the keys that any of them sees */
-    int64_t row;                /* numbers between rows of scores, and between lists */
+    int64_t begin, end;         /* the range of keys that at least one query sees */
+    int64_t row;                /* the stride between rows of scores, and between lists, in numbers */
     int64_t *sizes;             /* of lists */
     int32_t lane_sizes[LANES];
     const int32_t **list_places;
@@ -49,7 +49,7 @@ typedef struct {
     real *solved; /* p of short rows */
     real *buffer; /* of one row */
     void *row_scratch;
-    /* For one of the passes. */
+    /* Used by one of the two passes alone. */
     real *output, *grads, *packed_grads, *second, *slopes, *dropped, *key_sums, *value_sums;
 } workspace;
 
@@ -171,7 +171,7 @@ static void open_head(workspace *w, const sequence *of, int64_t head) {
     w->values = rows_of(&c->value, b, kv_head, of->key_start, of->keys, c->width, w->value_buffer);
 }
 
-/* One key or value where few are looked at. */
+/* One key or value, read in place for few queries. */
 static const real *row_in_place(const workspace *w, const tensor *x, int64_t j, int64_t size, real *buffer) {
     const vector from = entries_of(x, entry_of(&w->task->call, w), w->kv_head, w->of->key_start + j);
     if (from.type == REAL_TYPE && from.stride == 1 && size % LANES == 0) return from.data;
@@ -179,7 +179,7 @@ static const real *row_in_place(const workspace *w, const tensor *x, int64_t j, 
     return buffer;
 }
 
-/* Whether keys and values are finite: in a matrix product, a weight of zero times an infinite value would be NaN. */
+/* True if keys and values are finite: in a matrix product, a weight of zero times an infinite value would be NaN. */
 static int is_finite(workspace *w) {
     if (w->finite >= 0) return w->finite;
     lanes sum = splat(0);
@@ -200,7 +200,7 @@ static double lowest_of(int64_t type) {
     return type == FLOAT32 ? -FLT_MAX : type == FLOAT64 ? -DBL_MAX : type == FLOAT16 ? -65504.0 : -0x1.fep127;
 }
 
-/* A mask of one row as numbers to add: 0, -inf, or what a float mask says. */
+/* The mask of one row as numbers to add: 0 or -inf for a boolean mask, else the values of the mask. */
 static const real *mask_row(const workspace *w, int64_t i, int64_t begin, int64_t end, real *out) {
     const tensor *mask = &w->task->call.mask;
     vector from = entries_of(mask, w->batch, w->head, i);
@@ -220,7 +220,7 @@ static const real *mask_row(const workspace *w, int64_t i, int64_t begin, int64_
     return out;
 }
 
-/* The tile's queries, and which keys any of them sees. */
+/* Sets the queries of the tile, and the range of keys that at least one of them sees. */
 static void open_tile(workspace *w, int64_t tile) {
     const attention *c = &w->task->call;
     const int64_t left = w->of->queries - tile * c->tile_rows;
@@ -288,7 +288,7 @@ static void solve_rows(workspace *w, int masked, const real *added) {
     }
 }
 
-/* Whether rows can be solved side by side. */
+/* True if rows can be solved side by side. */
 static int are_short(const workspace *w, int has_own_masks) {
     const attention *c = &w->task->call;
     const double a = a_of(c, w->head);
@@ -298,7 +298,7 @@ static int are_short(const workspace *w, int has_own_masks) {
     return fits && !has_own_masks && all_keys && a >= 0 && a <= 1;
 }
 
-/* Hides the keys that the queries r, r + 1, ... in the lanes of a vector do not see by their places. */
+/* Hides keys by position from the queries r, r + 1, ... in the lanes of a vector (causality, window). */
 static void hide(const workspace *w, int64_t r, real *scores, int64_t step) {
     const attention *c = &w->task->call;
     const int64_t i = w->first + r, last = i + LANES - 1;
@@ -316,7 +316,7 @@ static void hide_masked(const workspace *w, const real *added, real *scores, int
     }
 }
 
-/* A bit for each lane that is not zero; NaN is not. */
+/* A mask with a bit for each non-zero lane; NaN counts as non-zero. */
 INLINE uint32_t nonzero_bits(lanes x) {
 #if defined(__AVX512F__)
     uint32_t bits = COMPARE(x, splat(0), _CMP_NEQ_UQ);
@@ -359,7 +359,7 @@ static void solve_short_rows(workspace *w, const real *added) {
                    w->scores, step);
     const double a = a_of(c, w->head) < 1e-3 * REAL_EPS ? 0 : a_of(c, w->head);
     for (int64_t r = 0; r < w->count; r += LANES) {
-        real *scores = w->scores + r - start * step; /* that of key j lies at j * step */
+        real *scores = w->scores + r - start * step; /* the score of key j is at j * step */
         if (added) hide_masked(w, added, scores, step);
         hide(w, r, scores, step);
         lanes top = splat(-INFINITY);
@@ -384,8 +384,8 @@ static void solve_short_rows(workspace *w, const real *added) {
     }
 }
 
-/* The mask that all rows of a tile share, as numbers to add to the scores of the keys begin .. end, which are narrowed
- * to those that it shows; NULL where it shows all of these. */
+/* The mask that all rows of a tile share, as numbers to add to the scores of the keys begin .. end. Narrows that range to
+ * the keys that the mask shows; returns NULL if it shows all of the range. */
 static const real *shared_mask(workspace *w) {
     const real *added = mask_row(w, 0, w->begin, w->end, w->buffer) - w->begin;
     while (w->begin < w->end && added[w->end - 1] == -INFINITY) w->end--;
@@ -414,7 +414,7 @@ static int is_dense(workspace *w) {
     return (double)total > DENSE_FROM * (double)(w->count * (w->end - w->begin)) && is_finite(w);
 }
 
-/* A row of a matrix from a list. */
+/* Writes a list as a full row of a matrix. */
 static void expand(const workspace *w, const int32_t *places, const real *weights, int64_t count, real *out) {
     memset(out + w->begin, 0, (size_t)(w->end - w->begin) * sizeof *out);
     for (int64_t n = 0; n < count; n++) out[places[n]] = weights[n];

@@ -31,7 +31,7 @@ function showAlpha() {
   box.replaceChildren(...parts);
 }
 
-// A layer is a line with a dot for each of its heads; above, how many heads have which α.
+// Each layer is a line with a dot per head; the histogram above counts the heads by α.
 function strips(kind, layers, otherRun) {
   const [low, high] = alphaRange();
   const width = Math.max(300, Math.min(place("alphas").clientWidth - 32, 980));
@@ -77,7 +77,7 @@ function strips(kind, layers, otherRun) {
   return element("figure", { className: "panel alpha-panel" }, element("figcaption", {}, KIND_NAMES[kind], element("span", { className: "soft" }, ` ${caption}`)), legend || "", picture);
 }
 
-// Dots that would lie on one another step aside.
+// Moves overlapping dots apart.
 function offsetOf(placed, x) {
   for (const offset of [0, -7, 7, -12, 12]) {
     if (placed.every((other) => other.offset !== offset || Math.abs(other.x - x) > 9)) {
@@ -141,7 +141,7 @@ function courses(runs) {
   );
 }
 
-// The same for all panels, so that they can be compared.
+// One range of α for all panels makes them comparable.
 function courseRange(runs) {
   const values = runs.flatMap((run) => Object.values(data.courses[run])).flatMap((heads) => Object.values(heads).flat().map((point) => point[1]));
   const [low, high] = [Math.min(...values), Math.max(...values)];
@@ -157,7 +157,7 @@ function ticks(low, high) {
   return found;
 }
 
-// As many panels side by side as fit; those of one layer stay in one line.
+// Places as many panels side by side as fit; the panels of one layer stay in one line.
 function columnsFor(runs) {
   const fitting = Math.max(1, Math.floor((place("alphas").clientWidth - 24) / 250));
   return fitting >= runs ? Math.floor(fitting / runs) * runs : 1;

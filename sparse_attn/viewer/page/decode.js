@@ -21,7 +21,7 @@ async function inflate(text) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-// Whole numbers: a byte each, and 255 says that the next byte is added.
+// Reads whole numbers: one byte each; after 255 the next byte is added to the number.
 function wholeNumbers(bytes, begin, end) {
   const numbers = [];
   let number = 0;
@@ -52,7 +52,7 @@ function weightAt(map, row, column) {
   return entry < 0 ? 0 : map.weight[entry];
 }
 
-// 1 for the largest weight of the row; equal weights share a rank.
+// The rank of a weight in its row: 1 for the largest; equal weights share a rank.
 function rankOf(map, row, weight) {
   let rank = 1;
   for (let i = map.start[row]; i < map.start[row + 1]; i++) if (map.weight[i] > weight) rank++;
@@ -109,7 +109,7 @@ async function decodeLayer(described, heads) {
 
 const loadedMasks = new Map();
 
-// For each row the ends of its visible runs: [from, to, from, to, ...]; null if all is visible.
+// The limits of the visible runs of each row: [from, to, from, to, ...]; null if all pairs are visible.
 function loadMask(number, rows, columns) {
   if (number === null) return null;
   if (!loadedMasks.has(number)) loadedMasks.set(number, decodeMask(data.masks[number], rows, columns));

@@ -17,7 +17,7 @@ function termName(key) {
   return key in TERMS ? TERMS[key][0] : key;
 }
 
-// Characters that have no picture, or that would turn the text around, are shown by a sign or by their number.
+// Replaces characters without a glyph, and those that change the direction of text, by a symbol or their number.
 function printable(token) {
   if (token === "") return "\u2205";
   const shown = token.replace(/[\u0000-\u0020\u007f-\u00a0\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g, (char) => {
@@ -97,7 +97,7 @@ function largestInRow(map, row) {
   return largest || 1;
 }
 
-// A canvas of that many CSS pixels, sharp on every screen; null where there is no room.
+// Sizes a canvas in CSS pixels, sharp at every pixel density; null without room.
 function prepare(canvas, width, height) {
   const ratio = Math.min(window.devicePixelRatio || 1, 3);
   const [pixelsAcross, pixelsDown] = [Math.round(width * ratio), Math.round(height * ratio)];
@@ -114,7 +114,7 @@ function prepare(canvas, width, height) {
   return context;
 }
 
-// A whole head in so many pixels, each with the largest weight that falls into it.
+// Draws a whole head in few pixels; each shows the largest weight of its cells.
 function thumbnail(canvas, map, across, down) {
   canvas.width = across;
   canvas.height = down;
@@ -161,7 +161,7 @@ function paint(pixels, largest, map, across, down) {
   }
 }
 
-// The pixels that belong to one of `count` places; at least one.
+// The range of pixels of one of `count` places, at least one pixel.
 function span(index, count, pixels) {
   const from = Math.floor((index * pixels) / count);
   return [from, Math.max(from + 1, Math.floor(((index + 1) * pixels) / count))];

@@ -1,4 +1,4 @@
-// One head: controls, what is under the pointer, and rows that are pinned to be compared.
+// One head: controls, the description of the cell under the pointer, and pinned rows to compare.
 
 let cursor = { row: null, column: null };
 let shownMap = null; // of the head that is shown, pieces merged or not

@@ -72,7 +72,7 @@ function drawLines() {
     : "";
 }
 
-// The lines that leave the queries in sight, and those that arrive at a key under the pointer; heavy ones last.
+// Lines from the visible queries, and all lines to the key under the pointer; larger weights last.
 function linesInSight(map, first, last) {
   const found = [];
   const add = (row, entry) => {

@@ -1,4 +1,4 @@
-// The matrix of one head. Only the part in sight is drawn, so that its length costs nothing.
+// The matrix of one head. Only the visible part is drawn, so that long inputs are not slower.
 
 const LARGEST_CELL = 60;
 const LARGEST_FITTING = 40;
@@ -204,7 +204,7 @@ function drawNames(context, x0, y0, firstRow, lastRow, firstColumn, lastColumn, 
   context.restore();
 }
 
-// 1, 2 or 5 times a power of ten, at least as large as asked for.
+// The smallest of 1, 2 or 5 times a power of ten that is not below a number.
 function stepOf(atLeast) {
   const power = 10 ** Math.floor(Math.log10(atLeast));
   return Math.max(1, [1, 2, 5, 10].find((factor) => factor * power >= atLeast) * power);

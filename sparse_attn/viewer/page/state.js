@@ -1,4 +1,4 @@
-// What is shown, kept in the address so that a link shows the same.
+// The state of the page, kept in the address so that a link restores it.
 
 const place = (id) => document.getElementById(id);
 const VIEWS = ["heads", "head", "alpha", "report"];

@@ -182,7 +182,7 @@ def test_nan_in_padding_changes_nothing(queries, keys, alpha):
 
 
 @pytest.mark.parametrize("keys", [29, 307])
-def test_a_query_that_sees_nothing_gets_zeros_and_one_of_nan_is_nan(keys):
+def test_a_query_without_visible_keys_gets_zeros_and_a_query_of_nan_gets_nan(keys):
     query, key, value = (x.requires_grad_() for x in tensors(torch.float32, 23, keys))
     for mask in (torch.zeros(23, keys, dtype=torch.bool), torch.full((keys,), torch.finfo(torch.float32).min)):
         for x in run(lambda *qkv, mask=mask: entmax_attention(*qkv, attn_mask=mask), [query, key, value]):

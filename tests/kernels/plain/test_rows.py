@@ -97,7 +97,7 @@ def test_one_undefined_row_leaves_the_others_alone(alpha):
 
 
 @pytest.mark.parametrize("alpha", [1.0001, 1.3, 1.5, 2.0])
-def test_what_is_masked_has_no_weight_however_close_it_is(alpha):
+def test_masked_keys_have_no_weight_however_close(alpha):
     x = torch.randn(5, 300).sub_(1000.0)
     x[:, ::3] = -1003.0
     got = torch_rows.entmax_forward(x, alpha - 1, lowest=-1003.0)

@@ -15,7 +15,7 @@ from sparse_attn.kernels.triton.attention.dropout import multipliers
 
 @pytest.fixture(params=["short", "long"])
 def length(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether the scores of all keys are on the chip: the second kernel takes the same small sizes."""
+    """Run with the scores of all keys on the chip (short), or with the other kernel at the same small sizes (long)."""
     for name in ("_SHORT", "_SHORT_IN_FLOAT32"):
         monkeypatch.setattr(plan, name, 1024 if request.param == "short" else 0)
     return request.param

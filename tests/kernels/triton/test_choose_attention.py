@@ -145,7 +145,7 @@ def test_autocast_computes_in_half_precision(device, calls):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, about how it knows forward mode
-def test_what_the_kernels_cannot_do_goes_another_way(device, calls):
+def test_calls_that_the_kernels_do_not_support_use_another_path(device, calls):
     query, key, value = tensors(device, 2, 3)
     entmax_attention(query.double(), key.double(), value.double())
     topk_attention(query, key, value, 3)

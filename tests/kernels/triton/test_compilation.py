@@ -1,4 +1,4 @@
-"""What the interpreter does not see: whether the kernels compile for a GPU, which need not be there for that."""
+"""The kernels compile for a GPU, which the interpreter does not check; no GPU is needed."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def test_half_precision_is_read_as_it_is_where_nothing_has_a_gradient(dtype, dev
         assert entmax(x).dtype == torch.softmax(x, -1).dtype
 
 
-def test_what_is_no_number_stays_in_its_row(device):
+def test_nan_stays_in_its_row(device):
     x = torch.randn(6, 61, device=device)
     x[0, 3], x[1, 3], x[2] = math.nan, math.inf, -math.inf
     for a in (0.5, 1.0, torch.tensor([0.3, 0.3, 0.3, math.nan, -1.0, 0.3], device=device)[:, None]):
