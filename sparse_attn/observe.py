@@ -14,22 +14,26 @@ Example:
     ...         if weights_are_observed():
     ...             report_weights(self, weights.unsqueeze(1))
     ...         return (weights @ x).squeeze(1)
-    >>> register_reporter(lambda module: isinstance(module, Pooling))
+    >>> handle = register_reporter(lambda module: isinstance(module, Pooling))
 
-    From now on ``record_attention(model)`` records every ``Pooling`` of a model. An observer of your own sees it too:
+    Until ``handle.remove()``, ``record_attention(model)`` records every ``Pooling`` of a model. An observer of your own
+    sees it too:
 
     >>> with observe_weights(lambda module, weights, visible, alpha: print(tuple(weights.shape))):
     ...     _ = Pooling(5, 1)(torch.randn(2, 3, 5))
     (2, 1, 1, 3)
+    >>> handle.remove()
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import get_ident
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "Observer",
@@ -44,7 +48,7 @@ __all__ = [
 Observer = Callable[[nn.Module, Tensor, Tensor | None, float | Tensor | None], None]
 _observers: list[Observer] = []
 _paused: list[int] = []  # threads whose weights no observer receives
-_reporters: list[Callable[[nn.Module], bool]] = []
+_reporters: OrderedDict[int, Callable[[nn.Module], bool]] = OrderedDict()  # by the id of their handle
 
 
 def weights_are_observed() -> bool:
@@ -67,26 +71,32 @@ def report_weights(
         observer(module, weights, visible, alpha)
 
 
-def register_reporter(reports: Callable[[nn.Module], bool]) -> None:
+def register_reporter(reports: Callable[[nn.Module], bool]) -> RemovableHandle:
     """Register a function that says which modules call :func:`report_weights`.
 
     :func:`sparse_attn.record_attention` refuses a model in which it finds no attention, so it has to know them.
 
     Args:
-        reports: True for a module that reports its weights. The same function registered again changes nothing.
+        reports: True for a module that reports its weights. The same function registered again has the new handle only.
+
+    Returns:
+        A handle, as torch's hooks have one: ``handle.remove()`` takes the function off again.
 
     Raises:
         TypeError: ``reports`` cannot be called.
     """
     if not callable(reports):
         raise TypeError(f"reports must be a function of a module, got {reports!r}")
-    if reports not in _reporters:
-        _reporters.append(reports)
+    for known in [key for key, function in _reporters.items() if function == reports]:
+        del _reporters[known]
+    handle = RemovableHandle(_reporters)
+    _reporters[handle.id] = reports
+    return handle
 
 
 def is_reporter(module: nn.Module) -> bool:
     """Whether a registered function says that ``module`` reports its weights."""
-    return any(reports(module) for reports in _reporters)
+    return any(reports(module) for reports in _reporters.values())
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from ..folders import replacing
 from ..run import CHECKPOINTS, RESULTS, epoch_checkpoints
+from .metrics_csv import MetricsCsv
 
 
 class BestAndLast(Checkpoint):
@@ -49,6 +50,7 @@ class BestAndLast(Checkpoint):
         if trainer.is_global_zero:
             # The results of an earlier session belong to a checkpoint that is replaced now.
             (self.folder.parent / RESULTS).unlink(missing_ok=True)
+        write_curves(trainer)
         score = trainer.callback_metrics.get(self.monitor)
         if score is None or self.sign * score < self.sign * self.best:
             self.best = self.sign * math.inf if score is None else float(score)
@@ -76,6 +78,18 @@ class BestAndLast(Checkpoint):
         """Restores the state from a checkpoint."""
         self.best = state_dict["best"]
         self.earlier = state_dict.get("seconds", 0.0)
+
+
+def write_curves(trainer: L.Trainer) -> None:
+    """Writes the training loss of the epoch to ``metrics.csv``.
+
+    Lightning logs it after all callbacks: a process that is killed after the checkpoint, and resumed, would lack it.
+    """
+    loss = trainer.callback_metrics.get("train/loss_epoch")
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCsv) and loss is not None:
+            logger.log_metrics({"train/loss_epoch": loss.item()}, trainer.global_step - 1)
+            logger.save()
 
 
 def check_finite(trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -63,8 +63,7 @@ def is_own_block(module: nn.Module) -> bool:
 def test_a_registered_module_reports_its_weights(assert_statistics: Callable[..., None]) -> None:
     model, other = nn.Sequential(nn.Identity(), OwnBlock()), OwnBlock()
     scores = torch.randn(N, H, L, S)
-    for _ in range(2):
-        register_reporter(is_own_block)
+    handle = [register_reporter(is_own_block) for _ in range(2)][-1]
     with record_attention(model) as record:
         weights = model(scores)
         other(scores)  # not in the recorded model
@@ -73,6 +72,9 @@ def test_a_registered_module_reports_its_weights(assert_statistics: Callable[...
     assert record["1"].alpha is not None and record["1"].alpha.tolist() == [2.0] * H
     with pytest.raises(ValueError, match="an attn_implementation of ours, such as 'entmax'; got OtherBlock without"):
         record_attention(OtherBlock())
+    handle.remove()
+    with pytest.raises(ValueError, match="got OwnBlock without"):
+        record_attention(OwnBlock())
 
 
 def test_a_reporter_that_cannot_be_called_is_refused() -> None:

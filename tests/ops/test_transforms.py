@@ -258,6 +258,38 @@ def test_onnx_runtime_runs_a_swapped_encoder(tmp_path):
         torch.testing.assert_close(torch.from_numpy(got), encoder(inputs).detach(), atol=1e-6, rtol=1e-5)
 
 
+class CausalDecoder(nn.Module):
+    """A decoder with masks. Without ``tgt_is_causal`` torch's own cannot be exported, since it reads the mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(6, 2, 11, batch_first=True), 1)
+
+    def forward(self, tgt, memory, tgt_mask, memory_mask):
+        return self.decoder(tgt, memory, tgt_mask, memory_mask, tgt_is_causal=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_runtime_runs_a_swapped_decoder_with_boolean_masks_of_any_length(tmp_path):
+    decoder = CausalDecoder()
+    replace_attention(decoder, alpha_init=[1.3, 1.7])
+    decoder.eval()
+
+    def inputs(batch, queries, keys):
+        causal = torch.ones(queries, queries, dtype=torch.bool).triu(1)
+        hidden = torch.rand(queries, keys) < 0.5
+        hidden[:, 0] = False
+        return torch.randn(batch, queries, 6), torch.randn(batch, keys, 6), causal, hidden
+
+    path, free = tmp_path / "decoder.onnx", {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    torch.onnx.export(decoder, inputs(2, 5, 7), path, dynamo=True, dynamic_shapes=[free] * 4, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    names = [entry.name for entry in session.get_inputs()]
+    for arguments in (inputs(2, 5, 7), inputs(3, 11, 13)):
+        (got,) = session.run(None, dict(zip(names, (x.numpy() for x in arguments), strict=True)))
+        torch.testing.assert_close(torch.from_numpy(got), decoder(*arguments).detach(), atol=1e-6, rtol=1e-5)
+
+
 @every_mapping
 def test_alpha_changed_in_place_before_the_backward_is_noticed(mapping, values):
     if values is None:

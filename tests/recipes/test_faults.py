@@ -39,8 +39,13 @@ def assert_same(one: Path, other: Path) -> None:
             assert torch.equal(tensor, states[1]["state_dict"][key]), key
 
 
-def in_a_process(cfg, seconds: float | None = None) -> bool:
-    """Trains in a copy of this process, and kills it after some time; whether it came to its end."""
+def in_a_process(cfg, *, epochs: int | None = None, delay: float = 0.0) -> bool:
+    """Trains in a copy of this process; whether the training came to its end.
+
+    With ``epochs`` the process is killed ``delay`` seconds after it has finished so many epochs more.
+    """
+    curves = Path(cfg.resume or cfg.paths.output_dir) / "alpha.csv"
+    before = finished_epochs(curves)
     child = os.fork()
     if child == 0:
         status = 1
@@ -51,30 +56,45 @@ def in_a_process(cfg, seconds: float | None = None) -> bool:
             status = 0
         finally:
             os._exit(status)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
+    while epochs is not None:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status == 0
+        if finished_epochs(curves) >= before + epochs:
+            time.sleep(delay)
+            os.kill(child, signal.SIGKILL)
+            break
+        time.sleep(0.005)
     return os.waitpid(child, 0)[1] == 0
+
+
+def finished_epochs(curves: Path) -> int:
+    """The number of epochs whose α is in the file: an epoch writes it just before its checkpoints."""
+    try:
+        return len({row["step"] for row in read_rows(curves)})
+    except (FileNotFoundError, ValueError, KeyError):
+        return 0
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork")
 def test_killed_again_and_again_and_resumed_equals_never_killed(tiny_config, tmp_path):
-    options = ("trainer.max_epochs=16", "model.dropout=0.2")
+    kills = int(os.environ.get("KILLS", "6"))
+    epochs = 2 * kills + 4  # a process is killed within two epochs
+    options = (f"trainer.max_epochs={epochs}", "model.dropout=0.2")
     begin = time.monotonic()
     assert in_a_process(tiny_config(*options, f"paths.output_dir={tmp_path / 'straight'}"))
-    whole = time.monotonic() - begin
+    one_epoch = (time.monotonic() - begin) / epochs
     times = random.Random(0)
-    kills, done = 0, False
-    folder = tmp_path / "run"
-    while not done:
+    folder, killed = tmp_path / "run", 0
+    for _ in range(kills):
         going = (folder / "checkpoints/last.ckpt").exists()
         cfg = resumed_config(folder) if going else tiny_config(*options)
-        # Somewhere in the length of a run, less as it goes on: so it advances in spite of the kills.
-        done = in_a_process(cfg, times.uniform(0.05, 0.4) * whole if kills < 6 else None)
-        kills += not done
-    assert kills >= 5
+        # While the first epochs are trained, or while the files of an epoch are written.
+        killed += not in_a_process(cfg, epochs=times.choice((0, 1, 1, 1)), delay=times.uniform(0.0, one_epoch))
+    assert killed == kills
+    assert in_a_process(resumed_config(folder))
     assert_same(folder, tmp_path / "straight")
     assert (folder / "results.json").exists()
 

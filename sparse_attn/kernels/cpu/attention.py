@@ -34,8 +34,17 @@ class Starts(NamedTuple):
 
 def tile_rows(queries: int, keys: int) -> int:
     """How many queries are computed together, so that their scores stay in the second-level cache."""
-    fitting = 48 if keys <= 2048 else 24 if keys <= 4096 else 12
-    return max(1, min(fitting, queries))
+    return _least(12 * _most(1, _least(4, 8192 // keys)), queries)
+
+
+def _least(x: int, y: int) -> int:
+    """``min``, also of the symbols of a traced call: a branch on them would limit a graph to some of the lengths."""
+    return min(x, y) if type(x) is type(y) is int else torch.sym_min(x, y)
+
+
+def _most(x: int, y: int) -> int:
+    """``max``, likewise."""
+    return max(x, y) if type(x) is type(y) is int else torch.sym_max(x, y)
 
 
 def _tiles(query: Tensor, key: Tensor, starts: Starts | None) -> tuple[int, int]:
@@ -46,7 +55,7 @@ def _tiles(query: Tensor, key: Tensor, starts: Starts | None) -> tuple[int, int]
     # Each packed sequence may end with a tile that is not full.
     tiles = batch * -(-queries // size) if starts is None else queries // size + len(starts.query) - 1
     places = heads * tiles * size
-    return places, places * min(keys, _KEPT_PER_ROW)
+    return places, places * _least(keys, _KEPT_PER_ROW)
 
 
 def room_for_kept(query: Tensor, key: Tensor, starts: Starts | None) -> Tensor:

@@ -48,7 +48,10 @@ def entmax_unrolled(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
 
 def _bisect(z: Tensor, a: float | Tensor, masked: Tensor) -> Tensor:
     """σ by bisection between 0, the root of a row with one entry, and ``(1 - d^(-a)) / a``, that of a flat row."""
+    # With leading dimensions, an exported loop computes strides from symbolic lengths, for which ONNX has no operator.
+    shape, z, masked = (*z.shape[:-1], 1), _as_rows(z), _as_rows(masked)
     if isinstance(a, Tensor):
+        a = _as_rows(a.expand(shape))
         a = torch.where(a.abs() < 1e-9, 1e-9, a)  # equal to 0 within float64 rounding
     log_count = (~masked).sum(-1, keepdim=True).clamp(min=1).to(z.dtype).log()
     low = torch.zeros_like(log_count)
@@ -61,7 +64,12 @@ def _bisect(z: Tensor, a: float | Tensor, masked: Tensor) -> Tensor:
         enough = torch.where(masked, 0.0, p).sum(-1, keepdim=True) >= 1
         return torch.where(enough, sigma, low), torch.where(enough, high, sigma)
 
-    return _repeat(halve, low, high, times=4 - round(math.log2(torch.finfo(z.dtype).eps)))[0]
+    return _repeat(halve, low, high, times=4 - round(math.log2(torch.finfo(z.dtype).eps)))[0].reshape(shape)
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """(..., n) as (rows, n)."""
+    return x.unsqueeze(0).flatten(0, -2)
 
 
 def _repeat(

@@ -60,12 +60,16 @@ function showFacts(map) {
   for (let row = 0; row < map.rows; row++) visible += visibleCount(map, row);
   const entries = map.start[map.rows] - map.start[0];
   facts.push(["role", roles[head]]);
-  facts.push(["here", `${entries.toLocaleString("en")} of ${visible.toLocaleString("en")} visible pairs have weight`]);
+  facts.push(["in this example", `${entries.toLocaleString("en")} of ${visible.toLocaleString("en")} visible pairs have weight`]);
   facts.push(["size", `${map.rows.toLocaleString("en")} \u00d7 ${map.columns.toLocaleString("en")}`]);
   place("facts").replaceChildren(
     element("span", { className: "fact-name" }, `${name || "attention"} \u00b7 ${KIND_NAMES[kind]} \u00b7 head ${head}`),
     ...facts.map(([title, value]) => element("span", { className: "fact" }, element("i", {}, title), " ", value)),
   );
+}
+
+function counted(count, noun) {
+  return count === 1 ? `1 ${noun} has` : `${count} ${noun}s have`;
 }
 
 function describe(map, { row, column }) {
@@ -78,7 +82,7 @@ function describe(map, { row, column }) {
     const value = entryAt(map, row, column) >= 0
       ? `weight ${weightText(weight)} \u00b7 rank ${rankOf(map, row, weight)} of ${support} keys with weight`
       : isVisible(map, row, column)
-        ? `${data.leftOut ? `below ${data.leftOut.below.toPrecision(2)} or 0` : "exactly 0"} \u00b7 ${support} other keys have weight`
+        ? `${data.leftOut ? `below ${data.leftOut.below.toPrecision(2)} or 0` : "exactly 0"} \u00b7 ${counted(support, "other key")} weight`
         : "not visible";
     return [`${query} \u2192 ${key}`, value];
   }
@@ -145,7 +149,7 @@ function showPins() {
     button.style.color = PIN_COLOURS[index];
     button.addEventListener("click", () => togglePin(row));
     const support = map.start[row + 1] - map.start[row];
-    return element("th", {}, button, element("div", { className: "soft" }, `${support} keys have weight`));
+    return element("th", {}, button, element("div", { className: "soft" }, `${counted(support, "key")} weight`));
   });
   const body = heaviest.map((column) =>
     element(
@@ -175,7 +179,7 @@ function sharedText(map) {
   for (let i = map.start[first]; i < map.start[first + 1]; i++) {
     if (others.every((row) => entryAt(map, row, map.column[i]) >= 0)) shared++;
   }
-  return `; ${shared} keys have weight in all of them`;
+  return `; ${counted(shared, "key")} weight in all of them`;
 }
 
 // The slider is logarithmic: 0 is no threshold, then from 0.0001 to 1.
@@ -265,7 +269,7 @@ function startHead() {
     place("scale").value = now.scale;
     place("merge").setAttribute("aria-pressed", now.merge);
     if (thresholdOf(Number(place("threshold").value)) !== now.threshold) place("threshold").value = positionOf(now.threshold);
-    place("threshold-value").value = now.threshold ? weightText(now.threshold) : "all";
+    place("threshold-value").value = now.threshold ? weightText(now.threshold) : "0";
     if (now.view === "head") showHead();
   });
 }

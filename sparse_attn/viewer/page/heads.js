@@ -94,6 +94,7 @@ function showHeads() {
   const total = allHeads().length;
   place("count").value = chosen.length === total ? `${total} heads` : `${chosen.length} of ${total} heads`;
   place("cards").hidden = state.table;
+  place("cards-note").hidden = state.table || !chosen.length;
   place("heads-table").hidden = !state.table;
   if (!chosen.length) {
     place("cards").replaceChildren(element("p", { className: "soft empty" }, "No head is left by these filters."));
@@ -141,7 +142,7 @@ function startHeads() {
   fillSelect(place("sort"), sortKeys().map((key) => [key, termName(key)]));
   fillSelect(place("kind"), [["", "all"], ...choices("kind").map((kind) => [kind, KIND_NAMES[kind]])]);
   fillSelect(place("role"), [["", "all"], ...choices("role").map((role) => [role, role])]);
-  fillSelect(place("bounded"), [["", "any number"], ...numberKeys().map((key) => [key, termName(key)])]);
+  fillSelect(place("bounded"), [["", "no number"], ...numberKeys().map((key) => [key, termName(key)])]);
   for (const key of ["sort", "kind", "role", "bounded"]) {
     place(key).addEventListener("change", () => change({ [key]: place(key).value }));
   }

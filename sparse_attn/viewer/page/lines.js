@@ -57,7 +57,7 @@ function drawLines() {
     const here = column === cursor.column;
     const weight = focus === null ? 0 : weightAt(map, focus, column);
     if (focus !== null && Math.abs(weight) >= state.threshold && weight !== 0) {
-      context.fillStyle = palette.query;
+      context.fillStyle = cursor.row === null ? PIN_COLOURS[state.pins.length - 1] : palette.query;
       context.globalAlpha = 0.16 + 0.5 * Math.sqrt(Math.min(Math.abs(weight), 1));
       context.fillRect(to + 4, y(column) - LINE_HEIGHT / 2 + 1, (side - 8) * Math.min(Math.abs(weight), 1) + 2, LINE_HEIGHT - 2);
       context.globalAlpha = 1;

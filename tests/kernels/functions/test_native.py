@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.bias import causal_lower_right
 
 import sparse_attn.kernels.choose_attention as choose
@@ -283,6 +284,18 @@ def test_compiles_as_one_graph():
         compiled = torch.compile(attend, fullgraph=True)
         for got, wanted in zip(run(compiled, [*inputs, *extra]), run(attend, [*inputs, *extra]), strict=True):
             torch.testing.assert_close(got, wanted)
+
+
+def test_one_graph_trains_with_every_length():
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(entmax_attention, fullgraph=True, backend=graphs, dynamic=True)
+    first = None
+    for queries, keys in ((17, 19), (2, 61), (53, 5), (3, 2503), (5, 5003)):  # tiles of every height
+        inputs = [x.requires_grad_() for x in tensors(torch.float64, queries, keys)]
+        for got, wanted in zip(run(compiled, inputs), run(entmax_attention, inputs), strict=True):
+            torch.testing.assert_close(got, wanted)
+        first = first or graphs.frame_count
+    assert graphs.frame_count == first
 
 
 def test_vmap_and_batched_gradients():

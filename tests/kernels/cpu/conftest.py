@@ -1,0 +1,12 @@
+"""The compiled variants of the C kernels, of which every test runs each."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparse_attn.kernels.cpu import rows
+
+
+@pytest.fixture(params=rows.variants() or ["none"])
+def variant(request) -> str:
+    return request.param
