@@ -28,9 +28,10 @@ venv=${VENV:-$work/venv}
 if [ ! -x "$venv/bin/python" ]; then
     interpreter=$PYTHON
     for found in "python$PYTHON" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$PYTHON"*/bin/python; do
-        if command -v "$found" >/dev/null; then interpreter=$found; break; fi
+        # A shim of pyenv is found in PATH, but fails when it starts.
+        if "$found" -c "" 2>/dev/null; then interpreter=$found; break; fi
     done
-    command -v "$interpreter" >/dev/null || { echo "PYTHON must be there: found no $PYTHON" >&2; exit 2; }
+    "$interpreter" -c "" 2>/dev/null || { echo "PYTHON must be there: found no $PYTHON" >&2; exit 2; }
     "$interpreter" -m venv "$venv"
 fi
 requirement=torch; [ "$TORCH" = newest ] || requirement="torch==$TORCH"
