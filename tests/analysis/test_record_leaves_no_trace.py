@@ -34,7 +34,9 @@ def sparse_layer(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
 @pytest.mark.parametrize("by_position", [False, True])
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("average", [False, True])
-def test_a_call_returns_the_weights_it_asks_for_under_a_record(by_position: bool, need_weights: bool, average: bool) -> None:
+def test_a_call_returns_the_weights_it_asks_for_under_a_record(
+    by_position: bool, need_weights: bool, average: bool
+) -> None:
     layer = nn.MultiheadAttention(E, H, batch_first=True)
     query, key = torch.randn(N, L, E), torch.randn(N, S, E)
     padding = torch.zeros(N, S, dtype=torch.bool)

@@ -84,9 +84,7 @@ def test_gradients_of_micro_batches_add_up_to_that_of_the_joined_batch(start: fl
 
 @pytest.mark.parametrize("make_optimizer", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("bound", [1.0, 2.0])
-def test_alpha_leaves_a_bound_soon_after_a_long_stay(
-    make_optimizer: type[torch.optim.Optimizer], bound: float
-) -> None:
+def test_alpha_leaves_a_bound_soon_after_a_long_stay(make_optimizer: type[torch.optim.Optimizer], bound: float) -> None:
     raw = nn.Parameter(torch.tensor([bound]))
     outwards, lr = (1.0 if bound == 1.0 else -1.0), 0.005
     optimizer = make_optimizer([raw], lr=lr)
