@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
