@@ -57,10 +57,10 @@ if triton_version() and triton_problem() and (TORCH >= (2, 8) or torch.cuda.devi
 
 
 def check_transformers() -> None:
-    """Raise if transformers is too old: before 5.15, T5 is one of the models without the attention interface."""
+    """Raise if transformers is too old: before 5.15 T5 has no attention interface, and 5.15 renames modules of ViT."""
     found = metadata.version("transformers")
-    if _numbers(found) < (5, 15):
-        raise ImportError(f"sparse_attn needs transformers 5.15 or newer, got {found}")
+    if _numbers(found) < (5, 16):
+        raise ImportError(f"sparse_attn needs transformers 5.16 or newer, got {found}")
 
 
 def is_exporting() -> bool:

@@ -54,8 +54,8 @@ def test_an_old_triton_is_not_used_after_a_warning(tmp_path, found, problem):
 
 
 def test_an_old_transformers_is_refused_in_one_line(monkeypatch):
-    monkeypatch.setattr("sparse_attn.versions.metadata.version", lambda name: "5.14.1")
-    with pytest.raises(ImportError, match=r"^sparse_attn needs transformers 5\.15 or newer, got 5\.14\.1$"):
+    monkeypatch.setattr("sparse_attn.versions.metadata.version", lambda name: "5.15.1")
+    with pytest.raises(ImportError, match=r"^sparse_attn needs transformers 5\.16 or newer, got 5\.15\.1$"):
         versions.check_transformers()
 
 
