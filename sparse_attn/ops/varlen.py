@@ -9,7 +9,14 @@ from torch import Tensor
 
 from sparse_attn.checks import check_bool, check_dropout, check_starts
 from sparse_attn.kernels.choose_attention import Call, attend_packed
-from sparse_attn.ops.attention import attend, check_shapes, default_scale, entmax_mapping
+from sparse_attn.ops.attention import (
+    Options,
+    attend,
+    check_shapes,
+    check_softcap_and_sinks,
+    default_scale,
+    entmax_mapping,
+)
 
 
 def entmax_attention_varlen(
@@ -24,6 +31,8 @@ def entmax_attention_varlen(
     scale: float | None = None,
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """α-entmax attention within each of N packed sequences.
 
@@ -41,6 +50,8 @@ def entmax_attention_varlen(
         scale: Factor of the scores; ``1 / sqrt(D)`` by default.
         dropout_p: Probability that a weight is dropped; applied whenever it is above 0.
         enable_gqa: Key and value may have fewer heads than the query; their number must divide the query's.
+        softcap: As in :func:`entmax_attention`.
+        sinks: As in :func:`entmax_attention`; each sequence has the sinks.
 
     Returns:
         (total_q, H, Dv). A query with no visible key gets zeros.
@@ -72,8 +83,9 @@ def entmax_attention_varlen(
     check_bool(is_causal, "is_causal")
     check_dropout(dropout_p, "dropout_p")
     mapping = entmax_mapping(alpha, query.shape[1])
+    check_softcap_and_sinks(softcap, sinks, query, query.shape[1])
     scale = default_scale(query) if scale is None else scale
-    call = Call(query, key, value, mapping.alpha, None, None, dropout_p, is_causal, scale)
+    call = Call(query, key, value, mapping.alpha, None, None, dropout_p, is_causal, scale, softcap, sinks)
     output = attend_packed(call, cu_seqlens_q, cu_seqlens_k)
     if output is not None:
         return output[0].transpose(0, 1)
@@ -82,10 +94,11 @@ def entmax_attention_varlen(
     check_starts(cu_seqlens_q, query.shape[2], "cu_seqlens_q")
     check_starts(cu_seqlens_k, key.shape[2], "cu_seqlens_k")
     outputs = [query.new_empty(*query.shape[:2], 0, value.shape[-1])]
+    options: Options = {"scale": scale, "enable_gqa": enable_gqa, "softcap": softcap, "sinks": sinks}
     for queries, keys in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
         one = query[:, :, slice(*queries)], key[:, :, slice(*keys)], value[:, :, slice(*keys)]
         arguments = (*one, mapping, None, dropout_p, is_causal)
-        outputs.append(attend(*arguments, scale=scale, enable_gqa=enable_gqa, need_weights=False)[0])
+        outputs.append(attend(*arguments, **options, need_weights=False)[0])
     return torch.cat(outputs, 2)[0].transpose(0, 1)
 
 

@@ -32,9 +32,7 @@ _registered: dict[str, ScoreMapping | None] = {}
 
 # Arguments that change the weights and are not supported, each with the models that pass it.
 _REFUSED = {
-    "softcap": "softcapped scores, as in Gemma 2",
-    "s_aux": "attention sinks, as in GPT-OSS",
-    "sinks": "attention sinks",
+    "sinks": "a sink for each query, as in Inkling 2",
     "indices": "keys chosen by an indexer, as in DeepSeek V3.2",
     "block_indices": "blocks of keys chosen by an indexer",
     "cache": "the paged cache of continuous batching",
@@ -132,6 +130,8 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
         scaling: float | None = None,
         is_causal: bool | None = None,
         position_bias: Tensor | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,  # a sink for each head
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         for argument, meaning in _REFUSED.items():
@@ -160,6 +160,8 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
             is_causal,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
+            softcap=softcap,
+            sinks=s_aux,
             need_weights=weights_are_observed() or _weights_are_returned(kwargs.get("output_attentions")),
         )
         if weights is not None and weights_are_observed():
