@@ -56,16 +56,18 @@ def choose_attention(call: Call) -> Callable[[Call], Tensor] | None:
     return _in_blocks if _can_block(call) else None
 
 
-def attend_packed(call: Call, query_starts: Tensor, key_starts: Tensor) -> Tensor | None:
+def attend_packed(call: Call, query_starts: Tensor, key_starts: Tensor, left: int | None = None) -> Tensor | None:
     """The output of packed sequences in one call of the C kernel; None if it cannot compute them.
 
-    The call has query (1, H, L, D), key (1, Hk, S, D), value (1, Hk, S, Dv) and no mask; lengths are checked.
+    The call has query (1, H, L, D), key (1, Hk, S, D), value (1, Hk, S, Dv) and no mask; lengths are checked. Query
+    ``i`` of a sequence sees no key before ``i - left``.
     """
-    if not _is_native(call):
+    # A sink, as the first key, would be outside the window.
+    if not _is_native(call) or (call.sinks is not None and left is not None):
         return None
     q, k, v, alpha, _, offset, _ = _in_heads(call)
     per_head, a = split_alpha(alpha)
-    setting = Setting(a, float(call.scale), float(call.dropout_p), offset, call.k)
+    setting = Setting(a, float(call.scale), float(call.dropout_p), offset, call.k, left)
     starts = (query_starts.to(torch.int64).contiguous(), key_starts.to(torch.int64).contiguous())
     if call.sinks is None:
         return native_attention(q, k, v, per_head, None, setting, *starts)
