@@ -45,6 +45,7 @@ __all__ = [
     "weights_are_observed",
 ]
 
+#: Called as ``observer(module, weights, visible, alpha)``; see :func:`report_weights` for the arguments.
 Observer = Callable[[nn.Module, Tensor, Tensor | None, float | Tensor | None], None]
 _observers: list[Observer] = []
 _paused: list[int] = []  # threads whose weights no observer receives

@@ -59,7 +59,8 @@ def word_groups(tokens: Sequence[str]) -> list[int]:
 def merge_pieces(weights: Tensor, query_groups: Sequence[int], key_groups: Sequence[int]) -> Tensor:
     """Attention between words from attention between pieces: summed over the keys, averaged over the queries.
 
-    For weights A and words q and k: M[q, k] = 1/|q| Σ_{i in q} Σ_{j in k} A[i, j]. Rows that sum to one keep that sum.
+    For weights A and words q and k: ``M[q, k] = 1/|q| Σ_{i in q} Σ_{j in k} A[i, j]``. Rows that sum to one keep that
+    sum.
 
     Args:
         weights: (..., L, S).

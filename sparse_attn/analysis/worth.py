@@ -13,6 +13,7 @@ from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
 
 __all__ = ["HeadChange", "count_head_changes", "head_worth"]
 
+#: What :func:`head_worth` sets of a head - its output to zero, its α to 1, or its α to 2.
 HeadChange = Literal["off", "dense", "sparse"]
 _ALPHAS = {"dense": 1.0, "sparse": 2.0}
 

@@ -187,7 +187,7 @@ def entmax15_loss(
 ) -> Tensor:
     r"""The 1.5-entmax loss: :func:`entmax_loss` at α = 1.5, zero where the target leads by 2 or more.
 
-    .. math:: \ell(x, c) = \max_{p \in \triangle} \langle p, x \rangle + \tfrac43 (1 - \textstyle\sum p_i^{3/2}) - x_c
+    .. math:: \ell(x, c) = \max_{p \in \triangle} \langle p, x \rangle + \tfrac43 \left(1 - \sum p_i^{3/2}\right) - x_c
 
     Args:
         x: Scores. This and all other arguments are those of :func:`entmax_loss`.
