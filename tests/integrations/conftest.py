@@ -50,6 +50,16 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", GROUPED),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {**GROUPED, "sliding_window": 5, "query_pre_attn_scalar": 4, "attn_logit_softcapping": 1.3},
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**GROUPED, "intermediate_size": 28, "sliding_window": 5, "num_local_experts": 3, "num_experts_per_tok": 2},
+    ),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**GROUPED, "sliding_window": 5}),
     "t5": ("T5ForConditionalGeneration", "T5Config", RELATIVE),
     "bart": ("BartForConditionalGeneration", "BartConfig", {**ENCODER_DECODER, "pad_token_id": 0}),
@@ -93,6 +103,8 @@ def build() -> Callable[..., Any]:
                 # Well above the usual 0.02, with which all weights are nearly equal and no key is left out.
                 if parameter.dim() > 1 and "position" not in key:
                     parameter.normal_(0.0, 0.3)
+                elif key.endswith("sinks"):
+                    parameter.normal_(0.0, 1.0)
         return built.eval()
 
     return build
