@@ -7,6 +7,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn.checks import check_alpha
+from sparse_attn.integrations.huggingface.packing import LazyMask, Packing, lazy_mask, packing_of, with_packing
 from sparse_attn.masks import causal_mask, visible_pairs
 from sparse_attn.nn.alpha import head_alpha
 from sparse_attn.observe import register_reporter, report_weights, weights_are_observed
-from sparse_attn.ops.attention import ScoreMapping, attend, entmax_mapping, topk_mapping
+from sparse_attn.ops.attention import Options, ScoreMapping, attend, entmax_mapping, topk_mapping
+from sparse_attn.ops.varlen import attend_varlen
 from sparse_attn.versions import check_transformers
 
 _DEFAULT_ALPHA = 1.5
@@ -34,9 +37,7 @@ _registered: dict[str, ScoreMapping | None] = {}
 
 # Arguments that change the weights and are not supported, each with the models that pass it.
 _REFUSED = {
-    "softcap": "softcapped scores, as in Gemma 2",
-    "s_aux": "attention sinks, as in GPT-OSS",
-    "sinks": "attention sinks",
+    "sinks": "a sink for each query, as in Inkling 2",
     "indices": "keys chosen by an indexer, as in DeepSeek V3.2",
     "block_indices": "blocks of keys chosen by an indexer",
     "cache": "the paged cache of continuous batching",
@@ -135,6 +136,8 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
         scaling: float | None = None,
         is_causal: bool | None = None,
         position_bias: Tensor | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,  # a sink for each head
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         for argument, meaning in _REFUSED.items():
@@ -148,28 +151,64 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
             is_causal = _no_mask_is_causal(getattr(module, "config", None))
         # Same rule as transformers' function for `scaled_dot_product_attention`: a causal module with more than one
         # query and no mask attends causally.
-        is_causal = query.shape[2] > 1 and attention_mask is None and is_causal
+        if isinstance(attention_mask, LazyMask) and attention_mask.shape != (
+            len(query),
+            1,
+            query.shape[2],
+            key.shape[2],
+        ):
+            attention_mask = attention_mask.dense()
+        unmasked = attention_mask is None or isinstance(attention_mask, LazyMask)
+        is_causal = query.shape[2] > 1 and unmasked and (is_causal or attention_mask is not None)
+        weighing = _mapping_of(module, query.shape[1]) if mapping is None else mapping
+        need_weights = weights_are_observed() or _weights_are_returned(kwargs.get("output_attentions"))
+        dropout_p = dropout if module.training else 0.0
+        options: Options = {
+            "scale": scaling,
+            "enable_gqa": query.shape[1] != key.shape[1],
+            "softcap": softcap,
+            "sinks": s_aux,
+        }
+        packing = packing_of(attention_mask, kwargs, is_causal, query, key)
+        if packing is not None and unmasked and position_bias is None and not need_weights:
+            return _attend_packed(query, key, value, weighing, packing, is_causal, dropout_p, options), None
+        if packing is not None:
+            attention_mask, is_causal = with_packing(attention_mask, packing, is_causal, query, key), False
+        elif isinstance(attention_mask, LazyMask):
+            attention_mask, is_causal = _shortest(attention_mask)
         if position_bias is not None:
             attention_mask = _with_bias(attention_mask, position_bias, is_causal, query, key)
             is_causal = False
-        weighing = _mapping_of(module, query.shape[1]) if mapping is None else mapping
-        output, weights = attend(
-            query,
-            key,
-            value,
-            weighing,
-            attention_mask,
-            dropout if module.training else 0.0,
-            is_causal,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-            need_weights=weights_are_observed() or _weights_are_returned(kwargs.get("output_attentions")),
-        )
+        arguments = (query, key, value, weighing, attention_mask, dropout_p, is_causal)
+        output, weights = attend(*arguments, **options, need_weights=need_weights)
         if weights is not None and weights_are_observed():
             report_weights(module, weights, visible_pairs(attention_mask, is_causal, weights), weighing.alpha)
         return output.transpose(1, 2).contiguous(), weights
 
     return sparse_attention
+
+
+def _attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mapping: ScoreMapping,
+    packing: Packing,
+    is_causal: bool,
+    dropout_p: float,
+    options: Options,
+) -> Tensor:
+    """The output (N, L, H, Dv) of packed sequences in a batch (N, H, L, D), of which there is usually one."""
+    batch, length = len(query), query.shape[2]
+    query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
+    starts = (packing.query_starts, packing.key_starts)
+    output = attend_varlen(query, key, value, mapping, *starts, is_causal, dropout_p, packing.left, **options)
+    return output[0].transpose(0, 1).unflatten(0, (batch, length)).contiguous()
+
+
+def _shortest(mask: LazyMask) -> tuple[Tensor | None, bool]:
+    """A mask without packed sequences as arguments ``attn_mask`` and ``is_causal``."""
+    return (None, True) if mask.left is None else (mask.dense(), False)
 
 
 def mask_function(*, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:
@@ -178,7 +217,12 @@ def mask_function(*, config: Any = None, allow_is_causal_skip: bool = True, **kw
 
     _check_interface(config)
     skip = allow_is_causal_skip and _no_mask_is_causal(config)
-    return sdpa_mask(config=config, allow_is_causal_skip=skip, **kwargs)
+    build = partial(sdpa_mask, config=config, allow_is_causal_skip=skip, **kwargs)
+    if not skip or kwargs.get("local_size") is not None:
+        lazy = lazy_mask(partial(build, allow_is_causal_skip=False), **kwargs)
+        if lazy is not None:
+            return lazy
+    return build()
 
 
 def _check_interface(config: Any) -> None:
