@@ -14,6 +14,9 @@ HOW_TO = sorted(f"docs/howto/{file.name}" for file in (ROOT / "docs" / "howto").
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+# Raised inside torch, on its own account, when it compiles or exports.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("page", [*PAGES, *HOW_TO])
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some blocks write files
