@@ -199,6 +199,7 @@ def test_a_logger_without_its_package_is_refused_before_anything_is_written(
         (["+trainer.logger=true"], "unknown key 'trainer.logger'"),
         (["trainer.accelerator=abacus"], "trainer: .*abacus"),
         (["+trainer.overfit_batches=-3"], "trainer: (?!.*accelerator=).*overfit_batches=-3"),
+        (["+trainer.val_check_interval=-3"], "trainer.val_check_interval must be above 0 or null, got -3"),
         (["~optimizer"], "the configuration must have seed, .*, got no optimizer"),
         (["optimizer=null"], "optimizer must be a group of keys, got None"),
         (["logger.csv=null"], r"logger.csv must be a group of keys with _target_ .*, got None"),
