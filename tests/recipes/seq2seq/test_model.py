@@ -239,6 +239,10 @@ def test_dropout_is_for_training_only() -> None:
         ({"decoder_attention": "topk", "k": 0}, "k must be at least 1, got 0"),
         ({"k": 0}, "k must be at least 1, got 0"),
         ({"positions": "learnt"}, "positions must be one of sinusoidal, rotary, alibi, nape, got 'learnt'"),
+        (
+            {"share_embeddings": True},
+            f"share_embeddings needs one vocabulary for source and target, got {SOURCE} and {TARGET} tokens",
+        ),
         ({"output": "dense"}, "output must be one of softmax, sparsemax, entmax15, entmax, got 'dense'"),
     ],
 )
@@ -262,3 +266,27 @@ def test_the_language_is_in_every_source_embedding_and_takes_part_in_training():
 def test_a_language_dim_out_of_range(language_dim):
     with pytest.raises(ValueError, match=rf"^language_dim must be from 0 to dim - 1 = 15, got {language_dim}$"):
         Seq2SeqTransformer(11, 13, dim=16, num_heads=2, language_dim=language_dim)
+
+
+def test_shared_embeddings_are_one_matrix_whose_gradient_is_the_sum_of_the_three():
+    sizes = {"dim": 22, "num_heads": 2, "ff_dim": 17, "dropout": 0.0}
+    apart = Seq2SeqTransformer(SOURCE, SOURCE, **sizes).double()
+    shared = Seq2SeqTransformer(SOURCE, SOURCE, **sizes, share_embeddings=True).double()
+    matrices = ["source_embedding.tokens.weight", "target_embedding.tokens.weight", "output.weight"]
+    assert len({shared.get_parameter(name).data_ptr() for name in matrices}) == 1
+    assert sum(p.numel() for p in apart.parameters()) - sum(p.numel() for p in shared.parameters()) == 2 * SOURCE * 22
+    apart.load_state_dict(shared.state_dict())
+    source, target = ids()
+    target = target % SOURCE
+    logits = [model(source, target) for model in (apart, shared)]
+    assert torch.equal(*logits)
+    for found in logits:
+        found.square().sum().backward()
+    total = sum(apart.get_parameter(name).grad for name in matrices)
+    assert torch.allclose(shared.output.weight.grad, total)
+    assert shared.output.weight.grad.abs().sum() > 0
+
+
+def test_shared_embeddings_leave_no_room_for_the_language():
+    with pytest.raises(ValueError, match=r"^share_embeddings needs language_dim=0, got language_dim=3$"):
+        Seq2SeqTransformer(11, 11, dim=16, num_heads=2, language_dim=3, share_embeddings=True)
