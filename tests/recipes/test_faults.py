@@ -122,11 +122,12 @@ def test_a_full_disk_names_the_file_and_how_to_go_on(tiny_config, tmp_path, monk
     folder = tmp_path / "run"
     assert not list(folder.rglob("*.tmp"))
     if fails_at <= 2:  # best.ckpt, then last.ckpt of the first epoch
-        assert "no checkpoint to go on from; the same command begins again" in str(told.value)
+        assert "no checkpoint to continue from; the same command begins again" in str(told.value)
         train(tiny_config())
     else:
-        assert f"the checkpoint of the last finished epoch is kept, to go on: sparse-attn train resume={folder}" in str(
-            told.value
+        assert (
+            f"the checkpoint of the last finished epoch is kept, to continue: sparse-attn train resume={folder}"
+            in str(told.value)
         )
         train(resumed_config(folder))
     assert_same(folder, straight)
@@ -149,7 +150,7 @@ def test_two_processes_give_the_numbers_of_one_and_can_be_resumed(tiny_arguments
     output = run(*tiny, "trainer=ddp", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path / 'two'}")
     assert output.count("epoch 1/1") == output.count("test words") - 1 == 1
     output = run(f"resume={tmp_path / 'two'}", "trainer.max_epochs=2")
-    assert "going on after step 5" in output
+    assert "continuing after step 5" in output
     rows = [read_rows(tmp_path / name / "metrics.csv") for name in ("one", "two")]
     assert [row["step"] for row in rows[1]] == [str(step) for step in range(1, 11)]
     for key in ("val/loss", "val/per"):

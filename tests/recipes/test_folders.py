@@ -39,7 +39,7 @@ def holder(tmp_path):
 
 def test_a_folder_that_another_process_holds_is_refused_until_that_is_killed(tmp_path, holder):
     process, folder = holder("fixed")
-    with pytest.raises(Busy, match=r"another process is at work in .*run"), claimed(tmp_path / "run"):
+    with pytest.raises(Busy, match=r"another process uses .*run"), claimed(tmp_path / "run"):
         pass
     process.kill()
     process.wait()

@@ -195,11 +195,11 @@ def test_what_a_head_is_worth(run_folder: Path, capsys: pytest.CaptureFixture[st
     run_inspect(f"run={run_folder}", "worth=true", "worth_words=3")
     out = capsys.readouterr().out
     # 18 heads switched off, and 6 with a learnt α made dense and sparse.
-    assert "what each head is worth: 31 times 3 words, about" in out and "made dense" in out
+    assert "change of the loss for each head: 31 times 3 words, about" in out and "made dense" in out
     heads = numbers_of(run_folder)["heads"]
     assert all(isinstance(head["loss when switched off"], float) for head in heads)
     assert [head["loss when made dense (α = 1)"] is None for head in heads] == [False] * 6 + [True] * 12
-    assert "What each head is worth" in page_of(run_folder)
+    assert "Effect of each head on the loss" in page_of(run_folder)
 
 
 def test_numbers_beside_other_alphas(run_folder: Path) -> None:

@@ -119,7 +119,7 @@ def test_an_encoder_and_a_decoder(
     # Softmax gives weight to all pairs of the 2 words read and the 3 written.
     assert sorted(pairs.read_text(encoding="utf-8").split()) == [f"{i}-{j}" for i in range(2) for j in range(3)]
     run_inspect(f"model={folder}", "text=the cat")  # writes for itself
-    assert "written by the model or given: </s>" in capsys.readouterr().out
+    assert "output tokens: </s>" in capsys.readouterr().out
 
 
 def test_wrong_input_is_one_line(

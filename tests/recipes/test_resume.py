@@ -49,7 +49,7 @@ def test_interrupted_and_resumed_equals_never_interrupted(tiny_config, tmp_path,
         patch.undo()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "a second Ctrl-C is heard"
     folder = tmp_path / "run"
-    assert str(stop.value).endswith(f"to go on: sparse-attn train resume={folder}")
+    assert str(stop.value).endswith(f"to continue: sparse-attn train resume={folder}")
     assert read_checkpoint(folder / "checkpoints/last.ckpt")["global_step"] == 5
     assert "\n7,1.0" in (folder / "metrics.csv").read_text(), "steps after the checkpoint were logged and come again"
     monkeypatch.undo()
@@ -207,7 +207,7 @@ def test_sigterm_is_an_interruption(tiny_config, tmp_path, monkeypatch):
         return step(self, *arguments)
 
     monkeypatch.setattr(Seq2SeqTask, "training_step", ended)
-    with pytest.raises(Interrupted, match="to go on: sparse-attn train resume="):
+    with pytest.raises(Interrupted, match="to continue: sparse-attn train resume="):
         train(tiny_config())
 
 

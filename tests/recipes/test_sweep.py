@@ -37,7 +37,7 @@ def test_a_failed_run_does_not_end_the_others_and_is_done_again(run, tmp_path, m
     assert status == 1
     assert error.splitlines() == [
         "sparse-attn train: run 1 failed: dim must be a multiple of num_heads, got dim=9 and num_heads=2",
-        "sparse-attn train: 1 of 3 runs failed; to do again what is missing: sparse-attn train resume=s",
+        "sparse-attn train: 1 of 3 runs failed; to run the missing ones: sparse-attn train resume=s",
     ]
     table = [line.split() for line in output.splitlines()[-3:]]
     assert [row[0] for row in table] == ["model.dim=8", "model.dim=9", "model.dim=10"]
@@ -63,14 +63,14 @@ def test_a_sweep_that_was_stopped_goes_on_where_it_was(run, tmp_path, monkeypatc
     monkeypatch.setattr(Seq2SeqTask, "training_step", interrupted)
     status, _, error = run("-m", "model.dim=8,10,12", "trainer.max_epochs=2", "hydra.sweep.dir='my sweep'")
     assert (status, error.count("\n")) == (130, 1)
-    assert error.endswith("to do what is missing of the sweep: sparse-attn train resume='my sweep'\n")
+    assert error.endswith("to continue the sweep: sparse-attn train resume='my sweep'\n")
     assert [outcome for _, outcome in read_outcomes(tmp_path / "my sweep")][1:] == ["not finished"]
 
     monkeypatch.setattr(Seq2SeqTask, "training_step", step)
     status, output, error = run("resume=my sweep", alone=True)
     assert (status, error) == (0, "")
     assert output.count("finished before") == 1
-    assert "going on after step 5" in output
+    assert "continuing after step 5" in output
     found = read_outcomes(tmp_path / "my sweep")
     assert [[x for x in changes if x.startswith("model.dim=")][-1] for changes, _ in found] == [
         f"model.dim={dim}" for dim in (8, 10, 12)
@@ -93,7 +93,7 @@ def test_a_sweep_folder_in_use_is_refused(run, tmp_path):
     with claimed(tmp_path / "s"):
         status, _, error = run("-m", "model.dim=8", "hydra.sweep.dir=s")
     assert (status, error.count("\n")) == (2, 1)
-    assert "another process is at work in s" in error
+    assert "another process uses s" in error
 
 
 def test_a_wrong_command_line_leaves_no_sweep(run, tmp_path):
