@@ -237,7 +237,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("name", ["ddp", "ddp_checkpointed", "fsdp", "fsdp_with_penalty", "fsdp_alpha_kept_whole"])
-def test_two_processes_take_the_steps_of_one(results: dict[str, list[Any]], name: str) -> None:
+def test_two_processes_take_the_same_steps_as_one(results: dict[str, list[Any]], name: str) -> None:
     alone = trained(make(), slice(None), penalty=3.0 if "penalty" in name else 0.0, clip="whole" not in name)
     for found in results[name]:
         torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-9)
@@ -255,7 +255,7 @@ def test_the_halves_of_the_batch_disagree_on_a_head_at_its_bound() -> None:
     assert bool((signs[0] != signs[1]).any())
 
 
-def test_alpha_of_a_sharded_model_is_whole(results: dict[str, list[Any]]) -> None:
+def test_alpha_of_a_sharded_model_is_complete(results: dict[str, list[Any]]) -> None:
     expected = alpha_per_head(make())
     for found in results["fsdp_alpha"]:
         assert found["is sharded"]

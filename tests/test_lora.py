@@ -117,7 +117,7 @@ class Projected(nn.Module):
 
 
 @pytest.mark.parametrize("saved", [["sparse_alpha", "inner.0"], ["sparse_alpha", "inner"]])
-def test_copies_of_saved_modules_in_peft_do_not_count(saved: list[str]) -> None:
+def test_inactive_copies_of_modules_in_peft_are_left_out(saved: list[str]) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["linear"], modules_to_save=saved)
     model = peft.get_peft_model(Projected(), config)

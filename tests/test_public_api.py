@@ -171,6 +171,6 @@ def test_forward_of_sparse_attention() -> None:
     assert arguments(sparse_attn.SparseAttention.forward) == arguments(forward)
 
 
-def test_alpha_is_a_property_of_the_adaptive_layer_alone() -> None:
+def test_only_the_adaptive_layer_has_the_property_alpha() -> None:
     assert isinstance(vars(sparse_attn.AdaptiveSparseMultiheadAttention)["alpha"], property)
     assert not hasattr(sparse_attn.TopKMultiheadAttention(6, 3, k=2), "alpha")

@@ -20,7 +20,7 @@ from sparse_attn.compat import entmax as compat
 from sparse_attn.nn.losses import Entmax15Loss, EntmaxLoss, SparsemaxLoss
 from sparse_attn.ops.losses import entmax_loss
 
-# Raised inside torch, on its own account, when forward mode and the compiler are used for the first time in a process.
+# Warnings of torch itself, at the first use of forward mode and of the compiler in a process.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -160,14 +160,14 @@ def test_integer_input(mapping):
 
 @pytest.mark.parametrize("mapping", [compat.sparsemax, compat.entmax15])
 @pytest.mark.parametrize("dim", [-3, -2, -1])
-def test_k_with_a_negative_dim(mapping, dim):
+def test_k_with_negative_dims(mapping, dim):
     # It raises, but for -1, wherever more than k entries are to be kept.
     x = torch.randn(3, 5, 7) / 10
     torch.testing.assert_close(mapping(x, dim=dim, k=2), mapping(x, dim=dim))
 
 
 @pytest.mark.parametrize("name", [name for name in (*MAPPINGS, *LOSSES) if "native" not in name])
-def test_compiled_whole(name):
+def test_compiled_with_fullgraph(name):
     # Training with `fullgraph=True` fails for every function; `k` and the loss classes crash even without.
     torch._dynamo.reset()
     x = torch.randn(5, 7, requires_grad=True)

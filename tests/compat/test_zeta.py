@@ -37,7 +37,7 @@ def test_sparsemax_of_a_large_tensor():
     assert ((sparsemax(1e-3 * x, 50) > 0).sum(-1) == 50).all()  # of 1000 that sparsemax itself would keep
 
 
-def test_sparsemax_refuses_more_than_there_are():
+def test_sparsemax_refuses_k_above_the_number_of_entries():
     with pytest.raises(ValueError, match="k must be at least 1 and at most 3, the size of dim, got 5"):
         sparsemax(torch.tensor([[1.0, 2.0, 3.0]]), 5)
 

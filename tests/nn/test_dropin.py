@@ -63,7 +63,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 @pytest.mark.parametrize("grad_off", [no_grad, inference_mode, all_frozen])
-def test_trap_1_the_conditions_below_are_those_of_the_fused_kernel(
+def test_trap_1_torch_uses_its_fused_kernel_under_the_tested_conditions(
     grad_off: Callable[[nn.Module], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nn.MultiheadAttention, "forward", None)  # never called
@@ -76,7 +76,7 @@ def test_trap_1_the_conditions_below_are_those_of_the_fused_kernel(
 @pytest.mark.parametrize("grad_off", [no_grad, inference_mode, all_frozen])
 @pytest.mark.parametrize("built", ["swapped in", "set by hand", "rebuilt"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_trap_1_eval_mode_computes_what_was_trained(
+def test_trap_1_eval_mode_computes_the_same_function_as_training(
     kind: str, built: str, grad_off: Callable[[nn.Module], AbstractContextManager[None]], copied: str
 ) -> None:
     block = encoder_layer()
@@ -104,7 +104,9 @@ def test_trap_1_eval_mode_computes_what_was_trained(
 @pytest.mark.parametrize("which", ["every layer", "the first layer", "the last layer"])
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_trap_2_a_padded_batch_in_eval_mode_computes_what_was_trained(kind: str, copied: str, which: str) -> None:
+def test_trap_2_a_padded_batch_in_eval_mode_computes_the_same_function_as_training(
+    kind: str, copied: str, which: str
+) -> None:
     encoder = nn.TransformerEncoder(encoder_layer(), num_layers=2, enable_nested_tensor=True)
     assert encoder.use_nested_tensor
     chosen = {"the first layer": "0", "the last layer": "1"}.get(which, "")
@@ -124,7 +126,7 @@ def test_trap_2_a_padded_batch_in_eval_mode_computes_what_was_trained(kind: str,
 # Trap 3: nn.Transformer gives every parameter with more than one dimension random values.
 
 
-def test_trap_3_nn_transformer_leaves_alpha_alone() -> None:
+def test_trap_3_nn_transformer_does_not_initialise_alpha() -> None:
     encoder = nn.TransformerEncoder(encoder_layer(), 1, enable_nested_tensor=False)
     decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, 17, batch_first=True), 1)
     for stack in (encoder, decoder):
@@ -175,7 +177,7 @@ def test_trap_4_a_layer_that_has_run_can_be_copied(kind: str, copied: str, backw
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_trap_5_a_float_mask_is_honoured_whatever_is_causal_says(kind: str, need_weights: bool) -> None:
+def test_trap_5_a_float_mask_is_applied_for_any_is_causal(kind: str, need_weights: bool) -> None:
     layer = layer_of(kind)
     x = torch.randn(N, S, E, dtype=torch.float64)
     hidden = torch.ones(S, S, dtype=torch.bool).tril(-1)  # the reverse of causal: nothing before oneself
@@ -187,7 +189,7 @@ def test_trap_5_a_float_mask_is_honoured_whatever_is_causal_says(kind: str, need
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("padded", [False, True])
-def test_trap_5_inside_torchs_encoder_a_mask_is_honoured(padded: bool, train: bool) -> None:
+def test_trap_5_a_mask_is_applied_inside_torchs_encoder(padded: bool, train: bool) -> None:
     dense = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=False).double()
     sparse = copy.deepcopy(dense)
     replace_attention(sparse, alpha_init=1.0)
@@ -206,7 +208,7 @@ def test_trap_5_inside_torchs_encoder_a_mask_is_honoured(padded: bool, train: bo
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("extra", ["no more keys", "add_bias_kv", "add_zero_attn"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_trap_5_is_causal_without_a_mask_builds_the_causal_one(
+def test_trap_5_is_causal_without_a_mask_builds_the_causal_mask(
     kind: str, extra: str, need_weights: bool, padding: str
 ) -> None:
     layer = layer_of(kind, **({extra: True} if extra.startswith("add") else {}))
@@ -252,7 +254,7 @@ def blind_masks() -> dict[str, dict[str, Tensor]]:
     [("adaptive", {"alpha_init": alpha}) for alpha in (1.0, 1.5, 2.0)]
     + [("adaptive", {"alpha_init": 1.0, "learn_alpha": False}), ("topk", {})],
 )
-def test_trap_6_a_query_that_sees_nothing_gets_the_bias(
+def test_trap_6_a_query_without_visible_keys_gets_the_bias(
     kind: str, kwargs: dict[str, Any], bias: bool, masked: str
 ) -> None:
     layer = layer_of(kind, bias=bias, **kwargs)
@@ -303,7 +305,7 @@ class LowRank(nn.Module):
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"alpha_init": (1.0, 1.5), "learn_alpha": False}], ids=["learnt", "fixed"])
-def test_trap_7_an_adapter_in_place_of_the_out_projection_is_used(kwargs: dict[str, Any]) -> None:
+def test_trap_7_an_adapter_that_replaces_the_out_projection_is_used(kwargs: dict[str, Any]) -> None:
     layer = layer_of("adaptive", **kwargs)
     merged = copy.deepcopy(layer)
     adapter = LowRank(layer.out_proj)

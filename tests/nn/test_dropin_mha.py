@@ -102,7 +102,7 @@ def forward_arguments(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Any
         value = key if case["inputs"] == "memory" else tensor(S, vdim)
     kind, batch = case["mask"], 1 if case["shape"] == "unbatched" else N
     mask = torch.rand((batch * H, L, keys) if kind.endswith("3-D") else (L, keys)) < 0.4
-    mask[..., 0] = False  # torch's layer gives NaN for a query that sees nothing
+    mask[..., 0] = False  # torch's layer returns NaN for a query without visible keys
     if kind.startswith(("causal", "hint")):
         mask = torch.ones(L, keys, dtype=torch.bool).triu(1)
     if "float" in kind:
@@ -178,7 +178,7 @@ def test_arguments_have_torchs_order_and_defaults_and_ours_go_by_name(layer: typ
     assert all(p.kind is Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
 
 
-# torch's layer says so for every boolean padding beside a float mask; ours takes the pair as it is.
+# torch's layer warns for a boolean padding mask with a float mask; our layer accepts both.
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask:UserWarning")
 @pytest.mark.parametrize("way", WAYS)
 def test_every_argument_in_every_way_of_running(way: str, all_pairs: Callable[..., Any]) -> None:
@@ -199,7 +199,7 @@ def test_every_argument_in_every_way_of_running(way: str, all_pairs: Callable[..
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("way", ["no_grad", "inference_mode", "frozen, eval"])
 @pytest.mark.parametrize("mask", ["none", "bool", "bool 3-D", "causal bool", "hint bool"])
-def test_what_torch_leaves_to_its_fused_kernel(
+def test_calls_that_torch_computes_with_its_fused_kernel(
     layer: str, way: str, mask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -223,7 +223,7 @@ def test_what_torch_leaves_to_its_fused_kernel(
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("layer", LAYERS)
-def test_nested_tensors_which_torch_takes_in_its_fused_kernel_alone_are_refused(layer: str) -> None:
+def test_nested_tensors_are_refused(layer: str) -> None:
     values = {name: values[0] for name, values in {**CONSTRUCTION, **CALL}.items()}
     dense, sparse = (module.eval() for module in twins({**values, "layer": layer}, torch.float32))
     nested = torch.nested.nested_tensor([torch.randn(L, E), torch.randn(S, E)])
@@ -247,7 +247,7 @@ WRONG: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
-def test_constructors_raise_where_torchs_does(layer: str, wrong: dict[str, Any]) -> None:
+def test_constructors_raise_for_the_same_arguments_as_torch(layer: str, wrong: dict[str, Any]) -> None:
     arguments = {"embed_dim": E, "num_heads": H, **wrong}
     for build in (nn.MultiheadAttention, LAYERS[layer]):
         with pytest.raises((ValueError, TypeError, AssertionError, RuntimeError)):
@@ -270,7 +270,7 @@ def spoilt(arguments: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("shape", CONSTRUCTION["shape"])
 @pytest.mark.parametrize("inputs", ["one tensor", "three tensors", "kdim and vdim"])
-def test_calls_raise_where_torchs_do_and_else_agree(layer: str, shape: str, inputs: str) -> None:
+def test_calls_raise_for_the_same_inputs_as_torch_and_agree_for_others(layer: str, shape: str, inputs: str) -> None:
     values = {name: values[0] for name, values in {**CONSTRUCTION, **CALL}.items()}
     refused = agreed = 0
     for mask, padding, need_weights in product(("none", "bool", "float 3-D"), ("none", "bool"), (True, False)):
@@ -303,7 +303,7 @@ COMPILED: list[dict[str, Any]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of the compiler
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # a warning of the compiler
 @pytest.mark.parametrize("changed", COMPILED, ids=str)
 def test_compiled_in_one_graph(changed: dict[str, Any]) -> None:
     torch._dynamo.reset()

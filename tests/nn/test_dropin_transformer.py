@@ -26,7 +26,7 @@ PADDING = ("none", "bool", "float")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),  # torch's own encoder warns
-    # torch's layer says so for every boolean padding beside a float mask; ours takes the pair as it is.
+    # torch's layer warns for a boolean padding mask with a float mask; our layer accepts both.
     pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning"),
 ]
 
@@ -227,7 +227,9 @@ def test_every_argument_in_every_way_of_running(kind: str, all_pairs: Callable[.
 @pytest.mark.parametrize("swap", SWAPS)
 @pytest.mark.parametrize("kind", ["TransformerEncoderLayer", "TransformerEncoder", "Transformer"])
 @pytest.mark.parametrize("way", ["no_grad", "inference_mode", "frozen, eval"])
-def test_what_torch_leaves_to_its_fused_kernel(way: str, kind: str, swap: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_that_torch_computes_with_its_fused_kernel(
+    way: str, kind: str, swap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     fused = torch._transformer_encoder_layer_fwd
     monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: calls.append(args[0]) or fused(*args))
@@ -266,7 +268,7 @@ def spoilt(arguments: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("masked", ["none", "bool"])
 @pytest.mark.parametrize("kind", STACK)
-def test_calls_raise_where_torchs_do_and_else_agree(kind: str, masked: str, batched: bool) -> None:
+def test_calls_raise_for_the_same_inputs_as_torch_and_agree_for_others(kind: str, masked: str, batched: bool) -> None:
     case = {name: masked if "mask" in name else values[0] for name, values in STACK[kind].items()}
     case |= {"swap": "learnt", "batched": batched, "mask_check": True}
     dense, sparse = twins(kind, case, torch.float64)
@@ -287,7 +289,7 @@ def test_calls_raise_where_torchs_do_and_else_agree(kind: str, masked: str, batc
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of the compiler
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # a warning of the compiler
 @pytest.mark.parametrize("kind", ["TransformerEncoder", "TransformerDecoderLayer"])
 def test_compiled_and_exported(kind: str) -> None:
     case = {name: values[0] for name, values in STACK[kind].items()} | {"swap": "learnt"}

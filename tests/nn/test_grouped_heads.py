@@ -26,7 +26,7 @@ def grouped_layer(num_kv_heads: int, **kwargs: Any) -> AdaptiveSparseMultiheadAt
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 3])
 @pytest.mark.parametrize("extra", [{}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 13, "vdim": 17}], ids=str)
-def test_grouped_heads_are_heads_whose_keys_and_values_repeat(kv_heads: int, extra: dict[str, Any]) -> None:
+def test_grouped_heads_equal_heads_with_repeated_keys_and_values(kv_heads: int, extra: dict[str, Any]) -> None:
     grouped = grouped_layer(kv_heads, **extra)
     full = AdaptiveSparseMultiheadAttention(E, H, batch_first=True, dtype=torch.float64, **extra)
 

@@ -113,7 +113,7 @@ def test_half_precision_is_float32_rounded_once(size, dtype, oracle):
 
 @by_each_backend
 @pytest.mark.parametrize("alpha", GRID)
-def test_gradients_beside_eighty_digits(alpha, eighty_digits):
+def test_gradients_agree_with_eighty_digit_arithmetic(alpha, eighty_digits):
     alpha = in_float32(alpha)
     for scale in (0.01, 1, 10, 30):
         x, upstream = torch.randn(5, 11) * scale, torch.randn(5, 11)
@@ -131,7 +131,7 @@ def both_maps(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 
 @by_each_backend
 @pytest.mark.parametrize("alpha", GRID)
-def test_float32_gradients_beside_float64(alpha):
+def test_float32_gradients_agree_with_float64(alpha):
     alpha = in_float32(alpha)
     for size, scale in itertools.product([2, 7, 128, 1024, 32768], [0.01, 1, 10, 100]):
         rows = {2: 32, 7: 32, 128: 16, 1024: 4}.get(size, 3)
@@ -253,7 +253,7 @@ def test_budget_sparsemax(size, budget_oracle):
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
 @pytest.mark.parametrize("name", ["normmax", "budget_sparsemax"])
-def test_gradients_beside_differences_of_the_oracle(name, scale, normmax_oracle, budget_oracle):
+def test_gradients_agree_with_finite_differences_of_the_oracle(name, scale, normmax_oracle, budget_oracle):
     ours, theirs, values = {
         "normmax": (normmax, normmax_oracle, (1.3, 2.0, 3.0)),
         "budget_sparsemax": (budget_sparsemax, budget_oracle, (0.7, 2.3, 4.6)),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparse_attn import AdaptiveSparseMultiheadAttention, entmax_attention, topk_attention, use_backend
 
-# Raised in Triton's interpreter, by numpy.
+# A warning of numpy in Triton's interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -68,20 +68,20 @@ def exported(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("way", [compiled, exported, torch.func.vmap])
-def test_other_ways_to_the_same_function(way: Callable[..., Callable[..., Tensor]]) -> None:
+def test_other_paths_compute_the_same_function(way: Callable[..., Callable[..., Tensor]]) -> None:
     inputs = spread(23, torch.bfloat16)
     got = way(lambda *some: entmax_attention(*some, 1.5))(*inputs)
     assert_rounded_once(got, entmax_attention(*(x.double() for x in inputs), 1.5), inputs[2])
 
 
-def test_top_k_keeps_the_keys_that_exact_scores_choose() -> None:
+def test_top_k_keeps_the_keys_with_the_largest_exact_scores() -> None:
     inputs = spread(23, torch.bfloat16)
     expected = topk_attention(*(x.double() for x in inputs), 3)
     assert_rounded_once(topk_attention(*inputs, 3), expected, inputs[2])
 
 
 @pytest.mark.parametrize("length", [23, 521])
-def test_autocast_rounds_the_inputs_alone(length: int) -> None:
+def test_autocast_rounds_only_the_inputs(length: int) -> None:
     inputs = [x.float().requires_grad_() for x in spread(length, torch.float32)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = entmax_attention(*inputs, 1.5)

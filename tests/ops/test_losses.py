@@ -107,7 +107,7 @@ def conjugate_by_definition(x: Tensor, alpha: float, oracle: Callable[[Tensor, f
 @pytest.mark.parametrize("alpha", [0.7, 1.0, 1.01, 1.25, 1.5, 2.0, 3.0])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_definition(alpha, kind, shape, oracle):
+def test_losses_equal_their_definition(alpha, kind, shape, oracle):
     x, weight, smoothing = 2 * torch.randn(shape, dtype=torch.float64), torch.rand(C, dtype=torch.float64), 0.2
     target, dim = target_for(kind, shape), class_dim(x)
     one_hot = target.movedim(dim, -1) if kind == "probabilities" else F.one_hot(target.clamp(min=0), C).double()
@@ -122,7 +122,7 @@ def test_the_definition(alpha, kind, shape, oracle):
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_no_other_distribution_gives_more(alpha):
+def test_no_other_distribution_has_a_larger_value(alpha):
     x, p = torch.randn(N, 1, C, dtype=torch.float64), torch.rand(1, 1009, C, dtype=torch.float64).pow(3)
     p = p / p.sum(-1, keepdim=True)
     entropy = -torch.xlogy(p, p).sum(-1) if alpha == 1 else (1 - (p**alpha).sum(-1)) / (alpha * (alpha - 1))
@@ -130,7 +130,7 @@ def test_no_other_distribution_gives_more(alpha):
     assert (attained.unsqueeze(1) >= (p * x).sum(-1) + entropy).all()
 
 
-def test_named_losses_are_the_general_one():
+def test_named_losses_equal_the_general_loss():
     x, weight = torch.randn(N, C), torch.rand(C)
     keywords = {"weight": weight, "ignore_index": 2, "reduction": "sum", "label_smoothing": 0.3}
     target = torch.randint(C, (N,))
@@ -157,7 +157,7 @@ def test_float32_keeps_its_digits_also_of_small_losses(alpha, as_tensor):
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 2.0])
-def test_vocabularies(alpha, oracle):
+def test_losses_over_large_vocabularies(alpha, oracle):
     x, target = torch.randn(3, 32000) * torch.tensor([[0.01], [1.0], [10.0]]), torch.tensor([31999, 0, 17])
     expected = conjugate_by_definition(x, alpha, oracle) - x.double().gather(1, target.unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(entmax_loss(x, target, alpha, reduction="none").double(), expected, rtol=1e-6, atol=1e-6)
@@ -279,7 +279,7 @@ def test_empty_batches(shape, kind, reduction):
     assert x.grad.shape == shape and alpha.grad is not None
 
 
-def test_classes_that_are_not_there():
+def test_classes_out_of_range_raise_an_error():
     loss = entmax_loss(torch.randn(3, 0), torch.full((3,), -100))
     assert loss.isnan() and F.cross_entropy(torch.randn(3, 0), torch.full((3,), -100)).isnan()
 
@@ -316,7 +316,7 @@ def test_weights_and_indices_of_other_dtypes():
     assert entmax_loss(x, soft, weight=weight.double()).dtype == torch.float64
 
 
-def test_nothing_is_written_to():
+def test_inputs_are_not_modified():
     x, soft, weight = torch.randn(N, C), target_for("probabilities", (N, C)), torch.rand(C)
     target = torch.randint(C, (N,))
     before = [t.clone() for t in (x, soft, weight, target)]
@@ -354,6 +354,6 @@ def peak_in_copies(x: Tensor, function: Callable[[], Tensor]) -> float:
         (6, torch.tensor(1.25, requires_grad=True), {}),
     ],
 )
-def test_a_vocabulary_takes_a_few_copies_of_the_scores(copies, alpha, keywords):
+def test_memory_for_a_vocabulary_is_a_few_copies_of_the_scores(copies, alpha, keywords):
     x, target = torch.randn(37, 32000, requires_grad=True), torch.randint(32000, (37,))
     assert peak_in_copies(x, lambda: entmax_loss(x, target, alpha, **keywords)) <= copies + 0.1

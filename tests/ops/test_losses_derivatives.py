@@ -15,7 +15,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from sparse_attn import entmax, entmax15_loss, entmax_loss
 
-# Raised inside torch, on its own account, wherever these transforms are used for the first time in a process.
+# Warnings of torch itself, at the first use of these transforms in a process.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -61,7 +61,7 @@ def test_derivatives_of_first_and_second_order_in_both_modes(loss):
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_the_gradient_is_p_minus_y_and_the_hessian_the_jacobian_of_the_mapping(alpha):
+def test_the_gradient_is_p_minus_y_and_the_hessian_equals_the_mappings_jacobian(alpha):
     x = torch.randn(C, dtype=torch.float64)
     one = partial(entmax_loss, target=torch.tensor(3), alpha=alpha)
     torch.testing.assert_close(grad(one)(x), entmax(x, alpha) - F.one_hot(torch.tensor(3), C))
@@ -126,7 +126,7 @@ def test_alpha_of_one_element_or_one_per_row():
 
 
 @both_targets
-def test_alpha_changed_in_place_before_the_backward_is_noticed(make):
+def test_changing_alpha_in_place_before_the_backward_raises_an_error(make):
     for dtype in (torch.float64, torch.float32):
         x, alpha = torch.randn(N, C, requires_grad=True), torch.full((N, 1), 1.3, dtype=dtype, requires_grad=True)
         loss = entmax_loss(x, make(), alpha)
@@ -160,7 +160,7 @@ def test_jacobians_and_hessians_agree_in_every_order_of_modes(loss):
         torch.testing.assert_close(outer(inner(squares, argnums=everything), argnums=everything)(*inputs), expected)
 
 
-def test_vmap_is_a_loop():
+def test_vmap_equals_a_loop():
     x, alpha, y = arguments()
     target = torch.randint(C, (N,))
     for second in (target, y):
@@ -199,7 +199,7 @@ def test_forward_mode_by_dual_numbers(loss):
 
 
 @pytest.mark.parametrize("name", ["smoothed", "probabilities", "α = 1.5"])
-def test_a_compiled_graph_without_breaks_trains_alike(name):
+def test_a_compiled_graph_without_breaks_trains_like_eager_code(name):
     torch._dynamo.reset()
     loss = LOSSES[name]
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -252,7 +252,7 @@ class EveryLoss(nn.Module):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_exported_programs_compute_and_train_alike(strict):
+def test_exported_programs_compute_and_train_like_eager_code(strict):
     model = EveryLoss()
     x, target, y = torch.randn(N, C), torch.randint(C, (N,)), probabilities().float()
     batch = {0: torch.export.Dim.DYNAMIC}

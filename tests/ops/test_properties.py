@@ -148,7 +148,7 @@ def test_probabilities_sum_to_one_and_masked_entries_are_exactly_zero(x, alpha):
 
 @examples
 @given(x=rows(), alpha=alphas(low=0.3), seed=st.integers(0, 2**16))
-def test_permutations_commute(x, alpha, seed):
+def test_permuted_scores_give_permuted_probabilities(x, alpha, seed):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     assert (entmax(x[order], alpha) - entmax(x, alpha)[order]).abs().max() <= 2 * tolerance(x, alpha)
 
@@ -199,7 +199,7 @@ def test_the_support_shrinks_as_alpha_grows(x, alpha, more):
 
 @examples
 @given(x=rows(), named=st.sampled_from([(entmax15, 1.5), (sparsemax, 2.0), (lambda x: topk_softmax(x, len(x)), 1.0)]))
-def test_the_named_maps_are_the_general_one(x, named):
+def test_the_named_mappings_equal_entmax(x, named):
     mapping, alpha = named
     general = entmax(x, torch.tensor([alpha]))
     assert (mapping(x) - general).abs().max() <= 2 * tolerance(x, alpha)
@@ -230,7 +230,7 @@ def test_topk_maps_keep_the_k_largest_and_no_more(x, k):
 
 @examples
 @given(x=rows(), alpha=alphas(), dim=st.integers(-3, 2), seed=st.integers(0, 2**16))
-def test_any_dim_is_the_last_one(x, alpha, dim, seed):
+def test_any_dim_equals_the_last_dim(x, alpha, dim, seed):
     generator = torch.Generator().manual_seed(seed)
     block = torch.stack([x[torch.randperm(len(x), generator=generator)] for _ in range(6)]).view(2, 3, -1)
     moved = block.movedim(-1, dim)
@@ -272,7 +272,7 @@ def test_gradients_are_finite_and_along_the_simplex(x, alpha, seed):
 
 @examples
 @given(x=rows(dtypes=WIDE), alpha=alphas(), seed=st.integers(0, 2**16))
-def test_the_unrolled_form_is_the_eager_one(x, alpha, seed):
+def test_the_unrolled_form_equals_eager_code(x, alpha, seed):
     lowest = torch.finfo(x.dtype).min
     for a in (alpha - 1, torch.tensor([alpha - 1], dtype=torch.float64)):
         assert (entmax_unrolled(x, a, lowest) - entmax(x, alpha)).abs().max() <= 2 * tolerance(x, alpha)
@@ -280,7 +280,7 @@ def test_the_unrolled_form_is_the_eager_one(x, alpha, seed):
 
 @examples
 @given(x=rows(dtypes=(torch.float64,)), alpha=alphas(high=2.0), seed=st.integers(0, 2**16))
-def test_the_unrolled_form_has_the_eager_gradients(x, alpha, seed):
+def test_the_unrolled_form_has_the_gradients_of_eager_code(x, alpha, seed):
     # On the edge of the support the gradient jumps or has infinite slope.
     assume(((alpha - 1) * (x - tau(x, alpha) / (alpha - 1 or 1.0))).abs().min() > 1e-6 or alpha == 1)
     upstream = torch.randn(len(x), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -28,7 +28,7 @@ from sparse_attn import (
     topk_softmax,
 )
 
-# Raised inside torch, on its own account, wherever these transforms are used for the first time in a process.
+# Warnings of torch itself, at the first use of these transforms in a process.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -88,7 +88,7 @@ def test_jacobians_and_hessians_agree_in_every_order_of_modes(mapping, values, a
 
 
 @every_mapping
-def test_vmap_is_a_loop(mapping, values):
+def test_vmap_equals_a_loop(mapping, values):
     inputs = arguments(values)
     rows = [mapping(*(x[i] for x in inputs)) for i in range(6)]
     torch.testing.assert_close(vmap(mapping)(*inputs), torch.stack(rows))
@@ -126,7 +126,7 @@ def test_forward_mode_by_dual_numbers(mapping, values):
 
 @every_mapping
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiled_graph_without_breaks_trains_alike(mapping, values, dynamic):
+def test_a_compiled_graph_without_breaks_trains_like_eager_code(mapping, values, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(mapping, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     inputs = arguments(values)
@@ -219,7 +219,7 @@ DYNAMIC = ({0: torch.export.Dim.DYNAMIC},)
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_exported_programs_compute_and_train_alike(strict):
+def test_exported_programs_compute_and_train_like_eager_code(strict):
     model, x = EveryMapping(), hard_rows()
     program = torch.export.export(model, (x,), dynamic_shapes=DYNAMIC, strict=strict)
     assert not [node for node in program.graph.nodes if "sparse_attn" in str(node.target)]  # runs without us
@@ -234,7 +234,7 @@ def test_exported_programs_compute_and_train_alike(strict):
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
-def test_onnx_runtime_computes_alike(tmp_path):
+def test_onnx_runtime_computes_the_same_values(tmp_path):
     model, x = EveryMapping().eval(), hard_rows()
     torch.onnx.export(model, (x,), tmp_path / "mappings.onnx", dynamo=True, dynamic_shapes=DYNAMIC, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / "mappings.onnx")
@@ -291,7 +291,7 @@ def test_onnx_runtime_runs_a_swapped_decoder_with_boolean_masks_of_any_length(tm
 
 
 @every_mapping
-def test_alpha_changed_in_place_before_the_backward_is_noticed(mapping, values):
+def test_changing_alpha_in_place_before_the_backward_raises_an_error(mapping, values):
     if values is None:
         pytest.skip("no tensor to change")
     for dtype in (torch.float64, torch.float32):
@@ -325,7 +325,7 @@ def test_shapes_without_data(mapping, values):
         y.sum().backward()
 
 
-def test_modules_survive_copies_and_pickles():
+def test_modules_can_be_copied_and_pickled():
     layer = Entmax(torch.full((3, 1), 1.3), learn_alpha=True)
     x = torch.randn(3, 5)
     expected = layer(x)

@@ -84,7 +84,7 @@ DATA: dict[str, tuple[Callable[[Path], None] | None, list[str], list[str]]] = {
 }
 
 
-def test_every_experiment_is_tried():
+def test_every_experiment_has_a_test():
     assert set(EXPERIMENTS) == set(DATA)
 
 

@@ -79,7 +79,7 @@ def finished_epochs(curves: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork")
-def test_killed_again_and_again_and_resumed_equals_never_killed(tiny_config, tmp_path):
+def test_a_training_killed_several_times_equals_an_uninterrupted_one(tiny_config, tmp_path):
     kills = int(os.environ.get("KILLS", "6"))
     epochs = 2 * kills + 4  # a process is killed within two epochs
     options = (f"trainer.max_epochs={epochs}", "model.dropout=0.2")
@@ -100,7 +100,7 @@ def test_killed_again_and_again_and_resumed_equals_never_killed(tiny_config, tmp
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 4])  # an epoch saves three files
-def test_a_full_disk_names_the_file_and_how_to_go_on(tiny_config, tmp_path, monkeypatch, fails_at):
+def test_error_for_a_full_disk_has_the_file_and_how_to_continue(tiny_config, tmp_path, monkeypatch, fails_at):
     straight = tmp_path / "straight"
     train(tiny_config(f"paths.output_dir={straight}"))
     save, saved = L.Trainer.save_checkpoint, []
@@ -134,7 +134,7 @@ def test_a_full_disk_names_the_file_and_how_to_go_on(tiny_config, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one_and_can_be_resumed(tiny_arguments, tmp_path):
+def test_two_processes_give_the_same_numbers_as_one_and_can_be_resumed(tiny_arguments, tmp_path):
     def run(*more: str) -> str:
         command = [sys.executable, "-m", "recipes.train", *more]
         done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)

@@ -73,7 +73,9 @@ def page_data(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_a_model_of_one_text(model_folder: Callable[..., Path], kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_reads_one_text(
+    model_folder: Callable[..., Path], kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = model_folder(kind)
     run_inspect(f"model={folder}", "text=the cat sat")
     out = capsys.readouterr().out
@@ -122,7 +124,7 @@ def test_an_encoder_and_a_decoder(
     assert "output tokens: </s>" in capsys.readouterr().out
 
 
-def test_wrong_input_is_one_line(
+def test_invalid_input_gives_a_one_line_error(
     model_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = model_folder("decoder")

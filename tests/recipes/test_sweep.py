@@ -32,7 +32,7 @@ def run(monkeypatch, tmp_path, capsys, tiny_arguments):
     return start
 
 
-def test_a_failed_run_does_not_end_the_others_and_is_done_again(run, tmp_path, monkeypatch):
+def test_a_failed_run_does_not_stop_the_others_and_can_be_repeated(run, tmp_path, monkeypatch):
     status, output, error = run("-m", "model.dim=8,9,10", "hydra.sweep.dir=s")
     assert status == 1
     assert error.splitlines() == [
@@ -52,7 +52,7 @@ def test_a_failed_run_does_not_end_the_others_and_is_done_again(run, tmp_path, m
     assert (tmp_path / "s/0" / RESULTS).read_bytes() == kept
 
 
-def test_a_sweep_that_was_stopped_goes_on_where_it_was(run, tmp_path, monkeypatch):
+def test_an_interrupted_sweep_can_be_resumed(run, tmp_path, monkeypatch):
     step = Seq2SeqTask.training_step
 
     def interrupted(self, *arguments):
@@ -80,7 +80,7 @@ def test_a_sweep_that_was_stopped_goes_on_where_it_was(run, tmp_path, monkeypatc
     assert {**read_outcomes(tmp_path / "straight")[0][1], "seconds": 0} == {**found[1][1], "seconds": 0}
 
 
-def test_another_sweep_in_the_same_folder_touches_nothing(run, tmp_path):
+def test_another_sweep_in_the_same_folder_is_refused_without_changes(run, tmp_path):
     run("-m", "model.dim=8", "hydra.sweep.dir=s")
     before = {file: file.read_bytes() for file in (tmp_path / "s").rglob("*") if file.is_file()}
     status, _, error = run("-m", "model.dim=10", "hydra.sweep.dir=s")
@@ -96,14 +96,14 @@ def test_a_sweep_folder_in_use_is_refused(run, tmp_path):
     assert "another process uses s" in error
 
 
-def test_a_wrong_command_line_leaves_no_sweep(run, tmp_path):
+def test_a_wrong_command_line_creates_no_sweep(run, tmp_path):
     status, _, error = run("-m", "models.dim=8,10")
     assert (status, error.count("\n")) == (2, 1)
     assert not list(tmp_path.glob("runs/*"))
 
 
 @pytest.mark.parametrize(("content", "more"), [("{", []), ("[]", []), (json.dumps({"arguments": []}), ["seed=1"])])
-def test_a_damaged_sweep_or_a_change_is_one_line(run, tmp_path, content, more):
+def test_a_damaged_sweep_or_other_arguments_give_a_one_line_error(run, tmp_path, content, more):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / SWEEP).write_text(content)
     status, _, error = run("resume=s", *more, alone=True)

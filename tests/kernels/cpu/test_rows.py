@@ -13,7 +13,7 @@ ALPHAS = [0.5, 0.9, 1.0, 1.0001, 1.001, 1.01, 1.1, 1.25, 1.5, 1.75, 1.99, 2.0, 2
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_probabilities_are_those_of_the_reference(alpha, variant):
+def test_probabilities_equal_the_reference(alpha, variant):
     a = alpha - 1
     bound, double_bound = (4e-7 if alpha < 1 else 2e-7), 1e-13
     if alpha > 2:  # where an entry enters the support, p = w^(1/a) of a w that is right to the last bit of 1
@@ -42,7 +42,7 @@ def test_long_rows(alpha, variant):
 
 
 @pytest.mark.parametrize("alpha", [1.05, 1.1, 1.3, 1.49, 1.5, 1.75, 2.0])
-def test_rows_of_few_levels(alpha, variant):
+def test_rows_with_few_distinct_scores(alpha, variant):
     # Many entries leave the support at once, some of them at 1 / (α - 1) below the largest to the last bit.
     counts = torch.tensor(list(itertools.product([1, 2], range(0, 120, 3), [0, 1, 5, 30, 60, 100])))
     top, second, _ = starts = counts.cumsum(-1).split(1, -1)
@@ -65,7 +65,7 @@ def test_a_score_of_minus_zero_on_the_edge_of_the_support(alpha, variant):
 
 
 @pytest.mark.parametrize("alpha", [1.3, 1.5, 1.75])
-def test_entries_that_the_first_bound_leaves_out_have_no_weight(alpha):
+def test_entries_below_the_first_bound_have_no_weight(alpha):
     # A bound from a part of the row decides; one that is too high in one row of 2,500 shows here.
     x = torch.randn(15_000, 512)
     expected = exact(x, alpha - 1)
@@ -93,7 +93,7 @@ def test_long_rows_whose_first_sample_differs_from_the_rest(alpha, variant):
 
 
 @pytest.mark.parametrize("alpha", [1.1, 1.3, 1.4, 1.45, 1.49, 1.5, 1.55, 1.75, 2.0])
-def test_one_score_above_many_at_the_edge_of_the_support(alpha, variant):
+def test_one_large_score_and_many_at_the_edge_of_the_support(alpha, variant):
     a = alpha - 1
     for size, spread in itertools.product((50, 900, 5000), (0, 1e-6, 1e-3, 1e-2)):
         x = torch.randn(19, size) * spread

@@ -16,7 +16,7 @@ ALPHAS = [0.5, 0.9, 1.0, 1.0001, 1.001, 1.01, 1.1, 1.25, 1.5, 1.75, 1.99, 2.0, 2
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_gradients_are_those_of_the_reference(alpha, variant):
+def test_gradients_equal_the_reference(alpha, variant):
     a = alpha - 1
     for size, scale in itertools.product(SIZES, [0.1, 3.0]):
         x, grad = torch.randn(3, size) * scale, torch.randn(3, size) + 5

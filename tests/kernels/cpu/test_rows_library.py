@@ -57,7 +57,7 @@ def test_variants_and_status():
         forward(torch.randn(3), 1.0, variant="mmx")
 
 
-def test_memory_that_runs_out_is_an_error(monkeypatch):
+def test_not_enough_memory_raises_an_error(monkeypatch):
     out_of_memory = rows.library()._replace(forward=lambda *_: 1, backward=lambda *_: 1)
     monkeypatch.setattr(rows, "_load", lambda: out_of_memory)
     with pytest.raises(MemoryError):

@@ -54,14 +54,14 @@ def test_repeated_passes_of_one_epoch_are_equal():
     assert list(batches) == list(batches)
 
 
-def test_which_examples_meet_changes_between_epochs():
+def test_batches_have_other_examples_in_every_epoch():
     batches = BatchByLength(random_lengths(2003), 7, shuffle=True, seed=0)
     first = {frozenset(batch) for batch in batches}
     batches.set_epoch(1)
     assert len(first & {frozenset(batch) for batch in batches}) < 0.05 * len(first)
 
 
-def test_shuffled_batches_are_alike_in_length():
+def test_shuffled_batches_have_similar_lengths():
     lengths = random_lengths(2003)
 
     def padding(groups):
@@ -97,7 +97,7 @@ def test_without_shuffling_examples_are_sorted_by_source_then_target():
     assert list(batches) == before
 
 
-def test_pools_do_not_leak_into_each_other(monkeypatch):
+def test_examples_are_sorted_only_within_pools(monkeypatch):
     """With one batch a pool the lengths of a batch are as mixed as the data."""
     monkeypatch.setattr(batching, "POOL", 1)
     lengths = [(index, 2) for index in range(700)]
@@ -112,7 +112,7 @@ def test_a_batch_size_of_zero_is_refused():
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("batch_size", [None, 11])
-def test_batches_by_tokens_hold_every_example_once_and_keep_to_the_limit(shuffle, batch_size):
+def test_batches_by_tokens_contain_every_example_once_within_the_limit(shuffle, batch_size):
     lengths = [*random_lengths(1009), (211, 3)]  # the last is longer than a batch
     batches = BatchByLength(lengths, batch_size, batch_tokens=113, shuffle=shuffle, seed=3)
     got = list(batches)
@@ -141,7 +141,7 @@ def test_every_epoch_has_the_same_number_of_batches_by_tokens():
         ({"batch_size": None, "batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
     ],
 )
-def test_wrong_sizes_are_refused(sizes, message):
+def test_invalid_batch_sizes_are_refused(sizes, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         BatchByLength([(1, 1)], **sizes, shuffle=True, seed=0)
 
@@ -156,7 +156,7 @@ def test_lightning_sets_the_epoch():
     assert members(loader) == first
 
 
-def test_an_epoch_set_after_iter_counts():
+def test_an_epoch_set_after_iter_is_used():
     """The order in which Lightning does it when a run starts or resumes."""
     loader, expected = make_loader(), make_loader()
     _set_sampler_epoch(expected, 3)
@@ -191,7 +191,7 @@ def test_targets_are_shifted_by_the_start():
     assert batch["target_out"].tolist() == [[5, 6, 7, EOS], [5, EOS, PAD, PAD]]
 
 
-def test_texts_travel_with_their_rows():
+def test_batches_contain_the_texts_of_their_rows():
     rows = [Row([9, EOS], [5, EOS], "b", [["B"], ["P"]]), Row([8, EOS], [6, EOS], "a", [["A"]], "hun")]
     batch = collate(rows)
     assert batch["sources"] == ["b", "a"]

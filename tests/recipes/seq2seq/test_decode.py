@@ -49,7 +49,7 @@ def naive(model: Seq2SeqTransformer, source: Tensor, max_length: int) -> list[in
 
 
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-def test_a_batch_with_a_cache_writes_what_each_word_gets_alone_without(kind: str) -> None:
+def test_batched_decoding_with_a_cache_equals_single_words_without(kind: str) -> None:
     torch.manual_seed(1)  # not every model has words of many lengths
     model, source = model_of(kind), words()
     lengths = set()
@@ -82,7 +82,7 @@ def test_decoding_ends_when_all_words_have_ended() -> None:
     assert steps == [N]
 
 
-def test_padding_and_beginning_are_never_written() -> None:
+def test_padding_and_beginning_of_sequence_are_never_generated() -> None:
     model = model_of(end_bias=-1e3)
     with torch.no_grad():
         model.output.bias[[PAD, BOS, UNK]] = 1e3
@@ -91,7 +91,7 @@ def test_padding_and_beginning_are_never_written() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_is_left_as_it_was_and_decoding_is_without_dropout_and_gradient(training: bool) -> None:
+def test_decoding_restores_the_mode_and_uses_no_dropout_or_gradient(training: bool) -> None:
     model, source = model_of(end_bias=2).train(training), words()
     modes: list[tuple[bool, bool]] = []
     model.encoder.register_forward_pre_hook(
@@ -104,7 +104,7 @@ def test_the_mode_is_left_as_it_was_and_decoding_is_without_dropout_and_gradient
     assert torch.is_grad_enabled()
 
 
-def test_the_mode_is_left_as_it_was_by_an_error() -> None:
+def test_an_error_restores_the_mode() -> None:
     model = model_of().train()
     with pytest.raises(IndexError):
         greedy_decode(model, torch.full((N, S), SOURCE), max_length=MAX_LENGTH)
@@ -116,7 +116,7 @@ def test_no_words_give_no_output() -> None:
 
 
 @pytest.mark.parametrize("max_length", [0, -1])
-def test_a_wrong_max_length_is_named(max_length: int) -> None:
+def test_an_invalid_max_length_raises_an_error(max_length: int) -> None:
     with pytest.raises(ValueError, match=f"max_length must be at least 1, got {max_length}"):
         greedy_decode(model_of(), words(), max_length=max_length)
 

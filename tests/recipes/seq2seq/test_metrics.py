@@ -23,7 +23,7 @@ def test_distances_counted_by_hand(prediction, reference, distance):
     assert rates == {"wer": 100.0, "per": 100 * distance / len(reference)}
 
 
-def test_all_right_is_zero():
+def test_correct_predictions_have_no_errors():
     words = [["a"], ["b", "c"]]
     assert error_rates(words, [[word] for word in words]) == {"wer": 0.0, "per": 0.0}
 
@@ -47,7 +47,7 @@ def test_more_errors_than_tokens_exceed_a_hundred_percent():
     assert error_rates([list("abcde")], [[["x", "y"]]])["per"] == 250.0
 
 
-def test_the_closest_reference_counts():
+def test_the_closest_reference_is_used():
     references = [[["D", "AA", "G"], ["D", "AO", "G", "Z"], ["D", "AO", "G"]]]
     assert error_rates([["D", "AO", "G"]], references) == {"wer": 0.0, "per": 0.0}
     assert error_rates([["a", "b", "c", "x"]], [[["a", "b"], ["a", "b", "c", "d"]]])["per"] == 25.0
@@ -86,7 +86,7 @@ def test_wer_agrees_with_torchmetrics_on_words_as_single_tokens(seed):
         ([["a"]], [[[]]], "references must hold at least one token in all, got only empty ones"),
     ],
 )
-def test_wrong_input_is_named(predictions, references, message):
+def test_invalid_input_raises_an_error(predictions, references, message):
     with pytest.raises(ValueError) as error:
         error_rates(predictions, references)
     assert str(error.value) == message
@@ -114,7 +114,7 @@ def test_bleu_and_chrf_are_those_of_sacrebleu():
         assert f"tok:{tokenize}|" in signatures["bleu"] and "nrefs:var" in signatures["bleu"]
 
 
-def test_texts_of_different_number_are_refused():
+def test_different_numbers_of_texts_are_refused():
     pytest.importorskip("sacrebleu")
     with pytest.raises(
         ValueError, match=r"^predictions and references must be equally many, and not none, got 1 and 0$"
@@ -148,7 +148,7 @@ def test_groups_are_averaged_and_ordered_by_their_names():
         ),
     ],
 )
-def test_metrics_that_do_not_fit(names, target_split, message):
+def test_invalid_metrics_are_refused(names, target_split, message):
     with pytest.raises(ValueError) as error:
         check_metrics(names, target_split)
     assert str(error.value) == message

@@ -21,7 +21,7 @@ def test_lengths_and_groups(task):
     ("task", "answer"),
     [("copy", lambda tokens: tokens), ("reverse", lambda tokens: tokens[::-1]), ("sort", lambda t: sorted(t, key=int))],
 )
-def test_answers_of_whole_sequences(task, answer):
+def test_answers_of_copy_reverse_and_sort(task, answer):
     for example in make_sequences(task, **SIZES | {"symbols": 23}).test:
         assert example.references[0].split() == answer(example.source.split())
 
@@ -54,7 +54,7 @@ def test_sequences_are_a_function_of_the_seed():
         ({"task": "copy", "factors": []}, ValueError, "generate.factors must hold at least one factor, got none"),
     ],
 )
-def test_wrong_arguments(arguments, error, message):
+def test_invalid_arguments_raise_an_error(arguments, error, message):
     with pytest.raises(error) as caught:
         make_sequences(**arguments)
     assert str(caught.value) == message

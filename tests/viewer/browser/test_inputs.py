@@ -74,7 +74,7 @@ def test_weights_of_2048_tokens_can_be_read(page: Page) -> None:
         assert read == pytest.approx(float(weights[row, column]), rel=HALF)
 
 
-def test_a_notice_tells_that_weights_were_left_out(
+def test_a_notice_reports_that_weights_were_left_out(
     page: Page, encoder_record: Callable[..., AttentionRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page_module, "MOST_ENTRIES", 50)
