@@ -1,4 +1,4 @@
-"""Training steps that move α: compiled, checkpointed, accumulated, averaged, of every optimizer and mixed dtypes."""
+"""Training steps of α: compiled, checkpointed, accumulated, averaged, with every optimizer and with mixed dtypes."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ encoder = partial(sparse_encoder, E, H, F)
 
 
 class Everything(nn.Module):
-    """α in a layer, a mapping and a loss, beside a fixed one and parameters of every kind."""
+    """A model with α in a layer, a mapping and a loss, with a fixed α and with parameters of every kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def test_a_frozen_alpha_does_not_change_despite_momentum_and_can_be_unfrozen() -
     train(model, optimizer)
     before = alpha_per_head(model)
     assert all((alpha != 1.3).all() for alpha in before.values())
-    model(torch.randn(N, L, E)).sum().backward()  # a gradient that is there when it is frozen
+    model(torch.randn(N, L, E)).sum().backward()  # a gradient that exists before α is frozen
     freeze_alpha(model)
     optimizer.step()
     train(model, optimizer)
@@ -145,7 +145,7 @@ def test_set_alpha_accepts_the_result_of_alpha_per_head() -> None:
     set_alpha(model, kept)
     assert all(torch.equal(alpha, kept[name]) for name, alpha in alpha_per_head(model).items())
     mapping = Entmax(torch.full((H, 1, 1), 1.5))
-    set_alpha(mapping, torch.tensor([1.0, 3.0]))  # fixed: any in (0, inf)
+    set_alpha(mapping, torch.tensor([1.0, 3.0]))  # a fixed α may have any value in (0, inf)
     assert mapping.raw_alpha.tolist() == [[[1.0]], [[3.0]]]
 
 
@@ -244,7 +244,7 @@ def test_linear_alpha() -> None:
 
 @pytest.mark.parametrize("target", ["sparse", "dense", 1.5])
 def test_the_penalty_equals_its_formula_and_is_zero_on_target(target: Any) -> None:
-    model = Everything()  # α 1.2, 1.4; 1.5, 1.5; 1.6, all of range [1, 2]
+    model = Everything()  # α is 1.2, 1.4; 1.5, 1.5; 1.6, all with range [1, 2]
     shares = torch.tensor([0.2, 0.4, 0.5, 0.5, 0.6])
     formula = {"sparse": 1 - shares, "dense": shares, 1.5: (shares - 0.5).square()}[target]
     penalty = alpha_penalty(model, target, strength=3.0)

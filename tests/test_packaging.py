@@ -14,7 +14,7 @@ import recipes
 import sparse_attn
 from recipes.cli import COMMANDS
 
-# Imports every module of a package, then prints the top-level names of all that was loaded by it.
+# Imports every module of a package, then prints the top-level names of all loaded modules.
 LOAD = """
 import importlib, pkgutil, sys
 for name in sys.argv[1:]:
@@ -37,7 +37,7 @@ def test_core_loads_no_framework():
 
 
 def modules_after(code: str, *arguments: str) -> set[str]:
-    """Names of all modules that are loaded once the code has run in a process of its own."""
+    """Names of all modules that are loaded after the code has run in a separate process."""
     code += "\nimport sys; print(*sys.modules)"
     command = [sys.executable, "-c", code, *arguments]
     return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1].split())

@@ -1,4 +1,4 @@
-"""The Python of README and docs runs from top to bottom, and what its comments promise is what comes out."""
+"""The Python code of README and docs runs from top to bottom, with the results that its comments show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trained dense model made sparse and dense again: the same function, the same objects, no trace."""
+"""A trained dense model that is made sparse and then dense again has the same function and the same objects."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ with torch.device("cpu"):
 
 
 class OwnBlock(nn.Module):
-    """Cross-attention with sizes and extra keys of its own."""
+    """A block with cross-attention of other sizes and with extra keys."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def inputs_of(model: nn.Module) -> tuple[Tensor, ...]:
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """A few steps away from its initial values, in evaluation mode."""
+    """The model after a few training steps, in evaluation mode."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     inputs = inputs_of(model)
     for _ in range(3):
@@ -82,7 +82,7 @@ def trained(model: nn.Module) -> nn.Module:
 
 
 def everything(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
-    """Every attribute of every module, objects by identity, those of attention layers by value."""
+    """Every attribute of every module: objects by identity, those of attention layers by value."""
     for name, module in model.named_modules():
         attention = isinstance(module, nn.MultiheadAttention)
         yield name, "type", type(module)
@@ -213,7 +213,7 @@ def test_a_second_call_has_no_effect_and_keeps_the_random_state(device: str) -> 
     assert restore_attention(model) == {}
     replace_attention(model)
     state = torch.get_rng_state()
-    with torch.device("meta" if device == "cpu" else "cpu"):  # a default device does not matter
+    with torch.device("meta" if device == "cpu" else "cpu"):  # a default device has no effect
         restored = restore_attention(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert restore_attention(model) == {}

@@ -1,4 +1,4 @@
-"""Trap 8, swapping attention into a model: the very parameters, all or nothing, once."""
+"""Trap 8, the replacement of attention in a model: the same parameters, all layers or none, only once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def decoder(layers: int = 2, **kwargs: Any) -> nn.TransformerDecoder:
 
 
 def snapshot(model: nn.Module) -> tuple[list[tuple[str, int]], list[tuple[str, int]], list[bool]]:
-    """All modules and parameters, by identity, and their modes."""
+    """All modules and parameters by identity, and their modes."""
     modules = [(name, id(module)) for name, module in model.named_modules(remove_duplicate=False)]
     parameters = [(name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)]
     return modules, parameters, [module.training for module in model.modules()]
@@ -206,7 +206,7 @@ def test_trap_8_a_second_call_replaces_layers_that_the_first_left_out() -> None:
 def test_trap_8_everything_is_checked_before_anything_is_changed(
     kwargs: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    # The second layer has other heads than the first: an alpha_init per head fits the first and not the second.
+    # The layers have different numbers of heads: an alpha_init per head is valid for the first but not for the second.
     model = nn.ModuleList([nn.MultiheadAttention(E, H), nn.MultiheadAttention(E, 11), nn.Linear(2, 3)])
     before = snapshot(model)
     with pytest.raises(error, match=message):

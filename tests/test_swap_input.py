@@ -1,4 +1,4 @@
-"""Models that replace_attention and restore_attention refuse, before any change."""
+"""Models that replace_attention and restore_attention refuse before any change."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ BACK_AND_FORTH = {"replace": replace_attention, "restore": restore_attention}
 
 
 def layer_for(way: str, **kwargs: Any) -> nn.MultiheadAttention:
-    """A layer that the function would exchange."""
+    """A layer that the tested function would exchange."""
     return (nn.MultiheadAttention if way == "replace" else AdaptiveSparseMultiheadAttention)(E, H, **kwargs)
 
 
 def everything(model: nn.Module) -> list[Any]:
-    """Every object of a model, by name and identity, with the entries of the tables of its modules."""
+    """Every object of a model by name and identity, with the entries of its modules' dicts."""
     return [
         (name, id(module), key, id(value), [(k, id(v)) for k, v in value.items()] if isinstance(value, dict) else [])
         for name, module in model.named_modules(remove_duplicate=False)
@@ -49,7 +49,7 @@ def weight_normed(layer: nn.MultiheadAttention) -> None:
 
 def quantised_projection(layer: nn.MultiheadAttention) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch will remove what its own quantised layers are made of
+        warnings.simplefilter("ignore")  # torch warns about the classes of its own quantised layers
         layer.out_proj = quantized_dynamic.Linear(E, E)
 
 
@@ -73,7 +73,7 @@ def patched(layer: nn.MultiheadAttention) -> None:
 def one_weight_less(layer: nn.MultiheadAttention) -> None:
     weight = layer.in_proj_weight.detach()
     del layer.in_proj_weight
-    layer.in_proj_weight = weight  # as a merged adapter leaves it
+    layer.in_proj_weight = weight  # the result of merging an adapter
 
 
 def with_a_buffer(layer: nn.MultiheadAttention) -> None:
@@ -171,7 +171,7 @@ def test_a_model_wrapped_for_distributed_training_is_refused(way: str) -> None:
 
 
 class Gated(AdaptiveSparseMultiheadAttention):
-    """A layer of a user's own, with more than torch's."""
+    """A user's layer with features beyond torch's."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -234,7 +234,7 @@ def test_layer_arguments_that_change_the_parameters_are_refused() -> None:
 
 
 def test_the_error_for_a_checkpoint_of_another_model_names_the_parameters() -> None:
-    """Torch names the parameter that does not fit; α is one of them."""
+    """torch's error names the parameters that do not fit, including α."""
     model = nn.Sequential(nn.MultiheadAttention(E, H))
     replace_attention(model, alpha_init=1.25)
     state = nn.Sequential(AdaptiveSparseMultiheadAttention(E, 11)).state_dict()

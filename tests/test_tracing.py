@@ -1,4 +1,4 @@
-"""Graphs written by each of torch's tracers compute the values of eager code, also from another input."""
+"""Graphs from each of torch's tracers compute the same values as eager code, also for other input."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ WAYS: dict[str, Way] = {
     "linearize": lambda model, inputs, others: linearize(model, *others)[0],
     "aot_module": lambda model, inputs, others: aot_module(model, nop)(*others),
 }
-# Every case in the ways that differ most, every way of these cases.
+# Every case with the most different tracers, and these cases with every tracer.
 PAIRS = [(case, way) for case in CASES for way in WAYS if way in ("onnx", "make_fx") or case in ("sparsemax", "topk")]
 WITHOUT_ONNX = ("loss", "loss of probabilities")
 
@@ -209,7 +209,7 @@ def test_packed_sequences_are_not_traced_with_constant_lengths() -> None:
 
 
 class Block(nn.Module):
-    """A block as those of vision models: attention called with names, its weights not asked for."""
+    """A block as in vision models: it calls attention with keyword arguments and without weights."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from sparse_attn import versions
 
 
 def imported(code: str, *, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """A finished new process that ran ``code``, with ``path`` first on the search path."""
+    """A finished process that has run ``code``, with ``path`` first on its search path."""
     places = [str(path)] if path else []
     env = os.environ | {"PYTHONPATH": os.pathsep.join([*places, str(Path(sparse_attn.__file__).parents[1])])}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)

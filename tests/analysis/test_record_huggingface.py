@@ -1,4 +1,4 @@
-"""Recording models of Hugging Face transformers whose attention is ours."""
+"""Recording of Hugging Face models with an attention implementation of this library."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_no_hooks_remain_and_outputs_are_equal() -> None:
 @pytest.mark.parametrize("learnt", [False, True])
 def test_recorded_alpha_is_the_alpha_in_use(implementation: str, alpha: float, learnt: bool) -> None:
     model = build("bert", implementation)
-    if learnt:  # and then another implementation, under which it has no effect
+    if learnt:  # with another implementation, α has no effect
         model.set_attn_implementation("entmax")
         add_alpha(model, alpha_init=[1.25, 1.75])
         model.set_attn_implementation(implementation)

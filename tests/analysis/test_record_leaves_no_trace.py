@@ -20,7 +20,7 @@ N, L, S, E, H = 2, 5, 7, 12, 4
 
 
 def traces(model: nn.Module) -> list[list[str]]:
-    """Every attribute of every module, hooks counted."""
+    """Every attribute of every module, and the number of its hooks."""
     return [
         sorted(f"{name} {len(value)}" if isinstance(value, dict) else name for name, value in vars(module).items())
         for module in model.modules()

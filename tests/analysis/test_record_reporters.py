@@ -1,4 +1,4 @@
-"""Recording attention that reports its weights without being hooked: `SparseAttention` and modules of a user."""
+"""Recording of attention that reports its weights itself: `SparseAttention` and modules of a user."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class OwnBlock(nn.Module):
 
     def forward(self, scores: Tensor) -> Tensor:
         weights = scores.softmax(-1).round(decimals=1)
-        weights[0, :, 1] = 0.0  # a query that sees nothing
+        weights[0, :, 1] = 0.0  # a query without visible keys
         if weights_are_observed():
             report_weights(self, weights)
         return weights
 
 
 class OtherBlock(OwnBlock):
-    """A module that no registered function knows."""
+    """A module that no registered function recognises."""
 
 
 def is_own_block(module: nn.Module) -> bool:

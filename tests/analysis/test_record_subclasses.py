@@ -1,4 +1,4 @@
-"""Recording subclasses of `nn.MultiheadAttention`, which may not give weights as torch's does."""
+"""Recording of subclasses of `nn.MultiheadAttention`, which may not return weights as torch's layer does."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def sparse_layer(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
 
 
 class Passing(nn.MultiheadAttention):
-    """Passes everything on to torch's."""
+    """Passes all arguments on to torch's layer."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         return super().forward(*args, **kwargs)
 
 
 class Renaming(nn.MultiheadAttention):
-    """Has arguments of its own and gives weights in torch's way."""
+    """Has other arguments, and returns weights as torch's layer does."""
 
     def forward(
         self, x: Tensor, average_attn_weights: bool = True, need_weights: bool = False
@@ -36,14 +36,14 @@ class Renaming(nn.MultiheadAttention):
 
 
 class SelfAttention(nn.MultiheadAttention):
-    """Cannot be asked for weights."""
+    """Has no argument for the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x, x, x)[0]
 
 
 class Unhelpful(nn.MultiheadAttention):
-    """Takes the question and does not answer it."""
+    """Has the argument for the weights but does not return them."""
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         return super().forward(x, x, x, **kwargs)[0]

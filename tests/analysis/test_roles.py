@@ -16,7 +16,7 @@ N, H, L, S = 2, 3, 5, 7
 
 
 def shifted(offset: int, length: int = L) -> torch.Tensor:
-    """One head (1, length, length) that puts 0.75 on the position at `offset`, 0.25 on the first."""
+    """Weights (1, length, length) of a head: 0.75 on the position at `offset`, 0.25 on the first position."""
     weights = torch.zeros(1, length, length)
     for query in range(length):
         weights[0, query, min(max(query + offset, 0), length - 1)] += 0.75

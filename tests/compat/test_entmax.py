@@ -19,7 +19,7 @@ from sparse_attn.compat import entmax as ours
 
 
 def public(module: ModuleType) -> set[str]:
-    """The functions and classes of the package that a module holds, not what it has from torch."""
+    """The functions and classes that a module of the package defines, without names from torch."""
     named = {name: value for name, value in vars(module).items() if not name.startswith("_") and callable(value)}
     return {name for name, value in named.items() if value.__module__.startswith("entmax")}
 
@@ -84,7 +84,7 @@ def test_documented_examples():
         ("sparsemax_bisect", {}),
         ("entmax_bisect", {}),
         ("entmax_bisect", {"alpha": 1.25}),
-        ("entmax_bisect", {"alpha": torch.tensor(2)}),  # of integers
+        ("entmax_bisect", {"alpha": torch.tensor(2)}),  # an integer tensor
         ("normmax_bisect", {}),
         ("normmax_bisect", {"alpha": 1.25}),
         ("normmax_bisect", {"alpha": torch.tensor([[1.5], [2.0], [7.0]]).double()}),
@@ -187,7 +187,7 @@ def test_support_size_is_returned_with_the_probabilities(dim):
 
 
 def test_private_functions_return_threshold_and_support():
-    # The package's tests call them; `x` is what its mappings pass on, for 1.5-entmax half of the scores.
+    # The package's tests call these functions. `x` is the argument from its mappings: half the scores for 1.5-entmax.
     x = torch.randn(5, 7, dtype=torch.float64)
     for name in ("_sparsemax_threshold_and_support", "_entmax_threshold_and_support"):
         there, here = (getattr(package.activations, name)(x, dim=0) for package in (peer, ours))
@@ -203,7 +203,7 @@ def test_normmax_is_one_hot_if_the_norm_is_not_convex(alpha):
     p = ours.normmax_bisect(x, alpha)
     others = torch.distributions.Dirichlet(torch.full((7,), 0.3, dtype=torch.float64)).sample((1000,))
     assert (objective(others) <= objective(p) + 1e-12).all()
-    torch.testing.assert_close(p, ours.normmax_bisect(x, 1.0 + 1e-9))  # what it tends to from above
+    torch.testing.assert_close(p, ours.normmax_bisect(x, 1.0 + 1e-9))  # the limit from above
     assert (grad(p, x, torch.randn_like(p))[0] == 0).all()
     assert ours.normmax_bisect(torch.tensor([1.0, 2.0, 2.0, -math.inf]), alpha).tolist() == [0, 1, 0, 0]
     assert ours.normmax_bisect(torch.full((3,), -math.inf), alpha).tolist() == [0, 0, 0]
@@ -213,7 +213,7 @@ def test_normmax_is_one_hot_if_the_norm_is_not_convex(alpha):
 
 
 def test_normmax_passes_gradcheck_for_every_alpha_of_the_package():
-    # Its `test_budget_grad_multiple_k`, which is flaky: at an α below 1 the package returns noise.
+    # As in its `test_budget_grad_multiple_k`, which is flaky: for α below 1 the package returns noise.
     def passes(function, seed):
         torch.manual_seed(seed)
         x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Every public name and every configuration key has an entry in the reference, and a missing one is named."""
+"""Every public name and every configuration key has an entry in the reference, and missing entries are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of the site's build: links between pages, pictures, HTML; and the check of a built site."""
+"""Parts of the site's build (links between pages, pictures, HTML), and the check of a built site."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of transformers attend with our functions: the right weights, masks, caches, gradients."""
+"""Transformers models with our attention functions: weights, masks, caches, gradients."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def test_alpha_one_equals_eager_attention_with_gradients(name, build, batch):
 
 @pytest.mark.parametrize("name", ["pegasus_x", "nllb_moe", "splinter"])
 def test_causality_does_not_depend_on_modules_without_is_causal(name, build, batch):
-    inputs = {key: ids for key, ids in batch(name).items() if key != "attention_mask"}  # no mask has to be made
+    inputs = {
+        key: ids for key, ids in batch(name).items() if key != "attention_mask"
+    }  # without padding, no mask is needed
     expected, got = result(build(name, "eager")(**inputs)), result(build(name, "alpha_one")(**inputs))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
 
@@ -85,7 +87,7 @@ def test_no_mask_is_built_if_the_modules_have_is_causal(build, batch):
 )
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_weights_of_the_first_layer_are_the_mapping_of_its_scores(name, implementation, mapping, build, batch):
-    # Scores are known but for a constant per row, which changes no weight.
+    # The scores are known up to a constant per row, which does not change the weights.
     inputs = batch(name)
     softmax = build(name, "eager").double()(**inputs, output_attentions=True).attentions[0]
     weights = build(name, implementation).double()(**inputs, output_attentions=True).attentions[0]
@@ -159,7 +161,7 @@ def test_generation_with_a_cache_equals_generation_without(name, implementation,
 
 
 def test_generation_with_a_static_cache(build, batch):
-    # Its keys are as long as the cache from the first step on, most of them empty.
+    # From the first step on, there are as many keys as the cache has positions, most of them empty.
     model, inputs = build("llama", "entmax"), {"input_ids": batch("llama")["input_ids"]}
     how = {"max_new_tokens": 5, "do_sample": False}
     static = model.generate(**inputs, **how, cache_implementation="static", disable_compile=True)
@@ -181,13 +183,13 @@ def test_dropout_drops_weights_only_in_training(build, batch):
 def test_weights_are_returned_if_requested(name, build, batch):
     model, inputs = build(name, "sparsemax"), batch(name)
     silent, asked = model(**inputs), model(**inputs, output_attentions=True)
-    # Two ways of computing attention round differently, and the layers after it magnify that.
+    # Two implementations of attention round differently, and later layers increase this difference.
     torch.testing.assert_close(result(asked), result(silent), atol=1e-4, rtol=1e-3)
     kinds = [key for key in asked if "attentions" in key and asked[key]]
     assert kinds == [key for key in kinds if silent.get(key) is None] != []
     for weights in (layer for kind in kinds for layer in asked[kind]):
-        seen = weights.sum(-1) > 0  # a query that is padding may see nothing
-        if name == "gpt_oss":  # the rest of the weight is that of the sink
+        seen = weights.sum(-1) > 0  # a query at padding may have no visible key
+        if name == "gpt_oss":  # the sink has the remaining weight
             assert weights.sum(-1).max() <= 1 + 1e-5 and weights.sum(-1)[seen].min() < 0.9
         else:
             torch.testing.assert_close(weights.sum(-1)[seen], torch.ones(int(seen.sum())))
@@ -211,7 +213,7 @@ def test_observers_receive_the_weights(name, build, batch):
 
 
 def test_weights_are_not_computed_unless_requested(build):
-    # 1,031 x 1,031 scores a head are more than go into one block.
+    # 1,031 x 1,031 scores per head are too many for one block.
     model = build("gpt2", "entmax", n_layer=1, n_positions=1031, n_embd=6)
     largest = 0
 
@@ -231,7 +233,7 @@ def test_half_precision(build, batch):
     got = build("llama", "entmax").bfloat16()(**inputs).logits
     assert got.dtype == torch.bfloat16
     kept = real(inputs, expected)
-    # Eight bits of mantissa, in two layers.
+    # bfloat16 has eight bits of mantissa, and the model has two layers.
     assert (got[kept] - expected[kept]).norm() < 0.05 * expected[kept].norm()
 
 

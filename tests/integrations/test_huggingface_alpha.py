@@ -1,4 +1,4 @@
-"""A learnt α per head in models of transformers: found, trained, taken off."""
+"""A learnt α per head in transformers models: adding, training and removing it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_head_has_an_alpha_with_a_gradient(name, heads, build, batch):
     added = add_alpha(model)
     assert {key: alpha.num_heads for key, alpha in added.items()} == heads
     output = model(**batch(name)).logits
-    torch.testing.assert_close(output, expected)  # α = 1.5 is where it starts
+    torch.testing.assert_close(output, expected)  # the initial α is 1.5
     output.square().sum().backward()
     for key, alpha in added.items():
         assert model.get_submodule(key).sparse_alpha is alpha
@@ -83,7 +83,7 @@ def test_alpha_one_keeps_a_dense_model_and_can_leave_the_bound(build, batch):
     output = model(**inputs).logits
     torch.testing.assert_close(output, dense(**inputs).logits, rtol=1e-5, atol=2e-5)
     optimizer = torch.optim.SGD([alpha.raw_alpha for alpha in alphas.values()], lr=1e-2)
-    for sign in (1, -1):  # each head gains from going up under one of the two
+    for sign in (1, -1):  # with one of the two signs, the loss of each head decreases with α
         optimizer.zero_grad()
         (sign * model(**inputs).logits.square().sum()).backward()
         optimizer.step()
@@ -165,7 +165,7 @@ def test_activation_checkpointing_gives_the_same_gradients(build, batch, with_al
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-# torch's own, while it compiles an autograd function.
+# A warning of torch itself while it compiles an autograd function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_models_have_gradients_for_alpha(build, batch):
     model, inputs = build("gpt2", "entmax", n_layer=1), {"input_ids": batch("gpt2")["input_ids"]}
@@ -198,7 +198,7 @@ def test_other_kinds_of_attention_in_a_model_are_not_changed():
 
 
 def losses_of(model, text: Tensor, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
-    """Next characters of 8 passages at a time."""
+    """Losses of predicting the next character, with batches of 8 passages."""
     losses = []
     generator = torch.Generator().manual_seed(11)
     for _ in range(steps):
@@ -214,7 +214,7 @@ def losses_of(model, text: Tensor, optimizer: torch.optim.Optimizer, steps: int)
 
 
 def test_fine_tuning_on_real_text_moves_alpha(tmp_path):
-    # Python's own documentation, which every interpreter brings along; dense first, then sparse from where that ended.
+    # The text is Python's documentation, which every interpreter contains. Training is first dense, then sparse.
     prose = "".join(pydoc_data.topics.topics[topic] for topic in ("for", "while", "try", "class", "function"))
     letters = sorted(set(prose))
     text = torch.tensor([letters.index(letter) for letter in prose])
@@ -240,7 +240,7 @@ def test_fine_tuning_on_real_text_moves_alpha(tmp_path):
     def level(losses: list[float]) -> float:
         return sum(losses) / len(losses)
 
-    assert level(after[:5]) < level(before[-20:]) + 0.1  # it goes on where the dense model was
+    assert level(after[:5]) < level(before[-20:]) + 0.1  # it continues from the loss of the dense model
     assert level(after[-20:]) < level(before[-20:]) - 0.1
     values = torch.cat(list(alpha_per_head(model).values()))
     assert ((values >= 1) & (values <= 2)).all()

@@ -1,4 +1,4 @@
-"""A learnt α per head goes through checkpoints: transformers' own, and those of adapters."""
+"""A learnt α per head in checkpoints of transformers and of adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "albert", "modernbert", "gpt2", "llama", "t5", "bart", "vit"])
 def test_alpha_is_saved_and_loaded(name, build, batch, tmp_path, with_alpha):
-    # Sharded, and for "vit" under other names than in the model: transformers saves it as it always was.
+    # The checkpoint is sharded. For "vit", transformers saves the names of older versions, not those in the model.
     model = with_alpha(build(name, "entmax"), alpha_range=(1.0, 1.9))
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     loaded = type(model).from_pretrained(tmp_path, attn_implementation="entmax")
@@ -25,7 +25,7 @@ def test_alpha_is_saved_and_loaded(name, build, batch, tmp_path, with_alpha):
     assert {alpha.alpha_range for alpha in alphas.values()} == {(1.0, 1.9)}
     inputs = batch(name)
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
-    assert list(load_alpha(loaded, str(tmp_path))) == list(alphas)  # once more is no error
+    assert list(load_alpha(loaded, str(tmp_path))) == list(alphas)  # a second call is allowed
 
 
 @pytest.mark.parametrize("name", ["vit", "llama"])
@@ -42,7 +42,7 @@ def test_alpha_loads_into_a_model_with_another_task_head(name, build, tmp_path, 
 
 def test_a_module_in_two_places_has_one_alpha(build, tmp_path, with_alpha):
     class Tied(transformers.LlamaForCausalLM):
-        # transformers keeps the second name alone.
+        # transformers keeps only the second name.
         _tied_weights_keys = {r"model\.layers\.0\.(.*)": r"model.layers.1.\1"}  # noqa: RUF012
 
         def __init__(self, config):
@@ -69,7 +69,7 @@ def test_dense_checkpoint_gets_alpha(build, batch, tmp_path):
     torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads this attribute
 def test_lora_on_the_projections(build, batch, tmp_path):
     peft = pytest.importorskip("peft")
     inputs = batch("llama")

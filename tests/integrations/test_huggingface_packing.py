@@ -1,4 +1,4 @@
-"""Packed sequences in transformers: the numbers of each sequence by itself, without a mask of the scores' size."""
+"""Packed sequences in transformers give the values of separate sequences, without a mask of the scores' size."""
 
 from __future__ import annotations
 

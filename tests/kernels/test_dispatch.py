@@ -1,4 +1,4 @@
-"""The choice of the backend that computes, and how to force one."""
+"""The choice of the backend, automatic and forced."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_forced_backend_is_used(monkeypatch):
     assert len(calls) == 1
     torch.testing.assert_close(by_kernel, by_torch)
     sparsemax(x)
-    assert len(calls) == 2  # nothing is left of what was forced
+    assert len(calls) == 2  # the forced backend is no longer used
 
 
 @compiled

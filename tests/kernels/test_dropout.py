@@ -1,4 +1,4 @@
-"""Dropout with a cheaper mask has the distribution, the gradient and the repeatability of torch's."""
+"""Dropout with a cheaper mask has the same distribution, gradient and repeatability as torch's dropout."""
 
 import copy
 import math

@@ -34,7 +34,7 @@ def test_a_module_equals_its_function(module, function, arguments):
     x = torch.randn(5, 7)
     assert torch.equal(module(x), function(x, **arguments))
     assert not module.state_dict()
-    again = eval(repr(module), vars(sparse_attn))  # the call that makes it again
+    again = eval(repr(module), vars(sparse_attn))  # repr is the constructor call
     assert torch.equal(again(x), module(x))
 
 
@@ -43,7 +43,7 @@ def test_a_tensor_becomes_a_buffer_and_a_parameter_is_learnt(kind, name):
     x = torch.randn(3, 5)
     values = torch.tensor([[1.2], [1.5], [1.9]])
     fixed = kind(values)
-    values += 0.05  # a copy is kept
+    values += 0.05  # the module has a copy
     assert list(fixed.state_dict()) == [name] and not list(fixed.parameters())
     learnt = kind(nn.Parameter(values))
     assert [key for key, _ in learnt.named_parameters()] == [name]
@@ -62,7 +62,7 @@ def test_a_learnt_alpha_stays_in_its_range_and_may_leave_a_bound():
     x = torch.randn(64, 11)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
     seen = [layer.alpha.item()]
-    for sign in (-1, 1, 1, 1, 1):  # sharper, then flatter again than it may become
+    for sign in (-1, 1, 1, 1, 1):  # α increases, then would decrease below its bound
         optimizer.zero_grad()
         (sign * layer(x).square().sum(-1).mean()).backward()
         optimizer.step()

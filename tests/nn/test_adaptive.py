@@ -1,4 +1,4 @@
-"""α per head: what it does to the weights, how it is learnt, stored and reported."""
+"""α per head: its effect on the weights, its training, its storage and its report."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_dense_state_dict_loads_strictly_and_keeps_the_initial_alpha(assign: b
     names = list(dense)
     result = model.load_state_dict(dense, strict=True, assign=assign)
     assert not result.missing_keys and not result.unexpected_keys
-    assert list(dense) == names  # the caller's dict is not touched
+    assert list(dense) == names  # the caller's dict is not changed
     torch.testing.assert_close(alpha_per_head(model)["attention"], torch.tensor([1.1, 1.2, 1.3]))
     torch.testing.assert_close(model["attention"].in_proj_weight, dense["attention.in_proj_weight"])
     assert isinstance(model["attention"].raw_alpha, nn.Parameter)

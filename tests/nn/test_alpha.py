@@ -33,11 +33,11 @@ def layer_of(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
     ("raw", "alpha", "grads"),
     [
         (1.5, 1.5, (-1.0, 1.0)),
-        (1.0, 1.0, (-1.0, 1.0)),  # on a bound: both, so that sums are right
+        (1.0, 1.0, (-1.0, 1.0)),  # on a bound, both signs pass, so that sums are correct
         (2.0, 2.0, (-1.0, 1.0)),
-        (0.985, 1.0, (-1.0, 1.0)),  # in the margin
+        (0.985, 1.0, (-1.0, 1.0)),  # in the margin, both signs pass
         (2.015, 2.0, (-1.0, 1.0)),
-        (0.975, 1.0, (-1.0, 0.0)),  # beyond: only what points back (descent goes against the gradient)
+        (0.975, 1.0, (-1.0, 0.0)),  # beyond it, only the sign passes whose descent step leads back
         (2.025, 2.0, (0.0, 1.0)),
         (-7.0, 1.0, (-1.0, 0.0)),
         (9.0, 2.0, (0.0, 1.0)),
@@ -104,7 +104,7 @@ def test_alpha_leaves_a_bound_soon_after_a_long_stay(make_optimizer: type[torch.
 
 def test_noise_in_micro_batches_does_not_lift_a_head_off_its_bound() -> None:
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(300, 8, generator=generator) + 0.5  # outwards on average, to both sides each
+    noise = torch.randn(300, 8, generator=generator) + 0.5  # gradients of both signs whose mean points outwards
     raw = nn.Parameter(torch.tensor([1.0]))
     optimizer = torch.optim.SGD([raw], lr=1e-3)
     for batch in noise:
@@ -112,7 +112,9 @@ def test_noise_in_micro_batches_does_not_lift_a_head_off_its_bound() -> None:
         for micro in batch:
             (micro * bounded_alpha(raw, RANGE)).sum().backward()
         optimizer.step()
-        assert bounded_alpha(raw, RANGE).item() == 1.0  # projecting each micro-batch lifts it in every fourth step
+        assert (
+            bounded_alpha(raw, RANGE).item() == 1.0
+        )  # with projection of each micro-batch, α would leave the bound in every fourth step
 
 
 def test_projection_after_each_step_is_projected_gradient_descent() -> None:

@@ -1,4 +1,4 @@
-"""α in a checkpoint: what a training has left is loaded, what is of another kind refused, half precision widened."""
+"""α in a checkpoint: values from a training are loaded, other values refused, half precision converted to float32."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def saved_and_loaded(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def state_of(alpha: float, **kwargs: Any) -> dict[str, Tensor]:
-    """A training's state, in which the parameter may be past a bound."""
+    """The state after a training, in which the parameter may be past a bound."""
     model = nn.Sequential(layer_of(**kwargs))
     with torch.no_grad():
         model[0].raw_alpha.fill_(alpha)
@@ -79,7 +79,7 @@ def test_an_invalid_fixed_alpha_is_refused(wrong: float) -> None:
     [
         (state_of(1.8, **WIDE), 1.8),
         (state_of(2.01, **WIDE), 2.01),
-        (state_of(2.3), 2.3),  # momentum after a long time on the bound: a training goes on where it was
+        (state_of(2.3), 2.3),  # momentum after a long time on the bound: a resumed training continues from here
         (state_of(-0.25), -0.25),
         (dict(state_of(0.7)), 0.7),
         (nn.Sequential(nn.MultiheadAttention(E, H)).state_dict(), 1.5),

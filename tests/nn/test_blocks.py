@@ -1,4 +1,4 @@
-"""Grouped heads, windows, norms, positions and scaling, alone and together: against loops, in every mode."""
+"""Grouped heads, windows, norms, positions and scaling, alone and combined, compared with loops, in every mode."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sparse_attn.nn import SparseMultiheadAttention
 
 
 def by_hand(layer: SparseMultiheadAttention, query: Tensor, memory: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and weights of α = 1.5, one head and query at a time; visible (N, L, S) are the masks but the window."""
+    """Output and weights for α = 1.5, by loops over heads and queries; visible (N, L, S) excludes the window."""
     groups, positions = layer.num_heads // layer.num_kv_heads, layer.positions
     state = {name: value.detach() for name, value in layer.state_dict().items()}
     if "in_proj_weight" in state:

@@ -1,4 +1,4 @@
-"""Grouped heads, windows, norms, positions and scaling in every combination: step by step with a cache."""
+"""Decoding step by step with a cache, for all combinations of grouped heads, windows, norms, positions and scaling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding step by step, with keys and values kept, gives what the full pass gives."""
+"""Decoding step by step with cached keys and values equals the full pass."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_static_cross_attention_by_steps_equals_the_full_pass(kind: str, batch_f
     assert not cache.complete
     steps = []
     for step, query in enumerate(x.split(1, length)):
-        # From the second step on, what is passed as key and value is not looked at.
+        # From the second step on, the arguments key and value are ignored.
         memory = (key, value) if step == 0 else (torch.full_like(key, torch.nan), torch.full_like(value, torch.nan))
         steps.append(layer(query, *memory, key_padding_mask=padding(S), cache=cache)[0])
         assert cache.complete and len(cache) == S
@@ -123,7 +123,7 @@ def test_select_keeps_rows_in_the_given_order(static: bool) -> None:
         layer(first[row, None], first[row, None], first[row, None], cache=cache)
         expected.append(layer(second[row, None], second[row, None], second[row, None], cache=cache)[0])
     cache = KVCache(static=static)
-    cache.select(rows)  # an empty one has no rows yet
+    cache.select(rows)  # an empty cache has no rows, so every selection is allowed
     assert len(cache) == 0
     layer(first, first, first, cache=cache)
     cache.select(rows)
@@ -177,7 +177,7 @@ def test_crop_removes_the_last_positions() -> None:
     layer = LAYERS["adaptive"]()
     x, guess = torch.randn(N, T, E, dtype=torch.float64), torch.randn(N, 2, E, dtype=torch.float64)
     cache = KVCache()
-    cache.crop(0)  # there is nothing to forget
+    cache.crop(0)  # an empty cache can be cropped to 0
     layer(x[:, :3], x[:, :3], x[:, :3], is_causal=True, cache=cache)
     layer(guess, guess, guess, is_causal=True, cache=cache)
     cache.crop(5)
@@ -189,7 +189,7 @@ def test_crop_removes_the_last_positions() -> None:
     cache.crop(0)
     assert len(cache) == 0 and cache.key is None and cache.value is None
     one_row = x[:1]
-    layer(one_row, one_row, one_row, cache=cache)  # an empty cache is of no batch size
+    layer(one_row, one_row, one_row, cache=cache)  # an empty cache has no batch size
     assert len(cache) == T
 
 

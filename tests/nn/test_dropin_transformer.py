@@ -1,4 +1,4 @@
-"""torch's transformers with attention swapped at α = 1: every argument in every way of running, against themselves."""
+"""torch's transformers with sparse attention at α = 1, compared with the originals: every argument in every mode."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def twins(kind: str, case: dict[str, Any], dtype: torch.dtype) -> tuple[nn.Modul
     for parameter in dense.parameters():
         nn.init.normal_(parameter, std=0.3)
     for module in dense.modules():
-        if isinstance(module, nn.Dropout):  # draws in the order of memory, which a layer may lay out as it likes
+        if isinstance(module, nn.Dropout):  # dropout draws in the order of memory, which may differ between layers
             module.p = 0.0
     sparse = copy.deepcopy(dense)
     replace_attention(sparse, **SWAPS[case["swap"]])
@@ -200,7 +200,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 
 @pytest.mark.parametrize("kind", STACK)
 def test_the_cases_have_every_argument_of_torch(kind: str) -> None:
-    """A new one has to be put into the cases."""
+    """A new argument of torch must be added to the cases."""
     case = {name: values[0] for name, values in STACK[kind].items()}
     constructor = signature(getattr(nn, kind)).parameters
     assert sorted(constructor) == sorted(constructor_arguments(kind, case, torch.float32))
@@ -217,7 +217,7 @@ def test_every_argument_in_every_way_of_running(kind: str, all_pairs: Callable[.
         dense, sparse = (change(model) for model in twins(kind, case, case["dtype"]))
         assert not any(type(module) is nn.MultiheadAttention for module in sparse.modules())
         arguments = forward_arguments(kind, case, case["dtype"])
-        # For torch's fused kernel, whatever is not zero in a float mask hides the pair.
+        # For torch's fused kernel, every non-zero entry of a float mask hides the pair.
         honoured = case.get("src_mask") != "float"
         with fast_path(case["fast path"] and honoured), context():
             expected, actual = results(dense, arguments), results(sparse, arguments)
@@ -248,7 +248,7 @@ def test_calls_that_torch_computes_with_its_fused_kernel(
             assert calls[0].is_nested == is_nested, case
             actual = sparse(**arguments)
             assert len(calls) == 1, case  # and not by ours
-        if is_nested and kind == "TransformerEncoder":  # which leaves zeros at padded positions
+        if is_nested and kind == "TransformerEncoder":  # nested tensors leave zeros at padded positions
             real = ~arguments["src_key_padding_mask"]
             expected, actual = expected[real], actual[real]
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9, msg=str(case))
@@ -282,7 +282,7 @@ def test_calls_raise_for_the_same_inputs_as_torch_and_agree_for_others(kind: str
                 pytest.fail(f"{what} was taken: {sparse(**arguments).shape}")
             refused += 1
         else:
-            if expected.isfinite().all():  # torch gives NaN to a query that sees nothing, we do not
+            if expected.isfinite().all():  # torch returns NaN for a query without visible keys, our layer does not
                 torch.testing.assert_close(sparse(**arguments), expected, rtol=1e-9, atol=1e-11, msg=f"{what} {case}")
                 agreed += 1
     assert refused >= 4 and (agreed > 0 or masked == "bool"), (refused, agreed)
@@ -316,7 +316,7 @@ def test_one_graph_serves_every_length(swap: dict[str, Any]) -> None:
     graphs = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=graphs, dynamic=True)
     parameters = list(model.parameters())
-    for length in (S - 3, S, S - 1):  # all below the k of "top", and above the other
+    for length in (S - 3, S, S - 1):  # all below the k of "top", and above that of the other
         x = torch.randn(N, length, E, dtype=torch.float64)
         actual, expected = compiled(x), model(x)
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)

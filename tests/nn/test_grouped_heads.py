@@ -1,4 +1,4 @@
-"""Keys and values with fewer heads than queries: their parameters, and the dense layer they are equal to."""
+"""Keys and values with fewer heads than queries: the parameters, and the equivalent layer without grouping."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def grouped_layer(num_kv_heads: int, **kwargs: Any) -> AdaptiveSparseMultiheadAt
     options = {"batch_first": True, "dtype": torch.float64, **kwargs}
     layer = AdaptiveSparseMultiheadAttention(E, H, num_kv_heads=num_kv_heads, **options)
     for name, parameter in layer.named_parameters():
-        if name != "raw_alpha":  # biases of zero would hide much
+        if name != "raw_alpha":  # biases of zero would hide errors
             nn.init.normal_(parameter, std=0.2)
     return layer
 

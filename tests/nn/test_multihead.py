@@ -1,4 +1,4 @@
-"""At α = 1 the layer is `nn.MultiheadAttention`: everything the two share, and the errors they do not."""
+"""At α = 1 the layer equals `nn.MultiheadAttention`; tests of all common behaviour, and of the different errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def dense_and_sparse(**kwargs: object) -> tuple[nn.MultiheadAttention, AdaptiveS
     """torch's layer and ours at α = 1, in float64, with the same parameters, none of them zero."""
     dense = nn.MultiheadAttention(E, H, dtype=torch.float64, **kwargs)
     for parameter in dense.parameters():
-        nn.init.normal_(parameter, std=0.3)  # the initial biases are zero, which would hide that one is missing
+        nn.init.normal_(parameter, std=0.3)  # with the initial biases of zero, a missing bias would not be detected
     sparse = AdaptiveSparseMultiheadAttention(E, H, dtype=torch.float64, alpha_init=1.0, **kwargs)
     sparse.load_state_dict(dense.state_dict())
     return dense, sparse
@@ -52,7 +52,7 @@ def padding_mask_of(kind: str, batched: bool, keys: int) -> Tensor | None:
 
 
 def results(layer: nn.MultiheadAttention, inputs: list[Tensor], **kwargs: object) -> dict[str, Tensor]:
-    """Output, weights, and the gradients of a scalar made of both, for the inputs and every parameter but α."""
+    """Output, weights, and the gradients of a scalar of both, for the inputs and every parameter except α."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     query, key, value = inputs if len(inputs) == 3 else inputs * 3
     output, weights = layer(query, key, value, **kwargs)
@@ -71,7 +71,7 @@ def assert_same_results(
     assert list(actual) == list(expected)
     for name, tensor in expected.items():
         assert actual[name].shape == tensor.shape, (name, kwargs)
-        # Thousands of times torch.testing.assert_close would take half of the time.
+        # torch.testing.assert_close, called thousands of times, would take half of the time.
         assert torch.allclose(actual[name], tensor, rtol=1e-9, atol=1e-11), (name, kwargs)
 
 
@@ -149,7 +149,7 @@ def test_dropout_drops_the_weights_that_torch_drops(batch_first: bool, average: 
         outcomes.append(results(layer, [x], need_weights=True, average_attn_weights=average))
     torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-9, atol=1e-11)
     if not average:
-        assert 0.2 < (outcomes[1]["weights"] == 0).double().mean() < 0.6  # and dropped they were
+        assert 0.2 < (outcomes[1]["weights"] == 0).double().mean() < 0.6  # some weights were dropped
     assert_same_results(dense.eval(), sparse.eval(), [x], need_weights=True, average_attn_weights=average)
 
 

@@ -1,4 +1,4 @@
-"""Rotations against complex numbers, slopes against the papers', and both through a layer."""
+"""Rotations compared with complex numbers, slopes with those of the papers, and both in a layer."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_half_precision_of_the_layer_does_not_round_the_angles() -> None:
 
 
 def slopes_of_the_paper(heads: int) -> list[float]:
-    """ALiBi's slopes as the paper's appendix tells them, in plain Python."""
+    """ALiBi's slopes as in the paper's appendix, in plain Python."""
     if math.log2(heads).is_integer():
         ratio = 2 ** (-(2 ** -(math.log2(heads) - 3)))
         return [ratio * ratio**i for i in range(heads)]
@@ -144,7 +144,7 @@ def test_rotary_arguments_equal_built_in_positions(form: str) -> None:
     x = torch.randn(N, L, E, dtype=torch.float64)
     positions = torch.arange(L, dtype=torch.float64)
     rotary = RotaryPositions(D).rotary(positions.expand(N, L) if form == "batch" else positions)
-    if form == "doubled":  # as Llama of Hugging Face's transformers makes them
+    if form == "doubled":  # the form in which Hugging Face's Llama computes them
         rotary = tuple(torch.cat([part, part], -1)[None] for part in rotary)
     torch.testing.assert_close(plain(x, x, x, rotary=rotary), built(x, x, x), rtol=1e-12, atol=1e-12)
 

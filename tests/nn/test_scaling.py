@@ -1,4 +1,4 @@
-"""The factor of the queries: where it starts, its formula, who is counted, how it is learnt."""
+"""The factor of the queries: its initial value, its formula, the keys that it counts, its training."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def layer_of(**kwargs: object) -> AdaptiveSparseMultiheadAttention:
 
 
 def seen_by(layer: AdaptiveSparseMultiheadAttention, *inputs: Tensor, **kwargs: object) -> Tensor:
-    """The numbers of keys that the layer's scaling is told."""
+    """The numbers of keys that the layer passes to its scaling."""
     told = []
     handle = layer.length_scaling.register_forward_pre_hook(lambda module, args: told.append(args[1]))
     layer(*inputs, **kwargs)
@@ -129,7 +129,7 @@ def test_a_layer_multiplies_its_queries(nape: bool, batch_first: bool) -> None:
         for h in range(H):
             for i in range(L):
                 scaled = plain(factor[n, h, i] * x[n, i, None], memory[n], memory[n], average_attn_weights=False)[1]
-                if nape:  # the query stands at i, and by itself at 0
+                if nape:  # the query has position i here, and position 0 alone
                     bias = plain.positions.bias(torch.tensor([i]).double(), torch.arange(S).double())
                     zero = plain.positions.bias(torch.tensor([0]).double(), torch.arange(S).double())
                     args = (factor[n, h, i] * x[n, i, None], memory[n], memory[n])

@@ -24,7 +24,7 @@ def inputs(*, heads: bool = True) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def keep_best(scores: Tensor, k: int | None) -> Tensor:
-    """Scores with all but the k best masked; without ties the k-th best is a threshold."""
+    """Scores in which all but the k largest are masked; without ties, the k-th largest is a threshold."""
     if k is None:
         return scores
     return scores.masked_fill(scores < scores.sort(-1, descending=True).values[..., k - 1, None], -1e4)

@@ -1,4 +1,4 @@
-"""Attention to the k best keys: which are kept, what their weights are, and what happens where there are fewer."""
+"""Attention to the k keys with the largest scores: the kept keys, their weights, and rows with fewer keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 
 def row_weights(scores: list[float], k: int, normalizer: str) -> list[float]:
-    """The weights of one query by Python's own sort: softmax, or the projection on the simplex, of the k best."""
+    """The weights of one query, with Python's sort: softmax or sparsemax of the k largest scores."""
     best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
     kept = [scores[i] for i in best]
     if normalizer == "softmax":
@@ -84,7 +84,7 @@ def test_a_query_keeps_k_keys_or_all_that_it_sees() -> None:
 def test_ties_go_to_the_first_keys_and_never_more_than_k() -> None:
     layer = layer_of(k=2)
     query, memory = inputs()
-    memory = torch.zeros_like(memory)  # equal keys that are not zero differ in their last bits once projected
+    memory = torch.zeros_like(memory)  # equal keys other than zero would differ in their last bits after the projection
     weights = layer(query, memory, memory, average_attn_weights=False)[1]
     expected = torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0], dtype=torch.float64).expand(N, H, L, S)
     torch.testing.assert_close(weights, expected)
@@ -97,7 +97,7 @@ def test_extra_keys_count_among_the_k_largest() -> None:
     far = torch.full((L, S), -1e3, dtype=torch.float64)
     weights = layer(query, memory, memory, attn_mask=far, average_attn_weights=False)[1]
     assert weights.shape == (N, H, L, S + 2)
-    assert weights[..., S].unique().tolist() == [1.0]  # tied with the zero key, and before it
+    assert weights[..., S].unique().tolist() == [1.0]  # equal to the score of the zero key, and before it
 
 
 @pytest.mark.parametrize("normalizer", ["softmax", "sparsemax"])

@@ -1,4 +1,4 @@
-"""Encoder and decoder layers: torch's own at α = 1, step by step, inside torch's stacks."""
+"""Encoder and decoder layers: equal to torch's at α = 1, step by step, and inside torch's stacks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def padding(length: int) -> Tensor:
 
 
 def results(layer: nn.Module, inputs: tuple[Tensor, ...], **kwargs: Any) -> dict[str, Tensor]:
-    """Output, and the gradients of inputs and of every parameter but α."""
+    """Output, and the gradients of inputs and of every parameter except α."""
     inputs = tuple(x.detach().requires_grad_() for x in inputs)
     output = layer(*inputs, **kwargs)
     leaves = {f"input {i}": x for i, x in enumerate(inputs)} | dict(layer.named_parameters())
@@ -202,7 +202,7 @@ def test_dropout_is_applied_only_in_training(norm_first: bool) -> None:
     layer.eval()
     assert torch.equal(layer(x), layer(x))
     layer = TransformerEncoderLayer(E, H, dropout=1.0)
-    assert torch.equal(layer(x), x)  # nothing is left of the branches
+    assert torch.equal(layer(x), x)  # the branches are dropped completely
 
 
 @pytest.mark.parametrize("kind", [TransformerEncoderLayer, TransformerDecoderLayer])
@@ -310,7 +310,7 @@ def test_a_refused_step_does_not_change_the_caches() -> None:
         layer(x[:, 2:], memory, tgt_is_causal=True, memory_key_padding_mask=padding, cache=cache)
     assert len(cache) == 2
     cache.cross_attention = KVCache(static=True)
-    with pytest.raises(RuntimeError, match="dtype"):  # torch's own
+    with pytest.raises(RuntimeError, match="dtype"):  # an error of torch itself
         layer(x[:, 2:], memory.float(), tgt_is_causal=True, cache=cache)
     assert len(cache) == 2 and len(cache.cross_attention) == 0
     steps.append(layer(x[:, 2:], memory, tgt_is_causal=True, cache=cache))
@@ -369,7 +369,7 @@ class LanguageModel(nn.Module):
 
 
 def test_a_language_model_of_our_layers_learns_and_generates() -> None:
-    """The second half of a sequence repeats the first: a head has to look a fixed number of places back."""
+    """The second half of a sequence repeats the first: a head must attend to a fixed number of positions back."""
     size, half = 7, 5
     options = {"num_kv_heads": 2, "norm": "rms", "qk_norm": True, "length_scaling": True, "alpha_init": 1.5}
     model = LanguageModel(size, positions=RotaryPositions(E // H), **options)

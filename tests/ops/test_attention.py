@@ -1,4 +1,4 @@
-"""The attention functions: torch's at α = 1, a float64 formula beyond."""
+"""The attention functions, compared with torch's function at α = 1 and with a float64 formula at other α."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def inputs(*, queries: int = L, keys: int = S) -> tuple[Tensor, Tensor, Tensor]:
 def formula(
     query: Tensor, key: Tensor, value: Tensor, alpha: float, *, visible: Tensor | None = None, k: int | None = None
 ) -> Tensor:
-    """Attention one row at a time, over the visible keys alone."""
+    """Attention, one row at a time, over only the visible keys."""
     output = torch.zeros(*query.shape[:-1], value.shape[-1], dtype=torch.float64)
     for n in range(N):
         for h in range(H):
@@ -56,7 +56,7 @@ def masks() -> dict[str, Tensor]:
 
 
 def assert_torchs(tensors: tuple[Tensor, ...], **kwargs: Any) -> None:
-    """Output and gradients of both functions, where they are softmax, are those of torch's."""
+    """Check that output and gradients of both functions equal torch's where they compute softmax."""
     expected = F.scaled_dot_product_attention(*tensors, **kwargs)
     upstream = torch.randn_like(expected)
     expected_grads = torch.autograd.grad(expected, tensors, upstream)
@@ -327,7 +327,7 @@ def test_inputs_that_are_not_floating_or_have_different_dtypes_are_refused() -> 
         entmax_attention(x.expand(3, -1, -1, -1), x.expand(2, -1, -1, -1), x.expand(2, -1, -1, -1), enable_gqa=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # Triton's interpreter, of the kernels' own inf
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # a warning of Triton's interpreter about inf
 @pytest.mark.parametrize("backend", ["torch", "compiled", "triton"])
 def test_long_keys_with_more_dimensions_than_the_query(backend: str) -> None:
     length = 521 if backend != "triton" else 23

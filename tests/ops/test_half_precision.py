@@ -1,4 +1,4 @@
-"""Half-precision attention computes its scores in float32, on every path: rounded scores move the support."""
+"""Half-precision attention computes its scores in float32 on every path, since rounded scores change the support."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
 def spread(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of scores that are far apart: several bits of 16 are before the point."""
+    """Queries, keys and values with large scores, of which 16-bit numbers have few fractional bits."""
     query, key, value = torch.randn(3, 1, 2, length, 64)
     return (6 * query).to(dtype), key.to(dtype), value.to(dtype)
 
 
 def assert_rounded_once(got: Tensor, expected: Tensor, values: Tensor) -> None:
-    """An output that is rounded to ``values``' dtype at the end, of weights that are rounded at most once."""
+    """Check that the output is rounded to the dtype of ``values`` only at the end, and weights at most once."""
     bound = torch.finfo(values.dtype).eps * values.detach().double().abs().max()
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=float(bound))
 
@@ -85,7 +85,7 @@ def test_autocast_rounds_only_the_inputs(length: int) -> None:
     inputs = [x.float().requires_grad_() for x in spread(length, torch.float32)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = entmax_attention(*inputs, 1.5)
-        gradients = torch.autograd.grad(got.float().square().sum(), inputs)  # also inside
+        gradients = torch.autograd.grad(got.float().square().sum(), inputs)  # also inside autocast
     rounded = [x.detach().bfloat16().double().requires_grad_() for x in inputs]
     expected = entmax_attention(*rounded, 1.5)
     assert got.dtype == torch.bfloat16

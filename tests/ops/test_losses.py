@@ -1,4 +1,4 @@
-"""The values of the losses: cross-entropy at α = 1, their definition at every other, and the memory they take."""
+"""The losses: equal to cross-entropy at α = 1, to their definition at other α, and their memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def class_dim(x: Tensor) -> int:
 
 
 def target_for(kind: str, shape: tuple[int, ...], ignore_index: int = -100) -> Tensor:
-    """Probabilities, or indices of which some are ignored unless there is only one."""
+    """A target of probabilities, or of indices of which some are ignored (unless there is only one)."""
     if kind == "probabilities":
         return torch.softmax(torch.randn(shape, dtype=torch.float64), min(len(shape) - 1, 1))
     target = torch.randint(C, rows_of(shape))
@@ -47,7 +47,7 @@ def gradients(loss: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 def assert_equal_losses(
     got: Callable[..., Tensor], expected: Callable[..., Tensor], *inputs: Tensor, **kw: Any
 ) -> None:
-    """Values and gradients for every floating input."""
+    """Compare values and gradients for every floating input."""
     ours, theirs = ([x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs] for _ in range(2))
     a, b = got(*ours), expected(*theirs)
     assert a.shape == b.shape and a.dtype == b.dtype
@@ -142,7 +142,7 @@ def test_named_losses_equal_the_general_loss():
 @pytest.mark.parametrize("alpha", [1.0, 1.0001, 1.01, 1.25, 1.5, 2.0, 3.0])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_float32_keeps_its_digits_also_of_small_losses(alpha, as_tensor):
-    # At α = 3 the mapping's own error shows.
+    # At α = 3 the error of the mapping dominates.
     relative = 1e-4 if alpha <= 2 else 2e-3
     for size, scale in itertools.product([1, 2, 7, 1021], [0.01, 1.0, 10.0, 100.0, 1e4]):
         x = scale * torch.randn(17, size)
@@ -181,7 +181,7 @@ def test_never_negative_and_zero_only_if_the_target_has_probability_one(alpha):
 
 
 def on_the_edge_of_the_support(alpha: float) -> Tensor:
-    """Rows whose other scores are barely in the support: rounding would take some losses below zero."""
+    """Rows whose other scores are just inside the support: rounding could make some losses negative."""
     x = torch.zeros(4001, 7)
     x[:, 1:] = (torch.rand(4001, 6) * torch.logspace(-7, 0, 4001).unsqueeze(1) - 1) / (alpha - 1)
     return x
@@ -205,7 +205,7 @@ def test_scores_far_from_zero(alpha):
     torch.testing.assert_close(entmax_loss(far, soft, alpha, label_smoothing=0.1), expected)
 
 
-# -inf, what is ignored, and what is not there
+# -inf, ignored examples, missing classes
 
 
 def same_as_cross_entropy(x: Tensor, target: Tensor, **keywords: Any) -> None:
@@ -230,7 +230,7 @@ def test_minus_infinity_and_ignored_examples_as_cross_entropy_treats_them(smooth
     same_as_cross_entropy(x, torch.full((5,), -100), **keywords)
     masked = x.clone()
     masked[0, 4] = masked[1, 1] = masked[3, 0] = -torch.inf  # beside the target, on it, in an ignored example
-    masked[2, [0, 1, 3, 4]] = -torch.inf  # nothing but the target
+    masked[2, [0, 1, 3, 4]] = -torch.inf  # only the target is visible
     same_as_cross_entropy(masked, target, **keywords)
     same_as_cross_entropy(masked, F.one_hot(target.clamp(min=0), C).float(), **keywords)
     lowest = x.clone()
@@ -330,8 +330,8 @@ def test_inputs_are_not_modified():
 
 
 def peak_in_copies(x: Tensor, function: Callable[[], Tensor]) -> float:
-    """The most that forward and backward hold at a time, beside what is there before, as a multiple of ``x``."""
-    function().backward()  # what is made once and kept
+    """Peak memory of forward and backward minus the memory before, as a multiple of the size of ``x``."""
+    function().backward()  # allocates tensors that are created once and kept
     x.grad = None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         function().backward()

@@ -24,7 +24,7 @@ pytestmark = [
 N, C, D1, D2 = 7, 5, 3, 2
 ALPHAS = [0.7, 1.0, 1.0001, 1.3, 1.5, 2.0, 2.7]
 
-# name -> what turns scores (N, C), α (N, 1) and probabilities (N, C) into losses
+# name -> function from scores (N, C), α (N, 1) and probabilities (N, C) to losses
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "indices": lambda x, alpha, y: entmax_loss(x, INDICES, alpha, reduction="none"),
     "smoothed": lambda x, alpha, y: entmax_loss(x, INDICES, alpha, weight=WEIGHT, label_smoothing=0.3),
@@ -89,7 +89,7 @@ def test_the_gradient_for_alpha_in_every_shape(shape):
     alpha = 1 + torch.rand_like(x.narrow(dim, 0, 1)).requires_grad_()
     loss = entmax_loss(x, target, alpha, reduction="none")
     upstream = torch.randn_like(loss)
-    # With a graph for a second derivative all rows are computed at once, without one a few at a time.
+    # With a graph for second derivatives, all rows are computed at once; otherwise a few at a time.
     (expected,) = torch.autograd.grad(loss, alpha, upstream, create_graph=True)
     (got,) = torch.autograd.grad(loss, alpha, upstream)
     torch.testing.assert_close(got, expected.detach())
@@ -176,7 +176,7 @@ def test_vmap_equals_a_loop():
         torch.testing.assert_close(
             per_row, grad(lambda *args: entmax_loss(*args, reduction="sum"), argnums=(0, 2))(x, second, alpha)
         )
-        # Gradients for what the batched dimension does not have
+        # Gradients for inputs without the batched dimension
         shared = grad(lambda x, a, second=second: vmap(entmax_loss, (None, 0, None))(x, second, a).sum(), (0, 1))
         repeated = grad(lambda x, a, second=second: entmax_loss(x.expand(N, C), second, a, reduction="sum"), (0, 1))
         torch.testing.assert_close(shared(x[0], alpha[3]), repeated(x[0], alpha[3]))
@@ -257,7 +257,9 @@ def test_exported_programs_compute_and_train_like_eager_code(strict):
     x, target, y = torch.randn(N, C), torch.randint(C, (N,)), probabilities().float()
     batch = {0: torch.export.Dim.DYNAMIC}
     program = torch.export.export(model, (x, target, y), dynamic_shapes=(batch,) * 3, strict=strict)
-    assert not [node for node in program.graph.nodes if "sparse_attn" in str(node.target)]  # runs without us
+    assert not [
+        node for node in program.graph.nodes if "sparse_attn" in str(node.target)
+    ]  # the program does not need this library
     for inputs in ((x, target, y), (x[:3], target[:3], y[:3])):
         for got, expected in zip(program.module()(*inputs), model(*inputs), strict=True):
             torch.testing.assert_close(got, expected)

@@ -1,4 +1,4 @@
-"""Attention with capped scores and with sinks: a float64 formula, on every backend, with all gradients."""
+"""Attention with capped scores and with sinks, compared with a float64 formula on every backend, with all gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sparse_attn.ops.attention import ScoreMapping, attend
 
 BACKENDS = [name for name in ("compiled", "torch") if not backends()[name].startswith("not")]
 N, H, HK, D, DV = 2, 6, 2, 5, 3
-CAP = 0.7  # below most scores, so that it matters
+CAP = 0.7  # below most scores, so that it has an effect
 OPTIONS = [{"softcap": CAP}, {"sinks": True}, {"softcap": CAP, "sinks": True}]
 SIZES = {"small": (7, 11), "large": (521, 523)}  # the large one is computed in blocks by the backend "torch"
 
@@ -54,7 +54,7 @@ def formula(
 
 
 def called(tensors: dict[str, Tensor], options: dict[str, Any], k: int | None = None, **more: Any) -> Tensor:
-    """The output of our function."""
+    """The output of the tested function."""
     options = options | more | {"enable_gqa": True}
     options |= {"sinks": tensors["sinks"]} if "sinks" in options else {}
     qkv = [tensors[name] for name in ("query", "key", "value")]
@@ -107,7 +107,7 @@ def test_the_k_largest_of_keys_and_sink(options, size, backend):
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
     if "sinks" in options and size == "small":
         kept = (formula(tensors, options, None, 4)[1] > 0).sum(-1)
-        assert set(kept.unique().tolist()) == {3, 4}  # the sink takes one of the k places, where it is among them
+        assert set(kept.unique().tolist()) == {3, 4}  # the sink may be one of the k largest
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -56,7 +56,7 @@ def test_masked_entries_are_never_kept():
     assert topk_softmax(x, 3)[0, 1] == 0
     assert topk_softmax(x[:, :2], 2)[0].tolist() == [1, 0]
     assert (topk_softmax(x, 2)[1] == 0).all() and (sparse_softmax(x, 2)[1] == 0).all()
-    # More are asked for than there are to see.
+    # k is larger than the number of visible scores.
     scores = torch.tensor([0.0, -math.inf, 0.0, -math.inf])
     assert topk_softmax(scores, 3).tolist() == sparse_softmax(scores, 3).tolist() == [0.5, 0, 0.5, 0]
 

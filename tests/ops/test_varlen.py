@@ -1,4 +1,4 @@
-"""Attention of packed sequences is that of each sequence by itself."""
+"""Attention of packed sequences equals attention of each sequence alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""α by the step of a training: in any LightningModule, and in the recipe by its configuration."""
+"""The schedule of α over training steps, in any LightningModule and in the recipes."""
 
 import lightning as L
 import pytest
@@ -22,7 +22,7 @@ E, H, BATCHES = 6, 2, 6
 
 
 class Own(L.LightningModule):
-    """Somebody's module, which notes the α of every forward."""
+    """A user's module, which stores the α of every forward."""
 
     def __init__(self, **kwargs):
         super().__init__()
@@ -60,7 +60,7 @@ def test_every_step_uses_the_scheduled_alpha(learn_alpha, tmp_path):
     fit(module, AlphaSchedule(start=1.0, end=1.5, first_step=1, last_step=5), tmp_path)
     expected = [1.0, 1.0, 1.125, 1.25, 1.375, 1.5]
     torch.testing.assert_close(torch.tensor(module.seen["train"]), torch.tensor(expected)[:, None].expand(-1, H))
-    # Before the first step (Lightning tries a validation), and after the last.
+    # Also before the first step, in Lightning's trial validation, and after the last step.
     assert [alphas[0] for alphas in module.seen["val"]] == [1.0, pytest.approx(1.5, abs=0 if not learn_alpha else 0.1)]
 
 
@@ -205,7 +205,7 @@ def test_arguments_of_a_wrong_type_are_refused(name):
 
 
 class Judged(Own):
-    """With an α in its loss."""
+    """A module with an α in its loss."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Runs in a table, from run folders written by hand: every number is known."""
+"""The table of runs, for run folders written by hand with known numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORDS = 40
 
 
 def predictions(right: int, *, prefix: str = "w") -> list[Prediction]:
-    """Forty words of four phones, so many of which are right and the others one edit off."""
+    """Predictions for forty words of four phones: a given number is correct, the others have one edit."""
     return [
         Prediction(f"{prefix}{word}", "A B C D", "A B C D" if word < right else "A B C E", int(word >= right), 4, "")
         for word in range(WORDS)
@@ -59,7 +59,7 @@ def run(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def sweep(run: Callable[..., Path], tmp_path: Path) -> str:
-    """Softmax and adaptive attention, three and two seeds; run 10 comes after run 9."""
+    """A sweep with three seeds of softmax and two of adaptive attention; run 10 comes after run 9."""
     for number, (attention, seed, right) in {
         0: ("softmax", 0, 20),
         1: ("softmax", 1, 22),
@@ -203,7 +203,7 @@ def test_folders_are_given_without_a_key(sweep, tmp_path, program):
 
 
 def test_the_bootstrap_agrees_with_the_normal_approximation():
-    """One system wrong on the first 300 of 1,000 words, the other on the first 260: a difference of -4 on 40 words."""
+    """One system is wrong on the first 300 of 1,000 words, the other on the first 260: the difference is -4."""
     size, worse, better = 1000, 300, 260
     words = [[Prediction(str(i), "", "", int(i < wrong), 5, "") for i in range(size)] for wrong in (worse, better)]
     base, system = ([statistics_of("wer", table)] for table in words)
@@ -221,7 +221,7 @@ def test_equal_systems_do_not_differ():
 
 
 def test_all_groups_have_the_same_weight():
-    """A mean over two groups: 1 of 2 words and 0 of 8 is 25 %, not 10 %."""
+    """The mean over two groups with 1 of 2 and 0 of 8 wrong words is 25 %, not 10 %."""
     words = [Prediction(str(i), "", "", int(i == 0), 1, "") for i in range(10)]
     right = [Prediction(str(i), "", "", 0, 1, "") for i in range(10)]
     base, system = ([statistics_of("wer", table)] for table in (right, words))

@@ -1,4 +1,4 @@
-"""Every YAML file composes, says how it is launched, and fits what it configures."""
+"""Every YAML file can be composed, begins with its command, and contains valid arguments."""
 
 import inspect
 import re
@@ -58,7 +58,7 @@ def test_every_file_begins_with_the_command_that_launches_it(file):
     command = re.fullmatch(r"# sparse-attn (\w+)(.*)", first)
     assert command, first
     optional = re.sub(r"\[.*?\]", "", command[2])
-    # A folder without a key is for the command itself.
+    # The command itself handles a folder without a key.
     given = [argument for argument in shlex.split(optional) if "=" in argument]
     overrides = [argument for argument in given if not argument.startswith("hydra.run.dir=")]
     assert composed(command[1], *overrides)
@@ -79,7 +79,7 @@ def test_every_key_is_an_argument_of_its_function(option):
     for key in ("path", "language"):
         if key in cfg.data.keys():  # noqa: SIM118 - "in" itself looks for a value
             cfg.data[key] = "x"
-    cfg.paths.output_dir = "x"  # which Hydra knows only in a run
+    cfg.paths.output_dir = "x"  # Hydra sets this key only in a run
     settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for section, function in {"data": Seq2SeqData, "model": Seq2SeqTransformer}.items():
         check_arguments(

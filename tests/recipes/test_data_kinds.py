@@ -1,4 +1,4 @@
-"""All commands on data with features and languages, on parallel text, and on made-up sequences."""
+"""All commands with features and languages, with parallel text, and with synthetic sequences."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def command(name: str, task: Callable, tmp_path: Path, *arguments: str) -> None:
 
 @pytest.fixture
 def languages(tmp_path: Path) -> list[str]:
-    """Arguments for two languages whose words are inflected by one feature."""
+    """Arguments for data in two languages, with words that are inflected by one feature."""
     rng = random.Random(0)
     for language in ("aa", "bb"):
         for split, count in {"train": 20, "val": 7, "test": 5}.items():

@@ -1,4 +1,4 @@
-"""Decoding as the commands choose it: n-best lists, scores, ensembles, averages, and the search table."""
+"""Decoding options of the commands: n-best lists, scores, ensembles, averages, and the search table."""
 
 from __future__ import annotations
 

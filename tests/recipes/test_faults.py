@@ -1,4 +1,4 @@
-"""A training that is killed or finds the disk full, and goes on, is the training that was never disturbed."""
+"""A training that is killed or stopped by a full disk, and then resumed, equals an uninterrupted training."""
 
 import errno
 import os
@@ -40,9 +40,9 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 def in_a_process(cfg, *, epochs: int | None = None, delay: float = 0.0) -> bool:
-    """Trains in a copy of this process; whether the training came to its end.
+    """Trains in a copy of this process; returns whether the training finished.
 
-    With ``epochs`` the process is killed ``delay`` seconds after it has finished so many epochs more.
+    With ``epochs``, the process is killed ``delay`` seconds after it has finished this number of further epochs.
     """
     curves = Path(cfg.resume or cfg.paths.output_dir) / "alpha.csv"
     before = finished_epochs(curves)
@@ -69,7 +69,7 @@ def in_a_process(cfg, *, epochs: int | None = None, delay: float = 0.0) -> bool:
 
 
 def finished_epochs(curves: Path) -> int:
-    """The number of epochs whose α is in the file: an epoch writes it just before its checkpoints."""
+    """The number of epochs with α in the file; an epoch writes α just before its checkpoints."""
     try:
         return len({row["step"] for row in read_rows(curves)})
     except (FileNotFoundError, ValueError, KeyError):
@@ -91,7 +91,7 @@ def test_a_training_killed_several_times_equals_an_uninterrupted_one(tiny_config
     for _ in range(kills):
         going = (folder / "checkpoints/last.ckpt").exists()
         cfg = resumed_config(folder) if going else tiny_config(*options)
-        # While the first epochs are trained, or while the files of an epoch are written.
+        # The process is killed during the first epochs, or while the files of an epoch are written.
         killed += not in_a_process(cfg, epochs=times.choice((0, 1, 1, 1)), delay=times.uniform(0.0, one_epoch))
     assert killed == kills
     assert in_a_process(resumed_config(folder))

@@ -1,4 +1,4 @@
-"""Two processes never share a folder, and a file is the old one or the new one, whole."""
+"""Two processes never share a folder, and a replaced file is always complete, old or new."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ with claimed(Path(sys.argv[1]), fixed=sys.argv[2] == "fixed") as folder:
 
 @pytest.fixture
 def holder(tmp_path):
-    """Starts processes that claim a folder until their standard input ends; gives each with the folder it got."""
+    """Starts processes that lock a folder until their standard input ends; returns each with its folder."""
     started = []
 
     def start(how: str) -> tuple[subprocess.Popen, str]:

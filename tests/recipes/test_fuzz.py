@@ -1,4 +1,4 @@
-"""Odd values for keys drawn at random: every one is refused in a line or trains."""
+"""Odd values for random keys: each gives a one-line error or a training."""
 
 import os
 import subprocess

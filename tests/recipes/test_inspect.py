@@ -49,7 +49,7 @@ def test_inspect_prints_tables_and_writes_files(run_folder: Path, capsys: pytest
     assert max(map(len, (line for line in out.splitlines() if str(run_folder) not in line))) <= 80
     alpha = alpha_per_head(load_run(run_folder).task.model)[LAYERS[0]]
     assert lines_after(out, LAYERS[0], 1) == [[LAYERS[0], *(f"{value:.2f}" for value in alpha.tolist())]]
-    # The kinds without a learnt α: softmax is α = 1 and dense, top-k shows its k.
+    # Kinds without a learnt α: softmax has α = 1 and is dense; for top-k, k is shown.
     softmax, density = lines_after(out, LAYERS[2], 2)
     assert (softmax[1:], density) == (["1.00"] * 3, ["density", "100%", "100%", "100%"])
     assert lines_after(out, LAYERS[4], 1)[0][1:] == ["k=2"] * 3
@@ -67,7 +67,7 @@ def test_inspect_prints_tables_and_writes_files(run_folder: Path, capsys: pytest
 def test_another_run_is_measured_on_the_same_words(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = run_folder.parent / "other"
     shutil.copytree(run_folder, other)
-    # Its own data are not needed.
+    # The data of the other run are not needed.
     config = other / "config.yaml"
     config.write_text(config.read_text(encoding="utf-8").replace("val.tsv", "gone.tsv"), encoding="utf-8")
     run_inspect(f"run={run_folder}", f"compare={other}")

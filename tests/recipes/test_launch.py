@@ -1,4 +1,4 @@
-"""Preparation of the command line for Hydra: paths and words are literal, flags may stand anywhere."""
+"""Preparation of the command line for Hydra: paths and words are literal, flags may be anywhere."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ ODD = (
 
 
 def composed(name: str, *arguments: str) -> list[DictConfig]:
-    """The configurations a command is called with."""
+    """The configurations with which a command is called."""
     seen: list[DictConfig] = []
     run_hydra(name, lambda cfg: seen.append(cfg), arguments=arguments)
     return seen
 
 
 def refused(capsys: pytest.CaptureFixture[str], call: Callable[[], object], status: int = 2) -> str:
-    """The one line a call ends with."""
+    """The one-line error of a call."""
     with pytest.raises(SystemExit) as stop:
         call()
     output, error = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The shares of several processes add up to the batch."""
+"""The shares of several processes together are the batch."""
 
 import pytest
 import torch

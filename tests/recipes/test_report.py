@@ -71,7 +71,7 @@ def test_density_counts_real_positions_only() -> None:
     used: dict[str, Tensor] = {}
     pairs: dict[str, int] = {}
     task.model.eval()
-    for source, target in zip(SOURCES, TARGETS, strict=True):  # each word alone, without padding
+    for source, target in zip(SOURCES, TARGETS, strict=True):  # each word separately, without padding
         source, target = [i for i in source if i], [i for i in target if i]
         with record_attention(task.model, weights=True) as recorded:
             task.model(torch.tensor([source]), torch.tensor([target]))
@@ -199,7 +199,7 @@ def test_the_heat_map_has_a_panel_for_each_kind_and_a_number_in_each_cell(
 
 @pytest.mark.parametrize(("heads", "layers", "steps"), [(1, 1, 1), (8, 6, 3)])
 def test_the_course_has_a_line_for_each_head(heads: int, layers: int, steps: int, tmp_path: Path) -> None:
-    names = layer_names(layers)[1:]  # the kinds need not have the same depth
+    names = layer_names(layers)[1:]  # the kinds may have different numbers of layers
     rows = [(step, name, head, 1.5) for step in range(steps) for name in names for head in range(heads)]
     figure = alpha_course(rows)
     shown = {axes.get_title(): axes for axes in figure.axes if axes.get_visible()}

@@ -1,4 +1,4 @@
-"""An interrupted training that goes on is the training that was never interrupted."""
+"""An interrupted and resumed training equals an uninterrupted training."""
 
 import json
 import signal
@@ -24,7 +24,7 @@ def resumed_config(folder, *overrides):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """Lets Ctrl-C come in the middle of a training step."""
+    """Raises KeyboardInterrupt in the middle of a training step."""
     step = Seq2SeqTask.training_step
 
     def at(when: int) -> None:
@@ -96,7 +96,7 @@ def test_a_moved_run_is_continued_in_its_new_place(tiny_config, tmp_path):
 
 
 def test_the_best_score_is_restored(tiny_config, tmp_path, monkeypatch):
-    rates = iter([10.0, 10.0, 10.0, 20.0])  # the quick check of each epoch, then the two final scores
+    rates = iter([10.0, 10.0, 10.0, 20.0])  # the validation of each epoch, then the two final scores
     monkeypatch.setattr("recipes.seq2seq.scores.edit_scores", lambda *_: {"per": next(rates, 99.0), "wer": 50.0})
     train(tiny_config("trainer.max_epochs=1"))
     train(resumed_config(tmp_path / "run", "trainer.max_epochs=2"))

@@ -1,4 +1,4 @@
-"""Several trainings, of which some fail or are stopped."""
+"""Sweeps in which some trainings fail or are interrupted."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from recipes.sweep import SWEEP, read_outcomes
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys, tiny_arguments):
-    """Runs ``sparse-attn train`` with arguments added to those of the tiny training, or without those."""
+    """Runs ``sparse-attn train`` with the given arguments, with or without those of the tiny training."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.chdir(tmp_path)
 

@@ -1,4 +1,4 @@
-"""A whole training, small: what it returns, prints and leaves behind, and what it refuses."""
+"""A complete small training: its results, output and files, and the arguments that it refuses."""
 
 import importlib.util
 import json
@@ -134,7 +134,7 @@ def test_all_loggers_write_into_the_run_folder(tiny_config, tmp_path):
     assert (tmp_path / "run/metrics.csv").exists()
 
 
-@pytest.mark.filterwarnings("ignore")  # of what mlflow imports
+@pytest.mark.filterwarnings("ignore")  # warnings of mlflow's dependencies
 def test_mlflow_gets_alpha(tiny_config, tmp_path):
     pytest.importorskip("sqlalchemy")
     mlflow = pytest.importorskip("mlflow")
@@ -147,7 +147,7 @@ def test_mlflow_gets_alpha(tiny_config, tmp_path):
     assert [value.value for value in values] == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore")  # of what wandb imports
+@pytest.mark.filterwarnings("ignore")  # warnings of wandb's dependencies
 def test_weights_and_biases_gets_alpha(tiny_config, tmp_path):
     wandb = pytest.importorskip("wandb")
     train(tiny_config("logger=wandb", "logger.wandb.offline=true", "trainer.max_epochs=1"))

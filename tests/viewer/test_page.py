@@ -17,7 +17,7 @@ from sparse_attn.viewer import page as page_module
 
 Records = Callable[..., AttentionRecord]
 Reader = Callable[[str], Any]
-HEADS, QUERIES, KEYS = 3, 5, 7  # of the recorded models
+HEADS, QUERIES, KEYS = 3, 5, 7  # sizes used by the fixtures that record a model
 HALF = 2**-11  # the largest relative error of float16
 
 
@@ -103,7 +103,7 @@ def test_only_the_largest_weights_are_kept_on_a_large_page(read_page: Reader, mo
 
 
 class Scripts(HTMLParser):
-    """Every element that a browser would make of a page."""
+    """Collects every element of a page, as a browser would parse it."""
 
     def __init__(self) -> None:
         super().__init__()

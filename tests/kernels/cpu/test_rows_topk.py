@@ -1,4 +1,4 @@
-"""The row kernels in C over the k largest scores alone."""
+"""The row kernels in C over only the k largest scores."""
 
 from __future__ import annotations
 

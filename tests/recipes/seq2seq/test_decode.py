@@ -1,4 +1,4 @@
-"""Greedy decoding: what a loop without cache or batch would write."""
+"""Greedy decoding, compared with a loop without cache or batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ N, S, SOURCE, TARGET, MAX_LENGTH = 7, 5, 11, 13, 9
 
 
 def model_of(kind: str = "adaptive", *, end_bias: float = 0.0) -> Seq2SeqTransformer:
-    """An untrained model with large weights, so that words differ; a larger ``end_bias`` ends them sooner."""
+    """An untrained model with large weights, so that words differ; with a larger ``end_bias``, words are shorter."""
     kinds = dict.fromkeys(("encoder_attention", "decoder_attention", "cross_attention"), kind)
     sizes = {"dim": 22, "num_heads": 2, "ff_dim": 19, "alpha": 1.25, "k": 2}
     model = Seq2SeqTransformer(SOURCE, TARGET, dropout=0.5, **sizes, **kinds).double()
@@ -35,7 +35,7 @@ def words() -> Tensor:
 
 
 def naive(model: Seq2SeqTransformer, source: Tensor, max_length: int) -> list[int]:
-    """One word, the whole target from its beginning at every step."""
+    """Decode one word; every step computes the whole target again."""
     model.eval()
     target = [BOS]
     while len(target) <= max_length:
@@ -50,18 +50,18 @@ def naive(model: Seq2SeqTransformer, source: Tensor, max_length: int) -> list[in
 
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
 def test_batched_decoding_with_a_cache_equals_single_words_without(kind: str) -> None:
-    torch.manual_seed(1)  # not every model has words of many lengths
+    torch.manual_seed(1)  # with this seed, the outputs have many lengths
     model, source = model_of(kind), words()
     lengths = set()
     for _ in range(5):
         with torch.no_grad():
-            model.output.bias[EOS] += 0.7  # every time words end sooner
+            model.output.bias[EOS] += 0.7  # each time, words become shorter
             output = greedy_decode(model, source, max_length=MAX_LENGTH)
             assert output == [naive(model, row, MAX_LENGTH) for row in source]
         assert output == [greedy_decode(model, row[None], max_length=MAX_LENGTH)[0] for row in source]
         assert not {PAD, BOS, EOS, UNK} & {token for row in output for token in row}
         lengths.add(len({len(row) for row in output}))
-    assert max(lengths) > 2  # rows have left a batch at different steps
+    assert max(lengths) > 2  # rows finished at different steps
 
 
 @pytest.mark.parametrize("max_length", [1, 2, MAX_LENGTH])
@@ -71,7 +71,7 @@ def test_a_word_that_does_not_end_stops_at_max_length(max_length: int) -> None:
     model.decoder.register_forward_pre_hook(lambda module, args: steps.append(args[0].shape))
     output = greedy_decode(model, source, max_length=max_length)
     assert [len(row) for row in output] == [max_length] * N
-    assert steps == [(N, 1, 22)] * max_length  # one new position a step
+    assert steps == [(N, 1, 22)] * max_length  # one new position per step
 
 
 def test_decoding_ends_when_all_words_have_ended() -> None:

@@ -14,7 +14,7 @@ from recipes.seq2seq.metrics import by_group, check_metrics, edit_scores, error_
         ("a", "a b c", 2),
         ("a b c", "c", 2),
         ("", "a b", 2),
-        ("t͡s a", "t s a", 2),  # tokens are compared whole
+        ("t͡s a", "t s a", 2),  # whole tokens are compared
     ],
 )
 def test_distances_counted_by_hand(prediction, reference, distance):
@@ -29,7 +29,7 @@ def test_correct_predictions_have_no_errors():
 
 
 def test_closed_form_of_the_last_token_wrong():
-    """Word i has i tokens and only its last is wrong: PER is 100 n / (n (n + 1) / 2)."""
+    """Word i has i tokens, of which only the last is wrong: PER is 100 n / (n (n + 1) / 2)."""
     n = 13
     references = [[[str(place) for place in range(length)]] for length in range(1, n + 1)]
     predictions = [[*reference[0][:-1], "wrong"] for reference in references]
@@ -61,7 +61,7 @@ def test_of_equally_close_references_the_first_gives_the_length():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_per_agrees_with_torchmetrics(seed):
-    """Error rate over tokens is torchmetrics' error rate over the words of a sentence."""
+    """The error rate over tokens equals torchmetrics' error rate over the words of a sentence."""
     rng = random.Random(seed)
     texts = [[" ".join(rng.choices("abcd", k=rng.randint(1, 11))) for _ in range(53)] for _ in range(2)]
     predictions, references = ([text.split() for text in side] for side in texts)

@@ -1,4 +1,4 @@
-"""The seq2seq transformer: which attention is where, what padding and the future may touch, and the cached pass."""
+"""The seq2seq transformer: kinds of attention, effects of padding and of future tokens, decoding with a cache."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_every_block_is_normalised_before_and_added_after() -> None:
     model = model_of()
     norms = [m for name, m in model.named_modules() if isinstance(m, nn.LayerNorm) and "layers" in name]
     assert len(norms) == 2 * 2 + 2 * 3
-    for norm in norms:  # a norm on the way of the residual stream would now show
+    for norm in norms:  # a norm inside the residual stream would change the result
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
     seen: list[tuple[Tensor, ...]] = []
@@ -154,17 +154,17 @@ def test_every_block_is_normalised_before_and_added_after() -> None:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     source, target = ids()
-    # With every branch at zero the stream goes straight through, to the final norm.
+    # If every branch returns zero, the residual stream reaches the final norm unchanged.
     memory, x = model.source_embedding(source), model.target_embedding(target)
     torch.testing.assert_close(model.encode(source), model.encoder.norm(memory))
     torch.testing.assert_close(model(source, target), model.output(model.decoder.norm(x)))
-    # And each attention has been given the norm of the stream; the encoder ran twice.
+    # Each attention layer got the normalised stream; the encoder ran twice.
     encoder, decoder = model.encoder.layers, model.decoder.layers
     queries = [encoder[0].norm1(memory), encoder[1].norm1(memory)] * 2
     queries += [norm(x) for layer in decoder for norm in (layer.norm1, layer.norm2)]
     for args, query in zip(seen, queries, strict=True):
         torch.testing.assert_close(args[0], query)
-    torch.testing.assert_close(seen[-1][1], model.encode(source))  # keys and values of cross-attention: the memory
+    torch.testing.assert_close(seen[-1][1], model.encode(source))  # keys and values of cross-attention are the memory
 
 
 def by_steps(model: Seq2SeqTransformer, source: Tensor, target: Tensor, sizes: list[int]) -> Tensor:
@@ -179,7 +179,7 @@ def test_decoding_by_steps_with_a_cache_equals_the_full_pass(kind: str, sizes: l
     model = model_of(kind)
     source, target = ids()
     real = target != 0
-    # The positions are float32 sines: their last bit may depend on how many are computed at once.
+    # Positions are float32 sines, whose last bit may depend on how many are computed together.
     torch.testing.assert_close(
         by_steps(model, source, target, sizes)[real], model(source, target)[real], rtol=0, atol=1e-6
     )
@@ -251,7 +251,7 @@ def test_the_language_is_in_every_source_embedding_and_takes_part_in_training():
     model = Seq2SeqTransformer(11, 13, dim=16, num_heads=2, ff_dim=32, language_dim=3, dropout=0.0)
     source = torch.tensor([[5, 7, 8, 2], [6, 7, 8, 2]])
     first, second = model.source_embedding(source)
-    # The same characters of two languages differ in the last three numbers and in no other.
+    # Embeddings of the same characters in two languages differ only in the last three entries.
     assert torch.equal(first[1:, :13], second[1:, :13])
     assert (first[1:, 13:] != second[1:, 13:]).all()
     model(source, torch.tensor([[1, 4], [1, 4]])).sum().backward()

@@ -1,4 +1,4 @@
-"""The output distribution and its loss: against the definition, and cross-entropy at α = 1."""
+"""The output distribution and its loss, compared with the definition, and with cross-entropy at α = 1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Beam and exact search: against the enumeration of every hypothesis, and against loops without cache or batch."""
+"""Beam and exact search, compared with an enumeration of all hypotheses and with loops without cache or batch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Steps = Callable[[tuple[int, ...]], list[float]]
 
 
 def steps_of(models: list[Seq2SeqTransformer], row: Tensor) -> Steps:
-    """Prefix -> log-probabilities of the next token: the whole prefix at once, no cache, no other word."""
+    """A function from a prefix to log-probabilities of the next token, without cache or batch."""
 
     @functools.cache
     def of_length(length: int) -> dict[tuple[int, ...], list[float]]:
@@ -66,7 +66,7 @@ def steps_of(models: list[Seq2SeqTransformer], row: Tensor) -> Steps:
 
 
 def enumerated(models: list[Seq2SeqTransformer], row: Tensor) -> Scored:
-    """Log-probability of every hypothesis up to ``MAX_LENGTH`` tokens that is possible."""
+    """Log-probability of every possible hypothesis of at most ``MAX_LENGTH`` tokens."""
     after = steps_of(models, row)
     totals = {ids: total_of(after, [*ids, EOS]) for ids in EVERY}
     return {ids: total for ids, total in totals.items() if total > -math.inf}
@@ -83,7 +83,7 @@ def penalised(log_probability: float, ids: tuple[int, ...], penalty: float) -> f
 def plain_beam(
     models: list[Seq2SeqTransformer], row: Tensor, beam_size: int, penalty: float, n_best: int
 ) -> list[tuple[tuple[int, ...], float]]:
-    """Beam search of one word as its definition says, until no prefix is left, without any early end."""
+    """Beam search of one word by its definition, until no prefix is left, without early stopping."""
     after, beam, ended = steps_of(models, row), [((), 0.0)], []
     for length in range(MAX_LENGTH + 1):
         extended = []
@@ -182,8 +182,8 @@ def test_exact_search_prunes_prefixes_that_cannot_win() -> None:
     found = exact_search(model, source, budget=10**6, max_length=5)
     assert all(one.proved for one in found)
     for row, one in zip(source, found, strict=True):
-        # Expanded are the prefixes that are more probable than the best hypothesis, and those of the dive; as many
-        # are taken at a time as one in 16 of those before.
+        # The search expands prefixes that are more probable than the best hypothesis, and those of greedy decoding. The
+        # number that it expands at once is one in 16 of the earlier expansions.
         after, needed, level = steps_of([model], row), 0, [((), 0.0)]
         while level:
             needed += len(level)

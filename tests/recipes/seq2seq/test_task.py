@@ -32,7 +32,7 @@ BATCH = {
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_training_loss_is_the_mean_over_real_tokens(smoothing, monkeypatch):
     task = make_task(label_smoothing=smoothing)
-    monkeypatch.setattr(task, "log", lambda *_, **__: None)  # there is no trainer to log to
+    monkeypatch.setattr(task, "log", lambda *_, **__: None)  # there is no trainer
     loss = task.training_step(BATCH, 0)
     logits = task.model(BATCH["source"], BATCH["target_in"])
     log = F.log_softmax(logits, -1)
@@ -97,7 +97,7 @@ def test_scores_of_a_task(monkeypatch):
     assert task.training
     logits = task.model(BATCH["source"], BATCH["target_in"])
     expected = F.cross_entropy(logits.flatten(0, 1), BATCH["target_out"].flatten(), ignore_index=0)
-    # Every token but the three that are never written is possible under softmax: A, B, C and the end.
+    # Under softmax, every token except the three that are never generated is possible: A, B, C and the end.
     means = {"loss": pytest.approx(expected.item()), "support": 4.0}
     assert scores.metrics() == {**means, "per": 0.0, "wer": 0.0, "accuracy": 100.0, "edit_distance": 0.0}
     assert scores.sources == ["ab", "cde"]

@@ -34,7 +34,7 @@ def test_only_nfd_decomposes_korean_syllables(normalization, tokens):
 
 
 def test_nfd_encodes_a_new_syllable_of_known_letters():
-    seen = ["학", "간"]  # h-a-k and k-a-n, of which h-a-n is made
+    seen = ["학", "간"]  # h-a-k and k-a-n contain the letters of h-a-n
     composed = Tokenizer.fit(seen, split="characters", normalization="NFC")
     decomposed = Tokenizer.fit(seen, split="characters", normalization="NFD")
     assert composed.unknown("한") == ["한"]

@@ -1,4 +1,4 @@
-"""The view of one head in a browser: its weights as drawn and described, and the controls that change them."""
+"""The view of one head in a browser: drawn and described weights, and the controls."""
 
 from __future__ import annotations
 

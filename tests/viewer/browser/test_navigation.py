@@ -1,4 +1,4 @@
-"""Ways through the page in a browser: controls, shortcuts, addresses, a narrow screen, a notebook."""
+"""Navigation in the page: controls, shortcuts, URLs, a narrow screen, a notebook."""
 
 from __future__ import annotations
 
