@@ -19,7 +19,7 @@ used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -99,6 +99,17 @@ def check_alpha_range(alpha_range: tuple[float, float]) -> tuple[float, float]:
     if not 0 < low < high < math.inf:
         raise ValueError(f"alpha_range must be (low, high) with 0 < low < high < inf, got {(low, high)}")
     return low, high
+
+
+def value_for(name: str, value: Any, argument: str) -> Any:
+    """An argument's value for the layer ``name``: its entry in a mapping of layer names, or the value itself."""
+    if not isinstance(value, Mapping):
+        return value
+    if name not in value:
+        raise ValueError(
+            f"{argument} must have a value for the layer {name!r}, got one for {', '.join(value) or 'none'}"
+        )
+    return value[name]
 
 
 def initial_alpha(

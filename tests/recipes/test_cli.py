@@ -51,7 +51,7 @@ def one_line(text: str) -> str:
 def test_help_names_every_command(command):
     status, output, _ = command("-h")
     assert status == 0
-    for name in ("train", "evaluate", "predict", "inspect"):
+    for name in ("train", "evaluate", "predict", "inspect", "calibrate"):
         assert f"\n  {name} " in output
     assert output == command("--help")[1]
 
