@@ -115,5 +115,5 @@ def diverged(what: str, module: L.LightningModule, epoch: int) -> ValueError:
     )
     kept = f"; the checkpoints of epoch {epoch} and before are kept" if epoch else ""
     return ValueError(
-        f"the training has diverged in epoch {epoch + 1}: {what}; likely, a learning rate is too high: {rates}{kept}"
+        f"the training has diverged in epoch {epoch + 1}: {what}; probably a rate is too high: {rates}{kept}"
     )

@@ -158,7 +158,7 @@ def test_invalid_input_gives_a_one_line_error(
         ([f"model={folder}", text, "target=die"], "target is for encoder-decoder models, got GPT2LMHeadModel"),
         ([f"model={folder}", text, "alignments=a"], "alignments need cross-attention, got GPT2LMHeadModel without"),
         ([f"model={folder}", text, "attention=hard"], "attention must be one of entmax, entmax15"),
-        ([f"model={folder}", text, "words=[a]"], "words is for run=DIR"),
+        ([f"model={folder}", text, "words=[a]"], "words is only for run=DIR"),
         ([f"model={folder}", text, "worth=true"], "worth is for run=DIR"),
     ]:
         with pytest.raises(SystemExit) as stopped:

@@ -111,7 +111,7 @@ def test_a_diverged_training_keeps_the_last_finite_checkpoint(tiny_config, tmp_p
     losses = iter([2.0, float("nan")])
     found = Scores.metrics
     monkeypatch.setattr(Scores, "metrics", lambda self: {**found(self), "loss": next(losses)})
-    with pytest.raises(ValueError, match=r"diverged in epoch 2: the validation loss .* got nan; .* rate too"):
+    with pytest.raises(ValueError, match=r"diverged in epoch 2: the validation loss .* got nan; .* rate is too"):
         train(tiny_config())
     for name in ("best", "last"):
         state = read_checkpoint(tmp_path / f"run/checkpoints/{name}.ckpt")

@@ -126,7 +126,7 @@ def test_measuring_does_not_change_the_model(training: bool) -> None:
 
 
 def test_a_loader_without_batches_raises_an_error() -> None:
-    with pytest.raises(ValueError, match="at least one batch, got a loader without any"):
+    with pytest.raises(ValueError, match="loader must have at least one batch, got none"):
         attention_density(small_task(), [])
 
 
