@@ -27,10 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning"),
 ]
 
-# torch lists once the constructors that use a default device: here, before conftest.py replaces torch.empty.
-with torch.device("cpu"):
-    torch.empty(0)
-
 
 class OwnBlock(nn.Module):
     """A block with cross-attention of other sizes and with extra keys."""

@@ -25,11 +25,6 @@ from sparse_attn.nn import SparseMultiheadAttention
 N, L, S, H, E, F = 3, 5, 7, 2, 22, 13
 F64 = {"dtype": torch.float64}
 
-# torch lists once the constructors that use a default device: here, before conftest.py replaces torch.empty.
-with torch.device("cpu"):
-    torch.empty(0)
-
-
 encoder = partial(dense_encoder, E, H, F)
 
 
