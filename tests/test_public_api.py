@@ -27,7 +27,7 @@ OPS = [
     *("entmax15_loss", "entmax_loss", "sparsemax_loss"),
     *("entmax_attention", "entmax_attention_varlen", "topk_attention", "support_size", "tau"),
 ]
-OTHERS = ["backends", "record_attention", "replace_attention", "restore_attention", "use_backend"]
+OTHERS = ["backends", "calibrate", "record_attention", "replace_attention", "restore_attention", "use_backend"]
 
 
 @pytest.mark.parametrize(

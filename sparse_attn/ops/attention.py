@@ -28,7 +28,7 @@ from sparse_attn.ops.entmax import entmax_along
 Normalizer = Literal["softmax", "sparsemax"]
 
 
-@dataclass(frozen=True, eq=False)  # Dynamo before torch 2.13 would ask for a hash before the fields are there
+@dataclass(frozen=True, eq=False)  # with eq, Dynamo before torch 2.13 would compute a hash before the fields exist
 class ScoreMapping:
     """Maps scores (..., H, L, S) to weights: α-entmax over the ``k`` largest scores of each query, or over all."""
 

@@ -37,7 +37,7 @@ def test_every_config_file_and_command_is_on_its_page():
     assert len(command_line.files()) > 30
     for file in command_line.files():
         assert f"### {file.relative_to(command_line.CONFIGS)}\n" in page
-    for command in ("train", "evaluate", "predict", "inspect", "compare"):
+    for command in ("train", "evaluate", "predict", "inspect", "calibrate", "compare"):
         assert f"## sparse-attn {command}\n" in command_line.commands()
 
 

@@ -1,4 +1,4 @@
-"""Tiny models of transformers' architectures, built from configs; importing them costs two seconds."""
+"""Tiny models of several transformers architectures, built from configs. Importing transformers takes two seconds."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "suppress_tokens": None}
         | {"begin_suppress_tokens": None},
     ),
-    # Made for no other implementation than "eager": their modules do not say what is causal without a mask.
+    # These models support only the "eager" implementation: their modules have no attribute that says whether attention
+    # is causal, so this is known only from the mask.
     "pegasus_x": ("PegasusXForConditionalGeneration", "PegasusXConfig", {**ENCODER_DECODER, "block_size": 8}),
     "nllb_moe": (
         "NllbMoeForConditionalGeneration",
@@ -90,7 +91,7 @@ def registered() -> None:
 
 @pytest.fixture
 def build() -> Callable[..., Any]:
-    """``build("bert", "entmax", <config keys>)``: the same weights for every implementation, dropout off."""
+    """``build("bert", "entmax", <config keys>)``: a model in eval mode, with equal weights for every implementation."""
 
     def build(name: str, implementation: str, **changes: Any) -> Any:
         model, config, arguments = CONFIGS[name]
@@ -100,7 +101,7 @@ def build() -> Callable[..., Any]:
         )
         with torch.no_grad():
             for key, parameter in built.named_parameters():
-                # Well above the usual 0.02, with which all weights are nearly equal and no key is left out.
+                # Standard deviation 0.3: with the usual 0.02, attention weights would be nearly equal, and none zero.
                 if parameter.dim() > 1 and "position" not in key:
                     parameter.normal_(0.0, 0.3)
                 elif key.endswith("sinks"):
@@ -133,7 +134,7 @@ def batch() -> Callable[[str], dict[str, torch.Tensor]]:
 
 @pytest.fixture
 def with_alpha() -> Callable[..., Any]:
-    """``with_alpha(model, <arguments of add_alpha>)``: values that differ, some of them past a bound."""
+    """``with_alpha(model, <arguments of add_alpha>)`` adds random values of α, some of them outside ``alpha_range``."""
 
     def with_alpha(model: Any, **arguments: Any) -> Any:
         for alpha in add_alpha(model, **arguments).values():

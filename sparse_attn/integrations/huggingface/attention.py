@@ -31,6 +31,7 @@ _BUILT_IN: dict[str, ScoreMapping | None] = {
     "sparsemax": ScoreMapping(2.0),
     "topk": ScoreMapping(1.0, _DEFAULT_K),
 }
+MappingOf = Callable[[nn.Module, int, Tensor | None], Callable[[Tensor], Tensor]]
 _registered: dict[str, ScoreMapping | None] = {}
 
 # Arguments that change the weights and are not supported, each with the models that pass it.
@@ -89,7 +90,7 @@ def register(name: str | None = None, *, alpha: float | None = None, k: int | No
         _check_name(name, AttentionInterface._global_mapping)
         wanted = {name: _BUILT_IN.get(name) if alpha is None and k is None else _fixed_mapping(alpha, k)}
     for key, mapping in wanted.items():
-        AttentionInterface.register(key, attention_function(mapping))
+        AttentionInterface.register(key, attention_function(_mapping_of(mapping)))
         AttentionMaskInterface.register(key, mask_function)
     _registered.update(wanted)
     register_reporter(_attends_with_ours)
@@ -120,8 +121,12 @@ def require_transformers() -> None:
         raise ImportError("transformers must be installed for this: pip install sparse-attn[hf]")
 
 
-def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """A function that transformers' attention modules call with projected heads; None means the module's own α."""
+def attention_function(mapping_of: MappingOf) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """A function that transformers' attention modules call with projected heads.
+
+    ``mapping_of(module, heads, sinks)`` is the mapping of a module with that many heads. A mapping that is no
+    ``ScoreMapping`` gets all scores of the call.
+    """
 
     def sparse_attention(
         module: nn.Module,
@@ -157,8 +162,9 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
             attention_mask = attention_mask.dense()
         unmasked = attention_mask is None or isinstance(attention_mask, LazyMask)
         is_causal = query.shape[2] > 1 and unmasked and (is_causal or attention_mask is not None)
-        weighing = _mapping_of(module, query.shape[1]) if mapping is None else mapping
+        mapping = mapping_of(module, query.shape[1], s_aux)
         need_weights = weights_are_observed() or _weights_are_returned(kwargs.get("output_attentions"))
+        need_weights = need_weights or not isinstance(mapping, ScoreMapping)
         dropout_p = dropout if module.training else 0.0
         options: Options = {
             "scale": scaling,
@@ -168,7 +174,8 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
         }
         packing = packing_of(attention_mask, kwargs, is_causal, query, key)
         if packing is not None and unmasked and position_bias is None and not need_weights:
-            return _attend_packed(query, key, value, weighing, packing, is_causal, dropout_p, options), None
+            assert isinstance(mapping, ScoreMapping)
+            return _attend_packed(query, key, value, mapping, packing, is_causal, dropout_p, options), None
         if packing is not None:
             attention_mask, is_causal = with_packing(attention_mask, packing, is_causal, query, key), False
         elif isinstance(attention_mask, LazyMask):
@@ -176,10 +183,12 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
         if position_bias is not None:
             attention_mask = _with_bias(attention_mask, position_bias, is_causal, query, key)
             is_causal = False
-        arguments = (query, key, value, weighing, attention_mask, dropout_p, is_causal)
+        arguments = (query, key, value, mapping, attention_mask, dropout_p, is_causal)
         output, weights = attend(*arguments, **options, need_weights=need_weights)
         if weights is not None and weights_are_observed():
-            report_weights(module, weights, visible_pairs(attention_mask, is_causal, weights), weighing.alpha)
+            report_weights(
+                module, weights, visible_pairs(attention_mask, is_causal, weights), getattr(mapping, "alpha", None)
+            )
         return output.transpose(1, 2).contiguous(), weights
 
     return sparse_attention
@@ -244,9 +253,16 @@ def _weights_are_returned(asked: bool | None) -> bool:
     return any("attentions" in key for key in _active_collector.get() or ())
 
 
-def _mapping_of(module: nn.Module, heads: int) -> ScoreMapping:
-    learnt = head_alpha(module)
-    return entmax_mapping(_DEFAULT_ALPHA if learnt is None else learnt.alpha, heads)
+def _mapping_of(mapping: ScoreMapping | None) -> MappingOf:
+    """A fixed mapping, or for None α-entmax with the module's learnt α, or with the default α if it has none."""
+
+    def mapping_of(module: nn.Module, heads: int, sinks: Tensor | None) -> ScoreMapping:
+        if mapping is not None:
+            return mapping
+        learnt = head_alpha(module)
+        return entmax_mapping(_DEFAULT_ALPHA if learnt is None else learnt.alpha, heads)
+
+    return mapping_of
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor, is_causal: bool, query: Tensor, key: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Packed sequences in transformers: position ids that start again, or ``cu_seq_lens_*``, in place of padding.
+"""Packed sequences in transformers: position ids that start again, or ``cu_seq_lens_*``, instead of padding.
 
 transformers writes a causal mask of packed sequences as a tensor of the scores' size. `LazyMask` stands for that tensor
 and is computed only if a model reads it; attention reads the starts of the sequences instead.
@@ -150,7 +150,7 @@ def packing_of(
 
 
 def _check_given(starts: Any, name: str, total: int) -> Tensor:
-    """The cumulative lengths, if they are such."""
+    """The cumulative lengths, after a check of their type and values."""
     if starts is None:
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together, got one of them")
     if not isinstance(starts, Tensor) or starts.dtype not in (torch.int32, torch.int64) or starts.dim() != 1:

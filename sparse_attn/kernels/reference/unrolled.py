@@ -30,7 +30,7 @@ def entmax_unrolled(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
     top = scores.amax(-1, keepdim=True)
     empty = top <= lowest
     if not isinstance(a, Tensor) and a == 0:
-        # Also before: the gradient of a row of NaN is NaN, whatever is done to it afterwards.
+        # The scores must be replaced before as well: the gradient of a row of NaN would be NaN.
         return torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0).to(dtype)
     # A masked entry gets a finite score, and its weight is set to 0 afterwards: -inf times a zero gradient is NaN.
     z = torch.where(masked, 0.0, scores - torch.where(empty, 0.0, top))
