@@ -35,7 +35,7 @@ _OTHERS = (
 )
 nitpick_ignore_regex = [
     (r"py:.*", rf"({_OTHERS})\b.*"),
-    (r"py:.*", r"Path|Tensor|PreTrainedModel|RemovableHandle|.*\.task\.Decoded"),
+    (r"py:.*", r"Path|Tensor|PreTrainedModel|RemovableHandle|AlphaInit|.*\.task\.Decoded"),
 ]
 
 # Text
@@ -53,7 +53,6 @@ nb_execution_show_tb = True  # an error is a warning with the name of the page, 
 nb_execution_timeout = 300
 nb_execution_in_temp = True  # what a tutorial writes goes with it
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # the default loads scripts from the network
-nb_merge_streams = True
 
 # Reference
 autodoc_typehints = "signature"
