@@ -1,4 +1,4 @@
-"""Differences between the supported versions of Python, torch and Triton.
+"""Differences between the supported versions of Python, torch, Triton and transformers.
 
 Each difference has one name here and says with which version it ends. No other module of the package asks for a
 version. ``docs/versions.md`` lists the versions that the tests have passed with and what the older ones cannot do.
@@ -54,6 +54,13 @@ def triton_problem() -> str | None:
 # Torch before 2.8 includes an older Triton, which matters only if there is a GPU.
 if triton_version() and triton_problem() and (TORCH >= (2, 8) or torch.cuda.device_count()):
     warnings.warn(f"the GPU kernels of sparse_attn are not used: {triton_problem()}", stacklevel=2)
+
+
+def check_transformers() -> None:
+    """Raise if transformers is too old: before 5.15 T5 has no attention interface, and 5.15 renames modules of ViT."""
+    found = metadata.version("transformers")
+    if _numbers(found) < (5, 16):
+        raise ImportError(f"sparse_attn needs transformers 5.16 or newer, got {found}")
 
 
 def is_exporting() -> bool:

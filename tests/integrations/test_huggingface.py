@@ -235,6 +235,10 @@ def test_half_precision(build, batch):
     assert (got[kept] - expected[kept]).norm() < 0.05 * expected[kept].norm()
 
 
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 20),
+    reason="set_attn_implementation does not reach the parts of T5 before transformers 5.20",
+)
 def test_implementation_can_be_set_and_set_back(build, batch):
     model, inputs = build("t5", "eager"), batch("t5")
     expected = model(**inputs).logits
@@ -244,6 +248,21 @@ def test_implementation_can_be_set_and_set_back(build, batch):
     assert not torch.allclose(sparse, expected, atol=1e-2)
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("Bloom", {"hidden_size": 8, "n_layer": 1, "n_head": 2}),
+        ("CodeGen", {"n_embd": 16, "n_layer": 1, "n_head": 4, "n_positions": 5, "rotary_dim": 2}),
+    ],
+)
+def test_a_model_without_the_interface_is_refused(name, sizes):
+    """Such a model would add the boolean mask to its scores, and every position would see its future."""
+    config = getattr(transformers, f"{name}Config")(vocab_size=7, bos_token_id=1, eos_token_id=2, **sizes)
+    model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="entmax")
+    with pytest.raises(ValueError, match=f"must be one that a model of {name}Config supports, .* got 'entmax'"):
+        model(input_ids=torch.zeros(2, 3, dtype=torch.long))
 
 
 def test_other_changes_of_scores_are_refused(build, batch):

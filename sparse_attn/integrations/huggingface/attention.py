@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
@@ -20,6 +21,7 @@ from sparse_attn.nn.alpha import head_alpha
 from sparse_attn.observe import register_reporter, report_weights, weights_are_observed
 from sparse_attn.ops.attention import Options, ScoreMapping, attend, entmax_mapping, topk_mapping
 from sparse_attn.ops.varlen import attend_varlen
+from sparse_attn.versions import check_transformers
 
 _DEFAULT_ALPHA = 1.5
 _DEFAULT_K = 8
@@ -57,8 +59,8 @@ def register(name: str | None = None, *, alpha: float | None = None, k: int | No
     ``register("topk32", k=32)``. A mask function is registered under the same name: without one, transformers would
     build no mask, and a decoder would see future positions.
 
-    Models that do not use transformers' attention interface (BLOOM and DeBERTa, for example) accept the name and
-    ignore it.
+    Models that do not use transformers' attention interface accept the name. A call of such a model raises a ValueError
+    if the model asks transformers for its mask (BLOOM and CodeGen, for example); others ignore the name (DeBERTa).
 
     Args:
         name: A new name, which must be a Python identifier.
@@ -116,9 +118,10 @@ def _attends_with_ours(module: nn.Module) -> bool:
 
 
 def require_transformers() -> None:
-    """Raise unless transformers can be imported."""
+    """Raise unless a supported version of transformers can be imported."""
     if importlib.util.find_spec("transformers") is None:
         raise ImportError("transformers must be installed for this: pip install sparse-attn[hf]")
+    check_transformers()
 
 
 def attention_function(mapping_of: MappingOf) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -221,6 +224,7 @@ def mask_function(*, config: Any = None, allow_is_causal_skip: bool = True, **kw
     """The boolean mask of transformers; None for a causal mask if the modules apply ``is_causal`` themselves."""
     from transformers.masking_utils import sdpa_mask
 
+    _check_interface(config)
     skip = allow_is_causal_skip and _no_mask_is_causal(config)
     build = partial(sdpa_mask, config=config, allow_is_causal_skip=skip, **kwargs)
     if not skip or kwargs.get("local_size") is not None:
@@ -228,6 +232,24 @@ def mask_function(*, config: Any = None, allow_is_causal_skip: bool = True, **kw
         if lazy is not None:
             return lazy
     return build()
+
+
+def _check_interface(config: Any) -> None:
+    """Raise if a model does not use the attention interface: it would add the boolean mask to its scores."""
+    if torch.compiler.is_compiling():  # the compiler cannot trace the table of modules
+        return
+    modeling = sys.modules.get(type(config).__module__.replace("configuration_", "modeling_"))
+    if modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+        return
+    # Models without attention layers of their own are composed of other models, whose configurations are checked.
+    if any(
+        "Attention" in name and getattr(kind, "__module__", "") == modeling.__name__
+        for name, kind in vars(modeling).items()
+    ):
+        raise ValueError(
+            f"attn_implementation must be one that a model of {type(config).__name__} supports, such as 'eager', "
+            f"got {config._attn_implementation!r}: the model does not use transformers' attention interface"
+        )
 
 
 def _no_mask_is_causal(config: Any) -> bool:
