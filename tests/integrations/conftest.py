@@ -60,6 +60,31 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "GptOssConfig",
         {**GROUPED, "intermediate_size": 28, "sliding_window": 5, "num_local_experts": 3, "num_experts_per_tok": 2},
     ),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**GROUPED, "intermediate_size": 28, "num_local_experts": 3}),
+    "qwen3_5": (
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5TextConfig",
+        {**GROUPED, "num_hidden_layers": 3, "head_dim": 8}
+        | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+        | {
+            "linear_key_head_dim": 5,
+            "linear_value_head_dim": 7,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+    ),
+    "mllama": (
+        "MllamaForConditionalGeneration",
+        "MllamaConfig",
+        {
+            "image_token_index": 37,
+            "text_config": {**SIZES, "vocab_size": 37, "num_hidden_layers": 3, "num_key_value_heads": 3}
+            | {"cross_attention_layers": [1], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+            "vision_config": {"hidden_size": 8, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2}
+            | {"intermediate_size": 11, "vision_output_dim": 16, "image_size": 8, "patch_size": 4}
+            | {"intermediate_layers_indices": [0], "max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]},
+        },
+    ),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**GROUPED, "sliding_window": 5}),
     "t5": ("T5ForConditionalGeneration", "T5Config", RELATIVE),
     "bart": ("BartForConditionalGeneration", "BartConfig", {**ENCODER_DECODER, "pad_token_id": 0}),
@@ -104,7 +129,7 @@ def build() -> Callable[..., Any]:
                 # Standard deviation 0.3: with the usual 0.02, attention weights would be nearly equal, and none zero.
                 if parameter.dim() > 1 and "position" not in key:
                     parameter.normal_(0.0, 0.3)
-                elif key.endswith("sinks"):
+                elif key.endswith(("sinks", "attn_gate", "mlp_gate", "gate_attn", "gate_ffn")):
                     parameter.normal_(0.0, 1.0)
         return built.eval()
 
