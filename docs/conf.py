@@ -35,7 +35,7 @@ _OTHERS = (
 )
 nitpick_ignore_regex = [
     (r"py:.*", rf"({_OTHERS})\b.*"),
-    (r"py:.*", r"Path|Tensor|PreTrainedModel|RemovableHandle|.*\.task\.Decoded"),
+    (r"py:.*", r"Path|Tensor|PreTrainedModel|RemovableHandle|AlphaInit|.*\.task\.Decoded"),
 ]
 
 # Text
@@ -49,10 +49,10 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # waiting threads leave the cores to 
 # Tutorials run at every build; the cache of results is keyed by their code, so that a second build is quick.
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE / "_build" / "notebooks")
-nb_execution_raise_on_error = True
+nb_execution_show_tb = True  # an error is a warning with the name of the page, which ends the build
 nb_execution_timeout = 300
+nb_execution_in_temp = True  # what a tutorial writes goes with it
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # the default loads scripts from the network
-nb_merge_streams = True
 
 # Reference
 autodoc_typehints = "signature"

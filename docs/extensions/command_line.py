@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from hydra.utils import get_class
+
+if TYPE_CHECKING:  # the tests import this module where Sphinx is not installed
+    from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -199,9 +202,8 @@ def _cell(text: str) -> str:
     return _markdown(text).replace("|", r"\|")
 
 
-def setup(app: object) -> dict[str, bool]:
+def setup(app: Sphinx) -> dict[str, bool]:
     """Completes the two pages when they are read, and reports what has no explanation."""
-    from sphinx.application import Sphinx
     from sphinx.util import logging
 
     made = {"reference/commands": commands, "reference/configuration": configuration}
@@ -214,6 +216,5 @@ def setup(app: object) -> dict[str, bool]:
             for line in unexplained() if page == "reference/configuration" else []:
                 logging.getLogger(__name__).warning("no explanation: %s", line)
 
-    assert isinstance(app, Sphinx)
     app.connect("source-read", read)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:  # the tests import this module where Sphinx is not installed
+    from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parents[2]
 # Page of the site -> file in the repository.

@@ -11,7 +11,10 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the tests import this module where Sphinx is not installed
+    from sphinx.application import Sphinx
 
 PACKAGES = [
     "sparse_attn",
@@ -97,16 +100,14 @@ def linked(app: Any, env: Any, node: Any, content: Any) -> Any:
     return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, content)
 
 
-def setup(app: object) -> dict[str, bool]:
+def setup(app: Sphinx) -> dict[str, bool]:
     """Checks the reference before the pages are written."""
-    from sphinx.application import Sphinx
     from sphinx.util import logging
 
     def check(app: Sphinx, *_: object) -> None:
         for name in missing(Path(app.srcdir) / "reference"):
             logging.getLogger(__name__).warning("%s is public and has no entry in docs/reference", name)
 
-    assert isinstance(app, Sphinx)
     app.connect("env-check-consistency", check)
     app.connect("missing-reference", linked)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

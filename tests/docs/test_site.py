@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import accessible
+import outside_pages
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -28,24 +30,20 @@ import check_site  # noqa: E402
     ],
 )
 def test_links_in_the_repository_become_links_in_the_site(written, shown):
-    outside_pages = pytest.importorskip("outside_pages", reason="Sphinx is not installed")
     assert outside_pages.with_site_links(written, DOCS / "gpu.md", DOCS) == shown
 
 
 def test_links_of_a_page_that_lies_at_the_top():
-    outside_pages = pytest.importorskip("outside_pages", reason="Sphinx is not installed")
     text = outside_pages.with_site_links("[a](docs/alpha.md) ![b](docs/mappings.png)", ROOT / "ARCHITECTURE.md", DOCS)
     assert text == "[a](/alpha.md) ![b](/mappings.png)"
 
 
 def test_every_page_from_elsewhere_has_its_file_and_its_stub():
-    outside_pages = pytest.importorskip("outside_pages", reason="Sphinx is not installed")
     for page, file in outside_pages.PAGES.items():
         assert (DOCS / f"{page}.md").exists() and (ROOT / file).exists()
 
 
 def test_html_is_corrected():
-    accessible = pytest.importorskip("accessible", reason="Sphinx is not installed")
     assert accessible.corrected('<p class="caption" role="heading"><span class="caption-text">') == (
         '<p class="caption" role="heading" aria-level="2"><span class="caption-text">'
     )
@@ -78,3 +76,19 @@ def test_a_missing_site_is_said_in_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["check_site.py", str(tmp_path)])
     with pytest.raises(SystemExit, match="make docs builds it"):
         check_site.main()
+
+
+@pytest.mark.parametrize("folder", ["tutorials", "howto"])
+def test_every_page_of_a_folder_is_listed_in_its_index(folder):
+    index = (DOCS / folder / "index.md").read_text("utf-8")
+    for page in (DOCS / folder).glob("*.md"):
+        assert page.stem == "index" or (f"]({page.name})" in index and f"\n{page.stem}\n" in index), page.name
+
+
+def test_a_picture_gets_its_dark_copy(tmp_path):
+    dark_pictures = pytest.importorskip("dark_pictures", reason="Sphinx is not installed")
+    rc = (DOCS / "tutorials" / "matplotlibrc").read_text("utf-8")
+    assert rc.count(dark_pictures.INK) == 5
+    drawn = [*(DOCS / "operators").glob("*.png"), DOCS / "mappings.png"]
+    light = [picture for picture in drawn if not picture.stem.endswith("_dark")]
+    assert len(light) == 8 and all(picture.with_stem(f"{picture.stem}_dark").exists() for picture in light)
