@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build the wheel, install it into an empty environment, and walk through its commands in a folder of another project.
+# Build the wheel, install it into an empty environment, and run its commands in the folder of another project.
 # Usage: check_wheel.sh PYTHON   (an interpreter that has the package `build`)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,14 +27,14 @@ PYTHON
 step "build where the C compiler fails: a wheel all the same, in plain torch"
 CC=false "$python" -m build --wheel --outdir "$work/pure" . >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
 ls "$work"/pure/*-py3-none-any.whl
-grep --max-count 1 "no compiled kernels" "$work/build.log"
+grep --max-count 1 "the C kernels were not compiled" "$work/build.log"
 
 step "install the core into an empty environment"
 "$python" -m venv "$work/venv"
 export PATH="$work/venv/bin:$PATH"
 unset PYTHONPATH
 python -m pip install --quiet --constraint "$constraints" "$wheel"
-# Another project's package of the same name, installed and in the current folder: neither may hide or be hidden.
+# Another project has a package of the same name, installed and in the current folder: none may hide the others.
 installed=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 for place in "$installed" "$work/a folder"; do
     mkdir -p "$place/recipes"

@@ -11,7 +11,10 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the tests import this module where Sphinx is not installed
+    from sphinx.application import Sphinx
 
 PACKAGES = [
     "sparse_attn",
@@ -32,7 +35,7 @@ _ENTRY = re.compile(r"^\.\. auto(?:function|class|exception|data|attribute|modul
 
 
 def public_names() -> Iterator[tuple[str, object]]:
-    """Every public name with what it stands for."""
+    """Every public name with its object."""
     for package in PACKAGES:
         module = importlib.import_module(package)
         for name in getattr(module, "__all__", None) or _own_functions(module):
@@ -58,7 +61,7 @@ def entries(folder: Path) -> list[str]:
 
 
 def resolve(name: str) -> object:
-    """What a dotted name stands for.
+    """The object of a dotted name.
 
     Raises:
         AttributeError: There is no such name.
@@ -78,7 +81,7 @@ def missing(folder: Path) -> list[str]:
 
 
 def linked(app: Any, env: Any, node: Any, content: Any) -> Any:
-    """A link to an entry that stands under another name of the same object, such as that of the package above."""
+    """A link to the entry of an object that is listed under another name, such as that in the parent package."""
     from sphinx.util.nodes import make_refnode
 
     target = str(node.get("reftarget", ""))
@@ -97,16 +100,14 @@ def linked(app: Any, env: Any, node: Any, content: Any) -> Any:
     return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, content)
 
 
-def setup(app: object) -> dict[str, bool]:
+def setup(app: Sphinx) -> dict[str, bool]:
     """Checks the reference before the pages are written."""
-    from sphinx.application import Sphinx
     from sphinx.util import logging
 
     def check(app: Sphinx, *_: object) -> None:
         for name in missing(Path(app.srcdir) / "reference"):
             logging.getLogger(__name__).warning("%s is public and has no entry in docs/reference", name)
 
-    assert isinstance(app, Sphinx)
     app.connect("env-check-consistency", check)
     app.connect("missing-reference", linked)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

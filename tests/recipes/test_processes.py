@@ -121,7 +121,7 @@ def test_two_machines_train_one_model_in_one_folder(tiny_arguments, tmp_path, la
         assert "hydra.run.dir must be given where torchrun or srun starts several processes" in refused.stderr
 
 
-def test_an_environment_variable_is_put_back(monkeypatch):
+def test_an_environment_variable_is_restored(monkeypatch):
     monkeypatch.delenv(FOLDER, raising=False)
     with set_environment(FOLDER, "a"):
         with set_environment(FOLDER, "b"):
