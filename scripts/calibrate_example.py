@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sparse_attn import calibrate
 from sparse_attn.integrations.huggingface import add_alpha, register
+from sparse_attn.optim import alpha_param_groups
 
 LENGTH, BATCH, VOCABULARY = 128, 8, 1024
 DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.03)
@@ -46,14 +47,11 @@ def batches_of(ids: Tensor, seed: int) -> list[dict[str, Tensor]]:
 
 
 def train(model: Any, ids: Tensor, steps: int, rate: float) -> None:
-    """Some steps of AdamW; α has no weight decay and a larger rate."""
-    alphas = [parameter for name, parameter in model.named_parameters() if name.endswith("raw_alpha")]
-    others = [parameter for name, parameter in model.named_parameters() if not name.endswith("raw_alpha")]
-    groups = [{"params": others}, {"params": alphas, "weight_decay": 0.0, "lr": 10 * rate}]
-    optimizer = torch.optim.AdamW(groups, lr=rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [group["lr"] for group in groups[:1]] + [10 * rate], steps
-    )
+    """Some steps of AdamW; α has a larger rate."""
+    groups = alpha_param_groups(model, lr=rate, weight_decay=0.01, alpha_lr=10 * rate, strict=False)
+    optimizer = torch.optim.AdamW(groups)
+    rates = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps)
     epochs = itertools.chain.from_iterable(batches_of(ids, epoch) for epoch in itertools.count())
     model.train()
     for batch in itertools.islice(epochs, steps):

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
+from sparse_attn.integrations.huggingface import add_alpha
 from sparse_attn.observe import observe_weights
 
 transformers = pytest.importorskip("transformers")
@@ -137,3 +139,31 @@ def test_a_paged_cache_is_refused(build):
     model = build("llama", "entmax")
     with pytest.raises(ValueError, match=r"cache must be None in sparse attention, got one .* \(the paged cache"):
         model(prompts("llama")[0]["input_ids"], cache=object())
+
+
+# torch's own, while it compiles an autograd function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # of a sliding cache, transformers compiles each length
+def test_compiled_generation_is_compiled_once(name, build):
+    model = build(name, "entmax")
+    alphas = add_alpha(model, alpha_init=1.3)
+    settings = transformers.CompileConfig(fullgraph=True, backend="aot_eager", dynamic=False, mode="default")
+    settings._compile_all_devices = True
+    both = {key: value[:, 3:] for key, value in batch(name).items()}
+
+    def compiled(length: int) -> Tensor:
+        inputs = {key: value[:, -length:] for key, value in both.items()}
+        how = {"cache_implementation": "static", "compile_config": settings, "max_new_tokens": 12 - length}
+        return written(model, inputs, **how)
+
+    torch.compiler.reset()
+    counters.clear()
+    for length in (8, 8, 6, 4):
+        with observe_weights(lambda *_: None):  # eager calls in between leave no trace
+            expected = written(model, {key: x[:, -length:] for key, x in both.items()}, max_new_tokens=12 - length)
+        assert torch.equal(compiled(length), expected)
+        assert counters["stats"]["unique_graphs"] == 1, length
+        with torch.no_grad():  # as an optimizer changes α
+            for alpha in alphas.values():
+                alpha.raw_alpha += 0.1
+    torch.compiler.reset()
