@@ -4,11 +4,13 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 
 from IPython import get_ipython
 
 shell = get_ipython()
 shell.run_line_magic("config", 'InlineBackend.figure_formats = ["svg"]')
+warnings.filterwarnings("ignore", "IProgress not found")  # of tqdm, which would like to draw a widget
 logging.getLogger("transformers").setLevel(logging.ERROR)
 os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
 os.environ["COLUMNS"] = "90"
