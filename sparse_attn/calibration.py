@@ -94,10 +94,10 @@ def calibrate(
 ) -> Calibration:
     """Find α of every attention head of a dense model, without training it and without changing it.
 
-    One of two targets is given. With ``density``, every head (or every layer) gives weight to that share of the keys
-    that its queries see. With ``loss_increase``, the density is the lowest one, down to 0.01 and the same for all, with
-    which the loss exceeds that of the dense model by at most this amount. All heads are sparse at the same time, since
-    a sparse layer changes the scores of the layers behind it.
+    Give one of two targets. With ``density``, every head (or every layer) gives weight to this share of the keys that
+    its queries see. With ``loss_increase``, the function finds the lowest density, at least 0.01 and equal for all
+    heads, at which the loss exceeds that of the dense model by at most this amount. All heads are made sparse at the
+    same time, since a sparse layer changes the scores of later layers.
 
     The function makes 8 passes over the batches for a density; for ``loss_increase``, 4 for each of up to 7 densities
     and one more. Memory does not grow with the number of batches. A head that would need a larger α than ``alpha_max``
@@ -105,7 +105,7 @@ def calibrate(
 
     Args:
         model: A ``transformers.PreTrainedModel``, or any module with ``nn.MultiheadAttention`` layers. It computes in
-            evaluation mode, and is as before afterwards, also after an error or an interruption.
+            evaluation mode; afterwards the model is as before, also after an error or an interruption.
         batches: Batches for ``loss``, which are read several times: a list or a ``DataLoader``. For a model of
             transformers, each is a dict of keyword arguments of its ``forward``, with ``labels``.
         density: The target density, in (0, 1].
