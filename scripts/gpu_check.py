@@ -1,10 +1,10 @@
 """Check and time the Triton kernels on this machine's GPU, and time other packages, in less than ten minutes.
 
     python scripts/gpu_check.py [--out benchmarks]     with a CUDA device; writes gpu.md and gpu.json there
-    python scripts/gpu_check.py --interpret            correctness alone, in Triton's interpreter, without a device
+    python scripts/gpu_check.py --interpret            only correctness, in Triton's interpreter, without a device
 
-Needs torch, Triton and this checkout; adasplash, entmax and flex attention are timed where they are installed and work.
-Ends with 0 when everything was right, 1 when something was wrong, 2 when there is no device.
+Needs torch, Triton and this checkout; adasplash, entmax and flex attention are timed if they are installed and work.
+The exit status is 0 if all checks passed, 1 if a check failed, 2 if there is no device.
 
 `gpu_correctness.py` and `gpu_timing.py` contain the checks and timings as lists of tasks. Tasks run in separate
 processes: compilation takes longer than execution and uses all processors, and a kernel that crashes its process or
@@ -47,7 +47,7 @@ BEGAN = time.monotonic()
 
 
 def main() -> int:
-    """Check, time, write, and print a short table last."""
+    """Check, time, write the report, and print a short table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--interpret", action="store_true", help="check correctness in Triton's interpreter")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "benchmarks", help="where to write")
@@ -82,7 +82,7 @@ def tasks(kind: str) -> list[Callable[[], Measured]]:
 
 
 def work(kind: str, numbers: str) -> int:
-    """Some of the tasks, in this process: a line of JSON for each."""
+    """Run some of the tasks in this process, and print a line of JSON for each."""
     todo = tasks(kind)
     for number in map(int, numbers.split(",")):
         with use_backend("triton"):
@@ -94,7 +94,7 @@ def work(kind: str, numbers: str) -> int:
 
 
 def run(kind: str, until: float, processes: int) -> list[Measured]:
-    """The results of all tasks, which that many processes share; in the interpreter they may take their time."""
+    """The results of all tasks, divided among the processes; in the interpreter there is no time limit."""
     todo = list(range(len(tasks(kind))))
     until = float("inf") if triton.interpreted() else until
     with ThreadPoolExecutor(processes) as pool:
@@ -105,7 +105,7 @@ def run(kind: str, until: float, processes: int) -> list[Measured]:
 
 
 def run_share(kind: str, todo: list[int], until: float) -> dict[int, Measured]:
-    """The results of some tasks, from a process that is started again as often as one of them takes it down."""
+    """The results of some tasks, from a process that is started again whenever a task crashes it."""
     done: dict[int, Measured] = {}
     while rest := [number for number in todo if number not in done]:
         if time.monotonic() - BEGAN > until:
@@ -138,7 +138,7 @@ def run_process(kind: str, todo: list[int], until: float) -> tuple[dict[int, Mea
         timer = watched()
         for line in process.stdout or ():
             timer.cancel()
-            if line.startswith("RESULT "):  # a peer may print, too
+            if line.startswith("RESULT "):  # other packages may also print lines
                 number, result = json.loads(line.removeprefix("RESULT "))
                 done[number] = result
             timer = watched()
@@ -156,7 +156,7 @@ def skipped(task: Any, why: str) -> Measured:
 
 
 def report(checks: list[Measured]) -> int:
-    """Say what was wrong, and the exit code for it."""
+    """Print the failed checks, and return the exit status."""
     wrong = [check for check in checks if not check.get("right")]
     for check in wrong:
         print(f"WRONG {check['case']}: {check.get('error', check.get('skipped'))}")
@@ -186,7 +186,7 @@ def version(package: str) -> str:
 
 
 def driver() -> str:
-    """The driver's version, where it says so."""
+    """The version of the driver, or "unknown"."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
@@ -217,8 +217,8 @@ def page(result: dict[str, Any]) -> Iterator[str]:
     yield ", ".join(f"{name} {value}" for name, value in result["environment"].items()) + "."
     yield f"Backend: {backends()['triton']}."
     yield ""
-    yield f"{sum(bool(check.get('right')) for check in checks)} of {len(checks)} checks against float64 are right."
-    yield "Times are medians between device events of calls on the same tensors."
+    yield f"{sum(bool(check.get('right')) for check in checks)} of {len(checks)} checks against float64 passed."
+    yield "Times are medians over calls with the same tensors, measured between device events."
     yield ""
     yield from short_table(result["timings"])
     yield ""

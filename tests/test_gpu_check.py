@@ -1,4 +1,4 @@
-"""The command that checks a GPU, as far as it can be tested without one."""
+"""The script that checks a GPU, as far as it can be tested without a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def gpu_check(monkeypatch: pytest.MonkeyPatch) -> Any:
     return gpu_check
 
 
-def test_the_table_says_what_was_missed_and_what_is_missing(gpu_check):
+def test_the_table_marks_missed_targets_and_missing_timings(gpu_check):
     timings = [timing.named() for timing in gpu_check.tasks("time")]
     for line in timings:
         key = line["group"], line["length"], line["who"]
@@ -43,7 +43,7 @@ def test_the_table_says_what_was_missed_and_what_is_missing(gpu_check):
     assert table in page and "adasplash_v1, forward + backward | ModuleNotFoundError" in page
 
 
-def test_a_task_that_takes_its_process_down_is_one_line(gpu_check, monkeypatch, tmp_path):
+def test_a_task_that_crashes_its_process_becomes_one_line(gpu_check, monkeypatch, tmp_path):
     script = tmp_path / "tasks.py"
     script.write_text(
         "import os, sys\n"
