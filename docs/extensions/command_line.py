@@ -42,7 +42,7 @@ def files() -> list[Path]:
 def opening(file: Path) -> tuple[str, str]:
     """The command in the first line of a file, and the comment below it."""
     lines = [line[2:] for line in file.read_text("utf-8").splitlines() if line.startswith("# ")]
-    first, *rest = [line for line in lines if not line.startswith("@package")]
+    first, *rest = [line for line in lines if not line.startswith("@package")] or [""]
     return first, " ".join(rest)
 
 

@@ -47,8 +47,9 @@ def test_every_config_file_and_command_is_on_its_page():
         ("# sparse-attn train model=odd\nnot_an_argument: 3\n", ["odd.yaml: model.not_an_argument"]),
         ("# sparse-attn train model=odd\nnot_an_argument: 3 # layers\n", []),
         ("# no command\ndim: 3\n", ["odd.yaml"]),
+        ("dim: 3\n", ["odd.yaml"]),
     ],
-    ids=["a key without a meaning", "a comment is a meaning", "a file without its command"],
+    ids=["a key without a meaning", "a comment is a meaning", "a file without its command", "a file without a comment"],
 )
 def test_a_key_or_file_without_explanation_is_reported(text, wrong, tmp_path, monkeypatch):
     file = tmp_path / "configs" / "model" / "odd.yaml"
