@@ -130,7 +130,7 @@ class Seq2SeqTransformer(nn.Module):
 
         check_alpha(alpha)
         if "adaptive" in kinds.values() and not 1.0 <= alpha <= 2.0:
-            raise ValueError(f"alpha must be in [1, 2], where adaptive attention learns it, got {alpha}")
+            raise ValueError(f"alpha must be in [1, 2], the range in which adaptive attention learns α, got {alpha}")
         check_k(k)
         self.output_alpha = alpha_of_output(output, output_alpha)
 

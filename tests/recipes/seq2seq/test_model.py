@@ -32,7 +32,7 @@ def model_of(kind: str | None = None, **kwargs: Any) -> Seq2SeqTransformer:
 
 
 def ids() -> tuple[Tensor, Tensor]:
-    """Source and target ids; the first row is as long as the batch, the others are padded."""
+    """Source and target ids; the first row has no padding, the others have some."""
     source, target = torch.randint(4, SOURCE, (N, S)), torch.randint(4, TARGET, (N, T))
     target[:, 0] = 1
     source[1, 4:] = source[2, 1:] = 0
@@ -179,7 +179,7 @@ def test_decoding_by_steps_with_a_cache_equals_the_full_pass(kind: str, sizes: l
     model = model_of(kind)
     source, target = ids()
     real = target != 0
-    # Positions are float32 sines, whose last bit may depend on how many are computed together.
+    # Positions are sines in float32. Their last bit may depend on the number of positions that one call computes.
     torch.testing.assert_close(
         by_steps(model, source, target, sizes)[real], model(source, target)[real], rtol=0, atol=1e-6
     )
@@ -234,7 +234,7 @@ def test_dropout_is_applied_only_in_training() -> None:
         ({"encoder_layers": 0}, "encoder_layers must be at least 1, got 0"),
         ({"decoder_layers": -1}, "decoder_layers must be at least 1, got -1"),
         ({"dropout": 1.5}, r"dropout must be in \[0, 1\], got 1.5"),
-        ({"alpha": 2.5}, r"alpha must be in \[1, 2\], where adaptive attention learns it, got 2.5"),
+        ({"alpha": 2.5}, r"alpha must be in \[1, 2\], the range in which adaptive attention learns α, got 2.5"),
         ({"encoder_attention": "entmax", "alpha": 0.0}, r"alpha must be in \(0, inf\), got 0"),
         ({"decoder_attention": "topk", "k": 0}, "k must be at least 1, got 0"),
         ({"k": 0}, "k must be at least 1, got 0"),
