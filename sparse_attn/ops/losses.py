@@ -314,7 +314,7 @@ def check_target(x: Tensor, target: Tensor, ignore_index: int) -> None:
             raise ValueError(f"ignore_index must be negative for a target of probabilities, got {ignore_index}")
         return
     *batch, size = x.movedim(min(x.dim() - 1, 1), -1).shape
-    if list(target.shape) != batch:
+    if tuple(target.shape) != tuple(batch):  # tuples: Dynamo of torch 2.6 cannot compare a list with a shape
         raise ValueError(
             f"target must have shape {tuple(batch)} (class indices) or {tuple(x.shape)} (class probabilities) for x of "
             f"shape {tuple(x.shape)}, got shape {tuple(target.shape)}"
