@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 from fused import ALPHAS, compare, tensors
+from padding import assert_padding_is_ignored
 
+from sparse_attn import entmax_attention
 from sparse_attn.kernels.functions.fused import fused_attention
-from sparse_attn.kernels.triton.attention import plan
+from sparse_attn.kernels.triton.attention import decode, plan
 from sparse_attn.kernels.triton.attention.dropout import multipliers
 
 
@@ -116,3 +118,41 @@ def test_nan_stays_in_its_row(length, device):
     query[0, 1] = 1.0
     wrong = fused_attention(query, key, value, torch.tensor([1.5, -1.0], device=device), scale=0.3)
     assert wrong[:, 1].isnan().all() and wrong[:, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5, torch.tensor([1.0, 1.3, 2.0])])
+def test_nan_in_padding_changes_nothing(alpha, length, device):
+    alpha = alpha.to(device) if isinstance(alpha, torch.Tensor) else alpha
+
+    def attend(query, key, value, mask):
+        return entmax_attention(query, key, value, alpha, mask, enable_gqa=True)
+
+    assert_padding_is_ignored(attend, 7, 71, device, groups=3)
+
+
+def test_nan_in_the_padding_of_a_cache_changes_nothing(device, monkeypatch):
+    monkeypatch.setattr(decode, "_MANY", 100)
+    query, key, value = (torch.randn(1, 2, n, 11, device=device) for n in (1, 307, 307))
+    key[:, :, 251:] = value[:, :, 251:] = math.nan
+    key[:, :, :7] = value[:, :, :7] = math.nan
+    seen = torch.ones(307, dtype=torch.bool, device=device)
+    seen[251:] = seen[:7] = False
+    output = entmax_attention(query, key, value, 1.5, seen.view(1, 1, 1, -1))
+    torch.testing.assert_close(output, entmax_attention(query, key[:, :, 7:251], value[:, :, 7:251], 1.5))
+    # The causal offset of a query block also ends the keys that are read.
+    causal = fused_attention(query, key[:, :, 7:], value[:, :, 7:], 1.5, offset=243, scale=11**-0.5)
+    torch.testing.assert_close(causal, output)
+
+
+def test_nan_after_the_last_key_that_any_query_sees_changes_nothing(length, device):
+    query, key, value = tensors(device)
+    with torch.no_grad():
+        key[:, :, 41:] = value[:, :, 41:] = math.nan
+    alpha = torch.tensor([1.05, 1.5], device=device, requires_grad=True)
+    inputs = (query, key, value, alpha)
+    output = fused_attention(*inputs, offset=4, scale=0.3)
+    upstream = torch.randn_like(output)
+    got = (output, *torch.autograd.grad(output, inputs, upstream))
+    expected = fused_attention(query, key[:, :, :41], value[:, :, :41], alpha, offset=4, scale=0.3)
+    for x, y in zip(got, (expected, *torch.autograd.grad(expected, inputs, upstream)), strict=True):
+        torch.testing.assert_close(x, y)

@@ -23,6 +23,7 @@ from sparse_attn.kernels.triton.attention.tiles import (
     end_of_keys,
     head_a,
     keys_of,
+    keys_seen,
     load_tile,
     masked_scores,
     of_head,
@@ -112,12 +113,13 @@ def _backward_queries(
     k_start = of_head(inputs.key, n, h // inputs.group)
     v_start = of_head(inputs.value, n, h // inputs.group)
     line = head.to(tl.int64) * tiles_m + tile_m
-    end = end_of_keys(i, queries, keys_of(inputs, n), lengths.offset, CAUSAL)
+    limit = keys_of(inputs, lengths, n, CAUSAL)
+    end = end_of_keys(i, queries, limit, lengths.offset, CAUSAL)
     row = head.to(tl.int64) * queries + i
-    q = load_tile(of_head(inputs.query, n, h), tile_m * BLOCK_M, inputs.query.row, queries, D, BLOCK_M, BLOCK_D)
+    q = load_tile(of_head(inputs.query, n, h), tile_m * BLOCK_M, inputs.query.row, inside, D, BLOCK_M, BLOCK_D)
     start = head.to(tl.int64) * queries * DV
-    do = load_tile(kept.grad + start, tile_m * BLOCK_M, DV, queries, DV, BLOCK_M, BLOCK_DV)
-    weighted = load_tile(second + start, tile_m * BLOCK_M, DV, queries, DV, BLOCK_M, BLOCK_DV)
+    do = load_tile(kept.grad + start, tile_m * BLOCK_M, DV, inside, DV, BLOCK_M, BLOCK_DV)
+    weighted = load_tile(second + start, tile_m * BLOCK_M, DV, inside, DV, BLOCK_M, BLOCK_DV)
     delta = tl.sum(do.to(tl.float32) * weighted.to(tl.float32), 1)
     tl.store(kept.delta + row, delta, mask=inside)
     placed = _load_rows(kept.statistics, row, inside, lengths.rows, MODE)
@@ -137,10 +139,11 @@ def _backward_queries(
     for t in range(0, tl.load(kept.counts + line)):
         tile = tl.load(kept.lists + line * tiles_n + t)
         first = tile * BLOCK_N
-        k = load_tile(k_start, first, inputs.key.row, keys, D, BLOCK_N, BLOCK_D)
+        seen = keys_seen(inputs, n, h, first + j, limit)
+        k = load_tile(k_start, first, inputs.key.row, seen, D, BLOCK_N, BLOCK_D)
         s = masked_scores(dot(q, k.T, UPCAST, PRECISION), i[:, None], (first + j)[None, :], end[:, None], inputs, n, h)
         p, u, deviation = weigh(s, placed, a, 1, MODE)
-        v = load_tile(v_start, first, inputs.value.row, keys, DV, BLOCK_N, BLOCK_DV)
+        v = load_tile(v_start, first, inputs.value.row, seen, DV, BLOCK_N, BLOCK_DV)
         dp = dot(do, v.T, UPCAST, PRECISION)
         if inputs.seed is not None:
             dp *= dropout(inputs, head, i[:, None], (first + j)[None, :], queries)
@@ -208,9 +211,9 @@ def _backward_keys(
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     first = tile_n * BLOCK_N
     j = first + tl.arange(0, BLOCK_N)
-    k = load_tile(of_head(inputs.key, n, key_head), first, inputs.key.row, keys, D, BLOCK_N, BLOCK_D)
-    v = load_tile(of_head(inputs.value, n, key_head), first, inputs.value.row, keys, DV, BLOCK_N, BLOCK_DV)
-    limit = keys_of(inputs, n)
+    limit = keys_of(inputs, lengths, n, CAUSAL)
+    k = load_tile(of_head(inputs.key, n, key_head), first, inputs.key.row, j < limit, D, BLOCK_N, BLOCK_D)
+    v = load_tile(of_head(inputs.value, n, key_head), first, inputs.value.row, j < limit, DV, BLOCK_N, BLOCK_DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dvalue = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(0, inputs.group):
@@ -225,12 +228,14 @@ def _backward_keys(
             inside = i < queries
             end = end_of_keys(i, queries, limit, lengths.offset, CAUSAL)
             row = head * queries + i
-            q = load_tile(q_start, tile * BLOCK_M, inputs.query.row, queries, D, BLOCK_M, BLOCK_D)
-            do = load_tile(kept.grad + head * queries * DV, tile * BLOCK_M, DV, queries, DV, BLOCK_M, BLOCK_DV)
+            q = load_tile(q_start, tile * BLOCK_M, inputs.query.row, inside, D, BLOCK_M, BLOCK_D)
+            do = load_tile(kept.grad + head * queries * DV, tile * BLOCK_M, DV, inside, DV, BLOCK_M, BLOCK_DV)
             delta = tl.load(kept.delta + row, mask=inside, other=0.0)
             s = masked_scores(dot(k, q.T, UPCAST, PRECISION), i[None, :], j[:, None], end[None, :], inputs, n, h)
             p, u, _ = weigh(s, _load_rows(kept.statistics, row, inside, lengths.rows, MODE), a, 0, MODE)
             dp = dot(v, do.T, UPCAST, PRECISION)
+            if inputs.mask is not None:
+                dp = tl.where(s == float("-inf"), 0.0, dp)  # a hidden value may be NaN
             if inputs.seed is not None:
                 factor = dropout(inputs, head, i[None, :], j[:, None], queries)
                 p, dp = p * factor, dp * factor

@@ -20,7 +20,7 @@ from torch import Tensor
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.kernels.triton.attention import decode
 from sparse_attn.kernels.triton.attention.arguments import arguments_of
-from sparse_attn.kernels.triton.attention.plan import Plan, kept, statistics_of
+from sparse_attn.kernels.triton.attention.plan import Plan, kept, shared_memory, statistics_of
 from sparse_attn.kernels.triton.attention.short import forward_short
 from sparse_attn.kernels.triton.attention.tiles import (
     dot,
@@ -28,6 +28,7 @@ from sparse_attn.kernels.triton.attention.tiles import (
     end_of_keys,
     head_a,
     keys_of,
+    keys_seen,
     load_tile,
     masked_scores,
     of_head,
@@ -41,7 +42,7 @@ from sparse_attn.kernels.triton.family import (
     step,
     weigh,
 )
-from sparse_attn.kernels.triton.launch import launch, shared_memory
+from sparse_attn.kernels.triton.launch import launch
 
 
 class Results(NamedTuple):
@@ -80,8 +81,8 @@ def _forward(
     v_start = of_head(inputs.value, n, h // inputs.group)
     line = (head.to(tl.int64) * tiles_m + tile_m) * tiles_n
     listed = tiles + line
-    q = load_tile(of_head(inputs.query, n, h), tile_m * BLOCK_M, inputs.query.row, queries, D, BLOCK_M, BLOCK_D)
-    limit = keys_of(inputs, n)
+    q = load_tile(of_head(inputs.query, n, h), tile_m * BLOCK_M, inputs.query.row, i < queries, D, BLOCK_M, BLOCK_D)
+    limit = keys_of(inputs, lengths, n, CAUSAL)
     end = end_of_keys(i, queries, limit, lengths.offset, CAUSAL)
     last = limit
     if CAUSAL:
@@ -91,7 +92,7 @@ def _forward(
     lanes = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
     for tile in range(0, count):
         first = tile * BLOCK_N
-        k = load_tile(k_start, first, inputs.key.row, keys, D, BLOCK_N, BLOCK_D)
+        k = load_tile(k_start, first, inputs.key.row, first + j < limit, D, BLOCK_N, BLOCK_D)
         s = masked_scores(dot(q, k.T, UPCAST, PRECISION), i[:, None], first + j[None, :], end[:, None], inputs, n, h)
         lanes = tl.maximum(lanes, s, propagate_nan=tl.PropagateNan.ALL)
     broken = tl.max((lanes != lanes).to(tl.int32), 1) > 0
@@ -112,7 +113,7 @@ def _forward(
         for t in range(0, count):
             tile = tl.where(sweeps > 0, tl.load(listed + t), t)
             first = tile * BLOCK_N
-            k = load_tile(k_start, first, inputs.key.row, keys, D, BLOCK_N, BLOCK_D)
+            k = load_tile(k_start, first, inputs.key.row, first + j < limit, D, BLOCK_N, BLOCK_D)
             s = masked_scores(
                 dot(q, k.T, UPCAST, PRECISION), i[:, None], (first + j)[None, :], end[:, None], inputs, n, h
             )
@@ -140,7 +141,7 @@ def _forward(
     for t in range(0, count):
         tile = tl.load(listed + t)
         first = tile * BLOCK_N
-        k = load_tile(k_start, first, inputs.key.row, keys, D, BLOCK_N, BLOCK_D)
+        k = load_tile(k_start, first, inputs.key.row, first + j < limit, D, BLOCK_N, BLOCK_D)
         s = masked_scores(dot(q, k.T, UPCAST, PRECISION), i[:, None], first + j[None, :], end[:, None], inputs, n, h)
         p, u, _ = weigh(s, placed, a, 1, MODE)
         total += tl.sum(p, 1).to(tl.float64)
@@ -150,7 +151,8 @@ def _forward(
         if inputs.seed is not None:
             kept = dropout(inputs, head, i[:, None], (first + j)[None, :], queries)
             p, u = p * kept, u * kept
-        v = load_tile(v_start, first, inputs.value.row, keys, DV, BLOCK_N, BLOCK_DV)
+        seen = keys_seen(inputs, n, h, first + j, limit)
+        v = load_tile(v_start, first, inputs.value.row, seen, DV, BLOCK_N, BLOCK_DV)
         acc += dot(p.to(v.dtype), v, UPCAST, PRECISION)
         if results.second is not None:
             acc2 += dot(u.to(v.dtype), v, UPCAST, PRECISION)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,15 @@ LARGEST_HEAD = 256
 # Number of keys whose scores stay on the chip. Fewer for float32, which has no matrix units: operands need registers.
 _SHORT, _SHORT_IN_FLOAT32 = 1024, 32
 _ON_CHIP_SCORES = 2**13
+_LARGE_SHARED_MEMORY = 128 * 1024  # of compute capabilities 8.0 and 9.0; 8.6, 8.9 and 12.0 have 99 KiB
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have; without a device, those of compute capability 9.0."""
+    if device.type != "cuda":
+        return 227 * 1024
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 class Plan(NamedTuple):
@@ -24,11 +33,13 @@ class Plan(NamedTuple):
 
     @staticmethod
     def of(query: Tensor, value: Tensor) -> Plan:
-        """Sizes that compute capability 9.0 compiles with almost no spilling (see `scripts/compile_kernels.py`)."""
+        """Sizes with which kernels compile with almost no spilling (see `scripts/compile_kernels.py`)."""
         block_d, block_dv = padded(query.shape[-1]), padded(value.shape[-1])
         size = max(block_d, block_dv)
         if query.dtype == torch.float32:  # without matrix units
             block_m, block_n, warps = {256: (16, 16, 8), 128: (32, 32, 8)}.get(size, (32, 32, 8))
+        elif size == 256 and shared_memory(query.device) < _LARGE_SHARED_MEMORY:
+            block_m, block_n, warps = 32, 32, 4
         else:
             block_m, block_n, warps = {256: (64, 32, 8), 128: (64, 32, 4)}.get(size, (128, 32, 8))
         return Plan(block_m, block_n, block_d, block_dv, warps)

@@ -13,6 +13,7 @@ from sparse_attn.kernels.triton.attention.tiles import (
     end_of_keys,
     head_a,
     keys_of,
+    keys_seen,
     load_tile,
     masked_scores,
     of_head,
@@ -51,9 +52,11 @@ def forward_short(
     queries, keys = lengths.queries, inputs.keys
     _, tile_m, head, n, h, i = queries_of_program(inputs, lengths, BLOCK_M)
     j = tl.arange(0, ALL)
-    q = load_tile(of_head(inputs.query, n, h), tile_m * BLOCK_M, inputs.query.row, queries, D, BLOCK_M, BLOCK_D)
-    k = load_tile(of_head(inputs.key, n, h // inputs.group), 0, inputs.key.row, keys, D, ALL, BLOCK_D)
-    end = end_of_keys(i, queries, keys_of(inputs, n), lengths.offset, CAUSAL)
+    q = load_tile(of_head(inputs.query, n, h), tile_m * BLOCK_M, inputs.query.row, i < queries, D, BLOCK_M, BLOCK_D)
+    limit = keys_of(inputs, lengths, n, CAUSAL)
+    seen = keys_seen(inputs, n, h, j, limit)
+    k = load_tile(of_head(inputs.key, n, h // inputs.group), 0, inputs.key.row, seen, D, ALL, BLOCK_D)
+    end = end_of_keys(i, queries, limit, lengths.offset, CAUSAL)
     s = masked_scores(dot(q, k.T, UPCAST, PRECISION), i[:, None], j[None, :], end[:, None], inputs, n, h)
     broken = tl.max((s != s).to(tl.int32), 1) > 0
     top = tl.where(broken, float("nan"), tl.max(s, 1))
@@ -75,7 +78,7 @@ def forward_short(
     if inputs.seed is not None:
         kept = dropout(inputs, head, i[:, None], j[None, :], queries)
         p, u = p * kept, u * kept
-    v = load_tile(of_head(inputs.value, n, h // inputs.group), 0, inputs.value.row, keys, DV, ALL, BLOCK_DV)
+    v = load_tile(of_head(inputs.value, n, h // inputs.group), 0, inputs.value.row, seen, DV, ALL, BLOCK_DV)
     acc = dot(p.to(v.dtype), v, UPCAST, PRECISION)
     acc2 = acc
     if results.second is not None:

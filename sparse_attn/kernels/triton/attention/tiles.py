@@ -47,12 +47,34 @@ def head_a(inputs, h):
 
 
 @triton.jit
-def keys_of(inputs, n):
-    """The number of keys of a batch entry, without padding."""
+def keys_of(inputs, lengths, n, CAUSAL: tl.constexpr):
+    """How many keys of a batch entry its queries can see, without padding."""
     limit = inputs.keys
     if inputs.key_lengths is not None:
         limit = tl.minimum(limit, tl.load(inputs.key_lengths + n).to(tl.int32))
+    if CAUSAL:
+        limit = tl.minimum(limit, tl.maximum(lengths.queries + lengths.offset, 0))
     return limit
+
+
+@triton.jit
+def keys_seen(inputs, n, h, j, limit):
+    """Which of the keys ``j`` some query of a head may see: before the limit, and not hidden from all by a mask.
+
+    The others are not read. Their weight is 0, but 0 · NaN is NaN, and padding may hold anything.
+    """
+    seen = j < limit
+    if inputs.mask is not None:
+        if inputs.mask.query is None:
+            mask = tl.load(of_mask(inputs.mask, n, h) + j.to(tl.int64) * inputs.mask.key, mask=seen, other=0)
+            seen = seen & _shown(mask, inputs.lowest)
+    return seen
+
+
+@triton.jit
+def _shown(mask, lowest):
+    """Where a boolean mask, or a float mask that hides at ``lowest``, shows a key."""
+    return mask != 0 if mask.dtype.is_int() else ~(mask.to(tl.float32) <= lowest)
 
 
 @triton.jit
@@ -88,22 +110,19 @@ def masked_scores(product, i, j, end, inputs, n, h):
             mask = tl.load(place, mask=j < inputs.keys, other=0)
         else:
             mask = tl.load(place + i.to(tl.int64) * inputs.mask.query, mask=seen, other=0)
-        if mask.dtype.is_int():
-            seen = seen & (mask != 0)
-        else:
-            mask = mask.to(tl.float32)
-            s += mask
-            seen = seen & ~(mask <= inputs.lowest)
+        seen = seen & _shown(mask, inputs.lowest)
+        if not mask.dtype.is_int():
+            s += mask.to(tl.float32)
     return tl.where(seen, s, float("-inf"))
 
 
 @triton.jit
-def load_tile(X, first, stride, size, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows from ``first`` on; zeros beyond the last row."""
+def load_tile(X, first, stride, inside, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows from ``first`` on; zeros for rows that are not ``inside``."""
     row, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     X += tl.cast(first, tl.int64) * stride
-    mask = (first + row < size)[:, None] & (d < D)[None, :]
-    return tl.load(X + row[:, None] * stride + d[None, :], mask=mask, other=0.0)
+    mask = inside[:, None] & (d < D)[None, :]
+    return tl.load(X + row.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
