@@ -51,9 +51,9 @@ def fused_attention(
     """
     per_head, a = split_alpha(alpha)
     if query.dtype == torch.float16 and per_head is None and a > _STEEP:
-        wide = (x.float() for x in (query, key, value))
-        how = {"scale": scale, "key_lengths": key_lengths}
-        return fused_attention(*wide, alpha, mask, dropout_p, offset, **how).to(query.dtype)  # type: ignore[arg-type]
+        wide = (query.float(), key.float(), value.float())
+        how: dict[str, Any] = {"scale": scale, "key_lengths": key_lengths}
+        return fused_attention(*wide, alpha, mask, dropout_p, offset, **how).to(query.dtype)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)

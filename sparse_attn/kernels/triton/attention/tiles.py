@@ -64,7 +64,7 @@ def keys_seen(inputs, n, h, j, limit):
     The others are not read. Their weight is 0, but 0 · NaN is NaN, and padding may hold anything.
     """
     seen = j < limit
-    if inputs.mask is not None:
+    if inputs.mask is not None:  # noqa: SIM102, Triton has no fields of None
         if inputs.mask.query is None:
             mask = tl.load(of_mask(inputs.mask, n, h) + j.to(tl.int64) * inputs.mask.key, mask=seen, other=0)
             seen = seen & _shown(mask, inputs.lowest)
