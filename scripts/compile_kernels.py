@@ -5,8 +5,8 @@
 All kernels take five minutes or more; `few` compiles one variant of each, with all features.
 
 The script calls the functions that start kernels, on small CPU tensors, and compiles each kernel for a compute
-capability (90, for 9.0, if none is given) instead of starting it. Printed are registers, spilled bytes and shared memory
-of every kernel: a kernel that spills is slow, and one that needs more shared memory than exists would not start.
+capability (90, for 9.0, if none is given) instead of starting it. Printed are registers, spilled bytes and shared
+memory of every kernel: a kernel that spills is slow, and one that needs more shared memory than exists would not start.
 It ends with 1 if a kernel does not compile, or would not start, for a capability that `sparse_attn` does not refuse.
 """
 

@@ -12,21 +12,24 @@ from torch import Tensor
 from sparse_attn.kernels.triton import KernelError, interpreted
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: int = 2) -> None:
+def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: int = 2) -> Any:
     """Start ``programs`` programs of a kernel, on the device of the first tensor among the arguments.
+
+    Returns:
+        The compiled kernel, as Triton has it; None in the interpreter.
 
     Raises:
         KernelError: Triton cannot compile or start the kernel.
     """
     if interpreted():
         kernel[(programs,)](*map(_as_a_device_sees, arguments))
-        return
+        return None
     first = next(_tensors(arguments))
     # Triton starts a kernel on the current device, whichever device its tensors are on.
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
         try:
             # The option for fused multiply-add is explicit, since its default differs between versions of Triton.
-            kernel[(programs,)](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+            return kernel[(programs,)](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
         except Exception as error:
             # After an error of the device, plain torch would fail too, and memory is not a fault of the kernel.
             if "CUDA" in str(error) or isinstance(error, torch.OutOfMemoryError):

@@ -18,7 +18,7 @@ from sparse_attn.kernels.triton.attention.dropout import multipliers
 @pytest.fixture(params=["short", "long"])
 def length(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run with the scores of all keys on the chip (short), or with the other kernel at the same small sizes (long)."""
-    for name in ("_SHORT", "_SHORT_IN_FLOAT32"):
+    for name in ("SHORT", "SHORT_IN_FLOAT32"):
         monkeypatch.setattr(plan, name, 1024 if request.param == "short" else 0)
     return request.param
 
@@ -73,7 +73,7 @@ def test_half_precision(dtype, length, device):
 
 
 def test_the_short_kernel_with_many_keys(device, monkeypatch):
-    monkeypatch.setattr(plan, "_SHORT_IN_FLOAT32", 1024)
+    monkeypatch.setattr(plan, "SHORT_IN_FLOAT32", 1024)
     alpha = torch.tensor([1.0, 1.6], device=device, requires_grad=True)
     inputs = tensors(device, queries=17, keys=121)
     assert plan.Plan.of(inputs[0], inputs[2]).short(121, 4, 2**17)

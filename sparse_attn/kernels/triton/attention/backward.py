@@ -292,11 +292,11 @@ def backward(
     kept = Kept(grad, delta, statistics, *_lists(flags))
     compiled_queries = (*compiled, one_row, one_column)
     launch(
-        _backward_queries, rows * tiles_m, inputs, lengths, kept, second, gradients, *compiled_queries, warps=plan.warps
+        _backward_queries, rows * tiles_m, inputs, lengths, kept, second, gradients, *compiled_queries, warps=plan.warps, stages=plan.stages
     )
     kept = Kept(grad, delta, statistics, *_lists(flags.transpose(1, 2)))
     programs = batch * key_heads * tiles_n
-    launch(_backward_keys, programs, inputs, lengths, kept, grad_key, grad_value, *compiled, warps=plan.warps)
+    launch(_backward_keys, programs, inputs, lengths, kept, grad_key, grad_value, *compiled, warps=plan.warps, stages=plan.stages)
     return grad_query, grad_key, grad_value, grad_alpha.sum((0, 2)) if with_alpha else grad_alpha, grad_mask
 
 

@@ -208,5 +208,5 @@ def forward(
     else:
         tiles = torch.empty((rows, tiles_m, tiles_n), dtype=torch.int32, device=device)
         several = (*constants, *sizes, plan.block_m, plan.block_n, tolerance, loose)
-        launch(_forward, tiles_m * rows, inputs, lengths, results, tiles, *several, warps=plan.warps)
+        launch(_forward, tiles_m * rows, inputs, lengths, results, tiles, *several, warps=plan.warps, stages=plan.stages)
     return output, second, statistics, flags

@@ -9,7 +9,7 @@ from torch import Tensor
 
 LARGEST_HEAD = 256
 # Number of keys whose scores stay on the chip. Fewer for float32, which has no matrix units: operands need registers.
-_SHORT, _SHORT_IN_FLOAT32 = 1024, 32
+SHORT, SHORT_IN_FLOAT32 = 1024, 32
 _ON_CHIP_SCORES = 2**13
 _LARGE_SHARED_MEMORY = 128 * 1024  # of compute capabilities 8.0 and 9.0; 8.6, 8.9 and 12.0 have 99 KiB
 
@@ -30,6 +30,7 @@ class Plan(NamedTuple):
     block_d: int
     block_dv: int
     warps: int
+    stages: int = 2  # of the software pipeline that loads tiles
 
     @staticmethod
     def of(query: Tensor, value: Tensor) -> Plan:
@@ -47,7 +48,7 @@ class Plan(NamedTuple):
     def short(self, keys: int, itemsize: int, shared_memory: int) -> tuple[int, int] | None:
         """Queries and warps of a program that holds the scores of all keys, or None if there are too many keys."""
         padded_keys = max(padded(keys), self.block_n)
-        if padded_keys > (_SHORT_IN_FLOAT32 if itemsize == 4 else _SHORT):
+        if padded_keys > (SHORT_IN_FLOAT32 if itemsize == 4 else SHORT):
             return None
         keys_and_more = padded_keys * max(self.block_d, self.block_dv) * itemsize * 5 // 4
         if keys_and_more > shared_memory:
