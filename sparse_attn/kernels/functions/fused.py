@@ -54,6 +54,8 @@ def fused_attention(
         wide = (query.float(), key.float(), value.float())
         how: dict[str, Any] = {"scale": scale, "key_lengths": key_lengths}
         return fused_attention(*wide, alpha, mask, dropout_p, offset, **how).to(query.dtype)
+    if scale <= 0:  # the kernels compare products in the place of scores
+        query, scale = (query * 0, 1.0) if scale == 0 else (-query, -scale)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)

@@ -22,15 +22,19 @@ from sparse_attn.kernels.triton.attention.tiles import (
     dropout,
     end_of_keys,
     head_a,
+    head_of_program,
+    hide,
     keys_of,
     keys_seen,
     load_tile,
-    masked_scores,
     of_head,
     of_mask,
+    products,
     queries_of_program,
+    whole_tiles,
 )
-from sparse_attn.kernels.triton.family import alpha_gradient, deviation_from_scores, reference_of, weigh
+from sparse_attn.kernels.triton.attention.weights import GENTLE, alpha_gradient_of_sums, log_weights, weights
+from sparse_attn.kernels.triton.family import alpha_gradient, deviation_from_scores, reference_of
 from sparse_attn.kernels.triton.launch import launch
 
 
@@ -51,20 +55,20 @@ def _list_tiles(Flags, Lists, Counts, lines, size, stride_head, stride_line, str
 
 @triton.jit
 def _load_rows(Stats, row, inside, rows, MODE: tl.constexpr):
-    """The results of ``place_rows`` for these rows, stored by the forward."""
+    """The results of ``weights.place`` for these rows, stored by the forward. Rows that are not inside get weights of 0."""
     rows = tl.cast(rows, tl.int64)
-    edge = tl.load(Stats + row, mask=inside, other=0.0)
-    edge_rest = tl.load(Stats + rows + row, mask=inside, other=0.0)
-    factor = tl.load(Stats + 2 * rows + row, mask=inside, other=0.0)
-    slope_factor = tl.load(Stats + 3 * rows + row, mask=inside, other=0.0)
+    first = tl.load(Stats + row, mask=inside, other=0.0)
+    second = tl.load(Stats + rows + row, mask=inside, other=0.0)
+    third = tl.load(Stats + 2 * rows + row, mask=inside, other=1.0)  # a factor of -inf must not be 0
     if MODE != 0:
-        return edge, edge_rest, factor, slope_factor
+        return first, second, third
     else:
-        place = tl.load(Stats + 4 * rows + row, mask=inside, other=0.0)
-        place_rest = tl.load(Stats + 5 * rows + row, mask=inside, other=0.0)
-        rise = tl.load(Stats + 6 * rows + row, mask=inside, other=0.0)
-        log_factor = tl.load(Stats + 7 * rows + row, mask=inside, other=0.0)
-        return edge, edge_rest, factor, slope_factor, place, place_rest, rise, log_factor
+        fourth = tl.load(Stats + 3 * rows + row, mask=inside, other=0.0)
+        fifth = tl.load(Stats + 4 * rows + row, mask=inside, other=0.0)
+        sixth = tl.load(Stats + 5 * rows + row, mask=inside, other=0.0)
+        seventh = tl.load(Stats + 6 * rows + row, mask=inside, other=0.0)
+        eighth = tl.load(Stats + 7 * rows + row, mask=inside, other=0.0)
+        return first, second, third, fourth, fifth, sixth, seventh, eighth
 
 
 class Kept(NamedTuple):
@@ -83,6 +87,190 @@ class Gradients(NamedTuple):
     query: Tensor
     alpha: Tensor | None
     mask: Mask | None
+
+
+@triton.jit
+def _queries_sweep(
+    q,
+    do,
+    k_start,
+    v_start,
+    listed,
+    begin,
+    stop,
+    row,
+    delta,
+    reference,
+    acc,
+    sums,
+    column,
+    a,
+    i,
+    end,
+    limit,
+    inputs,
+    lengths,
+    gradients,
+    head,
+    n,
+    h,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    ONE_COLUMN: tl.constexpr,
+    FINE: tl.constexpr,
+    EXACT: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Add the gradients of the queries from listed tiles, and the sums for the gradient of α."""
+    for t in range(begin, stop):
+        first = tl.load(listed + t) * BLOCK_N
+        j = first + tl.arange(0, BLOCK_N)
+        inside = j < limit
+        if EDGE:
+            inside = keys_seen(inputs, n, h, j, limit)
+        k, z = products(
+            q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, EDGE
+        )
+        p, u, log = weights(z, row, a, inputs.scale, MODE, FINE, EXACT, True)
+        v = load_tile(v_start, first, inputs.value.row, inside, DV, BLOCK_N, BLOCK_DV, EDGE)
+        dp = dot(do, v.T, UPCAST, PRECISION)
+        if inputs.seed is not None:
+            dp *= dropout(inputs, head, i[:, None], j[None, :], lengths.queries)
+        dp -= delta[:, None]
+        ds = u * dp
+        acc += dot(ds.to(k.dtype), k, UPCAST, PRECISION)
+        if gradients.alpha is not None:
+            if EXACT:
+                each = a + tl.zeros([i.shape[0]], tl.float64)
+                with_log = p * log
+                y = deviation_from_scores(z * inputs.scale, p, u, log, row, each, reference, 1)
+                sums = (
+                    sums[0] + tl.sum(u, 1).to(tl.float64),
+                    sums[1] + tl.sum(with_log, 1).to(tl.float64),
+                    sums[2] + tl.sum(y, 1).to(tl.float64),
+                    sums[3] + tl.sum(p * dp, 1).to(tl.float64),
+                    sums[4] + tl.sum(with_log * dp, 1).to(tl.float64),
+                    sums[5] + tl.sum(y * dp, 1).to(tl.float64),
+                )
+            else:
+                by_p = p * dp
+                log_p = log_weights(log, row, a)
+                sums = (
+                    sums[0] + tl.sum(u, 1),
+                    sums[1] + tl.sum(ds, 1),
+                    sums[2] + tl.sum(by_p, 1),
+                    sums[3] + tl.sum(p * log_p, 1),
+                    sums[4] + tl.sum(by_p * log_p, 1),
+                    sums[5],
+                )
+        if gradients.mask is not None:
+            place = of_mask(gradients.mask, n, h)
+            if ONE_COLUMN:
+                column += tl.sum(ds, 1)
+            elif ONE_ROW:
+                tl.atomic_add(place + j * gradients.mask.key, tl.sum(ds, 0), mask=j < inputs.keys)
+            else:
+                place += i.to(tl.int64)[:, None] * gradients.mask.query + j[None, :] * gradients.mask.key
+                within = (i < lengths.queries)[:, None] & (j < inputs.keys)[None, :]
+                tl.atomic_add(place, ds, mask=within)
+    return acc, sums, column
+
+
+@triton.jit
+def _backward_rows(
+    inputs,
+    lengths,
+    kept,
+    second,
+    gradients,
+    a,
+    CAUSAL: tl.constexpr,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    ONE_COLUMN: tl.constexpr,
+    FINE: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    queries, keys = lengths.queries, inputs.keys
+    tiles_m, tile_m, head, n, h, i = queries_of_program(inputs, lengths, BLOCK_M)
+    inside = i < queries
+    d = tl.arange(0, BLOCK_D)
+    k_start = of_head(inputs.key, n, h // inputs.group)
+    v_start = of_head(inputs.value, n, h // inputs.group)
+    line = head.to(tl.int64) * tiles_m + tile_m
+    listed = kept.lists + line * tl.cdiv(keys, BLOCK_N)
+    limit = keys_of(inputs, lengths, n, CAUSAL)
+    end = end_of_keys(i, queries, limit, lengths.offset, CAUSAL)
+    row = head.to(tl.int64) * queries + i
+    q = load_tile(of_head(inputs.query, n, h), tile_m * BLOCK_M, inputs.query.row, inside, D, BLOCK_M, BLOCK_D)
+    start = head.to(tl.int64) * queries * DV
+    do = load_tile(kept.grad + start, tile_m * BLOCK_M, DV, inside, DV, BLOCK_M, BLOCK_DV)
+    weighted = load_tile(second + start, tile_m * BLOCK_M, DV, inside, DV, BLOCK_M, BLOCK_DV)
+    delta = tl.sum(do.to(tl.float32) * weighted.to(tl.float32), 1)
+    tl.store(kept.delta + row, delta, mask=inside)
+    placed = _load_rows(kept.statistics, row, inside, lengths.rows, MODE)
+    each = a + tl.zeros([BLOCK_M], tl.float64)
+    log_factor = tl.zeros([BLOCK_M], tl.float64)
+    reference = (delta, delta, log_factor)
+    if EXACT:
+        log_factor = placed[7].to(tl.float64)
+        reference = reference_of(log_factor, each)
+    zero = tl.zeros([BLOCK_M], tl.float64 if EXACT else tl.float32)
+    # With EXACT: u, ℓ and y relative to ℓ₀; 1, ℓ and y times the upstream gradient. Else: u; u, p times the upstream
+    # gradient; p ℓ; p ℓ times the upstream gradient.
+    sums = (zero, zero, zero, zero, zero, zero)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    column = tl.zeros([BLOCK_M], tl.float32)
+    count = tl.load(kept.counts + line)
+    split = count * 0
+    if inputs.mask is None and not EXACT:  # the list is in order: the tiles that a query does not see as a whole are its last
+        whole = whole_tiles(inputs, lengths, limit, tile_m * BLOCK_M, BLOCK_N, CAUSAL, EXACT)
+        split = count
+        while (split > 0) & (tl.load(listed + tl.maximum(split - 1, 0)) >= whole):
+            split -= 1
+        acc, sums, column = _queries_sweep(
+            *(q, do, k_start, v_start, listed, 0, split, placed, delta, reference, acc, sums, column),
+            *(a, i, end, limit, inputs, lengths, gradients, head, n, h),
+            *(MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, EXACT, False),
+        )
+    acc, sums, column = _queries_sweep(
+        *(q, do, k_start, v_start, listed, split, count, placed, delta, reference, acc, sums, column),
+        *(a, i, end, limit, inputs, lengths, gradients, head, n, h),
+        *(MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, EXACT, True),
+    )
+    place = row[:, None] * D + d[None, :]
+    tl.store(
+        gradients.query + place,
+        (acc * inputs.scale).to(gradients.query.dtype.element_ty),
+        mask=inside[:, None] & (d < D)[None, :],
+    )
+    if gradients.alpha is not None:
+        slope = tl.where(sums[0] == 0.0, 1.0, sums[0])
+        if EXACT:
+            with_log, with_y = sums[4] - sums[1] * sums[3], sums[5] - sums[2] * sums[3]
+            da = alpha_gradient(with_log, with_y, sums[1], sums[2], slope, each, log_factor, reference)
+        else:
+            da = alpha_gradient_of_sums(slope, sums[1], sums[2], sums[3], sums[4], each)
+        seen = placed[0] == placed[0]
+        tl.store(gradients.alpha + row, tl.where(seen, da, float("nan")).to(tl.float32), mask=inside)
+    if gradients.mask is not None and ONE_COLUMN:
+        place = of_mask(gradients.mask, n, h) + i.to(tl.int64) * gradients.mask.query
+        tl.atomic_add(place, column, mask=inside)
 
 
 @triton.jit(do_not_specialize=("lengths",))
@@ -105,83 +293,166 @@ def _backward_queries(
     ONE_ROW: tl.constexpr,
     ONE_COLUMN: tl.constexpr,
 ):
-    queries, keys = lengths.queries, inputs.keys
-    tiles_m, tile_m, head, n, h, i = queries_of_program(inputs, lengths, BLOCK_M)
-    tiles_n = tl.cdiv(keys, BLOCK_N)
-    inside = i < queries
-    d, j = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
-    k_start = of_head(inputs.key, n, h // inputs.group)
-    v_start = of_head(inputs.value, n, h // inputs.group)
-    line = head.to(tl.int64) * tiles_m + tile_m
-    limit = keys_of(inputs, lengths, n, CAUSAL)
-    end = end_of_keys(i, queries, limit, lengths.offset, CAUSAL)
-    row = head.to(tl.int64) * queries + i
-    q = load_tile(of_head(inputs.query, n, h), tile_m * BLOCK_M, inputs.query.row, inside, D, BLOCK_M, BLOCK_D)
-    start = head.to(tl.int64) * queries * DV
-    do = load_tile(kept.grad + start, tile_m * BLOCK_M, DV, inside, DV, BLOCK_M, BLOCK_DV)
-    weighted = load_tile(second + start, tile_m * BLOCK_M, DV, inside, DV, BLOCK_M, BLOCK_DV)
-    delta = tl.sum(do.to(tl.float32) * weighted.to(tl.float32), 1)
-    tl.store(kept.delta + row, delta, mask=inside)
-    placed = _load_rows(kept.statistics, row, inside, lengths.rows, MODE)
-    a = head_a(inputs, h) + tl.zeros([BLOCK_M], tl.float64)
-    if gradients.alpha is not None:
-        log_factor = placed[7].to(tl.float64)
-        reference = reference_of(log_factor, a)
-    # Sums for the gradient of α: u, and ℓ and y relative to ℓ₀; then 1, ℓ and y times the upstream gradient.
-    slope = tl.zeros([BLOCK_M], tl.float64)
-    mean_log = tl.zeros([BLOCK_M], tl.float64)
-    mean_y = tl.zeros([BLOCK_M], tl.float64)
-    with_one = tl.zeros([BLOCK_M], tl.float64)
-    with_log = tl.zeros([BLOCK_M], tl.float64)
-    with_y = tl.zeros([BLOCK_M], tl.float64)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    sums = tl.zeros([BLOCK_M], tl.float32)
-    for t in range(0, tl.load(kept.counts + line)):
-        tile = tl.load(kept.lists + line * tiles_n + t)
-        first = tile * BLOCK_N
-        seen = keys_seen(inputs, n, h, first + j, limit)
-        k = load_tile(k_start, first, inputs.key.row, seen, D, BLOCK_N, BLOCK_D)
-        s = masked_scores(dot(q, k.T, UPCAST, PRECISION), i[:, None], (first + j)[None, :], end[:, None], inputs, n, h)
-        p, u, deviation = weigh(s, placed, a, 1, MODE)
-        v = load_tile(v_start, first, inputs.value.row, seen, DV, BLOCK_N, BLOCK_DV)
+    FINE: tl.constexpr = inputs.query.start.dtype.element_ty == tl.float32
+    a = head_a(inputs, head_of_program(inputs, lengths, BLOCK_M))
+    if FINE and MODE == 0:
+        _backward_rows(
+            *(inputs, lengths, kept, second, gradients, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),
+            *(BLOCK_M, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, True),
+        )
+    elif MODE == 0:
+        if tl.max(a, 0) < GENTLE:
+            _backward_rows(
+                *(inputs, lengths, kept, second, gradients, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV),
+                *(BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, True),
+            )
+        else:
+            _backward_rows(
+                *(inputs, lengths, kept, second, gradients, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV),
+                *(BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, False),
+            )
+    else:
+        _backward_rows(
+            *(inputs, lengths, kept, second, gradients, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),
+            *(BLOCK_M, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, False),
+        )
+
+
+@triton.jit
+def _keys_sweep(
+    k,
+    v,
+    q_start,
+    grad,
+    kept,
+    listed,
+    begin,
+    skip_from,
+    skip,
+    stop,
+    dk,
+    dvalue,
+    a,
+    first,
+    limit,
+    inputs,
+    lengths,
+    head,
+    n,
+    h,
+    CAUSAL: tl.constexpr,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FINE: tl.constexpr,
+    EXACT: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Add the gradients of a tile of keys and values from listed tiles of queries, except ``skip`` in the middle."""
+    queries = lengths.queries
+    j = first + tl.arange(0, BLOCK_N)
+    for t in range(begin, stop - skip):
+        tile = tl.load(listed + tl.where(t < skip_from, t, t + skip))
+        i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = i < queries
+        row = head * queries + i
+        q = load_tile(q_start, tile * BLOCK_M, inputs.query.row, inside, D, BLOCK_M, BLOCK_D, EDGE)
+        do = load_tile(grad, tile * BLOCK_M, DV, inside, DV, BLOCK_M, BLOCK_DV, EDGE)
+        delta = tl.load(kept.delta + row, mask=inside, other=0.0)
+        # Products of queries and keys, and not of keys and queries: all kernels round them alike.
+        z = dot(q, k.T, UPCAST, PRECISION)
+        if EDGE:
+            end = end_of_keys(i, queries, limit, lengths.offset, CAUSAL)
+            z = hide(z, i[:, None], j[None, :], end[:, None], inputs, n, h)
+        placed = _load_rows(kept.statistics, row, inside, lengths.rows, MODE)
+        p, u, _ = weights(z, placed, a, inputs.scale, MODE, FINE, EXACT, True)
         dp = dot(do, v.T, UPCAST, PRECISION)
+        if inputs.mask is not None:
+            dp = tl.where(z == float("-inf"), 0.0, dp)  # a hidden value may be NaN
         if inputs.seed is not None:
-            dp *= dropout(inputs, head, i[:, None], (first + j)[None, :], queries)
-        dp -= delta[:, None]
-        ds = u * dp
-        acc += dot(ds.to(k.dtype), k, UPCAST, PRECISION)
-        if gradients.alpha is not None:
-            log, y = p * deviation, deviation_from_scores(s, p, u, deviation, placed, a, reference, 1)
-            slope += tl.sum(u, 1).to(tl.float64)
-            mean_log += tl.sum(log, 1).to(tl.float64)
-            mean_y += tl.sum(y, 1).to(tl.float64)
-            with_one += tl.sum(p * dp, 1).to(tl.float64)
-            with_log += tl.sum(log * dp, 1).to(tl.float64)
-            with_y += tl.sum(y * dp, 1).to(tl.float64)
-        if gradients.mask is not None:
-            place = of_mask(gradients.mask, n, h)
-            if ONE_COLUMN:
-                sums += tl.sum(ds, 1)
-            elif ONE_ROW:
-                tl.atomic_add(place + (first + j) * gradients.mask.key, tl.sum(ds, 0), mask=first + j < keys)
-            else:
-                place += i.to(tl.int64)[:, None] * gradients.mask.query + (first + j)[None, :] * gradients.mask.key
-                tl.atomic_add(place, ds, mask=inside[:, None] & (first + j < keys)[None, :])
-    place = row[:, None] * D + d[None, :]
-    tl.store(
-        gradients.query + place,
-        (acc * inputs.scale).to(gradients.query.dtype.element_ty),
-        mask=inside[:, None] & (d < D)[None, :],
+            factor = dropout(inputs, head, i[:, None], j[None, :], queries)
+            p, dp = p * factor, dp * factor
+        dvalue += dot(p.to(do.dtype).T, do, UPCAST, PRECISION)
+        ds = u * (dp - delta[:, None])
+        dk += dot(ds.to(q.dtype).T, q, UPCAST, PRECISION)
+    return dk, dvalue
+
+
+@triton.jit
+def _first_listed(listed, count, tile):
+    """The position in a list of tiles, in order, of the first that is not before ``tile``."""
+    low, high = count * 0, count
+    while low < high:
+        middle = (low + high) // 2
+        before = tl.load(listed + middle) < tile
+        low, high = tl.where(before, middle + 1, low), tl.where(before, high, middle)
+    return low
+
+
+@triton.jit
+def _keys_of_member(
+    k,
+    v,
+    kept,
+    dk,
+    dvalue,
+    a,
+    tile_n,
+    limit,
+    inputs,
+    lengths,
+    n,
+    h,
+    CAUSAL: tl.constexpr,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FINE: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Add the gradients of a tile of keys and values from one of the heads that share them."""
+    queries = lengths.queries
+    tiles_m, tiles_n = tl.cdiv(queries, BLOCK_M), tl.cdiv(inputs.keys, BLOCK_N)
+    first = tile_n * BLOCK_N
+    head = n * inputs.heads + h
+    q_start = of_head(inputs.query, n, h)
+    grad = kept.grad + head * queries * DV
+    line = head * tiles_n + tile_n
+    listed = kept.lists + line * tiles_m
+    count = tl.load(kept.counts + line)
+    begin, stop = count * 0, count * 0
+    if inputs.mask is None and not EXACT:
+        # The tiles from `begin` to `stop` see all of these keys. The others are the first under a causal mask, and the
+        # last if it has fewer queries than the others.
+        seen = queries * 0
+        if CAUSAL:
+            seen = tl.cdiv(tl.maximum(first + BLOCK_N - 1 - lengths.offset, 0), BLOCK_M)
+        stop = _first_listed(listed, count, queries // BLOCK_M)
+        begin = tl.minimum(_first_listed(listed, count, seen), stop)
+        if first + BLOCK_N > limit:
+            begin = stop
+        dk, dvalue = _keys_sweep(
+            *(k, v, q_start, grad, kept, listed, begin, stop, 0, stop, dk, dvalue, a, first, limit),
+            *(inputs, lengths, head, n, h, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),
+            *(BLOCK_M, BLOCK_N, FINE, EXACT, False),
+        )
+    return _keys_sweep(
+        *(k, v, q_start, grad, kept, listed, 0, begin, stop - begin, count, dk, dvalue, a, first, limit),
+        *(inputs, lengths, head, n, h, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),
+        *(BLOCK_M, BLOCK_N, FINE, EXACT, True),
     )
-    if gradients.alpha is not None:
-        slope = tl.where(slope == 0.0, 1.0, slope)
-        with_log, with_y = with_log - mean_log * with_one, with_y - mean_y * with_one
-        da = alpha_gradient(with_log, with_y, mean_log, mean_y, slope, a, log_factor, reference)
-        seen = placed[2] == placed[2]
-        tl.store(gradients.alpha + row, tl.where(seen, da, float("nan")).to(tl.float32), mask=inside)
-    if gradients.mask is not None and ONE_COLUMN:
-        place = of_mask(gradients.mask, n, h) + i.to(tl.int64) * gradients.mask.query
-        tl.atomic_add(place, sums, mask=inside)
 
 
 @triton.jit(do_not_specialize=("lengths",))
@@ -202,8 +473,9 @@ def _backward_keys(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    queries, keys = lengths.queries, inputs.keys
-    tiles_m, tiles_n = tl.cdiv(queries, BLOCK_M), tl.cdiv(keys, BLOCK_N)
+    keys = inputs.keys
+    FINE: tl.constexpr = inputs.query.start.dtype.element_ty == tl.float32
+    tiles_n = tl.cdiv(keys, BLOCK_N)
     tile_n = tl.program_id(0) % tiles_n  # under a causal mask the first tiles have most work
     pair = tl.program_id(0) // tiles_n  # batch entry and head of the keys
     key_heads = inputs.heads // inputs.group
@@ -218,30 +490,28 @@ def _backward_keys(
     dvalue = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(0, inputs.group):
         h = key_head * inputs.group + member
-        head = n * inputs.heads + h
-        q_start = of_head(inputs.query, n, h)
-        a = head_a(inputs, h) + tl.zeros([BLOCK_M], tl.float64)
-        line = head * tiles_n + tile_n
-        for t in range(0, tl.load(kept.counts + line)):
-            tile = tl.load(kept.lists + line * tiles_m + t)
-            i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            inside = i < queries
-            end = end_of_keys(i, queries, limit, lengths.offset, CAUSAL)
-            row = head * queries + i
-            q = load_tile(q_start, tile * BLOCK_M, inputs.query.row, inside, D, BLOCK_M, BLOCK_D)
-            do = load_tile(kept.grad + head * queries * DV, tile * BLOCK_M, DV, inside, DV, BLOCK_M, BLOCK_DV)
-            delta = tl.load(kept.delta + row, mask=inside, other=0.0)
-            s = masked_scores(dot(k, q.T, UPCAST, PRECISION), i[None, :], j[:, None], end[None, :], inputs, n, h)
-            p, u, _ = weigh(s, _load_rows(kept.statistics, row, inside, lengths.rows, MODE), a, 0, MODE)
-            dp = dot(v, do.T, UPCAST, PRECISION)
-            if inputs.mask is not None:
-                dp = tl.where(s == float("-inf"), 0.0, dp)  # a hidden value may be NaN
-            if inputs.seed is not None:
-                factor = dropout(inputs, head, i[None, :], j[:, None], queries)
-                p, dp = p * factor, dp * factor
-            dvalue += dot(p.to(do.dtype), do, UPCAST, PRECISION)
-            ds = u * (dp - delta[None, :])
-            dk += dot(ds.to(q.dtype), q, UPCAST, PRECISION)
+        a = head_a(inputs, h)
+        if FINE and MODE == 0:
+            dk, dvalue = _keys_of_member(
+                *(k, v, kept, dk, dvalue, a, tile_n, limit, inputs, lengths, n, h, CAUSAL, MODE, UPCAST, PRECISION),
+                *(D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, FINE, True),
+            )
+        elif MODE == 0:
+            if tl.max(a, 0) < GENTLE:
+                dk, dvalue = _keys_of_member(
+                    *(k, v, kept, dk, dvalue, a, tile_n, limit, inputs, lengths, n, h, CAUSAL, MODE, UPCAST),
+                    *(PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, FINE, True),
+                )
+            else:
+                dk, dvalue = _keys_of_member(
+                    *(k, v, kept, dk, dvalue, a, tile_n, limit, inputs, lengths, n, h, CAUSAL, MODE, UPCAST),
+                    *(PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, FINE, False),
+                )
+        else:
+            dk, dvalue = _keys_of_member(
+                *(k, v, kept, dk, dvalue, a, tile_n, limit, inputs, lengths, n, h, CAUSAL, MODE, UPCAST, PRECISION),
+                *(D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, FINE, False),
+            )
     row = (pair.to(tl.int64) * keys + j)[:, None]
     within = (j < keys)[:, None]
     tl.store(

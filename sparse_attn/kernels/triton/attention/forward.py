@@ -27,21 +27,18 @@ from sparse_attn.kernels.triton.attention.tiles import (
     dropout,
     end_of_keys,
     head_a,
+    head_of_program,
     keys_of,
     keys_seen,
     load_tile,
-    masked_scores,
     of_head,
+    products,
     queries_of_program,
     store_rows,
+    whole_tiles,
 )
-from sparse_attn.kernels.triton.family import (
-    bound_from_lanes,
-    place_rows,
-    start_of,
-    step,
-    weigh,
-)
+from sparse_attn.kernels.triton.attention.weights import GENTLE, any_of, bound, place, weights
+from sparse_attn.kernels.triton.family import start_of, step
 from sparse_attn.kernels.triton.launch import launch
 
 
@@ -52,6 +49,229 @@ class Results(NamedTuple):
     second: Tensor | None  # Σ u v / Σ u
     statistics: Tensor | None  # numbers per row from which the backward recomputes the weights
     flags: Tensor | None  # 1 for tiles of scores that have weight
+    sweeps: Tensor | None = None  # how many times Newton's method passed over the keys of a tile; for measurements
+
+
+@triton.jit
+def _newton_sweep(
+    q,
+    k_start,
+    listed,
+    begin,
+    stop,
+    kept,
+    first_sweep,
+    row,
+    totals,
+    slopes,
+    a,
+    i,
+    end,
+    limit,
+    inputs,
+    n,
+    h,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FINE: tl.constexpr,
+    EXACT: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Add the weights and slopes of listed tiles to two accumulators (M, N), and list the tiles that may have weight."""
+    for t in range(begin, stop):
+        tile = tl.where(first_sweep, t, tl.load(listed + t))
+        first = tile * BLOCK_N
+        inside = first + tl.arange(0, BLOCK_N) < limit
+        _, z = products(
+            q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, EDGE
+        )
+        p, u, _ = weights(z, row, a, inputs.scale, MODE, FINE, EXACT, False)
+        totals += p
+        slopes += u
+        # The list is packed in place: the write position never passes the read position.
+        tl.store(listed + kept, tile)
+        # For α up to 2, σ only increases from its lower bound: a tile without weight never has any later. A row of NaN
+        # keeps all of its tiles, so that all of its gradients become NaN.
+        kept += tl.max((tl.max(u, 1) != 0.0).to(tl.int32) | (a > 1.0).to(tl.int32), 0)
+    return totals, slopes, kept
+
+
+@triton.jit
+def _output_sweep(
+    q,
+    k_start,
+    v_start,
+    flags,
+    listed,
+    begin,
+    stop,
+    row,
+    acc,
+    acc2,
+    total,
+    slope,
+    a,
+    i,
+    end,
+    limit,
+    inputs,
+    lengths,
+    head,
+    n,
+    h,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FINE: tl.constexpr,
+    EXACT: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Add the outputs of listed tiles, and mark those that have weight."""
+    for t in range(begin, stop):
+        tile = tl.load(listed + t)
+        first = tile * BLOCK_N
+        j = first + tl.arange(0, BLOCK_N)
+        inside = j < limit
+        if EDGE:
+            inside = keys_seen(inputs, n, h, j, limit)
+        _, z = products(
+            q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, EDGE
+        )
+        p, u, _ = weights(z, row, a, inputs.scale, MODE, FINE, EXACT, False)
+        total += tl.sum(p, 1).to(total.dtype)
+        slope += tl.sum(u, 1).to(slope.dtype)
+        if flags is not None:
+            tl.store(flags + tile, any_of(tl.max(p, 1) != 0.0).to(tl.uint8))
+        if inputs.seed is not None:
+            multiplier = dropout(inputs, head, i[:, None], j[None, :], lengths.queries)
+            p, u = p * multiplier, u * multiplier
+        v = load_tile(v_start, first, inputs.value.row, inside, DV, BLOCK_N, BLOCK_DV, EDGE)
+        acc += dot(p.to(v.dtype), v, UPCAST, PRECISION)
+        if flags is not None:
+            acc2 += dot(u.to(v.dtype), v, UPCAST, PRECISION)
+    return acc, acc2, total, slope
+
+
+@triton.jit
+def _forward_rows(
+    inputs,
+    lengths,
+    results,
+    tiles,
+    a,
+    CAUSAL: tl.constexpr,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TOLERANCE: tl.constexpr,
+    LOOSE: tl.constexpr,
+    FINE: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    queries, keys = lengths.queries, inputs.keys
+    tiles_m, tile_m, head, n, h, i = queries_of_program(inputs, lengths, BLOCK_M)
+    k_start = of_head(inputs.key, n, h // inputs.group)
+    v_start = of_head(inputs.value, n, h // inputs.group)
+    line = (head.to(tl.int64) * tiles_m + tile_m) * tl.cdiv(keys, BLOCK_N)
+    listed = tiles + line
+    q = load_tile(of_head(inputs.query, n, h), tile_m * BLOCK_M, inputs.query.row, i < queries, D, BLOCK_M, BLOCK_D)
+    limit = keys_of(inputs, lengths, n, CAUSAL)
+    end = end_of_keys(i, queries, limit, lengths.offset, CAUSAL)
+    last = limit
+    if CAUSAL:
+        last = tl.minimum(limit, (tile_m + 1) * BLOCK_M + lengths.offset)
+    count = tl.cdiv(tl.maximum(last, 0), BLOCK_N)
+    whole = tl.minimum(whole_tiles(inputs, lengths, limit, tile_m * BLOCK_M, BLOCK_N, CAUSAL, EXACT), count)
+
+    lanes = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+    if inputs.mask is None and not EXACT:
+        for tile in range(0, whole):
+            first = tile * BLOCK_N
+            _, z = products(
+                q, k_start, first, i, end, i < queries, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, False
+            )
+            lanes = tl.maximum(lanes, z, propagate_nan=tl.PropagateNan.ALL)
+    for tile in range(whole, count):
+        first = tile * BLOCK_N
+        inside = first + tl.arange(0, BLOCK_N) < limit
+        _, z = products(
+            q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, True
+        )
+        lanes = tl.maximum(lanes, z, propagate_nan=tl.PropagateNan.ALL)
+    broken = tl.max((lanes != lanes).to(tl.int32), 1) > 0
+    top = tl.where(broken, float("nan"), tl.max(lanes, 1))
+    top = tl.where(i < queries, top, float("-inf"))
+    each = a + tl.zeros([BLOCK_M], tl.float64)
+    low = bound(lanes, top, keys, a, inputs.scale, MODE, FINE, EXACT)
+    high, error, sigma = start_of(low, keys, each)
+
+    sweeps = 0
+    go = count > 0
+    while go:
+        row = place(top, sigma, 1.0 + 0.0 * sigma, each, inputs.scale, MODE, FINE, EXACT)
+        totals = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        slopes = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        kept = 0
+        if inputs.mask is None and not EXACT:
+            totals, slopes, kept = _newton_sweep(
+                *(q, k_start, listed, 0, whole, kept, sweeps == 0, row, totals, slopes, a, i, end, limit, inputs, n, h),
+                *(MODE, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, FINE, EXACT, False),
+            )
+        kept_whole = kept
+        totals, slopes, kept = _newton_sweep(
+            *(q, k_start, listed, whole, count, kept, sweeps == 0, row, totals, slopes, a, i, end, limit, inputs, n, h),
+            *(MODE, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, FINE, EXACT, True),
+        )
+        tl.debug_barrier()
+        whole, count = kept_whole, kept
+        total, slope = tl.sum(totals, 1).to(tl.float64), tl.sum(slopes, 1).to(tl.float64)
+        total = tl.where(top == float("-inf"), 1.0, total)
+        sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, each, TOLERANCE, MODE)
+        sweeps += 1
+        far = still_open & (error > tl.where(each > 1.0, TOLERANCE, LOOSE))
+        go = (sweeps < 100) & any_of(far)
+
+    # After the last Newton step the sum is close to 1; dividing by the sum removes the remaining error.
+    row = place(top, sigma, 1.0 + 0.0 * sigma, each, inputs.scale, MODE, FINE, EXACT)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    acc2 = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float64 if FINE else tl.float32)
+    slope = tl.zeros([BLOCK_M], tl.float64 if FINE else tl.float32)
+    flags = None
+    if results.flags is not None:
+        flags = results.flags + line
+    if inputs.mask is None and not EXACT:
+        acc, acc2, total, slope = _output_sweep(
+            *(q, k_start, v_start, flags, listed, 0, whole, row, acc, acc2, total, slope, a),
+            *(i, end, limit, inputs, lengths, head, n, h),
+            *(MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FINE, EXACT, False),
+        )
+    acc, acc2, total, slope = _output_sweep(
+        *(q, k_start, v_start, flags, listed, whole, count, row, acc, acc2, total, slope, a),
+        *(i, end, limit, inputs, lengths, head, n, h),
+        *(MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FINE, EXACT, True),
+    )
+    store_rows(
+        *(results, acc, acc2, total.to(tl.float64), slope.to(tl.float64), top, sigma, each, inputs.scale),
+        *(head, i, lengths, DV, BLOCK_DV, MODE, FINE, EXACT),
+    )
+    if results.sweeps is not None:
+        tl.store(results.sweeps + head * tiles_m + tile_m, sweeps)
 
 
 @triton.jit(do_not_specialize=("lengths",))
@@ -73,90 +293,29 @@ def _forward(
     TOLERANCE: tl.constexpr,
     LOOSE: tl.constexpr,
 ):
-    queries, keys = lengths.queries, inputs.keys
-    tiles_m, tile_m, head, n, h, i = queries_of_program(inputs, lengths, BLOCK_M)
-    tiles_n = tl.cdiv(keys, BLOCK_N)
-    j = tl.arange(0, BLOCK_N)
-    k_start = of_head(inputs.key, n, h // inputs.group)
-    v_start = of_head(inputs.value, n, h // inputs.group)
-    line = (head.to(tl.int64) * tiles_m + tile_m) * tiles_n
-    listed = tiles + line
-    q = load_tile(of_head(inputs.query, n, h), tile_m * BLOCK_M, inputs.query.row, i < queries, D, BLOCK_M, BLOCK_D)
-    limit = keys_of(inputs, lengths, n, CAUSAL)
-    end = end_of_keys(i, queries, limit, lengths.offset, CAUSAL)
-    last = limit
-    if CAUSAL:
-        last = tl.minimum(limit, (tile_m + 1) * BLOCK_M + lengths.offset)
-    count = tl.cdiv(tl.maximum(last, 0), BLOCK_N)
-
-    lanes = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
-    for tile in range(0, count):
-        first = tile * BLOCK_N
-        k = load_tile(k_start, first, inputs.key.row, first + j < limit, D, BLOCK_N, BLOCK_D)
-        s = masked_scores(dot(q, k.T, UPCAST, PRECISION), i[:, None], first + j[None, :], end[:, None], inputs, n, h)
-        lanes = tl.maximum(lanes, s, propagate_nan=tl.PropagateNan.ALL)
-    broken = tl.max((lanes != lanes).to(tl.int32), 1) > 0
-    top = tl.where(broken, float("nan"), tl.max(lanes, 1))
-    a = head_a(inputs, h) + tl.zeros([BLOCK_M], tl.float64)
-    low = bound_from_lanes(lanes, top, keys, a, MODE)
-    high, error, sigma = start_of(low, keys, a)
-
-    sweeps = 0
-    go = count > 0
-    while go:
-        placed = place_rows(top, sigma, 1.0, a, MODE)
-        # σ only increases from its lower bound, so a tile below that edge never gets weight later.
-        edge = tl.where(a > 0.0, top + low - 1.0 / a - 1e-6 * tl.abs(top), float("-inf")).to(tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float64)
-        slope = tl.zeros([BLOCK_M], tl.float64)
-        kept = 0
-        for t in range(0, count):
-            tile = tl.where(sweeps > 0, tl.load(listed + t), t)
-            first = tile * BLOCK_N
-            k = load_tile(k_start, first, inputs.key.row, first + j < limit, D, BLOCK_N, BLOCK_D)
-            s = masked_scores(
-                dot(q, k.T, UPCAST, PRECISION), i[:, None], (first + j)[None, :], end[:, None], inputs, n, h
+    FINE: tl.constexpr = inputs.query.start.dtype.element_ty == tl.float32
+    a = head_a(inputs, head_of_program(inputs, lengths, BLOCK_M))
+    if FINE and MODE == 0:
+        _forward_rows(
+            *(inputs, lengths, results, tiles, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),
+            *(BLOCK_M, BLOCK_N, TOLERANCE, LOOSE, FINE, True),
+        )
+    elif MODE == 0:
+        if tl.max(a, 0) < GENTLE:
+            _forward_rows(
+                *(inputs, lengths, results, tiles, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),
+                *(BLOCK_M, BLOCK_N, TOLERANCE, LOOSE, FINE, True),
             )
-            p, u, _ = weigh(s, placed, a, 1, MODE)
-            total += tl.sum(p, 1).to(tl.float64)
-            slope += tl.sum(u, 1).to(tl.float64)
-            # The list is packed in place: the write position never passes the read position.
-            tl.store(listed + kept, tile)
-            # A row with NaN keeps all of its tiles, so that all of its gradients become NaN.
-            kept += tl.max((~(tl.max(s, 1) <= edge)).to(tl.int32), 0)
-        tl.debug_barrier()
-        count = kept
-        total = tl.where(top == float("-inf"), 1.0, total)
-        sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, TOLERANCE, MODE)
-        sweeps += 1
-        far = still_open & (error > tl.where(a > 1.0, TOLERANCE, LOOSE))
-        go = (sweeps < 100) & (tl.max(far.to(tl.int32), 0) > 0)
-
-    # After the last Newton step the sum is close to 1; dividing by the sum removes the remaining error.
-    placed = place_rows(top, sigma, 1.0, a, MODE)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    acc2 = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float64)
-    slope = tl.zeros([BLOCK_M], tl.float64)
-    for t in range(0, count):
-        tile = tl.load(listed + t)
-        first = tile * BLOCK_N
-        k = load_tile(k_start, first, inputs.key.row, first + j < limit, D, BLOCK_N, BLOCK_D)
-        s = masked_scores(dot(q, k.T, UPCAST, PRECISION), i[:, None], first + j[None, :], end[:, None], inputs, n, h)
-        p, u, _ = weigh(s, placed, a, 1, MODE)
-        total += tl.sum(p, 1).to(tl.float64)
-        slope += tl.sum(u, 1).to(tl.float64)
-        if results.flags is not None:
-            tl.store(results.flags + line + tile, tl.max((tl.max(p, 1) != 0.0).to(tl.int32), 0).to(tl.uint8))
-        if inputs.seed is not None:
-            kept = dropout(inputs, head, i[:, None], (first + j)[None, :], queries)
-            p, u = p * kept, u * kept
-        seen = keys_seen(inputs, n, h, first + j, limit)
-        v = load_tile(v_start, first, inputs.value.row, seen, DV, BLOCK_N, BLOCK_DV)
-        acc += dot(p.to(v.dtype), v, UPCAST, PRECISION)
-        if results.second is not None:
-            acc2 += dot(u.to(v.dtype), v, UPCAST, PRECISION)
-    store_rows(results, acc, acc2, total, slope, top, sigma, a, head, i, lengths, DV, BLOCK_DV, MODE)
+        else:
+            _forward_rows(
+                *(inputs, lengths, results, tiles, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),
+                *(BLOCK_M, BLOCK_N, TOLERANCE, LOOSE, FINE, False),
+            )
+    else:
+        _forward_rows(
+            *(inputs, lengths, results, tiles, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),
+            *(BLOCK_M, BLOCK_N, TOLERANCE, LOOSE, FINE, False),
+        )
 
 
 def forward(

@@ -42,7 +42,7 @@ class Plan(NamedTuple):
         elif size == 256 and shared_memory(query.device) < _LARGE_SHARED_MEMORY:
             block_m, block_n, warps = 32, 32, 4
         else:
-            block_m, block_n, warps = {256: (64, 32, 8), 128: (64, 32, 4)}.get(size, (128, 32, 8))
+            block_m, block_n, warps = {256: (64, 32, 8), 128: (64, 32, 4)}.get(size, (64, 64, 4))
         return Plan(block_m, block_n, block_d, block_dv, warps)
 
     def short(self, keys: int, itemsize: int, shared_memory: int) -> tuple[int, int] | None:
@@ -65,8 +65,8 @@ def padded(size: int) -> int:
 
 
 def statistics_of(a: float, alpha: Tensor | None) -> int:
-    """How many numbers per row the backward needs: the results of ``family.place_rows``, fewer for α = 1.5 and 2."""
-    return 4 if alpha is None and a in (0.5, 1.0) else 8
+    """How many numbers per row the backward needs: the results of ``weights.place``."""
+    return 3 if alpha is None and a in (0.5, 1.0) else 8
 
 
 def kept(

@@ -7,7 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_attn.kernels.triton.family import TINY, place_rows
+from sparse_attn.kernels.triton.attention.weights import place
+from sparse_attn.kernels.triton.family import TINY
 
 
 @triton.jit
@@ -22,6 +23,12 @@ def queries_of_program(inputs, lengths, BLOCK_M: tl.constexpr):
     head = tl.program_id(0) // tiles
     n, h = (head // inputs.heads).to(tl.int64), (head % inputs.heads).to(tl.int64)
     return tiles, tile, head, n, h, tile * BLOCK_M + tl.arange(0, BLOCK_M)
+
+
+@triton.jit
+def head_of_program(inputs, lengths, BLOCK_M: tl.constexpr):
+    """The head of a program, as :func:`queries_of_program` returns it."""
+    return (tl.program_id(0) // tl.cdiv(lengths.queries, BLOCK_M) % inputs.heads).to(tl.int64)
 
 
 @triton.jit
@@ -117,12 +124,85 @@ def masked_scores(product, i, j, end, inputs, n, h):
 
 
 @triton.jit
-def load_tile(X, first, stride, inside, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows from ``first`` on; zeros for rows that are not ``inside``."""
+def hide(product, i, j, end, inputs, n, h):
+    """Products (M, N) with ``-inf`` where a query does not see a key; a float mask is added to the scores.
+
+    All kernels call this for the same products: an entry at the edge of the support must be inside in all or outside in
+    all.
+    """
+    seen = j < end
+    if inputs.mask is not None:
+        place = of_mask(inputs.mask, n, h) + j.to(tl.int64) * inputs.mask.key
+        if inputs.mask.query is None:
+            mask = tl.load(place, mask=j < inputs.keys, other=0)
+        else:
+            mask = tl.load(place + i.to(tl.int64) * inputs.mask.query, mask=seen, other=0)
+        seen = seen & _shown(mask, inputs.lowest)
+        if not mask.dtype.is_int():
+            product += mask.to(tl.float32) * inputs.one_by_scale
+    return tl.where(seen, product, float("-inf"))
+
+
+@triton.jit
+def products(
+    q,
+    k_start,
+    first,
+    i,
+    end,
+    inside,
+    inputs,
+    n,
+    h,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """A tile of keys, and its products with queries. ``inside`` is 0 or more rows of the tile that are read.
+
+    Without ``EDGE`` all queries see all of its keys.
+    """
+    k = load_tile(k_start, first, inputs.key.row, inside, D, BLOCK_N, BLOCK_D, EDGE)
+    z = dot(q, k.T, UPCAST, PRECISION)
+    if EDGE:
+        j = first + tl.arange(0, BLOCK_N)
+        z = hide(z, i[:, None], j[None, :], end[:, None], inputs, n, h)
+    return k, z
+
+
+@triton.jit
+def whole_tiles(
+    inputs, lengths, limit, first, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr
+):
+    """How many tiles of keys, from the first on, all queries from ``first`` on see as a whole.
+
+    0 under a mask, and with ``EXACT``, where loops of their own for these tiles would gain little and compile for long.
+    """
+    if inputs.mask is not None or EXACT:
+        return limit * 0
+    else:
+        if CAUSAL:
+            limit = tl.minimum(limit, tl.maximum(first + lengths.offset + 1, 0))
+        return limit // BLOCK_N
+
+
+@triton.jit
+def load_tile(
+    X, first, stride, inside, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr = True
+):
+    """Rows from ``first`` on; zeros for rows that are not ``inside``. Without ``EDGE`` all are."""
     row, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     X += tl.cast(first, tl.int64) * stride
-    mask = inside[:, None] & (d < D)[None, :]
-    return tl.load(X + row.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0.0)
+    place = X + row.to(tl.int64)[:, None] * stride + d[None, :]
+    if EDGE:
+        return tl.load(place, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        return tl.load(place)
+    else:
+        return tl.load(place, mask=(d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -148,27 +228,31 @@ def store_rows(
     top,
     sigma,
     a,
+    scale,
     head,
     i,
     lengths,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     MODE: tl.constexpr,
+    FINE: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Write the output of the rows ``i`` and, for a backward, their statistics."""
     inside = i < lengths.queries
+    fine = (top < float("inf")) & (a > -1.0) & (a < float("inf"))
     divisor = tl.where(total == 0.0, 1.0, total)
-    final = place_rows(top, sigma, total, a, MODE)
-    factor = (1.0 / divisor).to(tl.float32) + (final[2] - final[2])  # NaN if the row or α is NaN
+    factor = tl.where(fine, 1.0 / divisor, float("nan")).to(tl.float32)  # NaN if the row or α is not valid
     row = head.to(tl.int64) * lengths.queries + i
     rows = tl.cast(lengths.rows, tl.int64)  # with eight statistics per row, an index may exceed 2³¹
     d = tl.arange(0, BLOCK_DV)
-    place = row[:, None] * DV + d[None, :]
+    place_of = row[:, None] * DV + d[None, :]
     within = inside[:, None] & (d < DV)[None, :]
-    tl.store(results.output + place, (acc * factor[:, None]).to(results.output.dtype.element_ty), mask=within)
+    tl.store(results.output + place_of, (acc * factor[:, None]).to(results.output.dtype.element_ty), mask=within)
     if results.second is not None:
         slope = tl.where(slope == 0.0, 1.0, slope)
         acc2 = acc2 * (1.0 / slope).to(tl.float32)[:, None]
-        tl.store(results.second + place, acc2.to(results.second.dtype.element_ty), mask=within)
+        tl.store(results.second + place_of, acc2.to(results.second.dtype.element_ty), mask=within)
+        final = place(top, sigma, total, a, scale, MODE, FINE, EXACT)
         for n in tl.static_range(len(final)):
             tl.store(results.statistics + n * rows + row, final[n], mask=inside)

@@ -16,11 +16,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sparse_attn.kernels.triton import interpreted
 from sparse_attn.kernels.triton.family import place_rows, start_of, step, weigh
 
 GENTLE = tl.constexpr(0.1)  # below this a, the logarithm is computed by a polynomial
-_TINY = tl.constexpr(1e-38)  # its logarithm is finite
+_TINY = tl.constexpr(1.2e-38)  # a normal float32, whose logarithm is finite
+_INTERPRETED = tl.constexpr(interpreted())  # the interpreter knows no instructions of the hardware
 _LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _log2(x):
+    """log2 by the hardware; absolute error 2e-7 for x up to 1. ``tl.log2`` takes ten times as many instructions."""
+    if _INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def _exp2(x):
+    """2ˣ by the hardware, relative error 2e-7."""
+    if _INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
 
 
 @triton.jit
@@ -99,13 +119,13 @@ def weights(
                 p = w * row[2][:, None]
             return p, tl.where(w > 0.0, 1.0, w), w
         else:
-            log = tl.log2(tl.maximum(w, _TINY, propagate_nan=tl.PropagateNan.ALL))
+            log = _log2(tl.maximum(w, _TINY, propagate_nan=tl.PropagateNan.ALL))
             exponent = log * tl.expand_dims((1.0 / a - 1.0).to(tl.float32), 1)
             p = w
             if NORMALISED:
                 exponent = exponent + row[3][:, None]
                 p = w * row[2][:, None]
-            u = tl.exp2(exponent)
+            u = _exp2(exponent)
             return p * u, tl.where(w > 0.0, u, w), log
 
 
@@ -113,6 +133,19 @@ def weights(
 def log_weights(log, row, a):
     """``log p`` from the third result of :func:`weights`, without ``EXACT``; finite where p is 0."""
     return log * tl.expand_dims((1.0 / a * _LN2).to(tl.float32), 1) + (row[4] * _LN2)[:, None]
+
+
+@triton.jit
+def alpha_gradient_of_sums(slope, with_slope, with_p, mean_log, with_log, a):
+    """The gradient in α of rows from ``Σ u`` and the sums of ``u dp``, ``p dp``, ``p ℓ`` and ``p ℓ dp``.
+
+    ``dp = dP - δ``, and ``r = Σ u dp / Σ u`` is what the rounding of δ has left of the mean. Then ``dα = D/a² - A/a`` with
+    ``D = Σ p dp - r`` and ``A = Σ p ℓ dp - r Σ p ℓ``. The terms are nearly equal for small ``a``: not below ``GENTLE``.
+    """
+    rest = with_slope.to(tl.float64) / slope.to(tl.float64)
+    difference = with_p.to(tl.float64) - rest
+    by_log = with_log.to(tl.float64) - rest * mean_log.to(tl.float64)
+    return difference / (a * a) - by_log / a
 
 
 @triton.jit
