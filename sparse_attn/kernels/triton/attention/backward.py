@@ -127,19 +127,24 @@ def _queries_sweep(
     FINE: tl.constexpr,
     EXACT: tl.constexpr,
     EDGE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Add the gradients of the queries from listed tiles, and the sums for the gradient of α."""
-    for t in range(begin, stop):
-        first = tl.load(listed + t) * BLOCK_N
-        j = first + tl.arange(0, BLOCK_N)
+    """Add the gradients of the queries from listed tiles, and the sums for the gradient of α.
+
+    With ``PARTS`` each tile is computed in so many parts, to need fewer registers.
+    """
+    SIZE: tl.constexpr = BLOCK_N // PARTS
+    for t in range(begin * PARTS, stop * PARTS):
+        first = tl.load(listed + t // PARTS) * BLOCK_N + t % PARTS * SIZE
+        j = first + tl.arange(0, SIZE)
         inside = j < limit
         if EDGE:
             inside = keys_seen(inputs, n, h, j, limit)
         k, z = products(
-            q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, EDGE
+            q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, SIZE, EDGE
         )
         p, u, log = weights(z, row, a, inputs.scale, MODE, FINE, EXACT, True)
-        v = load_tile(v_start, first, inputs.value.row, inside, DV, BLOCK_N, BLOCK_DV, EDGE)
+        v = load_tile(v_start, first, inputs.value.row, inside, DV, SIZE, BLOCK_DV, EDGE)
         dp = dot(do, v.T, UPCAST, PRECISION)
         if inputs.seed is not None:
             dp *= dropout(inputs, head, i[:, None], j[None, :], lengths.queries)
@@ -246,12 +251,13 @@ def _backward_rows(
         acc, sums, column = _queries_sweep(
             *(q, do, k_start, v_start, listed, 0, split, placed, delta, reference, acc, sums, column),
             *(a, i, end, limit, inputs, lengths, gradients, head, n, h),
-            *(MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, EXACT, False),
+            *(MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, EXACT, False, 1),
         )
+    PARTS: tl.constexpr = 2 if EXACT and BLOCK_N >= 64 else 1
     acc, sums, column = _queries_sweep(
         *(q, do, k_start, v_start, listed, split, count, placed, delta, reference, acc, sums, column),
         *(a, i, end, limit, inputs, lengths, gradients, head, n, h),
-        *(MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, EXACT, True),
+        *(MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, EXACT, True, PARTS),
     )
     place = row[:, None] * D + d[None, :]
     tl.store(

@@ -81,7 +81,10 @@ def _newton_sweep(
     EXACT: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Add the weights and slopes of listed tiles to two accumulators (M, N), and list the tiles that may have weight."""
+    """Add the weights and slopes of listed tiles to two accumulators, and list the tiles that may have weight.
+
+    The accumulators (M, N) are summed after the sweep; with ``EXACT`` they are sums (M,).
+    """
     for t in range(begin, stop):
         tile = tl.where(first_sweep, t, tl.load(listed + t))
         first = tile * BLOCK_N
@@ -90,8 +93,12 @@ def _newton_sweep(
             q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, EDGE
         )
         p, u, _ = weights(z, row, a, inputs.scale, MODE, FINE, EXACT, False)
-        totals += p
-        slopes += u
+        if EXACT:  # these weights need the registers of the accumulators
+            totals += tl.sum(p, 1).to(tl.float64)
+            slopes += tl.sum(u, 1).to(tl.float64)
+        else:
+            totals += p
+            slopes += u
         # The list is packed in place: the write position never passes the read position.
         tl.store(listed + kept, tile)
         # For α up to 2, σ only increases from its lower bound: a tile without weight never has any later. A row of NaN
@@ -224,8 +231,12 @@ def _forward_rows(
     go = count > 0
     while go:
         row = place(top, sigma, 1.0 + 0.0 * sigma, each, inputs.scale, MODE, FINE, EXACT)
-        totals = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        slopes = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if EXACT:
+            totals = tl.zeros([BLOCK_M], tl.float64)
+            slopes = tl.zeros([BLOCK_M], tl.float64)
+        else:
+            totals = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            slopes = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         kept = 0
         if inputs.mask is None and not EXACT:
             totals, slopes, kept = _newton_sweep(
@@ -239,7 +250,10 @@ def _forward_rows(
         )
         tl.debug_barrier()
         whole, count = kept_whole, kept
-        total, slope = tl.sum(totals, 1).to(tl.float64), tl.sum(slopes, 1).to(tl.float64)
+        if EXACT:
+            total, slope = totals, slopes
+        else:
+            total, slope = tl.sum(totals, 1).to(tl.float64), tl.sum(slopes, 1).to(tl.float64)
         total = tl.where(top == float("-inf"), 1.0, total)
         sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, each, TOLERANCE, MODE)
         sweeps += 1
