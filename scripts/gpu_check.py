@@ -1,14 +1,14 @@
 """Check and time the Triton kernels on this machine's GPU, and time other packages. Nothing that was measured is lost.
 
-    python scripts/gpu_check.py --part 1 --out DIR   values and gradients, the figures of the targets, each kernel by itself
+    python scripts/gpu_check.py --part 1 --out DIR   values and gradients, figures of the targets, each kernel by itself
     python scripts/gpu_check.py --part 2 --out DIR   sizes of tiles, rows, long lengths
     python scripts/gpu_check.py                      both, into benchmarks/
     python scripts/gpu_check.py --interpret          correctness alone, in Triton's interpreter, without a device
     python scripts/gpu_check.py --dry-run            everything, in the interpreter, on tensors of a few rows
 
 A part takes at most four minutes (`--seconds`) from the start of the process. Every result is appended to
-DIR/gpu_results.jsonl at once, and DIR/gpu.md and gpu.json are rewritten after every phase. The same call continues where
-an earlier one was interrupted: no task is repeated, not even one that never ended.
+DIR/gpu_results.jsonl at once, and DIR/gpu.md and gpu.json are rewritten after every phase. The same call continues
+where an earlier one was interrupted: no task is repeated, not even one that never ended.
 
 Needs torch, Triton and this checkout; adasplash, entmax and flex attention are timed where they are installed and work.
 Ends with 0 when everything was right, 1 when something was wrong, 2 when there is no device.
@@ -104,14 +104,14 @@ def main() -> int:
     options = parser.parse_args()
     if options.seconds <= 0:
         parser.error(f"--seconds must be above 0, got {options.seconds:g}")
+    if options.dry_run and options.out is None:
+        parser.error("--dry-run needs --out DIR")
     available, why = triton.status()
     if not available:
         print(f"no GPU was checked: {why}")
         return 2
     if options.tasks:
         return work(*options.tasks)
-    if options.dry_run and options.out is None:
-        parser.error("--dry-run needs --out DIR")
     out = options.out if options.out or options.interpret else Path(__file__).parents[1] / "benchmarks"
     try:
         record = Record(None if out is None else out / "gpu_results.jsonl", environment())

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from fused import ALPHAS, compare, tensors
+from fused import ALPHAS, compare, expected, tensors
 from padding import assert_padding_is_ignored
 
 from sparse_attn import entmax_attention
 from sparse_attn.kernels.functions.fused import fused_attention
-from sparse_attn.kernels.triton.attention import decode, plan
+from sparse_attn.kernels.triton.attention import decode, forward, plan
 from sparse_attn.kernels.triton.attention.dropout import multipliers
 
 
@@ -70,6 +70,41 @@ def test_half_precision(dtype, length, device):
     inputs = tuple(x.detach().to(dtype).requires_grad_() for x in tensors(device, queries=131, keys=71))
     got = compare(inputs, alpha, 2e-3 if dtype == torch.float16 else 1.5e-2, offset=11)
     assert [x.dtype for x in got] == [dtype] * 4 + [torch.float32]
+
+
+def test_the_gradient_of_alpha_is_exact_where_the_output_is_rounded(length, device, monkeypatch):
+    """In half precision α from 1.1 uses the hardware's logarithm, five sums, and a δ rounded to half precision."""
+    monkeypatch.setattr(forward, "_LOOSE", forward._EXACT)
+    alphas = (1.02, 1.05, 1.1, 1.3, 1.5, 1.9, 2.0, 2.6)
+    alpha = torch.tensor(alphas, device=device, requires_grad=True)
+    query, key, value = (torch.randn(1, len(alphas), n, 16, device=device).half() for n in (67, 131, 131))
+    output = fused_attention(query, key, value, alpha, scale=0.3)
+    upstream = torch.randn_like(output)
+    (got,) = torch.autograd.grad(output, alpha, upstream)
+    wide = alpha.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(
+        expected(query.double(), key.double(), value.double(), wide), wide, upstream.double()
+    )
+    # Each head by itself: the derivatives of rows in the sum differ in sign, so their size is the bound's unit.
+    size = torch.stack([x.abs().max() for x in wanted.split(1)]).clamp(min=1.0)
+    assert ((got - wanted).abs() / size).max() <= 2e-5
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+@pytest.mark.parametrize("alpha", [1.5, "per head"])
+def test_scales_that_are_not_positive(scale, alpha, length, device):
+    if alpha == "per head":
+        alpha = torch.tensor([1.3, 2.0], device=device, requires_grad=True)
+    inputs = tensors(device, queries=7, keys=41)
+    output = fused_attention(*inputs, alpha, offset=3, scale=scale)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    wanted = expected(
+        *wide, alpha.detach().double() if isinstance(alpha, torch.Tensor) else alpha, offset=3, scale=scale
+    )
+    upstream = torch.randn_like(output)
+    got = (output, *torch.autograd.grad(output, inputs, upstream))
+    for x, y in zip(got, (wanted, *torch.autograd.grad(wanted, wide, upstream.double())), strict=True):
+        torch.testing.assert_close(x.double(), y, atol=3e-6, rtol=1e-5)
 
 
 def test_the_short_kernel_with_many_keys(device, monkeypatch):

@@ -55,7 +55,7 @@ def _list_tiles(Flags, Lists, Counts, lines, size, stride_head, stride_line, str
 
 @triton.jit
 def _load_rows(Stats, row, inside, rows, MODE: tl.constexpr):
-    """The results of ``weights.place`` for these rows, stored by the forward. Rows that are not inside get weights of 0."""
+    """The results of ``weights.place`` for these rows, stored by the forward; rows outside get weights of 0."""
     rows = tl.cast(rows, tl.int64)
     first = tl.load(Stats + row, mask=inside, other=0.0)
     second = tl.load(Stats + rows + row, mask=inside, other=0.0)
@@ -140,9 +140,7 @@ def _queries_sweep(
         inside = j < limit
         if EDGE:
             inside = keys_seen(inputs, n, h, j, limit)
-        k, z = products(
-            q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, SIZE, EDGE
-        )
+        k, z = products(q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, SIZE, EDGE)
         p, u, log = weights(z, row, a, inputs.scale, MODE, FINE, EXACT, True)
         v = load_tile(v_start, first, inputs.value.row, inside, DV, SIZE, BLOCK_DV, EDGE)
         dp = dot(do, v.T, UPCAST, PRECISION)
@@ -243,7 +241,9 @@ def _backward_rows(
     column = tl.zeros([BLOCK_M], tl.float32)
     count = tl.load(kept.counts + line)
     split = count * 0
-    if inputs.mask is None and not EXACT:  # the list is in order: the tiles that a query does not see as a whole are its last
+    if (
+        inputs.mask is None and not EXACT
+    ):  # the list is in order: the tiles that a query does not see as a whole are its last
         whole = whole_tiles(inputs, lengths, limit, tile_m * BLOCK_M, BLOCK_N, CAUSAL, EXACT)
         split = count
         while (split > 0) & (tl.load(listed + tl.maximum(split - 1, 0)) >= whole):
@@ -301,12 +301,7 @@ def _backward_queries(
 ):
     FINE: tl.constexpr = inputs.query.start.dtype.element_ty == tl.float32
     a = head_a(inputs, head_of_program(inputs, lengths, BLOCK_M))
-    if FINE and MODE == 0:
-        _backward_rows(
-            *(inputs, lengths, kept, second, gradients, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),
-            *(BLOCK_M, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, True),
-        )
-    elif MODE == 0:
+    if MODE == 0 and not FINE:  # α is data: one branch for all programs of a head
         if tl.max(a, 0) < GENTLE:
             _backward_rows(
                 *(inputs, lengths, kept, second, gradients, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV),
@@ -320,7 +315,7 @@ def _backward_queries(
     else:
         _backward_rows(
             *(inputs, lengths, kept, second, gradients, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),
-            *(BLOCK_M, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, False),
+            *(BLOCK_M, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, MODE == 0),
         )
 
 
@@ -497,12 +492,7 @@ def _backward_keys(
     for member in range(0, inputs.group):
         h = key_head * inputs.group + member
         a = head_a(inputs, h)
-        if FINE and MODE == 0:
-            dk, dvalue = _keys_of_member(
-                *(k, v, kept, dk, dvalue, a, tile_n, limit, inputs, lengths, n, h, CAUSAL, MODE, UPCAST, PRECISION),
-                *(D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, FINE, True),
-            )
-        elif MODE == 0:
+        if MODE == 0 and not FINE:  # α is data: one branch for all programs of a head
             if tl.max(a, 0) < GENTLE:
                 dk, dvalue = _keys_of_member(
                     *(k, v, kept, dk, dvalue, a, tile_n, limit, inputs, lengths, n, h, CAUSAL, MODE, UPCAST),
@@ -516,7 +506,7 @@ def _backward_keys(
         else:
             dk, dvalue = _keys_of_member(
                 *(k, v, kept, dk, dvalue, a, tile_n, limit, inputs, lengths, n, h, CAUSAL, MODE, UPCAST, PRECISION),
-                *(D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, FINE, False),
+                *(D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, FINE, MODE == 0),
             )
     row = (pair.to(tl.int64) * keys + j)[:, None]
     within = (j < keys)[:, None]
@@ -568,11 +558,31 @@ def backward(
     kept = Kept(grad, delta, statistics, *_lists(flags))
     compiled_queries = (*compiled, one_row, one_column)
     launch(
-        _backward_queries, rows * tiles_m, inputs, lengths, kept, second, gradients, *compiled_queries, warps=plan.warps, stages=plan.stages
+        _backward_queries,
+        rows * tiles_m,
+        inputs,
+        lengths,
+        kept,
+        second,
+        gradients,
+        *compiled_queries,
+        warps=plan.warps,
+        stages=plan.stages,
     )
     kept = Kept(grad, delta, statistics, *_lists(flags.transpose(1, 2)))
     programs = batch * key_heads * tiles_n
-    launch(_backward_keys, programs, inputs, lengths, kept, grad_key, grad_value, *compiled, warps=plan.warps, stages=plan.stages)
+    launch(
+        _backward_keys,
+        programs,
+        inputs,
+        lengths,
+        kept,
+        grad_key,
+        grad_value,
+        *compiled,
+        warps=plan.warps,
+        stages=plan.stages,
+    )
     return grad_query, grad_key, grad_value, grad_alpha.sum((0, 2)) if with_alpha else grad_alpha, grad_mask
 
 

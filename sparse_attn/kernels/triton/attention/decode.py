@@ -22,9 +22,9 @@ from sparse_attn.kernels.triton.attention.plan import Plan
 from sparse_attn.kernels.triton.attention.tiles import (
     dot,
     end_of_keys,
+    hide,
     keys_of,
     load_tile,
-    masked_scores,
     of_head,
 )
 from sparse_attn.kernels.triton.launch import launch
@@ -71,9 +71,9 @@ def _scores(
     end = end_of_keys(tl.where(inside, i, queries), queries, limit, lengths.offset, CAUSAL)
     # Rows after the last key, as in a cache that is not full, are not read.
     k = load_tile(of_head(inputs.key, n, key_head), first, inputs.key.row, j < limit, D, BLOCK, BLOCK_D)
-    s = masked_scores(dot(q, k.T, UPCAST, PRECISION), i[:, None], j[None, :], end[:, None], inputs, n, h[:, None])
+    z = hide(dot(q, k.T, UPCAST, PRECISION), i[:, None], j[None, :], end[:, None], inputs, n, h[:, None])
     place = (pair.to(tl.int64) * group * queries + row)[:, None] * keys + j[None, :]
-    tl.store(scores + place, s, mask=inside[:, None] & (j < keys)[None, :])
+    tl.store(scores + place, z * inputs.scale, mask=inside[:, None] & (j < keys)[None, :])
 
 
 @triton.jit(do_not_specialize=("lengths", "tiles_of_a_split", "splits"))

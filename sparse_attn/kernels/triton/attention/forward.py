@@ -41,6 +41,9 @@ from sparse_attn.kernels.triton.attention.weights import GENTLE, any_of, bound, 
 from sparse_attn.kernels.triton.family import start_of, step
 from sparse_attn.kernels.triton.launch import launch
 
+# Tolerances of a row's sum. With an error below the first one last step follows; below the second none is needed.
+_EXACT, _LOOSE = (2.4e-7, 2.4e-7), (2.0**-10, 2.0**-12)
+
 
 class Results(NamedTuple):
     """Tensors that a forward kernel writes; all but the output are None if no backward follows."""
@@ -89,9 +92,7 @@ def _newton_sweep(
         tile = tl.where(first_sweep, t, tl.load(listed + t))
         first = tile * BLOCK_N
         inside = first + tl.arange(0, BLOCK_N) < limit
-        _, z = products(
-            q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, EDGE
-        )
+        _, z = products(q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, EDGE)
         p, u, _ = weights(z, row, a, inputs.scale, MODE, FINE, EXACT, False)
         if EXACT:  # these weights need the registers of the accumulators
             totals += tl.sum(p, 1).to(tl.float64)
@@ -150,9 +151,7 @@ def _output_sweep(
         inside = j < limit
         if EDGE:
             inside = keys_seen(inputs, n, h, j, limit)
-        _, z = products(
-            q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, EDGE
-        )
+        _, z = products(q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, EDGE)
         p, u, _ = weights(z, row, a, inputs.scale, MODE, FINE, EXACT, False)
         total += tl.sum(p, 1).to(total.dtype)
         slope += tl.sum(u, 1).to(slope.dtype)
@@ -216,9 +215,7 @@ def _forward_rows(
     for tile in range(whole, count):
         first = tile * BLOCK_N
         inside = first + tl.arange(0, BLOCK_N) < limit
-        _, z = products(
-            q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, True
-        )
+        _, z = products(q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, True)
         lanes = tl.maximum(lanes, z, propagate_nan=tl.PropagateNan.ALL)
     broken = tl.max((lanes != lanes).to(tl.int32), 1) > 0
     top = tl.where(broken, float("nan"), tl.max(lanes, 1))
@@ -309,12 +306,7 @@ def _forward(
 ):
     FINE: tl.constexpr = inputs.query.start.dtype.element_ty == tl.float32
     a = head_a(inputs, head_of_program(inputs, lengths, BLOCK_M))
-    if FINE and MODE == 0:
-        _forward_rows(
-            *(inputs, lengths, results, tiles, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),
-            *(BLOCK_M, BLOCK_N, TOLERANCE, LOOSE, FINE, True),
-        )
-    elif MODE == 0:
+    if MODE == 0 and not FINE:  # α is data: one branch for all programs of a head
         if tl.max(a, 0) < GENTLE:
             _forward_rows(
                 *(inputs, lengths, results, tiles, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),
@@ -328,7 +320,7 @@ def _forward(
     else:
         _forward_rows(
             *(inputs, lengths, results, tiles, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),
-            *(BLOCK_M, BLOCK_N, TOLERANCE, LOOSE, FINE, False),
+            *(BLOCK_M, BLOCK_N, TOLERANCE, LOOSE, FINE, MODE == 0),
         )
 
 
@@ -370,8 +362,7 @@ def forward(
     statistics = torch.empty(told if training else (0,), dtype=torch.float32, device=device)
     flags = torch.zeros((rows, tiles_m, tiles_n) if training else (0,), dtype=torch.uint8, device=device)
     inputs, lengths, constants = arguments_of(query, key, value, alpha, mask, key_lengths, seed, setting)
-    # Tolerances of a row's sum. With an error below `loose` one last step follows; below `tolerance` none is needed.
-    loose, tolerance = (2.4e-7, 2.4e-7) if query.dtype == torch.float32 else (2.0**-10, 2.0**-12)
+    loose, tolerance = _EXACT if query.dtype == torch.float32 else _LOOSE
     results = Results(output, *((second, statistics, flags) if training else (None, None, None)))
     sizes = (plan.block_d, plan.block_dv)
     if short := plan.short(keys, query.itemsize, shared_memory(device)):
@@ -381,5 +372,7 @@ def forward(
     else:
         tiles = torch.empty((rows, tiles_m, tiles_n), dtype=torch.int32, device=device)
         several = (*constants, *sizes, plan.block_m, plan.block_n, tolerance, loose)
-        launch(_forward, tiles_m * rows, inputs, lengths, results, tiles, *several, warps=plan.warps, stages=plan.stages)
+        launch(
+            _forward, tiles_m * rows, inputs, lengths, results, tiles, *several, warps=plan.warps, stages=plan.stages
+        )
     return output, second, statistics, flags

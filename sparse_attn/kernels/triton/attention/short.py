@@ -110,12 +110,7 @@ def forward_short(
     """As ``forward._forward``. The backward uses tiles of ``BACKWARD_M`` queries and ``BLOCK_N`` keys."""
     FINE: tl.constexpr = inputs.query.start.dtype.element_ty == tl.float32
     a = head_a(inputs, head_of_program(inputs, lengths, BLOCK_M))
-    if FINE and MODE == 0:
-        _short_rows(
-            *(inputs, lengths, results, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),
-            *(BLOCK_M, BLOCK_N, TOLERANCE, TILES_N, BACKWARD_M, FINE, True),
-        )
-    elif MODE == 0:
+    if MODE == 0 and not FINE:  # α is data: one branch for all programs of a head
         if tl.max(a, 0) < GENTLE:
             _short_rows(
                 *(inputs, lengths, results, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),
@@ -129,5 +124,5 @@ def forward_short(
     else:
         _short_rows(
             *(inputs, lengths, results, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),
-            *(BLOCK_M, BLOCK_N, TOLERANCE, TILES_N, BACKWARD_M, FINE, False),
+            *(BLOCK_M, BLOCK_N, TOLERANCE, TILES_N, BACKWARD_M, FINE, MODE == 0),
         )

@@ -103,27 +103,6 @@ def end_of_keys(i, queries, limit, offset, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def masked_scores(product, i, j, end, inputs, n, h):
-    """Scores from products of queries ``i`` and keys ``j``, which broadcast; ``-inf`` where a query does not see a key.
-
-    Every kernel calls this: an entry at the edge of the support must be inside in all kernels or outside in all.
-    ``end`` is the result of :func:`end_of_keys` for each query; ``n`` and ``h`` are the batch entry and the head.
-    """
-    s = product * inputs.scale
-    seen = j < end
-    if inputs.mask is not None:
-        place = of_mask(inputs.mask, n, h) + j.to(tl.int64) * inputs.mask.key
-        if inputs.mask.query is None:
-            mask = tl.load(place, mask=j < inputs.keys, other=0)
-        else:
-            mask = tl.load(place + i.to(tl.int64) * inputs.mask.query, mask=seen, other=0)
-        seen = seen & _shown(mask, inputs.lowest)
-        if not mask.dtype.is_int():
-            s += mask.to(tl.float32)
-    return tl.where(seen, s, float("-inf"))
-
-
-@triton.jit
 def hide(product, i, j, end, inputs, n, h):
     """Products (M, N) with ``-inf`` where a query does not see a key; a float mask is added to the scores.
 
@@ -174,9 +153,7 @@ def products(
 
 
 @triton.jit
-def whole_tiles(
-    inputs, lengths, limit, first, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr
-):
+def whole_tiles(inputs, lengths, limit, first, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr):
     """How many tiles of keys, from the first on, all queries from ``first`` on see as a whole.
 
     0 under a mask, and with ``EXACT``, where loops of their own for these tiles would gain little and compile for long.

@@ -1,12 +1,13 @@
 """Weights of attention from the products of queries and keys: few instructions for each, all else once per row.
 
 With ``a = α - 1``, ``w = 1 + a (s - σ)`` and ``s = scale · product``, a weight is ``p = [w]₊^(1/a)``, and the backward
-needs ``u = p^(2-α) = [w]₊^(1/a - 1)``. Since ``w`` is an affine function of the product, it costs one fused multiply-add
-with two numbers per row. For α = 1.5 they also contain the normalisation, and then ``p = w²`` and ``u = w``. For other α
-the hardware's logarithm and power are used. Their error is about 2e-7 / a, relative to a weight. So below ``GENTLE``, and
-in float32, ``EXACT`` code takes over: that of ``family``, with a polynomial for the logarithm.
+needs ``u = p^(2-α) = [w]₊^(1/a - 1)``. Since ``w`` is an affine function of the product, it costs one fused
+multiply-add with two numbers per row. For α = 1.5 they contain the normalisation, too, and then ``p = w²`` and
+``u = w``. For other α the hardware's logarithm and power are used. Their error is about 2e-7 / a, relative to a weight.
+So below ``GENTLE``, and in float32, ``EXACT`` code takes over: that of ``family``, whose logarithm is a polynomial.
 
-``MODE`` is that of ``family``. ``FINE`` is set for float32: then ``w`` is exact to its own last digit, not to the score's.
+``MODE`` is that of ``family``. ``FINE`` is set for float32: then ``w`` has the error of its own last digit, not of the
+score's.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
@@ -92,18 +93,16 @@ def place(top, sigma, total, a, scale, MODE: tl.constexpr, FINE: tl.constexpr, E
 
 
 @triton.jit
-def weights(
-    z, row, a, scale, MODE: tl.constexpr, FINE: tl.constexpr, EXACT: tl.constexpr, NORMALISED: tl.constexpr
-):
+def weights(z, row, a, scale, MODE: tl.constexpr, FINE: tl.constexpr, EXACT: tl.constexpr, NORMALISED: tl.constexpr):
     """``p``, ``u`` and, for any α, ``log2 w``, or with ``EXACT`` the third result of ``family.weigh``.
 
-    ``z`` (M, N) are products, ``-inf`` where a query does not see a key. ``row`` is the result of :func:`place`, ``a`` one
-    number for all rows (1,). Without ``NORMALISED`` the total was 1.
+    ``z`` (M, N) are products, ``-inf`` where a query does not see a key. ``row`` is the result of :func:`place`, ``a``
+    one number for all rows (1,). Without ``NORMALISED`` the total was 1.
     """
     if EXACT:
         return weigh(z * scale, row, a + tl.zeros([z.shape[0]], tl.float64), 1, 0)
     else:
-        if MODE == 1:
+        if MODE == 1:  # noqa: SIM108, one branch does not exist
             rise = row[2][:, None]
         else:
             rise = tl.expand_dims((a * scale).to(tl.float32), 1)
@@ -139,8 +138,9 @@ def log_weights(log, row, a):
 def alpha_gradient_of_sums(slope, with_slope, with_p, mean_log, with_log, a):
     """The gradient in α of rows from ``Σ u`` and the sums of ``u dp``, ``p dp``, ``p ℓ`` and ``p ℓ dp``.
 
-    ``dp = dP - δ``, and ``r = Σ u dp / Σ u`` is what the rounding of δ has left of the mean. Then ``dα = D/a² - A/a`` with
-    ``D = Σ p dp - r`` and ``A = Σ p ℓ dp - r Σ p ℓ``. The terms are nearly equal for small ``a``: not below ``GENTLE``.
+    ``dp = dP - δ``, and ``r = Σ u dp / Σ u`` is what the rounding of δ has left of the mean. Then
+    ``dα = D/a² - A/a`` with ``D = Σ p dp - r`` and ``A = Σ p ℓ dp - r Σ p ℓ``. For small ``a`` the two terms are nearly
+    equal, so this is not used below ``GENTLE``.
     """
     rest = with_slope.to(tl.float64) / slope.to(tl.float64)
     difference = with_p.to(tl.float64) - rest
