@@ -33,7 +33,7 @@ from sparse_attn.kernels.triton.attention.tiles import (
     queries_of_program,
     whole_tiles,
 )
-from sparse_attn.kernels.triton.attention.weights import GENTLE, alpha_gradient_of_sums, log_weights, weights
+from sparse_attn.kernels.triton.attention.weights import GENTLE, alpha_gradient_of_sums, log_weights, per_row, weights
 from sparse_attn.kernels.triton.family import alpha_gradient, deviation_from_scores, reference_of
 from sparse_attn.kernels.triton.launch import launch
 
@@ -145,13 +145,13 @@ def _queries_sweep(
         v = load_tile(v_start, first, inputs.value.row, inside, DV, SIZE, BLOCK_DV, EDGE)
         dp = dot(do, v.T, UPCAST, PRECISION)
         if inputs.seed is not None:
-            dp *= dropout(inputs, head, i[:, None], j[None, :], lengths.queries)
+            dp *= dropout(inputs, head, i, first, lengths.queries, SIZE)
         dp -= delta[:, None]
         ds = u * dp
         acc += dot(ds.to(k.dtype), k, UPCAST, PRECISION)
         if gradients.alpha is not None:
             if EXACT:
-                each = a + tl.zeros([i.shape[0]], tl.float64)
+                each = per_row(a, i.shape[0], True)
                 with_log = p * log
                 y = deviation_from_scores(z * inputs.scale, p, u, log, row, each, reference, 1)
                 sums = (
@@ -227,7 +227,7 @@ def _backward_rows(
     delta = tl.sum(do.to(tl.float32) * weighted.to(tl.float32), 1)
     tl.store(kept.delta + row, delta, mask=inside)
     placed = _load_rows(kept.statistics, row, inside, lengths.rows, MODE)
-    each = a + tl.zeros([BLOCK_M], tl.float64)
+    each = per_row(a, BLOCK_M, True)
     log_factor = tl.zeros([BLOCK_M], tl.float64)
     reference = (delta, delta, log_factor)
     if EXACT:
@@ -377,7 +377,7 @@ def _keys_sweep(
         if inputs.mask is not None:
             dp = tl.where(z == float("-inf"), 0.0, dp)  # a hidden value may be NaN
         if inputs.seed is not None:
-            factor = dropout(inputs, head, i[:, None], j[None, :], queries)
+            factor = dropout(inputs, head, i, first, queries, BLOCK_N)
             p, dp = p * factor, dp * factor
         dvalue += dot(p.to(do.dtype).T, do, UPCAST, PRECISION)
         ds = u * (dp - delta[:, None])

@@ -37,7 +37,7 @@ from sparse_attn.kernels.triton.attention.tiles import (
     store_rows,
     whole_tiles,
 )
-from sparse_attn.kernels.triton.attention.weights import GENTLE, any_of, bound, place, weights
+from sparse_attn.kernels.triton.attention.weights import GENTLE, any_of, bound, per_row, place, weights
 from sparse_attn.kernels.triton.family import start_of, step
 from sparse_attn.kernels.triton.launch import launch
 
@@ -158,7 +158,7 @@ def _output_sweep(
         if flags is not None:
             tl.store(flags + tile, any_of(tl.max(p, 1) != 0.0).to(tl.uint8))
         if inputs.seed is not None:
-            multiplier = dropout(inputs, head, i[:, None], j[None, :], lengths.queries)
+            multiplier = dropout(inputs, head, i, first, lengths.queries, BLOCK_N)
             p, u = p * multiplier, u * multiplier
         v = load_tile(v_start, first, inputs.value.row, inside, DV, BLOCK_N, BLOCK_DV, EDGE)
         acc += dot(p.to(v.dtype), v, UPCAST, PRECISION)
@@ -220,7 +220,7 @@ def _forward_rows(
     broken = tl.max((lanes != lanes).to(tl.int32), 1) > 0
     top = tl.where(broken, float("nan"), tl.max(lanes, 1))
     top = tl.where(i < queries, top, float("-inf"))
-    each = a + tl.zeros([BLOCK_M], tl.float64)
+    each = per_row(a, BLOCK_M, FINE or EXACT)
     low = bound(lanes, top, keys, a, inputs.scale, MODE, FINE, EXACT)
     high, error, sigma = start_of(low, keys, each)
 
@@ -250,7 +250,7 @@ def _forward_rows(
         if EXACT:
             total, slope = totals, slopes
         else:
-            total, slope = tl.sum(totals, 1).to(tl.float64), tl.sum(slopes, 1).to(tl.float64)
+            total, slope = tl.sum(totals, 1).to(each.dtype), tl.sum(slopes, 1).to(each.dtype)
         total = tl.where(top == float("-inf"), 1.0, total)
         sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, each, TOLERANCE, MODE)
         sweeps += 1
@@ -261,8 +261,7 @@ def _forward_rows(
     row = place(top, sigma, 1.0 + 0.0 * sigma, each, inputs.scale, MODE, FINE, EXACT)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     acc2 = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float64 if FINE else tl.float32)
-    slope = tl.zeros([BLOCK_M], tl.float64 if FINE else tl.float32)
+    total, slope = 0.0 * each, 0.0 * each
     flags = None
     if results.flags is not None:
         flags = results.flags + line
@@ -278,7 +277,7 @@ def _forward_rows(
         *(MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FINE, EXACT, True),
     )
     store_rows(
-        *(results, acc, acc2, total.to(tl.float64), slope.to(tl.float64), top, sigma, each, inputs.scale),
+        *(results, acc, acc2, total, slope, top, sigma, each, inputs.scale),
         *(head, i, lengths, DV, BLOCK_DV, MODE, FINE, EXACT),
     )
     if results.sweeps is not None:

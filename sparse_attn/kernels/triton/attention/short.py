@@ -21,7 +21,7 @@ from sparse_attn.kernels.triton.attention.tiles import (
     queries_of_program,
     store_rows,
 )
-from sparse_attn.kernels.triton.attention.weights import GENTLE, bound, place, solve, weights
+from sparse_attn.kernels.triton.attention.weights import GENTLE, bound, per_row, place, solve, weights
 
 
 @triton.jit
@@ -58,15 +58,15 @@ def _short_rows(
     _, z = products(q, k_start, 0, i, end, seen, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, ALL, True)
     broken = tl.max((z != z).to(tl.int32), 1) > 0
     top = tl.where(broken, float("nan"), tl.max(z, 1))
-    each = a + tl.zeros([BLOCK_M], tl.float64)
-    start = tl.zeros([BLOCK_M], tl.float64)
+    each = per_row(a, BLOCK_M, FINE or EXACT)
+    start = 0.0 * each
     if TILES_N >= 4:
         lanes = tl.max(tl.reshape(z, [BLOCK_M, TILES_N, BLOCK_N]), 1)
         start = bound(lanes, top, keys, a, inputs.scale, MODE, FINE, EXACT)
     sigma, _ = solve(z, top, start, keys, a, inputs.scale, TOLERANCE, MODE, FINE, EXACT)
     row = place(top, sigma, 1.0 + 0.0 * sigma, each, inputs.scale, MODE, FINE, EXACT)
     p, u, _ = weights(z, row, a, inputs.scale, MODE, FINE, EXACT, False)
-    total, slope = tl.sum(p, 1).to(tl.float64), tl.sum(u, 1).to(tl.float64)
+    total, slope = tl.sum(p, 1).to(each.dtype), tl.sum(u, 1).to(each.dtype)
     if results.flags is not None:
         # A tile of queries of the backward may cover several tiles of this kernel.
         active = tl.max(tl.max(tl.reshape((p != 0.0).to(tl.int32), [BLOCK_M, TILES_N, BLOCK_N]), 2), 0)
@@ -75,7 +75,7 @@ def _short_rows(
         line = (head.to(tl.int64) * tl.cdiv(queries, BACKWARD_M) + tile_m * BLOCK_M // BACKWARD_M) * tiles_n
         tl.store(results.flags + line + tile, tl.full([TILES_N], 1, tl.uint8), mask=(tile < tiles_n) & (active > 0))
     if inputs.seed is not None:
-        kept = dropout(inputs, head, i[:, None], j[None, :], queries)
+        kept = dropout(inputs, head, i, 0, queries, ALL)
         p, u = p * kept, u * kept
     v = load_tile(of_head(inputs.value, n, h // inputs.group), 0, inputs.value.row, seen, DV, ALL, BLOCK_DV)
     acc = dot(p.to(v.dtype), v, UPCAST, PRECISION)

@@ -183,16 +183,22 @@ def load_tile(
 
 
 @triton.jit
-def dropout(inputs, head, i, j, queries):
-    """Dropout factors of the weights, which depend only on seed and position: all kernels get the same factors."""
-    return multiplier(inputs.seed, head, i, j, queries, inputs.keys, inputs.dropout_p, inputs.kept_scale)
+def dropout(inputs, head, i, first, queries, KEYS: tl.constexpr):
+    """Dropout factors (M, KEYS) of the weights of the queries ``i`` (M,) and the keys from ``first`` on.
+
+    They depend only on seed and position: all kernels get the same factors.
+    """
+    return multiplier(inputs.seed, head, i, first, queries, inputs.keys, inputs.dropout_p, inputs.kept_scale, KEYS)
 
 
 @triton.jit
-def multiplier(seed, head, i, j, queries, keys, dropout_p, kept_scale):
-    """0 with probability ``dropout_p``, else ``kept_scale``."""
-    place = (head.to(tl.int64) * queries + i) * keys + j
-    return tl.where(tl.rand(tl.load(seed), place) >= dropout_p, kept_scale, 0.0)
+def multiplier(seed, head, i, first, queries, keys, dropout_p, kept_scale, KEYS: tl.constexpr):
+    """0 with probability ``dropout_p``, else ``kept_scale``. The generator gives four numbers at a time."""
+    quad = first // 4 + tl.arange(0, KEYS // 4)
+    place = (head.to(tl.int64) * queries + i)[:, None] * ((keys + 3) // 4) + quad[None, :]
+    a, b, c, d = tl.rand4x(tl.load(seed), place)
+    random = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [i.shape[0], KEYS])
+    return tl.where(random >= dropout_p, kept_scale, 0.0)
 
 
 @triton.jit

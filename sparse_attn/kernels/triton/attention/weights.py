@@ -45,14 +45,28 @@ def _exp2(x):
 
 
 @triton.jit
+def per_row(a, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """``a`` for each row, in the type of all numbers per row: float64 where digits beyond half precision count.
+
+    Elsewhere float32: most devices compute float64 at a 32nd or 64th of the speed, and four threads compute
+    each number.
+    """
+    rows = a + tl.zeros([ROWS], tl.float64)
+    if WIDE:
+        return rows
+    else:
+        return rows.to(tl.float32)
+
+
+@triton.jit
 def place(top, sigma, total, a, scale, MODE: tl.constexpr, FINE: tl.constexpr, EXACT: tl.constexpr):
     """The numbers per row that :func:`weights` needs.
 
     Args:
         top: The largest product of each row; ``-inf`` for a row without a visible key, whose weights are all 0.
-        sigma: σ relative to ``top``, float64.
-        total: The sum of the weights, by which they are divided, float64.
-        a: One number per row, float64.
+        sigma: σ relative to ``top``; this and the next two are of the type :func:`per_row`.
+        total: The sum of the weights, by which they are divided.
+        a: One number per row.
         scale: Factor of the scores, above 0.
         MODE: As in ``family``.
         FINE: Whether the inputs are float32.
@@ -76,10 +90,10 @@ def place(top, sigma, total, a, scale, MODE: tl.constexpr, FINE: tl.constexpr, E
             rise = rise * factor
         # Of the rounded slope: the largest score has its exact weight.
         narrow = rise.to(tl.float32)
-        drop = narrow.to(tl.float64) * tl.where(empty, 0.0, top).to(tl.float64) - (1.0 - a * sigma) * factor
+        drop = narrow.to(a.dtype) * tl.where(empty, 0.0, top).to(a.dtype) - (1.0 - a * sigma) * factor
         drop = tl.where(fine, tl.where(empty, float("inf"), drop), float("nan"))
         high = drop.to(tl.float32)
-        low = tl.where(empty, 0.0, drop - high.to(tl.float64)).to(tl.float32)
+        low = tl.where(empty, 0.0, drop - high.to(a.dtype)).to(tl.float32)
         if MODE == 1:
             return high, low, narrow
         elif MODE == 2:
@@ -100,7 +114,7 @@ def weights(z, row, a, scale, MODE: tl.constexpr, FINE: tl.constexpr, EXACT: tl.
     one number for all rows (1,). Without ``NORMALISED`` the total was 1.
     """
     if EXACT:
-        return weigh(z * scale, row, a + tl.zeros([z.shape[0]], tl.float64), 1, 0)
+        return weigh(z * scale, row, per_row(a, z.shape[0], True), 1, 0)
     else:
         if MODE == 1:  # noqa: SIM108, one branch does not exist
             rise = row[2][:, None]
@@ -165,7 +179,7 @@ def solve(
 
     ``start`` is a lower bound.
     """
-    each = a + tl.zeros([z.shape[0]], tl.float64)
+    each = per_row(a, z.shape[0], FINE or EXACT)
     low = start
     high, error, sigma = start_of(start, size, each)
     sweeps = 0
@@ -173,7 +187,7 @@ def solve(
     while go:
         row = place(top, sigma, 1.0 + 0.0 * sigma, each, scale, MODE, FINE, EXACT)
         p, u, _ = weights(z, row, a, scale, MODE, FINE, EXACT, False)
-        total, slope = tl.sum(p, 1).to(tl.float64), tl.sum(u, 1).to(tl.float64)
+        total, slope = tl.sum(p, 1).to(each.dtype), tl.sum(u, 1).to(each.dtype)
         total = tl.where(top == float("-inf"), 1.0, total)  # a row without scores is solved
         sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, each, tolerance, MODE)
         sweeps += 1
@@ -184,7 +198,7 @@ def solve(
 @triton.jit
 def bound(lanes, top, size, a, scale, MODE: tl.constexpr, FINE: tl.constexpr, EXACT: tl.constexpr):
     """A lower bound close to σ: the root for the largest products of strided lanes (M, N) of a row."""
-    start = tl.zeros([lanes.shape[0]], tl.float64)
+    start = 0.0 * per_row(a, lanes.shape[0], FINE or EXACT)
     _, low = solve(lanes, top, start, size, a, scale, 1e-3, MODE, FINE, EXACT)
     return tl.maximum(low - 1e-6 * (1.0 + low), 0.0)
 
