@@ -157,6 +157,8 @@ def run(phase: Phase, record: Record, until: float) -> None:
     names = [name_of(task) for task in tasks(phase.kind)]
     todo = [number for number, name in enumerate(names) if not record.knows(phase.kind, name)]
     until = float("inf") if triton.interpreted() else until
+    if phase.warm_up and triton.interpreted():
+        todo = todo[:1]  # nothing is compiled there
     processes = 1
     if phase.kind == "check" or phase.warm_up:
         processes = min(os.cpu_count() or 1, 12) if not triton.interpreted() else 1

@@ -51,12 +51,13 @@ def page(result: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield "## Kernels by themselves"
     yield ""
-    yield "| case | what | kernel | ms | registers | bytes spilled | bytes shared |"
-    yield "|---|---|---|---|---|---|---|"
+    columns = ("registers", "spilled", "shared", "sweeps", "most sweeps")
+    yield f"| case | what | kernel | ms | {' | '.join(columns)} |"
+    yield "|---" * (4 + len(columns)) + "|"
     for line in timings:
         for kernel, found in line.get("kernels", {}).items():
-            resources = " | ".join(str(found.get(name, "")) for name in ("registers", "spilled", "shared"))
-            yield f"| {line['case']} | {line['who']} | {kernel} | {found['ms']:.3f} | {resources} |"
+            rest = " | ".join(f"{found[name]:.6g}" if name in found else "" for name in columns)
+            yield f"| {line['case']} | {line['who']} | {kernel} | {found['ms']:.3f} | {rest} |"
     yield ""
     yield "## Checks"
     yield ""

@@ -348,14 +348,19 @@ def with_short(length: int, what: str, keys: int, device: torch.device) -> Run:
 
 
 def profiled(length: int, what: str, planner: Planner, device: torch.device) -> Run:
-    """The median time of every kernel of a training step, and the resources that its compilation took."""
+    """The median time of every kernel of a training step, its resources, and the sweeps of Newton's method."""
     from sparse_attn.kernels.triton.attention import backward, forward
 
     step = attend(length, length, True, what, BOTH, _LOCAL, device)
     kernels: dict[str, list[tuple[Callable[[], float], Any]]] = {}
+    sweeps: list[Tensor] = []
     start = forward.launch
 
     def timed(kernel: Any, *arguments: Any, **options: Any) -> Any:
+        if kernel.__name__ == "_forward":
+            programs, inputs, lengths, results, *rest = arguments
+            sweeps.append(torch.zeros(programs, dtype=torch.int32, device=device))
+            arguments = (programs, inputs, lengths, results._replace(sweeps=sweeps[-1]), *rest)
         with stopwatch() as seconds:
             compiled = start(kernel, *arguments, **options)
         kernels.setdefault(kernel.__name__, []).append((seconds, compiled))
@@ -371,7 +376,10 @@ def profiled(length: int, what: str, planner: Planner, device: torch.device) -> 
             finally:
                 forward.launch = backward.launch = start
         synchronize()
-        return {"kernels": {name: resources(calls) for name, calls in kernels.items()}}
+        found = {name: resources(calls) for name, calls in kernels.items()}
+        if sweeps:
+            found["_forward"] |= {"sweeps": float(sweeps[-1].float().mean()), "most sweeps": int(sweeps[-1].max())}
+        return {"kernels": found}
 
     return run
 

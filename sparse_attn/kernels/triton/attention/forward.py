@@ -56,6 +56,61 @@ class Results(NamedTuple):
 
 
 @triton.jit
+def _largest_sweep(
+    q,
+    k_start,
+    listed,
+    begin,
+    stop,
+    lanes,
+    largest,
+    i,
+    end,
+    limit,
+    inputs,
+    n,
+    h,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """The largest product of each lane and row; for each tile, how near its rows come to their largest so far.
+
+    The last tiles come first: under a causal mask, and where scores fall with the distance, they have the largest
+    products, against which the others are then compared.
+    """
+    for t in range(0, stop - begin):
+        tile = stop - 1 - t
+        first = tile * BLOCK_N
+        inside = first + tl.arange(0, BLOCK_N) < limit
+        _, z = products(q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, EDGE)
+        lanes = tl.maximum(lanes, z, propagate_nan=tl.PropagateNan.ALL)
+        highest = tl.max(z, 1)
+        largest = tl.maximum(largest, highest)
+        near = tl.max(tl.where((end > 0) & (highest > float("-inf")), highest - largest, float("-inf")), 0)
+        tl.store(listed + tile, near.to(tl.int32, bitcast=True))
+    return lanes, largest
+
+
+@triton.jit
+def _list_near(listed, begin, stop, distance):
+    """List, from ``begin`` on, the tiles that :func:`_largest_sweep` found nearer than a distance; their number."""
+    BLOCK: tl.constexpr = 128
+    kept = begin * 0
+    for first in range(begin, stop, BLOCK):
+        tile = first + tl.arange(0, BLOCK)
+        near = tl.load(listed + tile, mask=tile < stop, other=0).to(tl.float32, bitcast=True)
+        alive = ((tile < stop) & ~(near <= distance)).to(tl.int32)
+        # The list is packed in place: the write position never passes the read position.
+        tl.store(listed + begin + kept + tl.cumsum(alive, 0) - 1, tile, mask=alive > 0)
+        kept += tl.sum(alive, 0)
+    return kept
+
+
+@triton.jit
 def _newton_sweep(
     q,
     k_start,
@@ -63,7 +118,6 @@ def _newton_sweep(
     begin,
     stop,
     kept,
-    first_sweep,
     row,
     totals,
     slopes,
@@ -89,7 +143,7 @@ def _newton_sweep(
     The accumulators (M, N) are summed after the sweep; with ``EXACT`` they are sums (M,).
     """
     for t in range(begin, stop):
-        tile = tl.where(first_sweep, t, tl.load(listed + t))
+        tile = tl.load(listed + t)
         first = tile * BLOCK_N
         inside = first + tl.arange(0, BLOCK_N) < limit
         _, z = products(q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, EDGE)
@@ -102,8 +156,8 @@ def _newton_sweep(
             slopes += u
         # The list is packed in place: the write position never passes the read position.
         tl.store(listed + kept, tile)
-        # For α up to 2, σ only increases from its lower bound: a tile without weight never has any later. A row of NaN
-        # keeps all of its tiles, so that all of its gradients become NaN.
+        # For α up to 2, σ only increases from its lower bound: a tile without weight never has any later. Rows of NaN
+        # have weight.
         kept += tl.max((tl.max(u, 1) != 0.0).to(tl.int32) | (a > 1.0).to(tl.int32), 0)
     return totals, slopes, kept
 
@@ -205,27 +259,37 @@ def _forward_rows(
     whole = tl.minimum(whole_tiles(inputs, lengths, limit, tile_m * BLOCK_M, BLOCK_N, CAUSAL, EXACT), count)
 
     lanes = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    lanes, largest = _largest_sweep(
+        *(q, k_start, listed, whole, count, lanes, largest, i, end, limit, inputs, n, h),
+        *(UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, True),
+    )
     if inputs.mask is None and not EXACT:
-        for tile in range(0, whole):
-            first = tile * BLOCK_N
-            _, z = products(
-                q, k_start, first, i, end, i < queries, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, False
-            )
-            lanes = tl.maximum(lanes, z, propagate_nan=tl.PropagateNan.ALL)
-    for tile in range(whole, count):
-        first = tile * BLOCK_N
-        inside = first + tl.arange(0, BLOCK_N) < limit
-        _, z = products(q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, True)
-        lanes = tl.maximum(lanes, z, propagate_nan=tl.PropagateNan.ALL)
+        lanes, largest = _largest_sweep(
+            *(q, k_start, listed, 0, whole, lanes, largest, i, end, limit, inputs, n, h),
+            *(UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, False),
+        )
     broken = tl.max((lanes != lanes).to(tl.int32), 1) > 0
     top = tl.where(broken, float("nan"), tl.max(lanes, 1))
     top = tl.where(i < queries, top, float("-inf"))
     each = per_row(a, BLOCK_M, FINE or EXACT)
     low = bound(lanes, top, keys, a, inputs.scale, MODE, FINE, EXACT)
     high, error, sigma = start_of(low, keys, each)
+    # A product this far below the row's largest has no weight; the number is negative.
+    distance = ((low - 1.0 / each) / inputs.scale).to(tl.float32) - 1e-5 * tl.abs(top)
+    distance = tl.where(each <= 0.0, float("-inf"), distance)
+    distance = tl.min(tl.where(top == float("-inf"), float("inf"), distance), 0)
+    # A row that is not valid keeps all tiles, so that all of its gradients become NaN: nothing is less than NaN.
+    distance = tl.where(any_of(broken | (top == float("inf"))), float("nan"), distance)
+    tl.debug_barrier()
+    # Tiles without an edge are listed from 0 on, the others from `first_edge` on.
+    first_edge = whole
+    stop = first_edge + _list_near(listed, first_edge, count, distance)
+    whole = _list_near(listed, 0, whole, distance)
+    tl.debug_barrier()
 
     sweeps = 0
-    go = count > 0
+    go = stop > 0
     while go:
         row = place(top, sigma, 1.0 + 0.0 * sigma, each, inputs.scale, MODE, FINE, EXACT)
         if EXACT:
@@ -237,16 +301,16 @@ def _forward_rows(
         kept = 0
         if inputs.mask is None and not EXACT:
             totals, slopes, kept = _newton_sweep(
-                *(q, k_start, listed, 0, whole, kept, sweeps == 0, row, totals, slopes, a, i, end, limit, inputs, n, h),
+                *(q, k_start, listed, 0, whole, kept, row, totals, slopes, a, i, end, limit, inputs, n, h),
                 *(MODE, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, FINE, EXACT, False),
             )
         kept_whole = kept
         totals, slopes, kept = _newton_sweep(
-            *(q, k_start, listed, whole, count, kept, sweeps == 0, row, totals, slopes, a, i, end, limit, inputs, n, h),
+            *(q, k_start, listed, first_edge, stop, kept, row, totals, slopes, a, i, end, limit, inputs, n, h),
             *(MODE, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, FINE, EXACT, True),
         )
         tl.debug_barrier()
-        whole, count = kept_whole, kept
+        whole, first_edge, stop = kept_whole, kept_whole, kept
         if EXACT:
             total, slope = totals, slopes
         else:
@@ -272,7 +336,7 @@ def _forward_rows(
             *(MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FINE, EXACT, False),
         )
     acc, acc2, total, slope = _output_sweep(
-        *(q, k_start, v_start, flags, listed, whole, count, row, acc, acc2, total, slope, a),
+        *(q, k_start, v_start, flags, listed, first_edge, stop, row, acc, acc2, total, slope, a),
         *(i, end, limit, inputs, lengths, head, n, h),
         *(MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FINE, EXACT, True),
     )
