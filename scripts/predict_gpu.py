@@ -140,7 +140,9 @@ def count(tile: tuple[int, int, int] | None, alpha: torch.Tensor | None) -> Coun
             return
         compiled = compile_kernels.compile_kernel(kernel, *arguments, warps=warps, stages=stages)
         each = warps * 32 / size
-        found[kernel.__name__] = [one._replace(length=one.length * each) for one in loops(compiled.asm["cubin"])]
+        found[kernel.__name__.lstrip("_")] = [
+            one._replace(length=one.length * each) for one in loops(compiled.asm["cubin"])
+        ]
         spilled.append(compile_kernels.resources(compiled)[1])
 
     forward.launch = backward.launch = launch
@@ -149,13 +151,13 @@ def count(tile: tuple[int, int, int] | None, alpha: torch.Tensor | None) -> Coun
         tensors = (query, key, key, alpha, None, None, None)
         output, *kept = forward.forward(*tensors, setting, True)
         backward.backward(output, *tensors, *kept, setting, alpha is not None, False)
-    sweeps = found["_forward"]
+    sweeps = found.get("forward_long") or found["forward"]
     most = max(one.products for one in sweeps)
     outputs = [one.length for one in sweeps if one.products == most]
     rest = [one for one in sweeps if one.products < most]
     newton = [one.length for one in rest if one.weights]
     largest = [one.length for one in rest if not one.weights]
-    others = (min(one.length for one in found[name]) for name in ("_backward_queries", "_backward_keys"))
+    others = (min(one.length for one in found[name]) for name in ("backward_queries", "backward_keys"))
     return Count(min(largest), min(newton), min(outputs), *others, sum(spilled))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "compile_kernels.py"
 KERNELS = {
-    *("_forward", "forward_short", "_backward_queries", "_backward_keys", "_list_tiles", "_scores", "_outputs"),
+    *("forward_long", "forward_short", "backward_queries", "backward_keys", "_list_tiles", "_scores", "_outputs"),
     *("_forward_on_chip", "_forward_in_chunks", "_backward_on_chip", "_backward_in_chunks", "_multipliers"),
 }
 

@@ -239,3 +239,21 @@ def store_rows(
         final = place(top, sigma, total, a, scale, MODE, FINE, EXACT)
         for n in tl.static_range(len(final)):
             tl.store(results.statistics + n * rows + row, final[n], mask=inside)
+
+
+@triton.jit
+def load_rows(Stats, row, inside, rows, MODE: tl.constexpr):
+    """The results of ``weights.place`` for these rows, stored by the forward; rows outside get weights of 0."""
+    rows = tl.cast(rows, tl.int64)
+    first = tl.load(Stats + row, mask=inside, other=0.0)
+    second = tl.load(Stats + rows + row, mask=inside, other=0.0)
+    third = tl.load(Stats + 2 * rows + row, mask=inside, other=1.0)  # a factor of -inf must not be 0
+    if MODE != 0:
+        return first, second, third
+    else:
+        fourth = tl.load(Stats + 3 * rows + row, mask=inside, other=0.0)
+        fifth = tl.load(Stats + 4 * rows + row, mask=inside, other=0.0)
+        sixth = tl.load(Stats + 5 * rows + row, mask=inside, other=0.0)
+        seventh = tl.load(Stats + 6 * rows + row, mask=inside, other=0.0)
+        eighth = tl.load(Stats + 7 * rows + row, mask=inside, other=0.0)
+        return first, second, third, fourth, fifth, sixth, seventh, eighth

@@ -107,7 +107,7 @@ def forward_short(
     TILES_N: tl.constexpr,
     BACKWARD_M: tl.constexpr,
 ):
-    """As ``forward._forward``. The backward uses tiles of ``BACKWARD_M`` queries and ``BLOCK_N`` keys."""
+    """As ``forward_long``. The backward uses tiles of ``BACKWARD_M`` queries and ``BLOCK_N`` keys."""
     FINE: tl.constexpr = inputs.query.start.dtype.element_ty == tl.float32
     a = head_a(inputs, head_of_program(inputs, lengths, BLOCK_M))
     if MODE == 0 and not FINE:  # α is data: one branch for all programs of a head
