@@ -13,7 +13,7 @@ INSTALL  = $(BIN)/python -m pip install --constraint constraints.txt
 # Two processes share the machine in `make test`; waiting threads must not spin on the cores the other one needs.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help train test peer-tests sanitize lint format format-check types wheels wheel-check clean
+.PHONY: help train test docs peer-tests sanitize lint format format-check types wheels wheel-check clean
 
 help:           ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -23,6 +23,10 @@ train: $(VENV)/.installed-recipes  ## train the default model on CMUdict and sho
 
 test: $(VENV)/.installed-dev       ## run the tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+docs: $(VENV)/.installed-docs       ## build the documentation into docs/_build/html and check it; ARGS are sphinx-build's
+	$(BIN)/python -m sphinx -b html -W --keep-going -q $(ARGS) docs docs/_build/html
+	$(BIN)/python scripts/check_site.py
 
 peer-tests: $(VENV)/.installed-dev  ## run the entmax package's own tests on sparse_attn.compat.entmax
 	$(BIN)/python scripts/run_peer_tests.py $(ARGS)
@@ -50,7 +54,7 @@ wheel-check: $(VENV)/.installed-dev  ## build the wheel, install it into an empt
 	scripts/check_wheel.sh $(BIN)/python
 
 clean:          ## remove builds and caches; the environment and the runs stay
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # Made anew only when the project's metadata or a pin has changed. `pip` is the last file a new environment gets: one
 # whose creation was interrupted is made again.
@@ -66,3 +70,7 @@ $(VENV)/.installed-recipes: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/p
 $(VENV)/.installed-dev: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/pip
 	$(INSTALL) --editable ".[dev]"
 	@touch $@ $(VENV)/.installed-recipes
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/pip
+	$(INSTALL) --editable ".[docs]"
+	@touch $@

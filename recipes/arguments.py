@@ -17,6 +17,8 @@ _TEXTS = [
     "text",
     "target",
     "alignments",
+    "state",
+    "save",
     "resume",
     "data.path",
     "data.train",
@@ -26,7 +28,7 @@ _TEXTS = [
     "hydra.sweep.dir",
 ]
 # Hydra reads the name of a config group as a choice among its files, in every command.
-_OTHER_NAMES = {"inspect": {"model": "hf_model"}}
+_OTHER_NAMES = {"inspect": {"model": "hf_model"}, "calibrate": {"model": "hf_model"}}
 _QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 _SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)")
 _NEEDED_GROUPS = ("data", "decoding", "model", "paths", "trainer")

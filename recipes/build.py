@@ -260,7 +260,7 @@ def monitored(monitor: Any, data: Seq2SeqData) -> tuple[str, bool]:
     known = parts[0] == "val" and len(parts) > 1 and parts[1] in names
     if not known or (parts[2:] and (len(groups) < 2 or parts[1] in MEANS or "/".join(parts[2:]) not in groups)):
         allowed = ", ".join(f"val/{name}" for name in names)
-        raise ValueError(f"monitor must be one of {allowed}, which go with data.metrics, got {monitor!r}")
+        raise ValueError(f"monitor must be one of {allowed} (as computed for data.metrics), got {monitor!r}")
     return monitor, names[parts[1]].higher_is_better
 
 

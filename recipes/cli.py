@@ -15,6 +15,7 @@ COMMANDS = {
     "predict": "outputs of a trained model for words from a file or standard input",
     "compare": "runs in a table: mean and standard deviation over seeds, differences to a baseline",
     "inspect": "α and attention density of every head of a trained model, as tables and plots",
+    "calibrate": "how sparse a dense Hugging Face model can be: α of every head for a density or a bounded loss",
 }
 USAGE = """\
 usage: sparse-attn COMMAND [key=value ...]
@@ -29,6 +30,7 @@ examples
   sparse-attn evaluate run=runs/DATE_TIME
   echo attention | sparse-attn predict run=runs/DATE_TIME
   sparse-attn inspect run=runs/DATE_TIME
+  sparse-attn calibrate model=DIR text=FILE density=0.2
 
 sparse-attn COMMAND -h lists the keys of a command; sparse-attn --version prints the version.
 """

@@ -96,7 +96,7 @@ def run_hydra(
     # A relative config path does not survive being called as a console script.
     folder, config_name = (config.parent, config.stem) if config else (config_dir(), name)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    with tempfile.TemporaryDirectory() as scratch, reported(name):
+    with reported(name), contextlib.ExitStack() as stack:
         flags, overrides = split(arguments)
         check_flags(flags)
         check_deletions(overrides)
@@ -106,6 +106,7 @@ def run_hydra(
         overrides = [read_as_text(override, sweep=is_multirun(flags)) for override in overrides]
         if name != "train" and is_multirun(flags):
             # The sweeper writes down what it ran; only a training has a folder for that.
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
             overrides.append(f"hydra.sweep.dir={quoted(scratch)}")
         program, typed = _program(name), sys.argv[1:]
         main = hydra.main(config_path=str(folder.resolve()), config_name=config_name, version_base="1.3")

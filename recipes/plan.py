@@ -15,10 +15,10 @@ class Plan:
     """The length of a training.
 
     Attributes:
-        epochs: Epochs.
-        batches: Batches of an epoch.
-        all_batches: Batches that the data have.
-        updates: Updates of the weights in all.
+        epochs: Number of epochs.
+        batches: Batches per epoch.
+        all_batches: Batches that the data contain.
+        updates: Number of all updates of the weights.
     """
 
     epochs: int
@@ -27,7 +27,7 @@ class Plan:
     updates: int
 
     def describe(self, warmup: int) -> str:
-        """The plan in a line.
+        """The plan in one line.
 
         Example:
             >>> Plan(5, 280, 1804, 1400).describe(210)
@@ -43,12 +43,12 @@ class Plan:
 
         Example:
             >>> Plan(5, 13, 13, 65).notes(200)[0]
-            'the warm-up of 200 updates is more than half of the 65 of this training (optimizer.warmup_steps)'
+            "the warm-up of 200 updates is more than half of this training's 65 updates (optimizer.warmup_steps)"
         """
         if warmup <= self.updates / 2:
             return []
         return [
-            f"the warm-up of {warmup:,} updates is more than half of the {self.updates:,} of this training "
+            f"the warm-up of {warmup:,} updates is more than half of this training's {self.updates:,} updates "
             "(optimizer.warmup_steps)"
         ]
 

@@ -44,7 +44,7 @@ ADDED = [
 TINY = [
     *("data=tsv", "data.batch_size=8", "logger=csv", "model.dim=8", "model.num_heads=2"),
     *("model.ff_dim=16", "model.encoder_layers=1", "model.decoder_layers=1", "trainer.max_epochs=1"),
-    *("trainer.accelerator=cpu",),
+    *("trainer.accelerator=cpu", "++trainer.max_steps=9"),  # 9: also without max_epochs, or with batches of one
 ]
 
 
@@ -56,7 +56,7 @@ def overrides() -> list[str]:
     """Every key with every odd value."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         keys = list(_keys(compose("train", ["data=tsv", "data.path=x"])))
-    keys += [f"+trainer.{name}" for name in ADDED]
+    keys += [f"++trainer.{name}" for name in ADDED]
     keys += [group for group in config_groups() if group != "paths"]
     return [f"{key}={value}" for key, value in itertools.product(keys, VALUES)]
 

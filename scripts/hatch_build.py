@@ -1,8 +1,8 @@
-"""The build hook of hatchling: compiles the kernels in C into the wheel, or goes on without them.
+"""The build hook of hatchling: compiles the C kernels and adds them to the wheel, or builds a wheel without them.
 
-A wheel with the library is tagged ``py3-none-<platform>``, since the library knows nothing of Python; on Linux the
-platform is the manylinux that the library's symbols allow. Without a compiler the wheel is pure, and the operators run
-in torch alone.
+A wheel with the library is tagged ``py3-none-<platform>``, since the library works with every Python version. On Linux
+the platform is the oldest manylinux tag that has the glibc symbols of the library. Without a compiler the wheel is
+pure Python, and the operators run in plain torch.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _KERNELS = "sparse_attn/kernels/cpu"
 
 
 class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
-    """An editable installation finds the library beside its sources; a wheel carries it."""
+    """Puts the compiled library beside its sources in an editable installation, and into the wheel otherwise."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile, and tell hatchling where the library is."""
+        """Compiles the library, and tells hatchling where it is."""
         if self.target_name != "wheel":
             return
         sources = Path(self.root, _KERNELS)
@@ -37,7 +37,10 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
             library = compiler.build(sources if editable else self._folder.name)
         except (OSError, RuntimeError) as error:
             reason = str(error).strip() or type(error).__name__
-            print(f"sparse-attn: no compiled kernels, torch will do: {reason.splitlines()[0]}", file=sys.stderr)
+            message = (
+                f"sparse-attn: the C kernels were not compiled, plain torch is used instead: {reason.splitlines()[0]}"
+            )
+            print(message, file=sys.stderr)
             return
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{_platform_tag(compiler.target(), library)}"
@@ -45,13 +48,13 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
             build_data["force_include"][str(library)] = f"{_KERNELS}/{library.name}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
-        """Remove the compiled library, which the wheel holds by now."""
+        """Removes the compiled library, of which the wheel now contains a copy."""
         if self.target_name == "wheel":
             self._folder.cleanup()
 
 
 def _module(path: Path) -> ModuleType:
-    """A module by its path: the package itself needs torch, which a build does not have."""
+    """Import a module from its path; importing the package would need torch, which is not installed in a build."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -63,13 +66,13 @@ def _platform_tag(target: str, library: Path) -> str:
     """The platform of a wheel.
 
     Args:
-        target: What the compiler says it compiles for, such as ``x86_64-linux-gnu``.
+        target: The target triplet of the compiler, such as ``x86_64-linux-gnu``.
         library: The compiled library.
     """
     versions = {tuple(map(int, found)) for found in re.findall(rb"GLIBC_(\d+)\.(\d+)", library.read_bytes())}
     if "linux" in target and versions:
-        # 2.17 is the oldest glibc with a manylinux name on every machine.
+        # 2.17 is the oldest glibc version with a manylinux tag for every architecture.
         return "manylinux_{}_{}_{}".format(*max(versions | {(2, 17)}), target.partition("-")[0])
-    # Python may be built for two kinds of Mac at once; the compiler is asked for the one it runs on.
+    # A universal2 Python supports two processor types, but the library is compiled only for that of this machine.
     tag = sysconfig.get_platform().replace("universal2", platform.machine())
     return tag.replace("-", "_").replace(".", "_")

@@ -2,6 +2,8 @@
 
 python scripts/plot_operators.py [FOLDER]
 
+The same in dark colours goes to the same folder, as NAME_dark.png.
+
 Left: a score t beside two scores 0, and the probability it gets. Right: what the mapping makes of eight scores.
 """
 
@@ -42,9 +44,19 @@ PICTURES: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
 }
 
 
+DARK = {"figure.facecolor": "#131416", "axes.facecolor": "#131416", "savefig.facecolor": "#131416"}
+
+
 def main(folder: Path) -> None:
-    """Draw and save every picture."""
+    """Draw and save every picture, in light and in dark colours."""
     folder.mkdir(parents=True, exist_ok=True)
+    draw(folder, "")
+    with plt.style.context(["dark_background", DARK]):
+        draw(folder, "_dark", first=0.3)
+
+
+def draw(folder: Path, suffix: str, first: float = 0.0) -> None:
+    """Draw and save every picture; ``first`` is the place of the first curve on the colour map, which begins dark."""
     for name, mappings in PICTURES.items():
         figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.6))
         rising = torch.linspace(-3, 3, 601)
@@ -53,7 +65,7 @@ def main(folder: Path) -> None:
         left.plot(rising, torch.softmax(triples, -1)[:, 0], ":", color="grey", label="softmax")
         right.plot(range(len(SCORES)), torch.softmax(SCORES, -1), ":", color="grey", label="softmax")
         for place, (label, mapping) in enumerate(mappings.items()):
-            color = plt.cm.viridis(place / max(len(mappings) - 0.7, 1))
+            color = plt.cm.viridis(first + (1 - first) * place / max(len(mappings) - 0.7, 1))
             left.plot(rising, mapping(triples)[:, 0], color=color, label=label)
             position = torch.arange(len(SCORES)) + (place + 0.5) * width - 0.4
             right.bar(position.numpy(), mapping(SCORES).numpy(), width, color=color)
@@ -62,7 +74,7 @@ def main(folder: Path) -> None:
         right.set_xticks(range(len(SCORES)), [f"{score:.1f}" for score in SCORES.tolist()])
         left.legend(frameon=False, fontsize="small")
         figure.tight_layout()
-        figure.savefig(folder / f"{name}.png", dpi=90)
+        figure.savefig(folder / f"{name}{suffix}.png", dpi=90)
         plt.close(figure)
 
 

@@ -35,37 +35,38 @@ from sparse_attn.kernels.triton.attention import backward, forward
 from sparse_attn.kernels.triton.attention.plan import Plan
 
 PAGE = Path(__file__).parents[1] / "benchmarks" / "gpu_predictions.md"
-SWEEPS = 2  # of Newton's method, usually
+SWEEPS = 2  # the usual number of passes of Newton's method
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)\S*\s*(.*?);")
 
 
 _INTRODUCTION = """\
-# What the compiled kernels predict for a GPU
+# GPU speed predicted from the compiled kernels
 
 Made by `python scripts/predict_gpu.py --write` on {today} with Triton {triton}, for compute capability 9.0.
-**Nothing here has been measured.** `scripts/gpu_check.py` times the same tiles on a device: that is the outcome of
-each line.
+**Nothing here has been measured.** `scripts/gpu_check.py` times the same tile sizes on a device, so that each
+prediction can be checked.
 
-Instructions for each score of a tile, heads of 64 in bfloat16, causal: in the sweep for the largest scores, in one of
-Newton's, for the output, for the gradients of queries (and α) and of keys and values. All of them, with {sweeps} of
-Newton's, and what that is of the tiles in use, the first line for each α. Spilled bytes are of all kernels: they make
-one slower than this says. So does a larger tile where few keys have weight.
+The table has instructions per score, for causal attention with head size 64 in bfloat16: for the pass that finds the
+largest scores, one pass of Newton's method, the pass that computes the output, the gradients of queries (and α), and
+the gradients of keys and values. `all` is their sum, with {sweeps} Newton passes. `relative` is `all` divided by
+`all` of the tile size in use, which is the first row for each α. `spilled bytes` counts the bytes that all kernels
+together spill. A kernel is slower than predicted if it spills, or if its tiles are large and few keys have weight.
 """
 _COLUMNS = (
-    *("α", "queries × keys, warps", "largest", "Newton", "output", "d queries", "d keys"),
-    *("all", "of those in use", "spilled"),
+    *("α", "queries × keys, warps", "largest scores", "Newton pass", "output", "d queries", "d keys"),
+    *("all", "relative", "spilled bytes"),
 )
 
 
 class Count(NamedTuple):
-    """Instructions for each score."""
+    """Instructions per score."""
 
     largest: float
     newton: float
     output: float
     queries: float
     keys: float
-    spilled: int  # bytes of a thread, of all kernels
+    spilled: int  # bytes per thread, summed over all kernels
 
     def total(self) -> float:
         """The count of a forward and backward pass in which all tiles have weight."""
@@ -73,7 +74,7 @@ class Count(NamedTuple):
 
 
 def main() -> None:
-    """Print the page, and keep it."""
+    """Print the page; with ``--write``, also save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"keep the page as {PAGE.name}")
     parser.add_argument("--beside", metavar="REVISION", help="a commit whose kernels are counted, too")
@@ -106,7 +107,10 @@ def page(beside: str | None) -> Iterator[str]:
             yield line(name, f"at {beside}", others[number], now)
     ratio = counts["learnt", TILES[0]].total() / counts["1.5", TILES[0]].total()
     yield ""
-    yield f"By these counts a learnt α with its gradient takes {ratio:.1f} times as long as a fixed 1.5; 1.3 is wanted."
+    yield (
+        f"By these counts, a learnt α with its gradient takes {ratio:.1f} times as long as a fixed α = 1.5; the target "
+        "is 1.3."
+    )
 
 
 def line(name: str, shape: str, one: Count, now: float) -> str:

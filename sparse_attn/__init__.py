@@ -1,11 +1,11 @@
-"""Sparse attention for PyTorch: mappings to sparse probabilities, attention layers that learn how sparse to be.
+"""Sparse attention for PyTorch: mappings from scores to sparse probabilities, and layers with a learnt sparsity.
 
-Beside the names below there are modules of their own:
+The package exports the names below. Further modules are:
 
 - ``sparse_attn.optim``: α in training (parameter groups, freezing, setting, annealing, projection, penalty);
-- ``sparse_attn.analysis``: what attention heads do, from weights or from a record of a model;
-- ``sparse_attn.observe``: how attention modules of your own report their weights to a record;
-- ``sparse_attn.viewer``: a record as a page or a picture;
+- ``sparse_attn.analysis``: statistics and roles of attention heads, from weights or from a record of a model;
+- ``sparse_attn.observe``: functions by which your own attention modules report their weights to a record;
+- ``sparse_attn.viewer``: a page or a picture of recorded attention;
 - ``sparse_attn.integrations.huggingface``: sparse attention in models of transformers;
 - ``sparse_attn.compat``: names and signatures of other packages.
 """
@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 
 def _runs_the_command() -> bool:
-    """Whether this process is the command ``sparse-attn``, whose help should not wait for torch."""
+    """Whether this process runs the command ``sparse-attn``, whose help should not wait for the import of torch."""
     return bool(sys.argv[:1]) and Path(sys.argv[0]).stem == "sparse-attn"
 
 

@@ -277,5 +277,5 @@ def _to_internal(mask: Tensor) -> Tensor:
 
 
 def with_infinities(mask: Tensor) -> Tensor:
-    """The mask with -inf in place of its dtype's smallest number, which would be too small to mask wider scores."""
+    """The mask with -inf for its dtype's smallest number, which would not be small enough to mask wider scores."""
     return mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -math.inf)

@@ -1,8 +1,8 @@
 """Registry of callbacks that receive attention weights during a forward pass: an extension point for attention modules.
 
-:func:`sparse_attn.record_attention` finds weights by hooks where a module returns them. A module that does not return
-its weights reports them instead, and every layer of this library does. Two steps make an attention module of your own
-visible to a record: report the weights where they are made, and register a function that knows such modules.
+:func:`sparse_attn.record_attention` uses hooks for modules that return their weights. A module that does not return its
+weights reports them instead, as every layer of this library does. Two steps make your own attention module visible to
+a record: report the weights where they are computed, and register a function that recognises such modules.
 
 Example:
     >>> import torch
@@ -16,8 +16,8 @@ Example:
     ...         return (weights @ x).squeeze(1)
     >>> handle = register_reporter(lambda module: isinstance(module, Pooling))
 
-    Until ``handle.remove()``, ``record_attention(model)`` records every ``Pooling`` of a model. An observer of your own
-    sees it too:
+    Until ``handle.remove()``, ``record_attention(model)`` records every ``Pooling`` of a model. Your own observer
+    receives the weights too:
 
     >>> with observe_weights(lambda module, weights, visible, alpha: print(tuple(weights.shape))):
     ...     _ = Pooling(5, 1)(torch.randn(2, 3, 5))
@@ -45,6 +45,7 @@ __all__ = [
     "weights_are_observed",
 ]
 
+#: Called as ``observer(module, weights, visible, alpha)``; see :func:`report_weights` for the arguments.
 Observer = Callable[[nn.Module, Tensor, Tensor | None, float | Tensor | None], None]
 _observers: list[Observer] = []
 _paused: list[int] = []  # threads whose weights no observer receives
@@ -52,7 +53,7 @@ _reporters: OrderedDict[int, Callable[[nn.Module], bool]] = OrderedDict()  # by 
 
 
 def weights_are_observed() -> bool:
-    """Whether an observer is active in this thread: a module that can do without its weights need not make them."""
+    """Whether an observer is active in this thread. If not, a module need not compute weights only for a report."""
     return bool(_observers) and not (_paused and get_ident() in _paused)
 
 
@@ -72,15 +73,16 @@ def report_weights(
 
 
 def register_reporter(reports: Callable[[nn.Module], bool]) -> RemovableHandle:
-    """Register a function that says which modules call :func:`report_weights`.
+    """Register a function that recognises modules which call :func:`report_weights`.
 
-    :func:`sparse_attn.record_attention` refuses a model in which it finds no attention, so it has to know them.
+    Without it, :func:`sparse_attn.record_attention` refuses a model that contains no other attention modules.
 
     Args:
-        reports: True for a module that reports its weights. The same function registered again has the new handle only.
+        reports: Returns True for a module that reports its weights. If the same function is registered again, only the
+            new handle is valid.
 
     Returns:
-        A handle, as torch's hooks have one: ``handle.remove()`` takes the function off again.
+        A handle like those of torch's hooks: ``handle.remove()`` removes the function.
 
     Raises:
         TypeError: ``reports`` cannot be called.

@@ -5,6 +5,7 @@
 # Imported first, so that an old version of torch gets a clear error before another module fails on a missing name.
 import sparse_attn.versions  # noqa: F401  # isort: split
 from sparse_attn.analysis.record import record_attention
+from sparse_attn.calibration import calibrate
 from sparse_attn.kernels.dispatch import backends, use_backend
 from sparse_attn.nn import *
 from sparse_attn.ops import *
@@ -37,6 +38,7 @@ __all__ = [
     "alpha_per_head",
     "backends",
     "budget_sparsemax",
+    "calibrate",
     "entmax",
     "entmax15",
     "entmax15_loss",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from inspect import Parameter, signature
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparse_attn.checks import check_filter, check_module
 from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
+from sparse_attn.nn.alpha import value_for
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 
 FilterFn = Callable[[str, nn.MultiheadAttention], bool]
@@ -60,8 +62,10 @@ def replace_attention(
         layer: The class of the new layers.
         filter_fn: Called with the name and the module of each layer; the layer is replaced only if the result is True.
         **layer_kwargs: Keyword arguments of ``layer`` beyond those of ``nn.MultiheadAttention``: ``alpha_init=1.0``
-            keeps the function of a dense model; ``TopKMultiheadAttention`` requires ``k``. All layers get the same
-            objects: a ``positions`` module with parameters is shared by all layers.
+            keeps the function of a dense model; ``TopKMultiheadAttention`` requires ``k``. A dict
+            ``{layer name: value}``, such as the result of :func:`sparse_attn.calibrate` for ``alpha_init``, gives each
+            layer its own value. Otherwise all layers get the same objects: a ``positions`` module with parameters is
+            shared by all layers.
 
     Returns:
         ``{name: new layer}``. A layer that occurs in several places is replaced in all of them, and listed under its
@@ -90,7 +94,8 @@ def replace_attention(
     new = {}
     for name, old in dense.items():
         with torch.random.fork_rng(devices=[]):  # the initial values are discarded: keep the caller's random state
-            built = layer(**_arguments(old), device="cpu", **layer_kwargs)  # fork_rng saves the state of the CPU alone
+            own = {key: value_for(name, value, key) for key, value in layer_kwargs.items()}
+            built = layer(**_arguments(old), device="cpu", **own)  # fork_rng saves the state of the CPU alone
         wanted = _shapes(old)
         if not wanted.items() <= _shapes(built).items():
             raise ValueError(
@@ -157,6 +162,30 @@ def restore_attention(model: nn.Module, *, filter_fn: FilterFn | None = None) ->
         if not still_sparse and vars(encoder).pop(_NESTED, False):
             encoder.use_nested_tensor = True
     return new
+
+
+@contextmanager
+def replaced_for_a_while(
+    model: nn.Module, filter_fn: FilterFn | None
+) -> Iterator[dict[str, AdaptiveSparseMultiheadAttention]]:
+    """Within the context, dense layers are adaptive ones with α = 1; afterwards the model has its own layers again.
+
+    Yields:
+        ``{name: layer}`` of all adaptive layers.
+    """
+    found = _attention(model, filter_fn)
+    dense = {name: layer for name, layer in found.items() if not isinstance(layer, SparseMultiheadAttention)}
+    nested = {encoder: dict(vars(encoder)) for encoder in _encoders(model)}
+    new = replace_attention(model, filter_fn=filter_fn, alpha_init=1.0, learn_alpha=False)
+    try:
+        layers = {**found, **new}
+        yield {name: x for name, x in layers.items() if isinstance(x, AdaptiveSparseMultiheadAttention)}
+    finally:
+        _exchange(model, new, dense)
+        for encoder, before in nested.items():
+            encoder.use_nested_tensor = before["use_nested_tensor"]
+            if _NESTED not in before:
+                vars(encoder).pop(_NESTED, None)
 
 
 def _attention(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.MultiheadAttention]:

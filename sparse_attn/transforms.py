@@ -1,4 +1,4 @@
-"""Questions about torch's transforms (compile, export, ``torch.func``): is one active, and does it support a call."""
+"""Tests whether a transform of torch (compile, export, ``torch.func``) is active, and whether it supports a call."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 
 
 def leaf(forward: _Forward) -> _Forward:
-    """Decorate the ``forward`` of a module that ``torch.fx.symbolic_trace`` shall record as one call, not look into.
+    """Decorate a ``forward`` that ``torch.fx.symbolic_trace`` should record as one call, without tracing into it.
 
-    The tracer does so with torch's own modules, which it tells by their name; their drop-ins have another.
+    The tracer does this for torch's own modules, which it recognises by their names; our drop-ins have other names.
     """
 
     @functools.wraps(forward)
@@ -35,17 +35,17 @@ def leaf(forward: _Forward) -> _Forward:
 
 
 def is_traced() -> bool:
-    """Whether torch writes the operations that we call into a graph: ``torch.jit.trace``, ``make_fx``, an export.
+    """Whether torch records the operations that we call in a graph: ``torch.jit.trace``, ``make_fx``, an export.
 
-    A kernel that is called through a pointer leaves no operation behind: the graph would hold a constant, or memory
-    that nothing has written to.
+    A kernel that is called through a pointer is not recorded: the graph would contain a constant, or uninitialised
+    memory.
     """
     return torch._C._is_tracing() or fx_traces() or is_exporting()
 
 
 def writes_onnx() -> bool:
     """Whether a trace may become ONNX, which has fewer operations than torch."""
-    if torch.compiler.is_compiling():  # Dynamo cannot trace the question below
+    if torch.compiler.is_compiling():  # Dynamo cannot trace the call below
         return is_exporting()
     return torch._C._is_tracing() and torch.onnx.is_in_onnx_export()
 

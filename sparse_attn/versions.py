@@ -1,4 +1,4 @@
-"""Differences between the supported versions of Python, torch and Triton.
+"""Differences between the supported versions of Python, torch, Triton and transformers.
 
 Each difference has one name here and says with which version it ends. No other module of the package asks for a
 version. ``docs/versions.md`` lists the versions that the tests have passed with and what the older ones cannot do.
@@ -34,7 +34,7 @@ if TORCH < (2, 6):
 
 @functools.cache
 def triton_version() -> str | None:
-    """The version of Triton that is installed, None without one. It is not imported, which takes long."""
+    """The version of the installed Triton, or None. Read without importing Triton, which takes long."""
     if importlib.util.find_spec("triton") is None:
         return None
     for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows"):
@@ -51,16 +51,23 @@ def triton_problem() -> str | None:
     return f"Triton 3.4 or newer is needed, got {found}" if _numbers(found) < (3, 4) else None
 
 
-# Torch before 2.8 brings an older Triton along, which does no harm where there is no GPU.
+# Torch before 2.8 includes an older Triton, which matters only if there is a GPU.
 if triton_version() and triton_problem() and (TORCH >= (2, 8) or torch.cuda.device_count()):
     warnings.warn(f"the GPU kernels of sparse_attn are not used: {triton_problem()}", stacklevel=2)
 
 
-def is_exporting() -> bool:
-    """Whether ``torch.export`` is at work, also where Dynamo traces for it.
+def check_transformers() -> None:
+    """Raise if transformers is too old: before 5.15 T5 has no attention interface, and 5.15 renames modules of ViT."""
+    found = metadata.version("transformers")
+    if _numbers(found) < (5, 16):
+        raise ImportError(f"sparse_attn needs transformers 5.16 or newer, got {found}")
 
-    Before torch 2.13 Dynamo answers ``torch.compiler.is_exporting()`` with True in ``torch.compile``, too. The variable
-    behind that function is right there. Torch 2.6 has neither the function nor the variable.
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is running, also while Dynamo traces for an export.
+
+    Before torch 2.13, ``torch.compiler.is_exporting()`` is also true inside ``torch.compile``; the variable that this
+    function reads has the correct value there. Torch 2.6 has neither the function nor the variable.
     """
     if TORCH >= (2, 13):
         return torch.compiler.is_exporting()
@@ -76,27 +83,28 @@ def _dynamo_is_exporting() -> bool:
 
 
 def fx_traces() -> bool:
-    """Whether ``torch.fx`` or ``make_fx`` writes a graph. The public function warns; the flag ends with 2.13."""
+    """Whether ``torch.fx`` or ``make_fx`` is tracing. The public function warns; the flag exists up to torch 2.13."""
     if TORCH >= (2, 14):
         return torch.fx._symbolic_trace._get_is_fx_tracing()  # type: ignore[attr-defined, unused-ignore]
     return torch.fx._symbolic_trace._is_fx_tracing_flag
 
 
 def loops_export() -> bool:
-    """Whether a ``while_loop`` can be exported, in every way and to ONNX; else a fixed number of steps is written out.
+    """Whether a ``while_loop`` can be exported in every way, also to ONNX; if not, an export contains single steps.
 
-    Torch 2.6 exports it in strict mode alone; before 2.9 it has no ONNX, and before 2.13 it forgets which sizes are 1.
+    Torch 2.6 exports a loop only in strict mode; before 2.9, ONNX has no loop; before 2.13, a loop loses the
+    information which sizes are 1.
     """
     return TORCH >= (2, 13)
 
 
 def autocast_enabled(device: torch.device) -> bool:
-    """Whether autocast is on for a device; False for one that has none, where torch raises."""
+    """Whether autocast is on for a device; False for a device without autocast, for which torch raises."""
     return _autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _autocast_available(device_type: str) -> bool:
-    """Dynamo before torch 2.13 cannot trace the function of torch; marked as below, it calls this one instead."""
+    """Torch's function, which Dynamo before torch 2.13 cannot trace; it calls this one, because of the mark below."""
     return torch.amp.is_autocast_available(device_type)
 
 
@@ -106,9 +114,9 @@ _autocast_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def tf32_allowed() -> bool:
-    """Whether float32 matrix products may round their factors to TF32 on a GPU, in whichever way that was asked for.
+    """Whether float32 matrix products may round their factors to TF32 on a GPU, by either of torch's two settings.
 
-    Torch before 2.9 knows the older of the two ways alone.
+    Torch before 2.9 has only the older setting.
     """
     if TORCH >= (2, 9):
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -117,7 +125,7 @@ def tf32_allowed() -> bool:
 
 @functools.cache
 def mend_interpreter() -> None:
-    """Let Triton's interpreter count loops: before 3.7 it takes arrays for numbers, which numpy 2.5 refuses."""
+    """Repair loops in Triton's interpreter: before 3.7 it converts arrays to ints, which numpy 2.5 refuses."""
     if _numbers(triton_version() or "0.0") >= (3, 7):
         return
     from triton.runtime import interpreter  # type: ignore[import-untyped, unused-ignore]

@@ -27,7 +27,7 @@ OPS = [
     *("entmax15_loss", "entmax_loss", "sparsemax_loss"),
     *("entmax_attention", "entmax_attention_varlen", "topk_attention", "support_size", "tau"),
 ]
-OTHERS = ["backends", "record_attention", "replace_attention", "restore_attention", "use_backend"]
+OTHERS = ["backends", "calibrate", "record_attention", "replace_attention", "restore_attention", "use_backend"]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,8 @@ class Contract:
         *,
         scale=None,
         enable_gqa=False,
+        softcap=None,
+        sinks=None,
     ): ...
     def entmax_attention_varlen(
         self,
@@ -92,6 +94,8 @@ class Contract:
         scale=None,
         dropout_p=0.0,
         enable_gqa=False,
+        softcap=None,
+        sinks=None,
     ): ...
     def topk_attention(
         self,
@@ -106,6 +110,8 @@ class Contract:
         scale=None,
         enable_gqa=False,
         normalizer="softmax",
+        softcap=None,
+        sinks=None,
     ): ...
     def SparseAttention(
         self, k=None, *, alpha=None, scale=None, dropout=0.0, learn_alpha=False, alpha_range=(1.0, 2.0)

@@ -53,6 +53,12 @@ def test_an_old_triton_is_not_used_after_a_warning(tmp_path, found, problem):
     )
 
 
+def test_an_old_transformers_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr("sparse_attn.versions.metadata.version", lambda name: "5.15.1")
+    with pytest.raises(ImportError, match=r"^sparse_attn needs transformers 5\.16 or newer, got 5\.15\.1$"):
+        versions.check_transformers()
+
+
 def test_the_package_asks_for_a_version_in_one_file_alone():
     package = Path(sparse_attn.__file__).parent
     asking = re.compile(r"(torch|triton|sys)\.(__version__|version_info|torch_version)|parse_version")

@@ -1,4 +1,4 @@
-"""The learning rate of every update, beside the losses."""
+"""The learning rate beside the losses."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ class LearningRate(L.Callback):
     A training that is resumed with another length has another schedule. Its first step uses the rate of the new
     schedule, and a message reports the change.
     """
+
+    _rate = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compares the learning rates in the checkpoint with those of the current schedule."""
@@ -38,5 +40,10 @@ class LearningRate(L.Callback):
                     )
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Logs the rate of the next update."""
-        pl_module.log(KEY, trainer.optimizers[0].param_groups[0]["lr"], on_step=True, on_epoch=False)
+        """Logs the rate of the next update, if the update is one of those that are logged."""
+        self._rate = trainer.optimizers[0].param_groups[0]["lr"]
+        pl_module.log(KEY, self._rate, on_step=True, on_epoch=False)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Logs the rate of the last update: an epoch may have fewer updates than ``trainer.log_every_n_steps``."""
+        pl_module.log(KEY, self._rate, on_step=False, on_epoch=True)

@@ -9,6 +9,8 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from rich.progress import BarColumn
 
 from sparse_attn import alpha_per_head
 
@@ -38,9 +40,20 @@ class EpochLines(L.Callback):
 
 
 class EpochBar(RichProgressBar):
-    """The bar of Lightning, and above it the line of every finished epoch."""
+    """The bar of Lightning, made to fit a terminal of 80 columns, and above it the line of every finished epoch."""
 
     _start = 0.0
+
+    def __init__(self) -> None:
+        super().__init__(theme=RichProgressBarTheme(metrics_format=".2f"))
+
+    def configure_columns(self, trainer: L.Trainer) -> list[Any]:
+        """Epoch, bar, batches and time; the speed is left out, which the remaining time says as well."""
+        columns = super().configure_columns(trainer)[:-1]
+        for column in columns:
+            if isinstance(column, BarColumn):
+                column.bar_width = 10
+        return columns
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock and the bar."""

@@ -52,9 +52,9 @@ def inspect_model(cfg: DictConfig) -> dict[str, list[float]]:
         raise ValueError("worth is for run=DIR, as it needs data to measure a loss on; got worth=true with model=DIR")
     if not isinstance(cfg.text, str) or not cfg.text.strip():
         raise ValueError(f'text has no value; give it as text="...", what the model reads; got {cfg.text!r}')
-    folder = _model_folder(cfg.hf_model)
-    with _quiet():
-        model, tokenizer = _load(folder, cfg.attention)
+    folder = model_folder(cfg.hf_model)
+    with quiet():
+        model, tokenizer = load_model(folder, cfg.attention)
         record, tokens, memory = _run(model, tokenizer, cfg.text, cfg.target)
     view = attention_view(record, tokens, memory, title=folder.name)
     crossing = [layer for layer in view.layers if layer.kind == "cross"]
@@ -83,7 +83,13 @@ def inspect_model(cfg: DictConfig) -> dict[str, list[float]]:
     return {name: values.tolist() for name, values in density.items()}
 
 
-def _model_folder(given: str) -> Path:
+def model_folder(given: str) -> Path:
+    """The folder of a model with its weights and its tokenizer.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If something is missing in it, or transformers is not installed.
+    """
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("model=DIR needs transformers: pip install 'sparse-attn[hf]'")
     folder = Path(given).expanduser()
@@ -98,7 +104,16 @@ def _model_folder(given: str) -> Path:
     return folder.resolve()
 
 
-def _load(folder: Path, attention: str | None) -> tuple[Any, Any]:
+def load_model(folder: Path, attention: str | None) -> tuple[Any, Any]:
+    """The model of a folder in evaluation mode, and its tokenizer.
+
+    Args:
+        folder: As :func:`model_folder` returns it.
+        attention: The attn_implementation, or None for the model's learnt α, softmax if it has none.
+
+    Raises:
+        ValueError: If they cannot be loaded.
+    """
     import transformers
     from safetensors import SafetensorError
 
@@ -192,7 +207,7 @@ def _alignment(view: AttentionView, cfg: DictConfig, special: set[str]) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the notes and bars that transformers prints while it loads."""
     from transformers.utils import logging
 

@@ -39,14 +39,14 @@ class Seq2SeqTask(L.LightningModule):
         target_tokenizer: The same for the target.
         model: Arguments of ``Seq2SeqTransformer`` besides the sizes of the vocabularies.
         learning_rate: Highest learning rate of the weights, reached after the warm-up.
-        alpha_learning_rate: The same for the parameters that hold α.
+        alpha_learning_rate: Highest learning rate of the parameters that hold α.
         weight_decay: Decay of the weight matrices; biases, norms and α have none.
         warmup_steps: Steps of the linear rise; None for the share ``warmup`` of all steps.
         max_steps: Steps of the whole schedule; those of the trainer if ``None``.
         label_smoothing: ε of the loss: the share of each training target that is spread evenly over all tokens.
         max_length: Longest output in tokens.
         seed: Chooses the dropout of every epoch, whatever was drawn before it.
-        schedule: How the learning rate rises and falls; see :func:`recipes.seq2seq.schedules.rate_factor`.
+        schedule: How the learning rate rises and falls; see :func:`sparse_attn.recipes.seq2seq.schedules.rate_factor`.
         warmup: Share of all steps in which it rises.
         metrics: What to score besides the loss; see ``recipes.seq2seq.metrics.METRICS``.
         bleu_tokenize: How BLEU splits texts into words.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 __all__ = ["AlignmentRule", "align"]
 
+#: How many heads must give a pair weight; see :func:`align`.
 AlignmentRule = Literal["any", "most", "all", "best"]
 
 

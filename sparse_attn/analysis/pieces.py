@@ -59,7 +59,8 @@ def word_groups(tokens: Sequence[str]) -> list[int]:
 def merge_pieces(weights: Tensor, query_groups: Sequence[int], key_groups: Sequence[int]) -> Tensor:
     """Attention between words from attention between pieces: summed over the keys, averaged over the queries.
 
-    For weights A and words q and k: M[q, k] = 1/|q| Σ_{i in q} Σ_{j in k} A[i, j]. Rows that sum to one keep that sum.
+    For weights A and words q and k: ``M[q, k] = 1/|q| Σ_{i in q} Σ_{j in k} A[i, j]``. Rows that sum to one keep that
+    sum.
 
     Args:
         weights: (..., L, S).
@@ -70,7 +71,7 @@ def merge_pieces(weights: Tensor, query_groups: Sequence[int], key_groups: Seque
         (..., words among the queries, words among the keys).
 
     Raises:
-        ValueError: if the numbers of groups are not those of queries and keys.
+        ValueError: if the number of groups differs from the number of queries or keys.
 
     Example:
         >>> merge_pieces(torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.25, 0.75]]), [0, 0], [0, 0, 1])
@@ -103,7 +104,7 @@ def own_word_weight(weights: Tensor, groups: Sequence[int]) -> Tensor:
         (..., L); NaN for a word of one piece.
 
     Raises:
-        ValueError: if the weights are not square, or the numbers of groups are not those of positions.
+        ValueError: if the weights are not square, or the number of groups differs from the number of positions.
 
     Example:
         >>> own_word_weight(torch.tensor([[0.2, 0.8, 0.0], [0.7, 0.2, 0.1], [0.0, 0.0, 1.0]]), [0, 0, 1])

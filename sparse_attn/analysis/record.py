@@ -245,7 +245,7 @@ def _visible(layer: nn.MultiheadAttention, asked: dict[str, Any], weights: Tenso
         if padding is not None and padding.dim() == 1:
             padding = padding[None]
         mask = merge_multihead_masks(attn_mask, padding, batch=batch, heads=heads, queries=queries, keys=keys)
-    except (ValueError, TypeError):  # a layer with a mask convention of its own
+    except (ValueError, TypeError):  # the layer has its own mask convention
         return None
     visible = visible_pairs(mask, False, weights)
     if visible is None:

@@ -23,6 +23,7 @@ __all__ = [
     "strongest_at_offset",
 ]
 
+#: The share from which a head has a role, for each role of :func:`name_roles`.
 ROLE_THRESHOLDS = {"previous": 0.5, "self": 0.5, "next": 0.5, "monotone": 0.8, "diffuse": 0.9}
 
 

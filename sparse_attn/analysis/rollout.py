@@ -17,7 +17,7 @@ def attention_rollout(weights: Sequence[Tensor], residual: float = 0.5) -> Tenso
     the weights, an input without a path to a position has exactly zero there.
 
     Args:
-        weights: of each self-attention layer from the first, (N, H, L, L) or (H, L, L), all of one shape but for H.
+        weights: the weights of each self-attention layer in order, (N, H, L, L) or (H, L, L); only H may differ.
         residual: r, the share of a position's own state, from 0 to 1.
 
     Returns:

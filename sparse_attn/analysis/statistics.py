@@ -57,7 +57,7 @@ class AttentionRecord(Mapping[str, HeadStatistics]):
     """Layer name -> :class:`HeadStatistics` of the calls so far; prints as a table with a line per head.
 
     Some layers, such as `SparseAttention`, can be called with different numbers of heads. Calls with another number
-    than the first call get an entry of their own: ``"name (3 heads)"``.
+    than the first call get a separate entry: ``"name (3 heads)"``.
 
     Args:
         keep_weights: Whether to keep the weights of each layer's last call.

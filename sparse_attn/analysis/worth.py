@@ -13,6 +13,7 @@ from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
 
 __all__ = ["HeadChange", "count_head_changes", "head_worth"]
 
+#: The changes of :func:`head_worth`: it sets the output of a head to zero, its α to 1, or its α to 2.
 HeadChange = Literal["off", "dense", "sparse"]
 _ALPHAS = {"dense": 1.0, "sparse": 2.0}
 
@@ -36,11 +37,11 @@ def head_worth(
     of changing both. The model is as before when the function returns or raises.
 
     Args:
-        model: with `nn.MultiheadAttention` layers, of this library or of torch; "dense" and "sparse" need a layer of
+        model: a model with `nn.MultiheadAttention` layers of this library or of torch; "dense" and "sparse" need one of
             this library with a learnt α. Put it in `eval()`: the noise of dropout would hide the effect of one head.
-        evaluate: returns the loss, the same for the same model.
-        changes: the changes to make to each head.
-        progress: called after each evaluation.
+        evaluate: a function that returns the loss of the model; without a change, always the same value.
+        changes: the changes that are made to each head.
+        progress: a function that is called after each evaluation.
 
     Returns:
         Change -> layer name -> (H,): the loss with the changed head minus the loss of the unchanged model; a positive

@@ -1,1 +1,1 @@
-"""Other packages' names and signatures on our operators: change the import, keep the code."""
+"""Names and signatures of other packages, computed by our operators: only the import must be changed."""

@@ -1,4 +1,4 @@
-"""Computation of the mappings and of attention, whose meaning ``sparse_attn.ops`` defines.
+"""Computation of the mappings and of attention, which ``sparse_attn.ops`` defines.
 
 The modules from top to bottom; each imports only modules below it: ``choose_attention`` (which implementation runs an
 attention call), ``functions`` (differentiable functions), ``dispatch`` (which backend computes), the backends

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sparse_attn.checks import check_alpha, compute_dtype
+from sparse_attn.checks import check_alpha, check_starts, compute_dtype
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.alpha import split_alpha
 from sparse_attn.kernels.functions.blockwise import blockwise_attention
 from sparse_attn.kernels.functions.fused import fused_attention
 from sparse_attn.kernels.functions.native import native_attention
 from sparse_attn.kernels.setting import Setting
+from sparse_attn.kernels.sinks import with_packed_sinks, with_sink
 from sparse_attn.masks import check_mask, clear_padding, dense_mask, described_causal
 from sparse_attn.transforms import needs_plain_operations, values_known
 
@@ -42,6 +43,8 @@ class Call(NamedTuple):
     dropout_p: float
     is_causal: bool
     scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None  # (H,)
 
 
 def choose_attention(call: Call) -> Callable[[Call], Tensor | None] | None:
@@ -56,18 +59,28 @@ def choose_attention(call: Call) -> Callable[[Call], Tensor | None] | None:
     return _in_blocks if _can_block(call) else None
 
 
-def attend_packed(call: Call, query_starts: Tensor, key_starts: Tensor) -> Tensor | None:
+def attend_packed(call: Call, query_starts: Tensor, key_starts: Tensor, left: int | None = None) -> Tensor | None:
     """The output of packed sequences in one call of the C kernel; None if it cannot compute them.
 
-    The call has query (1, H, L, D), key (1, Hk, S, D), value (1, Hk, S, Dv) and no mask; lengths are checked.
+    The call has query (1, H, L, D), key (1, Hk, S, D), value (1, Hk, S, Dv) and no mask; lengths are checked. Query
+    ``i`` of a sequence sees no key before ``i - left``.
     """
-    if not _is_native(call):
+    # A sink, as the first key, would be outside the window.
+    if not _is_native(call) or (call.sinks is not None and left is not None):
         return None
     q, k, v, alpha, _, offset, _ = _in_heads(call)
     per_head, a = split_alpha(alpha)
-    setting = Setting(a, float(call.scale), float(call.dropout_p), offset, call.k)
+    setting = Setting(a, float(call.scale), float(call.dropout_p), offset, call.k, left)
     starts = (query_starts.to(torch.int64).contiguous(), key_starts.to(torch.int64).contiguous())
-    return native_attention(q, k, v, per_head, None, setting, *starts)
+    if call.sinks is None:
+        return native_attention(q, k, v, per_head, None, setting, *starts)
+    if not torch.compiler.is_compiling():
+        check_starts(starts[1], k.shape[2], "cu_seqlens_k")
+    wide = compute_dtype(q)
+    longer, key_starts = with_packed_sinks(q.to(wide), k.to(wide), v.to(wide), call.sinks, call.scale, starts[1])
+    setting = setting._replace(scale=1.0, offset=None if offset is None else offset + 1)
+    tensors = (longer.query, longer.key, longer.value, per_head, None)
+    return native_attention(*tensors, setting, starts[0], key_starts).to(q.dtype)
 
 
 def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +96,9 @@ def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 def _can_fuse(call: Call) -> bool:
     """Whether the fused kernels accept a call: not in an export, a transform or forward mode, and not in float64."""
     query, key, value = call.query, call.key, call.value  # Dynamo before torch 2.9 cannot slice a named tuple
-    if call.k is not None or not dispatch.by_triton(query, autocast_dtype(query)):
+    if call.k is not None or call.softcap is not None or call.sinks is not None:
+        return False
+    if not dispatch.by_triton(query, autocast_dtype(query)):
         return False
     if needs_plain_operations() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
@@ -95,7 +110,7 @@ def _can_fuse(call: Call) -> bool:
 def _is_native(call: Call) -> bool:
     """Whether the C kernel accepts a call: not in an export, a transform or forward mode."""
     query, key, value = call.query, call.key, call.value
-    if not dispatch.by_c(query.device) or forward_ad._current_level >= 0:
+    if call.softcap is not None or not dispatch.by_c(query.device) or forward_ad._current_level >= 0:
         return False
     compiling = torch.compiler.is_compiling()
     if compiling:
@@ -114,6 +129,8 @@ def _can_block(call: Call) -> bool:
     if not values_known(call.query) or torch.is_autocast_enabled(call.query.device.type):
         return False
     if call.mask is not None and call.mask.requires_grad:
+        return False
+    if call.softcap is not None and call.sinks is not None:  # blocks would cap the sinks, too
         return False
     return call.query.shape[-2] * call.key.shape[-2] >= _LARGE
 
@@ -182,7 +199,14 @@ def _native(call: Call) -> Tensor:
     q, k, v, alpha, mask, offset, shape = _in_heads(call)
     per_head, a = split_alpha(alpha)
     setting = Setting(a, float(call.scale), float(call.dropout_p), offset, call.k)
-    output = native_attention(q, k, v, per_head, mask, setting)
+    if call.sinks is None:
+        output = native_attention(q, k, v, per_head, mask, setting)
+    else:
+        wide, sinks = compute_dtype(q), call.sinks.expand(q.shape[1])
+        longer = with_sink(q.to(wide), k.to(wide), v.to(wide), mask, offset, sinks, call.scale)
+        setting = setting._replace(scale=1.0, offset=longer.offset)
+        tensors = (longer.query, longer.key, longer.value, per_head, longer.mask)
+        output = native_attention(*tensors, setting).to(q.dtype)
     return output if output.shape == shape else output.reshape(shape)
 
 
@@ -195,14 +219,21 @@ def _in_blocks(call: Call) -> Tensor:
     mask, offset = _mask_and_offset(call.mask, call.is_causal, shape, query.device)
     if mask is not None:
         key, value = clear_padding(key, value, mask)
-        mask = mask.expand(shape)
     check_alpha(call.alpha)
     alpha, a = split_alpha(call.alpha)
     if alpha is not None:
         alpha = alpha.expand(*batch, 1, 1).reshape(-1)
-    setting = Setting(a, call.scale, call.dropout_p, offset, call.k)
-    query, key, value = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (query, key, value))
-    return blockwise_attention(query, key, value, alpha, mask, setting).view(*shape[:-1], -1).to(call.query.dtype)
+    query, key, value = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))
+    scale = call.scale
+    if call.sinks is not None:
+        query, key, value, mask, offset = with_sink(query, key, value, mask, offset, call.sinks, scale)
+        scale = 1.0
+    if mask is not None:
+        mask = mask.expand(*batch, query.shape[-2], key.shape[-2])
+    setting = Setting(a, scale, call.dropout_p, offset, call.k)
+    query, key, value = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))
+    output = blockwise_attention(query, key, value, alpha, mask, setting, call.softcap)
+    return output.view(*shape[:-1], -1).to(call.query.dtype)
 
 
 def _mask_and_offset(

@@ -1,4 +1,4 @@
-"""Layers: drop-ins for ``nn.MultiheadAttention`` and what they are made of, transformer layers, mappings, losses."""
+"""Layers: drop-ins for ``nn.MultiheadAttention`` and their parts, transformer layers, mappings, losses."""
 
 from sparse_attn.nn.activations import (
     BudgetSparsemax,

@@ -3,7 +3,7 @@
 A sigmoid cannot represent the bounds, and its gradient vanishes near them. Here α itself is the parameter, and it is
 clamped where it is used. Three simpler gradients fail:
 
-- The gradient of ``clamp`` is zero past a bound: α would never come back.
+- The gradient of ``clamp`` is zero past a bound: α could never return into the range.
 - The identity lets the parameter move away from the range without limit.
 - Projecting every gradient at the bound is wrong for sums over micro-batches or processes: from noise that points to
   both sides, only the part that points inside would remain.
@@ -19,7 +19,7 @@ used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # Share of the range. Several optimizer steps wide, so that noise does not cross it; narrow, so that α returns soon.
 _MARGIN = 0.02
-# Share of the range. A checkpoint without a noted range may hold a parameter that training moved this far past a bound.
+# Share of the range. If a checkpoint does not record its range, its α may lie this far past a bound after training.
 _CARRIED = 0.5
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -101,6 +101,17 @@ def check_alpha_range(alpha_range: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
+def value_for(name: str, value: Any, argument: str) -> Any:
+    """An argument's value for the layer ``name``: its entry in a mapping of layer names, or the value itself."""
+    if not isinstance(value, Mapping):
+        return value
+    if name not in value:
+        raise ValueError(
+            f"{argument} must have a value for the layer {name!r}, got one for {', '.join(value) or 'none'}"
+        )
+    return value[name]
+
+
 def initial_alpha(
     alpha_init: float | Sequence[float] | Tensor, alpha_range: tuple[float, float] | None, num_heads: int
 ) -> Tensor:
@@ -133,7 +144,7 @@ def check_inside(alpha: Tensor, alpha_range: tuple[float, float], name: str) -> 
 
 
 def whole(alpha: Tensor) -> Tensor:
-    """The full tensor of a sharded one, else the tensor itself. Every process has to call this. Differentiable."""
+    """The full tensor if ``alpha`` is sharded, else ``alpha``. Every process must call this. Differentiable."""
     return alpha.full_tensor() if hasattr(alpha, "full_tensor") else alpha
 
 
@@ -351,6 +362,6 @@ class HeadAlpha(WideAlpha):
 
 
 def head_alpha(module: nn.Module) -> HeadAlpha | None:
-    """The α that a module of others has been given, or None."""
-    # PEFT's `modules_to_save` puts a wrapper in its place, which passes attributes on.
+    """The learnt α of another library's attention module, or None."""
+    # PEFT's `modules_to_save` replaces the module by a wrapper that passes attributes on.
     return getattr(module, "sparse_alpha", None)

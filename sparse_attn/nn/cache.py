@@ -71,9 +71,9 @@ class KVCache:
             rows: (n,) indices of rows, int32 or int64.
 
         Raises:
-            TypeError: ``rows`` is no tensor of integers.
-            ValueError: It has another shape, or a row is out of range. On a GPU this is not checked: the check would
-                wait for the device.
+            TypeError: ``rows`` is not a tensor of integers.
+            ValueError: ``rows`` has another shape, or a row is out of range. On a GPU the range is not checked: the
+                check would wait for the device.
         """
         if not isinstance(rows, Tensor) or rows.dtype not in (torch.int32, torch.int64):
             got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__

@@ -21,8 +21,8 @@ class SparsemaxLoss(nn.Module):
         label_smoothing: The share of the target, in ``[0, 1]``, that is spread evenly over the classes.
 
     Raises:
-        TypeError: ``weight`` is not floating, ``ignore_index`` no int or ``label_smoothing`` no number.
-        ValueError: ``weight`` has not one dimension, ``reduction`` is unknown, or ``label_smoothing`` is outside
+        TypeError: ``weight`` is not floating, ``ignore_index`` not an int or ``label_smoothing`` not a number.
+        ValueError: ``weight`` does not have one dimension, ``reduction`` is unknown, or ``label_smoothing`` is outside
             ``[0, 1]``.
 
     Shape:
@@ -74,8 +74,8 @@ class Entmax15Loss(nn.Module):
         label_smoothing: The share of the target, in ``[0, 1]``, that is spread evenly over the classes.
 
     Raises:
-        TypeError: ``weight`` is not floating, ``ignore_index`` no int or ``label_smoothing`` no number.
-        ValueError: ``weight`` has not one dimension, ``reduction`` is unknown, or ``label_smoothing`` is outside
+        TypeError: ``weight`` is not floating, ``ignore_index`` not an int or ``label_smoothing`` not a number.
+        ValueError: ``weight`` does not have one dimension, ``reduction`` is unknown, or ``label_smoothing`` is outside
             ``[0, 1]``.
 
     Shape:
@@ -120,7 +120,7 @@ class Entmax15Loss(nn.Module):
 class EntmaxLoss(HoldsAlpha):
     """:func:`sparse_attn.entmax_loss`, whose docstring says which α to choose; α is a number, a buffer, or learnt.
 
-    Learn α only if the objective has another term for it: this loss alone falls as α grows, whatever the data.
+    Learn α only if the objective has another term that depends on α: this loss decreases as α grows, on any data.
 
     Args:
         alpha: A number or a tensor in ``(0, inf)``: of one element, or one that broadcasts against the input with size
@@ -137,10 +137,10 @@ class EntmaxLoss(HoldsAlpha):
         raw_alpha: The parameter or buffer behind it, or None.
 
     Raises:
-        TypeError: ``alpha`` is neither a number nor a floating tensor, ``weight`` is not floating, ``ignore_index`` no
-            int or ``label_smoothing`` no number.
-        ValueError: α is outside ``(0, inf)``, or outside ``alpha_range`` when it is to be learnt; ``weight`` has not
-            one dimension, ``reduction`` is unknown or ``label_smoothing`` outside ``[0, 1]``.
+        TypeError: ``alpha`` is neither a number nor a floating tensor, ``weight`` is not floating, ``ignore_index`` not
+            an int or ``label_smoothing`` not a number.
+        ValueError: α is outside ``(0, inf)``, or outside ``alpha_range`` if it is learnt; ``weight`` does not have one
+            dimension, ``reduction`` is unknown or ``label_smoothing`` outside ``[0, 1]``.
 
     Shape:
         - Input: (C), (N, C) or (N, C, d1, ...).

@@ -12,6 +12,7 @@ from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
 from sparse_attn.nn.alpha import HeadAlpha, WideAlpha, whole
 from sparse_attn.nn.sparse import SparseAttention
 
+#: A function of the name of a module and the module that returns True for the selected modules.
 FilterFn = Callable[[str, nn.Module], bool]
 
 

@@ -229,7 +229,7 @@ def turn(
     ``query_start`` and ``key_start`` are the positions of the first query and of the first key.
 
     Raises:
-        TypeError: ``rotary`` is no pair of floating tensors.
+        TypeError: ``rotary`` is not a pair of floating tensors.
         ValueError: ``rotary`` has a wrong shape, or ``positions`` rotate as well.
     """
     angles: list[Rotary | None] = [None, None]
@@ -242,7 +242,8 @@ def turn(
             raise ValueError(f"rotary must be None, since the layer's own positions rotate: {positions}")
         if query.shape[-2] != key.shape[-2]:
             raise ValueError(
-                f"rotary is for as many queries as new keys, got {query.shape[-2]} queries and {key.shape[-2]} keys"
+                "rotary must be None unless there are as many queries as new keys, "
+                f"got {query.shape[-2]} queries and {key.shape[-2]} keys"
             )
         angles = [_per_pair(rotary, query)] * 2
     query, key = (x if angle is None else rotate(x, angle) for x, angle in zip((query, key), angles, strict=True))

@@ -5,21 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_attn.checks import check_dropout, check_floating, check_k, compute_dtype, result_dtype
+from sparse_attn.checks import (
+    check_dropout,
+    check_floating,
+    check_interval,
+    check_k,
+    check_number,
+    compute_dtype,
+    result_dtype,
+)
 from sparse_attn.kernels.choose_attention import Call, autocast_dtype, choose_attention, repeat_heads
+from sparse_attn.kernels.sinks import sink_scores
 from sparse_attn.masks import apply_mask, causal_mask, check_mask, clear_padding, dense_mask, described_causal
 from sparse_attn.ops.entmax import entmax_along
 
 Normalizer = Literal["softmax", "sparsemax"]
 
 
-@dataclass(frozen=True, eq=False)  # Dynamo before torch 2.13 would ask for a hash before the fields are there
+@dataclass(frozen=True, eq=False)  # with eq, Dynamo before torch 2.13 would compute a hash before the fields exist
 class ScoreMapping:
     """Maps scores (..., H, L, S) to weights: α-entmax over the ``k`` largest scores of each query, or over all."""
 
@@ -30,6 +39,15 @@ class ScoreMapping:
         """Weights of the scores."""
         # Only the kernels ask whether there are more than k keys: a branch here would limit an exported length.
         return entmax_along(scores, self.alpha, -1, self.k)
+
+
+class Options(TypedDict):
+    """Keyword arguments that the public functions pass on to :func:`attend`."""
+
+    scale: float | None
+    enable_gqa: bool
+    softcap: float | None
+    sinks: Tensor | None
 
 
 _ALPHA_OF = {"softmax": 1.0, "sparsemax": 2.0}
@@ -46,6 +64,8 @@ def entmax_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """α-entmax attention: ``entmax(scale * query @ key^T + mask, alpha) @ value``.
 
@@ -59,13 +79,16 @@ def entmax_attention(
         is_causal: Query ``i`` sees the keys up to ``i`` (aligned top-left). Not together with ``attn_mask``.
         scale: Factor of the scores; ``1 / sqrt(D)`` by default.
         enable_gqa: Key and value may have fewer heads than the query; their number must divide the query's.
+        softcap: Scores become ``softcap * tanh(score / softcap)`` before the mask, as in Gemma 2. Above 0.
+        sinks: (H,), one more score for every query of a head, as in GPT-OSS. The sink takes part in the mapping, takes
+            weight and gives no value. Neither ``softcap`` nor a mask applies to it.
 
     Returns:
         (..., H, L, Dv). A query with no visible key gets zeros.
 
     Raises:
         TypeError: A wrong dtype.
-        ValueError: Shapes do not fit; α or ``dropout_p`` is outside its range.
+        ValueError: Shapes do not fit; α, ``dropout_p`` or ``softcap`` is outside its range.
 
     Example:
         >>> query, key, value = torch.randn(3, 2, 4, 5, 8).unbind()
@@ -76,8 +99,8 @@ def entmax_attention(
         Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers".
     """
     mapping = entmax_mapping(alpha, max(_heads(query), _heads(key)))
-    arguments = (attn_mask, dropout_p, is_causal)
-    return attend(query, key, value, mapping, *arguments, scale=scale, enable_gqa=enable_gqa, need_weights=False)[0]
+    options: Options = {"scale": scale, "enable_gqa": enable_gqa, "softcap": softcap, "sinks": sinks}
+    return attend(query, key, value, mapping, attn_mask, dropout_p, is_causal, **options, need_weights=False)[0]
 
 
 def topk_attention(
@@ -92,6 +115,8 @@ def topk_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     normalizer: Normalizer = "softmax",
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of every query to the ``k`` visible keys with the largest scores, or to all if fewer are visible.
 
@@ -106,13 +131,16 @@ def topk_attention(
         scale: As in :func:`entmax_attention`.
         enable_gqa: As in :func:`entmax_attention`.
         normalizer: The mapping from the kept scores to weights.
+        softcap: As in :func:`entmax_attention`.
+        sinks: As in :func:`entmax_attention`. The score of the sink competes with those of the keys to be among the
+            ``k`` largest.
 
     Returns:
         (..., H, L, Dv). A query with no visible key gets zeros.
 
     Raises:
         TypeError: A wrong dtype, or ``k`` is not an int.
-        ValueError: Shapes do not fit, ``k`` is below 1, or ``normalizer`` is unknown.
+        ValueError: Shapes do not fit, ``k`` is below 1, ``softcap`` is not above 0, or ``normalizer`` is unknown.
 
     Example:
         >>> query, key, value = torch.randn(3, 2, 4, 5, 8).unbind()
@@ -123,8 +151,8 @@ def topk_attention(
         Zhao et al. 2019, "Explicit Sparse Transformer".
     """
     mapping = topk_mapping(k, normalizer_alpha(normalizer))
-    arguments = (attn_mask, dropout_p, is_causal)
-    return attend(query, key, value, mapping, *arguments, scale=scale, enable_gqa=enable_gqa, need_weights=False)[0]
+    options: Options = {"scale": scale, "enable_gqa": enable_gqa, "softcap": softcap, "sinks": sinks}
+    return attend(query, key, value, mapping, attn_mask, dropout_p, is_causal, **options, need_weights=False)[0]
 
 
 def entmax_mapping(alpha: float | Tensor, heads: int, k: int | None = None) -> ScoreMapping:
@@ -160,11 +188,14 @@ def attend(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     need_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The output of attention with any mapping, and the weights (after dropout) if ``need_weights``.
 
-    The other arguments are those of the public functions.
+    The weights (..., H, L, S) are those of the keys, without that of a sink. The other arguments are those of the
+    public functions.
     """
     check_shapes(query, key, value, enable_gqa)
     check_dropout(dropout_p, "dropout_p")
@@ -172,24 +203,26 @@ def attend(
         raise ValueError("attn_mask must be None when is_causal=True, got both; combine them into one mask")
     if isinstance(attn_mask, Tensor) and described_causal(attn_mask) is None and attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device, {query.device}, got {attn_mask.device}")
+    check_softcap_and_sinks(softcap, sinks, query, max(_heads(query), _heads(key)))
     query, key, value = _of_one_rank(query, key, value)
     scale = default_scale(query) if scale is None else scale
     if not need_weights and isinstance(mapping, ScoreMapping):
-        call = Call(query, key, value, mapping.alpha, mapping.k, attn_mask, dropout_p, is_causal, scale)
+        call = Call(query, key, value, mapping.alpha, mapping.k, attn_mask, dropout_p, is_causal, scale, softcap, sinks)
         compute = choose_attention(call)
         output = None if compute is None else compute(call)
         if output is not None:
             return output, None
     if is_causal:
         attn_mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
+    arguments = (mapping, attn_mask, dropout_p, scale, softcap, sinks)
     dtype = autocast_dtype(query)
     if dtype is None:
-        return _by_one_matrix(query, key, value, mapping, attn_mask, dropout_p, scale)
+        return _by_one_matrix(query, key, value, *arguments)
     # Autocast chooses the dtypes of the inputs and of the weights; it would also round the scores.
     weights_dtype = result_dtype(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.autocast(query.device.type, enabled=False):
-        output, weights = _by_one_matrix(query, key, value, mapping, attn_mask, dropout_p, scale)
+        output, weights = _by_one_matrix(query, key, value, *arguments)
     return output, weights.to(weights_dtype)
 
 
@@ -201,6 +234,8 @@ def _by_one_matrix(
     attn_mask: Tensor | None,
     dropout_p: float,
     scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and weights by a matrix of all scores, in the query's dtype; half precision is computed in float32.
 
@@ -215,10 +250,30 @@ def _by_one_matrix(
         check_mask(attn_mask, (*batch, query.shape[-2], key.shape[-2]))
         key, value = clear_padding(key, value, attn_mask)
     scores = (query * scale) @ key.transpose(-2, -1)
-    weights = mapping(apply_mask(scores, attn_mask))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = apply_mask(scores, attn_mask)
+    if sinks is None:
+        weights = mapping(scores)
+    else:
+        weights = mapping(torch.cat([sink_scores(sinks.to(wide), scores.shape[:-1]), scores], -1))[..., 1:]
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
     return (weights @ value).to(dtype), weights.to(dtype)
+
+
+def check_softcap_and_sinks(softcap: float | None, sinks: Tensor | None, query: Tensor, heads: int) -> None:
+    """Raise unless the soft-cap is a finite number above 0, and the sinks are one floating number per head."""
+    if softcap is not None:
+        check_number(softcap, "softcap")
+        check_interval(softcap, "softcap", above=0.0, below=math.inf)
+    if sinks is None:
+        return
+    check_floating(sinks, "sinks")
+    if tuple(sinks.shape) != (heads,):
+        raise ValueError(f"sinks must have shape (H,) = ({heads},), got {tuple(sinks.shape)}")
+    if sinks.device != query.device:
+        raise ValueError(f"sinks must be on the query's device, {query.device}, got {sinks.device}")
 
 
 def default_scale(query: Tensor) -> float:

@@ -9,7 +9,7 @@ Which loss to use:
 - **The sparsemax loss** (α = 2) when the support is the answer: which labels apply, which few continuations are
   possible. A lead of 1 is enough for loss zero, and wrong classes outside the support get no gradient. For sequences,
   published results are better with 1.5.
-- **A learnt α** only where another term than the loss depends on α. The entropy ``H_α(p)`` decreases in α for every
+- **A learnt α** only if another term of the objective depends on α. The entropy ``H_α(p)`` decreases in α for every
   ``p``, so the gradient of the loss always increases α: trained by the loss alone, α reaches the upper end of its range
   on any data. For the same reason losses at different α cannot be compared; choose α by a metric that does not contain
   α, such as accuracy.
@@ -187,7 +187,7 @@ def entmax15_loss(
 ) -> Tensor:
     r"""The 1.5-entmax loss: :func:`entmax_loss` at α = 1.5, zero where the target leads by 2 or more.
 
-    .. math:: \ell(x, c) = \max_{p \in \triangle} \langle p, x \rangle + \tfrac43 (1 - \textstyle\sum p_i^{3/2}) - x_c
+    .. math:: \ell(x, c) = \max_{p \in \triangle} \langle p, x \rangle + \tfrac43 \left(1 - \sum p_i^{3/2}\right) - x_c
 
     Args:
         x: Scores. This and all other arguments are those of :func:`entmax_loss`.

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparse_attn.checks import check_bool, check_dropout, check_starts
 from sparse_attn.kernels.choose_attention import Call, attend_packed
-from sparse_attn.ops.attention import attend, check_shapes, default_scale, entmax_mapping
+from sparse_attn.masks import window_mask
+from sparse_attn.ops.attention import (
+    Options,
+    ScoreMapping,
+    attend,
+    check_shapes,
+    check_softcap_and_sinks,
+    default_scale,
+    entmax_mapping,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def entmax_attention_varlen(
@@ -24,6 +37,8 @@ def entmax_attention_varlen(
     scale: float | None = None,
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """α-entmax attention within each of N packed sequences.
 
@@ -41,6 +56,8 @@ def entmax_attention_varlen(
         scale: Factor of the scores; ``1 / sqrt(D)`` by default.
         dropout_p: Probability that a weight is dropped; applied whenever it is above 0.
         enable_gqa: Key and value may have fewer heads than the query; their number must divide the query's.
+        softcap: As in :func:`entmax_attention`.
+        sinks: As in :func:`entmax_attention`; each sequence has the sinks.
 
     Returns:
         (total_q, H, Dv). A query with no visible key gets zeros.
@@ -72,21 +89,46 @@ def entmax_attention_varlen(
     check_bool(is_causal, "is_causal")
     check_dropout(dropout_p, "dropout_p")
     mapping = entmax_mapping(alpha, query.shape[1])
-    scale = default_scale(query) if scale is None else scale
-    call = Call(query, key, value, mapping.alpha, None, None, dropout_p, is_causal, scale)
-    output = attend_packed(call, cu_seqlens_q, cu_seqlens_k)
+    options: Options = {"scale": scale, "enable_gqa": enable_gqa, "softcap": softcap, "sinks": sinks}
+    output = attend_varlen(query, key, value, mapping, cu_seqlens_q, cu_seqlens_k, is_causal, dropout_p, **options)
+    return output[0].transpose(0, 1)
+
+
+def attend_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mapping: ScoreMapping,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    is_causal: bool,
+    dropout_p: float,
+    left: int | None = None,
+    **options: Unpack[Options],
+) -> Tensor:
+    """The output (1, H, L, Dv) of packed sequences; the tensors have a batch dimension of 1 and fit each other.
+
+    ``left`` limits a query to the keys of that many positions before its own.
+    """
+    check_softcap_and_sinks(options["softcap"], options["sinks"], query, query.shape[1])
+    scale = default_scale(query) if options["scale"] is None else options["scale"]
+    arguments = (mapping.alpha, mapping.k, None, dropout_p, is_causal, scale, options["softcap"], options["sinks"])
+    output = attend_packed(Call(query, key, value, *arguments), query_starts, key_starts, left)
     if output is not None:
-        return output[0].transpose(0, 1)
+        return output
     if torch._C._is_tracing():
-        raise RuntimeError("entmax_attention_varlen cannot be traced by torch.jit: the lengths would become constants")
-    check_starts(cu_seqlens_q, query.shape[2], "cu_seqlens_q")
-    check_starts(cu_seqlens_k, key.shape[2], "cu_seqlens_k")
+        raise RuntimeError("packed sequences cannot be traced by torch.jit: the lengths would become constants")
+    check_starts(query_starts, query.shape[2], "cu_seqlens_q")
+    check_starts(key_starts, key.shape[2], "cu_seqlens_k")
     outputs = [query.new_empty(*query.shape[:2], 0, value.shape[-1])]
-    for queries, keys in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
+    for queries, keys in zip(pairwise(query_starts.tolist()), pairwise(key_starts.tolist()), strict=True):
         one = query[:, :, slice(*queries)], key[:, :, slice(*keys)], value[:, :, slice(*keys)]
-        arguments = (*one, mapping, None, dropout_p, is_causal)
-        outputs.append(attend(*arguments, scale=scale, enable_gqa=enable_gqa, need_weights=False)[0])
-    return torch.cat(outputs, 2)[0].transpose(0, 1)
+        mask = None
+        if left is not None:
+            mask = window_mask(one[0].shape[2], one[1].shape[2], (left, 0 if is_causal else None), query.device)
+        causal = is_causal and mask is None
+        outputs.append(attend(*one, mapping, mask, dropout_p, causal, **options, need_weights=False)[0])
+    return torch.cat(outputs, 2)
 
 
 def _check_cumulative(lengths: Tensor, name: str, query: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Weights and masks as short texts: only non-zero weights are written.
 
-All whole numbers share one code: a byte each, and 255 says that the next byte is added. The bytes are deflated and
+Integers are written as one byte each; a byte of 255 means that the next byte is added to it. The bytes are deflated and
 written in base64; `decode.js` reads them.
 """
 
@@ -44,7 +44,7 @@ def to_half_bits(weights: Tensor) -> Tensor:
 
 
 def with_fewer_bits(bits: Tensor) -> Tensor:
-    """Weights below 1/8 rounded to 9 significant bits, which takes a tenth off a page; no weight becomes zero."""
+    """Weights below 1/8 rounded to 9 significant bits, which makes a page a tenth smaller; no weight becomes zero."""
     magnitude = bits & 0x7FFF
     rounded = (magnitude + 2) & 0x7FFC
     changed = (magnitude < _EIGHTH) & (rounded != 0)
@@ -56,7 +56,7 @@ def encode_map(bits: Tensor, at_least: int = _SMALLEST) -> EncodedMap:
 
     Args:
         bits: (H, L, S) from :func:`to_half_bits`.
-        at_least: smaller ones, by their bits without the sign, are left out.
+        at_least: smallest magnitude (bits without the sign) that is written.
     """
     rows = bits.flatten(0, 1)
     kept = (rows & 0x7FFF) >= at_least
@@ -82,7 +82,7 @@ def encode_mask(visible: Tensor) -> str:
 
 
 def smallest_kept(histogram: Tensor, limit: int) -> int:
-    """The smallest weight, as bits, that is kept when at most ``limit`` entries are.
+    """The smallest weight, as bits, that is kept when at most ``limit`` entries are kept.
 
     Args:
         histogram: how often each of the 32,768 magnitudes occurs.

@@ -14,7 +14,7 @@ def bertviz_arguments(view: AttentionView) -> dict[str, Any]:
     """Arguments of BertViz's `head_view` and `model_view`.
 
     Args:
-        view: of an encoder, a decoder or both; of a batch, the example that it begins with.
+        view: a view of an encoder, a decoder or both; of a batch, the example ``view.first`` is exported.
 
     Returns:
         ``attention`` and ``tokens``, or with cross-attention ``encoder_attention``, ``decoder_attention``,
@@ -54,14 +54,14 @@ def circuitsvis_arguments(view: AttentionView, layer: int | str) -> dict[str, An
     """Arguments of CircuitsVis's `attention_heads` and `attention_patterns`.
 
     Args:
-        view: of a batch, the example that it begins with.
+        view: any view; of a batch, the example ``view.first`` is exported.
         layer: number or name of a self-attention layer.
 
     Returns:
         ``attention`` (H, L, L) and ``tokens``.
 
     Raises:
-        ValueError: if there is no such layer, or it looks at another text than its own.
+        ValueError: if there is no such layer, or its queries and keys belong to two texts.
 
     Example:
         ``circuitsvis.attention.attention_heads(**circuitsvis_arguments(view, layer=0))``

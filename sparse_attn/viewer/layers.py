@@ -25,7 +25,7 @@ _MOST_ADDED = 2
 
 @dataclass(frozen=True, eq=False)
 class Map:
-    """One layer, one example: weights (H, L, S), the pairs that may have weight (L, S), and the names of both sides."""
+    """The map of one layer and one example: weights (H, L, S), visible pairs (L, S), and tokens of queries and keys."""
 
     weights: Tensor
     visible: Tensor | None
@@ -48,14 +48,14 @@ class Names:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer: its heads in numbers, and a map for each example that is shown.
+    """One layer: statistics of its heads, and a map for each example that is shown.
 
     Attributes:
-        name: as in the record.
-        kind: from its name and shape.
+        name: the name in the record.
+        kind: the kind of attention, determined from the layer's name and shape.
         numbers: name of a statistic -> one value per head.
-        roles: one per head.
-        maps: one for each example.
+        roles: one role per head.
+        maps: one map for each example.
     """
 
     name: str
@@ -69,18 +69,18 @@ def read_layers(record: AttentionRecord, tokens: Texts, memory_tokens: Texts, ex
     """The layers of a record.
 
     Args:
-        record: with weights.
-        tokens: of each example in the order of ``examples``, or None for positions.
-        memory_tokens: likewise.
-        examples: which of the batch.
+        record: a record with weights.
+        tokens: the tokens of each example, in the order of ``examples``; None: positions are numbered.
+        memory_tokens: the tokens of the keys of cross-attention, in the same form.
+        examples: numbers of the examples in the batch.
 
     Raises:
-        ValueError: if weights are not finite, or tokens do not fit them.
+        ValueError: if weights are not finite, or the number of tokens does not match.
     """
     weights = batch_of_weights(record)
     kinds = _kinds(weights, tokens, memory_tokens)
     if memory_tokens is not None and not {"cross", "encoder"} & set(kinds.values()):
-        raise ValueError("memory_tokens name the keys of cross-attention, and the record has no such layer")
+        raise ValueError("memory_tokens name the keys of cross-attention, but the record has no such layer")
     layers = []
     for name, heads in record.items():
         batch = weights[name]
@@ -93,7 +93,7 @@ def read_layers(record: AttentionRecord, tokens: Texts, memory_tokens: Texts, ex
         maps = []
         for place, example in enumerate(examples):
             memory = None if memory_tokens is None else Names.of(memory_tokens, place)
-            # Encoder layers read what cross-attention reads; in a model without cross-attention, the text itself.
+            # Encoder layers read the tokens that are the keys of cross-attention; without cross-attention, ``tokens``.
             reads_memory = kinds[name] == "encoder" and (memory is not None or "cross" in kinds.values())
             own = memory if reads_memory else (None if tokens is None else Names.of(tokens, place))
             seen = None if visible is None else visible[example].any(0)
@@ -115,11 +115,11 @@ def batch_of_weights(record: AttentionRecord) -> dict[str, Tensor]:
     """Layer name -> weights (N, H, L, S) on the CPU.
 
     Raises:
-        TypeError: if it is no record.
-        ValueError: if it holds no layer or no weights, or layers saw batches of different sizes.
+        TypeError: if ``record`` is not an AttentionRecord.
+        ValueError: if the record has no layer or no weights, or the layers had batches of different sizes.
     """
     if not isinstance(record, AttentionRecord):
-        raise TypeError(f"record must be what record_attention gives, got {type(record).__name__}")
+        raise TypeError(f"record must be an AttentionRecord from record_attention, got {type(record).__name__}")
     if not len(record):
         raise ValueError("record must hold at least one call of an attention layer, got none")
     weights = {}
@@ -165,7 +165,7 @@ def _map(
     own: Names | None,
     memory: Names | None,
 ) -> Map:
-    """Name the rows and columns of one map; without the padding of a text shorter than the longest of its batch."""
+    """One map with tokens for its rows and columns; the padding of a text is left out."""
     queries, keys = weights.shape[-2:]
     side, other = ("tokens", own), ("tokens", own)
     if kind == "cross":
@@ -182,7 +182,8 @@ def _map(
         rest = weights[..., len(columns) : keys - added]
         if bool((rest != 0).any()):
             raise ValueError(
-                f"{other[0]} must name all keys that have weight: layer {name!r} has {keys} keys, got {len(columns)}"
+                f"{other[0]} must cover every key with non-zero weight: layer {name!r} has {keys} keys, "
+                f"got {len(columns)}"
             )
         kept = [*range(len(columns)), *range(keys - added, keys)]
         weights, visible = weights[..., kept], None if visible is None else visible[..., kept]
@@ -196,12 +197,15 @@ def _named(layer: str, what: str, count: int, argument: str, names: Names | None
     if names is None:
         return [str(position) for position in range(count)]
     if names.longest != count:
-        raise ValueError(f"{argument} must name the {count} {what} of layer {layer!r}, got {names.longest} tokens")
+        raise ValueError(
+            f"{argument} must have one token for each of the {count} {what} of layer {layer!r}, "
+            f"got {names.longest} tokens"
+        )
     return names.tokens
 
 
 def _own_word_weights(maps: Sequence[Map]) -> list[float]:
-    """The mean weight on the other pieces of a word, of texts that have such pieces; empty without any."""
+    """The mean weight on the other subwords of the same word; empty if no text contains subwords."""
     found = []
     for shown in maps:
         groups = word_groups(shown.keys)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Run -> layer -> head -> (step, α).
 Courses = dict[str, dict[str, dict[int, list[tuple[int, float]]]]]
 
-# A page with more entries is too heavy to open; the largest are then kept.
+# A page with more entries opens too slowly; only the largest entries are then kept.
 MOST_ENTRIES = 12_000_000
 # With more entries, small weights are written with fewer bits.
 MANY_ENTRIES = 500_000
@@ -45,9 +45,9 @@ def page(view: AttentionView, *, layer: int | None = None, head: int | None = No
     """The page of a view.
 
     Args:
-        view: what to show.
-        layer: which layer the page opens with; None: the overview.
-        head: which head of it.
+        view: the view.
+        layer: the layer with which the page opens; None: the overview.
+        head: the head of this layer.
     """
     data, maps = _data(view)
     if layer is not None:
@@ -138,13 +138,13 @@ def _number(value: float) -> float | None:
 
 
 def _json(data: object) -> str:
-    """JSON in ASCII that no HTML parser can leave: a ``<`` in it is written by its number."""
+    """JSON in ASCII that cannot end the surrounding HTML element, since each ``<`` is escaped."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _ascii(markup: str) -> str:
-    """Markup in ASCII; lone surrogates, which HTML cannot hold, become the replacement character."""
+    """Markup in ASCII; lone surrogates, which HTML does not allow, become the replacement character."""
     whole = markup.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return whole.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("ascii", "xmlcharrefreplace").decode("ascii")
 

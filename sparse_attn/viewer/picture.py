@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from sparse_attn.viewer.view import AttentionView
 
-# More squares make a vector file that programs open slowly: a picture of pixels takes their place.
+# A vector file with more squares opens slowly; beyond this number, pixels are drawn instead.
 MOST_SQUARES = 20_000
 MOST_PIXELS = 1024
 MOST_NAMED = 80
@@ -31,10 +31,10 @@ def draw(view: AttentionView, file_format: str, *, layer: int | None, head: int 
     """One head with its tokens, or several as small maps.
 
     Args:
-        view: what to draw; of a batch, the example that it begins with.
+        view: the view; of a batch, the example ``view.first`` is drawn.
         file_format: "svg", "pdf" or "png".
-        layer: number of the layer; None: all.
-        head: number of the head; None: all.
+        layer: number of the layer; None: all layers.
+        head: number of the head; None: all heads.
 
     Returns:
         The content of the file.
@@ -47,7 +47,7 @@ def draw(view: AttentionView, file_format: str, *, layer: int | None, head: int 
             f"a picture as .{file_format} needs matplotlib: pip install 'sparse-attn[viewer]'"
         ) from error
     layers = view.layers if layer is None else [view.layers[layer]]
-    # Without a date and with fixed names inside, the same view gives the same file.
+    # Without a date and with fixed identifiers, the same view always gives the same file.
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[file_format]
     with matplotlib.rc_context({"svg.hashsalt": "sparse-attn", "pdf.fonttype": 42}):
         if layer is not None and head is not None:
@@ -111,7 +111,7 @@ def _numbers(layer: Layer, head: int) -> str:
 
 
 def _draw_map(axes: Axes, shown: Map, head: int, pixels: int, *, vectors: bool = True) -> tuple[int, int]:
-    """Draw the weights of a head, by squares or by pixels, and say how many rows and columns were drawn."""
+    """Draw the weights of a head as squares or pixels, and return how many rows and columns were drawn."""
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import to_rgb
 
@@ -160,14 +160,15 @@ def _scale() -> Any:
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     colours = LinearSegmentedColormap.from_list("weights", _COLOURS)
-    # Colour grows with the square root, as in the page.
+    # The colour is proportional to the square root of the weight, as in the page.
     return ScalarMappable(PowerNorm(0.5, vmin=0.0, vmax=1.0), colours)
 
 
 def printable(text: str) -> str:
-    """Text as matplotlib's font can show it.
+    """The text in a form that matplotlib's font can show.
 
-    A mark alone gets a carrier, a character without a glyph or with an effect on others is shown by its number.
+    A combining mark alone gets a base character. A character without a glyph, or one that changes the display of
+    others, is shown as its code point.
 
     Example:
         >>> printable(" "), printable("한"), printable("")
@@ -183,7 +184,7 @@ def printable(text: str) -> str:
 
 
 def printable_text(text: str) -> str:
-    """Words with spaces between them, each :func:`printable`."""
+    """A text in which each word, between spaces, is :func:`printable`."""
     return " ".join(printable(word) if word else "" for word in text.split(" "))
 
 

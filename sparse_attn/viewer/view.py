@@ -24,18 +24,18 @@ _NOTEBOOK_HEIGHT = 760
 
 @dataclass(frozen=True, eq=False)
 class AttentionView:
-    """Attention to look at; made by :func:`attention_view`.
+    """A view of recorded attention; made by :func:`attention_view`.
 
-    A notebook shows it when it is the last value of a cell.
+    A notebook displays the view if it is the last value of a cell.
 
     Attributes:
-        layers: what is shown.
-        title: of the page.
-        examples: their numbers in the batch.
-        first: which of them the page begins with, and pictures show.
+        layers: the layers that are shown.
+        title: title of the page.
+        examples: numbers of the shown examples in the batch.
+        first: the example with which the page opens, and which pictures show.
         courses: run -> layer -> head -> α by step.
-        labels: a name for each example; without, it goes by its tokens.
-        sections: heading and HTML of what else the page tells, in a view of its own.
+        labels: one name for each example; without labels, the page names an example by its tokens.
+        sections: heading and HTML of further sections, which the page shows in a separate view.
     """
 
     layers: list[Layer] = field(repr=False)
@@ -47,7 +47,7 @@ class AttentionView:
     sections: Sequence[tuple[str, str]] = field(default=(), repr=False)
 
     def html(self) -> str:
-        """The page: one text in ASCII that needs no other file and makes no request."""
+        """The page: one ASCII text that needs no other file and sends no request."""
         return page(self)
 
     def _repr_html_(self) -> str:
@@ -59,21 +59,21 @@ class AttentionView:
         )
 
     def save(self, path: str | os.PathLike[str], layer: int | str | None = None, head: int | None = None) -> Path:
-        """Write the page, or a picture for a paper; the ending of the name says which.
+        """Write the page, or a picture for a paper, depending on the ending of the name.
 
         Args:
             path: ends in ``.html``, or in ``.svg``, ``.pdf`` or ``.png`` for a picture, which needs matplotlib. A file
                 of this name is replaced once the new one is complete.
-            layer: number or name of the layer in the picture, or that the page opens with; None: all layers.
+            layer: number or name of the layer in the picture, or with which the page opens; None: all layers.
             head: number of the head; None: all heads.
 
         Returns:
             The path.
 
         Raises:
-            ValueError: if the ending is another, or there is no such layer or head.
-            FileNotFoundError: if there is no such folder.
-            ModuleNotFoundError: if a picture is asked for and matplotlib is not installed.
+            ValueError: if the path has another ending, or there is no such layer or head.
+            FileNotFoundError: if the folder does not exist.
+            ModuleNotFoundError: if ``path`` is a picture and matplotlib is not installed.
         """
         path = Path(path)
         ending = path.suffix.lower()
@@ -93,10 +93,10 @@ class AttentionView:
         return path
 
     def layer_number(self, layer: int | str) -> int:
-        """The place of a layer, given by its number or name.
+        """The position of a layer, given by its number or name.
 
         Raises:
-            TypeError: if it is neither.
+            TypeError: if ``layer`` is neither a number nor a name.
             ValueError: if there is no such layer.
         """
         names = [each.name for each in self.layers]
@@ -116,7 +116,7 @@ class AttentionView:
         if isinstance(head, bool) or not isinstance(head, int):
             raise TypeError(f"head must be a number, got {type(head).__name__}")
         if layer is None:
-            raise ValueError(f"head needs a layer to belong to, got head {head} without a layer")
+            raise ValueError(f"head can be given only together with layer, got head {head} without a layer")
         heads = len(self.layers[layer].roles)
         if not 0 <= head < heads:
             raise ValueError(f"head must be from 0 to {heads - 1} in layer {self.layers[layer].name!r}, got {head}")
@@ -132,31 +132,31 @@ def attention_view(
     courses: Mapping[str, Iterable[tuple[int, str, int, float]]] | None = None,
     numbers: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> AttentionView:
-    """See attention: every head as a small map, one head in detail, and α.
+    """Show recorded attention: every head as a small map, one head in detail, and α.
 
-    Works for any model that :func:`sparse_attn.record_attention` can record. Which layers read what is taken from
-    their names and shapes: cross-attention has queries in ``tokens`` and keys in ``memory_tokens``; beside it, layers
-    with "encoder" in their name read ``memory_tokens``; all others read ``tokens`` on both sides.
+    This works for every model that :func:`sparse_attn.record_attention` can record. The names and shapes of the layers
+    determine their tokens: cross-attention has queries in ``tokens`` and keys in ``memory_tokens``; in a model with
+    cross-attention, layers with "encoder" in their name read ``memory_tokens``; all other layers read ``tokens``.
 
     Args:
-        record: from ``record_attention(model, weights=True)``; shown are the weights of each layer's last call, while
-            α, density and entropy are those of all calls.
-        tokens: the text as the model read it, a string per position; for a batch, one such list per example, of which
-            the longest is as long as the batch. None: positions in numbers.
-        memory_tokens: the text that cross-attention looks at, likewise.
-        title: of the page.
-        example: which example of the batch is shown; with a list per example the page has all of them, beginning with
-            this one.
-        courses: the course of α over training, as rows (step, layer, head, α), of one run or more; the layers have
-            the names of the record.
-        numbers: further statistics of the heads by which the page sorts: name -> layer -> (H,).
+        record: from ``record_attention(model, weights=True)``. The view shows the weights of each layer's last call,
+            and α, density and entropy over all calls.
+        tokens: the tokens that the model read, one string per position; for a batch, one such list per example, of
+            which the longest has the length of the batch. None: position numbers are shown.
+        memory_tokens: the tokens of the keys of cross-attention, in the same form.
+        title: title of the page.
+        example: the example of the batch that is shown; with one list per example, the page contains all examples and
+            opens with this one.
+        courses: curves of α over training, for one run or several, as rows (step, layer, head, α); layers have the same
+            names as in the record.
+        numbers: further statistics of the heads, by which the page can sort: name -> layer -> (H,).
 
     Returns:
-        A view that a notebook shows, with ``html()`` and ``save(path)``.
+        A view with ``html()`` and ``save(path)``; a notebook displays it.
 
     Raises:
-        TypeError: if an argument is of another type.
-        ValueError: if the record holds no weights, weights are not finite, or tokens do not fit them.
+        TypeError: if an argument has a wrong type.
+        ValueError: if the record contains no weights, weights are not finite, or the number of tokens does not match.
 
     Example:
         >>> import torch
@@ -196,7 +196,7 @@ def attention_view(
 
 
 def _texts(name: str, given: object, count: int, example: int) -> tuple[Texts, bool]:
-    """The tokens of each example that is shown, and whether that is the whole batch."""
+    """The tokens of each shown example, and whether the whole batch is shown."""
     if given is None:
         return None, False
     if isinstance(given, str) or not isinstance(given, Sequence):
@@ -216,7 +216,7 @@ def _texts(name: str, given: object, count: int, example: int) -> tuple[Texts, b
 def _add_numbers(layers: list[Layer], numbers: Mapping[str, Mapping[str, Tensor]]) -> None:
     for name, by_layer in numbers.items():
         if unknown := [layer for layer in by_layer if layer not in {each.name for each in layers}]:
-            raise ValueError(f"numbers[{name!r}] must be of layers of the record, got {unknown[0]!r}")
+            raise ValueError(f"numbers[{name!r}] must contain only layers of the record, got {unknown[0]!r}")
         for layer in layers:
             if layer.name in by_layer:
                 values = by_layer[layer.name]
@@ -236,10 +236,12 @@ def _checked_courses(courses: Mapping[str, Iterable[tuple[int, str, int, float]]
         points: dict[str, dict[int, list[tuple[int, float]]]] = {}
         for step, layer, head, alpha in rows:
             if not 0 <= head < heads.get(layer, 0):
-                raise ValueError(f"courses[{run!r}] must be of layers and heads of the record, got {layer!r}, {head}")
+                raise ValueError(
+                    f"courses[{run!r}] must contain only layers and heads of the record, got {layer!r}, {head}"
+                )
             if not math.isfinite(alpha):
                 raise ValueError(
-                    f"courses[{run!r}] must hold finite α, got {alpha} at step {step} of {layer!r}, {head}"
+                    f"courses[{run!r}] must contain finite α, got {alpha} at step {step} of {layer!r}, {head}"
                 )
             points.setdefault(layer, {}).setdefault(head, []).append((step, alpha))
         checked[run] = {
@@ -250,7 +252,7 @@ def _checked_courses(courses: Mapping[str, Iterable[tuple[int, str, int, float]]
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Rename a finished file to its place, so that no half-written file is ever seen."""
+    """Write a temporary file and rename it, so that no half-written file exists at ``path``."""
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -265,5 +267,5 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _encodable(text: str) -> str:
-    """Text without lone surrogates, which no file can hold."""
+    """The text without lone surrogates, which UTF-8 cannot encode."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

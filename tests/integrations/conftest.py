@@ -1,4 +1,4 @@
-"""Tiny models of transformers' architectures, built from configs; importing them costs two seconds."""
+"""Tiny models of several transformers architectures, built from configs. Importing transformers takes two seconds."""
 
 from __future__ import annotations
 
@@ -50,6 +50,41 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", GROUPED),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {**GROUPED, "sliding_window": 5, "query_pre_attn_scalar": 4, "attn_logit_softcapping": 1.3},
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**GROUPED, "intermediate_size": 28, "sliding_window": 5, "num_local_experts": 3, "num_experts_per_tok": 2},
+    ),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**GROUPED, "intermediate_size": 28, "num_local_experts": 3}),
+    "qwen3_5": (
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5TextConfig",
+        {**GROUPED, "num_hidden_layers": 3, "head_dim": 8}
+        | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+        | {
+            "linear_key_head_dim": 5,
+            "linear_value_head_dim": 7,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+    ),
+    "mllama": (
+        "MllamaForConditionalGeneration",
+        "MllamaConfig",
+        {
+            "image_token_index": 37,
+            "text_config": {**SIZES, "vocab_size": 37, "num_hidden_layers": 3, "num_key_value_heads": 3}
+            | {"cross_attention_layers": [1], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+            "vision_config": {"hidden_size": 8, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2}
+            | {"intermediate_size": 11, "vision_output_dim": 16, "image_size": 8, "patch_size": 4}
+            | {"intermediate_layers_indices": [0], "max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]},
+        },
+    ),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**GROUPED, "sliding_window": 5}),
     "t5": ("T5ForConditionalGeneration", "T5Config", RELATIVE),
     "bart": ("BartForConditionalGeneration", "BartConfig", {**ENCODER_DECODER, "pad_token_id": 0}),
@@ -60,7 +95,8 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "suppress_tokens": None}
         | {"begin_suppress_tokens": None},
     ),
-    # Made for no other implementation than "eager": their modules do not say what is causal without a mask.
+    # These models support only the "eager" implementation: their modules have no attribute that says whether attention
+    # is causal, so this is known only from the mask.
     "pegasus_x": ("PegasusXForConditionalGeneration", "PegasusXConfig", {**ENCODER_DECODER, "block_size": 8}),
     "nllb_moe": (
         "NllbMoeForConditionalGeneration",
@@ -80,7 +116,7 @@ def registered() -> None:
 
 @pytest.fixture
 def build() -> Callable[..., Any]:
-    """``build("bert", "entmax", <config keys>)``: the same weights for every implementation, dropout off."""
+    """``build("bert", "entmax", <config keys>)``: a model in eval mode, with equal weights for every implementation."""
 
     def build(name: str, implementation: str, **changes: Any) -> Any:
         model, config, arguments = CONFIGS[name]
@@ -90,9 +126,11 @@ def build() -> Callable[..., Any]:
         )
         with torch.no_grad():
             for key, parameter in built.named_parameters():
-                # Well above the usual 0.02, with which all weights are nearly equal and no key is left out.
+                # Standard deviation 0.3: with the usual 0.02, attention weights would be nearly equal, and none zero.
                 if parameter.dim() > 1 and "position" not in key:
                     parameter.normal_(0.0, 0.3)
+                elif key.endswith(("sinks", "attn_gate", "mlp_gate", "gate_attn", "gate_ffn")):
+                    parameter.normal_(0.0, 1.0)
         return built.eval()
 
     return build
@@ -121,7 +159,7 @@ def batch() -> Callable[[str], dict[str, torch.Tensor]]:
 
 @pytest.fixture
 def with_alpha() -> Callable[..., Any]:
-    """``with_alpha(model, <arguments of add_alpha>)``: values that differ, some of them past a bound."""
+    """``with_alpha(model, <arguments of add_alpha>)`` adds random values of α, some of them outside ``alpha_range``."""
 
     def with_alpha(model: Any, **arguments: Any) -> Any:
         for alpha in add_alpha(model, **arguments).values():

@@ -17,7 +17,7 @@ from sparse_attn.observe import observe_weights
 transformers = pytest.importorskip("transformers")
 
 ENCODERS = ["bert", "roberta", "albert", "modernbert"]
-DECODERS = ["gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma3"]
+DECODERS = ["gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss"]
 BOTH = ["t5", "bart", "whisper"]
 IMAGES = ["vit", "clip"]
 SPARSE = ["entmax", "sparsemax", "entmax15", "topk"]
@@ -187,7 +187,10 @@ def test_weights_are_returned_when_asked_for(name, build, batch):
     assert kinds == [key for key in kinds if silent.get(key) is None] != []
     for weights in (layer for kind in kinds for layer in asked[kind]):
         seen = weights.sum(-1) > 0  # a query that is padding may see nothing
-        torch.testing.assert_close(weights.sum(-1)[seen], torch.ones(int(seen.sum())))
+        if name == "gpt_oss":  # the rest of the weight is that of the sink
+            assert weights.sum(-1).max() <= 1 + 1e-5 and weights.sum(-1)[seen].min() < 0.9
+        else:
+            torch.testing.assert_close(weights.sum(-1)[seen], torch.ones(int(seen.sum())))
         assert (weights == 0).any()
 
 
@@ -232,6 +235,10 @@ def test_half_precision(build, batch):
     assert (got[kept] - expected[kept]).norm() < 0.05 * expected[kept].norm()
 
 
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 20),
+    reason="set_attn_implementation does not reach the parts of T5 before transformers 5.20",
+)
 def test_implementation_can_be_set_and_set_back(build, batch):
     model, inputs = build("t5", "eager"), batch("t5")
     expected = model(**inputs).logits
@@ -243,17 +250,32 @@ def test_implementation_can_be_set_and_set_back(build, batch):
     torch.testing.assert_close(model(**inputs).logits, expected)
 
 
-def test_other_changes_of_scores_are_refused():
-    grouped = {"vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "head_dim": 4}
-    grouped |= {"num_key_value_heads": 2, "intermediate_size": 29}
-    capped = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**grouped, attn_implementation="entmax"))
-    with pytest.raises(ValueError, match=r"softcap must be None in sparse attention, got one from Gemma2Attention"):
-        capped(torch.tensor([[3, 5]]))
-    config = transformers.GptOssConfig(
-        **grouped, num_local_experts=2, num_experts_per_tok=1, attn_implementation="entmax"
-    )
-    with pytest.raises(ValueError, match="s_aux must be None in sparse attention, got one from GptOssAttention"):
-        transformers.GptOssForCausalLM(config)(torch.tensor([[3, 5]]))
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("Bloom", {"hidden_size": 8, "n_layer": 1, "n_head": 2}),
+        ("CodeGen", {"n_embd": 16, "n_layer": 1, "n_head": 4, "n_positions": 5, "rotary_dim": 2}),
+    ],
+)
+def test_a_model_without_the_interface_is_refused(name, sizes):
+    """Such a model would add the boolean mask to its scores, and every position would see its future."""
+    config = getattr(transformers, f"{name}Config")(vocab_size=7, bos_token_id=1, eos_token_id=2, **sizes)
+    model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="entmax")
+    with pytest.raises(ValueError, match=f"must be one that a model of {name}Config supports, .* got 'entmax'"):
+        model(input_ids=torch.zeros(2, 3, dtype=torch.long))
+
+
+def test_other_changes_of_scores_are_refused(build, batch):
+    model = build("llama", "entmax")
+    with pytest.raises(ValueError, match=r"sinks must be None in sparse attention, got one from LlamaAttention"):
+        model(batch("llama")["input_ids"], sinks=torch.zeros(2, 6, 11, 1))
+
+
+def test_sinks_of_a_wrong_shape_are_named(build, batch):
+    model = build("gpt_oss", "entmax")
+    model.model.layers[0].self_attn.sinks = torch.nn.Parameter(torch.zeros(5))
+    with pytest.raises(ValueError, match=r"sinks must have shape \(H,\) = \(6,\), got \(5,\)"):
+        model(batch("gpt_oss")["input_ids"])
 
 
 def test_a_name_of_ours_alone_is_what_it_was():

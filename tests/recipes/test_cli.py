@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, typing mistakes, Ctrl-C."""
+"""The command line as users see it: help texts, error messages, interruption by Ctrl-C."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Runs a command line in this process in an empty folder; gives exit status, output and error output."""
+    """Runs a command line in this process in an empty folder; returns exit status, output and error output."""
 
     def run(*arguments: str, main: Callable[[], None] = cli.main) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)
@@ -51,12 +51,12 @@ def one_line(text: str) -> str:
 def test_help_names_every_command(command):
     status, output, _ = command("-h")
     assert status == 0
-    for name in ("train", "evaluate", "predict", "inspect"):
+    for name in ("train", "evaluate", "predict", "inspect", "calibrate"):
         assert f"\n  {name} " in output
     assert output == command("--help")[1]
 
 
-def test_no_command_shows_the_help_and_fails(command):
+def test_without_a_command_the_help_is_shown_and_the_status_is_2(command):
     status, output, _ = command()
     assert (status, output) == (2, cli.usage())
 
@@ -67,13 +67,13 @@ def test_version(command):
     assert command("--version")[:2] == (0, f"sparse-attn {__version__}\n")
 
 
-def test_unknown_command_is_one_line(command):
+def test_an_unknown_command_gives_a_one_line_error(command):
     status, output, error = command("trian")
     assert (status, output) == (2, "")
     assert one_line(error).startswith("sparse-attn: unknown command 'trian', did you mean 'train'?; allowed: ")
 
 
-def test_missing_extra_names_what_to_install(command, monkeypatch):
+def test_error_for_a_missing_extra_names_the_pip_command(command, monkeypatch):
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     status, _, error = command("train")
     assert status == 2
@@ -108,14 +108,14 @@ def test_train_help_lists_groups_and_keys(command, flag):
         ("resume=.", "'.' is not a run folder: it has no config.yaml"),
     ],
 )  # fmt: skip
-def test_wrong_argument_of_train_is_one_line(command, tmp_path, argument, message):
+def test_a_wrong_argument_of_train_gives_a_one_line_error(command, tmp_path, argument, message):
     status, output, error = command("train", argument)
     assert (status, output) == (2, "")
     assert one_line(error).startswith(f"sparse-attn train: {message}")
-    assert not list(tmp_path.glob("runs/*")), "a wrong input leaves no run folder"
+    assert not list(tmp_path.glob("runs/*")), "an invalid argument creates no run folder"
 
 
-def test_missing_language_asks_for_it(command):
+def test_error_for_a_missing_language_says_how_to_give_it(command):
     _, _, error = command("train", "experiment=g2p2020", "data.path=x")
     assert "data.language has no value; give it as data.language=CODE" in one_line(error)
 
@@ -136,17 +136,17 @@ def check_k_in_a_command(k: int) -> None:
         check_k(k)
 
 
-def test_what_our_code_raises_is_told(capsys):
+def test_an_error_raised_by_this_project_becomes_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         check_k_in_a_command(0)
     assert capsys.readouterr().err == "sparse-attn train: k must be at least 1, got 0\n"
 
 
-def test_a_bug_shows_itself():
+def test_an_unexpected_error_is_not_caught():
     with pytest.raises(RuntimeError, match="shapes"):
         report(RuntimeError("shapes"))
     with pytest.raises(ValueError, match="invalid literal"), reported("train"):
-        int("three")  # not raised by our code: nobody has checked this input
+        int("three")  # raised by Python, not by our code: such an error counts as a bug
     with pytest.raises(TypeError), reported("train"):
         train()  # type: ignore[call-arg]
 
@@ -157,19 +157,19 @@ def test_a_message_of_several_lines_becomes_one(capsys):
     assert capsys.readouterr().err == "sparse-attn train: no such file\n"
 
 
-def test_traceback_on_demand(monkeypatch):
+def test_an_environment_variable_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("SPARSE_ATTN_TRACEBACK", "1")
     with pytest.raises(ValueError, match="k must be"):
         check_k_in_a_command(0)
 
 
-def test_interruption_says_how_to_go_on(capsys):
+def test_the_message_of_an_interruption_says_how_to_continue(capsys):
     with pytest.raises(SystemExit, match="130"):
         report(Interrupted("stopped; to go on: sparse-attn train resume=DIR"))
     assert capsys.readouterr().err == "sparse-attn train: stopped; to go on: sparse-attn train resume=DIR\n"
 
 
-def test_an_error_within_the_task_is_the_only_line(command, capsys):
+def test_an_error_of_the_task_prints_only_one_line(command, capsys):
     def failing(cfg: DictConfig) -> None:
         check_k(cfg.seed)
 
@@ -188,7 +188,7 @@ def test_multirun_runs_every_combination_in_folders_of_one_sweep(command, tmp_pa
     assert seen == [("softmax", tmp_path / "sweep" / "0"), ("topk", tmp_path / "sweep" / "1")]
 
 
-def test_argparse_of_python_3_14_takes_what_hydra_gives_it(command, monkeypatch):
+def test_hydra_works_with_the_help_text_check_of_python_3_14(command, monkeypatch):
     def check_help(parser, action):
         if action.help and hasattr(parser, "_get_formatter"):
             try:
@@ -211,14 +211,14 @@ def test_argparse_of_python_3_14_takes_what_hydra_gives_it(command, monkeypatch)
     assert seen == [5]
 
 
-def test_several_runs_of_a_reading_command_leave_nothing_behind(command, tmp_path):
+def test_multirun_of_inspect_creates_no_files(command, tmp_path):
     seen = []
     status = command(main=lambda: run_hydra("inspect", lambda cfg: seen.append(cfg.run), arguments=["-m", "run=a,b"]))
     assert status == (0, "", "") and seen == ["a", "b"]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_runs_are_compared_at_the_end(command, tiny_arguments, tmp_path):
+def test_a_multirun_of_train_ends_with_a_table_of_the_runs(command, tiny_arguments, tmp_path):
     arguments = tiny_arguments("trainer.max_epochs=1", "model.attention=softmax,sparsemax", "hydra.sweep.dir=sweep")
     arguments.remove(next(argument for argument in arguments if argument.startswith("paths.output_dir=")))
     status, output, error = command("train", "-m", *arguments)
@@ -232,8 +232,8 @@ def test_several_runs_are_compared_at_the_end(command, tiny_arguments, tmp_path)
     assert sparsemax.split()[1:5] == rates
 
 
-def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(tiny_arguments, tmp_path):
-    """The one test of the real thing: a process of its own, and a real signal."""
+def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_continue(tiny_arguments, tmp_path):
+    """Starts a separate process and sends SIGINT to it; the other tests of this file run in one process."""
     arguments = tiny_arguments("trainer.max_epochs=10000", "hydra.run.dir=a run")
     arguments.remove(next(argument for argument in arguments if argument.startswith("paths.output_dir=")))
     process = subprocess.Popen(

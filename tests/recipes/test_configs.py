@@ -21,7 +21,7 @@ from recipes.seq2seq.schedules import check_schedule
 from recipes.seq2seq.task import Seq2SeqTask
 
 FILES = sorted(config_dir().rglob("*.yaml"))
-COMMANDS = ("train", "evaluate", "predict", "inspect", "compare")
+COMMANDS = ("train", "evaluate", "predict", "inspect", "calibrate", "compare")
 OPTIONS = [
     f"{group}={file.stem}" for group in config_groups() for file in sorted((config_dir() / group).glob("*.yaml"))
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -117,6 +118,16 @@ def test_a_flag_may_stand_anywhere(arguments):
 def test_a_flag_keeps_its_value(arguments, capsys):
     composed("evaluate", *arguments)
     assert "run: ü\n" in capsys.readouterr().out
+
+
+def test_only_several_runs_need_a_temporary_folder(capsys, monkeypatch):
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/x")
+
+    monkeypatch.setattr("recipes.launch.tempfile.TemporaryDirectory", full)
+    assert [cfg.run for cfg in composed("evaluate", "run=R")] == ["R"]
+    error = refused(capsys, lambda: composed("evaluate", "-m", "run=R,Q"))
+    assert error == "sparse-attn evaluate: [Errno 28] No space left on device: '/tmp/x'\n"
 
 
 @pytest.mark.parametrize("other", [["--cfg", "job"], ["--info"], ["--run"]])

@@ -26,12 +26,12 @@ def test_the_length_of_a_training(section, batches, plan):
     assert plan_training(section, batches) == plan
 
 
-def test_small_data_are_trained_on_for_enough_updates():
+def test_the_default_number_of_epochs_gives_the_minimum_of_updates():
     plan = plan_training({}, 13)
     assert FEWEST_UPDATES <= plan.updates < FEWEST_UPDATES + 13
 
 
-def test_a_training_without_a_number_of_epochs_ends_and_records_it(tiny_config, tmp_path, capsys, monkeypatch):
+def test_without_max_epochs_a_training_ends_and_records_the_planned_number(tiny_config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("recipes.plan.FEWEST_UPDATES", 12)
     monkeypatch.setattr("recipes.plan.FEWEST_EPOCHS", 1)
     train(tiny_config("trainer.max_epochs=null"))
@@ -40,13 +40,15 @@ def test_a_training_without_a_number_of_epochs_ends_and_records_it(tiny_config, 
     assert (config.trainer.max_epochs, config.monitor) == (3, "val/per")
 
 
-def test_a_warm_up_that_is_too_long_and_unseen_symbols_are_told(tiny_config, tmp_path, capsys):
+def test_notes_report_a_long_warm_up_and_unseen_symbols(tiny_config, tmp_path, capsys):
     cfg = tiny_config("trainer.max_epochs=1", "optimizer.warmup_steps=4", "trainer.limit_train_batches=4")
     (tmp_path / "test.tsv").write_text("zzz\tQ Q\n", encoding="utf-8")
     train(cfg)
     out = capsys.readouterr().out
     assert "1 epoch of 4 of 5 batches (trainer.limit_train_batches): 4 updates, 4 of them warm-up" in out
-    assert "note: the warm-up of 4 updates is more than half of the 4 of this training (optimizer.warmup_steps)" in out
+    assert (
+        "note: the warm-up of 4 updates is more than half of this training's 4 updates (optimizer.warmup_steps)" in out
+    )
     assert 'note: 1 of 1 test inputs hold symbols never seen in training: "z"' in out
     assert 'note: 1 of 1 test targets hold symbols never seen in training: "Q"' in out
 
@@ -71,17 +73,17 @@ def test_the_monitored_metric_chooses_the_best_checkpoint(tiny_config, tmp_path,
 
 
 @pytest.mark.parametrize("monitor", ["val/bleu", "test/wer", "wer", "val/wer/hun", "val/ter"])
-def test_a_metric_that_will_not_be_there_is_refused(tiny_config, tmp_path, monitor):
+def test_monitoring_a_metric_that_is_not_computed_is_refused(tiny_config, tmp_path, monitor):
     message = (
-        "^monitor must be one of val/loss, val/support, val/per, val/wer, val/accuracy, val/edit_distance, "
-        f"which go with data.metrics, got '{monitor}'$"
+        "^monitor must be one of val/loss, val/support, val/per, val/wer, val/accuracy, val/edit_distance "
+        rf"\(as computed for data.metrics\), got '{monitor}'$"
     )
     with pytest.raises(ValueError, match=message):
         train(tiny_config(f"monitor={monitor}"))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_training_stops_early_and_says_so(tiny_config, tmp_path, capsys):
+def test_a_training_that_stops_early_prints_the_reason(tiny_config, tmp_path, capsys):
     stopping = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1"]
     train(tiny_config(*stopping, "trainer.max_epochs=50", "optimizer.learning_rate=1e-12"))
     out = capsys.readouterr().out
@@ -100,7 +102,7 @@ def test_predictions_of_the_test_words_are_kept(tiny_config, tmp_path):
     assert task.target_tokenizer.join(task.predict_words([found[0].source])[0]) == found[0].prediction
 
 
-def test_a_damaged_line_of_predictions_is_named(tmp_path):
+def test_error_for_a_damaged_predictions_line_has_file_and_line_number(tmp_path):
     file = tmp_path / "test_predictions.tsv"
     file.write_text("source\tprediction\treference\tdistance\tlength\tgroup\na\tA\tB\tone\t1\t\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"test_predictions\.tsv:2: a line must have the columns "):

@@ -1,8 +1,14 @@
 """A whole training, small: what it returns, prints and leaves behind, and what it refuses."""
 
+import contextlib
 import importlib.util
 import json
+import os
+import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +24,7 @@ from recipes.seq2seq.scores import score
 from recipes.summary import print_comparison
 from recipes.train import train
 
+ROOT = Path(__file__).parents[2]
 LAYERS = (
     "encoder.layers.0.self_attn",
     "decoder.layers.0.self_attn",
@@ -191,7 +198,8 @@ def test_a_logger_without_its_package_is_refused_before_anything_is_written(
         (["+trainer.min_epoch=1"], "unknown key 'trainer.min_epoch', did you mean 'min_epochs'"),
         (["+trainer.logger=true"], "unknown key 'trainer.logger'"),
         (["trainer.accelerator=abacus"], "trainer: .*abacus"),
-        (["+trainer.val_check_interval=-3"], "trainer: (?!.*accelerator=).*val_check_interval=-3"),
+        (["+trainer.overfit_batches=-3"], "trainer: (?!.*accelerator=).*overfit_batches=-3"),
+        (["+trainer.val_check_interval=-3"], "trainer.val_check_interval must be above 0 or null, got -3"),
         (["~optimizer"], "the configuration must have seed, .*, got no optimizer"),
         (["optimizer=null"], "optimizer must be a group of keys, got None"),
         (["logger.csv=null"], r"logger.csv must be a group of keys with _target_ .*, got None"),
@@ -279,6 +287,39 @@ def test_a_step_of_several_batches_has_one_alpha(tiny_config, tmp_path):
 def test_nothing_is_logged_between_epochs_if_so_asked(tiny_config, tmp_path):
     train(tiny_config("trainer.log_every_n_steps=0"))
     assert {row["step"] for row in read_rows(tmp_path / "run/alpha.csv")} == {"0", "5", "10"}
+
+
+def test_the_learning_rate_of_an_epoch_with_few_updates_is_recorded(tiny_config, tmp_path):
+    train(tiny_config("trainer.log_every_n_steps=50", "optimizer.warmup_steps=0"))
+    rates = {row["step"]: float(row["train/learning_rate"]) for row in read_rows(tmp_path / "run/metrics.csv")}
+    # The linear schedule at the fifth and at the last of ten updates.
+    assert rates == pytest.approx({"5": 2e-3 * 6 / 9, "10": 2e-3 * 1 / 9}, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_bar_and_lines_fit_a_terminal_of_80_columns(tiny_arguments):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"} | {"TERM": "xterm"}
+    command = [sys.executable, "-m", "recipes.train", *tiny_arguments("data.metrics=[accuracy]", "data.batch_size=1")]
+    child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=theirs, stderr=theirs, stdin=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a pseudo-terminal
+        while part := os.read(ours, 65536):
+            shown += part
+    os.close(ours)
+    assert child.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.startswith("epoch")]
+    assert max(map(len, lines)) <= 80
+    assert any(re.search(r"^epoch 2/2 ━+ 40/40 .* loss: \d\.\d\d accuracy: \d+\.\d\d$", line) for line in lines)
 
 
 def test_data_is_no_markup(tiny_config, tmp_path, capsys):

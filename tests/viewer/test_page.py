@@ -174,7 +174,9 @@ def test_a_shorter_text_of_a_padded_batch_is_cut_out(encoder_record: Records, re
     heads = next(iter(record.values()))
     assert heads.weights is not None
     same(page.weights(0, 1), heads.weights[1, :, :3, :3])
-    with pytest.raises(ValueError, match=r"tokens must name all keys that have weight: layer .* has 5 keys, got 3"):
+    with pytest.raises(
+        ValueError, match=r"tokens must cover every key with non-zero weight: layer .* has 5 keys, got 3"
+    ):
         attention_view(encoder_record(5, 2), [list("abcde"), list("xyz")])
 
 

@@ -1,4 +1,4 @@
-"""`attention_view` as it is called: wrong input, files, notebooks."""
+"""Tests of `attention_view`: invalid arguments, saved files, and the display in a notebook."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparse_attn.viewer import attention_view
 
 Records = Callable[..., AttentionRecord]
 Reader = Callable[[str], Any]
-HEADS, QUERIES, KEYS = 3, 5, 7  # of the recorded models
+HEADS, QUERIES, KEYS = 3, 5, 7  # sizes used by the fixtures that record a model
 
 
 def without_weights() -> AttentionRecord:
@@ -44,22 +44,22 @@ def batches_of_two_sizes() -> AttentionRecord:
             lambda make: make(5),
             {"tokens": list("abc")},
             ValueError,
-            "tokens must name the 5 queries of .* got 3 tokens",
+            "tokens must have one token for each of the 5 queries of .* got 3 tokens",
         ),
         (
             lambda make: make(5),
             {"tokens": list("abcdef")},
             ValueError,
-            "tokens must name the 5 queries .* got 6 tokens",
+            "tokens must have one token for each of the 5 queries .* got 6 tokens",
         ),
-        (lambda make: make(5), {"tokens": []}, ValueError, "tokens must name the 5 queries .* got 0 tokens"),
+        (lambda make: make(5), {"tokens": []}, ValueError, "for each of the 5 queries .* got 0 tokens"),
         (lambda make: make(5), {"tokens": "abcde"}, TypeError, "tokens must be a list of strings, .* got str"),
         (lambda make: make(5), {"tokens": [1, 2, 3, 4, 5]}, TypeError, "tokens must be strings, got int"),
         (
             lambda make: make(5),
             {"memory_tokens": list("ab")},
             ValueError,
-            "memory_tokens name the keys of cross-attention, and",
+            "memory_tokens name the keys of cross-attention, but",
         ),
         (
             lambda make: make(5, 2),
@@ -71,8 +71,18 @@ def batches_of_two_sizes() -> AttentionRecord:
         (lambda make: make(5, 2), {"example": -1}, ValueError, "example must be from 0 to 1"),
         (lambda make: make(5), {"example": "0"}, TypeError, "example must be a number, got str"),
         (lambda make: make(5), {"title": 5}, TypeError, "title must be a string, got int"),
-        (lambda make: make(5), {"courses": {"a": [(0, "x", 0, 1.5)]}}, ValueError, "courses.'a'. must be of layers"),
-        (lambda make: make(5), {"numbers": {"n": {"x": torch.ones(3)}}}, ValueError, "numbers.'n'. must be of layers"),
+        (
+            lambda make: make(5),
+            {"courses": {"a": [(0, "x", 0, 1.5)]}},
+            ValueError,
+            "courses.'a'. must contain only layers and heads of the record, got 'x', 0",
+        ),
+        (
+            lambda make: make(5),
+            {"numbers": {"n": {"x": torch.ones(3)}}},
+            ValueError,
+            "numbers.'n'. must contain only layers of the record, got 'x'",
+        ),
         (
             lambda _: AttentionRecord(keep_weights=True),
             {},
@@ -93,10 +103,15 @@ def batches_of_two_sizes() -> AttentionRecord:
         ),
         (lambda _: not_finite(float("inf")), {}, ValueError, "weights must be finite"),
         (lambda _: batches_of_two_sizes(), {}, ValueError, r"the same number of examples, got \[1, 3\]"),
-        (lambda _: {"layer": 1}, {}, TypeError, "record must be what record_attention gives, got dict"),
+        (
+            lambda _: {"layer": 1},
+            {},
+            TypeError,
+            "record must be an AttentionRecord from record_attention, got dict",
+        ),
     ],
 )
-def test_wrong_input_is_named(
+def test_invalid_arguments_raise_one_line_errors(
     encoder_record: Records,
     record: Callable[[Records], Any],
     arguments: dict[str, Any],
@@ -110,9 +125,11 @@ def test_wrong_input_is_named(
 
 def test_both_sides_of_cross_attention_are_checked(translation: AttentionRecord) -> None:
     queries, keys = ["q"] * QUERIES, ["k"] * KEYS
-    with pytest.raises(ValueError, match=r"tokens must name the 5 queries of layer 'decoder\.layers\.0\.self_attn'"):
+    with pytest.raises(
+        ValueError, match=r"^tokens .* 5 queries of layer 'decoder\.layers\.0\.self_attn', got 4 tokens"
+    ):
         attention_view(translation, ["q"] * 4, keys)
-    with pytest.raises(ValueError, match=r"memory_tokens must name the 7 queries of layer 'encoder\.layers\.0"):
+    with pytest.raises(ValueError, match=r"memory_tokens .* of the 7 queries of layer 'encoder\.layers\.0"):
         attention_view(translation, queries, ["k"] * 6)
     with pytest.raises(ValueError, match="tokens and memory_tokens must both be of one text, or both be a list"):
         attention_view(translation, [queries, queries], keys)
@@ -128,11 +145,11 @@ def test_both_sides_of_cross_attention_are_checked(translation: AttentionRecord)
         ("a.svg", {"layer": "nowhere"}, ValueError, "layer must be one of 'layers.0.self_attn', .* got 'nowhere'"),
         ("a.svg", {"layer": 1.0}, TypeError, "layer must be a number or a name, got float"),
         ("a.html", {"layer": 0, "head": HEADS}, ValueError, "head must be from 0 to 2 in layer .* got 3"),
-        ("a.png", {"head": 0}, ValueError, "head needs a layer to belong to"),
+        ("a.png", {"head": 0}, ValueError, "head can be given only together with layer, got head 0 without a layer"),
         ("missing/a.html", {}, FileNotFoundError, "path must lie in a folder that exists"),
     ],
 )
-def test_nothing_is_written_where_a_file_cannot_be(
+def test_save_with_an_invalid_argument_writes_no_file(
     encoder_record: Records, tmp_path: Path, path: str, arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -140,7 +157,7 @@ def test_nothing_is_written_where_a_file_cannot_be(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_is_kept_when_the_next_cannot_be_drawn(
+def test_a_failed_save_keeps_the_existing_file(
     encoder_record: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     view = attention_view(encoder_record(5))
@@ -156,7 +173,9 @@ def test_a_file_is_kept_when_the_next_cannot_be_drawn(
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 
-def test_a_saved_page_opens_where_it_is_told_to(encoder_record: Records, read_page: Reader, tmp_path: Path) -> None:
+def test_a_saved_page_opens_at_the_given_layer_and_head(
+    encoder_record: Records, read_page: Reader, tmp_path: Path
+) -> None:
     view = attention_view(encoder_record(5), list("abcde"), title="five")
     html = view.save(tmp_path / "a.html").read_text(encoding="ascii")
     assert html == view.html() and "open" not in read_page(html).data
@@ -164,12 +183,12 @@ def test_a_saved_page_opens_where_it_is_told_to(encoder_record: Records, read_pa
     assert read_page(html).data["open"] == {"layer": 1, "head": 2}
 
 
-def test_a_notebook_shows_the_page_in_a_frame(encoder_record: Records) -> None:
+def test_a_notebook_displays_the_page_in_a_frame(encoder_record: Records) -> None:
     shown = attention_view(encoder_record(5), title='a "title"')._repr_html_()
     assert shown.startswith("<iframe srcdoc=") and 'title="a &quot;title&quot;"' in shown
 
 
-def test_a_record_stays_as_it_was(encoder_record: Records) -> None:
+def test_attention_view_does_not_change_the_record(encoder_record: Records) -> None:
     record = encoder_record(5)
     before = {name: copy.deepcopy(heads.weights) for name, heads in record.items()}
     attention_view(record).html()

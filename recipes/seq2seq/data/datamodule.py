@@ -42,18 +42,18 @@ class Seq2SeqData(L.LightningDataModule):
     the training split alone, so validation and test words may hold unknown tokens; ``notes()`` counts them.
 
     Args:
-        name: ``"cmudict"``, ``"tsv"``, ``"parallel"`` or ``"synthetic"``.
+        name: Kind of the data: ``"cmudict"``, ``"tsv"``, ``"parallel"`` or ``"synthetic"``.
         title: What messages and tables call the data; ``name`` if not given.
         train: Training file, with ``name="tsv"``; with ``name="parallel"`` its path holds ``{side}``.
-        val: Validation file, likewise.
-        test: Test file, likewise.
+        val: Validation file, named as ``train``.
+        test: Test file, named as ``train``.
         columns: Columns of a tab-separated file in their order: ``source``, ``target`` and perhaps ``features``.
         feature_split: What stands between two features.
         languages: Languages of one model, or ``"all"``: each file then holds ``{language}`` in its path.
         sides: What stands for ``{side}`` in the path of a source file, and of a target file.
         generate: Arguments of ``make_sequences``, with ``name="synthetic"``.
-        source_split: ``"characters"``, ``"spaces"`` or ``"bpe"``.
-        target_split: The same for the target.
+        source_split: How a source becomes tokens: ``"characters"``, ``"spaces"`` or ``"bpe"``.
+        target_split: ``"characters"``, ``"spaces"`` or ``"bpe"``, for the target.
         normalization: ``"NFC"``, ``"NFD"`` (for Korean) or ``"none"``, for both sides.
         bpe_size: Subwords at most, where a side is split by ``"bpe"``.
         bpe_joint: Whether both sides share their subwords.

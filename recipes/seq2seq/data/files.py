@@ -1,4 +1,4 @@
-"""Text files as lines: UTF-8, gzip or not, with the line ends of any system."""
+"""Text files as lines: UTF-8, optionally compressed by gzip, with the line ends of any system."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 
 _GZIP = b"\x1f\x8b"
-# Not splitlines(): it also breaks at characters such as U+2028 that may stand inside a text.
+# Not splitlines(), which also breaks at characters such as U+2028 that may occur inside a text.
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _BYTE_ORDER_MARK = "\ufeff"
 
@@ -16,12 +16,12 @@ _BYTE_ORDER_MARK = "\ufeff"
 def read_lines(path: str | Path) -> list[str]:
     """The lines of a text file.
 
-    A gzip file is recognised by its first two bytes. Byte order marks are dropped wherever they stand: a file made
-    of several others may hold some in its middle.
+    A gzip file is recognised by its first two bytes. Byte order marks are removed at every position: a file that was
+    joined from several others may contain one in the middle.
 
     Raises:
         FileNotFoundError: If the file is missing or cannot be read.
-        ValueError: If it is not UTF-8 text, or a damaged gzip file.
+        ValueError: If the file is not UTF-8 text, or is a damaged gzip file.
     """
     path = Path(path).expanduser()
     try:
@@ -30,7 +30,7 @@ def read_lines(path: str | Path) -> list[str]:
             content = gzip.decompress(content)
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8 text, got byte {error.start} that is not") from None
+        raise ValueError(f"{path} must be UTF-8 text, got an invalid byte at position {error.start}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} must be a whole gzip file, got a damaged one: {error}") from None
     except OSError as error:

@@ -24,7 +24,7 @@ def beam_search(
 
     Hypotheses of length :math:`\ell`, the end-of-sequence token included, are ranked by
 
-    .. math:: \log p \Big/ \Big(\frac{5 + \ell}{6}\Big)^{\text{length\_penalty}}
+    .. math:: \frac{\log p}{\left((5 + \ell) / 6\right)^{\lambda}}, \qquad \lambda = \text{length\_penalty}
 
     A step keeps the ``beam_size`` most probable extensions of a row's prefixes, none of probability zero; those that
     end leave the beam. The search of a row ends when no prefix can become one of its ``n_best`` hypotheses. With

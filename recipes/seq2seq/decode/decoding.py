@@ -14,6 +14,7 @@ from .exact import exact_search
 from .greedy import greedy_decode
 from .prefixes import Hypothesis, Models
 
+#: Names of the ways of decoding.
 DECODINGS = ("greedy", "beam", "exact")
 
 

@@ -15,6 +15,7 @@ from ..model import Seq2SeqTransformer
 from ..output import next_token_log_probabilities
 from ..tokenizer import BOS, PAD
 
+#: One model, or the models of an ensemble, whose next-token probabilities are averaged.
 Models: TypeAlias = Seq2SeqTransformer | Sequence[Seq2SeqTransformer]
 
 

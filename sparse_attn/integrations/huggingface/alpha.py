@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_attn.checks import check_filter
 from sparse_attn.integrations.huggingface.attention import calls_interface, learns_alpha, require_transformers
-from sparse_attn.nn.alpha import HeadAlpha, check_alpha_range, head_alpha
+from sparse_attn.nn.alpha import HeadAlpha, check_alpha_range, head_alpha, value_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+AlphaInit = float | Sequence[float] | Tensor
 
 # Key of alpha_range in config.json: the range is not a weight, so the weight files cannot hold it.
 RANGE_KEY = "sparse_attn_alpha_range"
@@ -22,7 +24,7 @@ RANGE_KEY = "sparse_attn_alpha_range"
 def add_alpha(
     model: PreTrainedModel,
     *,
-    alpha_init: float | Sequence[float] | Tensor = 1.5,
+    alpha_init: AlphaInit | Mapping[str, AlphaInit] = 1.5,
     alpha_range: tuple[float, float] = (1.0, 2.0),
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
 ) -> dict[str, HeadAlpha]:
@@ -36,7 +38,8 @@ def add_alpha(
 
     Args:
         model: Built or loaded with ``attn_implementation="entmax"``.
-        alpha_init: The initial α: a number, or one per head. 1 keeps the function of a dense model.
+        alpha_init: The initial α: a number, or one per head. 1 keeps the function of a dense model. A dict
+            ``{module name: α}``, such as the result of :func:`sparse_attn.calibrate`, gives each module its own.
         alpha_range: The closed interval that α stays in.
         filter_fn: Called with the name and module of each attention module; α is added only if the result is True.
 
@@ -92,7 +95,7 @@ def remove_alpha(model: PreTrainedModel) -> None:
 def attach(
     model: PreTrainedModel,
     modules: Mapping[str, nn.Module],
-    alpha_init: float | Sequence[float] | Tensor,
+    alpha_init: AlphaInit | Mapping[str, AlphaInit],
     alpha_range: tuple[float, float],
 ) -> dict[str, HeadAlpha]:
     """The α of each module, new if the module has none. All are built and checked before the model is changed."""
@@ -101,9 +104,8 @@ def attach(
         raise ValueError(f"alpha_range must be the one that the model has, {ranges.pop()}, got {alpha_range}")
     alphas = {}
     for name, module in modules.items():
-        new = HeadAlpha(
-            num_heads(name, module), alpha_init=alpha_init, alpha_range=alpha_range, device=_device(name, module)
-        )
+        init = value_for(name, alpha_init, "alpha_init")
+        new = HeadAlpha(num_heads(name, module), alpha_init=init, alpha_range=alpha_range, device=_device(name, module))
         present = head_alpha(module)
         alphas[name] = new if present is None else present
     for name, alpha in alphas.items():
@@ -122,8 +124,8 @@ def _check_model(model: object) -> None:
         )
 
 
-def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The attention modules that would use a learnt α, by name."""
+def modules_by_interface(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules that attend through transformers' attention interface, by name."""
     _check_model(model)
     modules = {name: module for name, module in model.named_modules() if calls_interface(module)}
     if not modules:
@@ -131,6 +133,12 @@ def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
             "model must attend through transformers' attention interface, got no such module in "
             f"{type(model).__name__}, which ignores its attn_implementation"
         )
+    return modules
+
+
+def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The attention modules that would use a learnt α, by name."""
+    modules: dict[str, Any] = modules_by_interface(model)
     chosen = {name: module for name, module in modules.items() if learns_alpha(module.config._attn_implementation)}
     if not chosen:
         found = sorted({str(module.config._attn_implementation) for module in modules.values()})

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
+import sys
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -13,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn.checks import check_alpha
+from sparse_attn.integrations.huggingface.packing import LazyMask, Packing, lazy_mask, packing_of, with_packing
 from sparse_attn.masks import causal_mask, visible_pairs
 from sparse_attn.nn.alpha import head_alpha
 from sparse_attn.observe import register_reporter, report_weights, weights_are_observed
-from sparse_attn.ops.attention import ScoreMapping, attend, entmax_mapping, topk_mapping
+from sparse_attn.ops.attention import Options, ScoreMapping, attend, entmax_mapping, topk_mapping
+from sparse_attn.ops.varlen import attend_varlen
+from sparse_attn.versions import check_transformers
 
 _DEFAULT_ALPHA = 1.5
 _DEFAULT_K = 8
@@ -28,13 +33,12 @@ _BUILT_IN: dict[str, ScoreMapping | None] = {
     "sparsemax": ScoreMapping(2.0),
     "topk": ScoreMapping(1.0, _DEFAULT_K),
 }
+MappingOf = Callable[[nn.Module, int, Tensor | None], Callable[[Tensor], Tensor]]
 _registered: dict[str, ScoreMapping | None] = {}
 
 # Arguments that change the weights and are not supported, each with the models that pass it.
 _REFUSED = {
-    "softcap": "softcapped scores, as in Gemma 2",
-    "s_aux": "attention sinks, as in GPT-OSS",
-    "sinks": "attention sinks",
+    "sinks": "a sink for each query, as in Inkling 2",
     "indices": "keys chosen by an indexer, as in DeepSeek V3.2",
     "block_indices": "blocks of keys chosen by an indexer",
     "cache": "the paged cache of continuous batching",
@@ -55,8 +59,8 @@ def register(name: str | None = None, *, alpha: float | None = None, k: int | No
     ``register("topk32", k=32)``. A mask function is registered under the same name: without one, transformers would
     build no mask, and a decoder would see future positions.
 
-    Models that do not use transformers' attention interface (BLOOM and DeBERTa, for example) accept the name and
-    ignore it.
+    Models that do not use transformers' attention interface accept the name. A call of such a model raises a ValueError
+    if the model asks transformers for its mask (BLOOM and CodeGen, for example); others ignore the name (DeBERTa).
 
     Args:
         name: A new name, which must be a Python identifier.
@@ -88,7 +92,7 @@ def register(name: str | None = None, *, alpha: float | None = None, k: int | No
         _check_name(name, AttentionInterface._global_mapping)
         wanted = {name: _BUILT_IN.get(name) if alpha is None and k is None else _fixed_mapping(alpha, k)}
     for key, mapping in wanted.items():
-        AttentionInterface.register(key, attention_function(mapping))
+        AttentionInterface.register(key, attention_function(_mapping_of(mapping)))
         AttentionMaskInterface.register(key, mask_function)
     _registered.update(wanted)
     register_reporter(_attends_with_ours)
@@ -114,13 +118,18 @@ def _attends_with_ours(module: nn.Module) -> bool:
 
 
 def require_transformers() -> None:
-    """Raise unless transformers can be imported."""
+    """Raise unless a supported version of transformers can be imported."""
     if importlib.util.find_spec("transformers") is None:
         raise ImportError("transformers must be installed for this: pip install sparse-attn[hf]")
+    check_transformers()
 
 
-def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """A function that transformers' attention modules call with projected heads; None means the module's own α."""
+def attention_function(mapping_of: MappingOf) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """A function that transformers' attention modules call with projected heads.
+
+    ``mapping_of(module, heads, sinks)`` is the mapping of a module with that many heads. A mapping that is no
+    ``ScoreMapping`` gets all scores of the call.
+    """
 
     def sparse_attention(
         module: nn.Module,
@@ -132,6 +141,8 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
         scaling: float | None = None,
         is_causal: bool | None = None,
         position_bias: Tensor | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,  # a sink for each head
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         for argument, meaning in _REFUSED.items():
@@ -145,36 +156,100 @@ def attention_function(mapping: ScoreMapping | None) -> Callable[..., tuple[Tens
             is_causal = _no_mask_is_causal(getattr(module, "config", None))
         # Same rule as transformers' function for `scaled_dot_product_attention`: a causal module with more than one
         # query and no mask attends causally.
-        is_causal = query.shape[2] > 1 and attention_mask is None and is_causal
+        if isinstance(attention_mask, LazyMask) and attention_mask.shape != (
+            len(query),
+            1,
+            query.shape[2],
+            key.shape[2],
+        ):
+            attention_mask = attention_mask.dense()
+        unmasked = attention_mask is None or isinstance(attention_mask, LazyMask)
+        is_causal = query.shape[2] > 1 and unmasked and (is_causal or attention_mask is not None)
+        mapping = mapping_of(module, query.shape[1], s_aux)
+        need_weights = weights_are_observed() or _weights_are_returned(kwargs.get("output_attentions"))
+        need_weights = need_weights or not isinstance(mapping, ScoreMapping)
+        dropout_p = dropout if module.training else 0.0
+        options: Options = {
+            "scale": scaling,
+            "enable_gqa": query.shape[1] != key.shape[1],
+            "softcap": softcap,
+            "sinks": s_aux,
+        }
+        packing = packing_of(attention_mask, kwargs, is_causal, query, key)
+        if packing is not None and unmasked and position_bias is None and not need_weights:
+            assert isinstance(mapping, ScoreMapping)
+            return _attend_packed(query, key, value, mapping, packing, is_causal, dropout_p, options), None
+        if packing is not None:
+            attention_mask, is_causal = with_packing(attention_mask, packing, is_causal, query, key), False
+        elif isinstance(attention_mask, LazyMask):
+            attention_mask, is_causal = _shortest(attention_mask)
         if position_bias is not None:
             attention_mask = _with_bias(attention_mask, position_bias, is_causal, query, key)
             is_causal = False
-        weighing = _mapping_of(module, query.shape[1]) if mapping is None else mapping
-        output, weights = attend(
-            query,
-            key,
-            value,
-            weighing,
-            attention_mask,
-            dropout if module.training else 0.0,
-            is_causal,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-            need_weights=weights_are_observed() or _weights_are_returned(kwargs.get("output_attentions")),
-        )
+        arguments = (query, key, value, mapping, attention_mask, dropout_p, is_causal)
+        output, weights = attend(*arguments, **options, need_weights=need_weights)
         if weights is not None and weights_are_observed():
-            report_weights(module, weights, visible_pairs(attention_mask, is_causal, weights), weighing.alpha)
+            report_weights(
+                module, weights, visible_pairs(attention_mask, is_causal, weights), getattr(mapping, "alpha", None)
+            )
         return output.transpose(1, 2).contiguous(), weights
 
     return sparse_attention
+
+
+def _attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mapping: ScoreMapping,
+    packing: Packing,
+    is_causal: bool,
+    dropout_p: float,
+    options: Options,
+) -> Tensor:
+    """The output (N, L, H, Dv) of packed sequences in a batch (N, H, L, D), of which there is usually one."""
+    batch, length = len(query), query.shape[2]
+    query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
+    starts = (packing.query_starts, packing.key_starts)
+    output = attend_varlen(query, key, value, mapping, *starts, is_causal, dropout_p, packing.left, **options)
+    return output[0].transpose(0, 1).unflatten(0, (batch, length)).contiguous()
+
+
+def _shortest(mask: LazyMask) -> tuple[Tensor | None, bool]:
+    """A mask without packed sequences as arguments ``attn_mask`` and ``is_causal``."""
+    return (None, True) if mask.left is None else (mask.dense(), False)
 
 
 def mask_function(*, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:
     """The boolean mask of transformers; None for a causal mask if the modules apply ``is_causal`` themselves."""
     from transformers.masking_utils import sdpa_mask
 
+    _check_interface(config)
     skip = allow_is_causal_skip and _no_mask_is_causal(config)
-    return sdpa_mask(config=config, allow_is_causal_skip=skip, **kwargs)
+    build = partial(sdpa_mask, config=config, allow_is_causal_skip=skip, **kwargs)
+    if not skip or kwargs.get("local_size") is not None:
+        lazy = lazy_mask(partial(build, allow_is_causal_skip=False), **kwargs)
+        if lazy is not None:
+            return lazy
+    return build()
+
+
+def _check_interface(config: Any) -> None:
+    """Raise if a model does not use the attention interface: it would add the boolean mask to its scores."""
+    if torch.compiler.is_compiling():  # the compiler cannot trace the table of modules
+        return
+    modeling = sys.modules.get(type(config).__module__.replace("configuration_", "modeling_"))
+    if modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+        return
+    # Models without attention layers of their own are composed of other models, whose configurations are checked.
+    if any(
+        "Attention" in name and getattr(kind, "__module__", "") == modeling.__name__
+        for name, kind in vars(modeling).items()
+    ):
+        raise ValueError(
+            f"attn_implementation must be one that a model of {type(config).__name__} supports, such as 'eager', "
+            f"got {config._attn_implementation!r}: the model does not use transformers' attention interface"
+        )
 
 
 def _no_mask_is_causal(config: Any) -> bool:
@@ -200,9 +275,16 @@ def _weights_are_returned(asked: bool | None) -> bool:
     return any("attentions" in key for key in _active_collector.get() or ())
 
 
-def _mapping_of(module: nn.Module, heads: int) -> ScoreMapping:
-    learnt = head_alpha(module)
-    return entmax_mapping(_DEFAULT_ALPHA if learnt is None else learnt.alpha, heads)
+def _mapping_of(mapping: ScoreMapping | None) -> MappingOf:
+    """A fixed mapping, or for None α-entmax with the module's learnt α, or with the default α if it has none."""
+
+    def mapping_of(module: nn.Module, heads: int, sinks: Tensor | None) -> ScoreMapping:
+        if mapping is not None:
+            return mapping
+        learnt = head_alpha(module)
+        return entmax_mapping(_DEFAULT_ALPHA if learnt is None else learnt.alpha, heads)
+
+    return mapping_of
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor, is_causal: bool, query: Tensor, key: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ static int run_backward(attention_task *t, const kernels *use, size_t bytes, int
     return 0;
 }
 
-/* The forward or the backward of one call. Returns 0, or 1 where memory ran out. */
+/* The forward or the backward of one call. Returns 0, or 1 if there was not enough memory. */
 EXPORT int attention_run(int variant, int threads, int backward, const attention *call) {
     attention_task t = {.call = *call, .backward = backward};
     const int wide = call->query.type == FLOAT64;

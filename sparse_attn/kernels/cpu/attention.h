@@ -11,7 +11,7 @@
 
 /* (batch, heads, rows, entries); strides count elements. `type` is an `element` of rows.h, or BOOLEAN. */
 typedef struct {
-    void *data; /* NULL where there is none */
+    void *data; /* NULL if the call has no such tensor */
     int64_t type, strides[4];
 } tensor;
 
@@ -22,12 +22,12 @@ typedef struct {
     int64_t batch, heads, kv_heads, queries, keys, depth, width; /* width: entries of a value */
     int64_t tile_rows;
     int64_t capacity; /* how many weights are kept per row, on average over a tile, for the backward; may be 0 */
-    int64_t k;        /* only the k best keys take part; 0 for all */
+    int64_t k;        /* only the k keys with the largest scores take part; 0: all keys */
     int64_t left, right;
     int64_t seed;
     double scale, dropout_p;
-    double a;                                 /* of all heads, if a_heads is NULL */
-    const double *a_heads;                    /* of each head */
+    double a;                                 /* α - 1 of all heads, if a_heads is NULL */
+    const double *a_heads;                    /* α - 1 of each head, or NULL */
     const int64_t *query_starts, *key_starts; /* packed sequences: batch + 1 places in rows; else NULL */
     tensor query, key, value, mask, output;
     /* Non-zero weights of each tile, kept for the backward: their number per row (-1 in the first row: not kept), their
@@ -36,7 +36,7 @@ typedef struct {
     void *weights;
     tensor grad, grad_query, grad_key, grad_value;
     tensor grad_mask; /* float or double as computed, added to; a stride is 0 where the mask is broadcast */
-    double *grad_alpha; /* per head; NULL where it is not wanted */
+    double *grad_alpha; /* one per head; NULL if it is not needed */
 } attention;
 
 static inline double a_of(const attention *c, int64_t head) {

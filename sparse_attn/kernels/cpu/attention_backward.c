@@ -1,7 +1,7 @@
 /* The gradients of attention for query, key, value, mask and α. Compiled for float and for double at every vector width.
  *
  * An item of work is a batch entry and a head of keys, or a part of their queries, so that sums over queries have one
- * order whatever the number of threads. Weights are those that the forward has kept, or made again.
+ * order for any number of threads. The weights are those that the forward has kept, or are computed again.
  */
 #include "attention.h"
 #include "lists.h"

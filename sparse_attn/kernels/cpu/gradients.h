@@ -25,7 +25,7 @@ INLINE weighted slopes_family(const real *p, const real *g, int64_t size, const 
         else slope = select_equal(x, zero, zero, power_lanes(x, 1 - a));
         store(u + i, slope);
         add(&sum_u, slope);
-        add(&sum_ug, select_equal(slope, zero, zero, slope * load(g + i))); /* where p is 0, g is not looked at */
+        add(&sum_ug, select_equal(slope, zero, zero, slope * load(g + i))); /* where p is 0, g has no effect, even NaN */
     }
     return (weighted){total_of(sum_u), total_of(sum_ug)};
 }
@@ -35,7 +35,7 @@ static weighted slopes(const real *p, const real *g, int64_t size, double a, rea
     case SPARSEMAX: return slopes_family(p, g, size, SPARSEMAX, (real)a, u);
     case ENTMAX15: return slopes_family(p, g, size, ENTMAX15, (real)a, u);
     case SOFTMAX: return slopes_family(p, g, size, SOFTMAX, (real)a, u);
-    default: return slopes_family(p, g, size, GENTLE, (real)a, u); /* or STEEP: it is the same here */
+    default: return slopes_family(p, g, size, GENTLE, (real)a, u); /* also for STEEP, which has the same code here */
     }
 }
 
@@ -72,8 +72,8 @@ static overview survey(const real *p, const real *g, int64_t size) {
 /* The gradient for α of packed p, with u left behind and δ = Σ u g / Σ u in `*delta`.
  *
  * With l = log p, y = l² φ₂(-a l) and c = g - mean: [Y D - B - a (Y A - H B)] / U, where D = Σ p (g - δ),
- * A = Σ p l (g - δ), B = Σ p y (g - δ), H = Σ p l, Y = Σ p y and U = Σ u. It depends on no constant in g, but for its
- * digits.
+ * A = Σ p l (g - δ), B = Σ p y (g - δ), H = Σ p l, Y = Σ p y and U = Σ u. A constant added to g changes only its
+ * rounding.
  */
 enum { BLOCK = 32 * LANES }; /* number of terms summed as reals before they are added in double */
 

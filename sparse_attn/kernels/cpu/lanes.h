@@ -107,7 +107,7 @@ INLINE int any_beyond(lanes x, lanes y) {
 #endif
 }
 
-/* x, but at least `floor`, or at most `ceiling`; NaN in x stays, which is why the operands have this order. */
+/* The larger of x and `floor`, or the smaller of x and `ceiling`. The order of the operands keeps NaN in x. */
 #if defined(__SSE2__)
 INLINE lanes at_least(lanes floor, lanes x) {
     return OP(max)(floor, x);
@@ -135,7 +135,7 @@ INLINE lanes square_root(lanes x) {
 }
 #endif
 
-/* x, but 0 where it is less or -0, of which no power could be taken by its bits; NaN stays. */
+/* x, with 0 in place of negative numbers and -0, whose powers cannot be computed from their bits; NaN stays. */
 INLINE lanes not_negative(lanes x) {
     return at_least(splat(0), x) + (real)0;
 }

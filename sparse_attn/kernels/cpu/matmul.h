@@ -105,7 +105,7 @@ static void pack_panels(const real *x, int64_t row, int64_t size, int64_t depth,
     }
 }
 
-/* C (rows, columns from `begin` up to at least `end`) = A B', of what pack_rows and pack_panels have made; `begin` is a
+/* C (rows, columns from `begin` up to at least `end`) = A B', from the results of pack_rows and pack_panels; `begin` is a
  * multiple of BLOCK_COLUMNS, and rows of C have room for a multiple of them. */
 static void packed_product(const real *a, const real *panels, int64_t depth, int64_t rows, int64_t begin, int64_t end,
                            real *c, int64_t c_row) {

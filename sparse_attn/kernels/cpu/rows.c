@@ -31,7 +31,7 @@ EXPORT int rows_interface(void) {
     return INTERFACE;
 }
 
-/* The name of a variant, wider ones last; NULL past the last one and where the processor cannot run it. */
+/* The name of a variant, wider ones last; NULL after the last one and for one that the processor cannot run. */
 EXPORT const char *rows_variant(int index) {
     if (index < 0 || index >= VARIANTS) return NULL;
 #ifdef WITH_X86_VARIANTS
@@ -46,7 +46,7 @@ EXPORT const char *rows_variant(int index) {
 typedef struct {
     const char *data;
     const int64_t *strides; /* in elements, one per dimension */
-    int64_t bytes;          /* of an element */
+    int64_t bytes;          /* of one element */
     element type;
 } operand;
 
@@ -128,7 +128,7 @@ static int run_rows(task *t, int threads) {
 }
 
 /* p of each row along the last dimension; `layout` holds the shape, the strides of the scores and those of a. With
- * k > 0 only the k largest scores take part. Returns 0, or 1 where memory ran out. */
+ * k > 0 only the k largest scores take part. Returns 0, or 1 if there was not enough memory. */
 EXPORT int rows_forward(int variant, int threads, int rank, const int64_t *layout, int type, const void *scores,
                         const double *a, int64_t k, double lowest, void *p) {
     task t = {.use = &variants[variant], .rank = rank, .shape = layout, .k = k, .lowest = lowest, .out = p};
@@ -137,8 +137,8 @@ EXPORT int rows_forward(int variant, int threads, int rank, const int64_t *layou
     return run_rows(&t, threads);
 }
 
-/* The gradient for the scores, and where `grad_a` is not NULL for α, one number per row; `layout` holds the shape and
- * the strides of p, of its gradient and of a. Returns 0, or 1 where memory ran out. */
+/* The gradient for the scores, and if `grad_a` is not NULL also for α, one number per row; `layout` holds the shape and
+ * the strides of p, of its gradient and of a. Returns 0, or 1 if there was not enough memory. */
 EXPORT int rows_backward(int variant, int threads, int rank, const int64_t *layout, int type, const void *p,
                          const void *grad, const double *a, void *grad_scores, double *grad_a) {
     task t = {.use = &variants[variant], .rank = rank, .shape = layout, .out = grad_scores, .grad_a = grad_a};

@@ -64,7 +64,7 @@ INLINE lane_sums evaluate_lanes(const short_rows *x, const family of, real a, la
     return (lane_sums){total.sum + total.lost, slope, curve};
 }
 
-/* Newton's step on the norm, as in solve.h, and Halley's in its place where it stays before `end`. */
+/* Newton's step on the norm, as in solve.h; Halley's step instead, if it stays below `end`. */
 INLINE lanes lane_step(lane_sums at, const family of, real a, lanes newton_only, lanes end) {
     const lanes excess = at.total - (real)1;
     if (of == SPARSEMAX) return excess / at.slope;
@@ -100,7 +100,7 @@ INLINE lanes solve_lanes_family(const short_rows *x, const family of, real a, la
             at.total *= unit, at.slope *= unit / most, at.curve *= unit / (most * most);
         }
         const lanes excess = at.total - one, now = at_least(excess, -excess);
-        /* As in solve.h: a step from a near σ lands on the root; the rest of the excess is rounding. */
+        /* As in solve.h: from a σ close to the root, one step reaches it; the remaining excess is rounding. */
         lanes open = select_below(error, now, one, zero);
         open = select_below(now, before, open, select_below(close, now, open, zero));
         open = select_below(before, close, select_below(now, landing, zero, open), open);

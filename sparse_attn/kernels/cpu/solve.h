@@ -18,7 +18,7 @@ enum { MAX_SWEEPS = 100 };
 static const real NOWHERE = -REAL_MAX / 2;
 
 typedef struct {
-    double total, slope, curve; /* Σ p, Σ u and Σ u²/p, the last for α <= 1.5 alone */
+    double total, slope, curve; /* Σ p, Σ u and Σ u²/p, the last only for α <= 1.5 */
     double unit;                /* the p that is stored as 1 */
 } norms;
 
@@ -107,7 +107,7 @@ INLINE double halley_step(norms at, const family of, double a, double newton, do
  * entries. Their p changes by the factor (1 - a r)^(1/a), r = step / (1 + a (z - σ)), which a short series gives. Other
  * entries are computed anew. */
 #ifdef REAL_DOUBLE
-static const double SHORT_STEP = 0; /* three terms are too few for any */
+static const double SHORT_STEP = 0; /* 0: in double, three terms of the series are too few for every step */
 #else
 static const double SHORT_STEP = 1e-2;
 #endif
@@ -145,8 +145,8 @@ INLINE double climb_family(const real *x, int64_t size, const family of, real a,
     for (int sweep = 0;; sweep++) {
         const norms at = evaluate(x, size, of, a, top, *sigma, p);
         const double now = fabs(at.total - 1);
-        /* A step from a near σ lands on the root, and for α = 2 every step with the right support does. The rest of the
-         * error of Σ p is rounding. */
+        /* From a σ close to the root, one step reaches it; for α = 2, every step with the right support does. The rest of
+         * the error of Σ p is rounding. */
         const int landed = now < rounding && (before < 1e-3 || of == SPARSEMAX);
         /* for softmax, the division by Σ p gives the result */
         if (of == SOFTMAX || landed || !(now > error && (now < before || now > 1e-3)) || sweep == MAX_SWEEPS)

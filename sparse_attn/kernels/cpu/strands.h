@@ -21,7 +21,7 @@ INLINE real strided_maxima(const real *x, int64_t size, const int strands, real 
     return maximum_of(all);
 }
 
-/* The maximum of x[j], x[j + strands], x[j + 2 strands] ... for each j, and of all. NaN is passed over. */
+/* The maximum of x[j], x[j + strands], x[j + 2 strands] ... for each j, and of all. NaN is ignored. */
 static real strand_maxima(const real *x, int64_t size, int strands, real *maxima) {
     switch (strands) { /* a constant in each copy, for the compiler */
     case 1024: return strided_maxima(x, size, 1024, maxima);

@@ -15,7 +15,7 @@ typedef struct {
     size_t scratch;  /* bytes that each thread needs */
 } job;
 
-/* Runs a job in at most `threads` threads, fewer where the work is small. Returns 0, or 1 where memory ran out. */
+/* Runs a job in at most `threads` threads, fewer for little work. Returns 0, or 1 if there was not enough memory. */
 int run_job(const job *j, int threads);
 
 #endif

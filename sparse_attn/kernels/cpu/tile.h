@@ -34,22 +34,22 @@ typedef struct {
     real *key_buffer, *value_buffer, *key_pack, *value_panels;
     enum layout { NOTHING, PANELS, BLOCKS } packed_keys; /* how the keys are packed */
     int few;                       /* no copies of keys and values have been made */
-    int have_value_panels, finite; /* finite: -1 where that is not known */
+    int have_value_panels, finite; /* finite: -1 if unknown */
     /* One tile: queries, scores and lists of rows. */
     const sequence *of;
     int64_t head, first, count; /* its queries */
     int64_t begin, end;         /* the range of keys that at least one query sees */
     int64_t row;                /* the stride between rows of scores, and between lists, in numbers */
-    int64_t *sizes;             /* of lists */
+    int64_t *sizes;             /* lengths of the lists */
     int32_t lane_sizes[LANES];
     const int32_t **list_places;
     const real **list_weights;
     real *queries, *packed, *scores, *weights;
     int32_t *places;
     real *solved; /* p of short rows */
-    real *buffer; /* of one row */
+    real *buffer; /* room for one row */
     void *row_scratch;
-    /* Used by one of the two passes alone. */
+    /* Used only in the forward, or only in the backward. */
     real *output, *grads, *packed_grads, *second, *slopes, *dropped, *key_sums, *value_sums;
 } workspace;
 
@@ -372,9 +372,9 @@ static void solve_short_rows(workspace *w, const real *added) {
         if (defined) {
             const short_rows rows = {scores + w->begin * step, w->solved, step, w->end - w->begin};
             lanes scale = solve_lanes(&rows, (real)a, top);
-            for (int64_t lane = w->count - r; lane < LANES; lane++) scale[lane] = 0; /* no query is there */
+            for (int64_t lane = w->count - r; lane < LANES; lane++) scale[lane] = 0; /* lanes without a query */
             list_lanes(w, r, scale);
-        } else { /* NaN or +inf among them */
+        } else { /* some scores are NaN or +inf */
             for (int64_t lane = 0; lane < LANES && r + lane < w->count; lane++) {
                 int64_t begin = w->begin, end = w->end;
                 narrow(c, w->first + r + lane, &begin, &end);

@@ -22,7 +22,13 @@ _QUERIES = 256
 
 
 def blockwise_attention(
-    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor | None, mask: Tensor | None, setting: Setting
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    mask: Tensor | None,
+    setting: Setting,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention for R pairs of a batch entry and a head.
 
@@ -33,11 +39,12 @@ def blockwise_attention(
         alpha: (R,), or None for the number in ``setting``.
         mask: (..., L, S) in the internal form, without gradient. The product of its first dimensions is R.
         setting: The other arguments.
+        softcap: Scores become ``softcap * tanh(score / softcap)`` before the mask; None: they stay.
 
     Returns:
         (R, L, Dv).
     """
-    return _Blockwise.apply(query, key, value, alpha, mask, setting)
+    return _Blockwise.apply(query, key, value, alpha, mask, setting, softcap)
 
 
 class _Block(NamedTuple):
@@ -57,15 +64,25 @@ def _blocks(query: Tensor, key: Tensor, offset: int | None) -> Iterator[_Block]:
 
 
 def _scores(
-    query: Tensor, key: Tensor, mask: Tensor | None, block: _Block, setting: Setting, buffer: Tensor | None
-) -> Tensor:
-    """Scores (queries, keys) of a block, in the buffer if there is one."""
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    block: _Block,
+    setting: Setting,
+    softcap: float | None,
+    buffer: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Scores (queries, keys) of a block, in the buffer if there is one, and their hyperbolic tangents if capped."""
     queries, keys = query[block.row, block.queries] * setting.scale, key[block.row, block.keys]
     if buffer is None:
         scores = queries @ keys.T
     else:
         scores = buffer[: len(queries) * len(keys)].view(len(queries), len(keys))
         torch.mm(queries, keys.T, out=scores)
+    tanh = None
+    if softcap is not None:
+        tanh = torch.tanh(scores / softcap)
+        scores = tanh * softcap
     if setting.offset is not None:
         last = block.queries.start + setting.offset  # index of the last key that the first query of the block sees
         first = max(last, 0)
@@ -79,7 +96,7 @@ def _scores(
             rows = mask[0].numel() // (mask.shape[-2] * mask.shape[-1])
             mask, row = mask[row // rows], row % rows
         scores = apply_mask(scores, mask[block.queries, block.keys])
-    return scores
+    return scores, tanh
 
 
 def _buffer(query: Tensor, key: Tensor) -> Tensor | None:
@@ -99,12 +116,19 @@ def _weights(scores: Tensor, alpha: Tensor | None, setting: Setting) -> Tensor:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor | None, mask: Tensor | None, setting: Setting, seed: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    mask: Tensor | None,
+    setting: Setting,
+    softcap: float | None,
+    seed: int,
 ) -> Iterator[Tensor]:
     """The output of each block, differentiable if gradients are enabled."""
     generator, buffer = torch.Generator(query.device).manual_seed(seed), _buffer(query, key)
     for block in _blocks(query, key, setting.offset):
-        scores = _scores(query, key, mask, block, setting, buffer)
+        scores, _ = _scores(query, key, mask, block, setting, softcap, buffer)
         weights = _weights(scores, None if alpha is None else alpha[block.row].view(1, 1), setting)
         if setting.dropout_p > 0:
             weights = weights * dropout_noise(weights, setting.dropout_p, generator)
@@ -121,13 +145,15 @@ class _Blockwise(torch.autograd.Function):
         alpha: Tensor | None,
         mask: Tensor | None,
         setting: Setting,
+        softcap: float | None,
     ) -> Tensor:
-        ctx.mask, ctx.setting = mask, setting
+        ctx.mask, ctx.setting, ctx.softcap = mask, setting, softcap
         ctx.seed = int(torch.randint(2**62, ())) if setting.dropout_p > 0 else 0
         ctx.save_for_backward(query, key, value, alpha)
         output = value.new_empty(*query.shape[:2], value.shape[-1])
         blocks = _blocks(query, key, setting.offset)
-        for block, part in zip(blocks, _attend(query, key, value, alpha, mask, setting, ctx.seed), strict=True):
+        parts = _attend(query, key, value, alpha, mask, setting, softcap, ctx.seed)
+        for block, part in zip(blocks, parts, strict=True):
             output[block.row, block.queries] = part
         return output
 
@@ -144,7 +170,8 @@ class _Blockwise(torch.autograd.Function):
         for block in _blocks(query, key, setting.offset):
             row, queries, keys = block
             one_alpha = None if alpha is None else alpha[row].view(1, 1)
-            weights = _weights(_scores(query, key, ctx.mask, block, setting, buffer), one_alpha, setting)
+            scores, tanh = _scores(query, key, ctx.mask, block, setting, ctx.softcap, buffer)
+            weights = _weights(scores, one_alpha, setting)
             grad_output, values, its_keys = grad[row, queries], value[row, keys], key[row, keys]
             grad_weights = grad_output @ values.T
             dropped = weights
@@ -155,18 +182,20 @@ class _Blockwise(torch.autograd.Function):
             a, with_alpha = shift_alpha(one_alpha, setting.a, weights), alpha is not None
             grad_scores, grad_a = dispatch.entmax_backward(weights, a, grad_weights, with_alpha=with_alpha)
             grad_scores = grad_scores * setting.scale
+            if tanh is not None:
+                grad_scores = grad_scores * (1 - tanh * tanh)
             grad_query[row, queries] = grad_scores @ its_keys
             grad_key[row, keys].addmm_(grad_scores.T, query[row, queries])
             if grad_alpha is not None and grad_a is not None:
                 grad_alpha[row] += grad_a.sum().to(grad_alpha.dtype)
-        return grad_query, grad_key, grad_value, grad_alpha, None, None
+        return grad_query, grad_key, grad_value, grad_alpha, None, None, None
 
 
 def _backward_once_more(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiable gradients, by autograd through the same blocks."""
     query, key, value, alpha = ctx.saved_tensors
     inputs = [x for x in (query, key, value, alpha) if x is not None and x.requires_grad]
-    blocks = _attend(query, key, value, alpha, ctx.mask, ctx.setting, ctx.seed)
+    blocks = _attend(query, key, value, alpha, ctx.mask, ctx.setting, ctx.softcap, ctx.seed)
     output = torch.cat(list(blocks)).view(grad.shape)
     gradients = iter(torch.autograd.grad(output, inputs, grad, create_graph=True, materialize_grads=True))
-    return *(next(gradients) if needed else None for needed in ctx.needs_input_grad[:4]), None, None
+    return *(next(gradients) if needed else None for needed in ctx.needs_input_grad[:4]), None, None, None

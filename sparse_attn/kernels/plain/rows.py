@@ -104,7 +104,7 @@ def _where_there_may_be_weight(
 ) -> Tensor | None:
     """Indices (n, m) of the entries that may be in the support, given a lower bound of the root and the lanes' maxima.
 
-    None if these entries are not few, or if a row has no largest score.
+    None if there are too many such entries, or if a row has no largest score.
     """
     size = scores.shape[-1]
     if size < _LONG:
@@ -315,7 +315,7 @@ def _centre(grad: Tensor, u: Tensor, out: Tensor) -> Tensor:
 
 
 def _buffers(rows: Tensor, count: int) -> list[Tensor]:
-    """Flat ones, for :func:`_blocks`."""
+    """Flat buffers for :func:`_blocks`."""
     return list(rows.new_empty(count, min(rows.numel(), max(_BUFFERED // count, rows.shape[-1]))))
 
 

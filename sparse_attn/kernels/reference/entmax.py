@@ -151,8 +151,8 @@ def _power(scores: Tensor, top: Tensor, sigma: Tensor, a: float | Tensor) -> tup
         inside = w.sign()
         u = _exp(w.clamp_(min=smallest).log().mul_(1 / a - 1)).mul_(inside)
         return w.mul_(u), u
-    # For α < 1.5 first p / max p, a power of 1 + a z / (1 - a σ): in a long flat row p is small, and its logarithm has
-    # lost digits that the one of a number close to 1 has.
+    # For α < 1.5, p / max p is computed first, as a power of 1 + a z / (1 - a σ): in a long flat row p is small, and
+    # its logarithm has lost digits, which the logarithm of a number close to 1 keeps.
     wide = a.double() if isinstance(a, Tensor) else torch.as_tensor(a, dtype=torch.float64, device=scores.device)
     gentle = wide < 0.5
     most = torch.where(gentle, 1 - wide * sigma, 1.0)  # (max p)^a

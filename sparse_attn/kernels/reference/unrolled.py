@@ -11,7 +11,6 @@ first and second derivatives.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ def entmax_unrolled(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
     top = scores.amax(-1, keepdim=True)
     empty = top <= lowest
     if not isinstance(a, Tensor) and a == 0:
-        # Also before: the gradient of a row of NaN is NaN, whatever is done to it afterwards.
+        # The scores must be replaced before as well: the gradient of a row of NaN would be NaN.
         return torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0).to(dtype)
     # A masked entry gets a finite score, and its weight is set to 0 afterwards: -inf times a zero gradient is NaN.
     z = torch.where(masked, 0.0, scores - torch.where(empty, 0.0, top))
@@ -48,10 +47,12 @@ def entmax_unrolled(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
 
 def _bisect(z: Tensor, a: float | Tensor, masked: Tensor) -> Tensor:
     """σ by bisection between 0, the root of a row with one entry, and ``(1 - d^(-a)) / a``, that of a flat row."""
-    # With leading dimensions, an exported loop computes strides from symbolic lengths, for which ONNX has no operator.
-    shape, z, masked = (*z.shape[:-1], 1), _as_rows(z), _as_rows(masked)
+    shape = (*z.shape[:-1], 1)
+    in_loop = is_exporting() and loops_export()
+    if in_loop:  # With leading dimensions, a loop computes strides from symbolic lengths, which ONNX cannot do.
+        z, masked = _as_rows(z), _as_rows(masked)
+        a = _as_rows(a.expand(shape)) if isinstance(a, Tensor) else a
     if isinstance(a, Tensor):
-        a = _as_rows(a.expand(shape))
         a = torch.where(a.abs() < 1e-9, 1e-9, a)  # equal to 0 within float64 rounding
     log_count = (~masked).sum(-1, keepdim=True).clamp(min=1).to(z.dtype).log()
     low = torch.zeros_like(log_count)
@@ -64,7 +65,13 @@ def _bisect(z: Tensor, a: float | Tensor, masked: Tensor) -> Tensor:
         enough = torch.where(masked, 0.0, p).sum(-1, keepdim=True) >= 1
         return torch.where(enough, sigma, low), torch.where(enough, high, sigma)
 
-    return _repeat(halve, low, high, times=4 - round(math.log2(torch.finfo(z.dtype).eps)))[0].reshape(shape)
+    times = 4 - round(math.log2(torch.finfo(z.dtype).eps))
+    if in_loop:  # one loop in the graph instead of a thousand nodes
+        begin = (torch.zeros((), dtype=torch.int64, device=low.device), low, high)
+        return while_loop(lambda n, *_: n < times, lambda n, *ends: (n + 1, *halve(*ends)), begin)[1].reshape(shape)
+    for _ in range(times):
+        low, high = halve(low, high)
+    return low
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -74,18 +81,6 @@ def _as_rows(x: Tensor) -> Tensor:
     for which torch can compare them.
     """
     return torch.view_copy(x.contiguous(), (math.prod(x.shape[:-1]), x.shape[-1]))
-
-
-def _repeat(
-    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], low: Tensor, high: Tensor, *, times: int
-) -> tuple[Tensor, Tensor]:
-    if not (is_exporting() and loops_export()):
-        for _ in range(times):
-            low, high = step(low, high)
-        return low, high
-    # One loop in the graph instead of a thousand nodes.
-    begin = (torch.zeros((), dtype=torch.int64, device=low.device), low, high)
-    return while_loop(lambda n, *_: n < times, lambda n, *ends: (n + 1, *step(*ends)), begin)[1:]
 
 
 def _power(z: Tensor, sigma: Tensor, a: float | Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-// Reads what encode.py wrote: weights as their non-zero entries, masks as runs.
+// Reads the output of encode.py: weights as their non-zero entries, masks as runs.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 
@@ -152,7 +152,7 @@ function hasPieces(map) {
   return last(map.words.queries) < map.rows || last(map.words.keys) < map.columns;
 }
 
-// Attention between words: summed over the pieces of a key, averaged over those of a query.
+// Attention between words: summed over the subwords of a key, averaged over those of a query.
 function mergeWords(map) {
   const members = (words) => {
     const groups = [];

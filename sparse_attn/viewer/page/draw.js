@@ -2,13 +2,13 @@
 
 const TERMS = {
   place: ["layer and head", "the order of the model"],
-  alpha: ["\u03b1", "1 is softmax, 2 is sparsemax; what lies between is sparser the larger it is"],
-  density: ["density", "share of the visible pairs that have weight; softmax has 1"],
-  entropy: ["entropy", "of a query's weights, in nats, on average: 0 is one key alone"],
-  support: ["keys per query", "how many keys have weight, on average"],
-  largest: ["largest weight", "of a query, on average"],
-  "weight on own word": ["weight on own word", "of a piece, on the other pieces of its word; the texts shown, on average"],
-  role: ["role", "what the head mostly does"],
+  alpha: ["\u03b1", "1 is softmax, 2 is sparsemax; between them, a larger \u03b1 is sparser"],
+  density: ["density", "share of the visible pairs with non-zero weight; softmax has 1"],
+  entropy: ["entropy", "mean entropy of a query's weights, in nats; 0 if one key has all the weight"],
+  support: ["keys per query", "mean number of keys with non-zero weight"],
+  largest: ["largest weight", "mean over the queries of their largest weight"],
+  "weight on own word": ["weight on own word", "mean weight of a subword on the other subwords of its word, in the shown texts"],
+  role: ["role", "the pattern that describes the head best"],
 };
 const KIND_NAMES = { encoder: "encoder", decoder: "decoder", cross: "cross-attention", self: "self-attention" };
 const PIN_COLOURS = ["#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b"];
@@ -86,7 +86,7 @@ function makePalette() {
   };
 }
 
-// The smallest weight has a colour of its own; colour grows with the square root.
+// The smallest weight also differs in colour from zero; the colour is proportional to the square root of the weight.
 function levelOf(weight, largest = 1) {
   return Math.round(255 * Math.sqrt(Math.min(Math.abs(weight) / largest, 1)));
 }
@@ -114,7 +114,7 @@ function prepare(canvas, width, height) {
   return context;
 }
 
-// Draws a whole head in few pixels; each shows the largest weight of its cells.
+// Draws a whole head with few pixels; each pixel shows the largest weight of its cells.
 function thumbnail(canvas, map, across, down) {
   canvas.width = across;
   canvas.height = down;

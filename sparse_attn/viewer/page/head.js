@@ -1,7 +1,7 @@
 // One head: controls, the description of the cell under the pointer, and pinned rows to compare.
 
 let cursor = { row: null, column: null };
-let shownMap = null; // of the head that is shown, pieces merged or not
+let shownMap = null; // the map on display: of subwords, or of whole words
 let shownKey = "";
 let drawing = 0;
 
@@ -26,8 +26,8 @@ async function showHead() {
   const pieces = heads[head];
   place("merge").disabled = !hasPieces(pieces);
   place("merge").title = hasPieces(pieces)
-    ? "Sum over the pieces of a key, mean over those of a query (m)"
-    : "No token carries the mark of a piece (##, @@, </w>, \u2581, \u0120)";
+    ? "Sum over the subwords of a key, mean over those of a query (m)"
+    : "No token is marked as a subword (##, @@, </w>, \u2581, \u0120)";
   let map = pieces;
   if (merge && hasPieces(pieces)) {
     if (!mergedMaps.has(pieces)) mergedMaps.set(pieces, mergeWords(pieces));
@@ -60,7 +60,7 @@ function showFacts(map) {
   for (let row = 0; row < map.rows; row++) visible += visibleCount(map, row);
   const entries = map.start[map.rows] - map.start[0];
   facts.push(["role", roles[head]]);
-  facts.push(["in this example", `${entries.toLocaleString("en")} of ${visible.toLocaleString("en")} visible pairs have weight`]);
+  facts.push(["in this example", `${entries.toLocaleString("en")} of ${visible.toLocaleString("en")} visible pairs have non-zero weight`]);
   facts.push(["size", `${map.rows.toLocaleString("en")} \u00d7 ${map.columns.toLocaleString("en")}`]);
   place("facts").replaceChildren(
     element("span", { className: "fact-name" }, `${name || "attention"} \u00b7 ${KIND_NAMES[kind]} \u00b7 head ${head}`),
@@ -86,7 +86,7 @@ function describe(map, { row, column }) {
         : "not visible";
     return [`${query} \u2192 ${key}`, value];
   }
-  if (query) return [query, `${map.start[row + 1] - map.start[row]} of ${visibleCount(map, row)} visible keys have weight`];
+  if (query) return [query, `${map.start[row + 1] - map.start[row]} of ${visibleCount(map, row)} visible keys have non-zero weight`];
   if (key) {
     let [count, sum] = [0, 0];
     for (let each = 0; each < map.rows; each++) {

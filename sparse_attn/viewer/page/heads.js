@@ -1,4 +1,4 @@
-// All heads: a small map for each, or a table; sorted and filtered by any number.
+// All heads, each as a small map or as a table row; any statistic can sort and filter them.
 
 function allHeads() {
   return data.layers.flatMap((layer, index) => layer.roles.map((role, head) => ({ layer: index, head, role })));
@@ -24,7 +24,7 @@ function chosenHeads() {
   return kept.sort((a, b) => {
     const [x, y] = [valueOf(a, sort), valueOf(b, sort)];
     if (x === y) return 0;
-    if (x === null || y === null) return x === null ? 1 : -1; // heads without the number come last
+    if (x === null || y === null) return x === null ? 1 : -1; // heads without this statistic come last
     return sign * (x < y ? -1 : 1);
   });
 }
@@ -33,7 +33,7 @@ function headLabel(entry) {
   return `${data.layers[entry.layer].name || "attention"} \u00b7 head ${entry.head}`;
 }
 
-const MOST_PIXELS = 96; // of a small map, along each side
+const MOST_PIXELS = 96; // largest width and height of a small map
 
 const thumbnails = new IntersectionObserver(
   (seen) => {
@@ -97,8 +97,8 @@ function showHeads() {
   place("cards-note").hidden = state.table || !chosen.length;
   place("heads-table").hidden = !state.table;
   if (!chosen.length) {
-    place("cards").replaceChildren(element("p", { className: "soft empty" }, "No head is left by these filters."));
-    place("heads-table").replaceChildren(element("p", { className: "soft empty" }, "No head is left by these filters."));
+    place("cards").replaceChildren(element("p", { className: "soft empty" }, "No head matches these filters."));
+    place("heads-table").replaceChildren(element("p", { className: "soft empty" }, "No head matches these filters."));
   } else if (state.table) showTable(chosen);
   else if (state.sort === "place") {
     const layers = [...new Set(chosen.map((entry) => entry.layer))];
@@ -142,7 +142,7 @@ function startHeads() {
   fillSelect(place("sort"), sortKeys().map((key) => [key, termName(key)]));
   fillSelect(place("kind"), [["", "all"], ...choices("kind").map((kind) => [kind, KIND_NAMES[kind]])]);
   fillSelect(place("role"), [["", "all"], ...choices("role").map((role) => [role, role])]);
-  fillSelect(place("bounded"), [["", "no number"], ...numberKeys().map((key) => [key, termName(key)])]);
+  fillSelect(place("bounded"), [["", "none"], ...numberKeys().map((key) => [key, termName(key)])]);
   for (const key of ["sort", "kind", "role", "bounded"]) {
     place(key).addEventListener("change", () => change({ [key]: place(key).value }));
   }

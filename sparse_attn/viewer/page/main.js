@@ -88,7 +88,7 @@ function onKey(event) {
 
 function start() {
   if (!("DecompressionStream" in window)) {
-    showNotice("This browser is too old to read the page: it needs one of 2023 or later.");
+    showNotice("This page needs a browser from 2023 or later.");
     return;
   }
   if (data.leftOut) {

@@ -1,4 +1,4 @@
-// The state of the page, kept in the address so that a link restores it.
+// The state of the page. The URL contains it, so that a link restores the view.
 
 const place = (id) => document.getElementById(id);
 const VIEWS = ["heads", "head", "alpha", "report"];
@@ -58,7 +58,7 @@ function writeAddress(newEntry) {
   try {
     history[newEntry ? "pushState" : "replaceState"](null, "", address);
   } catch {
-    // A frame inside a notebook has no address of its own.
+    // A frame inside a notebook has no URL of its own.
   }
 }
 

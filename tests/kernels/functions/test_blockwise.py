@@ -106,7 +106,7 @@ def test_causal_blocks_do_not_look_at_later_keys(monkeypatch):
     monkeypatch.setattr(blocks, "_scores", lambda *args: seen.append(scores(*args)) or seen[-1])
     query, key, value = tensors(37, 37, torch.float32)
     entmax_attention(query, key, value, is_causal=True)
-    assert sorted({x.shape[-1] for x in seen}) == [11, 22, 33, 37]
+    assert sorted({x.shape[-1] for x, _ in seen}) == [11, 22, 33, 37]
 
 
 @pytest.mark.filterwarnings("ignore:Lower right causal bias:UserWarning")  # of torch, for queries without keys

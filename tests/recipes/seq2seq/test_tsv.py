@@ -156,7 +156,7 @@ def test_a_folder_is_refused(tmp_path):
 
 
 def test_a_file_that_is_not_text_is_refused(write):
-    with pytest.raises(ValueError, match=r"pairs\.tsv must be UTF-8 text, got byte 2 that is not$"):
+    with pytest.raises(ValueError, match=r"pairs\.tsv must be UTF-8 text, got an invalid byte at position 2$"):
         read_examples(write(b"a\t\xff\n"))
 
 

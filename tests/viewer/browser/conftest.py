@@ -1,4 +1,4 @@
-"""A window of headless Chromium for every test, which may log no error and send no request."""
+"""Each test gets a window of headless Chromium; its page must log no error and send no request."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def page(driver: Any, tmp_path: Path) -> Iterator[Page]:
-    """A window; afterwards no error may have been logged and no request have been sent."""
+    """A window. After the test, the page must have logged no error and sent no request."""
     driver.get_log("browser"), driver.get_log("performance")
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    driver.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})  # else focus() fires no event
+    driver.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})  # without it, focus() has no event
     yield Page(driver, tmp_path)
     driver.get("about:blank")
     messages = [entry["message"] for entry in driver.get_log("browser")]
-    # Tests read pixels, which the browser calls slow.
+    # The tests read pixels of a canvas; Chromium warns that this is slow, and the warning is ignored.
     assert [message for message in messages if "willReadFrequently" not in message] == []
     sent = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     urls = [each["params"]["request"]["url"] for each in sent if each["method"] == "Network.requestWillBeSent"]

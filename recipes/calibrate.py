@@ -1,0 +1,141 @@
+"""Find out how sparse a language model can be: ``sparse-attn calibrate`` or ``python -m recipes.calibrate``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import Tensor
+
+from sparse_attn import calibrate as find_alpha
+
+from .folders import write_text
+from .launch import run_hydra
+from .report import alpha_table
+from .report.huggingface import load_model, model_folder, quiet
+from .run import short_path
+
+_CHARACTERS_PER_TOKEN = 12  # more than nearly all texts need
+_MASKED = 0.15  # share of the tokens that a masked language model has to guess, as in BERT
+
+
+def calibrate(cfg: DictConfig) -> dict[str, list[float]]:
+    """Finds α of every head for a density or a bounded loss, and prints it with the loss before and after.
+
+    Args:
+        cfg: ``configs/calibrate.yaml`` as composed by Hydra.
+
+    Returns:
+        Layer name -> α of each head.
+
+    Raises:
+        FileNotFoundError: If the model folder or the text file is missing.
+        ValueError: If a value is not allowed, or model and text do not fit.
+    """
+    for name in ("hf_model", "text"):
+        if cfg[name] is None:
+            meaning = {"hf_model": "model=DIR, the folder of a Hugging Face model", "text": "text=FILE, what it reads"}
+            raise ValueError(f"{name.removeprefix('hf_')} has no value; give it as {meaning[name]}")
+    for name in ("tokens", "batch_size", "batches"):
+        if type(cfg[name]) is not int or cfg[name] < (2 if name == "tokens" else 1):
+            raise ValueError(
+                f"{name} must be a whole number of at least {2 if name == 'tokens' else 1}, got {cfg[name]}"
+            )
+    folder, text = model_folder(cfg.hf_model), _read(cfg.text)
+    with quiet():
+        model, tokenizer = load_model(folder, "softmax")
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    batches = _batches(model, tokenizer, text, cfg.tokens, cfg.batch_size, cfg.batches)
+    target = {"density": cfg.density, "loss_increase": cfg.loss_increase, "per": cfg.per, "alpha_max": cfg.alpha_max}
+    found = find_alpha(model, batches, **target, state=cfg.state)
+    console = Console(highlight=False)
+    as_tensors = [{name: torch.tensor(values) for name, values in each.items()} for each in (found, found.density)]
+    console.print(alpha_table(*as_tensors))
+    pieces = sum(batch["input_ids"].numel() for batch in batches)
+    densities = [density for values in found.density.values() for density in values]
+    console.print(f"\nloss {found.loss_before:.4f} dense, {found.loss_after:.4f} with these α, on {pieces:,} tokens")
+    console.print(f"density {sum(densities) / len(densities):.4f}, the mean of all heads")
+    if cfg.output is not None:
+        write_text(Path(cfg.output).expanduser(), json.dumps(found, indent=2) + "\n")
+        console.print(f"written: {cfg.output}", markup=False, soft_wrap=True)
+    if cfg.save is not None:
+        _save(model, tokenizer, found, cfg.alpha_max, Path(cfg.save).expanduser())
+        console.print(f"written: {short_path(Path(cfg.save).expanduser().resolve())}", markup=False, soft_wrap=True)
+    return dict(found)
+
+
+def _read(file: str) -> str:
+    try:
+        text = Path(file).expanduser().read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no text file {file!r}; text=FILE is a file with what the model reads") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text must be a file in UTF-8, got {file!r}: {error}") from None
+    if not text.strip():
+        raise ValueError(f"text must be a file with text, got {file!r}, which is empty")
+    return text
+
+
+def _batches(
+    model: Any, tokenizer: Any, text: str, tokens: int, batch_size: int, batches: int
+) -> list[dict[str, Tensor]]:
+    """Blocks of tokens from all over the text, with what the model has to predict."""
+    from transformers.models.auto import modeling_auto
+
+    kind = type(model).__name__
+    masked = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    if not masked and kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise ValueError(f"model must be a causal or a masked language model, got {kind}")
+    if masked and tokenizer.mask_token_id is None:
+        raise ValueError(f"model must have a mask token in its tokenizer, got {kind} without")
+    longest = getattr(model.config, "max_position_embeddings", None)
+    length = min(tokens, longest) if isinstance(longest, int) else tokens
+    blocks = list(_blocks(tokenizer, text, length, batches * batch_size))
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for ids in torch.tensor(blocks).split(batch_size):
+        labels = ids
+        if masked:
+            hidden = torch.rand(ids.shape, generator=generator) < _MASKED
+            hidden[:, 0] = True  # so that no batch is without a label
+            ids, labels = ids.masked_fill(hidden, tokenizer.mask_token_id), ids.masked_fill(~hidden, -100)
+        found.append({"input_ids": ids.to(model.device), "labels": labels.to(model.device)})
+    return found
+
+
+def _blocks(tokenizer: Any, text: str, length: int, number: int) -> Iterator[list[int]]:
+    """At most so many blocks of so many tokens, evenly over the text; one shorter block of a short text."""
+    width = _CHARACTERS_PER_TOKEN * length
+    if len(text) <= width * number:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) < 2:
+            raise ValueError(f"text must hold at least 2 tokens, got {len(ids)}")
+        whole = [ids[start : start + length] for start in range(0, len(ids), length)]
+        complete = [block for block in whole if len(block) == length] or whole[:1]
+        step = max(len(complete) / number, 1)
+        yield from (complete[int(index * step)] for index in range(min(number, len(complete))))
+        return
+    for index in range(number):
+        start = index * (len(text) - width) // max(number - 1, 1)
+        ids = tokenizer(text[start : start + width], add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= length:
+            yield ids[:length]
+
+
+def _save(model: Any, tokenizer: Any, found: dict[str, list[float]], alpha_max: float, folder: Path) -> None:
+    from sparse_attn.integrations.huggingface import add_alpha
+
+    model.set_attn_implementation("entmax")
+    add_alpha(model, alpha_init=found, alpha_range=(1.0, max(2.0, float(alpha_max))))
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    run_hydra("calibrate", calibrate)

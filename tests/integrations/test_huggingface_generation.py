@@ -1,0 +1,169 @@
+"""Generation in ten families of models: every kind of cache, search and padding gives the single, cache-less result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from sparse_attn.integrations.huggingface import add_alpha
+from sparse_attn.observe import observe_weights
+
+transformers = pytest.importorskip("transformers")
+
+FAMILIES = ["gpt2", "llama", "mistral", "gemma2", "gemma3", "gpt_oss", "mixtral", "qwen3_5", "mllama", "t5", "bart"]
+ENCODED = ["t5", "bart"]
+# A linear layer of a hybrid model keeps a state, which cannot be taken back when a draft is rejected.
+DRAFTED = [name for name in FAMILIES if name not in ("qwen3_5", "mllama")]
+DECODERS = [name for name in FAMILIES if name not in (*ENCODED, "mllama")]
+NEW = 6
+
+
+def prompts(name: str) -> list[dict[str, Tensor]]:
+    """Two inputs of different lengths."""
+    generator = torch.Generator().manual_seed(11)
+    found = [{"input_ids": torch.randint(3, 37, (1, length), generator=generator)} for length in (11, 8)]
+    if name == "mllama":
+        for prompt in found:
+            prompt["input_ids"][0, 1] = 37  # the image
+            prompt["pixel_values"] = torch.randn(1, 1, 1, 3, 8, 8, generator=generator)
+            prompt |= {"aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long)}
+            prompt |= {"aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long)}
+            seen = torch.ones(1, prompt["input_ids"].shape[1], 1, 1, dtype=torch.long)
+            seen[:, :1] = 0
+            prompt["cross_attention_mask"] = seen
+    return found
+
+
+def batch(name: str) -> dict[str, Tensor]:
+    """Both inputs as one batch, padded on the left, or on the right for an encoder."""
+    side = (0, 3) if name in ENCODED else (3, 0)
+    first, second = prompts(name)
+    ids = [first["input_ids"], torch.nn.functional.pad(second["input_ids"], side)]
+    masks = [torch.ones_like(first["input_ids"]), torch.nn.functional.pad(torch.ones_like(second["input_ids"]), side)]
+    both = {"input_ids": torch.cat(ids), "attention_mask": torch.cat(masks)}
+    for key in set(first) - {"input_ids"}:
+        rows = first[key], second[key]
+        if key == "cross_attention_mask":
+            rows = first[key], torch.nn.functional.pad(second[key], (0, 0, 0, 0, *side))
+        both[key] = torch.cat(rows)
+    return both
+
+
+def written(model: Any, inputs: dict[str, Tensor], **how: Any) -> Tensor:
+    """The new tokens."""
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | how
+    tokens = model.generate(**inputs, **settings)
+    return tokens if model.config.is_encoder_decoder else tokens[:, inputs["input_ids"].shape[1] :]
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_padded_batch_with_a_cache_is_each_row_without(name, how, build):
+    model = build(name, "entmax")
+    expected = [written(model, prompt, use_cache=False, **how) for prompt in prompts(name)]
+    assert torch.equal(written(model, batch(name), **how), torch.cat(expected))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sampling_with_a_cache_draws_the_same(name, build):
+    model, drawn = build(name, "topk"), []
+    for use_cache in (True, False):
+        torch.manual_seed(13)
+        drawn.append(written(model, prompts(name)[0], do_sample=True, top_k=0, use_cache=use_cache))
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("name", DRAFTED)
+def test_assisted_generation_is_greedy(name, build):
+    model, prompt = build(name, "entmax"), prompts(name)[0]
+    expected = written(model, prompt)
+    assistant = build(name, "sparsemax")
+    with torch.no_grad():  # often right, not always
+        for parameter in assistant.parameters():
+            parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
+    assert torch.equal(written(model, prompt, assistant_model=assistant), expected)
+    if name not in ENCODED:
+        assert torch.equal(written(model, prompt, prompt_lookup_num_tokens=2), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_static_cache_is_a_dynamic_one(name, build):
+    if name == "mllama":
+        pytest.skip("the class has no static cache")
+    model, both = build(name, "entmax"), batch(name)
+    static = written(model, both, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, written(model, both))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("name", DECODERS)
+def test_continuing_from_a_cache_is_one_generation(name, masked, build):
+    model, prompt = build(name, "entmax"), prompts(name)[0]
+    expected = written(model, prompt, max_new_tokens=NEW, use_cache=False)
+    how = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
+    first = model.generate(**prompt, max_new_tokens=2, **how)
+    more = {"attention_mask": torch.ones_like(first.sequences)} if masked else {}
+    rest = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=NEW - 2, **how, **more)
+    assert torch.equal(rest.sequences[:, 11:], expected)
+
+
+def test_text_attends_to_the_image_with_the_mapping(build):
+    model, prompt = build("mllama", "entmax"), prompts("mllama")[0]
+    seen: list[Tensor] = []
+    with observe_weights(lambda module, weights, *_: seen.append(weights)):
+        logits = model(**prompt).logits
+    assert sum(bool((weights == 0).any()) for weights in seen) == len(seen) == 6  # 3 of the text, 3 of the image
+    prompt["pixel_values"] = prompt["pixel_values"].flip(-1)
+    assert not torch.allclose(model(**prompt).logits, logits, atol=1e-3)
+
+
+def test_continuous_batching_is_refused_before_it_begins(build):
+    # transformers takes no attention of others there; the model has to be as before.
+    model, ids = build("llama", "entmax"), prompts("llama")[0]["input_ids"]
+    before, changed = model(ids).logits, ids.clone()
+    changed[:, 5:] = 7
+    settings = transformers.GenerationConfig(max_new_tokens=2, eos_token_id=-1, pad_token_id=0)
+    with pytest.raises(ValueError, match="Implementation entmax is not supported for continuous batching") as error:
+        model.generate_batch([ids[0].tolist()], generation_config=settings)
+    assert "\n" not in str(error.value)
+    assert model.config._attn_implementation == "entmax"
+    assert torch.equal(model(ids).logits, before)
+    torch.testing.assert_close(model(changed).logits[:, :5], before[:, :5])
+
+
+def test_a_paged_cache_is_refused(build):
+    model = build("llama", "entmax")
+    with pytest.raises(ValueError, match=r"cache must be None in sparse attention, got one .* \(the paged cache"):
+        model(prompts("llama")[0]["input_ids"], cache=object())
+
+
+# torch's own, while it compiles an autograd function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # of a sliding cache, transformers compiles each length
+def test_compiled_generation_is_compiled_once(name, build):
+    model = build(name, "entmax")
+    alphas = add_alpha(model, alpha_init=1.3)
+    settings = transformers.CompileConfig(fullgraph=True, backend="aot_eager", dynamic=False, mode="default")
+    settings._compile_all_devices = True
+    both = {key: value[:, 3:] for key, value in batch(name).items()}
+
+    def compiled(length: int) -> Tensor:
+        inputs = {key: value[:, -length:] for key, value in both.items()}
+        how = {"cache_implementation": "static", "compile_config": settings, "max_new_tokens": 12 - length}
+        return written(model, inputs, **how)
+
+    torch.compiler.reset()
+    counters.clear()
+    for length in (8, 8, 6, 4):
+        with observe_weights(lambda *_: None):  # eager calls in between leave no trace
+            expected = written(model, {key: x[:, -length:] for key, x in both.items()}, max_new_tokens=12 - length)
+        assert torch.equal(compiled(length), expected)
+        assert counters["stats"]["unique_graphs"] == 1, length
+        with torch.no_grad():  # as an optimizer changes α
+            for alpha in alphas.values():
+                alpha.raw_alpha += 0.1
+    torch.compiler.reset()
