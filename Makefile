@@ -1,7 +1,7 @@
-# `make` lists the commands. Each creates what it needs: the virtual environment, then a pinned install into it.
-#   PYTHON  the interpreter the environment is made from, 3.10 or newer
-#   VENV    where the environment lies
-#   ARGS    passed on to the command: make train ARGS="model.attention=softmax"
+# `make` lists the commands. If necessary, a command first creates the virtual environment and installs pinned packages.
+#   PYTHON  the interpreter for the environment, 3.10 or newer
+#   VENV    the folder of the environment
+#   ARGS    arguments that are passed to the command: make train ARGS="model.attention=softmax"
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -10,7 +10,7 @@ ARGS   ?=
 BIN     := $(VENV)/bin
 INSTALL  = $(BIN)/python -m pip install --constraint constraints.txt
 
-# Two processes share the machine in `make test`; waiting threads must not spin on the cores the other one needs.
+# Two processes share the machine in `make test`: waiting threads of one must not occupy the cores of the other.
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help train test docs peer-tests sanitize lint format format-check types wheels wheel-check clean
@@ -41,7 +41,7 @@ format: $(VENV)/.installed-dev     ## format the code and apply ruff's safe fixe
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-format-check: $(VENV)/.installed-dev  ## say which files are not formatted
+format-check: $(VENV)/.installed-dev  ## list the files that are not formatted
 	$(BIN)/ruff format --check
 
 types: $(VENV)/.installed-dev      ## check the types with mypy
@@ -53,11 +53,11 @@ wheels: $(VENV)/.installed-dev     ## build the source distribution and every wh
 wheel-check: $(VENV)/.installed-dev  ## build the wheel, install it into an empty environment and use it there
 	scripts/check_wheel.sh $(BIN)/python
 
-clean:          ## remove builds and caches; the environment and the runs stay
+clean:          ## remove builds and caches, but not the environment and the runs
 	rm -rf build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# Made anew only when the project's metadata or a pin has changed. `pip` is the last file a new environment gets: one
-# whose creation was interrupted is made again.
+# Packages are installed again only if the project's metadata or a pin has changed. `pip` is the last file of a new
+# environment, so an environment whose creation was interrupted is created again.
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 

@@ -11,7 +11,7 @@ import sparse_attn  # noqa: E402 - found through the path above
 
 project = "sparse-attn"
 author = "the sparse-attn authors"
-copyright = author  # a name that Sphinx prescribes
+copyright = author  # Sphinx requires this name
 version = release = sparse_attn.__version__
 
 extensions = [
@@ -29,7 +29,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "extensions"]
 nitpicky = True  # a reference without a target is a warning, and a warning ends the build
-# Names of other packages: their documentation is on other sites, and the build reads no network.
+# Names of other packages, whose documentation is on other sites; the build uses no network.
 _OTHERS = (
     "torch|nn|F|np|numpy|hydra|lightning|L|omegaconf|transformers|collections.abc|contextlib|matplotlib|os|pathlib|rich"
 )
@@ -44,14 +44,16 @@ myst_heading_anchors = 4
 default_role = "literal"
 
 os.environ["MATPLOTLIBRC"] = str(HERE / "tutorials" / "matplotlibrc")
-os.environ["OMP_WAIT_POLICY"] = "passive"  # waiting threads leave the cores to others
+os.environ["PYTHONPATH"] = str(HERE / "tutorials")  # of notebook_setup
+os.environ["OMP_WAIT_POLICY"] = "passive"  # waiting threads do not occupy cores
 
-# Tutorials run at every build; the cache of results is keyed by their code, so that a second build is quick.
+# A build runs the tutorials. Results are cached by their code, so that a second build is fast.
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE / "_build" / "notebooks")
 nb_execution_show_tb = True  # an error is a warning with the name of the page, which ends the build
 nb_execution_timeout = 300
 nb_execution_in_temp = True  # what a tutorial writes goes with it
+nb_merge_streams = True
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # the default loads scripts from the network
 
 # Reference

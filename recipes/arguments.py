@@ -1,11 +1,11 @@
-"""Prepares the command line for Hydra: flags may stand anywhere, and paths and words are taken literally."""
+"""Prepares the command line for Hydra: flags may be anywhere, and paths and words are taken literally."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-# Keys whose value is a path or a word, also if Hydra would read it as a number, a list or a function call.
+# Keys whose value is always a path or a word; Hydra might read it as a number, a list or a function call.
 _TEXTS = [
     "run",
     "compare",
@@ -63,13 +63,13 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
 
 
 def quoted(text: str) -> str:
-    r"""Text as a value that Hydra and OmegaConf read as it is.
+    r"""The text quoted, so that Hydra and OmegaConf read it unchanged.
 
     Example:
         >>> quoted("it's = 1")
         "'it\\'s = 1'"
     """
-    # A backslash is special in front of ${ to OmegaConf, in front of a quote to Hydra.
+    # A backslash is special before ${ for OmegaConf, and before a quote for Hydra.
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), text) + "'"
 
@@ -88,7 +88,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def sweep_arguments(arguments: Sequence[str]) -> list[str]:
-    """The command line of ``compare``, whose folders need no key.
+    """The command line of ``compare``, with the key ``sweep`` before folders that were given without a key.
 
     Example:
         >>> sweep_arguments(["runs/a", "runs/b", "format=csv"])
@@ -101,7 +101,7 @@ def sweep_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def check_flags(flags: Sequence[str]) -> None:
-    """Raise in one line for flags on which Hydra would print a usage message of many lines."""
+    """Raise a one-line error for flags for which Hydra would print a long usage message."""
     names = [flag.partition("=")[0] for flag in flags if flag.startswith("-")]
     for flag, name in zip((flag for flag in flags if flag.startswith("-")), names, strict=True):
         if name not in _FLAGS:
@@ -122,7 +122,7 @@ def check_deletions(overrides: Sequence[str]) -> None:
 
 
 def with_config_names(command: str, overrides: Sequence[str]) -> list[str]:
-    """Overrides with the keys that the configuration has in the place of those that a user types.
+    """Overrides with the keys of the configuration instead of those that a user types.
 
     Example:
         >>> with_config_names("inspect", ["model=a=b", "run=c"])
@@ -134,7 +134,7 @@ def with_config_names(command: str, overrides: Sequence[str]) -> list[str]:
 
 
 def read_as_text(override: str, *, sweep: bool) -> str:
-    """Quotes the value of a key that is a path or a word; with ``sweep``, each of several after commas."""
+    """Quotes a value that is a path or a word; with ``sweep``, each of several values separated by commas."""
     key, equals, value = override.partition("=")
     if not equals or key.lstrip("+") not in _TEXTS or (sweep and _SWEEP_FUNCTION.fullmatch(value)):
         return override

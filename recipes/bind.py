@@ -1,4 +1,4 @@
-"""Whether the values of a config section fit the function that takes them."""
+"""Checks that the values of a config section are valid arguments of a function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether one system is better than another on the same test inputs: the paired bootstrap."""
+"""The paired bootstrap: a test whether one system is better than another on the same test inputs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 from .predictions import Prediction
 
 Array: TypeAlias = NDArray[np.float64]
-# Statistics of each input (n, k), and the score that their sums (..., k) give.
+# Statistics of each input (n, k), and the function from their sums (..., k) to the score.
 Statistics: TypeAlias = tuple[Array, Callable[[Array], Array]]
 _CHUNK = 500
 
 
 class Difference(NamedTuple):
-    """The score of a system less that of the baseline.
+    """The score of a system minus that of the baseline.
 
     Attributes:
         mean: The difference on the test inputs.
-        low: Lower end of the interval that holds 95 % of the differences on resampled inputs.
-        high: Upper end.
-        p: Share of resampled inputs whose difference has the other sign, twice: a two-sided p-value.
+        low: Lower end of the interval that contains 95 % of the differences on resampled inputs.
+        high: Upper end of that interval.
+        p: Twice the share of resamplings whose difference has the opposite sign: a two-sided p-value.
     """
 
     mean: float
@@ -33,7 +33,7 @@ class Difference(NamedTuple):
 
 
 def statistics(metric: str, predictions: Sequence[Prediction], bleu_tokenize: str = "13a") -> Statistics | None:
-    """A metric's statistics of each input, and the score from their sums; None if the score is no function of sums."""
+    """Statistics of each input, and the function from their sums to the metric; None if there is no such function."""
     if metric == "bleu":
         return _bleu(predictions, bleu_tokenize)
     parts: dict[str, Callable[[Prediction], tuple[float, float]]] = {
@@ -79,15 +79,15 @@ def paired_bootstrap(
 ) -> Difference:
     """The difference of two systems, each of several runs, on resampled test inputs.
 
-    A sample draws as many inputs as there are, with replacement, within each group; all runs of both systems are
-    scored on the same ones. The score of a system is the mean over its runs, and over the groups.
+    A sample draws inputs with replacement within each group, as many as the group has. All runs of both systems are
+    scored on the same sample. The score of a system is the mean over its runs, and over the groups.
 
     Args:
         baseline: The statistics of every run of the baseline, for the same inputs in the same order.
         system: The same for the system.
         groups: The group of every input.
-        samples: Resampled sets of inputs.
-        seed: Of the random numbers.
+        samples: Number of resampled sets of inputs.
+        seed: Seed of the random numbers.
 
     Example:
         >>> runs = [(np.array([[wrong, 1.0] for wrong in row]), lambda sums: sums[..., 0] / sums[..., 1])

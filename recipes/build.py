@@ -50,7 +50,7 @@ _PLAIN = ("seed", "resume", "threads", "monitor", "keep_checkpoints")
 # Keys that runs of older versions lack.
 _NEW = ("callbacks", "decoding", "keep_checkpoints", "monitor", "schedule")
 _INSTANTIATED = ("callbacks", "logger")
-# Keys of the config that only serve to write other keys.
+# Keys of the config that are used only in the values of other keys.
 _SHORTHANDS = {"data": ("path", "language", "tokens"), "model": ("attention",)}
 _LOGGER_NEEDS = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
 _FILES = ("path", "train", "val", "test", "cache")
@@ -81,8 +81,8 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         MissingMandatoryValue: If a value without a default is not given.
-        TypeError: If a section is no group of keys.
-        ValueError: If a section is missing or does not belong to it, or the seed is no seed.
+        TypeError: If a section is not a group of keys.
+        ValueError: If a section is missing or unknown, or the seed is invalid.
     """
     if unknown := [name for name in cfg if name not in SECTIONS]:
         raise ValueError(f"unknown key {unknown[0]!r}; allowed: {', '.join(SECTIONS)}")
@@ -97,7 +97,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
         for name, node in (cfg.get(section) or {}).items():
             if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
                 raise TypeError(
-                    f"{section}.{name} must be a group of keys with _target_ (~{section}.{name} drops it), got {node}"
+                    f"{section}.{name} must be a group of keys with _target_ (~{section}.{name} removes it), got {node}"
                 )
     for name, node in (cfg.get("logger") or {}).items():
         package = _LOGGER_NEEDS.get(str(node["_target_"]).rpartition(".")[2])
@@ -126,7 +126,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def recorded(cfg: DictConfig) -> DictConfig:
-    """The configuration as a run folder keeps it, with paths that hold from every working directory."""
+    """The configuration as the run folder keeps it, with absolute paths."""
     kept = _without_unused(cfg)
     for key in _FILES:
         if isinstance(file := kept.data.get(key), str):
@@ -140,7 +140,7 @@ def _without_unused(cfg: DictConfig) -> DictConfig:
     unused = [key for key in _SHORTHANDS["data"] if OmegaConf.is_missing(cfg.data, key)]
     for key in cfg.data:
         if key not in unused:
-            cfg.data[key]  # raises what asks for the missing value
+            cfg.data[key]  # raises an error that names a missing value
     with open_dict(cfg):
         for key in unused:
             del cfg.data[key]
@@ -198,7 +198,7 @@ def build_decoding(section: dict[str, Any] | None) -> Decoding:
 
 
 def check_size(model: dict[str, Any], source_size: int, target_size: int) -> None:
-    """Refuses a model that this machine has no memory for, before torch asks for the memory.
+    """Refuses a model that needs more memory than this machine has, before torch allocates it.
 
     Args:
         model: Arguments of ``Seq2SeqTransformer`` besides the sizes of the vocabularies.
@@ -206,7 +206,7 @@ def check_size(model: dict[str, Any], source_size: int, target_size: int) -> Non
         target_size: Size of the target vocabulary.
 
     Raises:
-        ValueError: If weights, gradients and the two moments of AdamW would take more than the memory there is.
+        ValueError: If weights, gradients and the two moments of AdamW would take more than the memory of the machine.
     """
     layers = {name: model.get(name, 1) for name in ("encoder_layers", "decoder_layers")}
     one = {name: min(count, 1) for name, count in layers.items()}  # all layers of a kind are equally large
@@ -267,9 +267,10 @@ def monitored(monitor: Any, data: Seq2SeqData) -> tuple[str, bool]:
 def build_callbacks(
     section: dict[str, Any] | None, monitor: str = "val/per", higher_is_better: bool = False
 ) -> list[L.Callback]:
-    """The callbacks of a config section, besides those that every training has.
+    """The callbacks of a config section, in addition to those that every training has.
 
-    One that watches a metric, such as ``EarlyStopping``, gets ``monitor`` and ``mode`` if it does not name its own.
+    A callback with an argument ``monitor``, such as ``EarlyStopping``, gets ``monitor`` and ``mode`` if the config does
+    not set them.
     """
     callbacks = []
     for name, node in (section or {}).items():
@@ -288,7 +289,7 @@ def build_callbacks(
 
 
 def located(target: str) -> str:
-    """The import path of a ``_target_``: ``recipes.`` stands for this package, which a wheel has in ``sparse_attn``."""
+    """The import path of a ``_target_``: ``recipes.`` stands for this package, ``sparse_attn.recipes`` in a wheel."""
     package, _, rest = target.partition(".")
     return f"{__package__}.{rest}" if package == "recipes" else target
 
@@ -313,14 +314,14 @@ def build_trainer(
     higher_is_better: bool = False,
     keep_checkpoints: int = 0,
 ) -> L.Trainer:
-    """The trainer of a config section, writing into the run folder; it keeps the weights of so many last epochs."""
+    """The trainer of a config section. It writes into the run folder, and keeps ``keep_checkpoints`` last epochs."""
     check_trainer(section)
     shown = progress()
     defaults = {
         "enable_progress_bar": isinstance(shown, ProgressBar),
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,  # the task takes its share of each batch itself
+        "use_distributed_sampler": False,  # the task itself selects the share of this process in each batch
     }
     own = [
         LearningRate(),
@@ -331,7 +332,7 @@ def build_trainer(
         return L.Trainer(
             **{**defaults, **section}, default_root_dir=folder, logger=loggers, callbacks=[shown, *callbacks, *own]
         )
-    except Exception as error:  # a setting that does not fit, or that needs a package which is not there
+    except Exception as error:  # a setting is invalid, or needs a package that is not installed
         about = [f"{key}={value}" for key, value in section.items() if _is_about(str(error), key, value)]
         raise ValueError(f"trainer: {error}{' Got ' + ', '.join(about) if about else ''}") from error
 

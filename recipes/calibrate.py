@@ -1,4 +1,4 @@
-"""Find out how sparse a language model can be: ``sparse-attn calibrate`` or ``python -m recipes.calibrate``."""
+"""Find α for attention in a dense language model: ``sparse-attn calibrate`` or ``python -m recipes.calibrate``."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .report import alpha_table
 from .report.huggingface import load_model, model_folder, quiet
 from .run import short_path
 
-_CHARACTERS_PER_TOKEN = 12  # more than nearly all texts need
-_MASKED = 0.15  # share of the tokens that a masked language model has to guess, as in BERT
+_CHARACTERS_PER_TOKEN = 12  # more than in nearly all texts
+_MASKED = 0.15  # share of the tokens that are masked for a masked language model, as in BERT
 
 
 def calibrate(cfg: DictConfig) -> dict[str, list[float]]:
@@ -84,7 +84,7 @@ def _read(file: str) -> str:
 def _batches(
     model: Any, tokenizer: Any, text: str, tokens: int, batch_size: int, batches: int
 ) -> list[dict[str, Tensor]]:
-    """Blocks of tokens from all over the text, with what the model has to predict."""
+    """Blocks of tokens at equal distances in the text, with labels."""
     from transformers.models.auto import modeling_auto
 
     kind = type(model).__name__
@@ -102,14 +102,14 @@ def _batches(
         labels = ids
         if masked:
             hidden = torch.rand(ids.shape, generator=generator) < _MASKED
-            hidden[:, 0] = True  # so that no batch is without a label
+            hidden[:, 0] = True  # so that every batch has a label
             ids, labels = ids.masked_fill(hidden, tokenizer.mask_token_id), ids.masked_fill(~hidden, -100)
         found.append({"input_ids": ids.to(model.device), "labels": labels.to(model.device)})
     return found
 
 
 def _blocks(tokenizer: Any, text: str, length: int, number: int) -> Iterator[list[int]]:
-    """At most so many blocks of so many tokens, evenly over the text; one shorter block of a short text."""
+    """At most ``number`` blocks of ``length`` tokens, evenly over the text; a short text gives one shorter block."""
     width = _CHARACTERS_PER_TOKEN * length
     if len(text) <= width * number:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

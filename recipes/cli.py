@@ -11,11 +11,11 @@ from typing import Any
 
 COMMANDS = {
     "train": "train a model and print its error rates and the α of every head",
-    "evaluate": "error rates of a trained model",
-    "predict": "outputs of a trained model for words from a file or standard input",
-    "compare": "runs in a table: mean and standard deviation over seeds, differences to a baseline",
-    "inspect": "α and attention density of every head of a trained model, as tables and plots",
-    "calibrate": "how sparse a dense Hugging Face model can be: α of every head for a density or a bounded loss",
+    "evaluate": "print error rates of a trained model",
+    "predict": "print outputs of a trained model for words from a file or standard input",
+    "compare": "print a table of runs: mean and standard deviation over seeds, differences from a baseline",
+    "inspect": "write α and attention density of every head of a trained model as tables and plots",
+    "calibrate": "choose α of every head of a dense Hugging Face model, for a density or a bounded loss",
 }
 USAGE = """\
 usage: sparse-attn COMMAND [key=value ...]
@@ -49,10 +49,10 @@ def main() -> None:
         SystemExit: Always, unless the command succeeds.
     """
     if os.name == "posix" and sys.getfilesystemencoding() == "ascii" and not sys.flags.utf8_mode:
-        # As under LC_ALL=C with PYTHONUTF8=0: words and paths of the command line would be bytes that are no text.
+        # With LC_ALL=C and PYTHONUTF8=0, words and paths of the command line could not be decoded as text.
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     if hasattr(sys.stdout, "reconfigure"):
-        # A terminal may have no α. Standard error replaces such characters anyway.
+        # The encoding of a terminal may lack α. Standard error replaces such characters by default.
         sys.stdout.reconfigure(errors="replace")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -61,7 +61,7 @@ def main() -> None:
     try:
         _start(*arguments)
     except KeyboardInterrupt:
-        # While torch is being imported, which takes seconds; later the command has its own answer.
+        # Ctrl-C during the import of torch, which takes seconds; afterwards the command handles the interruption.
         if os.environ.get("SPARSE_ATTN_TRACEBACK") == "1":
             raise
         _refuse(f"sparse-attn {arguments[0]}: stopped", status=130)

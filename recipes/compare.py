@@ -1,4 +1,4 @@
-"""Runs in a table, with seeds together: ``sparse-attn compare SWEEP`` or ``python -m recipes.compare``."""
+"""A table of runs with means over seeds: ``sparse-attn compare SWEEP`` or ``python -m recipes.compare``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .run import CONFIG, OVERRIDES, RESULTS
 from .seq2seq.metrics import METRICS
 from .seq2seq.tokenizer import check_choice
 
-# Overrides that do not make another setting.
+# Overrides that do not change the setting.
 _SAME = re.compile(r"(seed|data\.seed|data\.cache|threads|resume|paths\..*|hydra.*|logger.*)")
 
 
@@ -39,12 +39,12 @@ class FinishedRun:
 
 @dataclass
 class Setting:
-    """Runs that differ in nothing but their seeds.
+    """Runs that differ only in their seeds.
 
     Attributes:
         values: The keys in which this setting differs from the others, with their values.
-        runs: Its runs.
-        differences: Metric -> the difference to the baseline, if there is one.
+        runs: The runs.
+        differences: Metric -> the difference from the baseline, if there is one.
     """
 
     values: dict[str, str]
@@ -53,7 +53,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The settings as one types them."""
+        """The settings as a user types them."""
         return " ".join(f"{key}={value}" for key, value in self.values.items()) or "all runs"
 
     def scores(self, metric: str) -> list[float]:
@@ -125,7 +125,7 @@ def find_runs(folders: Sequence[str]) -> tuple[list[FinishedRun], int]:
 
 
 def _natural(path: Path) -> list[Any]:
-    """Run 10 comes after run 9."""
+    """A key for sorting in which run 10 comes after run 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.parts]
 
 
@@ -135,7 +135,7 @@ def _read_run(folder: Path) -> FinishedRun:
         given: Any = OmegaConf.load(folder / OVERRIDES) if (folder / OVERRIDES).is_file() else []
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         overrides = dict(str(override).lstrip("+").partition("=")[::2] for override in given)
-    except Exception as error:  # each kind of damage surfaces as another exception
+    except Exception as error:  # each kind of damage raises another exception
         raise ValueError(f"{folder} must be a run folder, got one that cannot be read: {error}") from error
     if not isinstance(config, DictConfig) or not isinstance(results, dict):
         raise ValueError(f"{folder} must be a run folder, got one with other content in {CONFIG} or {RESULTS}")
@@ -164,7 +164,7 @@ def _metrics(asked: Any, runs: Sequence[FinishedRun]) -> list[str]:
 
 
 def group_runs(runs: Sequence[FinishedRun]) -> list[Setting]:
-    """The runs by what was set differently, the seed aside; in order of their first run."""
+    """The runs grouped by their settings, without the seed; groups are in the order of their first run."""
     keys = list(dict.fromkeys(key for run in runs for key in run.overrides if not _SAME.fullmatch(key)))
     values = {key: [_value(run, key) for run in runs] for key in keys}
     telling = [key for key in keys if len(set(values[key])) > 1]
@@ -184,16 +184,16 @@ def _value(run: FinishedRun, key: str) -> str:
 
 
 def add_differences(settings: Sequence[Setting], baseline: str, metrics: Sequence[str], *, samples: int) -> list[str]:
-    """Compares every setting with the one that has the values of the baseline and is otherwise the same.
+    """Compares every setting with the setting that differs from it only in the values of the baseline.
 
     Args:
         settings: The settings; each gets its ``differences``.
-        baseline: ``KEY=VALUE``, or several with commas between them.
-        metrics: What to compare.
-        samples: Resampled test sets.
+        baseline: ``KEY=VALUE``, or several of these, separated by commas.
+        metrics: The metrics to compare.
+        samples: Number of resampled test sets.
 
     Returns:
-        Notes on what could not be compared.
+        Notes on settings that could not be compared.
 
     Raises:
         ValueError: If no setting has these values.

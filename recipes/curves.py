@@ -1,4 +1,4 @@
-"""Tables as CSV files, most of them by step."""
+"""Reading and writing of CSV files, most of them with one row per step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .folders import write_text
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
-    """The whole rows of a CSV file, none if there is no such file; a kill or a full disk may cut a row short."""
+    """The complete rows of a CSV file, none if there is no such file; a kill or a full disk may cut the last row."""
     if not file.exists():
         return []
     text = file.read_text(encoding="utf-8", errors="replace")
@@ -22,7 +22,7 @@ def read_rows(file: Path) -> list[dict[str, str]]:
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Writes rows, empty where a row has no value; an interruption leaves a whole file, old or new."""
+    """Writes rows, with empty cells for missing values; an interruption leaves the complete old or new file."""
     lines = io.StringIO(newline="")
     writer = csv.DictWriter(lines, columns, lineterminator="\n")
     writer.writeheader()
@@ -31,6 +31,6 @@ def write_rows(file: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[
 
 
 def drop_rows_after(file: Path, step: int) -> None:
-    """Removes what was written after a step: a resumed run will write it again."""
+    """Removes the rows after a step: a resumed run will write them again."""
     if rows := read_rows(file):
         write_rows(file, [row for row in rows if int(row["step"]) <= step], list(rows[0]))

@@ -1,4 +1,4 @@
-"""The models a command decodes with: one run, the mean of its last checkpoints, or an ensemble of runs."""
+"""The models with which a command decodes: one run, the mean of its last checkpoints, or an ensemble of runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Ensemble:
 
     @property
     def max_length(self) -> int:
-        """Tokens of an output at most."""
+        """The largest number of output tokens."""
         return max(run.task.hparams["max_length"] for run in self.runs)
 
 
@@ -50,13 +50,13 @@ def load_ensemble(
     Args:
         run: The folder, or a list of folders.
         checkpoint: ``"best"`` or ``"last"``.
-        average: Takes the mean of so many last checkpoints of each run instead.
+        average: If given, use the mean of this number of last checkpoints of each run instead.
 
     Raises:
         FileNotFoundError: If there is no such folder or checkpoint.
         TypeError: If ``average`` is not a whole number.
-        ValueError: If there is no folder, a run keeps fewer checkpoints than are to be averaged, or two runs have
-            other vocabularies.
+        ValueError: If there is no folder, a run keeps fewer checkpoints than ``average``, or two runs have different
+            vocabularies.
     """
     folders = list(run) if isinstance(run, Sequence | ListConfig) and not isinstance(run, str) else [run]
     if not folders:
@@ -77,7 +77,7 @@ def mean_state(folder: Path, count: int) -> dict[str, Tensor]:
     """The mean of the weights in the last ``count`` checkpoints of a run.
 
     Raises:
-        ValueError: If the run keeps fewer, or they belong to different models.
+        ValueError: If the run keeps fewer checkpoints, or the checkpoints belong to different models.
     """
     files = epoch_checkpoints(folder)[-count:]
     if len(files) < count:

@@ -52,8 +52,9 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         cfg: ``configs/evaluate.yaml`` as composed by Hydra.
 
     Returns:
-        ``val/loss``, ``val/support``, ``val/per``, ``val/wer``, ``val/words`` and the same for ``test``; those asked
-        for. An ensemble has no loss and no support. With ``decoding=exact`` also what ``SearchSpace.summary`` has.
+        ``val/loss``, ``val/support``, ``val/per``, ``val/wer``, ``val/words`` and the same for ``test``, as far as
+        ``split`` includes them. An ensemble has no loss and no support. With ``decoding=exact`` also the values of
+        ``SearchSpace.summary``.
 
     Raises:
         FileNotFoundError: If a run, its checkpoint or a data file is missing.
@@ -97,18 +98,18 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         write_json(file, {**settings, **results})
     except OSError as error:
         raise OSError(
-            error.errno, f"{error.strerror}; the rates above are not kept: give output=FILE", str(file)
+            error.errno, f"{error.strerror}; the scores above were not saved: give output=FILE", str(file)
         ) from None
     console.print(f"\nwritten to {short_path(file)}", markup=False, soft_wrap=True)
     return results
 
 
 def chosen_decoding(cfg: DictConfig) -> Decoding:
-    """The decoding that a command asks for.
+    """The decoding that a command chooses.
 
     Raises:
         TypeError: If a setting has the wrong type.
-        ValueError: If it is outside its range.
+        ValueError: If a setting is outside its range.
     """
     if not isinstance(cfg.decoding, DictConfig):
         raise TypeError(f"decoding must be one of {', '.join(DECODINGS)}, got {cfg.decoding!r}")
@@ -121,7 +122,7 @@ def given_data(cfg: DictConfig) -> dict[str, Any]:
     """The ``data`` section of a command that reads a run folder.
 
     Raises:
-        TypeError: If it is no group of keys.
+        TypeError: If the section is not a group of keys.
     """
     if not isinstance(cfg.data, DictConfig):
         raise TypeError(f"data must be a group of keys, such as data.val=FILE, got data={cfg.data}")
@@ -137,7 +138,7 @@ def data_section(run: Run, given: dict[str, Any], splits: tuple[str, ...]) -> di
 
     Args:
         run: The run.
-        given: The ``data`` section of the command; ``as_trained`` keeps what the run has.
+        given: The ``data`` section of the command; ``as_trained`` keeps the value of the run.
         splits: The splits to evaluate, ``val`` and ``test``.
 
     Raises:

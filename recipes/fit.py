@@ -37,7 +37,7 @@ def fit(trainer: L.Trainer, task: Seq2SeqTask, data: Seq2SeqData, checkpoint: Pa
 
 
 def _refused_by_lightning(error: Exception) -> bool:
-    """Whether Lightning itself raised the error, in words for a user: a setting does not fit the data."""
+    """Whether Lightning raised the error with a message for users, because a setting does not fit the data."""
     if not isinstance(error, MisconfigurationException | ValueError | RuntimeError):
         return False
     module = ""

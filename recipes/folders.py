@@ -46,7 +46,7 @@ def claimed(folder: Path, *, fixed: bool = True) -> Iterator[Path]:
     The folder itself is locked, so that no lock file is left. The lock ends with the process, also after a kill.
 
     Args:
-        folder: The folder wanted.
+        folder: The requested folder.
         fixed: Whether only this folder may be used. Otherwise the first free one of ``folder``, ``folder_2``, ... is
             used: one that is not locked and has no file.
 
@@ -76,7 +76,7 @@ def claimed(folder: Path, *, fixed: bool = True) -> Iterator[Path]:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Removes a folder without content that no process has claimed."""
+    """Removes an empty folder that no process has locked."""
     if folder.is_dir():
         with contextlib.suppress(Busy), claimed(folder):
             pass
@@ -90,7 +90,7 @@ def replacing(file: Path) -> Iterator[Path]:
     file that it names is replaced. A pipe or a device, such as ``/dev/stdout``, is written to directly.
 
     Raises:
-        OSError: If it cannot be written; the error names ``file``.
+        OSError: If the file cannot be written; the error names ``file``.
     """
     if file.exists() and not file.is_file():
         yield file
@@ -105,7 +105,7 @@ def replacing(file: Path) -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # which may name a file that Lightning writes in between
+        if isinstance(error, OSError):  # the error may name the temporary file
             raise OSError(error.errno, error.strerror or str(error), str(file)) from error
         raise
 
@@ -128,14 +128,14 @@ def _numbered(folder: Path) -> Iterator[Path]:
 
 
 def _lock(folder: Path) -> int | None:
-    """A file descriptor that holds the lock, or ``None`` where the system cannot lock a folder."""
+    """A file descriptor that holds the lock, or ``None`` if the system cannot lock a folder."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         if fcntl is None:
             return None
         try:
             descriptor = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # another process has just removed it
+        except FileNotFoundError:  # another process has just removed the folder
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -146,8 +146,6 @@ def _lock(folder: Path) -> int | None:
         except OSError as error:
             os.close(descriptor)
             if error.errno in _TAKEN:
-                raise Busy(
-                    f"another process is at work in {folder}; wait for its end or choose another folder"
-                ) from None
+                raise Busy(f"another process uses {folder}; wait until it ends or choose another folder") from None
             return None  # some network file systems have no such lock
-        os.close(descriptor)  # another process removed the folder and perhaps made it anew
+        os.close(descriptor)  # another process removed the folder and perhaps created it again

@@ -1,4 +1,4 @@
-"""Look into a trained model: ``sparse-attn inspect run=DIR`` or ``python -m recipes.inspect``."""
+"""Report on the heads of a trained model: ``sparse-attn inspect run=DIR`` or ``python -m recipes.inspect``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .report.worth import measure_worth, worth_table
 from .report.write import ENTMAX15, FIGURES, FOLDER, SOFTMAX, Report, read_course, write_report
 from .run import ALPHA, load_run, short_path
 
-# A page with more words takes long to open; alignments are made of all.
+# A page with more words opens slowly; alignments are written for all words.
 MOST_SHOWN = 64
 SHOWN_BY_DEFAULT = 6
 
@@ -78,7 +78,7 @@ def _inspect_run(cfg: DictConfig) -> dict[str, list[float]]:
     with console.status("measuring attention on the validation words"):
         heads = measure_heads(task, data.full_val_dataloader())
         if other is not None:
-            # The same words, read with the vocabulary of the other run.
+            # The same words, encoded with the vocabulary of the other run.
             words = evaluation_data(section, other.task).full_val_dataloader()
             compared[other.folder.name] = attention_density(other.task, words)
             courses[other.folder.name] = read_course(other.folder / ALPHA)
@@ -141,7 +141,7 @@ def _write_alignments(cfg: DictConfig, task: Any, words: list[str], longest: int
 
 
 def _some(words: list[str]) -> list[str]:
-    """The word to draw, and others from all over the data."""
+    """The word to draw, and others at equal distances in the data."""
     step = max(1, len(words) // SHOWN_BY_DEFAULT)
     return list(dict.fromkeys([choose_word(words), *words[::step]]))[:SHOWN_BY_DEFAULT]
 

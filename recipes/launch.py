@@ -1,8 +1,8 @@
 """The start of every command: Hydra composes the configuration, and a wrong input is reported in one line.
 
 Hydra's own report of an error has several lines, with internals of the program. ``run_hydra`` obtains the exception
-from Hydra instead. An error that a user can correct becomes one line on standard error (exit status 2), an interruption
-a message on how to continue (130), and an unexpected error, a bug, keeps Python's traceback.
+from Hydra instead. For an error that a user can correct, it prints one line on standard error (exit status 2); for an
+interruption, a message on how to continue (130); for an unexpected error, which is a bug, Python's traceback.
 ``SPARSE_ATTN_TRACEBACK=1`` shows the traceback of every error.
 """
 
@@ -40,7 +40,7 @@ from .folders import remove_if_empty
 WRONG_INPUT, INTERRUPTED = 2, 130
 _OURS = ("recipes", "sparse_attn", "__main__")
 
-# Groups whose options are packages of their own.
+# Groups whose options may come from further packages.
 _PLUGGED = ("hydra/launcher", "hydra/sweeper")
 
 _NO_EXPERIMENT = ("experiment", "null")
@@ -59,7 +59,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def config_dir() -> Path:
-    """The folder of the YAML files: packed beside this file in a wheel, at the top of a checkout."""
+    """The folder of the YAML files: beside this file in a wheel, at the top level in a checkout."""
     here = Path(__file__).resolve().parent
     packed = here / "_configs"
     return packed if packed.is_dir() else here.parent / "configs"
@@ -86,14 +86,14 @@ def run_hydra(
 
     Args:
         name: The command; ``configs/{name}.yaml`` is its configuration.
-        task: What to do with the composed configuration.
+        task: The function that is called with the composed configuration.
         arguments: The command line after the command; that of this process if not given.
         config: Another YAML file to compose from, such as the one in a run folder.
 
     Raises:
-        SystemExit: 2 after a wrong input, 130 after an interruption, each told in one line on standard error.
+        SystemExit: 2 after a wrong input, 130 after an interruption, each with a one-line message on standard error.
     """
-    # A relative config path does not survive being called as a console script.
+    # A relative config path does not work for a console script.
     folder, config_name = (config.parent, config.stem) if config else (config_dir(), name)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with reported(name), contextlib.ExitStack() as stack:
@@ -105,13 +105,13 @@ def run_hydra(
         overrides = with_config_names(name, overrides)
         overrides = [read_as_text(override, sweep=is_multirun(flags)) for override in overrides]
         if name != "train" and is_multirun(flags):
-            # The sweeper writes down what it ran; only a training has a folder for that.
+            # The sweeper writes a record of its runs; only a training has a folder for this record.
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
             overrides.append(f"hydra.sweep.dir={quoted(scratch)}")
         program, typed = _program(name), sys.argv[1:]
         main = hydra.main(config_path=str(folder.resolve()), config_name=config_name, version_base="1.3")
         try:
-            # Its parser takes no override behind a flag that follows an override.
+            # Hydra's parser accepts no override after a flag that follows an override.
             with _arguments([f"sparse-attn {name}", *overrides, *flags]), _unchecked_help_texts():
                 main(_through_hydra(task, program, typed))()
         except _TaskError as carrier:
@@ -119,8 +119,8 @@ def run_hydra(
         except (HydraException, OmegaConfBaseException, OSError):
             raise
         except Exception as error:
-            # The task's own errors come in a carrier: this one is Hydra's, which it raises for values that no group or
-            # key can have.
+            # Errors of the task are wrapped in a _TaskError. This error is Hydra's own, for an impossible value of a
+            # group or key.
             raise ValueError(f"the command line cannot be composed: {error}") from error
 
 
@@ -144,7 +144,7 @@ def check_groups(command: str, overrides: Sequence[str], *, sweep: bool = False)
             continue
         for option in (option.strip(" '\"") for option in (value.split(",") if sweep else [value])):
             if not re.fullmatch(r"(null|true|false|[-+.\d]+)?", option, re.IGNORECASE):
-                continue  # Hydra tells the options for a word that is none of them
+                continue  # for an unknown word, Hydra's own error lists the options
             if group not in chosen:
                 raise ValueError(f"{group} must be given key by key, as {group}.KEY=VALUE, got {override}")
             if (group, option) != _NO_EXPERIMENT:
@@ -165,7 +165,7 @@ def reported(name: str) -> Any:
     try:
         yield
     except BrokenPipeError:
-        # The reader of a pipe, such as head, has closed it. Python would report the error again at exit.
+        # The reader of the pipe, such as `head`, has closed it. Python would report the error again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt as error:
@@ -192,7 +192,7 @@ def _stop(name: str, error: BaseException, message: str, status: int) -> NoRetur
 
 
 class _TaskError(BaseException):
-    """Carries an error of the task through Hydra, which announces an ``Exception`` with a line of its own."""
+    """Wraps an error of the task, since Hydra would print its own message for an ``Exception``."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(error)
@@ -200,13 +200,13 @@ class _TaskError(BaseException):
 
 
 def _through_hydra(task: Callable[[DictConfig], Any], program: list[str], typed: list[str]) -> Callable[..., Any]:
-    """The task as Hydra calls it, with the command line in place that further processes would be started with."""
+    """The task as Hydra calls it. While it runs, ``sys.argv`` is the command line for starting further processes."""
 
     @functools.wraps(task)
     def carried(cfg: DictConfig) -> Any:
         hydra = HydraConfig.get()
         folder = Path(hydra.runtime.output_dir)
-        # Further processes of a run of a multirun take part in that run alone.
+        # In a multirun, further processes take part in a single run.
         arguments = list(hydra.overrides.task) if hydra.mode == RunMode.MULTIRUN else typed
         try:
             with _arguments([*program, *arguments]):
@@ -214,7 +214,7 @@ def _through_hydra(task: Callable[[DictConfig], Any], program: list[str], typed:
         except Exception as error:
             raise _TaskError(error) from error
         finally:
-            # Hydra made the folder before the task could look at its input.
+            # Hydra created the folder before the task checked its input.
             if folder != Path.cwd():
                 remove_if_empty(folder)
 
@@ -222,14 +222,14 @@ def _through_hydra(task: Callable[[DictConfig], Any], program: list[str], typed:
 
 
 def _program(name: str) -> list[str]:
-    """How the command was started: the script sparse-attn with its command, or ``python -m recipes.NAME``."""
+    """The command line that started the program: the script sparse-attn, or ``python -m recipes.NAME``."""
     by_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
     return [sys.argv[0], *([] if by_module else [name])]
 
 
 @contextlib.contextmanager
 def _arguments(argv: list[str]) -> Any:
-    """Hydra reads the command line of the process only."""
+    """Replaces ``sys.argv``, since Hydra reads no other command line."""
     before, sys.argv = sys.argv, argv
     try:
         yield
@@ -239,7 +239,7 @@ def _arguments(argv: list[str]) -> Any:
 
 @contextlib.contextmanager
 def _unchecked_help_texts() -> Any:
-    """Python 3.14 checks the help text of every argument, and Hydra 1.3 has one that is no text."""
+    """Turns off Python 3.14's check of help texts: one help text in Hydra 1.3 is not a string."""
     argparse.ArgumentParser._check_help = lambda parser, action: None  # type: ignore[attr-defined]
     try:
         yield
@@ -252,7 +252,7 @@ def explained(error: Exception, name: str) -> str | None:
     if isinstance(error, HydraException):
         return _composition_message(error, name)
     if isinstance(error, OmegaConfBaseException):
-        # Reading a key that does not exist is a mistake of the program: Hydra has refused those of the user.
+        # Reading a missing key is a bug of the program: Hydra has already refused unknown keys of the user.
         return None if isinstance(error, ConfigAttributeError | ConfigKeyError) else _config_message(error, name)
     if isinstance(error, OSError) or (isinstance(error, ValueError | TypeError) and _is_ours(error)):
         return str(error)

@@ -30,13 +30,13 @@ BATCH_LINES = 512
 
 
 def predict(cfg: DictConfig) -> dict[str, int]:
-    """Reads words, prints a line for each, and warns on standard error of characters never seen in training.
+    """Reads words, prints one line for each, and warns on standard error about characters not seen in training.
 
     Args:
         cfg: ``configs/predict.yaml`` as composed by Hydra.
 
     Returns:
-        ``lines`` read, and of these ``unknown`` with a character the model has never seen.
+        ``lines``: number of lines read; ``unknown``: number of these with a character that was not seen in training.
 
     Raises:
         FileNotFoundError: If the run, its checkpoint, the input or the folder of the output is missing.
@@ -45,7 +45,7 @@ def predict(cfg: DictConfig) -> dict[str, int]:
             be read, or the runs of an ensemble have different vocabularies.
     """
     counts = {"lines": 0, "unknown": 0}
-    if cfg.output is None and getattr(sys.stdout, "name", None) == os.devnull:  # what a closed stream was replaced with
+    if cfg.output is None and getattr(sys.stdout, "name", None) == os.devnull:  # replaces a closed stream
         raise ValueError("standard output is closed; give output=FILE")
     with contextlib.ExitStack() as stack:
         source, name = _open_input(cfg.input, stack)
@@ -57,15 +57,15 @@ def predict(cfg: DictConfig) -> dict[str, int]:
         decode = partial(decoding.hypotheses, ensemble.models, max_length=ensemble.max_length)
         lines = read_words(source, name, task.source_tokenizer.fields)
         if cfg.input is not None:
-            # Mistakes in a file are reported before the first line is printed.
+            # Errors in a file are reported before the first line is printed.
             lines = iter(list(lines))
-        # A person at a terminal waits for the answer to each line.
+        # At a terminal, each line is answered at once.
         size = BATCH_LINES
         if source.isatty():
             size = 1
-            print("reading words from the terminal, one a line; end with Ctrl-D", file=sys.stderr)
+            print("reading words from the terminal, one per line; end with Ctrl-D", file=sys.stderr)
         batch = list(itertools.islice(lines, size))
-        # Opened only when there is something to write, so that wrong input does not overwrite an earlier output.
+        # Opened only when there is a line to write, so that wrong input does not overwrite an earlier output.
         target = stack.enter_context(_output(cfg.output, cfg.input))
         with _closed_pipe_is_no_error(target):
             while batch:
@@ -81,15 +81,15 @@ def predict(cfg: DictConfig) -> dict[str, int]:
 
 
 def read_words(source: Iterable[bytes], name: str, fields: Sequence[str] = ("source",)) -> Iterator[tuple[int, str]]:
-    """Line numbers and words, without the white space around them; an empty word for a blank line.
+    """Line numbers and words, without surrounding white space; a blank line gives an empty word.
 
     Args:
         source: Lines of UTF-8 text.
-        name: What to call the source in a message.
-        fields: What the model reads: a line has as many columns.
+        name: The name of the source in messages.
+        fields: The fields that the model reads: a line has as many columns.
 
     Raises:
-        ValueError: If there is no line at all, one is not UTF-8, or one has another number of columns.
+        ValueError: If there is no line, a line is not UTF-8, or a line has another number of columns.
     """
     number = 0
     for line in source:
@@ -140,7 +140,7 @@ def _open_input(path: str | None, stack: contextlib.ExitStack) -> tuple[BinaryIO
 
 @contextlib.contextmanager
 def _output(path: str | None, source: str | None) -> Iterator[TextIO]:
-    """Standard output, or a file that appears when all is written."""
+    """Standard output, or a file that is renamed to ``path`` after all lines were written."""
     if path is None:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(encoding="utf-8")

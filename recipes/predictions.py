@@ -24,7 +24,7 @@ class Prediction:
         reference: The closest reference.
         distance: Edit distance between the two, in tokens.
         length: Tokens of the reference.
-        group: The part of the data the input belongs to; empty without parts.
+        group: The part of the data to which the input belongs, such as a language; empty without parts.
     """
 
     source: str
@@ -36,12 +36,12 @@ class Prediction:
 
 
 def write_predictions(file: Path, scores: Scores, fields: Sequence[str]) -> None:
-    """Writes a line with a tab between columns for every input; the first line names the columns.
+    """Writes one line per input, with columns separated by tabs; the first line names the columns.
 
     Args:
-        file: Where to.
+        file: The output file.
         scores: The scores of a whole split.
-        fields: What an input consists of: the first columns.
+        fields: The fields of an input, which are the first columns.
     """
     lines = ["\t".join([*fields, *_COLUMNS])]
     closest = closest_references(scores.predictions, scores.references)
@@ -49,7 +49,7 @@ def write_predictions(file: Path, scores: Scores, fields: Sequence[str]) -> None
     for source, prediction, (distance, reference), group in zip(
         scores.sources, scores.predictions, closest, groups, strict=True
     ):
-        # A target is free to hold a tab where it is no column of a file.
+        # A target that does not come from a column of a file may contain a tab.
         written, wanted = (scores.join(tokens).replace("\t", " ") for tokens in (prediction, reference))
         lines.append("\t".join([source, written, wanted, str(distance), str(len(reference)), group]))
     write_text(file, "\n".join(lines) + "\n")

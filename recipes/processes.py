@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-# Environment variable that tells processes started by Lightning the folder in which the first process writes.
+# Environment variable with the folder in which the first process writes, for the processes that Lightning starts.
 FOLDER = "SPARSE_ATTN_RUN_FOLDER"
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # the order in which Lightning reads them
 
@@ -24,7 +24,7 @@ def rank() -> int:
 
 @contextlib.contextmanager
 def set_environment(name: str, value: str) -> Iterator[None]:
-    """Sets an environment variable for the length of a ``with`` block."""
+    """Sets an environment variable during a ``with`` block."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -40,10 +40,10 @@ def share_of_batch(batch: dict[str, Any], rank: int, count: int, padding: int) -
     """This process's rows of a training batch, and the weight of their mean loss.
 
     Args:
-        batch: Tensors (N, ...), of which ``target_out`` says how many tokens count.
+        batch: Tensors (N, ...); the number of tokens is counted in ``target_out``.
         rank: Number of this process.
         count: Number of processes.
-        padding: The id in ``target_out`` that does not count.
+        padding: The id in ``target_out`` that is not counted.
 
     Returns:
         The rows ``rank``, ``rank + count``, ...; and the weight with which the mean over the processes of their mean

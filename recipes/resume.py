@@ -32,7 +32,7 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     runs = [argument.partition("=")[2] for argument in arguments if argument.startswith("resume=")]
     if not runs or runs[-1] in ("", "null"):
         return list(arguments), None
-    # Here, because it loads torch: a run that starts anew need not wait for it yet.
+    # Imported here because this module loads torch, for which a new run need not wait at this point.
     from .run import CONFIG, check_config, checkpoint_file, read_checkpoint, run_folder
 
     others = [argument for argument in arguments if not argument.startswith("resume=")]
@@ -65,28 +65,28 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
 
 
 def check_state(state: Mapping[str, Any], file: Path) -> None:
-    """Whether a checkpoint holds what a training needs besides the weights.
+    """Checks that a checkpoint contains the state that a training needs in addition to the weights.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If a part of the state is missing.
     """
     missing = [key for key in _TRAINING_STATE if key not in state]
     if missing or "BestAndLast" not in state["callbacks"]:
         raise ValueError(
-            f"{file} must hold the state of a training to go on from; it has no {', '.join(missing) or 'best score'}"
+            f"{file} must hold the state of a training to continue from; it has no {', '.join(missing) or 'best score'}"
         )
 
 
 def check_continues(state: Mapping[str, Any], settings: Mapping[str, Any], max_epochs: int) -> None:
-    """Whether a training can go on from a checkpoint.
+    """Checks that a training can continue from a checkpoint.
 
     Args:
         state: The checkpoint.
-        settings: ``hparams`` of the task built now.
-        max_epochs: Of the trainer built now.
+        settings: ``hparams`` of the new task.
+        max_epochs: ``max_epochs`` of the new trainer.
 
     Raises:
-        ValueError: If the model or a vocabulary is not that of the checkpoint, or no epoch is left.
+        ValueError: If the model or a vocabulary differs from that of the checkpoint, or no epoch is left.
     """
     before = state["hyper_parameters"]
     for key in {**before["model"], **settings["model"]}:
@@ -107,7 +107,7 @@ def check_continues(state: Mapping[str, Any], settings: Mapping[str, Any], max_e
                 for these, others in ((came, trained), (trained, came))
             )
             raise ValueError(
-                f"resume continues with the {side} symbols of the checkpoint, which data.train must hold; "
+                f"resume continues with the {side} symbols of the checkpoint, which data.train must contain; "
                 f"got other training data: new symbols {new}, missing {gone}"
             )
     done = state["epoch"] + 1
@@ -116,7 +116,7 @@ def check_continues(state: Mapping[str, Any], settings: Mapping[str, Any], max_e
 
 
 def check_weights(state: Mapping[str, Any], weights: Mapping[str, Any], file: Path) -> None:
-    """Whether the weights of a checkpoint are those of the model built now.
+    """Checks that the weights of a checkpoint fit the new model.
 
     Raises:
         ValueError: If a name or a shape differs.

@@ -60,8 +60,8 @@ def load_run(run: str | Path, checkpoint: str = "best") -> Run:
         checkpoint: ``"best"`` or ``"last"``.
 
     Raises:
-        FileNotFoundError: If there is no such folder, it is not one of a run, or it has no such checkpoint.
-        ValueError: If the checkpoint is cut short or damaged, or the configuration is.
+        FileNotFoundError: If there is no such folder, it is not a run folder, or it has no such checkpoint.
+        ValueError: If the checkpoint or the configuration is incomplete or damaged.
     """
     folder = run_folder(run)
     state = read_checkpoint(checkpoint_file(folder, checkpoint))
@@ -74,10 +74,10 @@ def load_run(run: str | Path, checkpoint: str = "best") -> Run:
 
 
 def check_config(file: Path) -> DictConfig:
-    """The configuration that a run folder keeps.
+    """The configuration in a run folder.
 
     Raises:
-        ValueError: If the file is damaged, empty or something else.
+        ValueError: If the file is damaged, empty or not a configuration.
     """
     config = _read_yaml(file)
     if not isinstance(config, DictConfig) or not isinstance(config.get("data"), DictConfig):
@@ -89,8 +89,8 @@ def run_folder(run: str | Path) -> Path:
     """The absolute path of a run folder.
 
     Raises:
-        FileNotFoundError: If it does not exist or holds no run.
-        ValueError: If it is no path.
+        FileNotFoundError: If the folder does not exist or contains no run.
+        ValueError: If ``run`` is not a path.
     """
     if not isinstance(run, str | Path) or not str(run):
         raise ValueError(f"run must be a folder that a training has printed, such as runs/DATE_TIME, got {run!r}")
@@ -105,7 +105,7 @@ def run_folder(run: str | Path) -> Path:
 
 
 def short_path(folder: Path) -> str:
-    """A path as one would type it here."""
+    """A path as a user would type it in the working directory."""
     return os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
 
 
@@ -113,7 +113,7 @@ def checkpoint_file(folder: Path, name: str) -> Path:
     """The file of a checkpoint in a run folder.
 
     Raises:
-        FileNotFoundError: If it is not there; the message names those that are.
+        FileNotFoundError: If there is no such checkpoint; the message lists the existing ones.
     """
     file = folder / CHECKPOINTS / f"{name}.ckpt"
     if not file.is_file():
@@ -123,7 +123,7 @@ def checkpoint_file(folder: Path, name: str) -> Path:
 
 
 def epoch_checkpoints(folder: Path) -> list[Path]:
-    """The weights after the last epochs of a run, in their order."""
+    """The files with the weights after the last epochs of a run, in order."""
     return sorted((folder / CHECKPOINTS).glob("epoch_*.ckpt"))
 
 
@@ -131,12 +131,12 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     """The content of a checkpoint, tensors on the CPU; code in the file is not executed.
 
     Raises:
-        ValueError: If the file is cut short, damaged, no checkpoint of this program or one of another layout.
+        ValueError: If the file is incomplete, damaged, not a checkpoint of this program, or has another layout.
     """
     with file.open("rb") as content:
         try:
             state = torch.load(content, map_location="cpu", weights_only=True)
-        except Exception as error:  # each kind of damage surfaces as another exception
+        except Exception as error:  # each kind of damage raises another exception
             size = file.stat().st_size
             raise ValueError(f"checkpoint {file} ({size} bytes) cannot be read: it is cut short or damaged") from error
     if not isinstance(state, dict) or not {"state_dict", "hyper_parameters"} <= state.keys():
@@ -158,7 +158,7 @@ def start_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> Non
     A run that was stopped before its first checkpoint cannot be resumed, so a new run in its folder replaces it.
 
     Raises:
-        FileExistsError: If the folder already holds a run with a checkpoint, or a ``config.yaml`` of something else.
+        FileExistsError: If the folder already has a run with a checkpoint, or another kind of ``config.yaml``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     refuse_taken(folder)
@@ -176,7 +176,7 @@ def refuse_taken(folder: Path) -> None:
     """Raises if a new run would overwrite an existing one.
 
     Raises:
-        FileExistsError: If it holds a run with a checkpoint, or a ``config.yaml`` of something else.
+        FileExistsError: If the folder has a run with a checkpoint, or another kind of ``config.yaml``.
     """
     ours = (folder / VERSIONS).is_file()
     if run := (folder / CHECKPOINTS / "last.ckpt").exists() or (ours and (folder / RESULTS).exists()):
@@ -188,14 +188,14 @@ def refuse_taken(folder: Path) -> None:
 
 
 def continue_record(folder: Path, cfg: DictConfig, overrides: Sequence[str], step: int) -> None:
-    """Brings the record up to date when a run goes on after ``step``.
+    """Updates the record of a run that is continued after ``step``.
 
     Adds the current overrides and versions, and removes the curves after the checkpoint, which will be written again.
-    Earlier results stay until the checkpoint that they belong to is replaced.
+    Earlier results stay until the checkpoint to which they belong is replaced.
 
     Raises:
         FileNotFoundError: If a file of the record is missing.
-        ValueError: If one is damaged.
+        ValueError: If a file of the record is damaged.
     """
     # All checks come before the first change.
     overridden, before = _recorded_overrides(folder / OVERRIDES), _recorded_versions(folder / VERSIONS)
@@ -234,12 +234,12 @@ def _recorded_versions(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes ``content`` for people and programs to read."""
+    """Writes ``content`` as indented JSON."""
     write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 def versions() -> dict[str, Any]:
-    """The versions that affect the results of a run, besides its configuration."""
+    """The versions of software that affect the results of a run."""
     found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
@@ -252,14 +252,14 @@ def versions() -> dict[str, Any]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """Commit of the checkout this program runs from, ``+changes`` if files differ, ``None`` without one."""
+    """The commit of the checkout with this program, plus ``+changes`` if files differ; ``None`` without a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # An installed copy may lie inside a checkout of something else.
+        # An installed copy may be inside a checkout of another project.
         if not git("ls-files", Path(__file__).name):
             return None
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")

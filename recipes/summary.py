@@ -38,12 +38,12 @@ def headline(folder: Path, data: Seq2SeqData, task: Seq2SeqTask, trainer: L.Trai
     words = f"{len(splits.train):,} training, {len(splits.val):,} validation and {len(splits.test):,} test words"
     weights = sum(parameter.numel() for parameter in task.parameters())
     device = trainer.strategy.root_device.type
-    start = f", going on after step {step}" if step else ""
+    start = f", continuing after step {step}" if step else ""
     return f"{data.title}: {words}\n{weights:,} parameters on {device}{start}; run folder {short_path(folder)}"
 
 
 def early_stop(trainer: L.Trainer) -> str | None:
-    """Why a training ended before its last epoch, if a callback has ended it."""
+    """The reason why a callback ended a training early; None if no callback did."""
     for callback in trainer.early_stopping_callbacks:
         if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
             waited = f"{callback.patience} epoch{'s' * (callback.patience != 1)}"
@@ -56,9 +56,9 @@ def farewell(folder: Path) -> str:
     """The message of an interrupted training: what has been saved, and how to continue."""
     if (folder / CHECKPOINTS / "last.ckpt").exists():
         command = f"sparse-attn train resume={shlex.quote(short_path(folder))}"
-        return f"stopped; the checkpoint of the last finished epoch is kept, to go on: {command}"
+        return f"stopped; the checkpoint of the last finished epoch is kept, to continue: {command}"
     return (
-        f"stopped before the end of the first epoch: {short_path(folder)} has no checkpoint to go on from; "
+        f"stopped before the end of the first epoch: {short_path(folder)} has no checkpoint to continue from; "
         "the same command begins again"
     )
 
@@ -72,9 +72,9 @@ def conclude(
         folder: The run folder.
         task: The model, whose weights become those of the best checkpoint.
         data: Its data.
-        decoding: How the words are decoded.
-        device: Where to compute.
-        begin: ``time.monotonic()`` at the start of the run, less what sessions before a resumption took.
+        decoding: The decoding of the words.
+        device: The device of the computation.
+        begin: ``time.monotonic()`` at the start of the run, minus the duration of earlier sessions.
     """
     console = Console(highlight=False)
     task.load_state_dict(read_checkpoint(checkpoint_file(folder, "best"))["state_dict"])
@@ -100,10 +100,10 @@ def conclude(
 
 
 def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float] | str]]) -> None:
-    """Prints a row for each of several runs.
+    """Prints one row per run.
 
     Args:
-        runs: The overrides of each, and its results or, in words, why it has none.
+        runs: The overrides of each run, with its results or a text with the reason why there are none.
     """
     if not runs:
         return
@@ -125,7 +125,7 @@ def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float] | s
         else:
             rates = (f"{results[key]:.2f}" if key in results else "-" for key in columns.values())
             table.add_row(name, *rates, f"{results['seconds']:.0f}")
-    # Long overrides go beyond the edge of the terminal rather than being cut.
+    # Long overrides extend beyond the edge of the terminal, so that they are not cut.
     needed = Console(width=1000).measure(table).maximum
     console = Console(highlight=False, width=max(Console().width, needed))
     console.print()
@@ -133,12 +133,12 @@ def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float] | s
 
 
 def _signatures(scores: Scores) -> dict[str, dict[str, str]]:
-    """How BLEU and chrF were computed, where they were."""
+    """The signatures of BLEU and chrF, if they were computed."""
     return {"signatures": scores.signatures} if scores.signatures else {}
 
 
 def _short(text: str) -> str:
-    """The beginning of a long text: ten sentences would fill several screens."""
+    """The beginning of a text if it is long: ten whole sentences would fill several screens."""
     return text if len(text) <= LONGEST_EXAMPLE else text[: LONGEST_EXAMPLE - 1] + "…"
 
 

@@ -63,7 +63,7 @@ def sweep(arguments: Sequence[str]) -> None:
     failed = sum(isinstance(outcome, str) for _, outcome in outcomes)
     if failed:
         print(
-            f"sparse-attn train: {failed} of {len(outcomes)} runs failed; to do again what is missing: "
+            f"sparse-attn train: {failed} of {len(outcomes)} runs failed; to run the missing ones: "
             f"sparse-attn train resume={shlex.quote(str(folder))}",
             file=sys.stderr,
         )
@@ -96,24 +96,24 @@ def run_of_sweep(cfg: DictConfig) -> float:
         from .run import short_path
 
         place = shlex.quote(short_path(folder.parent))
-        raise Interrupted(f"stopped; to do what is missing of the sweep: sparse-attn train resume={place}") from None
+        raise Interrupted(f"stopped; to continue the sweep: sparse-attn train resume={place}") from None
     except Exception as error:
         message = explained(error, "train")
         if message is None:
             traceback.print_exc()
             message = f"{type(error).__name__}: {error}"
         print(f"sparse-attn train: run {hydra.job.num} failed: {message}", file=sys.stderr, flush=True)
-        if not isinstance(error, FileExistsError):  # then the folder is another's
+        if not isinstance(error, FileExistsError):  # with this error, the folder belongs to another run
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / FAILURE, json.dumps({"overrides": changes, "error": message}, indent=2) + "\n")
         return math.inf
 
 
 def resumed_sweep(folder: Path, others: Sequence[str]) -> list[str]:
-    """The command line that goes on with a sweep.
+    """The command line that continues a sweep.
 
     Raises:
-        ValueError: If it is damaged, or something is to be changed.
+        ValueError: If the record of the sweep is damaged, or other arguments were given.
     """
     if others:
         raise ValueError(f"resume continues a sweep with its own command line, got also {' '.join(others)}")
@@ -129,7 +129,7 @@ def _recorded(folder: Path) -> list[str]:
 
 
 def read_outcomes(folder: Path) -> list[tuple[list[str], dict[str, float] | str]]:
-    """The overrides of every run in a sweep folder, with its results or, in words, why it has none."""
+    """The overrides of every run in a sweep folder, with its results or a text with the reason for their absence."""
     from .run import OVERRIDES, RESULTS
 
     runs = (run for run in folder.iterdir() if run.name.isdecimal()) if folder.is_dir() else ()
@@ -179,5 +179,5 @@ def _read_json(file: Path) -> Any:
 
 
 def _dated_folder() -> Path:
-    # Hydra's own ${now:...} would give two sweeps that start in the same second one folder.
+    # With Hydra's ${now:...}, two sweeps that start in the same second would share a folder.
     return new_folder(Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}"))

@@ -31,22 +31,21 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     Args:
         cfg: ``configs/train.yaml`` as composed by Hydra, with ``paths.output_dir`` as the run folder; if
-            ``resume`` names a run folder, the training there goes on.
+            ``resume`` names a run folder, its training is continued.
 
     Returns:
-        ``val/loss``, ``val/per``, ``val/wer``, the same for ``test``, and ``seconds``, which counts the sessions
-        before a resumption up to their last checkpoint. Of several processes that train together, only the first
-        has them.
+        ``val/loss``, ``val/per``, ``val/wer``, the same for ``test``, and ``seconds``, which includes earlier sessions
+        up to their last checkpoint. If several processes train together, only the first one returns these values.
 
     Raises:
         FileNotFoundError: If a file or checkpoint is missing.
-        FileExistsError: If the folder holds another run, or another process is at work in it.
-        Interrupted: After Ctrl-C or SIGTERM; the message says how to go on.
+        FileExistsError: If the folder contains another run, or another process uses it.
+        Interrupted: After Ctrl-C or SIGTERM; the message says how to continue.
         TypeError: If a value has the wrong type.
-        ValueError: If a value or a file has a content that is not allowed.
+        ValueError: If a value or the content of a file is not allowed.
     """
     begin = time.monotonic()
-    # Here, because torch and Lightning take seconds to load: help and a mistyped key need not wait for them.
+    # Imported here: torch and Lightning load for seconds, and help texts or errors in a key should not wait for them.
     import lightning as L
     import torch
 
@@ -131,7 +130,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _held(settings: dict[str, Any], *, named_by_time: bool) -> Iterator[Path]:
-    """The run folder, which the first of the processes that train together holds against others."""
+    """The run folder, locked by the first of the processes that train together."""
     from .run import refuse_taken
 
     folder = Path(settings["resume"] or settings["paths"]["output_dir"])
@@ -150,7 +149,7 @@ def _held(settings: dict[str, Any], *, named_by_time: bool) -> Iterator[Path]:
 
 
 def _is_named_by_time(folder: str) -> bool:
-    """Whether Hydra chose the name of a run folder, in which case another name does as well."""
+    """Whether Hydra chose the name of a run folder, so that another name may be used instead."""
     if not HydraConfig.initialized():
         return False
     hydra = HydraConfig.get()
@@ -160,7 +159,7 @@ def _is_named_by_time(folder: str) -> bool:
 
 
 def main() -> None:
-    """The command."""
+    """Runs ``sparse-attn train``."""
     with reported("train"):
         arguments, config = resume_arguments(sys.argv[1:])
     if is_multirun(arguments) and not asks_for_help(arguments):

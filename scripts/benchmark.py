@@ -1,9 +1,9 @@
-"""Time operators, losses, attention and layers beside softmax and the entmax package, interleaved in one run.
+"""Compare the time of operators, losses, attention and layers with softmax and the entmax package, interleaved.
 
 OMP_WAIT_POLICY=passive python scripts/benchmark.py [ROUNDS] [--write] [--threads N] [--only SECTION ...]
 
-Prints multiples of what torch does with softmax (forward / forward + backward), on one thread by default, and with
-``--write`` keeps them in benchmarks/cpu.md. Takes about ten minutes with the default of 15 rounds.
+Prints times relative to torch's softmax (forward / forward + backward), on one thread by default; ``--write`` also
+writes them to benchmarks/cpu.md. Takes about ten minutes with the default of 15 rounds.
 """
 
 from __future__ import annotations
@@ -73,13 +73,14 @@ def header(rounds: int) -> Iterator[str]:
     yield f"Made by `OMP_WAIT_POLICY=passive python scripts/benchmark.py {rounds} --write` on {date.today()}."
     yield f"{_processor()}, threads: {torch.get_num_threads()}; Python {platform.python_version()}, {versions}."
     yield f"Kernels: {backends()['compiled']}."
-    yield "Every number is a multiple of what torch takes with softmax in the same run: forward / forward + backward,"
-    yield f"the smallest of {rounds} rounds in which all take turns, of 2 ms and at least one call each."
-    yield "Below 1 is faster than softmax. `torch` is the fall-back without a C compiler."
+    yield "Every number is a time divided by that of torch with softmax in the same run, for forward / forward +"
+    yield f"backward; below 1 is faster than softmax. A time is the smallest of {rounds} rounds. In each round, all"
+    yield "functions run in turn, for 2 ms or at least one call. `torch` marks plain torch, which is used without a C"
+    yield "compiler."
 
 
 def operators(rounds: int) -> Iterator[str]:
-    """Scores (N, 8, 1, d) of scale 1, one α per head where α is learnt."""
+    """Operators on scores (N, 8, 1, d) of scale 1; a learnt α has one value per head."""
     sizes = (64, 128, 512, 2048, 32000)
     yield from _heading(f"Operators, {ELEMENTS} scores of scale 1 in rows of d", [f"d {d}" for d in sizes])
     columns = [_operators(d, rounds) for d in sizes]
@@ -112,7 +113,7 @@ def _operators(d: int, rounds: int) -> dict[str, list[float]]:
 
 
 def losses(rounds: int) -> Iterator[str]:
-    """64 rows of a vocabulary of 32,000."""
+    """Losses of 64 rows with a vocabulary of 32,000."""
     yield from _heading("Losses, logits (64, 32000)", ["multiples of cross-entropy"])
     x, target = torch.randn(64, 32000, requires_grad=True), torch.randint(32000, (64,))
     alpha = torch.tensor(1.5, requires_grad=True)
@@ -131,7 +132,7 @@ def losses(rounds: int) -> Iterator[str]:
 
 
 def attention(rounds: int) -> Iterator[str]:
-    """One head, beside torch's function with softmax, causal beside causal."""
+    """Attention with one head, compared with torch's function with softmax; causal compared with causal."""
     for dtype in (torch.float32, torch.bfloat16):
         lengths = (32, 128, 512, 2048, 8192) if dtype == torch.float32 else (32, 128, 512, 2048)
         name = f"Attention in {str(dtype).removeprefix('torch.')}, one head of size 64"
@@ -174,7 +175,7 @@ def _attention(n: int, size: int, dtype: torch.dtype, rounds: int) -> dict[str, 
 
 
 def padding(rounds: int) -> Iterator[str]:
-    """A batch whose lengths differ, padded with a boolean mask, and packed without padding."""
+    """Attention of a batch of different lengths, padded with a boolean mask, and packed without padding."""
     lengths = (512, 130, 257, 300)
     query, key, value = (torch.randn(4, 8, 512, 64, requires_grad=True) for _ in range(3))
     mask = torch.arange(512) < torch.tensor(lengths).view(4, 1, 1, 1)
@@ -198,7 +199,7 @@ def _backward(make: Run) -> Run:
 
 
 def decoding(rounds: int) -> Iterator[str]:
-    """One query of each of 8 heads against a long cache."""
+    """Attention of one query per head to a long cache, with 8 heads."""
     sizes = (4096, 16384, 65536)
     columns = []
     for size in sizes:
@@ -218,7 +219,7 @@ def decoding(rounds: int) -> Iterator[str]:
 
 
 def memory(rounds: int) -> Iterator[str]:
-    """Forward and backward of one (1, 8, 4096, 64), each in a process of its own; on Linux."""
+    """Peak memory of forward and backward with (1, 8, 4096, 64), each function in a separate process; on Linux."""
     if sys.platform != "linux":
         return
     yield from _heading("Peak memory over the inputs, N 4096, 8 heads of size 64, forward + backward", ["MiB"])
@@ -238,7 +239,7 @@ MEMORY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def peak(name: str) -> None:
-    """Print how far the resident memory of this process rises."""
+    """Print the increase of the resident memory of this process."""
     torch.set_num_threads(1)
     for n in (64, 4096):  # a small one first, so that one-time allocations are not counted
         inputs = [torch.randn(1, 8, n, 64, requires_grad=True) for _ in range(3)]
@@ -249,7 +250,7 @@ def peak(name: str) -> None:
 
 
 def _resident(field: str) -> int:
-    """KiB, of Linux."""
+    """A field of /proc/self/status, in KiB."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(field)))
 
@@ -286,7 +287,7 @@ def layers(rounds: int) -> Iterator[str]:
 
 
 def _on(backend: str, make: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A result that is computed by one backend; `_both` has its gradient computed by it, too."""
+    """A function whose result is computed by one backend; `_both` computes its gradient with this backend too."""
     if not backend:
         return make
 
@@ -314,7 +315,7 @@ def _both(makes: dict[str, Run], upstream: Tensor | None, rounds: int) -> dict[s
 
 
 def _interleave(runs: dict, rounds: int) -> dict:
-    """The minimum time of each function, measured in turn so that other load on the machine affects all alike.
+    """The minimum time of each function. The functions run in turn, so that other load affects all of them equally.
 
     A short function runs several times per turn, as in a loop: its first run is slower, since the other functions have
     replaced its data in the caches.

@@ -1,10 +1,10 @@
-"""How large pages of attention are, and how fast a browser opens them and moves in them.
+"""Measure the size of attention pages, and how fast a browser opens and scrolls them.
 
     python scripts/benchmark_viewer.py
 
-Needs chromium, chromedriver and selenium for the times; without them only sizes are printed. Weights are α-entmax of
-random scores; their standard deviation decides how dense they are. `--pictures RUN` writes screenshots of the page of
-a run for docs/.
+The times need chromium, chromedriver and selenium; without them only sizes are printed. Weights are α-entmax of random
+scores, whose standard deviation determines the density. `--pictures RUN` writes screenshots of the page of a run for
+docs/.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FLAGS = (
 )
 # Layers, heads, tokens, α, standard deviation of the scores.
 CASES = ((12, 12, 256, 1.5, 1.0), (12, 12, 256, 1.5, 0.5), (12, 12, 256, 1.0, 1.0), (4, 8, 2048, 1.5, 2.0))
-# Resolves once the small maps in sight are drawn.
+# Resolves when the visible small maps are drawn.
 DRAWN = """
 const done = arguments[0];
 const check = () => [...document.querySelectorAll(".card canvas")].slice(0, 8).every((c) => c.width > 1)
@@ -64,7 +64,7 @@ def made_up(layers: int, heads: int, length: int, alpha: float, spread: float) -
 
 
 def browser() -> Any:
-    """A headless one, or None."""
+    """A headless browser, or None."""
     driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
     try:
         from selenium import webdriver
@@ -80,7 +80,7 @@ def browser() -> Any:
 
 
 def measure(view: AttentionView, driver: Any, folder: Path) -> str:
-    """Size of a page in MB, seconds to make and to open it, milliseconds of the longest frame of scrolling."""
+    """Size of a page in MB, seconds to make and to open it, milliseconds of the longest frame while scrolling."""
     started = time.perf_counter()
     file = view.save(folder / "page.html")
     made = time.perf_counter() - started
@@ -97,7 +97,7 @@ def measure(view: AttentionView, driver: Any, folder: Path) -> str:
 
 
 def pictures(run: Path, driver: Any, folder: Path) -> None:
-    """Screenshots of the page of a run: all heads, one head, α, and one head on a telephone in the dark."""
+    """Screenshots of the page of a run: all heads, one head, α, and one head at 360 pixels in the dark theme."""
     page = (run / "report" / "report.html").resolve().as_uri()
     shots = (
         ("viewer_heads", "#example=1", 1180, 760, "light"),

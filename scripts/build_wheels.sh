@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Build the source distribution and every wheel that this machine can build, into a folder.
 # Usage: build_wheels.sh PYTHON [FOLDER=dist]   (an interpreter that has the package `build`)
-# The wheels: one for this machine's C compiler, one for each cross compiler of Linux that is installed, and one that is
-# pure. pip takes the best that fits.
+# There is one wheel for this machine's C compiler, one for each installed cross compiler for Linux, and one in pure
+# Python. pip chooses the best wheel that fits.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

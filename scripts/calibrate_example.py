@@ -1,9 +1,9 @@
-"""Trains a small language model, finds α for several densities, and trains on: the table of docs/calibration.md.
+"""Trains a small language model, calibrates α for several densities, and trains further (docs/howto/calibrate.md).
 
-The text is Python's own help (`pydoc_data.topics`), so nothing is downloaded. Needs the extra hf.
+The text is Python's own help (`pydoc_data.topics`), so that no download is needed. Needs the extra hf.
 
-    python scripts/calibrate_example.py              all of it, some minutes on one core
-    python scripts/calibrate_example.py --save DIR   keeps the dense model and its text, for `sparse-attn calibrate`
+    python scripts/calibrate_example.py              print the table; takes some minutes on one core
+    python scripts/calibrate_example.py --save DIR   save the dense model and its text, for `sparse-attn calibrate`
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.03)
 
 
 def tokenizer_of(text: str) -> transformers.PreTrainedTokenizerFast:
-    """A byte-pair tokenizer made from the text."""
+    """A byte-pair tokenizer that is learnt from the text."""
     words = tokenizers.ByteLevelBPETokenizer()
     words.train_from_iterator([text], vocab_size=VOCABULARY, special_tokens=["<pad>", "<s>", "</s>"])
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -40,14 +40,14 @@ def tokenizer_of(text: str) -> transformers.PreTrainedTokenizerFast:
 
 
 def batches_of(ids: Tensor, seed: int) -> list[dict[str, Tensor]]:
-    """The text in blocks, shuffled, as batches with labels."""
+    """Batches with labels, from shuffled blocks of the text."""
     blocks = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
     return [{"input_ids": blocks[part], "labels": blocks[part]} for part in order.split(BATCH) if len(part) == BATCH]
 
 
 def train(model: Any, ids: Tensor, steps: int, rate: float) -> None:
-    """Some steps of AdamW; α has a larger rate."""
+    """Train with AdamW; α has a larger learning rate."""
     groups = alpha_param_groups(model, lr=rate, weight_decay=0.01, alpha_lr=10 * rate, strict=False)
     optimizer = torch.optim.AdamW(groups)
     rates = [group["lr"] for group in groups]
@@ -70,11 +70,11 @@ def loss_of(model: Any, batches: list[dict[str, Tensor]]) -> float:
 
 
 def main() -> None:
-    """Trains, calibrates, trains on and prints a row for each density."""
+    """Trains, calibrates, trains further, and prints one row per density."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", type=Path, help="folder for the dense model and its text; nothing else is done")
+    parser.add_argument("--save", type=Path, help="only save the dense model and its text to this folder")
     parser.add_argument("--steps", type=int, default=1500, help="steps of the dense training")
-    parser.add_argument("--more", type=int, default=150, help="steps of the training afterwards")
+    parser.add_argument("--more", type=int, default=150, help="steps of the training after the calibration")
     options = parser.parse_args()
     torch.manual_seed(0)
     register()

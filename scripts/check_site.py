@@ -6,7 +6,7 @@ python scripts/check_site.py [FOLDER] [--axe FILE] [--pictures FOLDER]
 - From the file system, with the network off, no page sends a request or logs an error, and the search finds names.
 - axe-core finds nothing serious on any page in the light scheme, nor on a page of each kind in the dark one.
 
-The last two need Chromium and chromedriver and are skipped, with a line that says so, where they are missing.
+The last two checks need Chromium and chromedriver; without these, they are skipped and a line reports this.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PICTURES = ("index", "tutorials/ten_minutes", "reference/layers", "reference/co
 
 
 def foreign_sources(site: Path) -> Iterator[str]:
-    """Tags and styles that load something from elsewhere."""
+    """Tags and styles that load a file from another computer."""
     for file in sorted([*site.rglob("*.html"), *site.rglob("*.css")]):
         text = file.read_text(encoding="utf-8")
         found = [tag[0] for tag in _TAG.finditer(text) if _SOURCE.search(tag[0]) and not _NO_SOURCE.search(tag[0])]
@@ -43,7 +43,7 @@ def foreign_sources(site: Path) -> Iterator[str]:
 
 @contextmanager
 def browser() -> Iterator[Any]:
-    """Headless Chromium without a network, which logs requests and errors; None where there is none."""
+    """Headless Chromium without a network, which logs requests and errors; None if it is not installed."""
     chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
     if chromium is None or driver is None:
         yield None
@@ -82,7 +82,7 @@ def complaints(driver: Any) -> Iterator[str]:
 
 
 def search(driver: Any, site: Path, words: str, expected: str) -> str | None:
-    """What is wrong with the results for some words."""
+    """A message if the search for some words does not find the expected page."""
     driver.get((site / "search.html").as_uri() + f"?q={words}")
     results = driver.execute_async_script(
         "const done = arguments[0]; let calm = 0, before = -1; const look = () => {"
@@ -94,7 +94,7 @@ def search(driver: Any, site: Path, words: str, expected: str) -> str | None:
 
 
 def serious(driver: Any, rules: list[str]) -> list[str]:
-    """What axe-core calls serious or critical on the page that is open; with all rules if none are given."""
+    """Serious and critical findings of axe-core on the open page, for the given rules, or for all rules if none."""
     found = driver.execute_async_script(
         "const [rules, done] = arguments; const only = rules.length ? {runOnly: rules} : {};"
         "axe.run(document, {preload: false, iframes: false, resultTypes: ['violations'], ...only})"
@@ -109,7 +109,7 @@ def serious(driver: Any, rules: list[str]) -> list[str]:
 
 
 def in_browser(site: Path, axe: Path | None, pictures: Path | None) -> list[str]:
-    """Everything that is wrong in a browser."""
+    """Messages about all errors that are found in a browser."""
     wrong: list[str] = []
     with browser() as driver:
         if driver is None:
@@ -139,7 +139,7 @@ def in_browser(site: Path, axe: Path | None, pictures: Path | None) -> list[str]
 
 
 def packaged_axe() -> Path | None:
-    """The axe-core that the package axe-core-python carries."""
+    """The axe-core file in the package axe-core-python."""
     try:
         import axe_core_python
     except ImportError:

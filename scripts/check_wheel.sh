@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build the wheel, install it into an empty environment, and walk through its commands in a folder of another project.
+# Build the wheel, install it into an empty environment, and run its commands in the folder of another project.
 # Usage: check_wheel.sh PYTHON   (an interpreter that has the package `build`)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -34,7 +34,7 @@ step "install the core into an empty environment"
 export PATH="$work/venv/bin:$PATH"
 unset PYTHONPATH
 python -m pip install --quiet --constraint "$constraints" "$wheel"
-# Another project's package of the same name, installed and in the current folder: neither may hide or be hidden.
+# Another project has a package of the same name, installed and in the current folder: none may hide the others.
 installed=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 for place in "$installed" "$work/a folder"; do
     mkdir -p "$place/recipes"

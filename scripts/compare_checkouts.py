@@ -1,10 +1,11 @@
-"""Time small calls of this checkout beside those of another one, by turns in one run.
+"""Compare the time of small calls in this checkout and in another one, alternately in one run.
 
     python scripts/compare_checkouts.py OTHER [ROUNDS]
 
-OTHER is the folder of a checkout, for example a `git worktree` of the last release, with its C kernels built. Each runs
-in a process of its own, with one thread. A time is that of the processor, which other processes disturb least, and the
-median over the rounds; a ratio above 1 says that this checkout is slower. Steps are Python functions entered by a call.
+OTHER is the folder of a checkout, for example a `git worktree` of the last release, with its C kernels built. Each
+checkout runs in a separate process, with one thread. Times are processor times, which other processes affect least, and
+medians over the rounds. A ratio above 1 means that this checkout is slower. Steps are the Python functions that a call
+enters.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def serve() -> None:
 
 
 def steps(run: Callable[[], object]) -> int:
-    """How many Python functions a call enters."""
+    """The number of Python functions that a call enters."""
     entered = 0
 
     def count(frame: object, event: str, argument: object) -> None:

@@ -1,6 +1,6 @@
-"""Times dropout against torch's, and a training step with either: python scripts/compare_dropout.py [--rounds 20].
+"""Compares our dropout with torch's, alone and in a training step: python scripts/compare_dropout.py [--rounds 20].
 
-Both run in turn in one process, so that a busy machine slows both; printed are the medians.
+Both run in turn in one process, so that other load slows both equally. The script prints medians.
 """
 
 from __future__ import annotations

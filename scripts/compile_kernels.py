@@ -5,9 +5,10 @@
 All kernels take five minutes or more; `few` compiles one variant of each, with all features.
 
 The script calls the functions that start kernels, on small CPU tensors, and compiles each kernel for a compute
-capability (90, for 9.0, if none is given) instead of starting it. Printed are registers, spilled bytes and shared
-memory of every kernel: a kernel that spills is slow, and one that needs more shared memory than exists would not start.
-It ends with 1 if a kernel does not compile, or would not start, for a capability that `sparse_attn` does not refuse.
+capability (90, for 9.0, if none is given) instead of starting it. The script prints registers, spilled bytes
+and shared memory of every kernel: a kernel that spills is slow, and a kernel that needs more shared memory than the
+device has would not start. The exit status is 1 if a kernel does not compile, or would not start, for a capability
+that `sparse_attn` does not refuse.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from sparse_attn.kernels.setting import Setting
 from sparse_attn.kernels.triton import rows
 from sparse_attn.kernels.triton.attention import backward, decode, dropout, forward, plan
 
-# KiB of shared memory that a program can have, by compute capability
+# largest shared memory of a program in KiB, by compute capability
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 target = 90
 _TYPES = {
@@ -58,7 +59,7 @@ def compile_kernel(kernel: Any, *arguments: Any, warps: int, stages: int) -> tri
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
 
     def type_of(value: Any, place: tuple[int, ...], parameter: Any) -> Any:
-        """The type of an argument, or of a field of one; what is known at compile time is noted on the way."""
+        """The type of an argument or of its field. Values that are known at compile time are stored as constants."""
         if isinstance(value, tuple):
             return type(value)(*(type_of(field, (*place, n), parameter) for n, field in enumerate(value)))
         free = not parameter.do_not_specialize
@@ -81,7 +82,7 @@ def compile_kernel(kernel: Any, *arguments: Any, warps: int, stages: int) -> tri
 
 
 def resources(compiled: triton.compiler.CompiledKernel) -> tuple[int, int]:
-    """Registers of a thread and bytes that it spills."""
+    """Registers and spilled bytes of a thread."""
     tool = Path(compiler.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
@@ -119,7 +120,7 @@ def compile_rows(sizes: tuple[int, ...] = (61, 1024, 16384, 50257)) -> None:
 
 
 def compile_attention() -> None:
-    """Attention: every mode and mask, head sizes, short and long, with all that has to be compiled anew for it."""
+    """Attention: every mode and mask, head sizes, short and long inputs, and the other properties with own variants."""
     per_head = torch.ones(2)
     for how, size, dtype, keys in (
         ({}, 64, torch.bfloat16, 5000),
@@ -140,7 +141,7 @@ def compile_attention() -> None:
 
 
 def compile_few() -> None:
-    """One of each."""
+    """One variant of each kernel."""
     compile_rows((61, 50257))
     everything = {"alpha": torch.ones(2), "mask": torch.zeros(1, 1, 1, 5000), "dropout_p": 0.1, "offset": 0}
     compile_both(256, 5000, 64, torch.bfloat16, **everything)
@@ -150,7 +151,7 @@ def compile_few() -> None:
 
 
 def compile_decode() -> None:
-    """Few queries, as few as one."""
+    """Decoding with few queries, or a single one."""
     decode.launch = dropout.launch = compile_instead("one query, one head")
     rows.launch = compile_instead("one query, one head")
     one, cache = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16), torch.zeros(1, 1, 3000, 64, dtype=torch.bfloat16)

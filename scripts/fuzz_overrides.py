@@ -1,9 +1,9 @@
 """Gives odd values to every key of ``sparse-attn train``: python scripts/fuzz_overrides.py [--count 100] [--seed 0].
 
-Each override changes one key of a tiny training on made-up data. Allowed are a refusal in one line with status 2, and a
-training that ends with finite numbers. A traceback, several lines, another status, a result that is not finite or a
-training of more than --seconds is a fault: it is printed, and the script ends with status 1. All in one process, since
-the import of torch would take most of the time.
+Each override changes one key of a tiny training on random data. Two outcomes are allowed: a one-line error with status
+2, and a training that ends with finite numbers. A traceback, a longer message, another status, a result that is not
+finite or a training of more than --seconds is a fault: it is printed, and the script has exit status 1. Everything runs
+in one process, since the import of torch would take most of the time.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TINY = [
 
 
 class TooLong(BaseException):
-    """A training has taken more than its seconds."""
+    """A training has taken longer than the time limit."""
 
 
 def overrides() -> list[str]:
@@ -106,7 +106,7 @@ def outcome(override: str, folder: Path, seconds: int) -> str:
 
 
 def write_data(folder: Path) -> None:
-    """Words of five letters and their capitals."""
+    """Writes data files in which the target of a five-letter word is the word in capitals."""
     letters = random.Random(0)
     for split, count in {"train": 40, "val": 7, "test": 11}.items():
         words = ("".join(letters.choices("abcde", k=letters.randint(2, 7))) for _ in range(count))
@@ -130,10 +130,10 @@ def fuzz(tried: list[str], seconds: int) -> Iterator[tuple[str, str]]:
 def main() -> None:
     """Runs the overrides and prints the faults."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, help="so many of them, drawn at random; all if not given")
+    parser.add_argument("--count", type=int, help="number of overrides, drawn at random; all if not given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=int, default=60)
-    parser.add_argument("overrides", nargs="*", help="these instead, such as model.dim=5")
+    parser.add_argument("overrides", nargs="*", help="use these overrides instead, such as model.dim=5")
     options = parser.parse_args()
     tried = options.overrides or overrides()
     if options.count:

@@ -3,15 +3,15 @@
     python scripts/gpu_check.py --part 1 --out DIR   values and gradients, figures of the targets, each kernel by itself
     python scripts/gpu_check.py --part 2 --out DIR   sizes of tiles, rows, long lengths
     python scripts/gpu_check.py                      both, into benchmarks/
-    python scripts/gpu_check.py --interpret          correctness alone, in Triton's interpreter, without a device
+    python scripts/gpu_check.py --interpret          only correctness, in Triton's interpreter, without a device
     python scripts/gpu_check.py --dry-run            everything, in the interpreter, on tensors of a few rows
 
 A part takes at most four minutes (`--seconds`) from the start of the process. Every result is appended to
 DIR/gpu_results.jsonl at once, and DIR/gpu.md and gpu.json are rewritten after every phase. The same call continues
 where an earlier one was interrupted: no task is repeated, not even one that never ended.
 
-Needs torch, Triton and this checkout; adasplash, entmax and flex attention are timed where they are installed and work.
-Ends with 0 when everything was right, 1 when something was wrong, 2 when there is no device.
+Needs torch, Triton and this checkout; adasplash, entmax and flex attention are timed if they are installed and work.
+The exit status is 0 if all checks passed, 1 if a check failed, 2 if there is no device.
 
 `gpu_correctness.py` and `gpu_timing.py` contain the checks and timings as lists of tasks. Tasks run in separate
 processes: compilation takes longer than execution and uses all processors, and a kernel that crashes its process or
@@ -93,7 +93,7 @@ _IMPORTED = time.monotonic()
 
 
 def main() -> int:
-    """Check, time, write, and print a short table last."""
+    """Check, time, write the report, and print a short table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", type=int, choices=PARTS, help="one of the two parts; both if not given")
     parser.add_argument("--seconds", type=float, default=240.0, help="of a part, from the start of the process")
@@ -140,7 +140,7 @@ def tasks(kind: str, warm_up: bool = False) -> list[Callable[[], Measured]]:
 
 
 def work(kind: str, warm_up: str, numbers: str) -> int:
-    """Some of the tasks, in this process: a line when each begins, and a line of JSON for each result."""
+    """Run some of the tasks in this process; print a line when each begins, and a line of JSON for each result."""
     todo = tasks(kind, warm_up == "True")
     for number in map(int, numbers.split(",")):
         print("BEGIN", number, flush=True)
@@ -153,7 +153,7 @@ def work(kind: str, warm_up: str, numbers: str) -> int:
 
 
 def run(phase: Phase, record: Record, until: float) -> None:
-    """Run the tasks of a phase that have no result yet; in the interpreter they may take their time."""
+    """Run the tasks of a phase that have no result yet; in the interpreter there is no time limit."""
     names = [name_of(task) for task in tasks(phase.kind)]
     todo = [number for number, name in enumerate(names) if not record.knows(phase.kind, name)]
     until = float("inf") if triton.interpreted() else until
@@ -173,7 +173,7 @@ def run(phase: Phase, record: Record, until: float) -> None:
 
 
 def run_share(phase: Phase, names: list[str], todo: list[int], record: Record, until: float) -> None:
-    """Run some tasks in a process that is started again as often as one of them takes it down."""
+    """Run some tasks in a process that is started again whenever a task crashes it."""
     rest = todo
     while rest and since_start() < until:
         began, ending = run_process(phase, names, rest, record, until)
@@ -215,7 +215,7 @@ def run_process(
         timer = watched()
         for line in process.stdout or ():
             timer.cancel()
-            if line.startswith("BEGIN "):  # a peer may print, too
+            if line.startswith("BEGIN "):  # other packages may also print lines
                 began = int(line.split()[1])
                 if not phase.warm_up:
                     record.begin(phase.kind, names[began])
@@ -260,7 +260,7 @@ def write(out: Path, record: Record) -> None:
 
 
 def report(checks: list[Measured]) -> int:
-    """Say what was wrong, and the exit code for it."""
+    """Print the failed checks, and return the exit status."""
     wrong = [check for check in checks if not check.get("right")]
     for check in wrong:
         print(f"WRONG {check['case']}: {check.get('error', check.get('skipped'))}")
@@ -291,7 +291,7 @@ def version(package: str) -> str:
 
 
 def driver() -> str:
-    """The driver's version, where it says so."""
+    """The version of the driver, or "unknown"."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]

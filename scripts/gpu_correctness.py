@@ -34,7 +34,7 @@ FEATURES = (
 
 
 def tasks(device: torch.device) -> list[Callable[[], Measured]]:
-    """The checks; fewer on a CPU."""
+    """The checks; on a CPU there are fewer."""
     small = device.type == "cpu"
     wide, both = (torch.float32,), (torch.float32, torch.bfloat16)
     checks: list[partial[Measured]] = []
@@ -119,7 +119,7 @@ def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], upstre
 
 
 def check_rows(size: int, dtype: torch.dtype, device: torch.device) -> Measured:
-    """Eight rows, each with an α, and its gradient."""
+    """Check eight rows, each with its own α and the gradient for it."""
     x = (torch.randn(len(ALPHAS), size, device=device) * 2).to(dtype)
     alpha = torch.tensor(ALPHAS, device=device)[:, None]
     upstream = without_edges(torch.randn(x.shape, device=device).to(dtype), x.double(), alpha)
@@ -132,7 +132,7 @@ def check_rows(size: int, dtype: torch.dtype, device: torch.device) -> Measured:
 
 
 def check_top_k(size: int, device: torch.device) -> Measured:
-    """The seven largest, with ties."""
+    """Check top-7 entmax, with equal scores."""
     x, upstream = torch.randint(-9, 9, (8, size), device=device).float(), torch.randn(8, size, device=device)
     got = with_gradients(lambda x: topk_softmax(x, 7), [x], upstream)
     with use_backend("torch"):
@@ -141,7 +141,7 @@ def check_top_k(size: int, device: torch.device) -> Measured:
 
 
 def check_loss(size: int, device: torch.device) -> Measured:
-    """Of a vocabulary's size, with a learnt α."""
+    """Check a loss over a vocabulary of this size, with a learnt α."""
     x, target = torch.randn(3, size, device=device), torch.tensor([0, 7, size - 1], device=device)
     inputs, upstream = [x, torch.tensor(1.4, device=device)], torch.ones((), device=device)
     got = with_gradients(lambda x, alpha: entmax_loss(x, target, alpha), inputs, upstream)
@@ -160,7 +160,7 @@ def check_attention(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Measured:
-    """Grouped heads, with one more feature; in float64 with the matrix of weights."""
+    """Check attention with grouped heads and one more feature, against a matrix of weights in float64."""
     shapes = ((2, HEADS, queries, head), (2, KEY_HEADS, keys, head), (2, KEY_HEADS, keys, head))
     inputs = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     if alpha == "per head":
@@ -219,7 +219,7 @@ def scores_of(inputs: list[Tensor], mask: Tensor | None, feature: str) -> Tensor
 
 
 def check_decoding(keys: int, dtype: torch.dtype, device: torch.device) -> Measured:
-    """One query against a cache that is not full."""
+    """Check one query against a cache that is not full."""
     query, key, value = (
         torch.randn(3, heads, n, 64, device=device).to(dtype) for heads, n in ((8, 1), (2, keys), (2, keys))
     )
@@ -273,7 +273,7 @@ def check_graph(device: torch.device) -> Measured:
 
 
 def check_compiled(device: torch.device) -> Measured:
-    """Under torch.compile, in training."""
+    """Check a training step under torch.compile."""
     inputs = few_inputs(device)
     upstream = torch.randn(inputs[0].shape, device=device)
     compiled = torch.compile(lambda *x: entmax_attention(*x, is_causal=True) * 2, fullgraph=True)
@@ -283,7 +283,7 @@ def check_compiled(device: torch.device) -> Measured:
 
 
 def check_checkpoint(device: torch.device) -> Measured:
-    """Activation checkpointing under autocast: the same weights are dropped once more."""
+    """Check activation checkpointing under autocast: the second forward must drop the same weights."""
     inputs = few_inputs(device)
     upstream = torch.randn(inputs[0].shape, device=device)
 
@@ -302,7 +302,7 @@ def check_checkpoint(device: torch.device) -> Measured:
 
 
 def check_compiles_once(device: torch.device) -> Measured:
-    """New values of a learnt α and new lengths cause no compilation."""
+    """Check that new values of a learnt α and new lengths cause no compilation."""
     from triton import knobs
 
     compiled: list[str] = []
@@ -322,12 +322,12 @@ def check_compiles_once(device: torch.device) -> Measured:
 
 
 def check_far_places(device: torch.device, sequence_first: bool) -> Measured:
-    """Tensors of more than 2³¹ entries: the last of the batch is what it is alone, also where a row's step is large."""
+    """Check tensors of more than 2³¹ entries: the last example of the batch has the same result as alone."""
     batch = 33000
     case = f"more than 2³¹ entries, {'sequence' if sequence_first else 'batch'} first"
     needed = 12 * batch * 16 * 64 * 64 * 2
     if torch.cuda.mem_get_info()[0] < needed:
-        return {"case": case, "error": "skipped: too little memory", "bound": 0.0, "right": True}
+        return {"case": case, "error": "skipped: not enough memory", "bound": 0.0, "right": True}
     base = torch.randn(3, 1, 16, 64, 64, device=device).bfloat16()
     alpha = torch.linspace(1, 2, 16, device=device)
     inputs = [x.repeat(batch, 1, 1, 1) for x in base]

@@ -36,8 +36,8 @@ def page(result: dict[str, Any]) -> Iterator[str]:
     yield ", ".join(f"{name} {value}" for name, value in result["environment"].items()) + "."
     yield f"Backend: {backends()['triton']}."
     yield ""
-    yield f"{sum(bool(check.get('right')) for check in checks)} of {len(checks)} checks against float64 are right."
-    yield "Times are medians between device events of calls on the same tensors."
+    yield f"{sum(bool(check.get('right')) for check in checks)} of {len(checks)} checks against float64 passed."
+    yield "Times are medians over calls with the same tensors, measured between device events."
     yield ""
     yield from short_table(timings)
     yield ""

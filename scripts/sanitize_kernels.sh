@@ -138,7 +138,7 @@ int main(int arguments, char **unused) {
 }
 C
 
-# build LIST_OF_SANITIZERS: the same pieces as build.py makes, and the program above
+# build LIST_OF_SANITIZERS: compiles the same parts as build.py, and the program above
 build() {
     local flags=(-std=c11 -O1 -g -Wall -Wextra -Wno-unused-function -ffp-contract=fast "-fsanitize=$1" -fno-sanitize-recover=all)
     local variants=(baseline) defines=() objects=()

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Run the tests of the C kernels as an ARM processor would: cross-compiled, in qemu's user mode, with a Python and a torch
-# for aarch64. Takes about ten minutes on an idle machine, after downloads of 300 MB. Needs, as Debian packages:
+# Run the tests of the C kernels on an emulated ARM processor: cross-compiled, in qemu's user mode, with Python and
+# torch for aarch64. Takes about ten minutes on an idle machine, after downloads of 300 MB. Needs these Debian packages:
 #   apt-get install debootstrap qemu-user gcc-aarch64-linux-gnu
 # Usage: test_aarch64.sh PYTHON [FOLDER] [pytest arguments ...]
-#   PYTHON   an interpreter with pip;  FOLDER   keeps the downloaded system for the next time
+#   PYTHON   an interpreter with pip;  FOLDER   a folder in which the downloaded system is kept for later runs
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# The newest torch whose wheel for aarch64 is made for CPUs alone.
+# The newest torch with a CPU-only wheel for aarch64.
 TORCH=2.9.1
 PACKAGES="torch==$TORCH numpy==2.3.5 einops pytest hypothesis attrs sortedcontainers iniconfig pluggy packaging pygments
     typing_extensions filelock fsspec jinja2 markupsafe networkx sympy mpmath entmax"
@@ -17,7 +17,7 @@ root=$(realpath --canonicalize-missing "${2:-$(mktemp -d)}")
 shift "$(($# < 2 ? $# : 2))"
 
 if [ ! -e "$root/usr/bin/python3.11" ]; then
-    # Only unpacked: installing would run programs of the other architecture, which needs binfmt_misc.
+    # Packages are only unpacked: their installation would run programs of the other architecture (binfmt_misc).
     debootstrap --foreign --arch=arm64 --variant=minbase --include=python3,libgomp1,libstdc++6 bookworm "$root"
     for package in "$root"/var/cache/apt/archives/*.deb; do dpkg-deb -x "$package" "$root"; done
 fi
@@ -28,7 +28,7 @@ if [ ! -d "$root/site/torch" ]; then
         --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 $PACKAGES
 fi
 
-# The library of this machine stays where it is.
+# The library of this machine is not replaced.
 tree=$(mktemp -d)
 trap 'rm -rf "$tree"' EXIT
 cp -r sparse_attn tests pyproject.toml README.md "$tree"

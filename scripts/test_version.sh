@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Test one version of torch in an environment of its own, installed without the constraints, and add a row to docs/versions.md.
+# Test one version of torch in a separate environment, installed without the constraints; add a row to docs/versions.md.
 #
 #   scripts/test_version.sh TORCH=2.8.0 [PYTHON=3.10] [WITH="numpy==1.26.4 einops==0.7.0"] [PART="tests/ops -m 'not slow'"] [VENV=folder] [JOBS=2]
 #
 #   TORCH   the version, or "newest"
 #   PYTHON  a version such as 3.10, or the path of an interpreter; python3 if not given
 #   WITH    further requirements, for pip
-#   PART    arguments for pytest, in place of the whole suite
-#   VENV    where the environment lies: it is kept, and used again when it is there. Else it is removed at the end
-#   JOBS    how many processes run the tests
+#   PART    arguments for pytest, instead of the whole suite
+#   VENV    folder of the environment: it is kept and used again. If not given, the environment is removed at the end
+#   JOBS    number of processes that run the tests
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,10 +28,10 @@ venv=${VENV:-$work/venv}
 if [ ! -x "$venv/bin/python" ]; then
     interpreter=$PYTHON
     for found in "python$PYTHON" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$PYTHON"*/bin/python; do
-        # A shim of pyenv is found in PATH, but fails when it starts.
+        # A pyenv shim may be in PATH but fail when it is started.
         if "$found" -c "" 2>/dev/null; then interpreter=$found; break; fi
     done
-    "$interpreter" -c "" 2>/dev/null || { echo "PYTHON must be there: found no $PYTHON" >&2; exit 2; }
+    "$interpreter" -c "" 2>/dev/null || { echo "PYTHON must be an installed interpreter, got $PYTHON" >&2; exit 2; }
     "$interpreter" -m venv "$venv"
 fi
 requirement=torch; [ "$TORCH" = newest ] || requirement="torch==$TORCH"

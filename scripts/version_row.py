@@ -1,4 +1,4 @@
-"""Print a row for docs/versions.md: the versions of this environment, and what pytest wrote to a JUnit file.
+"""Print a row for docs/versions.md, from the versions of this environment and a JUnit file of pytest.
 
 Usage: python scripts/version_row.py RESULTS.xml "what was run"
 """
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "triton", "numpy", "transformers", "lightning")
 
 
 def row(results: str, part: str) -> str:
-    """The row, as text of Markdown."""
+    """The row in Markdown."""
     cases = list(ElementTree.parse(results).iter("testcase"))
     skipped = [case.find("skipped") for case in cases]
     reasons = Counter(skip.get("message", "") for skip in skipped if skip is not None)

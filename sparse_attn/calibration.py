@@ -1,4 +1,4 @@
-"""How sparse a dense model can be: α per head or layer for a wanted density, or for a loss that may rise so much."""
+"""Calibration of a dense model: α per head or layer for a given density, or for a bounded increase of the loss."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ __all__ = ["Calibration", "calibrate"]
 Loss = Callable[[nn.Module, Any], Tensor]
 
 _CANDIDATES = 9  # values of α tried in one pass over the batches
-# How far the candidates of a pass are from the α in use, as shares of the range: α moves as other layers get sparser.
+# Distances of a pass's candidates from the α in use, as shares of the range: α changes when other layers get sparser.
 _SPREADS = (0.25, 0.08, 0.025)
-_SMALLEST = 0.01  # the least density that a bounded loss may lead to
-_HALVINGS = 6  # of the logarithm of the density
+_SMALLEST = 0.01  # the lowest density for a bounded loss
+_HALVINGS = 6  # number of bisection steps on the logarithm of the density
 
 
 class Calibration(dict[str, list[float]]):
@@ -46,7 +46,7 @@ class Calibration(dict[str, list[float]]):
 
 @dataclass(frozen=True)
 class _Result:
-    """What one pass over the batches measured, with some α in use."""
+    """The measurements of one pass over the batches with given α."""
 
     loss: float
     density: dict[str, list[float]]
@@ -54,7 +54,7 @@ class _Result:
 
 
 class _Probe:
-    """Maps scores with the α in use, and counts the keys that would have weight with each candidate."""
+    """Maps scores with the α in use, and counts the keys that would have non-zero weight with each candidate."""
 
     def __init__(self, alpha: Tensor, candidates: Tensor) -> None:
         self.alpha, self.candidates = alpha, candidates  # (H,) and (C, H), float64
@@ -94,10 +94,10 @@ def calibrate(
 ) -> Calibration:
     """Find α of every attention head of a dense model, without training it and without changing it.
 
-    One of two targets is given. With ``density``, every head (or every layer) gives weight to that share of the keys
-    that its queries see. With ``loss_increase``, the density is the lowest one, down to 0.01 and the same for all, with
-    which the loss exceeds that of the dense model by at most this amount. All heads are sparse at the same time, since
-    a sparse layer changes the scores of the layers behind it.
+    Give one of two targets. With ``density``, every head (or every layer) gives weight to this share of the keys that
+    its queries see. With ``loss_increase``, the function finds the lowest density, at least 0.01 and equal for all
+    heads, at which the loss exceeds that of the dense model by at most this amount. All heads are made sparse at the
+    same time, since a sparse layer changes the scores of later layers.
 
     The function makes 8 passes over the batches for a density; for ``loss_increase``, 4 for each of up to 7 densities
     and one more. Memory does not grow with the number of batches. A head that would need a larger α than ``alpha_max``
@@ -105,28 +105,28 @@ def calibrate(
 
     Args:
         model: A ``transformers.PreTrainedModel``, or any module with ``nn.MultiheadAttention`` layers. It computes in
-            evaluation mode, and is as before afterwards, also after an error or an interruption.
-        batches: What the loss takes, as often as asked for: a list or a ``DataLoader``. In a model of transformers,
-            keyword arguments of its ``forward``, with ``labels``.
-        density: The wanted density, in (0, 1].
-        loss_increase: How much the mean loss may rise, at least 0.
+            evaluation mode; afterwards the model is as before, also after an error or an interruption.
+        batches: Batches for ``loss``, which are read several times: a list or a ``DataLoader``. For a model of
+            transformers, each is a dict of keyword arguments of its ``forward``, with ``labels``.
+        density: The target density, in (0, 1].
+        loss_increase: The largest allowed increase of the mean loss, at least 0.
         per: ``"head"``: each head has its own α; ``"layer"``: all heads of a layer have the same, and the density is
             that of the layer.
         loss: ``loss(model, batch)``, a scalar. By default ``model(**batch).loss``.
         alpha_max: The largest α, above 1. If it is above 2, ``add_alpha`` and ``replace_attention`` need
             ``alpha_range=(1.0, alpha_max)``.
-        state: A file in which the finished passes are noted, so that a call that was interrupted continues after the
-            last one. It is kept; the same call reads its result from there.
+        state: A file in which finished passes are recorded, so that an interrupted call continues after the last one.
+            The file is kept; the same call reads its result from the file.
         progress: Whether to write a line for each pass to standard error.
 
     Returns:
         ``{layer name: α of each head}``, with the attributes ``density``, ``loss_before`` and ``loss_after``.
-        ``add_alpha(model, alpha_init=result)`` and ``replace_attention(model, alpha_init=result)`` take it.
+        ``add_alpha(model, alpha_init=result)`` and ``replace_attention(model, alpha_init=result)`` accept it.
 
     Raises:
-        TypeError: An argument of another type, or ``batches`` can be read only once.
-        ValueError: Not one of ``density`` and ``loss_increase``, or out of range; no batches; a model without attention
-            or without a loss; a loss that is not finite; or a ``state`` of another call.
+        TypeError: An argument has a wrong type, or ``batches`` can be read only once.
+        ValueError: Both or neither of ``density`` and ``loss_increase`` are given, or one is out of range; there are no
+            batches; the model has no attention or no loss; a loss is not finite; or ``state`` belongs to another call.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(16, nhead=2, batch_first=True)
@@ -164,9 +164,9 @@ def calibrate(
 def _for_loss(
     search: _Search, dense: _Alpha, before: _Result, start: _Candidates, bound: float
 ) -> tuple[_Alpha, _Result]:
-    """The lowest density whose loss is within the bound, by bisection of its logarithm; the dense model at worst."""
+    """The lowest density whose loss is within the bound, by bisection of its logarithm, or the dense model."""
     best, low, high = (dense, before), math.log(_SMALLEST), 0.0
-    wanted = low  # perhaps nothing has to be searched
+    wanted = low  # if the lowest density is within the bound, no search is needed
     for _ in range(1 + _HALVINGS):
         found = search.for_density(math.exp(wanted), search.solve(start, before, math.exp(wanted)))
         if found[1].loss <= bound:
@@ -184,20 +184,20 @@ _Candidates = dict[str, list[list[float]]]  # ascending, (C, H)
 
 
 class _Search:
-    """Finds α for a density from the densities that passes measure."""
+    """Finds α for a density from the densities measured in passes."""
 
     def __init__(self, passes: _Passes, heads: dict[str, int], by_layer: bool, most: float) -> None:
         self.passes, self.heads, self.by_layer, self.most = passes, heads, by_layer, most
 
     def for_density(self, density: float, alpha: _Alpha, *, twice: bool = False) -> tuple[_Alpha, _Result]:
-        """α near the given one with the density, and a pass with it."""
+        """α with the target density, searched near the given α, and the result of a pass with it."""
         for spread in _SPREADS * (1 + twice):
             candidates = self.around(alpha, spread)
             alpha = self.solve(candidates, self.passes(alpha, candidates), density)
         return alpha, self.passes(alpha, {name: [] for name in alpha})
 
     def around(self, alpha: _Alpha, spread: float) -> _Candidates:
-        """Candidates from below each α to above it, by a share of the range of α, and within the range."""
+        """Candidates below and above each α, at distances that are shares of the range of α, inside the range."""
         low, high = 1.0, self.most
         width = spread * (high - low)
         centre = torch.tensor([value for values in alpha.values() for value in values], dtype=torch.float64)
@@ -207,7 +207,7 @@ class _Search:
         return {name: part.tolist() for name, part in zip(self.heads, split, strict=True)}
 
     def solve(self, candidates: _Candidates, measured: _Result, density: float) -> _Alpha:
-        """The α at which the density would be the wanted one."""
+        """The α that gives the target density, according to the measurements."""
         alpha = {}
         for name, tried in candidates.items():
             found = measured.tried[name]
@@ -219,7 +219,7 @@ class _Search:
 
 
 def _crossing(values: Sequence[float], densities: Sequence[float], density: float) -> float:
-    """The value at which a density that falls reaches the wanted one, linear in its logarithm between values."""
+    """The value at which a decreasing density reaches the target; its logarithm is interpolated linearly."""
     if densities[0] <= density:
         return values[0]
     for (first, above), (second, below) in zip(
@@ -236,7 +236,7 @@ def _pairs(values: Sequence[float], densities: Sequence[float]) -> Iterator[tupl
 
 
 class _State:
-    """The passes of a call in a file, which is replaced as a whole after each of them."""
+    """The passes of a call in a file, which is replaced by a complete new file after each pass."""
 
     def __init__(self, file: str | Path | None, call: dict[str, Any]) -> None:
         self.file, self.call = None if file is None else Path(file), call
@@ -268,7 +268,7 @@ Passing = Callable[[Iterable[Any], Mapping[str, _Probe]], tuple[float, int]]
 
 
 class _Passes:
-    """Passes over the batches; those that an earlier call has made are read from its state."""
+    """Passes over the batches; passes of an earlier, interrupted call are read from its state."""
 
     def __init__(
         self, passing: Passing, batches: Iterable[Any], heads: dict[str, int], state: _State, progress: bool
@@ -316,7 +316,7 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _attention(model: nn.Module, loss: Loss) -> Iterator[tuple[dict[str, int], Passing]]:
-    """The attention layers with their numbers of heads, and a function that makes a pass with a probe in each."""
+    """The attention layers with their numbers of heads, and a function that runs a pass with a probe in each layer."""
     if _is_of_transformers(model):
         from sparse_attn.integrations.huggingface import probe
 

@@ -13,14 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-# Tests are small and run in several processes: threads inside them only wait for one another.
+# Tests are small and run in several processes: further threads in each process would only wait for one another.
 torch.set_num_threads(1)
 
-# Where there is no GPU, kernels in Triton run in its interpreter. Triton asks when it is imported, which torch may do.
+# torch lists once the constructors that use a default device. The list must contain the real `torch.empty`, not the one
+# below: otherwise a model on the meta device would be allocated, however large it is.
+with torch.device("meta"):
+    torch.empty(0)
+
+# Without a GPU, kernels in Triton run in its interpreter. Triton reads this variable at import, which torch may cause.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# A process started in the background of a script ignores Ctrl-C, and so would the processes that tests start.
+# A process in the background of a shell script ignores Ctrl-C, and the processes that tests start would inherit this.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,4 +1,4 @@
-"""Training steps that move α: compiled, checkpointed, accumulated, averaged, of every optimizer and mixed dtypes."""
+"""Training steps of α: compiled, checkpointed, accumulated, averaged, with every optimizer and with mixed dtypes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from sparse_attn import alpha_per_head
 from sparse_attn.optim import alpha_param_groups, alpha_penalty, linear_alpha, project_alpha, set_alpha
 
-# Raised inside torch, on its own account, when something is compiled for the first time.
+# Warnings of torch itself, at the first compilation in a process.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -61,7 +61,7 @@ def test_a_compiled_training_step_never_recompiles_while_alpha_moves(kind: str) 
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_changes_no_gradient(use_reentrant: bool) -> None:
+def test_activation_checkpointing_does_not_change_gradients(use_reentrant: bool) -> None:
     model = encoder(alpha_init=[1.0, 1.7])
     x = torch.randn(N, L, E, requires_grad=True)
     model(x).pow(3).sum().backward()
@@ -74,7 +74,7 @@ def test_activation_checkpointing_changes_no_gradient(use_reentrant: bool) -> No
     torch.testing.assert_close({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
 
 
-def test_accumulated_gradients_take_the_steps_of_the_joined_batch() -> None:
+def test_accumulated_gradients_give_the_steps_of_the_joined_batch() -> None:
     models = [encoder(alpha_init=[1.0, 2.0]).double()]
     models.append(copy.deepcopy(models[0]))
     optimizers = [torch.optim.AdamW(alpha_param_groups(m, lr=1e-2, weight_decay=0.1)) for m in models]
@@ -121,7 +121,7 @@ def test_an_averaged_model_follows_an_annealed_alpha() -> None:
 
 @pytest.mark.parametrize("how", [{"foreach": True}, {"foreach": False}, {"fused": True}])
 @pytest.mark.parametrize("make_optimizer", [torch.optim.AdamW, torch.optim.SGD])
-def test_every_kind_of_optimizer_takes_a_bfloat16_model_with_a_float32_alpha(
+def test_every_optimizer_can_train_a_bfloat16_model_with_a_float32_alpha(
     make_optimizer: type[torch.optim.Optimizer], how: dict[str, bool]
 ) -> None:
     model = encoder(alpha_init=1.5).bfloat16()

@@ -1,6 +1,6 @@
-"""Two processes are one: DDP and FSDP2 over gloo on the CPU take the steps of one process with the joined batch.
+"""DDP and FSDP2 over gloo on the CPU: two processes take the same steps as one process with the joined batch.
 
-Run as a program, this file is one of the two processes; the tests look at what they have left in a folder.
+Run as a program, this file is one of the two processes; the tests read the results that both write to a folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from sparse_attn import AdaptiveSparseMultiheadAttention, Entmax, alpha_per_head
 from sparse_attn.optim import alpha_param_groups, alpha_penalty, freeze_alpha, project_alpha, set_alpha
 
-pytestmark = pytest.mark.slow  # to start two processes, not to run them
+pytestmark = pytest.mark.slow  # starting two processes takes long
 
 RANKS, STEPS = 2, 4
 N, L, E = 6, 5, 14
@@ -49,7 +49,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Seven heads for two processes, some on a bound; one head for two; and an α of no dimension beside them."""
+    """A layer with seven heads, some on a bound; a layer with one head; and an α without dimensions."""
 
     def __init__(self, checkpointed: bool = False) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def named(model: nn.Module) -> nn.Module:
 
 
 def trained(model: nn.Module, rows: slice, *, penalty: float = 0.0, clip: bool = True) -> dict[str, Any]:
-    """The gradients of the first step, and the parameters after all."""
+    """The gradients of the first step, and the parameters after the last."""
     optimizer = torch.optim.AdamW(alpha_param_groups(model, lr=1e-2, weight_decay=0.1, alpha_lr=2e-2))
     optimizer.register_step_post_hook(lambda *_: project_alpha(model))
     grads = {}
@@ -129,7 +129,7 @@ def fsdp_with_penalty(folder: Path) -> Any:
 
 
 def kept_whole(dtype: torch.dtype) -> Model:
-    """A sharded model whose α are left out, as docs/alpha.md has it."""
+    """A sharded model with all α excluded from sharding, as in docs/alpha.md."""
     model = make().to(dtype)
     alphas = {p for name, p in model.named_parameters() if name.endswith("raw_alpha")}
     for module in (*model.blocks, model):
@@ -142,11 +142,11 @@ def kept_whole(dtype: torch.dtype) -> Model:
 def fsdp_alpha_kept_whole(folder: Path) -> Any:
     return trained(
         kept_whole(torch.float64), mine(), clip=False
-    )  # sharded gradients and whole ones have no norm in common
+    )  # a norm over both sharded and complete gradients is not supported
 
 
 def fsdp_bfloat16(folder: Path) -> Any:
-    """The α that a layer uses in its forward, and whether both processes have the same gradients of α."""
+    """The α that a layer uses in its forward, and whether the gradients of α agree in both processes."""
     model, seen = kept_whole(torch.bfloat16), {}
     attention = model.blocks[0].attention
     attention.register_forward_hook(
@@ -174,7 +174,7 @@ def fsdp_alpha(folder: Path) -> Any:
 
 
 def fsdp_checkpoint(folder: Path) -> Any:
-    """The sharded state goes into a folder and comes back; the full one is that of a plain model."""
+    """Saves and loads the sharded state; the full state must equal that of a model without sharding."""
     import torch.distributed.checkpoint as dcp
 
     model = sharded()
@@ -215,7 +215,7 @@ def process(rank: int, folder: Path) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """The results of both processes, by scenario."""
     folder = tmp_path_factory.mktemp("processes")
-    # Where the package is imported from here, it is there.
+    # The processes import the package from the same place as this one.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     pair = [
         subprocess.Popen(
@@ -237,7 +237,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("name", ["ddp", "ddp_checkpointed", "fsdp", "fsdp_with_penalty", "fsdp_alpha_kept_whole"])
-def test_two_processes_take_the_steps_of_one(results: dict[str, list[Any]], name: str) -> None:
+def test_two_processes_take_the_same_steps_as_one(results: dict[str, list[Any]], name: str) -> None:
     alone = trained(make(), slice(None), penalty=3.0 if "penalty" in name else 0.0, clip="whole" not in name)
     for found in results[name]:
         torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-9)
@@ -247,7 +247,7 @@ def test_two_processes_take_the_steps_of_one(results: dict[str, list[Any]], name
 
 
 def test_the_halves_of_the_batch_disagree_on_a_head_at_its_bound() -> None:
-    """Else the test above would not see whether gradients are projected before they are summed."""
+    """Otherwise the test above could not detect a projection of gradients before their sum."""
     signs = []
     for rows in (slice(0, N // 2), slice(N // 2, None)):
         grads = trained(make(), rows)["grads"]
@@ -255,7 +255,7 @@ def test_the_halves_of_the_batch_disagree_on_a_head_at_its_bound() -> None:
     assert bool((signs[0] != signs[1]).any())
 
 
-def test_alpha_of_a_sharded_model_is_whole(results: dict[str, list[Any]]) -> None:
+def test_alpha_of_a_sharded_model_is_complete(results: dict[str, list[Any]]) -> None:
     expected = alpha_per_head(make())
     for found in results["fsdp_alpha"]:
         assert found["is sharded"]

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparse_attn import AdaptiveSparseMultiheadAttention, TopKMultiheadAttention, entmax_attention, topk_attention
 
-# Raised inside torch, on its own account, where an autograd function is compiled.
+# Warnings of torch itself, when an autograd function is compiled.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 E = 6
@@ -49,7 +49,7 @@ every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize(
     "length", [torch.export.Dim("S", min=2, max=4096), torch.export.Dim.AUTO], ids=["2-4096", "auto"]
 )
-def test_an_exported_program_takes_any_length(make: Callable[[], nn.Module], length: object) -> None:
+def test_an_exported_program_accepts_any_length(make: Callable[[], nn.Module], length: object) -> None:
     model = make()
     program = torch.export.export(model, (torch.randn(1, 17, E),), dynamic_shapes=({1: length},)).module()
     for size in (2, 5, 601):

@@ -1,4 +1,4 @@
-"""The command that checks a GPU, as far as it can be tested without one."""
+"""The script that checks a GPU, as far as it can be tested without a GPU."""
 
 from __future__ import annotations
 

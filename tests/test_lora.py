@@ -1,4 +1,4 @@
-"""α beside projections that learn through adapters: torch's parametrisations and those of peft."""
+"""α in layers whose projections have adapters: torch's parametrisations and those of peft."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_parametrised_in_projection() -> None:
 
 
 class Block(nn.Module):
-    """One's own block, which calls its attention and asks it nothing."""
+    """A user's block, which calls its attention and reads none of its attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def test_lora(make: Callable[[], nn.Module], targets: dict[str, Any]) -> None:
 
 
 class Projected(nn.Module):
-    """A projection for adapters, an attention of ours, and one of others with an α of ours."""
+    """A projection for adapters, an attention layer of this library, and another one with a learnt α."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Projected(nn.Module):
 
 
 @pytest.mark.parametrize("saved", [["sparse_alpha", "inner.0"], ["sparse_alpha", "inner"]])
-def test_copies_of_saved_modules_in_peft_do_not_count(saved: list[str]) -> None:
+def test_inactive_copies_of_modules_in_peft_are_left_out(saved: list[str]) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["linear"], modules_to_save=saved)
     model = peft.get_peft_model(Projected(), config)
@@ -156,7 +156,7 @@ def test_copies_of_saved_modules_in_peft_do_not_count(saved: list[str]) -> None:
 
 
 def test_lora_on_a_whole_attention_is_refused_by_peft() -> None:
-    # Its wrapper merges weights around nn.MultiheadAttention, and asks for the attribute that we set to False.
+    # peft's wrapper of nn.MultiheadAttention reads the attribute that our layers set to False.
     peft = pytest.importorskip("peft")
     with pytest.raises(ValueError, match="Only same embed for query/key/value is supported"):
         peft.get_peft_model(encoder(), peft.LoraConfig(r=2, target_modules=["self_attn"]))

@@ -55,7 +55,7 @@ SHAPES = [(N, H, L, S), (N, 1, 1, S), (H, 1, S), (L, S), (1, S)]
 
 @pytest.mark.parametrize(("first", "second"), list(product(SHAPES, SHAPES)), ids=str)
 @pytest.mark.parametrize(("first_float", "second_float"), list(product([False, True], repeat=2)))
-def test_combined_masks_equal_masks_applied_in_turn(
+def test_combined_masks_equal_masks_applied_one_after_another(
     first: tuple[int, ...], second: tuple[int, ...], first_float: bool, second_float: bool
 ) -> None:
     masks = [
@@ -84,7 +84,7 @@ def test_no_mask_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("shape", [(N, H, L, S), (N, 1, 1, S), (H, 1, S), (L, S), (L, 1), (S,), (1, 1, 1, 1), ()])
-def test_true_takes_part_and_floats_are_added(shape: tuple[int, ...]) -> None:
+def test_boolean_masks_hide_and_float_masks_are_added(shape: tuple[int, ...]) -> None:
     scores, visible = torch.randn(N, H, L, S), torch.rand(shape) < 0.5
     full = visible.expand(N, H, L, S)
     masked = apply_mask(scores, visible)
@@ -102,14 +102,14 @@ def test_scores_keep_their_dtype_and_are_not_changed_in_place() -> None:
 
 
 @pytest.mark.parametrize(("bias", "offset"), [(causal_upper_left, 0), (causal_lower_right, S - L)])
-def test_a_causal_bias_is_its_mask(bias: Any, offset: int) -> None:
+def test_a_causal_bias_equals_its_mask(bias: Any, offset: int) -> None:
     scores = torch.randn(N, H, L, S)
     expected = apply_mask(scores, causal_mask(L, S, offset=offset))
     torch.testing.assert_close(apply_mask(scores, bias(L, S)), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(S, L), (2, S), (L, 2), (2, H, L, S - 1), (1, N, H, L, S), (N * H, L, S)])
-def test_a_mask_that_does_not_broadcast_is_named(shape: tuple[int, ...]) -> None:
+def test_a_mask_that_does_not_broadcast_raises_an_error(shape: tuple[int, ...]) -> None:
     message = rf"^attn_mask must broadcast to the scores \(2, 3, 5, 7\), got shape \({', '.join(map(str, shape))}\)$"
     for mask in (torch.ones(shape).bool(), torch.ones(shape)):
         with pytest.raises(ValueError, match=message):
@@ -167,7 +167,7 @@ def test_masks_need_not_be_contiguous() -> None:
 
 
 @pytest.mark.parametrize("shape", [(S, L), (N, L, S), (H, L, S), (1, L, S), (N, H, L, S), (S,)])
-def test_an_attn_mask_of_another_shape_is_named(shape: tuple[int, ...]) -> None:
+def test_an_attn_mask_of_a_wrong_shape_raises_an_error(shape: tuple[int, ...]) -> None:
     given = str(shape).replace("(", r"\(").replace(")", r"\)")
     message = rf"^attn_mask must have shape \(L, S\) = \(5, 7\) or \(N \* num_heads, L, S\) = \(6, 5, 7\), got {given}$"
     with pytest.raises(ValueError, match=message):
@@ -175,7 +175,7 @@ def test_an_attn_mask_of_another_shape_is_named(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(S, N), (N, L), (S,), (1, S), (N, 1, S)])
-def test_a_padding_mask_of_another_shape_is_named(shape: tuple[int, ...]) -> None:
+def test_a_padding_mask_of_a_wrong_shape_raises_an_error(shape: tuple[int, ...]) -> None:
     given = str(shape).replace("(", r"\(").replace(")", r"\)")
     with pytest.raises(ValueError, match=rf"^key_padding_mask must have shape \(N, S\) = \(2, 7\), got {given}$"):
         merge(None, torch.zeros(shape, dtype=torch.bool))
@@ -190,7 +190,7 @@ def test_a_padding_mask_of_another_shape_is_named(shape: tuple[int, ...]) -> Non
         ([True], r"^some_mask must be a torch.Tensor, got list$"),
     ],
 )
-def test_a_mask_of_another_type_is_named(mask: Any, message: str) -> None:
+def test_a_mask_of_a_wrong_type_raises_an_error(mask: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         check_mask_dtype(mask, "some_mask")
 
@@ -199,7 +199,7 @@ def test_a_mask_of_another_type_is_named(mask: Any, message: str) -> None:
     ("attn_mask", "key_padding_mask", "name"),
     [(torch.zeros(L, S).int(), None, "attn_mask"), (None, torch.zeros(N, S).int(), "key_padding_mask")],
 )
-def test_the_mask_of_another_dtype_is_the_one_named(
+def test_the_error_names_the_mask_with_the_wrong_dtype(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, name: str
 ) -> None:
     with pytest.raises(TypeError, match=rf"^{name} must be boolean or floating, got torch.int32$"):

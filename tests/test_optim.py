@@ -39,7 +39,7 @@ encoder = partial(sparse_encoder, E, H, F)
 
 
 class Everything(nn.Module):
-    """α in a layer, a mapping and a loss, beside a fixed one and parameters of every kind."""
+    """A model with α in a layer, a mapping and a loss, with a fixed α and with parameters of every kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def test_groups_without_a_learning_alpha_are_left_out() -> None:
     assert alpha_param_groups(nn.Linear(2, 3).requires_grad_(False), lr=0.25, strict=False) == []
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of the compiler, when it is first used
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # a warning of the compiler at its first use
 def test_groups_are_the_same_inside_wrappers() -> None:
     model = encoder()
     expected = [names_of(model, group["params"]) for group in alpha_param_groups(model, lr=0.1)]
@@ -106,13 +106,13 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) ->
         optimizer.step()
 
 
-def test_frozen_alpha_stays_whatever_the_momentum_and_learns_again() -> None:
+def test_a_frozen_alpha_does_not_change_despite_momentum_and_can_be_unfrozen() -> None:
     model = encoder(alpha_init=1.3)
     optimizer = torch.optim.Adam(alpha_param_groups(model, lr=1e-2))
     train(model, optimizer)
     before = alpha_per_head(model)
     assert all((alpha != 1.3).all() for alpha in before.values())
-    model(torch.randn(N, L, E)).sum().backward()  # a gradient that is there when it is frozen
+    model(torch.randn(N, L, E)).sum().backward()  # a gradient that exists before α is frozen
     freeze_alpha(model)
     optimizer.step()
     train(model, optimizer)
@@ -135,7 +135,7 @@ def test_set_alpha_reaches_every_kind_and_keeps_the_parameters() -> None:
     assert all(model.get_parameter(name).grad is not None for name in LEARNT)
 
 
-def test_set_alpha_per_head_and_by_name_takes_back_what_alpha_per_head_gave() -> None:
+def test_set_alpha_accepts_the_result_of_alpha_per_head() -> None:
     model = encoder(alpha_init=[1.1, 1.9])
     kept = alpha_per_head(model)
     set_alpha(model, [1.25, 1.5])
@@ -145,7 +145,7 @@ def test_set_alpha_per_head_and_by_name_takes_back_what_alpha_per_head_gave() ->
     set_alpha(model, kept)
     assert all(torch.equal(alpha, kept[name]) for name, alpha in alpha_per_head(model).items())
     mapping = Entmax(torch.full((H, 1, 1), 1.5))
-    set_alpha(mapping, torch.tensor([1.0, 3.0]))  # fixed: any in (0, inf)
+    set_alpha(mapping, torch.tensor([1.0, 3.0]))  # a fixed α may have any value in (0, inf)
     assert mapping.raw_alpha.tolist() == [[[1.0]], [[3.0]]]
 
 
@@ -180,7 +180,7 @@ def test_a_refused_alpha_changes_nothing(value: Any, error: type[Exception], mes
     assert all(alpha.tolist() == [1.25] * H for alpha in alpha_per_head(model).values())
 
 
-def test_set_alpha_takes_bounds_that_are_rounded() -> None:
+def test_set_alpha_accepts_rounded_bounds() -> None:
     model = encoder(alpha_range=(1.1, 1.9), alpha_init=[1.1, 1.9])
     set_alpha(model, alpha_per_head(model))
     set_alpha(model, [1.9, 1.1])
@@ -200,7 +200,7 @@ def test_a_value_can_be_checked_without_setting_it(value: Any) -> None:
     assert all(alpha.tolist() == [1.25] * H for alpha in alpha_per_head(model).values())
 
 
-def test_a_filter_leaves_the_alpha_of_a_loss_to_the_objective() -> None:
+def test_a_filter_can_exclude_the_alpha_of_a_loss() -> None:
     model = Everything()
     model.core = SparseAttention(alpha=1.25)
     model.block = nn.ModuleDict({"sparse_alpha": HeadAlpha(H, alpha_init=1.25)})
@@ -224,7 +224,7 @@ def test_a_filter_leaves_the_alpha_of_a_loss_to_the_objective() -> None:
 @pytest.mark.parametrize(
     "call", [lambda m, f: set_alpha(m, 1.5, filter_fn=f), lambda m, f: alpha_penalty(m, filter_fn=f)]
 )
-def test_a_filter_that_accepts_nothing_or_is_none(call: Callable[..., Any]) -> None:
+def test_an_invalid_filter_or_one_that_accepts_no_module_is_refused(call: Callable[..., Any]) -> None:
     model = encoder()
     with pytest.raises(
         ValueError, match=r"filter_fn must accept at least one .* got none of 'layers.0.self_attn', 'lay"
@@ -243,8 +243,8 @@ def test_linear_alpha() -> None:
 
 
 @pytest.mark.parametrize("target", ["sparse", "dense", 1.5])
-def test_the_penalty_is_its_formula_and_zero_on_target(target: Any) -> None:
-    model = Everything()  # α 1.2, 1.4; 1.5, 1.5; 1.6, all of range [1, 2]
+def test_the_penalty_equals_its_formula_and_is_zero_on_target(target: Any) -> None:
+    model = Everything()  # α is 1.2, 1.4; 1.5, 1.5; 1.6, all with range [1, 2]
     shares = torch.tensor([0.2, 0.4, 0.5, 0.5, 0.6])
     formula = {"sparse": 1 - shares, "dense": shares, 1.5: (shares - 0.5).square()}[target]
     penalty = alpha_penalty(model, target, strength=3.0)
@@ -280,7 +280,7 @@ def test_a_penalty_in_a_functional_call() -> None:
     assert grads["inner.layers.0.self_attn.raw_alpha"].tolist() == [-0.25] * H
 
 
-def test_a_penalty_moves_alpha_in_a_training() -> None:
+def test_a_penalty_moves_alpha_during_training() -> None:
     ends = []
     for strength in (0.0, 100.0):
         torch.manual_seed(0)
@@ -307,7 +307,7 @@ FIXED = [lambda: encoder(learn_alpha=False), lambda: Entmax(1.5)]
         (alpha_penalty, "model must hold an α that is a parameter"),
     ],
 )
-def test_a_model_without_a_learnt_alpha(call: Callable[[nn.Module], Any], message: str) -> None:
+def test_a_model_without_a_learnt_alpha_is_refused(call: Callable[[nn.Module], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message + r".*got none"):
         call(nn.Linear(2, 3))
     for make in FIXED:
@@ -334,7 +334,7 @@ def test_a_model_without_a_learnt_alpha(call: Callable[[nn.Module], Any], messag
         (lambda m: linear_alpha(1, 1.0, math.inf, last_step=5), r"end must be in \(0, inf\), got inf"),
     ],
 )
-def test_wrong_arguments(call: Callable[[nn.Module], Any], message: str) -> None:
+def test_invalid_arguments_raise_an_error(call: Callable[[nn.Module], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(encoder())
 
@@ -362,7 +362,7 @@ def test_wrong_arguments(call: Callable[[nn.Module], Any], message: str) -> None
         (lambda _: EntmaxLoss(1.5, learn_alpha=None), "learn_alpha must be True or False, got None"),
     ],
 )
-def test_arguments_of_another_type(call: Callable[[nn.Module], Any], message: str) -> None:
+def test_arguments_of_a_wrong_type_are_refused(call: Callable[[nn.Module], Any], message: str) -> None:
     model = encoder()
     with pytest.raises(TypeError, match=message):
         call(model)

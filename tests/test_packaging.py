@@ -14,7 +14,7 @@ import recipes
 import sparse_attn
 from recipes.cli import COMMANDS
 
-# Imports every module of a package, then prints the top-level names of all that was loaded by it.
+# Imports every module of a package, then prints the top-level names of all loaded modules.
 LOAD = """
 import importlib, pkgutil, sys
 for name in sys.argv[1:]:
@@ -37,7 +37,7 @@ def test_core_loads_no_framework():
 
 
 def modules_after(code: str, *arguments: str) -> set[str]:
-    """Names of all modules that are loaded once the code has run in a process of its own."""
+    """Names of all modules that are loaded after the code has run in a separate process."""
     code += "\nimport sys; print(*sys.modules)"
     command = [sys.executable, "-c", code, *arguments]
     return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1].split())
@@ -71,13 +71,13 @@ def test_help_and_version_load_no_torch(command):
     assert not modules_after(HELP, *command) & {"torch", "lightning", "numpy", "matplotlib"}
 
 
-def test_public_names_are_there_when_the_command_asks_for_them():
+def test_public_names_are_available_inside_the_command():
     code = 'import sys; sys.argv = ["/bin/sparse-attn"]; import sparse_attn; assert "torch" not in sys.modules'
     loaded = modules_after(f"{code}; from sparse_attn import alpha_per_head, nn; assert not hasattr(sparse_attn, 'x')")
     assert "torch" in loaded
 
 
-def test_recipes_are_found_inside_the_package_whatever_else_is_called_recipes(tmp_path: Path):
+def test_recipes_are_imported_from_the_package_despite_other_packages_of_that_name(tmp_path: Path):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "__init__.py").write_text("raise ImportError('the recipes of another project')")
     code = """
@@ -108,7 +108,7 @@ def test_packages_are_typed(package):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="symbols have versions on Linux alone")
-def test_kernels_ask_for_no_symbol_newer_than_glibc_2_17():
+def test_kernels_need_no_symbol_newer_than_glibc_2_17():
     library = Path(sparse_attn.__file__).parent / "kernels" / "cpu" / "rows.shared"
     if not library.is_file():
         pytest.skip("no compiled kernels")

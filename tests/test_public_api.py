@@ -1,4 +1,4 @@
-"""The public names and the signatures that users rely on: both may grow, neither may change unnoticed."""
+"""The public names and signatures: both may be extended, but not changed without a change of this test."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_our_transformer_layers_take_torchs_arguments_by_name(name: str) -> None
     ours, torchs = getattr(sparse_attn, name), getattr(nn, name)
     assert {argument for argument, _, _ in arguments(torchs.__init__)} <= {name for name, _, _ in arguments(ours)}
     assert [argument for argument, kind, _ in arguments(ours) if kind is Parameter.POSITIONAL_OR_KEYWORD] == [
-        *("d_model", "nhead")  # of the others some have another default than torch's
+        *("d_model", "nhead")  # some of the others have other defaults than in torch
     ]
     tensors = [(name, Parameter.KEYWORD_ONLY, None) for name in ("cache", "rotary", "position_bias")]
     assert arguments(ours.forward) == arguments(torchs.forward) + tensors
@@ -171,6 +171,6 @@ def test_forward_of_sparse_attention() -> None:
     assert arguments(sparse_attn.SparseAttention.forward) == arguments(forward)
 
 
-def test_alpha_is_a_property_of_the_adaptive_layer_alone() -> None:
+def test_only_the_adaptive_layer_has_the_property_alpha() -> None:
     assert isinstance(vars(sparse_attn.AdaptiveSparseMultiheadAttention)["alpha"], property)
     assert not hasattr(sparse_attn.TopKMultiheadAttention(6, 3, k=2), "alpha")

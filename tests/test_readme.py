@@ -1,4 +1,4 @@
-"""The Python of README and docs runs from top to bottom, and what its comments promise is what comes out."""
+"""The Python code of README and docs runs from top to bottom, with the results that its comments show."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HOW_TO = sorted(f"docs/howto/{file.name}" for file in (ROOT / "docs" / "howto").
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-# Raised inside torch, on its own account, when it compiles or exports.
+# Warnings of torch itself, when it compiles or exports.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("page", [*PAGES, *HOW_TO])
@@ -29,7 +29,7 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
             assert eval(call, names) == int(count), call
 
 
-def test_values_beside_the_operators_are_those_they_give():
+def test_values_in_the_readme_are_those_of_the_operators():
     import sparse_attn
 
     names: dict[str, object] = {**vars(sparse_attn), "x": torch.tensor([-2.0, 0.0, 0.5])}
@@ -51,6 +51,6 @@ def test_commands_are_those_of_the_makefile():
 @pytest.mark.parametrize(
     "page", ["README.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")), *HOW_TO]
 )
-def test_files_it_links_to_exist(page):
+def test_linked_files_exist(page):
     for target in re.findall(r"\]\((?!https:)([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
         assert (ROOT / page).parent.joinpath(target).exists(), target

@@ -1,4 +1,4 @@
-"""A trained dense model made sparse and dense again: the same function, the same objects, no trace."""
+"""A trained dense model that is made sparse and then dense again has the same function and the same objects."""
 
 from __future__ import annotations
 
@@ -27,13 +27,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning"),
 ]
 
-# Torch lists once which constructors follow a default device: here, before conftest.py patches torch.empty.
-with torch.device("cpu"):
-    torch.empty(0)
-
 
 class OwnBlock(nn.Module):
-    """Cross-attention with sizes and extra keys of its own."""
+    """A block with cross-attention of other sizes and with extra keys."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +66,7 @@ def inputs_of(model: nn.Module) -> tuple[Tensor, ...]:
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """A few steps away from its initial values, in evaluation mode."""
+    """The model after a few training steps, in evaluation mode."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     inputs = inputs_of(model)
     for _ in range(3):
@@ -82,7 +78,7 @@ def trained(model: nn.Module) -> nn.Module:
 
 
 def everything(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
-    """Every attribute of every module, objects by identity, those of attention layers by value."""
+    """Every attribute of every module: objects by identity, those of attention layers by value."""
     for name, module in model.named_modules():
         attention = isinstance(module, nn.MultiheadAttention)
         yield name, "type", type(module)
@@ -102,7 +98,7 @@ def everything(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_trained_model_keeps_its_function_at_alpha_one_and_there_and_back(kind: str) -> None:
+def test_a_trained_model_keeps_its_function_when_replaced_at_alpha_one_and_restored(kind: str) -> None:
     model = trained(MODELS[kind]())
     inputs = inputs_of(model)
     with torch.no_grad():
@@ -162,7 +158,7 @@ def test_the_fused_kernel_and_nested_tensors_are_used_again(
     torch.testing.assert_close(output[~padding], expected[~padding], rtol=1e-5, atol=1e-6)
 
 
-def test_nested_tensors_stay_off_where_they_were_and_while_a_layer_is_sparse() -> None:
+def test_nested_tensors_stay_off_if_they_were_off_or_a_layer_is_sparse() -> None:
     off = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, **layer_arguments()), 2, enable_nested_tensor=False)
     replace_attention(off)
     restore_attention(off)
@@ -178,7 +174,7 @@ def test_nested_tensors_stay_off_where_they_were_and_while_a_layer_is_sparse() -
     assert on.use_nested_tensor
 
 
-def test_hooks_modes_frozen_parameters_and_ties_survive_both_ways() -> None:
+def test_hooks_modes_frozen_and_tied_parameters_are_kept_both_ways() -> None:
     shared = nn.MultiheadAttention(E, H, kdim=13, vdim=13)
     shared.v_proj_weight = shared.k_proj_weight
     model = nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared]), "c": nn.MultiheadAttention(E, H)})
@@ -198,7 +194,7 @@ def test_hooks_modes_frozen_parameters_and_ties_survive_both_ways() -> None:
     assert calls == ["called"]
 
 
-def test_layers_that_were_sparse_from_the_start_become_torchs() -> None:
+def test_layers_that_were_built_sparse_become_torchs_layers() -> None:
     block = nn.TransformerEncoderLayer(E, H, **layer_arguments())
     block.self_attn = AdaptiveSparseMultiheadAttention(E, H, batch_first=True, alpha_init=1.0)
     x = torch.randn(N, S, E)
@@ -208,12 +204,12 @@ def test_layers_that_were_sparse_from_the_start_become_torchs() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_second_call_changes_nothing_nor_does_the_random_state_move(device: str) -> None:
+def test_a_second_call_has_no_effect_and_keeps_the_random_state(device: str) -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, **layer_arguments(device=device)), 2)
     assert restore_attention(model) == {}
     replace_attention(model)
     state = torch.get_rng_state()
-    with torch.device("meta" if device == "cpu" else "cpu"):  # a default device does not matter
+    with torch.device("meta" if device == "cpu" else "cpu"):  # a default device has no effect
         restored = restore_attention(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert restore_attention(model) == {}
@@ -221,7 +217,7 @@ def test_a_second_call_changes_nothing_nor_does_the_random_state_move(device: st
     assert {parameter.device.type for parameter in model.parameters()} == {device}
 
 
-def test_filter_fn_is_given_names_and_modules() -> None:
+def test_filter_fn_gets_names_and_modules() -> None:
     model = nn.Transformer(E, H, 1, 1, F, batch_first=True)
     new = replace_attention(model)
     seen: dict[str, nn.Module] = {}
@@ -235,8 +231,8 @@ def test_filter_fn_is_given_names_and_modules() -> None:
     assert list(alpha_per_head(model)) == ["decoder.layers.0.self_attn", "decoder.layers.0.multihead_attn"]
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of the compiler
-def test_a_compiled_model_follows_the_swap() -> None:
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # a warning of the compiler
+def test_a_compiled_model_uses_the_replaced_layers() -> None:
     model = nn.TransformerEncoderLayer(E, H, **layer_arguments()).eval()
     compiled = torch.compile(model, backend="eager")
     x = torch.randn(N, S, E)
@@ -264,7 +260,7 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x)[0]
 
 
-def test_inside_pefts_wrapper_the_adapters_keep_working() -> None:
+def test_adapters_in_pefts_wrapper_keep_working() -> None:
     model = lora(SelfAttention(), target_modules=["attention"])
     x = torch.randn(N, S, E, dtype=torch.float64)
 
@@ -286,7 +282,7 @@ def test_inside_pefts_wrapper_the_adapters_keep_working() -> None:
     assert list(alpha_per_head(model.merge_and_unload())) == ["attention"]
 
 
-def test_an_adapter_of_peft_that_torchs_layer_would_not_call_is_merged_first() -> None:
+def test_a_peft_adapter_that_torchs_layer_would_not_call_must_be_merged() -> None:
     model = SelfAttention()
     replace_attention(model, alpha_init=1.0)
     model = lora(model, target_modules=["out_proj"])

@@ -1,4 +1,4 @@
-"""Trap 8, swapping attention into a model: the very parameters, all or nothing, once."""
+"""Trap 8, the replacement of attention in a model: the same parameters, all layers or none, only once."""
 
 from __future__ import annotations
 
@@ -25,11 +25,6 @@ from sparse_attn.nn import SparseMultiheadAttention
 N, L, S, H, E, F = 3, 5, 7, 2, 22, 13
 F64 = {"dtype": torch.float64}
 
-# Torch lists once which constructors follow a default device: here, before conftest.py patches torch.empty.
-with torch.device("cpu"):
-    torch.empty(0)
-
-
 encoder = partial(dense_encoder, E, H, F)
 
 
@@ -39,7 +34,7 @@ def decoder(layers: int = 2, **kwargs: Any) -> nn.TransformerDecoder:
 
 
 def snapshot(model: nn.Module) -> tuple[list[tuple[str, int]], list[tuple[str, int]], list[bool]]:
-    """All modules and parameters, by identity, and their modes."""
+    """All modules and parameters by identity, and their modes."""
     modules = [(name, id(module)) for name, module in model.named_modules(remove_duplicate=False)]
     parameters = [(name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)]
     return modules, parameters, [module.training for module in model.modules()]
@@ -53,7 +48,7 @@ def tensor(*shape: int) -> Tensor:
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
-def test_trap_8_at_alpha_one_a_swap_leaves_torchs_transformers_unchanged(
+def test_trap_8_replacement_at_alpha_one_does_not_change_torchs_transformers(
     norm_first: bool, batch_first: bool, train: bool
 ) -> None:
     kwargs = {"norm_first": norm_first, "batch_first": batch_first, **F64}
@@ -116,7 +111,7 @@ def test_trap_8_the_new_layers_are_returned_by_name_and_are_in_the_model() -> No
     ],
     ids=str,
 )
-def test_trap_8_the_parameters_are_the_very_objects_and_the_arguments_the_same(kwargs: dict[str, Any]) -> None:
+def test_trap_8_the_parameters_are_the_same_objects_and_the_arguments_are_kept(kwargs: dict[str, Any]) -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(E, H, **kwargs)})
     old = model["attention"]
     parameters = dict(model.named_parameters())
@@ -153,7 +148,7 @@ def test_trap_8_tied_parameters_stay_tied() -> None:
     assert model[0].v_proj_weight is model[0].k_proj_weight is old.k_proj_weight
 
 
-def test_trap_8_a_shared_layer_is_replaced_once_in_all_its_places() -> None:
+def test_trap_8_a_shared_layer_is_replaced_in_all_places_by_one_layer() -> None:
     shared = nn.MultiheadAttention(E, H)
     model = nn.ModuleDict({"first": nn.ModuleDict({"attention": shared}), "second": nn.ModuleList([shared, shared])})
     new = replace_attention(model)
@@ -161,7 +156,7 @@ def test_trap_8_a_shared_layer_is_replaced_once_in_all_its_places() -> None:
     assert model["first"]["attention"] is model["second"][0] is model["second"][1] is new["first.attention"]
 
 
-def test_trap_8_a_second_call_changes_nothing() -> None:
+def test_trap_8_a_second_call_has_no_effect() -> None:
     model = encoder()
     replace_attention(model, alpha_init=1.25)
     before = snapshot(model)
@@ -171,7 +166,7 @@ def test_trap_8_a_second_call_changes_nothing() -> None:
     assert all(alpha.tolist() == [1.25] * H for alpha in alpha_per_head(model).values())
 
 
-def test_trap_8_a_second_call_reaches_what_the_first_left_out() -> None:
+def test_trap_8_a_second_call_replaces_layers_that_the_first_left_out() -> None:
     model = encoder()
     first = replace_attention(model, filter_fn=lambda name, _: name.startswith("layers.0"))
     second = replace_attention(model)
@@ -206,7 +201,7 @@ def test_trap_8_a_second_call_reaches_what_the_first_left_out() -> None:
 def test_trap_8_everything_is_checked_before_anything_is_changed(
     kwargs: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    # The second layer has other heads than the first: an alpha_init per head fits the first and not the second.
+    # The layers have different numbers of heads: an alpha_init per head is valid for the first but not for the second.
     model = nn.ModuleList([nn.MultiheadAttention(E, H), nn.MultiheadAttention(E, 11), nn.Linear(2, 3)])
     before = snapshot(model)
     with pytest.raises(error, match=message):
@@ -214,7 +209,7 @@ def test_trap_8_everything_is_checked_before_anything_is_changed(
     assert snapshot(model) == before
 
 
-def test_trap_8_an_error_leaves_nested_tensors_as_they_were() -> None:
+def test_trap_8_an_error_does_not_change_the_use_of_nested_tensors() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, F, batch_first=True), 2)
     with pytest.raises(ValueError, match="alpha_init"):
         replace_attention(model, alpha_init=0.5)
@@ -224,7 +219,7 @@ def test_trap_8_an_error_leaves_nested_tensors_as_they_were() -> None:
     assert not model.use_nested_tensor
 
 
-def test_trap_8_subclasses_of_other_packages_are_left_alone() -> None:
+def test_trap_8_subclasses_of_other_packages_are_not_replaced() -> None:
     class Other(nn.MultiheadAttention):
         pass
 
@@ -262,7 +257,7 @@ def test_trap_8_a_default_device_does_not_matter() -> None:
     assert all(alpha.tolist() == [1.25] * H for alpha in alpha_per_head(model).values())
 
 
-def test_trap_8_filter_fn_is_given_names_and_modules() -> None:
+def test_trap_8_filter_fn_gets_names_and_modules() -> None:
     model = nn.ModuleDict({"encoder": encoder(), "decoder": decoder(1)})
     seen: dict[str, nn.Module] = {}
 
@@ -276,7 +271,7 @@ def test_trap_8_filter_fn_is_given_names_and_modules() -> None:
     assert type(model["encoder"].layers[0].self_attn) is nn.MultiheadAttention
 
 
-def test_trap_8_an_adapter_in_place_of_the_out_projection_is_kept() -> None:
+def test_trap_8_an_adapter_that_replaces_the_out_projection_is_kept() -> None:
     attention = nn.MultiheadAttention(E, H, batch_first=True)
     attention.out_proj = nn.Sequential(attention.out_proj, nn.Linear(E, E))
     model = nn.Sequential(attention)
@@ -316,7 +311,7 @@ def test_hooks_on_the_layer_run_and_their_handles_remove_them() -> None:
     assert len(calls) == 2
 
 
-def test_hooks_on_the_state_dict_go_there_and_back() -> None:
+def test_state_dict_hooks_are_kept_both_ways() -> None:
     model = nn.Sequential(nn.MultiheadAttention(E, H))
     seen: list[tuple[str, nn.Module]] = []
 

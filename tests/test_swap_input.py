@@ -1,4 +1,4 @@
-"""Models that replace_attention and restore_attention refuse, before any change."""
+"""Models that replace_attention and restore_attention refuse before any change."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ BACK_AND_FORTH = {"replace": replace_attention, "restore": restore_attention}
 
 
 def layer_for(way: str, **kwargs: Any) -> nn.MultiheadAttention:
-    """A layer that the function would exchange."""
+    """A layer that the tested function would exchange."""
     return (nn.MultiheadAttention if way == "replace" else AdaptiveSparseMultiheadAttention)(E, H, **kwargs)
 
 
 def everything(model: nn.Module) -> list[Any]:
-    """Every object of a model, by name and identity, with the entries of the tables of its modules."""
+    """Every object of a model by name and identity, with the entries of its modules' dicts."""
     return [
         (name, id(module), key, id(value), [(k, id(v)) for k, v in value.items()] if isinstance(value, dict) else [])
         for name, module in model.named_modules(remove_duplicate=False)
@@ -49,7 +49,7 @@ def weight_normed(layer: nn.MultiheadAttention) -> None:
 
 def quantised_projection(layer: nn.MultiheadAttention) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch will remove what its own quantised layers are made of
+        warnings.simplefilter("ignore")  # torch warns about the classes of its own quantised layers
         layer.out_proj = quantized_dynamic.Linear(E, E)
 
 
@@ -73,7 +73,7 @@ def patched(layer: nn.MultiheadAttention) -> None:
 def one_weight_less(layer: nn.MultiheadAttention) -> None:
     weight = layer.in_proj_weight.detach()
     del layer.in_proj_weight
-    layer.in_proj_weight = weight  # as a merged adapter leaves it
+    layer.in_proj_weight = weight  # the result of merging an adapter
 
 
 def with_a_buffer(layer: nn.MultiheadAttention) -> None:
@@ -100,7 +100,7 @@ SPOILT: list[tuple[Callable[[nn.MultiheadAttention], None], str]] = [
 
 @pytest.mark.parametrize(("spoil", "message"), SPOILT, ids=[spoil.__name__ for spoil, _ in SPOILT])
 @pytest.mark.parametrize("way", BACK_AND_FORTH)
-def test_a_layer_that_cannot_be_exchanged(
+def test_a_layer_that_cannot_be_exchanged_is_refused(
     way: str, spoil: Callable[[nn.MultiheadAttention], None], message: str
 ) -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, 13, batch_first=True), 1)
@@ -116,7 +116,7 @@ def test_a_layer_that_cannot_be_exchanged(
     assert list(chosen) == ["good.layers.0.self_attn"]
 
 
-def test_a_quantisable_layer() -> None:
+def test_a_quantisable_layer_is_refused() -> None:
     model = nn.ModuleList([nn.MultiheadAttention(E, H), quantizable.MultiheadAttention(E, H)])
     before = everything(model)
     with pytest.raises(ValueError, match=r"layer '1' must be swapped before .*torch\.ao\.nn\.quantizable"):
@@ -125,7 +125,7 @@ def test_a_quantisable_layer() -> None:
 
 
 @pytest.mark.parametrize("way", BACK_AND_FORTH)
-def test_nothing_to_exchange(way: str) -> None:
+def test_a_model_without_layers_to_exchange_is_refused(way: str) -> None:
     class Other(nn.MultiheadAttention):
         pass
 
@@ -148,7 +148,7 @@ def test_nothing_to_exchange(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", BACK_AND_FORTH)
-def test_layers_on_different_devices_are_exchanged_each_on_its_own(way: str) -> None:
+def test_layers_on_different_devices_are_exchanged_on_their_devices(way: str) -> None:
     model = nn.ModuleList([layer_for(way, device="meta"), layer_for(way)])
     new = BACK_AND_FORTH[way](model)
     assert [{p.device.type for p in layer.parameters()} for layer in new.values()] == [{"meta"}, {"cpu"}]
@@ -156,7 +156,7 @@ def test_layers_on_different_devices_are_exchanged_each_on_its_own(way: str) -> 
 
 
 @pytest.mark.parametrize("way", BACK_AND_FORTH)
-def test_a_model_wrapped_for_distributed_training(way: str) -> None:
+def test_a_model_wrapped_for_distributed_training_is_refused(way: str) -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         model = nn.parallel.DistributedDataParallel(nn.Sequential(layer_for(way)))
@@ -171,7 +171,7 @@ def test_a_model_wrapped_for_distributed_training(way: str) -> None:
 
 
 class Gated(AdaptiveSparseMultiheadAttention):
-    """A layer of a user's own, with more than torch's."""
+    """A user's layer with features beyond torch's."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -223,7 +223,7 @@ class Halved(AdaptiveSparseMultiheadAttention):
         self.in_proj_bias = nn.Parameter(torch.zeros(3))
 
 
-def test_a_layer_that_cannot_take_the_parameters() -> None:
+def test_layer_arguments_that_change_the_parameters_are_refused() -> None:
     model = nn.Sequential(nn.MultiheadAttention(E, H))
     before = everything(model)
     message = r"must keep the parameters of '0', in_proj_bias \(66,\), .*got {'halve': True}, which require .*\(3,\)"
@@ -233,8 +233,8 @@ def test_a_layer_that_cannot_take_the_parameters() -> None:
     assert issubclass(Halved, SparseMultiheadAttention)
 
 
-def test_a_checkpoint_of_another_model_is_named() -> None:
-    """Torch names the parameter that does not fit; α is one of them."""
+def test_the_error_for_a_checkpoint_of_another_model_names_the_parameters() -> None:
+    """torch's error names the parameters that do not fit, including α."""
     model = nn.Sequential(nn.MultiheadAttention(E, H))
     replace_attention(model, alpha_init=1.25)
     state = nn.Sequential(AdaptiveSparseMultiheadAttention(E, 11)).state_dict()

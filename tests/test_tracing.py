@@ -1,4 +1,4 @@
-"""Graphs written by each of torch's tracers compute the values of eager code, also from another input."""
+"""Graphs from each of torch's tracers compute the same values as eager code, also for other input."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from sparse_attn import (
     use_backend,
 )
 
-# Tracers and exporters warn on their own account.
+# Warnings of the tracers and exporters themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -122,13 +122,13 @@ WAYS: dict[str, Way] = {
     "linearize": lambda model, inputs, others: linearize(model, *others)[0],
     "aot_module": lambda model, inputs, others: aot_module(model, nop)(*others),
 }
-# Every case in the ways that differ most, every way of these cases.
+# Every case with the most different tracers, and these cases with every tracer.
 PAIRS = [(case, way) for case in CASES for way in WAYS if way in ("onnx", "make_fx") or case in ("sparsemax", "topk")]
 WITHOUT_ONNX = ("loss", "loss of probabilities")
 
 
 @pytest.mark.parametrize(("case", "way"), PAIRS)
-def test_a_graph_computes_the_same_from_other_input(case: str, way: str) -> None:
+def test_a_graph_computes_the_same_values_for_other_input(case: str, way: str) -> None:
     make, shapes = CASES[case]
     model, inputs, others = make(), *(tuple(torch.randn(shape) for shape in shapes) for _ in range(2))
     if way == "onnx" and case in WITHOUT_ONNX:
@@ -142,7 +142,7 @@ def test_a_graph_computes_the_same_from_other_input(case: str, way: str) -> None
 
 @pytest.mark.parametrize("backend", ["torch", "compiled", "triton"])
 @pytest.mark.parametrize("way", ["jit", "onnx", "make_fx", "make_fx, pre-dispatch", "functionalize"])
-def test_a_forced_backend_leaves_no_hole_in_a_graph(backend: str, way: str) -> None:
+def test_with_a_forced_backend_a_graph_is_complete(backend: str, way: str) -> None:
     def several(x: Tensor, q: Tensor) -> Tensor:
         mapped = torch.cat([sparsemax(x), topk_softmax(x, 2), entmax_attention(q, q, q)])
         return mapped.cumsum(0)
@@ -154,7 +154,7 @@ def test_a_forced_backend_leaves_no_hole_in_a_graph(backend: str, way: str) -> N
 
 
 @pytest.mark.parametrize("case", ["sparsemax", "topk", "loss", "long attention"])
-def test_the_derivatives_in_a_graph_are_those_of_the_call(case: str) -> None:
+def test_the_derivatives_in_a_graph_equal_those_of_the_call(case: str) -> None:
     make, shapes = CASES[case]
     model, (first, *inputs), (other, *others) = make(), *([torch.randn(s) for s in shapes] for _ in range(2))
     model.requires_grad_(False).double()
@@ -175,7 +175,7 @@ def test_the_derivatives_in_a_graph_are_those_of_the_call(case: str) -> None:
     torch.testing.assert_close((along * upstream).sum(), (expected * tangent).sum())
 
 
-def test_learnt_alpha_is_trained_in_a_trace() -> None:
+def test_a_learnt_alpha_can_be_trained_in_a_trace() -> None:
     layer, x = Entmax(1.4, learn_alpha=True), torch.randn(3, 5)
     traced, upstream = torch.jit.trace(layer, (torch.randn(3, 5),)), torch.randn(3, 5)
     gradients = [torch.autograd.grad((f(x) * upstream).sum(), layer.raw_alpha)[0] for f in (traced, layer)]
@@ -191,7 +191,7 @@ def test_learnt_alpha_is_trained_in_a_trace() -> None:
     ],
     ids=["window", "extra keys", "grouped heads"],
 )
-def test_a_traced_layer_takes_other_batches_and_lengths(kwargs: dict[str, Any]) -> None:
+def test_a_traced_layer_accepts_other_batches_and_lengths(kwargs: dict[str, Any]) -> None:
     layer = TopKMultiheadAttention(8, 2, k=7, batch_first=True, **kwargs).eval()
     model = Calls(lambda x: layer(x, x, x, is_causal=True)[0])
     layer.requires_grad_(False)
@@ -209,7 +209,7 @@ def test_packed_sequences_are_not_traced_with_constant_lengths() -> None:
 
 
 class Block(nn.Module):
-    """A block as those of vision models: attention called with names, its weights not asked for."""
+    """A block as in vision models: it calls attention with keyword arguments and without weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ def test_symbolic_tracing_takes_layers_as_leaves() -> None:
     assert torch.equal(copy.deepcopy(traced)(x), block(x))
 
 
-def test_features_can_be_taken_out_of_a_symbolic_trace() -> None:
+def test_features_can_be_extracted_from_a_symbolic_trace() -> None:
     block, x = Block(), torch.randn(2, 5, 6)
     replace_attention(block)
     traced = torch.fx.symbolic_trace(block)

@@ -14,7 +14,7 @@ from sparse_attn import versions
 
 
 def imported(code: str, *, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """A finished new process that ran ``code``, with ``path`` first on the search path."""
+    """A finished process that has run ``code``, with ``path`` first on its search path."""
     places = [str(path)] if path else []
     env = os.environ | {"PYTHONPATH": os.pathsep.join([*places, str(Path(sparse_attn.__file__).parents[1])])}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
@@ -26,13 +26,13 @@ def last_line(code: str, *, path: Path | None = None) -> str:
     return run.stderr.splitlines()[-1]
 
 
-def test_an_old_torch_is_refused_in_one_line(tmp_path):
+def test_an_old_torch_gives_a_one_line_error(tmp_path):
     (tmp_path / "torch.py").write_text('__version__ = "2.5.1+cu124"\n')
     line = last_line("import sparse_attn", path=tmp_path)
     assert line == "ImportError: sparse_attn needs torch 2.6 or newer, got 2.5.1+cu124"
 
 
-def test_an_old_python_is_refused_in_one_line():
+def test_an_old_python_gives_a_one_line_error():
     line = last_line("import sys; sys.version_info, sys.version = (3, 9, 18), '3.9.18 (main)'; import sparse_attn")
     assert line == "ImportError: sparse_attn needs Python 3.10 or newer, got 3.9.18"
 
@@ -53,13 +53,13 @@ def test_an_old_triton_is_not_used_after_a_warning(tmp_path, found, problem):
     )
 
 
-def test_an_old_transformers_is_refused_in_one_line(monkeypatch):
+def test_an_old_transformers_gives_a_one_line_error(monkeypatch):
     monkeypatch.setattr("sparse_attn.versions.metadata.version", lambda name: "5.15.1")
     with pytest.raises(ImportError, match=r"^sparse_attn needs transformers 5\.16 or newer, got 5\.15\.1$"):
         versions.check_transformers()
 
 
-def test_the_package_asks_for_a_version_in_one_file_alone():
+def test_only_one_file_of_the_package_checks_versions():
     package = Path(sparse_attn.__file__).parent
     asking = re.compile(r"(torch|triton|sys)\.(__version__|version_info|torch_version)|parse_version")
     found = {file.name for file in package.rglob("*.py") if asking.search(file.read_text(encoding="utf-8"))}
@@ -71,14 +71,14 @@ class Exporting(torch.nn.Module):
         return x + 1 if versions.is_exporting() else x - 1
 
 
-def test_compiling_is_no_export():
+def test_compiling_does_not_count_as_exporting():
     torch._dynamo.reset()
     assert torch.compile(Exporting(), backend="eager", fullgraph=True)(torch.zeros(2)).tolist() == [-1, -1]
     assert Exporting()(torch.zeros(2)).tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_an_export_is_one(strict):
+def test_an_export_counts_as_exporting(strict):
     program = torch.export.export(Exporting(), (torch.zeros(2),), strict=strict)
     assert program.module()(torch.zeros(2)).tolist() == [1, 1]
 

@@ -12,7 +12,7 @@ _PARAMETERS = re.compile(r"<dl>\s*((?:<dd><em class=\"sig-param\">.*?</dd>\s*)+)
 
 
 def corrected(html: str) -> str:
-    """HTML whose captions have a level, whose scrolling parts take the focus, and whose signatures are no lists."""
+    """The HTML with levels for captions, keyboard focus for scrolling parts, and signatures that are not lists."""
     html = html.replace('role="heading"><span class="caption', 'role="heading" aria-level="2"><span class="caption')
     html = html.replace("<pre", '<pre tabindex="0"')
     html = html.replace('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper')
@@ -22,7 +22,7 @@ def corrected(html: str) -> str:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Corrects each page after the theme has made its parts."""
+    """Corrects each page after the theme has rendered its parts."""
 
     def correct(app: Sphinx, page: str, template: str, context: dict[str, Any], *_: Any) -> None:
         for part in ("body", "furo_navigation_tree"):

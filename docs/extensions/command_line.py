@@ -1,7 +1,7 @@
-"""The pages on commands and configuration keys, made from the YAML files and the docstrings of what they configure.
+"""The pages on commands and configuration keys, made from the YAML files and from docstrings.
 
-The meaning of a key is the comment behind its value, and the description of the argument that the value becomes. A key
-with neither ends the build.
+The meaning of a key is the comment after its value, and the description of the argument to which the value is passed.
+A key without both is an error of the build.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SKIPPED = ("defaults", "_target_", "hydra.help", "hydra.defaults")
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a config file: its dotted name, its default as YAML, and the comment behind it."""
+    """A key of a config file: its dotted name, its default as YAML, and the comment after it."""
 
     name: str
     default: str
@@ -40,14 +40,14 @@ def files() -> list[Path]:
 
 
 def opening(file: Path) -> tuple[str, str]:
-    """The command that a file begins with, and what the comment below says."""
+    """The command in the first line of a file, and the comment below it."""
     lines = [line[2:] for line in file.read_text("utf-8").splitlines() if line.startswith("# ")]
-    first, *rest = [line for line in lines if not line.startswith("@package")]
+    first, *rest = [line for line in lines if not line.startswith("@package")] or [""]
     return first, " ".join(rest)
 
 
 def keys(file: Path) -> Iterator[Key]:
-    """The keys that a file gives a value, in its order."""
+    """The keys to which a file gives a value, in the order of the file."""
     text = file.read_text("utf-8")
     group = ".".join(file.relative_to(CONFIGS).parent.parts)
     prefix = f"{group}." if group and "@package _global_" not in text else ""
@@ -83,7 +83,7 @@ def arguments(function: Callable[..., Any]) -> dict[str, str]:
 
 @cache
 def _bound() -> dict[str, Callable[..., Any]]:
-    """Sections of the configuration, and what is called with their keys."""
+    """Sections of the configuration, and the functions that are called with their keys."""
     import lightning
 
     from recipes.seq2seq.data import Seq2SeqData, make_sequences
@@ -104,7 +104,7 @@ def _bound() -> dict[str, Callable[..., Any]]:
 
 
 def meaning(key: Key, file: Path) -> str:
-    """What a key stands for; empty if nothing says so."""
+    """The meaning of a key; empty if it is not described."""
     from recipes.launch import MANDATORY
 
     section, _, name = key.name.rpartition(".")
@@ -113,7 +113,7 @@ def meaning(key: Key, file: Path) -> str:
     if key.name == "schedule.name":
         described = arguments(_bound()["schedule"])["schedule"]
     comment = _home_comments().get(key.name) or key.comment or MANDATORY.get(key.name, "")
-    if section == "trainer":  # Lightning's descriptions are long, and ours say what holds here
+    if section == "trainer":  # Lightning's descriptions are long and not specific to the recipes
         described = "" if comment else re.split(r"(?<=\.) ", described)[0]
     return described or comment
 
@@ -128,7 +128,7 @@ def _target(section: str, file: Path) -> Callable[..., Any] | None:
 
 @cache
 def _home_comments() -> dict[str, str]:
-    """The comment behind each key in the group of the key's name, for other files that set it, such as experiments."""
+    """The comment after each key in the file of its group, for other files that set the key, such as experiments."""
     found: dict[str, str] = {}
     for file in files():
         for key in keys(file):
@@ -138,7 +138,7 @@ def _home_comments() -> dict[str, str]:
 
 
 def unexplained() -> list[str]:
-    """Files without a command at their top, and keys without a meaning."""
+    """Files that do not begin with a command, and keys without a meaning."""
     nameless = [str(file.relative_to(ROOT)) for file in files() if not opening(file)[0].startswith("sparse-attn")]
     silent = [
         f"{file.relative_to(ROOT)}: {key.name}" for file in files() for key in keys(file) if not meaning(key, file)
@@ -164,7 +164,7 @@ def configuration() -> str:
 
 
 def commands() -> str:
-    """The Markdown of the page on commands: what each prints as its help."""
+    """The Markdown of the page on commands, with the help text of each command."""
     from recipes.cli import COMMANDS
 
     parts = []
@@ -181,7 +181,7 @@ def _row(key: Key, text: str) -> tuple[str, str, str, str]:
 
 
 def _table(rows: list[tuple[str, str, str, str]]) -> str:
-    """Rows below a header; the last column only if a row has something in it."""
+    """A table of rows; the last column is left out if it is empty in all rows."""
     head = ("key", "default", "meaning", "note in the file")
     columns = 4 if any(row[3] for row in rows) else 3
     lines = [head, ("---",) * 4, *rows]
@@ -203,7 +203,7 @@ def _cell(text: str) -> str:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Completes the two pages when they are read, and reports what has no explanation."""
+    """Completes the two pages when they are read, and reports files and keys without an explanation."""
     from sphinx.util import logging
 
     made = {"reference/commands": commands, "reference/configuration": configuration}

@@ -1,8 +1,8 @@
 """Pictures for both colour schemes.
 
 A page shows ``name.png`` as usual. If ``name_dark.png`` exists beside it, the site shows that file in the dark scheme.
-A picture that a tutorial draws is an SVG whose lines and letters have the colour ``INK`` (tutorials/matplotlibrc); its
-dark copy has another colour in its place.
+A picture that a tutorial draws is an SVG whose lines and letters have the colour ``INK`` (tutorials/matplotlibrc); in
+its dark copy, another colour replaces ``INK``.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ INK, DARK_INK = "#14161a", "#e6e8ec"
 
 
 class DarkPictures(SphinxTransform):
-    """Puts the dark picture beside the light one, each with the class by which the theme shows it."""
+    """Adds the dark picture after the light one, each with the class by which the theme shows or hides it."""
 
     default_priority = 1  # before Sphinx collects pictures
 

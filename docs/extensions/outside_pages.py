@@ -1,7 +1,7 @@
-"""Pages of the site whose text lies elsewhere in the repository, such as the changelog.
+"""Pages of the site whose text is outside ``docs/``, such as the changelog.
 
-The page in ``docs/`` is a stub. Links between all pages are written as paths in the repository, where people read them
-too; here they become links between pages of the site.
+The page in ``docs/`` is a stub. Links between all pages are written as paths in the repository, where people also read
+these files; this extension converts them to links between pages of the site.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _LINK = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]\((?!\w+:|#)([^()\s#]+)(#[^()\s]
 
 
 def with_site_links(text: str, file: Path, docs: Path) -> str:
-    """The text of a file with its links as seen from the file's page in the site.
+    """The text of a file with its links converted to links of the site.
 
-    A link to a page goes to that page of the site. Other files of the repository are no part of the site: their name
-    stays, without a link. A link to nothing stays as it is, and the build reports it.
+    A link to a page becomes a link to this page of the site. Other files of the repository are not part of the site:
+    only their name is kept, without a link. A link to a missing file is not changed, and the build reports it.
 
     Args:
         text: The Markdown text.
-        file: Where the text lies in the repository.
+        file: The path of the file in the repository.
         docs: The folder of the site's sources.
 
     Example:
@@ -59,7 +59,7 @@ def with_site_links(text: str, file: Path, docs: Path) -> str:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Registers the change of every page that is read."""
+    """Registers the conversion for every page that is read."""
 
     def read(app: Sphinx, page: str, source: list[str]) -> None:
         docs = Path(app.srcdir).resolve()

@@ -35,7 +35,7 @@ _ENTRY = re.compile(r"^\.\. auto(?:function|class|exception|data|attribute|modul
 
 
 def public_names() -> Iterator[tuple[str, object]]:
-    """Every public name with what it stands for."""
+    """Every public name with its object."""
     for package in PACKAGES:
         module = importlib.import_module(package)
         for name in getattr(module, "__all__", None) or _own_functions(module):
@@ -61,7 +61,7 @@ def entries(folder: Path) -> list[str]:
 
 
 def resolve(name: str) -> object:
-    """What a dotted name stands for.
+    """The object of a dotted name.
 
     Raises:
         AttributeError: There is no such name.
@@ -81,7 +81,7 @@ def missing(folder: Path) -> list[str]:
 
 
 def linked(app: Any, env: Any, node: Any, content: Any) -> Any:
-    """A link to an entry that stands under another name of the same object, such as that of the package above."""
+    """A link to the entry of an object that is listed under another name, such as that in the parent package."""
     from sphinx.util.nodes import make_refnode
 
     target = str(node.get("reftarget", ""))

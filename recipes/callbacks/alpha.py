@@ -1,4 +1,4 @@
-"""The course of α over a training."""
+"""α of every head over a training."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ COLUMNS = ("step", "layer", "head", "alpha")
 
 
 class AlphaCourse(L.Callback):
-    """Writes α of every head to ``alpha.csv`` and to every logger, at the start and as often as the trainer logs.
+    """Writes α of every head to ``alpha.csv`` and to every logger, at the start and whenever the trainer logs.
 
-    A logger gets one number for each head, ``alpha/LAYER/headN``; TensorBoard also a histogram of each layer.
+    A logger gets one number for each head, ``alpha/LAYER/headN``; TensorBoard also gets a histogram of each layer.
 
     Args:
         folder: The run folder.
@@ -35,7 +35,7 @@ class AlphaCourse(L.Callback):
         self._written = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes the values a new run starts from."""
+        """Writes the initial values of a new run."""
         if trainer.global_step == 0:
             if trainer.is_global_zero:
                 write_rows(self.file, [], COLUMNS)
@@ -60,7 +60,7 @@ class AlphaCourse(L.Callback):
         curves = {f"alpha/{layer}/head{head}": value for layer, of in alpha.items() for head, value in enumerate(of)}
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCsv) or not curves:
-                continue  # metrics.csv has a column for each curve, and alpha.csv has these
+                continue  # alpha.csv already contains these values; metrics.csv would get a column for each head
             logger.log_metrics(curves, step)
             if isinstance(logger, TensorBoardLogger):
                 for layer, of_layer in alpha.items():

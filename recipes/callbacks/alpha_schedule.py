@@ -11,17 +11,17 @@ from sparse_attn.optim import FilterFn, check_set_alpha, linear_alpha, of_attent
 
 
 class AlphaSchedule(L.Callback):
-    """Moves the α of attention on a straight line between two optimizer steps, whether it is learnt or fixed.
+    """Changes the α of attention, learnt or fixed, linearly between two optimizer steps.
 
-    A learnt α follows the line up to ``last_step`` and learns from there. For any LightningModule.
+    A learnt α follows the line up to ``last_step`` and is trained from then on. Works with any LightningModule.
 
     Args:
         start: α up to ``first_step``.
-        end: α at ``last_step``; of a fixed α also after it.
+        end: α at ``last_step``; a fixed α keeps this value afterwards.
         first_step: Optimizer step at which the line begins.
         last_step: Optimizer step at which the line ends, above ``first_step``.
-        filter_fn: Called with the name and module of each α; α moves only if the result is True. By default true for
-            attention layers. None selects every α, also that of a loss, whose change alters the training objective.
+        filter_fn: Called with the name and module of each α; α changes only if the result is True. By default, it
+            selects attention layers. None selects every α, also that of a loss, which changes the training objective.
 
     Raises:
         TypeError: A step or an α is not a number.
@@ -57,11 +57,11 @@ class AlphaSchedule(L.Callback):
         self._begin(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Notes the step: with several optimizers a batch has several, and may pass the end of the line."""
+        """Stores the step: with several optimizers, a batch has several steps and may pass the end of the line."""
         self._began = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Sets the value of the next step; a validation sees it too."""
+        """Sets the value of the next step, which a validation uses too."""
         if self._began < self.last_step:
             self._set(trainer, pl_module)
 

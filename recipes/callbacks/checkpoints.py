@@ -24,9 +24,9 @@ class BestAndLast(Checkpoint):
 
     Args:
         folder: The run folder.
-        monitor: The metric that counts. Without a validation every epoch counts as the best.
-        higher_is_better: Whether a higher value of it is better.
-        keep: Also write the weights after each epoch, as ``epoch_0001.ckpt`` and so on, and keep so many of the last.
+        monitor: The metric that selects the best epoch. Without a validation, every epoch counts as the best.
+        higher_is_better: Whether a higher value of the metric is better.
+        keep: Also write the weights after each epoch, as ``epoch_0001.ckpt`` and so on; keep the last ``keep`` files.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class BestAndLast(Checkpoint):
         self._begin = time.monotonic()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves; Lightning calls this after every other callback, when all metrics of the epoch are known.
+        """Saves the checkpoints. Lightning calls this after every other callback, with all metrics of the epoch.
 
         Raises:
             ValueError: If the training has diverged: a weight or the validation loss is not finite. Nothing is saved.
@@ -83,7 +83,7 @@ class BestAndLast(Checkpoint):
 def write_curves(trainer: L.Trainer) -> None:
     """Writes the training loss of the epoch to ``metrics.csv``.
 
-    Lightning logs it after all callbacks: a process that is killed after the checkpoint, and resumed, would lack it.
+    Lightning logs this loss after all callbacks: a run that is killed after the checkpoint and resumed would lack it.
     """
     loss = trainer.callback_metrics.get("train/loss_epoch")
     for logger in trainer.loggers:
@@ -115,5 +115,5 @@ def diverged(what: str, module: L.LightningModule, epoch: int) -> ValueError:
     )
     kept = f"; the checkpoints of epoch {epoch} and before are kept" if epoch else ""
     return ValueError(
-        f"the training has diverged in epoch {epoch + 1}: {what}; the likely cause is a rate too high: {rates}{kept}"
+        f"the training has diverged in epoch {epoch + 1}: {what}; probably a rate is too high: {rates}{kept}"
     )

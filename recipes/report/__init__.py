@@ -1,6 +1,6 @@
 """Reports on a trained model's attention heads: measurements, tables, pictures, and one HTML file.
 
-The pictures and the page (`recipes.report.write`) are imported where they are drawn: matplotlib loads slowly.
+`recipes.report.write`, which draws the pictures and the page, is imported only when needed: matplotlib loads slowly.
 """
 
 from .measure import LayerHeads, attention_density, measure_at, measure_heads, top_k_per_layer

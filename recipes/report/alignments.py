@@ -26,7 +26,7 @@ def check_alignment(rule: Any, layer: Any, layers: int) -> None:
     """Refuse a rule or a layer that does not exist.
 
     Raises:
-        ValueError: naming what is allowed.
+        ValueError: if the rule or the layer is unknown; the message lists the allowed values.
     """
     if rule not in get_args(AlignmentRule):
         raise ValueError(f"align.heads must be one of {', '.join(get_args(AlignmentRule))}, got {rule!r}")
@@ -40,10 +40,10 @@ def alignment_lines(task: Any, words: list[str], rule: AlignmentRule, layer: int
 
     Args:
         task: a `Seq2SeqTask` in evaluation mode.
-        words: any number.
+        words: any number of words.
         rule: how heads are combined; see :func:`sparse_attn.analysis.align`.
-        layer: number of the cross-attention layer, counted from the end if negative, or "all" for the heads of all.
-        longest: tokens of an input at most; a longer one is cut off.
+        layer: number of the cross-attention layer, counted from the end if negative, or "all" for all heads.
+        longest: most tokens of an input; a longer input is cut.
     """
     batches = in_batches(task, [word for word in words if word], longest)
     lines = iter(line for batch in batches for line in _lines(batch, rule, layer))
@@ -56,7 +56,7 @@ def _lines(batch: ReadWords, rule: AlignmentRule, layer: int | str) -> list[str]
     weights = torch.cat([each for each in chosen if each is not None], dim=1)
     lines = []
     for index, (source, written) in enumerate(zip(batch.sources, batch.written, strict=True)):
-        # Neither end of sequence is a word.
+        # The end-of-sequence tokens of both sides are not words.
         pairs = align(weights[index, :, : len(written) - 1, : len(source) - 1], rule).mT.nonzero().tolist()
         lines.append(" ".join(f"{key}-{query}" for key, query in pairs))
     return lines
@@ -66,7 +66,7 @@ def write_lines(lines: Iterable[str], file: Path) -> None:
     """Write a text file in one step.
 
     Raises:
-        FileNotFoundError: if it cannot be written.
+        FileNotFoundError: if the file cannot be written.
     """
     try:
         write_text(file, "".join(f"{line}\n" for line in lines))

@@ -31,9 +31,9 @@ def render(settings: Sequence[Setting], metrics: Sequence[str], form: str, notes
     """The table in one of the ``FORMATS``.
 
     Args:
-        settings: The lines.
-        metrics: The columns; one with a difference to a baseline has two more, the difference with the interval that
-            holds 95 % of the resampled ones, and its p-value.
+        settings: The settings, one per line.
+        metrics: The metrics, one column each. With a baseline there are two more columns per metric: the difference,
+            with the interval that contains 95 % of the resampled differences, and its p-value.
         form: The format.
         notes: Lines under the table.
     """

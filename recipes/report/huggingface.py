@@ -1,4 +1,4 @@
-"""Look into a Hugging Face model that was saved in a folder: ``sparse-attn inspect model=DIR text="..."``."""
+"""Report on the heads of a Hugging Face model saved in a folder: ``sparse-attn inspect model=DIR text="..."``."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def inspect_model(cfg: DictConfig) -> dict[str, list[float]]:
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If it holds no model, the text does not fit it, or a value is not allowed.
+        ValueError: If the folder contains no model, the text does not fit the model, or a value is not allowed.
     """
     for name in ("compare", "words", "word", "input"):
         if cfg[name] is not None:
-            raise ValueError(f'{name} is for run=DIR; what a model reads is given as text="..."')
+            raise ValueError(f'{name} is only for run=DIR; the input of a Hugging Face model is given as text="..."')
     if cfg.worth:
-        raise ValueError("worth is for run=DIR, as it needs data to measure a loss on; got worth=true with model=DIR")
+        raise ValueError("worth is for run=DIR, since a loss needs data with targets; got worth=true with model=DIR")
     if not isinstance(cfg.text, str) or not cfg.text.strip():
-        raise ValueError(f'text has no value; give it as text="...", what the model reads; got {cfg.text!r}')
+        raise ValueError(f'text has no value; give it as text="...", the input of the model; got {cfg.text!r}')
     folder = model_folder(cfg.hf_model)
     with quiet():
         model, tokenizer = load_model(folder, cfg.attention)
@@ -70,7 +70,7 @@ def inspect_model(cfg: DictConfig) -> dict[str, list[float]]:
     console.print(roles_table({layer.name: layer for layer in view.layers}))
     console.print(ROLES_EXPLAINED, style="dim")
     if memory is not None:
-        console.print(f"\nwritten by the model or given: {' '.join(tokens)}", markup=False)
+        console.print(f"\noutput tokens: {' '.join(tokens)}", markup=False)
     output = folder / FOLDER if cfg.output is None else Path(cfg.output).expanduser()
     files = _write(view, output, cfg.figures)
     console.print("\nwritten:")
@@ -123,7 +123,7 @@ def load_model(folder: Path, attention: str | None) -> tuple[Any, Any]:
     if attention is not None and attention not in ATTENTION:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
     register()
-    # Ours at α = 1 is softmax, and shows its weights.
+    # Our attention at α = 1 is softmax, and reports its weights.
     register(_SOFTMAX, alpha=1.0)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -150,7 +150,7 @@ def load_model(folder: Path, attention: str | None) -> tuple[Any, Any]:
 def _run(
     model: Any, tokenizer: Any, text: str, target: str | None
 ) -> tuple[AttentionRecord, list[str], list[str] | None]:
-    """One pass over a text: what was recorded, the tokens that attend, and those of the encoder beside a decoder."""
+    """One pass over a text: the record, the tokens of the queries, and, beside a decoder, those of the encoder."""
     inputs = tokenizer(text, return_tensors="pt")
     read = inputs["input_ids"]
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -166,7 +166,7 @@ def _run(
         return record, tokenizer.convert_ids_to_tokens(read[0]), None
     if target is None:
         if not hasattr(model, "generate"):
-            raise ValueError(f"target must be given, as {type(model).__name__} does not write")
+            raise ValueError(f"target must be given, since {type(model).__name__} cannot generate text")
         steps = model.generate(**inputs, max_new_tokens=LONGEST_OUTPUT, num_beams=1, do_sample=False)
         steps = steps[:, :-1] if steps.shape[1] > 1 else steps
     else:
@@ -199,7 +199,7 @@ def _alignment(view: AttentionView, cfg: DictConfig, special: set[str]) -> str:
     cross = [layer.maps[view.first] for layer in view.layers if layer.kind == "cross"]
     chosen = cross if cfg.align.layer == "all" else [cross[int(cfg.align.layer)]]
     weights = torch.cat([shown.weights for shown in chosen])
-    # A step writes the token that the next one reads; the last one's is not among them.
+    # Each step generates the token that the next step reads; the token of the last step is not read.
     written = [place for place, token in enumerate(chosen[0].queries[1:]) if token not in special]
     read = [place for place, token in enumerate(chosen[0].keys) if token not in special]
     pairs = align(weights[:, written][:, :, read], cfg.align.heads).mT.nonzero().tolist()
@@ -208,7 +208,7 @@ def _alignment(view: AttentionView, cfg: DictConfig, special: set[str]) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the notes and bars that transformers prints while it loads."""
+    """Suppresses messages and progress bars of transformers while a model is loaded."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -223,5 +223,5 @@ def quiet() -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    """The beginning of an error that may be many lines."""
+    """The beginning of an error message that may have many lines."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,4 +1,4 @@
-"""The attention of one word, head by head, with exact zeros told apart from small weights."""
+"""Pictures of the attention of one word, head by head, in which exact zeros differ from small weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class AttentionMap:
 
 @dataclass(frozen=True)
 class WordMaps:
-    """One word, what the model made of it, and the attention of its layers."""
+    """One word, the output of the model for it, and the attention of its layers."""
 
     word: str
     prediction: str
@@ -55,7 +55,7 @@ class WordMaps:
 
 
 def choose_word(words: Iterable[str]) -> str:
-    """The first of the longest words that still make a readable picture."""
+    """The first of the longest words whose picture is still readable."""
     return max(words, key=lambda word: (len(word) <= LONGEST_NICE_WORD, min(len(word), LONGEST_NICE_WORD)))
 
 
@@ -64,7 +64,7 @@ def word_maps(task: Any, word: str) -> WordMaps:
 
     Args:
         task: a `Seq2SeqTask` in evaluation mode.
-        word: what to predict.
+        word: the input word.
 
     Raises:
         ValueError: if the word is empty.
@@ -90,7 +90,7 @@ def word_maps(task: Any, word: str) -> WordMaps:
 
 
 def attention_figure(sample: WordMaps, alpha: Mapping[str, Tensor], top_k: Mapping[str, int]) -> Figure:
-    """A panel for each head, the heads of a layer side by side; exact zeros are white."""
+    """One panel per head, with the heads of a layer side by side; exact zeros are white."""
     heads = max(len(layer.weights) for layer in sample.layers)
     columns = min(heads, HEADS_PER_ROW)
     lines = [
@@ -134,7 +134,7 @@ def _draw_head(panel: Axes, layer: AttentionMap, head: int, sparsity: str) -> An
 
 
 def rollout_figure(read: ReadWords) -> Figure:
-    """How much of each input token is in each encoder state of the first word, through all layers."""
+    """The share of each input token in each encoder state of the first word, after all layers."""
     length = len(read.sources[0])
     layers = [
         heads.weights[0, :, :length, :length].cpu()

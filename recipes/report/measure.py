@@ -29,8 +29,8 @@ from ..seq2seq.tokenizer import PAD
 Kind = Literal["encoder", "decoder", "cross"]
 KINDS: tuple[Kind, ...] = ("encoder", "decoder", "cross")
 OFFSETS = {"previous": -1, "self": 0, "next": 1}
-# Pairs of a query and a key in one pass, over all of its rows. Weights and their statistics need memory for every pair
-# and head, so that a batch of long texts is measured in parts.
+# Number of pairs of a query and a key in one pass, over all of its rows. Weights and their statistics need memory for
+# every pair and head, so a batch of long texts is measured in parts.
 PAIRS_AT_ONCE = 2**20
 
 
@@ -39,14 +39,14 @@ class LayerHeads:
     """Measurements of one attention layer; every tensor has one value per head.
 
     Attributes:
-        kind: "encoder" and "decoder" self-attention, "cross" from decoder to encoder.
+        kind: "encoder" or "decoder" for self-attention, "cross" for attention of the decoder to the encoder.
         density: share of the visible pairs with a non-zero weight.
         entropy: mean entropy of a query's weights, in nats.
         weight: mean weight on the "previous", "self" and "next" position; none for cross-attention.
-        strongest: share of the positions whose largest weight is there; none for cross-attention.
-        monotonicity: how steadily the head moves forward over the input; only of cross-attention.
+        strongest: share of the queries whose largest weight is on that position; none for cross-attention.
+        monotonicity: how steadily the head moves forward over the input; only for cross-attention.
         roles: the name of each head's role (`sparse_attn.analysis.name_roles`).
-        diversity: Jensen-Shannon divergence between the heads, in nats, on average (`head_diversity`).
+        diversity: mean Jensen-Shannon divergence between the heads, in nats (`head_diversity`).
     """
 
     kind: Kind
@@ -60,7 +60,7 @@ class LayerHeads:
 
 
 class RecordedLayer(NamedTuple):
-    """The weights (N, H, L, S) of one layer for one batch, and which pairs were visible (N, 1, L, S)."""
+    """The weights (N, H, L, S) of one layer for one batch, and the mask of visible pairs (N, 1, L, S)."""
 
     name: str
     kind: Kind
@@ -76,7 +76,7 @@ def layer_kind(name: str) -> Kind:
 
 
 def top_k_per_layer(model: nn.Module) -> dict[str, int]:
-    """Layer name -> k, of every top-k layer."""
+    """Layer name -> k of every top-k layer."""
     return {name: module.k for name, module in model.named_modules() if isinstance(module, TopKMultiheadAttention)}
 
 
@@ -98,15 +98,15 @@ def parts(lengths: Sequence[int], pairs: int = PAIRS_AT_ONCE) -> Iterator[slice]
 
 
 def observe_layers(model: nn.Module, source: Tensor, target: Tensor, take: Callable[[RecordedLayer], None]) -> None:
-    """Run the model once with teacher forcing, and pass on what each attention layer did as soon as it has done it.
+    """Run the model once with teacher forcing, and call ``take`` with the weights of each layer when they are computed.
 
-    Visible are real queries and real keys only, never padding; in the decoder, positions up to the query's.
+    Only real queries and keys are visible, never padding; in the decoder, only positions up to that of the query.
 
     Args:
         model: a `Seq2SeqTransformer`, in evaluation mode.
         source: token ids (N, S), 0 is padding.
         target: decoder input ids (N, T), 0 is padding.
-        take: called for each layer. Unless it keeps the weights, they are freed before the next layer makes its own.
+        take: called for each layer. Unless it keeps the weights, they are freed before the next layer computes its own.
     """
     names = {module: name for name, module in model.named_modules()}
     source_real, target_real = source != PAD, target != PAD
@@ -129,7 +129,7 @@ def attention_density(task: Any, loader: Iterable[dict[str, Any]]) -> dict[str, 
     """Attention density of every head over the batches of a loader.
 
     Args:
-        task: a `Seq2SeqTask`, or anything with a `Seq2SeqTransformer` as `model`; its mode is left as it was.
+        task: a `Seq2SeqTask`, or any object with a `Seq2SeqTransformer` as `model`; its mode is not changed.
         loader: batches with `source` and `target_in`.
 
     Returns:
@@ -152,11 +152,11 @@ def measure_heads(task: Any, loader: Iterable[dict[str, Any]]) -> dict[str, Laye
     """Density, entropy, positional shares and role of every head over the batches of a loader.
 
     Args:
-        task: a `Seq2SeqTask`, or anything with a `Seq2SeqTransformer` as `model`; its mode is left as it was.
+        task: a `Seq2SeqTask`, or any object with a `Seq2SeqTransformer` as `model`; its mode is not changed.
         loader: batches with `source` and `target_in`.
 
     Returns:
-        Layer name -> what its heads do; encoder, decoder, cross-attention, layer by layer.
+        Layer name -> measurements of its heads; in the order encoder, decoder, cross-attention, layer by layer.
 
     Raises:
         ValueError: if the loader has no batch.
@@ -189,7 +189,7 @@ def _kind_by_kind(layers: Iterable[str]) -> list[str]:
 
 
 def _observe_all(model: nn.Module, loader: Iterable[dict[str, Any]], take: Callable[[RecordedLayer], None]) -> None:
-    """:func:`observe_layers` over the batches of a loader, in parts where texts are long."""
+    """:func:`observe_layers` over the batches of a loader; a batch of long texts is split into parts."""
     device = next(model.parameters()).device
     was_training = model.training
     empty = True
@@ -203,11 +203,11 @@ def _observe_all(model: nn.Module, loader: Iterable[dict[str, Any]], take: Calla
     finally:
         model.train(was_training)
     if empty:
-        raise ValueError("attention is measured on at least one batch, got a loader without any")
+        raise ValueError("loader must have at least one batch, got none")
 
 
 def _statistics(layer: RecordedLayer) -> dict[str, tuple[Tensor, Tensor]]:
-    """Sum and count per head of each statistic of one batch that a head's role depends on."""
+    """Sum and count per head, for one batch, of each statistic that determines the role of a head."""
     weights, visible = layer.weights, layer.visible
     values = {
         "diffuse": entropy(weights, visible, relative=True),
@@ -242,10 +242,10 @@ def _layer_heads(kind: Kind, recorded: HeadStatistics, means: dict[str, Tensor])
 
 
 def measure_at(task: Any, loader: Iterable[dict[str, Any]], alpha: float) -> dict[str, LayerHeads]:
-    """:func:`measure_heads` with one α in every head that has a learnt one; the model is as before afterwards.
+    """:func:`measure_heads` with the same α in every head with a learnt α; afterwards the model is as before.
 
     Returns:
-        Nothing where no head has a learnt α, or its range does not reach that far.
+        An empty dict if no head has a learnt α, or ``alpha`` is outside its range.
     """
     learnt = {name: module for name, module in task.model.named_modules() if _learns(module)}
     if not learnt or not all(low <= alpha <= high for low, high in (module.alpha_range for module in learnt.values())):

@@ -1,4 +1,4 @@
-"""The page of a run: its heads on all validation words, and the attention of some words to play with."""
+"""The interactive page of a run: statistics of its heads on all validation words, and the attention of some words."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def run_view(
     """The view of a run.
 
     Args:
-        title: of the page.
-        read: the words that can be looked at.
-        heads: layer name -> what its heads do on all validation words.
+        title: title of the page.
+        read: the words whose attention the page shows.
+        heads: layer name -> measurements of its heads on all validation words.
         alpha: layer name -> (H,).
         courses: run -> α over training.
-        further: name of a number -> layer name -> (H,).
-        sections: heading and HTML of what else the page tells.
+        further: name of a statistic -> layer name -> (H,).
+        sections: heading and HTML of further sections of the page.
     """
     view = attention_view(read.record, read.read, read.sources, title=title, courses=courses)
     layers = [_measured(layer, heads[layer.name], alpha.get(layer.name), further) for layer in view.layers]
@@ -47,7 +47,7 @@ def run_view(
 def _measured(
     layer: Layer, heads: LayerHeads, alpha: Tensor | None, further: Mapping[str, Mapping[str, Tensor]]
 ) -> Layer:
-    """A layer with the numbers of all validation words in the place of those of the words shown."""
+    """A layer with statistics of all validation words instead of those of the shown words."""
     numbers: dict[str, Tensor | None] = {"alpha": alpha, "density": heads.density, "entropy": heads.entropy}
     numbers |= {f"weight on {position}": heads.weight.get(position) for position in OFFSETS}
     numbers |= {"monotonicity": heads.monotonicity}
@@ -57,6 +57,6 @@ def _measured(
 
 
 def _with_outputs(layer: Layer, written: Sequence[Sequence[str]]) -> Layer:
-    """A query of cross-attention stands for the token that its step writes, not for the one it has read."""
+    """The layer with generated tokens as names of cross-attention queries, instead of the tokens that they read."""
     maps = [replace(shown, queries=tuple(tokens)) for shown, tokens in zip(layer.maps, written, strict=True)]
     return replace(layer, maps=maps)

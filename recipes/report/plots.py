@@ -20,7 +20,7 @@ KIND_TITLES: dict[Kind, str] = {
     "decoder": "decoder self-attention",
     "cross": "cross-attention",
 }
-# Okabe and Ito's colours without yellow, too pale for a line on white; dashes tell further heads apart.
+# Okabe and Ito's colours without yellow, which is too pale for a line on white; further heads have dashed lines.
 HEAD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 HEAD_DASHES = ("-", "--", ":")
 NO_VALUE = "#e6e6e6"
@@ -28,7 +28,7 @@ DPI = 150
 
 
 def heat_map(alpha: Mapping[str, Tensor], density: Mapping[str, Tensor], top_k: Mapping[str, int]) -> Figure:
-    """α (left) and attention density (right) of every head, a row of panels for each kind of attention."""
+    """α (left) and attention density (right) of every head, with one row of panels per kind of attention."""
     layers = {kind: [name for name in density if layer_kind(name) == kind] for kind in KINDS}
     layers = {kind: names for kind, names in layers.items() if names}
     heads = max(len(values) for values in density.values())
@@ -77,10 +77,10 @@ def _cells(axes: Axes, values: np.ndarray, labels: np.ndarray, low: float, high:
 
 
 def alpha_course(rows: Sequence[tuple[int, str, int, float]]) -> Figure:
-    """The course of α over training: a panel for each layer, a line for each head.
+    """Curves of α over training: one panel per layer, one line per head.
 
     Args:
-        rows: (step, layer, head, α), as a run folder's alpha.csv holds them.
+        rows: (step, layer, head, α), as in the alpha.csv of a run folder.
     """
     lines: dict[str, dict[int, dict[int, float]]] = {}
     for step, layer, head, alpha in rows:

@@ -1,4 +1,4 @@
-"""Scores on a terminal: a table of the splits, one of the groups, and how BLEU and chrF were computed."""
+"""Scores on a terminal: tables of the splits and of the groups, and the signatures of BLEU and chrF."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def print_scores(console: Console, scores: Mapping[str, Scores]) -> None:
     """Prints the metrics of each split, and of each group if there are several.
 
     Args:
-        console: Where to.
+        console: The console to print to.
         scores: "val" or "test" -> the scores of the split.
     """
     first = next(iter(scores.values()))

@@ -13,9 +13,9 @@ def search_table(summaries: Mapping[str, Mapping[str, float]], *, beam_size: int
     """A line for each measure, a column for each split.
 
     Args:
-        summaries: "val" or "test" -> what ``SearchSpace.summary`` gave.
-        beam_size: Of the beam search.
-        budget: Expansions of the exact search.
+        summaries: "val" or "test" -> the result of ``SearchSpace.summary``.
+        beam_size: Size of the beam search.
+        budget: Budget of the exact search, in expansions.
     """
     lines = {
         "proved": (f"best hypothesis proved within {budget:,} expansions, %", ".1f"),
@@ -23,11 +23,11 @@ def search_table(summaries: Mapping[str, Mapping[str, float]], *, beam_size: int
         "beam_errors": (f"  of these, search errors of a beam of {beam_size}, %", ".1f"),
         "single": ("only one hypothesis possible, %", ".1f"),
         "expansions": ("expansions, mean", ",.1f"),
-        "mass": ("probability of the hypotheses seen, mean", ".3f"),
+        "mass": ("total probability of the hypotheses seen, mean", ".3f"),
         "empty_impossible": ("empty hypothesis impossible, %", ".1f"),
         "empty_best": ("empty hypothesis the best, %", ".1f"),
-        "empty_log_probability": ("  where possible, log-probability, median", ".2f"),
-        "empty_rank": ("  where possible, rank at least, median", ",.0f"),
+        "empty_log_probability": ("  if possible, median log-probability", ".2f"),
+        "empty_rank": ("  if possible, median rank among the seen", ",.0f"),
     }
     table = Table(title="exact search", title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("")

@@ -14,19 +14,19 @@ from sparse_attn.analysis import ROLE_THRESHOLDS
 from ..seq2seq.metrics import MEANS, METRICS
 from .measure import OFFSETS, LayerHeads
 
-# So many heads fit beside the longest layer name.
+# The number of heads that fit beside the longest layer name.
 HEADS_PER_LINE = 8
 LONGEST_NAME = len("decoder.layers.0.multihead_attn")
 SPLIT_NAMES = {"val": "validation", "test": "test"}
 ROLES_EXPLAINED = (
     "previous, self, next: at least {previous:.0%} of the weight is on that position; monotone: moves "
-    "forward over the input as the output grows (correlation at least {monotone}); diffuse: looks almost "
-    "evenly at everything (at least {diffuse:.0%} of the largest possible entropy); mixed: none of these."
+    "forward over the input as the output grows (correlation at least {monotone}); diffuse: spreads its weight "
+    "almost evenly (at least {diffuse:.0%} of the largest possible entropy); mixed: none of these."
 ).format(**ROLE_THRESHOLDS)
 
 
 def percent(share: float) -> str:
-    """A share as a percentage of at most four characters; 100% is exactly all.
+    """A share as a percentage of at most four characters; 100% means exactly 1.
 
     Example:
         >>> [percent(share) for share in (1.0, 0.999, 0.418, 0.0372)]
@@ -39,7 +39,7 @@ def percent(share: float) -> str:
 
 
 def setting(layer: str, head: int, alpha: Mapping[str, Tensor], top_k: Mapping[str, int]) -> str:
-    """How sparse a head is set: its α, or k=... for top-k attention."""
+    """The setting of a head's sparsity: its α, or k=... for top-k attention."""
     if layer in alpha:
         return f"{float(alpha[layer][head]):.2f}"
     return f"k={top_k[layer]}" if layer in top_k else "-"
@@ -52,13 +52,13 @@ def alpha_table(
     top_k: Mapping[str, int] | None = None,
     compared: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Table:
-    """α and attention density of every head: a line of each per layer, heads as columns.
+    """α and attention density of every head: two lines per layer, and one column per head.
 
     Args:
         alpha: layer name -> (H,), learnt or fixed.
         density: layer name -> (H,), shares between 0 and 1; its order is that of the table.
-        top_k: layer name -> k, of layers without α.
-        compared: name -> density of the same layers in another run, a line more for each.
+        top_k: layer name -> k of layers without α.
+        compared: name -> density of the same layers in another run, on one more line per layer.
 
     Raises:
         ValueError: if a compared run does not have the same layers and heads.
@@ -94,15 +94,15 @@ def alpha_table(
 
 
 class HasRoles(Protocol):
-    """A layer whose heads have been named."""
+    """A layer whose heads have roles."""
 
     @property
     def roles(self) -> list[str]:
-        """One for each head."""
+        """One role per head."""
 
 
 def roles_table(heads: Mapping[str, HasRoles]) -> Table:
-    """Which heads of each layer have which role."""
+    """A table of the heads of each layer by role."""
     table = Table(title="head roles", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("layer", no_wrap=True)
     table.add_column("role: heads")
@@ -122,8 +122,8 @@ def rates_table(
     Args:
         rates: "val" or "test" -> the metrics by name; "loss" per token in the unit of the model's output and
             "support", the mean number of possible next tokens, both missing for an ensemble.
-        words: how many words each split has.
-        metrics: which metrics to show.
+        words: number of words in each split.
+        metrics: the metrics to show.
     """
     rounded = {**dict.fromkeys(metrics, 2), "loss": 3, "support": 2}
     labels = {name: metric.label for name, metric in {**METRICS, **MEANS}.items()}
@@ -137,11 +137,11 @@ def rates_table(
 
 
 def groups_table(parts: Mapping[str, Mapping[str, Mapping[str, float]]], metrics: Sequence[str]) -> Table:
-    """Metrics of every group, such as a language; a group to a line, best read beside the means in `rates_table`.
+    """Metrics of every group, such as a language, with one line per group; `rates_table` has their means.
 
     Args:
-        parts: "val" or "test" -> group -> the metrics by name; no groups where a split has no parts.
-        metrics: which metrics to show.
+        parts: "val" or "test" -> group -> the metrics by name; without groups if a split has no parts.
+        metrics: the metrics to show.
     """
     shown = [(split, name) for split, found in parts.items() if found for name in metrics]
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -161,10 +161,10 @@ def head_rows(
     top_k: Mapping[str, int],
     further: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> list[dict[str, str]]:
-    """One row per head: what `heads.csv` and the report hold; empty where a column has no meaning.
+    """One row per head, for `heads.csv` and the report; a cell without a value is empty.
 
     Args:
-        heads: layer name -> what was measured.
+        heads: layer name -> measurements of its heads.
         alpha: layer name -> (H,).
         top_k: layer name -> k.
         further: name of a column -> layer name -> (H,).

@@ -18,7 +18,7 @@ from ..seq2seq.decode import greedy_decode
 from ..seq2seq.tokenizer import BOS
 from .measure import parts
 
-# Tokens of an input and of an output that pictures and the page show.
+# Most tokens of an input and of an output that pictures and the page show.
 LONGEST_SHOWN = 128
 
 
@@ -27,12 +27,12 @@ class ReadWords:
     """Words that a model has read and written, with its attention.
 
     Attributes:
-        words: as they were given.
-        outputs: what the model wrote.
-        sources: the tokens of each word, ended by ``<eos>``: the keys of cross-attention.
-        read: the tokens the decoder read at each step, from ``<bos>``.
-        written: the token that each step wrote, ``<eos>`` last.
-        record: the attention of all of them, in one batch.
+        words: the given words.
+        outputs: the outputs of the model.
+        sources: the tokens of each word, followed by ``<eos>``: the keys of cross-attention.
+        read: the tokens that the decoder reads, one per step, beginning with ``<bos>``.
+        written: the tokens that the decoder generates, one per step, ending with ``<eos>``.
+        record: the attention for all words, in one batch.
     """
 
     words: list[str]
@@ -49,8 +49,8 @@ def read_batch(task: Any, words: Sequence[str], longest: int = LONGEST_SHOWN) ->
 
     Args:
         task: a `Seq2SeqTask` in evaluation mode.
-        words: one or more.
-        longest: tokens of an input and of an output at most; a longer input is cut off.
+        words: one word or more.
+        longest: most tokens of an input and of an output; a longer input is cut.
 
     Raises:
         ValueError: if there is no word, or one is empty.
@@ -82,13 +82,13 @@ def in_batches(task: Any, words: Sequence[str], longest: int) -> Iterator[ReadWo
 
 
 def given_words(words: Any, word: Any, file: Any, fields: Sequence[str]) -> list[str] | None:
-    """The words of a command; blank lines of a file are empty words. None where none were given.
+    """The words given to a command; blank lines of a file are empty words. None if no words were given.
 
     Args:
         words: a list of words, or None.
         word: one word, or None.
-        file: of a word per line, or None.
-        fields: what a line of the file has, as the model reads it.
+        file: a file with one word per line, or None.
+        fields: the columns of a line, as the model reads them.
 
     Raises:
         FileNotFoundError: if the file cannot be read.

@@ -1,4 +1,4 @@
-"""The worth of every head of a trained model, with an estimate of the time it takes to measure."""
+"""The effect of every head of a trained model on the loss, with an estimate of the measuring time."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def measure_worth(
 
     Args:
         task: a `Seq2SeqTask` in evaluation mode.
-        batches: of an evaluation loader; they are kept in memory.
-        console: where progress is shown.
+        batches: batches of an evaluation loader; they are kept in memory.
+        console: the console that shows the progress.
 
     Returns:
         Change -> layer name -> (H,).
@@ -54,7 +54,7 @@ def measure_worth(
         loss()
     seconds = evaluations * (time.perf_counter() - started)
     words = sum(len(batch["source"]) for batch in kept)
-    console.print(f"what each head is worth: {evaluations} times {words:,} words, about {_duration(seconds)}")
+    console.print(f"change of the loss for each head: {evaluations} times {words:,} words, about {_duration(seconds)}")
     columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         shown = bar.add_task("heads", total=evaluations)
@@ -62,7 +62,7 @@ def measure_worth(
 
 
 def worth_table(worth: Mapping[HeadChange, Mapping[str, Tensor]]) -> Table:
-    """The change of the loss for every head, a line for each change that can be made to a layer."""
+    """A table of the change of the loss for every head, with one line per layer and kind of change."""
     layers = list(dict.fromkeys(layer for found in worth.values() for layer in found))
     heads = max(len(values) for found in worth.values() for values in found.values())
     table = Table(
@@ -84,5 +84,5 @@ def worth_table(worth: Mapping[HeadChange, Mapping[str, Tensor]]) -> Table:
 
 
 def _duration(seconds: float) -> str:
-    """Example: a minute and a half is "2 min"."""
+    """A duration as text; a minute and a half gives "2 min"."""
     return f"{max(1, round(seconds))} s" if seconds < 90 else f"{round(seconds / 60)} min"

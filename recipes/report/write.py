@@ -1,4 +1,4 @@
-"""The report of a run: pictures, a file of rows, and a page that holds them all."""
+"""The report of a run: pictures, a CSV file, a JSON file, and a page that contains them all."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ SOFTMAX, ENTMAX15 = "α = 1", "α = 1.5"
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a report tells about a run.
+    """The content of a report about a run.
 
     Attributes:
         run: the run.
-        heads: layer name -> what its heads do on validation data.
-        alpha: layer name -> (H,), of layers that have an α.
-        top_k: layer name -> k, of top-k layers.
+        heads: layer name -> measurements of its heads on validation data.
+        alpha: layer name -> (H,), for layers with an α.
+        top_k: layer name -> k, for top-k layers.
         words: number of validation words that were measured.
         sample: the attention of one word.
-        read: the words that can be looked at in the page.
+        read: the words whose attention the page shows.
         compared: name -> density of the same layers in another run.
         courses: run -> its α over training.
-        baselines: α -> the same measured with that α in every head that learns one.
+        baselines: α -> the same measurements with this α in every head that learns α.
         worth: change -> layer name -> change of the loss with one head changed.
     """
 
@@ -64,7 +64,7 @@ class Report:
 
     @property
     def further(self) -> dict[str, dict[str, Tensor]]:
-        """Numbers of every head that not every report has: name -> layer name -> (H,)."""
+        """Optional statistics of every head: name -> layer name -> (H,)."""
         found = {
             f"density at {name}": {layer: measured.density for layer, measured in baseline.items()}
             for name, baseline in self.baselines.items()
@@ -77,8 +77,8 @@ def write_report(report: Report, folder: Path, figures: str = "png") -> list[Pat
     """Write the report into a folder, over an earlier one.
 
     Args:
-        report: what to write.
-        folder: made if it is not there.
+        report: the content.
+        folder: the output folder; created if it does not exist.
         figures: "png", "svg" or "pdf".
 
     Returns:
@@ -104,7 +104,7 @@ def write_report(report: Report, folder: Path, figures: str = "png") -> list[Pat
         further=report.further,
         sections=_sections(report, embedded),
     )
-    # All is drawn before the first file is written.
+    # Everything is drawn before the first file is written, so that an error leaves the old files unchanged.
     files = {
         folder / f"{name}.{figures}": embedded[name] if figures == "png" else drawn(figure, figures)
         for name, figure in pictures.items()
@@ -177,7 +177,7 @@ def _sections(report: Report, pictures: Mapping[str, bytes]) -> list[tuple[str, 
             + html.picture(pictures["alpha"], "heat map of α and density, layers by heads"),
         ),
         (
-            "Course of α over training",
+            "α over training",
             html.picture(pictures["alpha_course"], "α of each head by training step")
             if "alpha_course" in pictures
             else html.paragraph("This run recorded no α."),
@@ -192,17 +192,17 @@ def _sections(report: Report, pictures: Mapping[str, bytes]) -> list[tuple[str, 
         (
             "Diversity of heads",
             html.paragraph(
-                "Jensen-Shannon divergence between the heads of a layer, in nats, on average over queries: 0 where "
-                "all heads look alike. Beside the learnt α stand one α in every head of the same weights, which were "
-                "not trained with it (Correia, Niculae & Martins 2019, section 5.1)."
+                "Jensen-Shannon divergence between the heads of a layer, in nats, averaged over queries: 0 if all "
+                "heads have the same weights. For comparison, the same model with one α in all heads, with which it "
+                "was not trained (Correia, Niculae & Martins 2019, section 5.1)."
             )
             + html.table(_diversity_rows(report)),
         ),
         (
             "Attention rollout in the encoder",
             html.paragraph(
-                "How much of each input token is in each encoder state after all layers, the mean of the heads and "
-                "the residual connection half and half (Abnar & Zuidema 2020)."
+                "Share of each input token in each encoder state after all layers; the mean of the heads and the "
+                "residual connection count half each (Abnar & Zuidema 2020)."
             )
             + html.picture(pictures["rollout"], f"attention rollout for {report.read.words[0]}"),
         ),
@@ -227,7 +227,7 @@ def _worth(report: Report) -> list[tuple[str, str]]:
         for head in range(len(report.heads[layer].roles))
     ]
     explained = "Change of the loss of a token, in thousandths, when one head is changed and all others stay."
-    return [("What each head is worth", html.paragraph(explained) + html.table(rows))]
+    return [("Effect of each head on the loss", html.paragraph(explained) + html.table(rows))]
 
 
 def _diversity_rows(report: Report) -> list[dict[str, str]]:
@@ -272,7 +272,7 @@ def _heads(report: Report) -> list[dict[str, str]]:
 
 
 def _results(file: Path, metrics: Sequence[str]) -> str:
-    """The metrics that the training ended with."""
+    """The final metrics of the training."""
     if not file.is_file():
         return html.paragraph("None: the training was stopped before its end.")
     content: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))

@@ -16,13 +16,13 @@ _NAMED_ALPHA = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0}
 def attention_factory(
     kind: str, *, alpha: float = 1.5, k: int = 4, length_scaling: bool = False
 ) -> Callable[..., SparseMultiheadAttention]:
-    """A function of the arguments of ``nn.MultiheadAttention`` that makes a layer of the given kind.
+    """A function that takes the arguments of ``nn.MultiheadAttention`` and builds a layer of the given kind.
 
     Args:
         kind: "softmax", "entmax15", "sparsemax", "entmax" (fixed ``alpha``), "adaptive" (α learnt per head from
-            ``alpha``, within [1, 2]) or "topk" (softmax over the ``k`` best keys).
-        alpha: For "entmax" and "adaptive".
-        k: For "topk".
+            ``alpha``, within [1, 2]) or "topk" (softmax over the ``k`` keys with the largest scores).
+        alpha: α of "entmax", initial α of "adaptive".
+        k: Number of keys of "topk".
         length_scaling: Whether scores grow with the number of visible keys, by a learnt factor.
 
     Raises:

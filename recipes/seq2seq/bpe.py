@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Stands in front of a word, in the place of the space before it.
+# The mark before a word, which replaces the space.
 WORD_START = "▁"
 UNKNOWN = "<unk>"
 
@@ -26,7 +26,7 @@ def learn_bpe(texts: Iterable[str], size: int) -> str:
     tokenizers = _library()
     learnt = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=UNKNOWN))
     learnt.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(replacement=WORD_START)
-    # The unknown token is the first entry of the vocabulary, and not one of the subwords.
+    # The unknown token is the first entry of the vocabulary, in addition to the subwords.
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=size + 1, special_tokens=[UNKNOWN], show_progress=False)
     learnt.train_from_iterator(texts, trainer)
     return learnt.to_str()
@@ -36,7 +36,7 @@ def load_bpe(state: str) -> Tokenizer:
     """A tokenizer from the JSON of :func:`learn_bpe`.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If ``state`` is not such JSON.
     """
     try:
         return _library().Tokenizer.from_str(state)
@@ -45,7 +45,7 @@ def load_bpe(state: str) -> Tokenizer:
 
 
 def _library():  # type: ignore[no-untyped-def]
-    # The library's threads gain nothing on short texts, and it warns when a process is forked after they have run.
+    # The library's threads are not faster on short texts, and cause a warning if the process is forked afterwards.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import tokenizers
 

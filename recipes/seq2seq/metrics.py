@@ -13,7 +13,7 @@ Tokens = Sequence[str]
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is shown, and which end of it is good."""
+    """The label of a metric, and whether higher or lower values are better."""
 
     label: str
     higher_is_better: bool = False
@@ -27,7 +27,7 @@ EDIT_METRICS = {
 }
 TEXT_METRICS = {"bleu": Metric("BLEU", higher_is_better=True), "chrf": Metric("chrF", higher_is_better=True)}
 METRICS = {**EDIT_METRICS, **TEXT_METRICS}
-# Scores under teacher forcing.
+# Scores that are computed under teacher forcing.
 MEANS = {"loss": Metric("loss"), "support": Metric("support")}
 BLEU_TOKENIZERS = ("13a", "none", "intl", "char", "zh")
 
@@ -50,7 +50,7 @@ def check_metrics(names: Sequence[str], target_split: str) -> None:
 
 
 def computed(names: Sequence[str]) -> list[str]:
-    """The metrics that come with those asked for: all from edit distances, both from texts.
+    """The metrics that are computed together with the requested ones: all edit metrics, or both text metrics.
 
     Example:
         >>> computed(["bleu"])
@@ -63,9 +63,9 @@ def computed(names: Sequence[str]) -> list[str]:
 def closest_references(
     predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 ) -> list[tuple[int, Tokens]]:
-    """For every prediction the Levenshtein distance to its closest reference, and that reference.
+    """For every prediction, the Levenshtein distance to its closest reference, and this reference.
 
-    Among equally close references the first one counts.
+    Among equally close references, the first one is used.
 
     Raises:
         ValueError: If there is no word, the lengths differ, or a word has no reference.
@@ -94,8 +94,8 @@ def edit_scores(predictions: Sequence[Tokens], references: Sequence[Sequence[Tok
     .. math:: \mathrm{WER} = \frac{100}{n} \sum_i [d_i > 0], \qquad
               \mathrm{PER} = 100 \, \frac{\sum_i d_i}{\sum_i |r_i|}
 
-    The accuracy is :math:`100 - \mathrm{WER}`, the mean edit distance :math:`\frac{1}{n} \sum_i d_i`. A word is a whole
-    output, and a phone one of its tokens, whatever they are.
+    The accuracy is :math:`100 - \mathrm{WER}`, the mean edit distance :math:`\frac{1}{n} \sum_i d_i`. Here "word" means
+    a whole output and "phone" one token, for every kind of data.
 
     Args:
         predictions: One token sequence per word.
@@ -126,7 +126,7 @@ def edit_scores(predictions: Sequence[Tokens], references: Sequence[Sequence[Tok
 
 
 def error_rates(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> dict[str, float]:
-    """Word and phone error rate of :func:`edit_scores` alone, in percent.
+    """Only the word and phone error rates of :func:`edit_scores`, in percent.
 
     Example:
         >>> error_rates([["K", "AE"], ["D", "AO"]], [[["K", "AE", "T"]], [["D", "AA"], ["D", "AO"]]])
@@ -147,7 +147,7 @@ def text_scores(
         bleu_tokenize: How sacrebleu splits texts into words: ``"13a"``, or ``"none"`` for texts that are split.
 
     Returns:
-        ``{"bleu": ..., "chrf": ...}``, and the signature of each, which says how it was computed.
+        ``{"bleu": ..., "chrf": ...}``, and sacrebleu's signature of each, which describes the computation.
 
     Raises:
         ValueError: If there is no text or the lengths differ.
@@ -160,7 +160,7 @@ def text_scores(
     Reference:
         Post 2018, "A Call for Clarity in Reporting BLEU Scores" (WMT); Popović 2015, "chrF" (WMT).
     """
-    # Here, because only some data need it.
+    # Imported here, because only some data need sacrebleu.
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
@@ -170,7 +170,7 @@ def text_scores(
             f"{len(references)}"
         )
     most = max(map(len, references))
-    # A stream holds one reference of every input, where it has so many.
+    # Stream i contains the i-th reference of every input, or None if the input has fewer.
     streams: list[Any] = [[texts[rank] if rank < len(texts) else None for texts in references] for rank in range(most)]
     scorers = {"bleu": BLEU(tokenize=bleu_tokenize, force=True), "chrf": CHRF()}
     scores = {name: float(scorer.corpus_score(list(predictions), streams).score) for name, scorer in scorers.items()}
@@ -183,12 +183,12 @@ def by_group(
     """Scores of parts of the data, and their means over the parts (macro averages).
 
     Args:
-        score: From the indices of some inputs to their scores.
-        groups: The part that each input belongs to.
+        score: A function from the indices of some inputs to their scores.
+        groups: The part to which each input belongs.
 
     Returns:
-        The scores of all, which are means where there are several parts, and those of each part; no parts if there is
-        only one.
+        The scores of all inputs (with several parts, the means over the parts), and the scores of each part (empty if
+        there is only one).
 
     Example:
         >>> by_group(lambda chosen: {"size": float(len(chosen))}, ["hun", "jpn", "hun"])

@@ -1,4 +1,4 @@
-"""A pre-norm encoder-decoder transformer of ``sparse_attn``'s layers, each of its three attentions of its own kind."""
+"""A pre-norm encoder-decoder transformer of ``sparse_attn`` layers, with a separate kind for each type of attention."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ _OF_HEADS: dict[str, Callable[[int], Positions]] = {"alibi": ALiBi, "nape": NAPE
 
 
 class Seq2SeqTransformer(nn.Module):
-    """Encoder, decoder, cross-attention; token ids in, logits out.
+    """An encoder-decoder transformer from token ids to logits.
 
     Args:
         source_size: Number of source token ids; 0 is padding.
         target_size: Number of target token ids; 0 is padding.
         dim: Embedding size, a multiple of ``num_heads``.
-        num_heads: Heads of every attention.
+        num_heads: Heads of every attention layer.
         ff_dim: Width of the feed-forward blocks.
         encoder_layers: Number of encoder layers.
         decoder_layers: Number of decoder layers.
-        dropout: On embeddings, attention weights, feed-forward activations and residual branches.
+        dropout: Dropout on embeddings, attention weights, feed-forward activations and residual branches.
         encoder_attention: Kind of the encoder's self-attention; see ``attention_factory``.
         decoder_attention: Kind of the decoder's self-attention.
         cross_attention: Kind of the decoder's attention to the encoder's output.
-        alpha: The fixed α of "entmax", the initial one of "adaptive".
-        k: Keys kept by "topk".
-        language_dim: Of ``dim``, the part of every source embedding that holds the language, which the first token
-            names; 0 for none.
-        positions: Where a token stands: "sinusoidal" (added to the embeddings), or in self-attention alone "rotary",
+        alpha: The fixed α of "entmax", or the initial α of "adaptive".
+        k: Number of keys that "topk" keeps.
+        language_dim: The part of ``dim`` that embeds the language, given by the first token, in every source embedding;
+            0: none.
+        positions: Position encoding: "sinusoidal" (added to the embeddings), or only in self-attention "rotary",
             "alibi" or "nape".
         length_scaling: Whether attention scores grow with the number of visible keys, by a learnt factor.
         output: Distribution of the next token: "softmax", "sparsemax", "entmax15" or "entmax".
         output_alpha: The α of the output "entmax".
 
     Attributes:
-        output_alpha: The α of the output, whichever its kind.
+        output_alpha: The α of the output of any kind.
 
     Raises:
-        ValueError: An argument outside its range, named with what is allowed.
+        ValueError: An argument is outside its range.
 
     Shape:
         ``source`` (N, S), ``target`` (N, T) -> (N, T, target_size).
@@ -178,9 +178,9 @@ class Seq2SeqTransformer(nn.Module):
 
         Args:
             target: (N, T) ids; with caches, only those after the cached positions.
-            memory: (N, S, dim), what :meth:`encode` gave.
+            memory: (N, S, dim), the result of :meth:`encode`.
             source_padding: (N, S), True = padding.
-            caches: What :meth:`new_caches` gave, extended in place; None to attend over ``target`` alone.
+            caches: The result of :meth:`new_caches`, extended in place; None: attend only to ``target``.
 
         Returns:
             (N, T, target_size) logits.
@@ -195,10 +195,10 @@ class Seq2SeqTransformer(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embeddings, with sinusoidal positions of any length unless attention has its own.
+    """Token embeddings, with sinusoidal positions of any length unless attention encodes positions.
 
-    The last ``language_dim`` numbers of every position are an embedding of the first token, the language
-    (Peters & Martins 2020, "One-Size-Fits-All Multilingual Models").
+    The last ``language_dim`` entries at every position embed the first token, which is the language (Peters & Martins
+    2020, "One-Size-Fits-All Multilingual Models").
     """
 
     def __init__(self, size: int, dim: int, dropout: float, language_dim: int = 0, sinusoidal: bool = True) -> None:
@@ -259,7 +259,7 @@ class Decoder(nn.Module):
     def forward(
         self, x: Tensor, memory: Tensor, source_padding: Tensor, caches: list[DecoderCache] | None = None
     ) -> Tensor:
-        """(N, T, dim) -> (N, T, dim). Target padding is on the right, where the causal mask hides it."""
+        """(N, T, dim) -> (N, T, dim). The causal mask also hides target padding, which is on the right."""
         for index, layer in enumerate(self.layers):
             cache = caches[index] if caches else None
             x = layer(x, memory, memory_key_padding_mask=source_padding, tgt_is_causal=True, cache=cache)

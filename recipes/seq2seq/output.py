@@ -18,10 +18,10 @@ _NAMED_ALPHA = {"softmax": 1.0, "sparsemax": 2.0, "entmax15": 1.5}
 
 
 def output_alpha(kind: str, alpha: float) -> float:
-    """The α of an output: that of its name, or the given one for "entmax".
+    """The α of an output kind: fixed by its name, or the given α for "entmax".
 
     Raises:
-        ValueError: An unknown kind, or an α outside (0, inf).
+        ValueError: The kind is unknown, or α is outside (0, inf).
 
     Example:
         >>> output_alpha("sparsemax", 1.5), output_alpha("entmax", 1.25)
@@ -34,16 +34,16 @@ def output_alpha(kind: str, alpha: float) -> float:
 
 
 def next_token_log_probabilities(logits: Tensor, alpha: float) -> Tensor:
-    """Log-probabilities of the next token; padding, beginning of sequence and unknown are never one.
+    """Log-probabilities of the next token, which is never padding, beginning of sequence or unknown.
 
-    The distribution is α-entmax over the logits of all other tokens, so that it sums to one over what can be written.
+    The distribution is α-entmax over the logits of all other tokens, so that it sums to one over the possible outputs.
 
     Args:
-        logits: (..., target_size), which the model gives.
+        logits: (..., target_size), the output of the model.
         alpha: 1 for softmax; above 1 a token can have the log-probability ``-inf``.
 
     Returns:
-        (..., target_size), of the dtype of ``logits`` but at least float32.
+        (..., target_size), in the dtype of ``logits`` or at least float32.
 
     Example:
         >>> next_token_log_probabilities(torch.tensor([9.0, 9.0, 0.0, 9.0, 0.1, -4.0]), 2.0).exp()
@@ -57,9 +57,9 @@ def next_token_log_probabilities(logits: Tensor, alpha: float) -> Tensor:
 def output_loss(
     logits: Tensor, target: Tensor, alpha: float, *, label_smoothing: float = 0.0, reduction: str = "mean"
 ) -> Tensor:
-    r"""The Fenchel-Young loss whose minimum is the α-entmax output; cross-entropy at α = 1. Padding does not count.
+    r"""The Fenchel-Young loss of the α-entmax output; cross-entropy at α = 1. Padding is ignored.
 
-    With label smoothing ε the loss is :math:`L(z, y) + ε (z_y - \bar z)`, cross-entropy's at α = 1.
+    With label smoothing ε the loss is :math:`L(z, y) + ε (z_y - \bar z)`, which is that of cross-entropy at α = 1.
 
     Args:
         logits: (N, target_size).

@@ -1,4 +1,4 @@
-"""The learning rate over a training, as a share of its highest value."""
+"""Schedules of the learning rate, as factors of its highest value."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SCHEDULES = ("linear", "inverse_sqrt", "noam", "cosine")
 
 
 def check_schedule(name: str, warmup: float) -> None:
-    """Refuses a schedule that does not exist, or a warm-up that is no share of the training.
+    """Refuses an unknown schedule, or a warm-up that is not a share of the training.
 
     Raises:
         ValueError: If a value is not allowed.
@@ -23,8 +23,8 @@ def check_schedule(name: str, warmup: float) -> None:
 def rate_factor(step: int, warmup: int, total: int, *, schedule: str = "linear", dim: int = 1) -> float:
     r"""The factor of the learning rate at a step, counted from 0.
 
-    With :math:`s = \text{step} + 1` all of them rise linearly for :math:`w` steps. Afterwards ``linear`` falls to
-    zero at ``total`` in a straight line, ``cosine`` in half a wave, and ``inverse_sqrt`` by :math:`\sqrt{w / s}`.
+    With :math:`s = \text{step} + 1`, all schedules rise linearly for :math:`w` steps. Afterwards ``linear`` decreases
+    linearly to zero at ``total``, ``cosine`` as half a cosine wave, and ``inverse_sqrt`` as :math:`\sqrt{w / s}`.
     ``noam`` is
 
     .. math:: d^{-1/2} \min(s^{-1/2}, s \, w^{-3/2})
@@ -32,9 +32,9 @@ def rate_factor(step: int, warmup: int, total: int, *, schedule: str = "linear",
     whose highest value is :math:`(d w)^{-1/2}`. With this schedule, ``learning_rate`` is therefore a factor of about 1.
 
     Args:
-        step: Finished updates.
-        warmup: Updates of the rise.
-        total: Updates of the whole training.
+        step: Number of finished updates.
+        warmup: Number of updates in which the rate rises.
+        total: Number of updates of the whole training.
         schedule: ``"linear"``, ``"inverse_sqrt"``, ``"noam"`` or ``"cosine"``.
         dim: Size :math:`d` of the model, for ``noam``.
 

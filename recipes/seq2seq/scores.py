@@ -34,11 +34,11 @@ class Scores:
     signatures: dict[str, str] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
-        """Mean ``loss`` and ``support`` of a token under teacher forcing, and the metrics that were asked for.
+        """Mean ``loss`` and ``support`` per token under teacher forcing, and the requested metrics.
 
-        Where the words belong to several groups, such as languages, a metric is the mean of those of the groups, and
-        ``per/hun`` is that of one of them. The unit of the loss is that of the model's output: nats for softmax. The
-        support is the number of tokens that are possible next. An ensemble has neither.
+        If the words belong to several groups, such as languages, a metric is the mean over the groups, and ``per/hun``
+        is the metric of one group. The unit of the loss depends on the model's output: nats for softmax. The support is
+        the number of possible next tokens. An ensemble has no loss and no support.
         """
         means = {"loss": self.loss_sum / self.tokens, "support": self.support_sum / self.tokens} if self.tokens else {}
         scores, parts = self.scores()
@@ -71,13 +71,13 @@ class Scores:
 def score(
     task: Seq2SeqTask, loader: Iterable[dict[str, Any]], decode: Decode | None = None, *, losses: bool = True
 ) -> Scores:
-    """Predicts every word of an evaluation loader and compares; the task is left in the mode it was in.
+    """Predicts every word of an evaluation loader and scores the predictions; the task's mode is not changed.
 
     Args:
         task: The model, with the vocabularies of the data.
         loader: Evaluation batches.
-        decode: From source ids (N, S) to the target ids of each row; greedy decoding if not given.
-        losses: Whether loss and support are wanted; an ensemble has neither.
+        decode: A function from source ids (N, S) to the target ids of each row; greedy decoding if not given.
+        losses: Whether to compute loss and support, which an ensemble does not have.
     """
     training = task.training
     task.eval()

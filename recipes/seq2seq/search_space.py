@@ -1,4 +1,4 @@
-"""How searchable a model is: greedy decoding and beam search beside exact search on the same inputs."""
+"""The search space of a model: greedy decoding and beam search compared with exact search on the same inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .decode import ExactHypothesis, Hypothesis, Models, beam_search, exact_search
 
-# A hypothesis found on another way may differ by the rounding of float32 logits.
+# Log-probabilities of the same hypothesis in two searches may differ by the rounding of float32 logits.
 ROUNDING = 1e-4
 
 
@@ -20,8 +20,8 @@ class SearchSpace:
     """The best hypotheses of three searches, input by input.
 
     Args:
-        beam_size: Of the beam search.
-        budget: Expansions of the exact search.
+        beam_size: Size of the beam search.
+        budget: Most expansions per input of the exact search.
     """
 
     beam_size: int
@@ -31,7 +31,7 @@ class SearchSpace:
     exact: list[ExactHypothesis] = field(default_factory=list)
 
     def decode(self, model: Models, source: Tensor, *, max_length: int) -> list[list[int]]:
-        """Runs the three searches on source ids (N, S), notes what they find, and gives that of the exact one."""
+        """Runs the three searches on source ids (N, S), stores their results, and returns those of the exact search."""
         for hypotheses, size in ((self.greedy, 1), (self.beam, self.beam_size)):
             found = beam_search(model, source, beam_size=size, max_length=max_length)
             hypotheses += (best[0] for best in found)
@@ -44,11 +44,11 @@ class SearchSpace:
 
         Returns:
             ``proved``: inputs whose best hypothesis is proved; ``greedy_errors`` and ``beam_errors``: of these, inputs
-            for which greedy decoding or the beam found a less probable one; ``single``: inputs with one possible
-            hypothesis; ``expansions`` and ``mass``: means of the exact search. Of the empty hypothesis:
-            ``empty_impossible``, inputs in which it has probability zero; ``empty_best``, inputs of which it is the
-            best; ``empty_log_probability`` and ``empty_rank``, medians where it is possible, and missing if it never
-            is. A rank counts the hypotheses that were seen: it is a lower bound.
+            for which greedy decoding or beam search found a less probable one; ``single``: inputs with one possible
+            hypothesis; ``expansions`` and ``mass``: means of the exact search. For the empty hypothesis:
+            ``empty_impossible``, inputs for which its probability is zero; ``empty_best``, inputs for which it is the
+            best; ``empty_log_probability`` and ``empty_rank``, medians over the inputs for which it is possible, or
+            missing if there are none. A rank counts only the hypotheses that were seen, so the true rank may be larger.
         """
         proved = [index for index, one in enumerate(self.exact) if one.proved]
         possible = [one for one in self.exact if one.empty_log_probability > -math.inf]

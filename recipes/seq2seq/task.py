@@ -39,17 +39,17 @@ class Seq2SeqTask(L.LightningModule):
         target_tokenizer: The same for the target.
         model: Arguments of ``Seq2SeqTransformer`` besides the sizes of the vocabularies.
         learning_rate: Highest learning rate of the weights, reached after the warm-up.
-        alpha_learning_rate: Highest learning rate of the parameters that hold α.
+        alpha_learning_rate: Highest learning rate of α.
         weight_decay: Decay of the weight matrices; biases, norms and α have none.
-        warmup_steps: Steps of the linear rise; None for the share ``warmup`` of all steps.
-        max_steps: Steps of the whole schedule; those of the trainer if ``None``.
+        warmup_steps: Number of steps in which the rate rises; None: the share ``warmup`` of all steps.
+        max_steps: Number of steps of the whole schedule; None: those of the trainer.
         label_smoothing: ε of the loss: the share of each training target that is spread evenly over all tokens.
         max_length: Longest output in tokens.
-        seed: Chooses the dropout of every epoch, whatever was drawn before it.
-        schedule: How the learning rate rises and falls; see :func:`sparse_attn.recipes.seq2seq.schedules.rate_factor`.
-        warmup: Share of all steps in which it rises.
-        metrics: What to score besides the loss; see ``recipes.seq2seq.metrics.METRICS``.
-        bleu_tokenize: How BLEU splits texts into words.
+        seed: Determines the dropout of every epoch, independently of earlier random numbers.
+        schedule: Schedule of the learning rate; see :func:`sparse_attn.recipes.seq2seq.schedules.rate_factor`.
+        warmup: Share of all steps in which the rate rises.
+        metrics: The metrics in addition to the loss; see ``recipes.seq2seq.metrics.METRICS``.
+        bleu_tokenize: sacrebleu's method to split texts into words for BLEU.
 
     Raises:
         ValueError: If a number is outside its range, or the model refuses its arguments.
@@ -89,7 +89,7 @@ class Seq2SeqTask(L.LightningModule):
             raise ValueError(f"max_steps must be at least 1 or null, got {max_steps}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
-        # The tokenizers are too long to be shown with the hyper-parameters of a logger.
+        # The tokenizers are too long for the hyper-parameters in a logger.
         self.save_hyperparameters(logger=False)
         self.source_tokenizer = Tokenizer(**source_tokenizer)
         self.target_tokenizer = Tokenizer(**target_tokenizer)
@@ -97,7 +97,7 @@ class Seq2SeqTask(L.LightningModule):
         self._scores = self.new_scores()
 
     def new_scores(self) -> Scores:
-        """Scores of no words yet."""
+        """New, empty scores."""
         return Scores(
             names=self.hparams["metrics"],
             join=self.target_tokenizer.join,
@@ -110,7 +110,7 @@ class Seq2SeqTask(L.LightningModule):
         return logits
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes the layout of the weights, so that a later version can tell whether it reads them."""
+        """Stores the layout of the weights, so that a later version can check whether it can read them."""
         checkpoint["layout"] = LAYOUT
 
     def on_train_epoch_start(self) -> None:
@@ -118,10 +118,10 @@ class Seq2SeqTask(L.LightningModule):
         torch.manual_seed((self.global_rank << 52) + (self.hparams["seed"] << 20) + self.current_epoch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The loss of the output's mapping at the target tokens, padding left out.
+        """The loss of the output's mapping at the target tokens, without padding.
 
         Raises:
-            ValueError: If it is not a finite number: the training has diverged.
+            ValueError: If the loss is not finite, since the training has diverged.
         """
         weight = 1.0
         if (processes := self._trainer.world_size if self._trainer else 1) > 1:
@@ -159,13 +159,13 @@ class Seq2SeqTask(L.LightningModule):
     def score_batch(
         self, batch: dict[str, Any], scores: Scores, decode: Decode | None = None, *, losses: bool = True
     ) -> None:
-        """Adds the words of an evaluation batch to ``scores``; its tensors are on the device of the task.
+        """Adds the words of an evaluation batch to ``scores``. The tensors of the batch are on the task's device.
 
         Args:
             batch: An evaluation batch.
-            scores: What is added to.
-            decode: From source ids (N, S) to the target ids of each row; greedy decoding if not given.
-            losses: Whether loss and support of the model are wanted.
+            scores: The scores to which the words are added.
+            decode: A function from source ids (N, S) to the target ids of each row; greedy decoding if not given.
+            losses: Whether to compute loss and support of the model.
         """
         source, target = batch["source"], batch["target_out"]
         if losses:
@@ -204,7 +204,7 @@ class Seq2SeqTask(L.LightningModule):
         return [tokenizer.words(tokenizer.decode(row)) for row in rows]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW in three groups, and the schedule of each of its steps."""
+        """AdamW with three parameter groups, and the schedule of the learning rate."""
         total = self.hparams["max_steps"]
         if total is None:
             total = int(self.trainer.estimated_stepping_batches)
@@ -229,6 +229,6 @@ class Seq2SeqTask(L.LightningModule):
         return round(self.hparams["warmup"] * total) if given is None else int(given)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Weight matrices; biases and norms, which do not decay; α, which has a learning rate of its own."""
+        """Three groups: weight matrices; biases and norms, without decay; α, with a separate learning rate."""
         rates = {"lr": self.hparams["learning_rate"], "alpha_lr": self.hparams["alpha_learning_rate"]}
         return alpha_param_groups(self.model, **rates, weight_decay=self.hparams["weight_decay"], strict=False)

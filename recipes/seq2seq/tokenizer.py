@@ -27,20 +27,19 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 class Tokenizer:
     r"""Splits text into characters, at spaces or into subwords, and numbers the tokens.
 
-    Text is normalised first, so that ``split="characters"`` with ``normalization="NFD"`` sees the letters of
-    a Korean syllable and the accent of an accented letter as tokens of their own. With ``"characters"`` a
-    space inside the text is a token like any other.
+    Text is normalised first: with ``split="characters"`` and ``normalization="NFD"``, the letters of a Korean syllable
+    and the accent of an accented letter are separate tokens. With ``"characters"``, a space in the text is a token too.
 
-    A text of several fields has a tab between them. A ``language`` becomes one token, ``<hun>``; ``features``
-    become one token each, ``[PST]``, at the end of the sequence.
+    Several fields of a text are separated by tabs. A ``language`` becomes one token, ``<hun>``; ``features`` become one
+    token each, ``[PST]``, at the end of the sequence.
 
     Args:
         symbols: The tokens seen in training, sorted and distinct; ids 0 to 3 belong to ``SPECIALS``.
         split: ``"characters"``, ``"spaces"`` or ``"bpe"``.
         normalization: ``"NFC"``, ``"NFD"`` or ``"none"``.
-        fields: What a text consists of: ``"source"``, and perhaps ``"language"`` and ``"features"``.
-        feature_split: What stands between two features.
-        bpe: The subwords, as ``learn_bpe`` gives them, for ``split="bpe"``.
+        fields: The fields of a text: ``"source"``, and optionally ``"language"`` and ``"features"``.
+        feature_split: Separator between two features.
+        bpe: The subwords, in the form that ``learn_bpe`` returns, for ``split="bpe"``.
 
     Raises:
         ValueError: If ``split`` or ``normalization`` is unknown, or ``symbols`` is unsorted, repeats a symbol
@@ -94,9 +93,9 @@ class Tokenizer:
         feature_split: str = ";",
         bpe_size: int = 10_000,
     ) -> Tokenizer:
-        """Learns the symbols of ``texts``: those that occur, or at most ``bpe_size`` subwords.
+        """Learns the symbols of ``texts``: all tokens that occur, or at most ``bpe_size`` subwords.
 
-        Text that spells a special token (``<unk>``) is not a symbol: it is encoded as unknown.
+        A text that looks like a special token (``<unk>``) is not a symbol: it is encoded as unknown.
         """
         options: dict[str, Any] = {"normalization": normalization, "fields": fields, "feature_split": feature_split}
         check_choice("split", split, SPLITS)
@@ -107,12 +106,12 @@ class Tokenizer:
         empty = cls([], split=split, **options)
         seen = {token for text in texts for token in empty.tokenize(text)}
         if empty._subwords is not None:
-            # A subword that only serves to build larger ones may occur in other texts.
+            # Keep subwords that occur here only as parts of larger ones: they may occur in other texts.
             seen |= set(empty._subwords.get_vocab())
         return cls(sorted(seen - set(SPECIALS)), split=split, **options)
 
     def text(self, text: str) -> str:
-        """The source of a text of several fields, normalised and with single spaces: what subwords are learnt from."""
+        """The source field of a text, normalised and with single spaces, from which subwords are learnt."""
         source = dict(zip(self.fields, text.split("\t"), strict=True))["source"] if len(self.fields) > 1 else text
         return " ".join(self._normalize(source).split())
 
@@ -120,7 +119,7 @@ class Tokenizer:
         """Normalises ``text`` and splits it.
 
         Raises:
-            ValueError: If it does not have the fields of this tokenizer.
+            ValueError: If ``text`` does not have the fields of this tokenizer.
         """
         if len(self.fields) == 1:
             return self._split(self._normalize(text))
@@ -142,14 +141,14 @@ class Tokenizer:
             return list(text) if self.split == "characters" else text.split()
         text = WORD_START + " ".join(text.split()).replace(" ", WORD_START)
         found = self._subwords.encode(text)
-        # A character without a subword keeps its own name, as in the other two ways to split.
+        # A character without a subword is a token of its own, as with the other two splits.
         return [
             text[begin:end] if token == UNKNOWN else token
             for token, (begin, end) in zip(found.tokens, found.offsets, strict=True)
         ]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text`` followed by ``EOS``; a token never seen is ``UNK``."""
+        """The ids of ``text`` followed by ``EOS``; a token that was not seen in training is ``UNK``."""
         id_of = self._id_of
         return [id_of.get(token, UNK) for token in self.tokenize(text)] + [EOS]
 
@@ -172,13 +171,13 @@ class Tokenizer:
         return tokens
 
     def words(self, tokens: Sequence[str]) -> list[str]:
-        """Tokens as scores count them: subwords are put together to words, other tokens stay."""
+        """The tokens that scores count: subwords are joined to words, other tokens are not changed."""
         if self._subwords is None:
             return list(tokens)
         return [WORD_START + word for word in self.join(tokens).split()]
 
     def join(self, tokens: Sequence[str]) -> str:
-        """Tokens as text; decomposed letters are joined again unless ``normalization`` is ``"none"``."""
+        """The text of tokens; decomposed letters are composed again unless ``normalization`` is ``"none"``."""
         text = (" " if self.split == "spaces" else "").join(tokens)
         if self._subwords is not None:
             text = " ".join(text.replace(WORD_START, " ").split())
@@ -189,7 +188,7 @@ class Tokenizer:
         return list(dict.fromkeys(token for token in self.tokenize(text) if token not in self._id_of))
 
     def __len__(self) -> int:
-        """Size of the vocabulary, the four special tokens included."""
+        """Size of the vocabulary, including the four special tokens."""
         return len(SPECIALS) + len(self.symbols)
 
     def state(self) -> dict[str, Any]:
@@ -199,7 +198,7 @@ class Tokenizer:
             "split": self.split,
             "normalization": self.normalization,
         }
-        # The state of a tokenizer that uses none of these is that of earlier versions.
+        # Without these settings, the state is the same as in earlier versions.
         if self.fields != ["source"]:
             state.update(fields=list(self.fields), feature_split=self.feature_split)
         if self.bpe is not None:

@@ -275,7 +275,7 @@ def _softmax(
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast converts the inputs of ``scaled_dot_product_attention``; None: no conversion."""
-    # The meta device knows no autocast, and says so by an error.
+    # The meta device has no autocast, for which torch raises an error.
     if x.is_meta or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(x.device.type)

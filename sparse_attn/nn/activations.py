@@ -1,4 +1,4 @@
-"""The mappings as modules: each holds the arguments of the function it calls."""
+"""The mappings as modules: each stores the arguments of the function that it calls."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from sparse_attn.analysis import HeadStatistics
 
 
 def expected_statistics(passes: list[tuple[Tensor, Tensor]]) -> dict[str, list[float]]:
-    """By loops over single rows: density, entropy, support size, largest weight and number of rows of each head."""
+    """Density, entropy, support size, largest weight and number of rows of each head, by loops over single rows."""
     heads = passes[0][0].shape[1]
     found: dict[str, list[float]] = {name: [] for name in ("density", "entropy", "support_size", "max_weight", "rows")}
     for head in range(heads):
@@ -39,5 +39,5 @@ def assert_statistics(heads: HeadStatistics, passes: list[tuple[Tensor, Tensor]]
 
 @pytest.fixture(name="assert_statistics")
 def of_passes() -> Callable[[HeadStatistics, list[tuple[Tensor, Tensor]]], None]:
-    """Compares what was recorded with the weights and visible pairs of all passes."""
+    """Compares the record with the weights and visible pairs of all passes."""
     return assert_statistics

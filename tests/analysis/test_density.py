@@ -19,19 +19,19 @@ def test_counts_only_visible_pairs() -> None:
     torch.testing.assert_close(density(weights, visible), torch.tensor([1 / 30, 1.0, 0.0]))
 
 
-def test_softmax_is_dense_and_one_hot_is_one_over_keys() -> None:
+def test_softmax_has_density_one_and_one_hot_has_one_over_keys() -> None:
     dense = torch.randn(N, H, L, S).softmax(-1)
     assert density(dense).tolist() == [1.0] * H
     one_hot = torch.nn.functional.one_hot(torch.randint(S, (N, H, L)), S).float()
     torch.testing.assert_close(density(one_hot), torch.full((H,), 1 / S))
 
 
-def test_unbatched_is_a_batch_of_one() -> None:
+def test_unbatched_weights_equal_a_batch_of_one() -> None:
     weights = torch.rand(H, L, S).round()
     assert torch.equal(density(weights), density(weights.unsqueeze(0)))
 
 
-def test_nothing_visible_is_nan() -> None:
+def test_density_without_visible_pairs_is_nan() -> None:
     assert density(torch.rand(N, H, L, S), torch.zeros(1, dtype=torch.bool)).isnan().all()
 
 
@@ -54,6 +54,8 @@ def test_nothing_visible_is_nan() -> None:
         (torch.ones(H, L, S), torch.ones(S, L, dtype=torch.bool), ValueError, r"\(3, 5, 7\), got \(7, 5\)"),
     ],
 )
-def test_wrong_input(weights: torch.Tensor, visible: torch.Tensor, error: type[Exception], message: str) -> None:
+def test_invalid_input_raises_an_error(
+    weights: torch.Tensor, visible: torch.Tensor, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         density(weights, visible)

@@ -7,7 +7,7 @@ from sparse_attn import entmax
 from sparse_attn.analysis import attention_rollout, head_diversity, own_word_weight
 
 
-def test_diversity_is_the_divergence_from_the_mean_head() -> None:
+def test_diversity_equals_the_divergence_from_the_mean_head() -> None:
     weights = entmax(2 * torch.randn(2, 3, 5, 7, dtype=torch.float64), 1.5)
     mean = weights.mean(1, keepdim=True)
     terms = torch.where(weights > 0, weights * (weights / mean).log(), 0.0)
@@ -21,14 +21,14 @@ def test_diversity_of_equal_and_of_disjoint_heads() -> None:
     torch.testing.assert_close(head_diversity(disjoint), torch.tensor([math.log(3)]))
 
 
-def test_a_query_that_sees_nothing_has_no_diversity() -> None:
+def test_a_query_without_visible_keys_has_diversity_nan() -> None:
     weights = torch.rand(2, 3, 5).softmax(-1)
     visible = torch.ones(3, 5, dtype=torch.bool)
     visible[1] = False
     assert head_diversity(weights, visible).isnan().tolist() == [False, True, False]
 
 
-def test_rollout_follows_every_path() -> None:
+def test_rollout_sums_over_all_paths() -> None:
     layers = [torch.rand(2, heads, 5, 5, dtype=torch.float64).softmax(-1) for heads in (3, 2, 1)]
     rolled = attention_rollout(layers, residual=0.25)
     step = [0.25 * torch.eye(5, dtype=torch.float64) + 0.75 * layer.mean(1) for layer in layers]
@@ -38,7 +38,7 @@ def test_rollout_follows_every_path() -> None:
     assert torch.equal(attention_rollout(layers, residual=1.0), torch.eye(5, dtype=torch.float64).expand(2, 5, 5))
 
 
-def test_rollout_keeps_zeros_where_no_path_leads() -> None:
+def test_rollout_is_zero_without_a_path() -> None:
     causal = torch.rand(2, 5, 5).tril()
     rolled = attention_rollout([causal / causal.sum(-1, keepdim=True)] * 3)
     assert torch.equal(rolled != 0, torch.ones(5, 5, dtype=torch.bool).tril())
@@ -53,12 +53,12 @@ def test_rollout_keeps_zeros_where_no_path_leads() -> None:
         ([torch.rand(2, 3, 3)], 1.5, r"residual must lie in \[0, 1\], got 1.5"),
     ],
 )
-def test_wrong_input_of_rollout(weights: list[torch.Tensor], residual: float, message: str) -> None:
+def test_invalid_input_of_rollout_raises_an_error(weights: list[torch.Tensor], residual: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attention_rollout(weights, residual)
 
 
-def test_weight_on_the_own_word() -> None:
+def test_own_word_weight() -> None:
     weights = torch.rand(2, 3, 5, 5, dtype=torch.float64).softmax(-1)
     found = own_word_weight(weights, [0, 0, 0, 1, 2])
     for row, others in {0: [1, 2], 1: [0, 2], 2: [0, 1]}.items():

@@ -42,7 +42,7 @@ def test_merging_sums_keys_and_averages_queries() -> None:
     torch.testing.assert_close(merged.sum(-1), torch.ones(2, 3, 3, dtype=torch.float64))
 
 
-def test_wrong_counts_are_named() -> None:
+def test_wrong_numbers_of_groups_raise_an_error() -> None:
     with pytest.raises(ValueError, match=r"query_groups must have one number for each of the queries of .* got 2"):
         merge_pieces(torch.rand(3, 4), [0, 1], [0, 1, 2, 3])
     with pytest.raises(ValueError, match=r"key_groups must have one number for each of the keys of .* got 5"):

@@ -28,7 +28,7 @@ def sparse_layer(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
     return AdaptiveSparseMultiheadAttention(E, H, batch_first=True, alpha_init=[1.0, 1.25, 1.5, 2.0], **kwargs)
 
 
-def test_passes_of_different_sizes_add_up_query_by_query(assert_statistics: Callable[..., None]) -> None:
+def test_passes_of_different_sizes_are_summed_over_queries(assert_statistics: Callable[..., None]) -> None:
     layer = sparse_layer()
     passes = []
     with record_attention(layer) as record:
@@ -86,7 +86,7 @@ def visible_of(masks: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("kind", ["sparse", "torch's", "extra keys"])
-def test_density_is_that_of_the_pairs_the_masks_leave(
+def test_density_counts_only_pairs_that_the_masks_leave_visible(
     kind: str, masks: dict[str, Any], assert_statistics: Callable[..., None]
 ) -> None:
     layer: nn.MultiheadAttention = sparse_layer(add_bias_kv=kind == "extra keys", add_zero_attn=kind == "extra keys")
@@ -102,7 +102,7 @@ def test_density_is_that_of_the_pairs_the_masks_leave(
     assert record[""].density[0] == 1.0  # softmax
 
 
-def test_a_causal_hint_without_a_mask_also_with_cached_keys() -> None:
+def test_is_causal_without_a_mask_also_with_cached_keys() -> None:
     layer, cache = sparse_layer(alpha_range=(0.5, 2.0)), KVCache()
     nn.init.constant_(layer.raw_alpha, 1.0)
     x = torch.randn(N, L, E)
@@ -125,7 +125,7 @@ def test_pairs_outside_a_window_are_not_visible() -> None:
     assert record[""].support_size.tolist() == pytest.approx([1 + (1 + 4 * 2) / 5] * H)  # with the key of the layer
 
 
-def test_pairs_that_a_bias_of_positions_hides_are_not_visible() -> None:
+def test_pairs_hidden_by_a_position_bias_are_not_visible() -> None:
     layer = sparse_layer(alpha_range=(0.5, 2.0), add_bias_kv=True)
     nn.init.constant_(layer.raw_alpha, 1.0)
     x = torch.randn(N, L, E)
@@ -140,7 +140,7 @@ def test_pairs_that_a_bias_of_positions_hides_are_not_visible() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sparse", "torch's"])
-def test_queries_that_see_nothing_do_not_count(kind: str, assert_statistics: Callable[..., None]) -> None:
+def test_queries_without_visible_keys_do_not_count(kind: str, assert_statistics: Callable[..., None]) -> None:
     layer = sparse_layer() if kind == "sparse" else nn.MultiheadAttention(E, H, batch_first=True)
     x = torch.randn(N, L, E)
     padding = torch.zeros(N, L, dtype=torch.bool)
@@ -167,7 +167,7 @@ def test_unbatched(assert_statistics: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_weights_have_the_batch_first_whatever_the_input(batch_first: bool) -> None:
+def test_recorded_weights_are_always_batch_first(batch_first: bool) -> None:
     layer = nn.MultiheadAttention(E, H, batch_first=batch_first)
     query, key = torch.randn(N, L, E), torch.randn(N, S, E)
     if not batch_first:
@@ -220,7 +220,7 @@ def test_alpha_is_that_of_the_last_pass() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes_are_summed_up_in_float32_or_wider(dtype: torch.dtype) -> None:
+def test_other_dtypes_are_summed_in_float32_or_wider(dtype: torch.dtype) -> None:
     layer = nn.MultiheadAttention(E, H, dtype=dtype)
     with torch.no_grad():
         layer.in_proj_weight.zero_()
@@ -228,12 +228,12 @@ def test_other_dtypes_are_summed_up_in_float32_or_wider(dtype: torch.dtype) -> N
     x = torch.randn(101, 3, E, dtype=dtype)
     with record_attention(layer) as record:
         layer(x, x, x)
-    tolerance = 1e-6 if dtype == torch.float64 else 5e-3  # of a weight
+    tolerance = 1e-6 if dtype == torch.float64 else 5e-3  # the error of a weight
     torch.testing.assert_close(record[""].entropy, torch.full((H,), math.log(101)), rtol=tolerance, atol=0)
     assert record[""].support_size.tolist() == [101.0] * H
 
 
-def test_autocast_and_inference_mode_and_what_follows_them() -> None:
+def test_autocast_and_inference_mode_and_passes_after_them() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, 17, batch_first=True), 2).eval()
     replace_attention(model, alpha_init=2.0)
     x = torch.randn(N, L, E)
@@ -248,14 +248,14 @@ def test_autocast_and_inference_mode_and_what_follows_them() -> None:
         assert not heads.density.is_inference()
 
 
-def test_constant_memory_unless_weights_are_asked_for() -> None:
+def test_memory_is_constant_unless_weights_are_requested() -> None:
     def large() -> int:
         gc.collect()
         return sum(type(t) is Tensor and t.numel() >= N * 61 * 61 for t in gc.get_objects())
 
     layer = sparse_layer()
     x = torch.randn(N, 61, E)
-    before = large()  # what other tests have left
+    before = large()  # memory that other tests still use
     for keep, expected in ((False, 0), (True, 1)):
         with record_attention(layer, weights=keep) as record:
             for _ in range(3):

@@ -1,4 +1,4 @@
-"""Recording models of Hugging Face transformers whose attention is ours."""
+"""Recording of Hugging Face models with an attention implementation of this library."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build(kind: str, implementation: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
-def test_density_is_that_of_the_pairs_that_a_model_may_see(kind: str) -> None:
+def test_density_counts_only_visible_pairs_of_a_huggingface_model(kind: str) -> None:
     model = build(kind, "entmax")
     add_alpha(model, alpha_init=1.0)
     padding = (torch.arange(L) < torch.tensor([[L], [4], [2]])).long()
@@ -45,7 +45,7 @@ def test_density_is_that_of_the_pairs_that_a_model_may_see(kind: str) -> None:
         torch.testing.assert_close(heads.support_size, torch.full((H,), (first + second) / (N * (L + 5))))
 
 
-def test_nothing_is_left_and_outputs_are_the_same() -> None:
+def test_no_hooks_remain_and_outputs_are_equal() -> None:
     model = build("bert", "sparsemax")
     tokens = torch.randint(23, (N, L))
     expected = model(tokens).last_hidden_state
@@ -60,9 +60,9 @@ def test_nothing_is_left_and_outputs_are_the_same() -> None:
     ("implementation", "alpha"), [("entmax", 1.5), ("entmax15", 1.5), ("sparsemax", 2.0), ("topk", 1.0)]
 )
 @pytest.mark.parametrize("learnt", [False, True])
-def test_alpha_is_the_one_that_the_model_attends_with(implementation: str, alpha: float, learnt: bool) -> None:
+def test_recorded_alpha_is_the_alpha_in_use(implementation: str, alpha: float, learnt: bool) -> None:
     model = build("bert", implementation)
-    if learnt:  # and then another implementation, under which it has no effect
+    if learnt:  # with another implementation, α has no effect
         model.set_attn_implementation("entmax")
         add_alpha(model, alpha_init=[1.25, 1.75])
         model.set_attn_implementation(implementation)
@@ -74,12 +74,12 @@ def test_alpha_is_the_one_that_the_model_attends_with(implementation: str, alpha
         assert heads.alpha is not None and heads.alpha.tolist() == expected
 
 
-def test_a_model_that_does_not_run_on_ours_is_refused() -> None:
+def test_a_model_with_another_attn_implementation_is_refused() -> None:
     with pytest.raises(ValueError, match="attn_implementation of ours"):
         record_attention(build("bert", "sdpa"))
 
 
-def test_a_model_that_takes_the_name_and_ignores_it_is_refused() -> None:
+def test_a_model_that_ignores_attn_implementation_is_refused() -> None:
     register()
     config = transformers.BloomConfig(vocab_size=23, hidden_size=E, n_layer=1, n_head=H)
     model = transformers.AutoModel.from_config(config, attn_implementation="entmax")

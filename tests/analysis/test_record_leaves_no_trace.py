@@ -20,7 +20,7 @@ N, L, S, E, H = 2, 5, 7, 12, 4
 
 
 def traces(model: nn.Module) -> list[list[str]]:
-    """Every attribute of every module, hooks counted."""
+    """Every attribute of every module, and the number of its hooks."""
     return [
         sorted(f"{name} {len(value)}" if isinstance(value, dict) else name for name, value in vars(module).items())
         for module in model.modules()
@@ -34,9 +34,7 @@ def sparse_layer(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
 @pytest.mark.parametrize("by_position", [False, True])
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("average", [False, True])
-def test_a_call_returns_the_weights_it_asks_for_under_a_record(
-    by_position: bool, need_weights: bool, average: bool
-) -> None:
+def test_a_recorded_call_returns_the_requested_weights(by_position: bool, need_weights: bool, average: bool) -> None:
     layer = nn.MultiheadAttention(E, H, batch_first=True)
     query, key = torch.randn(N, L, E), torch.randn(N, S, E)
     padding = torch.zeros(N, S, dtype=torch.bool)
@@ -59,7 +57,7 @@ def test_a_call_returns_the_weights_it_asks_for_under_a_record(
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["torch's", "sparse"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradients_and_dropout_are_those_without_a_record(sparse: bool, dropout: float) -> None:
+def test_gradients_and_dropout_equal_those_without_a_record(sparse: bool, dropout: float) -> None:
     model = nn.Transformer(E, H, 1, 1, 17, dropout=dropout, batch_first=True).double()
     if sparse:
         replace_attention(model, alpha_init=1.5)
@@ -103,7 +101,7 @@ def test_a_layer_of_torch_gives_the_same_output_with_a_record(
     assert bool(record[""].entropy.isfinite().all())
 
 
-def test_after_dropout_less_of_the_support_is_left() -> None:
+def test_dropout_reduces_the_recorded_support() -> None:
     layer = nn.MultiheadAttention(E, H, dropout=0.5)
     x = torch.randn(31, 3, E)
     with record_attention(layer) as record:
@@ -125,7 +123,7 @@ def test_a_recomputed_layer_counts_once(use_reentrant: bool) -> None:
     torch.testing.assert_close([p.grad for p in model.parameters()], expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of the compiler
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # a warning of the compiler
 @pytest.mark.parametrize("sparse", [False, True], ids=["torch's", "sparse"])
 def test_a_compiled_model_runs_uncompiled_inside(sparse: bool) -> None:
     model = nn.TransformerEncoderLayer(E, H, 17, dropout=0.0, batch_first=True).eval()
@@ -187,7 +185,7 @@ def test_a_fast_path_that_was_off_stays_off() -> None:
         torch.backends.mha.set_fastpath_enabled(True)
 
 
-def test_no_trace_after_an_exception() -> None:
+def test_no_hooks_remain_after_an_exception() -> None:
     model = nn.Transformer(E, H, 1, 1, 16, batch_first=True)
     model.own = SparseAttention(k=2)
     untouched = traces(copy.deepcopy(model))
@@ -198,7 +196,7 @@ def test_no_trace_after_an_exception() -> None:
     assert torch.backends.mha.get_fastpath_enabled() and not weights_are_observed()
 
 
-def test_an_error_of_the_layer_passes_and_the_next_call_is_recorded() -> None:
+def test_an_error_of_the_layer_is_raised_and_the_next_call_is_recorded() -> None:
     layer = nn.MultiheadAttention(E, H, batch_first=True)
     query, key = torch.randn(N, L, E), torch.randn(N, S, E)
     with record_attention(layer) as record:
@@ -208,7 +206,7 @@ def test_an_error_of_the_layer_passes_and_the_next_call_is_recorded() -> None:
     assert record[""].rows.tolist() == [N * L] * H
 
 
-def test_a_hook_of_the_user_sees_what_the_caller_asked_for() -> None:
+def test_a_user_hook_gets_the_results_that_the_caller_requested() -> None:
     layer = nn.MultiheadAttention(E, H)
     seen: list[Tensor | None] = []
     layer.register_forward_hook(lambda module, args, result: seen.append(result[1]))
@@ -284,7 +282,7 @@ def test_records_of_two_threads_do_not_disturb_each_other() -> None:
     assert torch.backends.mha.get_fastpath_enabled() and not weights_are_observed()
 
 
-def test_a_model_without_attention() -> None:
+def test_a_model_without_attention_is_refused() -> None:
     with (
         pytest.raises(ValueError, match=r"nn\.MultiheadAttention or SparseAttention layers .*got Linear without any"),
         record_attention(nn.Linear(2, 3)),
@@ -293,7 +291,7 @@ def test_a_model_without_attention() -> None:
 
 
 @pytest.mark.parametrize("model", [None, "model", nn.Linear, [nn.MultiheadAttention(E, H)]])
-def test_a_non_model_is_refused_before_the_context_opens(model: Any) -> None:
+def test_an_argument_that_is_not_a_module_is_refused_before_the_context_opens(model: Any) -> None:
     with pytest.raises(TypeError, match=rf"model must be a torch\.nn\.Module, got {type(model).__name__}"):
         record_attention(model)
     with pytest.raises(TypeError, match="weights must be a bool, got str"):

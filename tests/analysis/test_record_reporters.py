@@ -1,4 +1,4 @@
-"""Recording attention that reports its weights without being hooked: `SparseAttention` and modules of a user."""
+"""Recording of attention that reports its weights itself: `SparseAttention` and modules of a user."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class OwnBlock(nn.Module):
 
     def forward(self, scores: Tensor) -> Tensor:
         weights = scores.softmax(-1).round(decimals=1)
-        weights[0, :, 1] = 0.0  # a query that sees nothing
+        weights[0, :, 1] = 0.0  # a query without visible keys
         if weights_are_observed():
             report_weights(self, weights)
         return weights
 
 
 class OtherBlock(OwnBlock):
-    """A module that no registered function knows."""
+    """A module that no registered function recognises."""
 
 
 def is_own_block(module: nn.Module) -> bool:
@@ -77,12 +77,12 @@ def test_a_registered_module_reports_its_weights(assert_statistics: Callable[...
         record_attention(OwnBlock())
 
 
-def test_a_reporter_that_cannot_be_called_is_refused() -> None:
+def test_a_reporter_that_is_not_callable_is_refused() -> None:
     with pytest.raises(TypeError, match="reports must be a function of a module, got 'OwnBlock'"):
         register_reporter("OwnBlock")
 
 
-def test_calls_with_another_number_of_heads_have_an_entry_of_their_own() -> None:
+def test_calls_with_another_number_of_heads_have_a_separate_entry() -> None:
     model = nn.Sequential(SparseAttention(k=2))
     with record_attention(model) as record:
         for heads in (2, 3, 2):

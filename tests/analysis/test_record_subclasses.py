@@ -1,4 +1,4 @@
-"""Recording subclasses of `nn.MultiheadAttention`, which may not give weights as torch's does."""
+"""Recording of subclasses of `nn.MultiheadAttention`, which may not return weights as torch's layer does."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def sparse_layer(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
 
 
 class Passing(nn.MultiheadAttention):
-    """Passes everything on to torch's."""
+    """Passes all arguments on to torch's layer."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         return super().forward(*args, **kwargs)
 
 
 class Renaming(nn.MultiheadAttention):
-    """Has arguments of its own and gives weights in torch's way."""
+    """Has other arguments, and returns weights as torch's layer does."""
 
     def forward(
         self, x: Tensor, average_attn_weights: bool = True, need_weights: bool = False
@@ -36,14 +36,14 @@ class Renaming(nn.MultiheadAttention):
 
 
 class SelfAttention(nn.MultiheadAttention):
-    """Cannot be asked for weights."""
+    """Has no argument for the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x, x, x)[0]
 
 
 class Unhelpful(nn.MultiheadAttention):
-    """Takes the question and does not answer it."""
+    """Has the argument for the weights but does not return them."""
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         return super().forward(x, x, x, **kwargs)[0]
@@ -63,7 +63,7 @@ class Containing(nn.MultiheadAttention):
         return super().forward(query, key, self.core(value, value, value), **kwargs)
 
 
-def test_subclasses_that_give_weights_are_recorded() -> None:
+def test_subclasses_that_return_weights_are_recorded() -> None:
     model = nn.ModuleDict({"a": Passing(E, H, batch_first=True), "b": Renaming(E, H, batch_first=True)})
     x = torch.randn(N, L, E)
     padding = torch.arange(L).expand(N, L) >= torch.tensor([[3], [5]])
@@ -88,7 +88,7 @@ def test_attention_nested_in_a_layer_counts_once() -> None:
         }
 
 
-def test_a_subclass_that_cannot_be_asked_is_left_out() -> None:
+def test_a_subclass_without_need_weights_is_not_recorded() -> None:
     layer, x = SelfAttention(E, H, batch_first=True), torch.randn(N, L, E)
     model = nn.Sequential(layer, sparse_layer())
     with pytest.warns(UserWarning, match="'0' is not recorded: SelfAttention.forward does not take need_weights and"):
@@ -101,7 +101,7 @@ def test_a_subclass_that_cannot_be_asked_is_left_out() -> None:
         record_attention(layer)
 
 
-def test_a_call_that_gives_no_weights_is_left_out_and_the_model_runs() -> None:
+def test_a_call_without_weights_is_not_recorded_and_the_model_runs() -> None:
     layer, x = Unhelpful(E, H, batch_first=True), torch.randn(N, L, E)
     expected = layer(x)
     with record_attention(layer) as record:

@@ -16,7 +16,7 @@ N, H, L, S = 2, 3, 5, 7
 
 
 def shifted(offset: int, length: int = L) -> torch.Tensor:
-    """One head (1, length, length) that puts 0.75 on the position at `offset`, 0.25 on the first."""
+    """Weights (1, length, length) of a head: 0.75 on the position at `offset`, 0.25 on the first position."""
     weights = torch.zeros(1, length, length)
     for query in range(length):
         weights[0, query, min(max(query + offset, 0), length - 1)] += 0.75
@@ -36,7 +36,7 @@ def test_a_positional_head_is_found_at_its_offset(offset: int) -> None:
     )
 
 
-def test_queries_without_that_position_have_no_value() -> None:
+def test_queries_without_a_key_at_the_offset_have_value_nan() -> None:
     weights = torch.rand(N, H, L, L).softmax(-1)
     previous = offset_weight(weights, -1)
     assert previous.shape == (N, H, L)
@@ -63,14 +63,14 @@ def test_entropy_by_hand() -> None:
     torch.testing.assert_close(mean_per_head(values), torch.tensor([math.log(4) / 2]))
 
 
-def test_relative_entropy_is_one_for_a_head_that_looks_everywhere() -> None:
+def test_relative_entropy_is_one_for_equal_weights() -> None:
     visible = torch.ones(L, L, dtype=torch.bool).tril()
     weights = torch.zeros(1, L, L).masked_fill(~visible, -torch.inf).softmax(-1)
     values = entropy(weights, visible, relative=True)
     torch.testing.assert_close(values, torch.tensor([[math.nan, 1.0, 1.0, 1.0, 1.0]]), equal_nan=True)
 
 
-def test_a_head_is_named_after_what_exceeds_its_threshold_most() -> None:
+def test_a_head_gets_the_role_that_exceeds_its_threshold_most() -> None:
     shares = {
         "previous": torch.tensor([0.8, 0.5, 0.2, math.nan, 0.6]),
         "next": torch.tensor([0.6, 0.1, 0.4, math.nan, 0.1]),
@@ -82,7 +82,7 @@ def test_a_head_is_named_after_what_exceeds_its_threshold_most() -> None:
 
 
 @pytest.mark.parametrize(("shares", "got"), [({}, "none"), ({"first": torch.ones(H)}, "first")])
-def test_roles_need_shares_with_a_threshold(shares: dict[str, torch.Tensor], got: str) -> None:
+def test_shares_without_a_threshold_raise_an_error(shares: dict[str, torch.Tensor], got: str) -> None:
     with pytest.raises(ValueError, match=f"previous, self, next, monotone, diffuse, got {got}"):
         name_roles(shares)
 
@@ -104,7 +104,7 @@ def test_monotonicity_by_hand() -> None:
     assert mean_per_head(values).tolist() == pytest.approx([1.0, 0.0, -1.0])
 
 
-def test_monotonicity_is_pearson_of_the_centre() -> None:
+def test_monotonicity_is_the_correlation_with_the_mean_key_position() -> None:
     weights = torch.rand(H, L, S).softmax(-1)
     centre = (weights * torch.arange(S)).sum(-1)
     for head in range(H):

@@ -24,7 +24,7 @@ def loss_of(model: nn.Module, x: torch.Tensor) -> float:
         return float(model(x).cos().mean())
 
 
-def test_each_change_is_the_one_made_by_hand(model: nn.Module) -> None:
+def test_each_change_of_a_head_equals_a_change_by_hand(model: nn.Module) -> None:
     x = 3 * torch.randn(2, 11, HEADS * SIZE)
     steps: list[None] = []
     worth = head_worth(model, lambda: loss_of(model, x), progress=lambda: steps.append(None))
@@ -48,7 +48,7 @@ def test_each_change_is_the_one_made_by_hand(model: nn.Module) -> None:
             assert float(worth["off"][name][head]) != 0
 
 
-def test_the_model_is_as_before_also_after_an_error(model: nn.Module) -> None:
+def test_head_worth_restores_the_model_also_after_an_error(model: nn.Module) -> None:
     before = copy.deepcopy(model.state_dict())
     calls = []
 
@@ -71,7 +71,7 @@ def test_layers_of_torch_can_only_be_switched_off() -> None:
     assert worth["off"].keys() == {"self_attn"} and not worth["dense"] and not worth["sparse"]
 
 
-def test_wrong_input_is_named(model: nn.Module) -> None:
+def test_invalid_input_raises_an_error(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="changes must be among off, dense, sparse, got 'on'"):
         head_worth(model, lambda: 0.0, ["on"])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"model must have nn\.MultiheadAttention layers, .* got Linear without any"):

@@ -1,6 +1,6 @@
-"""Where the entmax package (1.3) fails, in the words of its users; our names do not, and neither do those of compat.
+"""Known defects of the entmax package (1.3), which neither our functions nor those of compat have.
 
-Each test says in a comment what the package does. Numbers with a # are its issues and pull requests.
+A comment in each test describes the behaviour of the package. Numbers with a # are its issues and pull requests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparse_attn.compat import entmax as compat
 from sparse_attn.nn.losses import Entmax15Loss, EntmaxLoss, SparsemaxLoss
 from sparse_attn.ops.losses import entmax_loss
 
-# Raised inside torch, on its own account, when forward mode and the compiler are used for the first time in a process.
+# Warnings of torch itself, at the first use of forward mode and of the compiler in a process.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -50,14 +50,14 @@ LOSSES = {
 }
 each_mapping = pytest.mark.parametrize("mapping", MAPPINGS.values(), ids=MAPPINGS)
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-# α-entmax under both of its names.
+# α-entmax in compat and in the package itself.
 each_entmax = pytest.mark.parametrize("entmax", [compat.entmax_bisect, sparse_attn.entmax], ids=["compat", "native"])
 
 
 @each_mapping
 @pytest.mark.parametrize("lowest", [-math.inf, torch.finfo(torch.float32).min])
 def test_a_fully_masked_row(mapping, lowest):
-    # The mappings by sorting raise "index -1 is out of bounds", those by bisection give NaN. #9, #17, #19
+    # Mappings by sorting raise "index -1 is out of bounds"; mappings by bisection return NaN. #9, #17, #19
     x = torch.full((2, 5), lowest)
     x[1, 2:] = torch.tensor([0.5, -0.5, 0.1])
     x.requires_grad_()
@@ -72,19 +72,19 @@ def test_a_fully_masked_row(mapping, lowest):
 
 @each_mapping
 def test_large_scores(mapping):
-    # By bisection, which never subtracts the maximum: NaN at these; at an offset of 1e5 an error of 2e-3.
+    # Bisection does not subtract the maximum: these scores give NaN; an offset of 1e5 causes an error of 2e-3.
     largest = {torch.float32: 3e7, torch.float16: 4096.0, torch.bfloat16: 300.0}
     for dtype, size in largest.items():
         p = mapping(torch.tensor([size, size, 0.0, -size], dtype=dtype))
         assert torch.equal(p, mapping(torch.tensor([0.0, 0, -1e4, -2e4])).to(dtype))
-    x = torch.randn(5, 7).mul(64).round().div(64)  # to which 1e5 adds without rounding
+    x = torch.randn(5, 7).mul(64).round().div(64)  # the sum with 1e5 is exact
     torch.testing.assert_close(mapping(x + 1e5), mapping(x), atol=2e-7, rtol=0)
 
 
 @each_mapping
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(mapping, dtype):
-    # Computed in half precision: errors of up to 8e-2, sums off by up to 0.1. PR #31
+    # The package computes in half precision: errors are up to 8e-2, and sums differ from 1 by up to 0.1. PR #31
     x = torch.randn(5, 101).to(dtype)
     assert mapping(x).dtype == dtype
     assert torch.equal(mapping(x), mapping(x.float()).to(dtype))  # one rounding
@@ -93,7 +93,7 @@ def test_half_precision(mapping, dtype):
 @each_mapping
 @pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
 def test_autocast(mapping, device):
-    # No rule: it computes in whatever comes, where on a GPU softmax goes to float32.
+    # The package has no autocast rule: it computes in the dtype of the input; softmax on a GPU computes in float32.
     x = torch.randn(3, 5, device=device).bfloat16()
     with torch.autocast(device, dtype=torch.bfloat16):
         assert mapping(x).dtype == torch.softmax(x, -1).dtype
@@ -101,7 +101,7 @@ def test_autocast(mapping, device):
 
 @each_entmax
 def test_alpha_1(entmax):
-    # Silently the uniform distribution, and NaN for the gradient in α. #16, #23, #24, #36
+    # It returns the uniform distribution without an error, and NaN as gradient for α. #16, #23, #24, #36
     x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     for alpha in (1, 1.0, torch.tensor(1.0, dtype=torch.float64)):
         torch.testing.assert_close(entmax(x, alpha), torch.softmax(x, -1))
@@ -115,14 +115,14 @@ def test_alpha_1(entmax):
 @each_entmax
 @pytest.mark.parametrize("alpha", [1.0001, 1.001, 1.01])
 def test_alpha_near_1(entmax, alpha):
-    # In float32 the gradient in α is wrong by 0.1 % at 1.01, 2 % at 1.001 and a factor of 12 at 1.0001.
+    # In float32, the error of the gradient for α is 0.1 % at 1.01, 2 % at 1.001 and a factor of 12 at 1.0001.
     def slope(dtype):
         given = torch.tensor(torch.tensor(alpha).item(), dtype=dtype, requires_grad=True)
         return grad((entmax(x.to(dtype), given) * weight.to(dtype)).sum(), given)[0].double()
 
     x, weight = torch.randn(2, 101)
     torch.testing.assert_close(slope(torch.float32), slope(torch.float64), rtol=1e-4, atol=0)
-    # In bfloat16 it has the wrong sign at 1.01.
+    # In bfloat16, the gradient has the wrong sign at 1.01.
     given = torch.tensor(alpha, requires_grad=True)
     (half,) = grad((entmax(x.bfloat16(), given) * weight).sum(), given)
     (full,) = grad((entmax(x.bfloat16().float(), given) * weight).sum(), given)
@@ -136,7 +136,7 @@ def test_one_alpha_per_head():
     scores = query @ key.mT / math.sqrt(7)
     out = sparse_attn.entmax_attention(query, key, value, alpha=alpha)
     torch.testing.assert_close(out, compat.entmax_bisect(scores, alpha.view(-1, 1, 1)) @ value)
-    # A mapping does not know which dimension the heads are: it says what to write.
+    # A mapping cannot know the dimension of the heads: its error message shows the shape to use.
     for entmax in (compat.entmax_bisect, sparse_attn.entmax):
         with pytest.raises(ValueError, match=r"for one alpha per entry of dim 1 use alpha.view\(-1, 1, 1\)"):
             entmax(scores, alpha)
@@ -144,7 +144,7 @@ def test_one_alpha_per_head():
 
 @pytest.mark.parametrize("layer", [compat.EntmaxBisect, sparse_attn.Entmax], ids=["compat", "native"])
 def test_a_parameter_as_alpha_of_a_module(layer):
-    # "cannot assign parameters before Module.__init__() call"
+    # It raises "cannot assign parameters before Module.__init__() call".
     layer = layer(alpha=nn.Parameter(torch.tensor(1.5)))
     (alpha,) = layer.parameters()
     layer(torch.randn(5, 7)).square().sum().backward()
@@ -153,22 +153,22 @@ def test_a_parameter_as_alpha_of_a_module(layer):
 
 @each_mapping
 def test_integer_input(mapping):
-    # `entmax_bisect` silently returns the uniform distribution.
+    # `entmax_bisect` returns the uniform distribution without an error.
     with pytest.raises(TypeError, match=r"x must have a floating dtype .* got torch.int64"):
         mapping(torch.tensor([3, 1, 2]))
 
 
 @pytest.mark.parametrize("mapping", [compat.sparsemax, compat.entmax15])
 @pytest.mark.parametrize("dim", [-3, -2, -1])
-def test_k_with_a_negative_dim(mapping, dim):
-    # It raises, but for -1, wherever more than k entries are to be kept.
+def test_k_with_negative_dims(mapping, dim):
+    # For a negative dim other than -1, it raises if more than k entries have weight.
     x = torch.randn(3, 5, 7) / 10
     torch.testing.assert_close(mapping(x, dim=dim, k=2), mapping(x, dim=dim))
 
 
 @pytest.mark.parametrize("name", [name for name in (*MAPPINGS, *LOSSES) if "native" not in name])
-def test_compiled_whole(name):
-    # Training with `fullgraph=True` fails for every function; `k` and the loss classes crash even without.
+def test_compiled_with_fullgraph(name):
+    # Training with `fullgraph=True` fails for every function; `k` and the loss classes also fail without it.
     torch._dynamo.reset()
     x = torch.randn(5, 7, requires_grad=True)
     target = torch.arange(5)
@@ -183,7 +183,7 @@ def test_compiled_whole(name):
 
 @each_mapping
 def test_torch_func(mapping):
-    # All of it fails.
+    # Every transform of torch.func fails.
     x, tangent = torch.randn(2, 5, 7, dtype=torch.float64)
     torch.testing.assert_close(vmap(mapping)(x), mapping(x))
     upstream = torch.randn(7, dtype=torch.float64)
@@ -196,7 +196,7 @@ def test_torch_func(mapping):
 
 @each_mapping
 def test_forward_mode(mapping):
-    # "does not implement a formula for forward mode"
+    # It raises "does not implement a formula for forward mode".
     x, tangent = torch.randn(2, 5, 7, dtype=torch.float64)
     with forward_ad.dual_level():
         pushed = forward_ad.unpack_dual(mapping(forward_ad.make_dual(x, tangent))).tangent
@@ -206,7 +206,7 @@ def test_forward_mode(mapping):
 
 @each_loss
 def test_torch_func_of_losses(loss):
-    # It fails.
+    # torch.func fails for the losses.
     x, target = torch.randn(5, 7, dtype=torch.float64), torch.arange(5)
     slopes = vmap(func_grad(lambda row, label: loss(row[None], label[None]).sum()))(x, target)
     x.requires_grad_()
@@ -215,7 +215,7 @@ def test_torch_func_of_losses(loss):
 
 @each_mapping
 def test_second_derivatives(mapping):
-    # NaN at exact zeros, or silently wrong.
+    # Second derivatives are NaN at exact zeros, or wrong without an error.
     x = 2 * torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     assert (mapping(x) == 0).any() or mapping is MAPPINGS["entmax_bisect, 1.1"]
     assert gradgradcheck(mapping, (x,))
@@ -223,7 +223,7 @@ def test_second_derivatives(mapping):
 
 @each_entmax
 def test_second_derivatives_through_alpha(entmax):
-    # Silently wrong.
+    # Second derivatives through α are wrong, without an error.
     x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     alpha = torch.tensor([[1.0], [1.4], [2.0]], dtype=torch.float64, requires_grad=True)
     assert gradgradcheck(entmax, (x, alpha))
@@ -231,14 +231,14 @@ def test_second_derivatives_through_alpha(entmax):
 
 @each_loss
 def test_hessian_products_of_the_losses(loss):
-    # Silently zero: to autograd the gradient is a constant.
+    # Hessian products are zero without an error, since the gradient is a constant for autograd.
     x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     assert gradgradcheck(lambda x: loss(x, torch.arange(3)), (x,))
 
 
 @each_entmax
 def test_alpha_changed_in_place_between_forward_and_backward(entmax):
-    # It silently changes the gradient.
+    # The gradient is then wrong, without an error.
     alpha = torch.full((3, 1), 1.3, requires_grad=True)
     loss = entmax(torch.randn(3, 5, requires_grad=True), alpha).square().sum()
     with torch.no_grad():
@@ -263,7 +263,7 @@ LOSS_MODULES = [
 @pytest.mark.parametrize("ignore_index", [-100, -1, 2])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_ignore_index_and_mean_of_losses(module, ignore_index, reduction):
-    # A negative one is "out of bounds", and "mean" refused. PR #8
+    # A negative ignore_index raises "out of bounds", and the reduction "mean" is refused. PR #8
     x, target = torch.randn(5, 7, requires_grad=True), torch.tensor([0, 1, 6, 3, 4])
     kept = torch.tensor([True, True, False, True, True])
     each = module(reduction="none")(x, target)
@@ -276,7 +276,7 @@ def test_ignore_index_and_mean_of_losses(module, ignore_index, reduction):
 
 @pytest.mark.parametrize("loss", [compat.entmax_bisect_loss, compat.normmax_bisect_loss])
 def test_alpha_of_losses(loss):
-    # α gets no gradient, and one per row gives an (n, n) loss.
+    # α gets no gradient, and one α per row returns an (n, n) loss.
     x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     alpha = torch.tensor([[1.2], [1.4], [1.5], [2.0], [2.5]], dtype=torch.float64, requires_grad=True)
     losses = loss(x, torch.arange(5), alpha)
@@ -288,7 +288,7 @@ def test_alpha_of_losses(loss):
 
 @each_loss
 def test_a_logit_of_minus_infinity(loss):
-    # NaN.
+    # The loss is NaN.
     x = torch.tensor([[1.0, -math.inf, 0.5]], requires_grad=True)
     losses = loss(x, torch.tensor([0]))
     torch.testing.assert_close(losses, loss(x[:, [0, 2]], torch.tensor([0])))
@@ -297,7 +297,7 @@ def test_a_logit_of_minus_infinity(loss):
 
 
 def test_other_arguments_of_a_loss():
-    # Scores (n, C) and classes (n,) only: no further dimensions, class weights, label smoothing or soft targets.
+    # It accepts only scores (n, C) and classes (n,), without class weights, label smoothing or class probabilities.
     x, target = torch.randn(3, 7, 5), torch.randint(7, (3, 5))
     given = {"weight": torch.rand(7), "label_smoothing": 0.1}
     for labels in (target, torch.softmax(torch.randn(3, 7, 5), 1)):
@@ -308,7 +308,7 @@ def test_other_arguments_of_a_loss():
 
 @pytest.mark.parametrize("budgeted", [compat.budget_bisect, sparse_attn.budget_sparsemax], ids=["compat", "native"])
 def test_budget(budgeted):
-    # The budget gets no gradient; an entry of -inf gives NaN; above d it silently returns all ones. #35
+    # The budget gets no gradient; an entry of -inf gives NaN; a budget above d returns all ones without an error. #35
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     budget = torch.tensor([[0.7], [2.0], [4.2]], dtype=torch.float64, requires_grad=True)
     assert gradcheck(budgeted, (x, budget))
@@ -320,7 +320,7 @@ def test_budget(budgeted):
 
 
 def test_attention_and_a_learnt_alpha():
-    # There is none: users write it by hand.
+    # The package has no attention and no learnt α.
     x = torch.randn(2, 5, 12)
     adaptive = sparse_attn.AdaptiveSparseMultiheadAttention(12, 3, batch_first=True)
     out, _ = adaptive(x, x, x)

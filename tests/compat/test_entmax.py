@@ -19,7 +19,7 @@ from sparse_attn.compat import entmax as ours
 
 
 def public(module: ModuleType) -> set[str]:
-    """The functions and classes of the package that a module holds, not what it has from torch."""
+    """The functions and classes that a module of the package defines, without names from torch."""
     named = {name: value for name, value in vars(module).items() if not name.startswith("_") and callable(value)}
     return {name for name, value in named.items() if value.__module__.startswith("entmax")}
 
@@ -38,7 +38,7 @@ def test_public_names():
 
 
 @pytest.mark.parametrize("module", ["activations", "losses", "root_finding"])
-def test_every_name_is_where_the_package_has_it(module):
+def test_every_name_is_in_the_same_module_as_in_the_package(module):
     there, here = (importlib.import_module(f"{package.__name__}.{module}") for package in (peer, ours))
     names = {name for name in public(there) if getattr(there, name).__module__ == there.__name__} & set(NAMES)
     assert len(names) > 3
@@ -84,7 +84,7 @@ def test_documented_examples():
         ("sparsemax_bisect", {}),
         ("entmax_bisect", {}),
         ("entmax_bisect", {"alpha": 1.25}),
-        ("entmax_bisect", {"alpha": torch.tensor(2)}),  # of integers
+        ("entmax_bisect", {"alpha": torch.tensor(2)}),  # an integer tensor
         ("normmax_bisect", {}),
         ("normmax_bisect", {"alpha": 1.25}),
         ("normmax_bisect", {"alpha": torch.tensor([[1.5], [2.0], [7.0]]).double()}),
@@ -93,7 +93,7 @@ def test_documented_examples():
     ],
 )
 @pytest.mark.parametrize("dim", [0, -1])
-def test_mappings_are_the_packages_where_it_is_right(name, given, dim):
+def test_mappings_agree_with_the_package_where_it_is_correct(name, given, dim):
     x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     columns = x if dim else x.T
     upstream = torch.randn_like(columns)
@@ -107,7 +107,7 @@ def test_mappings_are_the_packages_where_it_is_right(name, given, dim):
 @pytest.mark.parametrize(("name", "given"), [*((name, ()) for name in LOSSES), ("NormmaxBisectLoss", (5.0,))])
 @pytest.mark.parametrize("reduction", ["elementwise_mean", "sum", "none"])
 @pytest.mark.parametrize("ignore_index", [-100, 2])
-def test_losses_are_the_packages_where_it_is_right(name, given, reduction, ignore_index):
+def test_losses_agree_with_the_package_where_it_is_correct(name, given, reduction, ignore_index):
     x = torch.randn(13, 7, dtype=torch.float64, requires_grad=True)
     target = torch.arange(13) % 7
     there, here = (
@@ -120,7 +120,7 @@ def test_losses_are_the_packages_where_it_is_right(name, given, reduction, ignor
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_loss")])
-def test_functional_losses_are_one_for_each_sample(name):
+def test_functional_losses_return_one_value_per_sample(name):
     x, target = torch.randn(13, 7, dtype=torch.float64), torch.arange(13) % 7
     losses = getattr(ours, name)(x, target)
     assert losses.shape == (13,)
@@ -169,13 +169,13 @@ def test_tuning_arguments_of_the_package_have_no_effect():
         (lambda x, y: ours.normmax_bisect_loss(x.long(), y), TypeError, "x must have a floating dtype"),
     ],
 )
-def test_errors(call, error, message):
+def test_invalid_arguments_raise_errors(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.randn(3, 5), torch.arange(3))
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
-def test_support_size_beside_the_probabilities(dim):
+def test_support_size_is_returned_with_the_probabilities(dim):
     x = 2 * torch.randn(5, 7)
     for function, module in ((ours.sparsemax, ours.Sparsemax), (ours.entmax15, ours.Entmax15)):
         for p, support in (
@@ -186,8 +186,8 @@ def test_support_size_beside_the_probabilities(dim):
             assert torch.equal(support, (p > 0).sum(dim, keepdim=True))
 
 
-def test_private_helpers_give_threshold_and_support():
-    # The package's tests call them; `x` is what its mappings pass on, for 1.5-entmax half of the scores.
+def test_private_functions_return_threshold_and_support():
+    # The package's tests call these functions. `x` is the argument from its mappings: half the scores for 1.5-entmax.
     x = torch.randn(5, 7, dtype=torch.float64)
     for name in ("_sparsemax_threshold_and_support", "_entmax_threshold_and_support"):
         there, here = (getattr(package.activations, name)(x, dim=0) for package in (peer, ours))
@@ -195,7 +195,7 @@ def test_private_helpers_give_threshold_and_support():
 
 
 @pytest.mark.parametrize("alpha", [0.3, 0.9, 1.0])
-def test_normmax_is_a_corner_where_the_norm_is_not_convex(alpha):
+def test_normmax_is_one_hot_if_the_norm_is_not_convex(alpha):
     def objective(p):
         return (p * x).sum(-1) - (p**alpha).sum(-1) ** (1 / alpha)
 
@@ -203,7 +203,7 @@ def test_normmax_is_a_corner_where_the_norm_is_not_convex(alpha):
     p = ours.normmax_bisect(x, alpha)
     others = torch.distributions.Dirichlet(torch.full((7,), 0.3, dtype=torch.float64)).sample((1000,))
     assert (objective(others) <= objective(p) + 1e-12).all()
-    torch.testing.assert_close(p, ours.normmax_bisect(x, 1.0 + 1e-9))  # what it tends to from above
+    torch.testing.assert_close(p, ours.normmax_bisect(x, 1.0 + 1e-9))  # the limit from above
     assert (grad(p, x, torch.randn_like(p))[0] == 0).all()
     assert ours.normmax_bisect(torch.tensor([1.0, 2.0, 2.0, -math.inf]), alpha).tolist() == [0, 1, 0, 0]
     assert ours.normmax_bisect(torch.full((3,), -math.inf), alpha).tolist() == [0, 0, 0]
@@ -212,8 +212,8 @@ def test_normmax_is_a_corner_where_the_norm_is_not_convex(alpha):
     torch.testing.assert_close(mixed, torch.stack([p, sparse_attn.normmax(x)]))
 
 
-def test_normmax_passes_gradcheck_wherever_the_package_does():
-    # Its `test_budget_grad_multiple_k`, which is flaky: at an α below 1 the package returns noise.
+def test_normmax_passes_gradcheck_for_every_alpha_of_the_package():
+    # As in its `test_budget_grad_multiple_k`, which is flaky: for α below 1 the package returns noise.
     def passes(function, seed):
         torch.manual_seed(seed)
         x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
@@ -226,7 +226,7 @@ def test_normmax_passes_gradcheck_wherever_the_package_does():
         assert passes(ours.normmax_bisect, seed)[0]
 
 
-def test_a_budget_of_nothing():
+def test_a_budget_of_zero():
     x = torch.randn(3, 5, requires_grad=True)
     for budget in (0, 0.0, torch.tensor(0)):
         p = ours.budget_bisect(x, budget)
@@ -236,7 +236,7 @@ def test_a_budget_of_nothing():
     torch.testing.assert_close(ours.budget_bisect(x, budget).sum(-1, keepdim=True), budget)
 
 
-def test_normmax_loss_has_derivatives_of_both_orders():
+def test_normmax_loss_has_first_and_second_derivatives():
     x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([0, 3, -100, 6, 1])
     for alpha in (torch.tensor(1.7), torch.tensor([[0.7], [1.2], [2.0], [3.3], [1.0]]), torch.tensor(4.0)):
@@ -249,7 +249,7 @@ def test_normmax_loss_has_derivatives_of_both_orders():
     torch.testing.assert_close(slope, expected)
 
 
-def test_normmax_loss_of_scores_that_are_hard():
+def test_normmax_loss_of_difficult_scores():
     inf = math.inf
     x = torch.tensor([[0.0, 3e7, -inf], [0.0, 3e7, -inf], [1.0, -inf, 0.5], [math.nan, inf, 1.0]], requires_grad=True)
     losses = ours.normmax_bisect_loss(x, torch.tensor([1, 0, 1, -100]), 1.5)
@@ -266,7 +266,7 @@ def test_normmax_loss_of_scores_that_are_hard():
 
 
 @pytest.mark.parametrize("name", ["EntmaxBisect", "NormmaxBisect", "EntmaxBisectLoss", "NormmaxBisectLoss"])
-def test_a_parameter_learns(name):
+def test_a_parameter_of_a_module_gets_gradients(name):
     layer = getattr(ours, name)(alpha=nn.Parameter(torch.tensor(1.3)))
     assert [name for name, _ in layer.named_parameters()] == ["alpha"]
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)

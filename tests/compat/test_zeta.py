@@ -1,4 +1,4 @@
-"""The examples of zeta's documentation of `sparsemax` and `sparse_softmax`, and what it says of them."""
+"""The examples and statements about `sparsemax` and `sparse_softmax` in zeta's documentation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_signatures():
 def test_sparsemax_basic_usage():
     p = sparsemax(torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]), 3)
     check(p, 3)
-    assert p.tolist() == [[0, 0, 0, 0, 1]]  # one apart: the largest has it all
+    assert p.tolist() == [[0, 0, 0, 0, 1]]  # scores differ by one: the largest has all the weight
 
 
 def test_sparsemax_of_a_large_tensor():
@@ -34,10 +34,10 @@ def test_sparsemax_of_a_large_tensor():
     p = sparsemax(x, 50)
     check(p, 50)
     check(sparsemax(1e-3 * x, 50), 50)
-    assert ((sparsemax(1e-3 * x, 50) > 0).sum(-1) == 50).all()  # of 1000 that sparsemax itself would keep
+    assert ((sparsemax(1e-3 * x, 50) > 0).sum(-1) == 50).all()  # sparsemax itself would keep 1000
 
 
-def test_sparsemax_refuses_more_than_there_are():
+def test_sparsemax_refuses_k_above_the_number_of_entries():
     with pytest.raises(ValueError, match="k must be at least 1 and at most 3, the size of dim, got 5"):
         sparsemax(torch.tensor([[1.0, 2.0, 3.0]]), 5)
 
@@ -75,6 +75,6 @@ def test_sparse_softmax_inside_a_layer():
 
 
 def test_sparse_softmax_of_large_scores():
-    # The package gives NaN.
+    # The package returns NaN.
     assert sparse_softmax(torch.tensor([100.0, 99.0, 0.0]), k=2).tolist() == [1, 0, 0]
     assert sparse_softmax(torch.tensor([100.0, 99.5, 0.0]), k=2).tolist() == [0.75, 0.25, 0]

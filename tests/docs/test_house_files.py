@@ -12,7 +12,7 @@ import sparse_attn
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_citation_has_the_version_and_what_the_format_requires():
+def test_the_citation_has_the_version_and_the_required_fields():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert citation["version"] == sparse_attn.__version__
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
@@ -21,7 +21,7 @@ def test_the_citation_has_the_version_and_what_the_format_requires():
 
 
 @pytest.mark.parametrize("name", ["bug", "feature"])
-def test_issue_forms_have_what_the_format_requires(name):
+def test_issue_forms_have_the_required_fields(name):
     form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text("utf-8"))
     assert {"name", "description", "body"} <= set(form)
     identities = [part["id"] for part in form["body"]]

@@ -1,4 +1,4 @@
-"""Every public name and every configuration key has an entry in the reference, and a missing one is named."""
+"""Every public name and every configuration key has an entry in the reference, and missing entries are reported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_every_entry_is_a_name_that_exists():
         public_names.resolve(name)
 
 
-def test_a_name_without_an_entry_is_found(tmp_path):
+def test_a_public_name_without_an_entry_is_reported(tmp_path):
     for page in REFERENCE.glob("*.md"):
         text = page.read_text("utf-8").replace(".. autofunction:: sparse_attn.entmax_loss\n", "")
         (tmp_path / page.name).write_text(text, "utf-8")
@@ -47,10 +47,11 @@ def test_every_config_file_and_command_is_on_its_page():
         ("# sparse-attn train model=odd\nnot_an_argument: 3\n", ["odd.yaml: model.not_an_argument"]),
         ("# sparse-attn train model=odd\nnot_an_argument: 3 # layers\n", []),
         ("# no command\ndim: 3\n", ["odd.yaml"]),
+        ("dim: 3\n", ["odd.yaml"]),
     ],
-    ids=["a key without a meaning", "a comment is a meaning", "a file without its command"],
+    ids=["a key without a meaning", "a comment is a meaning", "a file without its command", "a file without a comment"],
 )
-def test_a_key_or_file_without_explanation_is_named(text, wrong, tmp_path, monkeypatch):
+def test_a_key_or_file_without_explanation_is_reported(text, wrong, tmp_path, monkeypatch):
     file = tmp_path / "configs" / "model" / "odd.yaml"
     file.parent.mkdir(parents=True)
     file.write_text(text, "utf-8")
@@ -62,7 +63,7 @@ def test_a_key_or_file_without_explanation_is_named(text, wrong, tmp_path, monke
     assert found == [f"configs/model/{line}" for line in wrong]
 
 
-def test_defaults_and_comments_are_those_of_the_file():
+def test_defaults_and_comments_are_read_from_the_file():
     keys = {key.name: key for key in command_line.keys(command_line.CONFIGS / "train.yaml")}
     assert keys["optimizer.learning_rate"].default == "2.0e-3"
     assert keys["keep_checkpoints"].comment.startswith("weights after each of the last epochs")

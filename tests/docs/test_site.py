@@ -1,4 +1,4 @@
-"""The parts of the site's build: links between pages, pictures, HTML; and the check of a built site."""
+"""Parts of the site's build (links between pages, pictures, HTML), and the check of a built site."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def test_links_in_the_repository_become_links_in_the_site(written, shown):
     assert outside_pages.with_site_links(written, DOCS / "gpu.md", DOCS) == shown
 
 
-def test_links_of_a_page_that_lies_at_the_top():
+def test_links_of_a_page_at_the_top_level():
     text = outside_pages.with_site_links("[a](docs/alpha.md) ![b](docs/mappings.png)", ROOT / "ARCHITECTURE.md", DOCS)
     assert text == "[a](/alpha.md) ![b](/mappings.png)"
 
 
-def test_every_page_from_elsewhere_has_its_file_and_its_stub():
+def test_every_page_from_outside_docs_has_its_file_and_its_stub():
     for page, file in outside_pages.PAGES.items():
         assert (DOCS / f"{page}.md").exists() and (ROOT / file).exists()
 
@@ -61,18 +61,18 @@ def test_html_is_corrected():
         "<style>@font-face { src: url('https://example.org/x.woff2') }</style>",
     ],
 )
-def test_a_source_elsewhere_is_found(tag, tmp_path):
+def test_a_tag_that_loads_a_foreign_file_is_found(tag, tmp_path):
     (tmp_path / "page.html").write_text(f"<html>{tag}</html>", "utf-8")
     assert [line.startswith("page.html: ") for line in check_site.foreign_sources(tmp_path)] == [True]
 
 
-def test_links_and_own_files_are_no_foreign_sources(tmp_path):
+def test_links_and_own_files_are_not_foreign_sources(tmp_path):
     page = '<a href="https://example.org">x</a><script src="_static/x.js"></script><img src="data:image/png;base64,x">'
     (tmp_path / "page.html").write_text(page, "utf-8")
     assert list(check_site.foreign_sources(tmp_path)) == []
 
 
-def test_a_missing_site_is_said_in_a_line(tmp_path, monkeypatch):
+def test_a_missing_site_gives_a_one_line_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["check_site.py", str(tmp_path)])
     with pytest.raises(SystemExit, match="make docs builds it"):
         check_site.main()

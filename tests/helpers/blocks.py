@@ -40,14 +40,14 @@ TOGETHER = {"num_kv_heads": 3, "window": (3, 1), "qk_norm": True, "positions": "
 
 
 def short(options: dict[str, Any]) -> str:
-    """A name for a case."""
+    """A short name of a case."""
     return " ".join(f"{name}={value}" for name, value in options.items() if value not in (None, False, "none", H))
 
 
 def layer_of(
     options: dict[str, Any], kind: type[SparseMultiheadAttention] = AdaptiveSparseMultiheadAttention, **kwargs: Any
 ) -> Any:
-    """The layer of a case, with random parameters: norms of all ones, and biases of zero, would hide much."""
+    """The layer of a case with random parameters, since norms of one and biases of zero would hide errors."""
     options = {**options, "positions": MAKE_POSITIONS[options.get("positions", "none")]()}
     if kind is TopKMultiheadAttention:
         options["k"] = 3

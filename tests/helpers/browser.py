@@ -19,7 +19,7 @@ ARROWS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "En
 
 
 class Page:
-    """One window of a browser, and the questions that tests ask of it."""
+    """One window of a browser, with functions to read its content."""
 
     def __init__(self, driver: Any, folder: Path) -> None:
         self.driver, self.folder = driver, folder
@@ -30,7 +30,7 @@ class Page:
         self.go(address)
 
     def go(self, address: str) -> None:
-        """Load the page anew."""
+        """Load the page again."""
         self.driver.get("about:blank")
         self.driver.get(self.file.as_uri() + address)
         self.settle()

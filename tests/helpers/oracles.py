@@ -1,7 +1,7 @@
-"""Mappings by bisection in float64, in the form the papers print: they share nothing with ours.
+"""Mappings by bisection in float64, in the form of the papers, without code of this library.
 
-Each takes scores of any floating dtype, along the last dimension, as they are: a score that float32 has rounded, or an
-α that it has, is taken rounded. ``-inf`` and the smallest finite number are masked.
+Each takes scores of any floating dtype along the last dimension. Scores and α that were rounded to float32 are used in
+their rounded form. ``-inf`` and the smallest finite number are masked.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import math
 import torch
 from torch import Tensor
 
-_HALVINGS = 64  # of a bracket at most 1 wide
+_HALVINGS = 64  # number of bisection steps; the bracket is at most 1 wide
 
 
 def _shifted(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores in float64 with the maximum at 0, those that are masked at ``-inf``; and which rows have any."""
+    """Scores in float64 with maximum 0 and ``-inf`` for masked scores; and the mask of rows with a visible score."""
     z = x.double().masked_fill(x <= torch.finfo(x.dtype).min, -math.inf)
     top = z.amax(-1, keepdim=True)
     seen = top > -math.inf
@@ -55,7 +55,7 @@ def bisect_normmax(x: Tensor, alpha: float) -> Tensor:
 
 
 def bisect_budget(x: Tensor, budget: float | Tensor) -> Tensor:
-    """Budget sparsemax: ``clip(z - tau, 0, 1)``, or all ones where no more entries than that are visible."""
+    """Budget sparsemax: ``clip(z - tau, 0, 1)``, or all ones if at most ``budget`` entries are visible."""
     z, _ = _shifted(x)
     visible = z > -math.inf
     low = z.masked_fill(~visible, 0.0).amin(-1, keepdim=True) - 1

@@ -1,4 +1,4 @@
-"""Settings of torch that a test changes for a while."""
+"""Settings of torch that a test changes temporarily."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of transformers attend with our functions: the right weights, masks, caches, gradients."""
+"""Transformers models with our attention functions: weights, masks, caches, gradients."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def real(inputs: dict[str, Tensor], output: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ENCODERS + DECODERS + BOTH + IMAGES)
-def test_alpha_one_is_eager_with_its_gradients(name, build, batch):
+def test_alpha_one_equals_eager_attention_with_gradients(name, build, batch):
     inputs = batch(name)
     eager, ours = build(name, "eager"), build(name, "alpha_one")
     expected, got = result(eager(**inputs)), result(ours(**inputs))
@@ -59,12 +59,14 @@ def test_alpha_one_is_eager_with_its_gradients(name, build, batch):
 
 @pytest.mark.parametrize("name", ["pegasus_x", "nllb_moe", "splinter"])
 def test_causality_does_not_depend_on_modules_without_is_causal(name, build, batch):
-    inputs = {key: ids for key, ids in batch(name).items() if key != "attention_mask"}  # no mask has to be made
+    inputs = {
+        key: ids for key, ids in batch(name).items() if key != "attention_mask"
+    }  # without padding, no mask is needed
     expected, got = result(build(name, "eager")(**inputs)), result(build(name, "alpha_one")(**inputs))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
 
 
-def test_no_mask_is_made_where_the_modules_have_is_causal(build, batch):
+def test_no_mask_is_built_if_the_modules_have_is_causal(build, batch):
     model, seen = build("gpt2", "entmax"), []
     hooks = [
         block.attn.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
@@ -85,7 +87,7 @@ def test_no_mask_is_made_where_the_modules_have_is_causal(build, batch):
 )
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_weights_of_the_first_layer_are_the_mapping_of_its_scores(name, implementation, mapping, build, batch):
-    # Scores are known but for a constant per row, which changes no weight.
+    # The scores are known up to a constant per row, which does not change the weights.
     inputs = batch(name)
     softmax = build(name, "eager").double()(**inputs, output_attentions=True).attentions[0]
     weights = build(name, implementation).double()(**inputs, output_attentions=True).attentions[0]
@@ -95,7 +97,7 @@ def test_weights_of_the_first_layer_are_the_mapping_of_its_scores(name, implemen
 
 @pytest.mark.parametrize("implementation", SPARSE)
 @pytest.mark.parametrize("name", [*DECODERS, "t5"])
-def test_decoder_does_not_see_its_future(name, implementation, build, batch):
+def test_a_decoder_does_not_see_future_positions(name, implementation, build, batch):
     key = "decoder_input_ids" if name == "t5" else "input_ids"
     inputs = {name: ids for name, ids in batch(name).items() if name in (key, "input_ids")}  # without a padding mask
     changed = {**inputs, key: inputs[key].clone()}
@@ -108,7 +110,7 @@ def test_decoder_does_not_see_its_future(name, implementation, build, batch):
 
 @pytest.mark.parametrize("implementation", ["entmax", "topk"])
 @pytest.mark.parametrize("name", [*ENCODERS, *DECODERS, "t5", "bart"])
-def test_padding_is_not_seen(name, implementation, build, batch):
+def test_padding_is_not_visible(name, implementation, build, batch):
     inputs = batch(name)
     changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
     changed["input_ids"][1, -4:] = torch.randint(3, 37, (4,))
@@ -131,7 +133,7 @@ def test_sliding_window_is_kept(build, batch):
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
 
 
-def test_four_dimensional_masks_are_added_or_chosen_by(build, batch):
+def test_four_dimensional_masks_are_applied(build, batch):
     ids = batch("gpt2")["input_ids"]
     taken = torch.ones(11, 11, dtype=torch.bool).tril().expand(2, 1, 11, 11)
     added = torch.zeros(2, 1, 11, 11).masked_fill(~taken, torch.finfo(torch.float32).min)
@@ -144,7 +146,7 @@ def test_four_dimensional_masks_are_added_or_chosen_by(build, batch):
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("implementation", ["entmax", "topk"])
 @pytest.mark.parametrize("name", [*DECODERS, *BOTH])
-def test_generation_with_a_cache_is_that_without(name, implementation, beams, build, batch):
+def test_generation_with_a_cache_equals_generation_without(name, implementation, beams, build, batch):
     inputs = batch(name)
     inputs.pop("decoder_input_ids", None)
     if name in DECODERS:
@@ -159,14 +161,14 @@ def test_generation_with_a_cache_is_that_without(name, implementation, beams, bu
 
 
 def test_generation_with_a_static_cache(build, batch):
-    # Its keys are as long as the cache from the first step on, most of them empty.
+    # From the first step on, there are as many keys as the cache has positions, most of them empty.
     model, inputs = build("llama", "entmax"), {"input_ids": batch("llama")["input_ids"]}
     how = {"max_new_tokens": 5, "do_sample": False}
     static = model.generate(**inputs, **how, cache_implementation="static", disable_compile=True)
     assert torch.equal(static, model.generate(**inputs, **how))
 
 
-def test_dropout_drops_weights_in_training_alone(build, batch):
+def test_dropout_drops_weights_only_in_training(build, batch):
     inputs = {"input_ids": batch("bert")["input_ids"]}
     model = build("bert", "entmax", attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0)
     weights = model(**inputs, output_attentions=True).attentions[0]
@@ -178,16 +180,16 @@ def test_dropout_drops_weights_in_training_alone(build, batch):
 
 
 @pytest.mark.parametrize("name", ENCODERS + DECODERS + BOTH + IMAGES)
-def test_weights_are_returned_when_asked_for(name, build, batch):
+def test_weights_are_returned_if_requested(name, build, batch):
     model, inputs = build(name, "sparsemax"), batch(name)
     silent, asked = model(**inputs), model(**inputs, output_attentions=True)
-    # Two ways of computing attention round differently, and the layers after it magnify that.
+    # Two implementations of attention round differently, and later layers increase this difference.
     torch.testing.assert_close(result(asked), result(silent), atol=1e-4, rtol=1e-3)
     kinds = [key for key in asked if "attentions" in key and asked[key]]
     assert kinds == [key for key in kinds if silent.get(key) is None] != []
     for weights in (layer for kind in kinds for layer in asked[kind]):
-        seen = weights.sum(-1) > 0  # a query that is padding may see nothing
-        if name == "gpt_oss":  # the rest of the weight is that of the sink
+        seen = weights.sum(-1) > 0  # a query at padding may have no visible key
+        if name == "gpt_oss":  # the sink has the remaining weight
             assert weights.sum(-1).max() <= 1 + 1e-5 and weights.sum(-1)[seen].min() < 0.9
         else:
             torch.testing.assert_close(weights.sum(-1)[seen], torch.ones(int(seen.sum())))
@@ -195,7 +197,7 @@ def test_weights_are_returned_when_asked_for(name, build, batch):
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
-def test_observers_are_shown_the_weights(name, build, batch):
+def test_observers_receive_the_weights(name, build, batch):
     model, inputs, seen = build(name, "entmax"), batch(name), []
     expected = model(**inputs, output_attentions=True)
     with observe_weights(lambda module, weights, *_: seen.append((module, weights))):
@@ -210,8 +212,8 @@ def test_observers_are_shown_the_weights(name, build, batch):
     assert all(value is None for key, value in output.items() if "attentions" in key)
 
 
-def test_weights_are_not_kept_unless_asked_for(build):
-    # 1,031 x 1,031 scores a head are more than go into one block.
+def test_weights_are_not_computed_unless_requested(build):
+    # 1,031 x 1,031 scores per head are too many for one block.
     model = build("gpt2", "entmax", n_layer=1, n_positions=1031, n_embd=6)
     largest = 0
 
@@ -231,7 +233,7 @@ def test_half_precision(build, batch):
     got = build("llama", "entmax").bfloat16()(**inputs).logits
     assert got.dtype == torch.bfloat16
     kept = real(inputs, expected)
-    # Eight bits of mantissa, in two layers.
+    # bfloat16 has eight bits of mantissa, and the model has two layers.
     assert (got[kept] - expected[kept]).norm() < 0.05 * expected[kept].norm()
 
 
@@ -271,14 +273,14 @@ def test_other_changes_of_scores_are_refused(build, batch):
         model(batch("llama")["input_ids"], sinks=torch.zeros(2, 6, 11, 1))
 
 
-def test_sinks_of_a_wrong_shape_are_named(build, batch):
+def test_sinks_of_a_wrong_shape_raise_an_error(build, batch):
     model = build("gpt_oss", "entmax")
     model.model.layers[0].self_attn.sinks = torch.nn.Parameter(torch.zeros(5))
     with pytest.raises(ValueError, match=r"sinks must have shape \(H,\) = \(6,\), got \(5,\)"):
         model(batch("gpt_oss")["input_ids"])
 
 
-def test_a_name_of_ours_alone_is_what_it_was():
+def test_registering_a_name_does_not_change_other_names():
     register("sparsemax")
     torch.manual_seed(0)
     config = transformers.BertConfig(vocab_size=37, hidden_size=24, num_hidden_layers=1, num_attention_heads=3)
@@ -292,7 +294,7 @@ def test_a_name_of_ours_alone_is_what_it_was():
     assert torch.equal(model(ids).last_hidden_state, sparse)
 
 
-def test_register_twice_changes_nothing():
+def test_a_second_registration_has_no_effect():
     functions = transformers.AttentionInterface._global_mapping
     before = {name: functions[name] for name in SPARSE}
     register()
@@ -310,7 +312,7 @@ def test_register_twice_changes_nothing():
         ({}, lambda scores: entmax(scores, 1.5)),
     ],
 )
-def test_names_of_ones_own(arguments, mapping, build, batch):
+def test_own_names_can_be_registered(arguments, mapping, build, batch):
     register("mine", **arguments)
     inputs = batch("bert")
     softmax = build("bert", "eager").double()(**inputs, output_attentions=True).attentions[0]
@@ -337,13 +339,13 @@ def keep(scores: Tensor, k: int) -> Tensor:
         ({"name": "wrong", "k": 2.5}, TypeError, "k must be an int, got float"),
     ],
 )
-def test_wrong_input_of_register(arguments, error, message):
+def test_invalid_arguments_of_register_raise_an_error(arguments, error, message):
     with pytest.raises(error, match=message):
         register(**arguments)
     assert "wrong" not in transformers.AttentionInterface._global_mapping
 
 
-def test_missing_transformers_is_named(monkeypatch):
+def test_error_without_transformers_names_the_pip_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install sparse-attn\[hf\]"):
         register()

@@ -1,4 +1,4 @@
-"""A learnt α per head in models of transformers: found, trained, taken off."""
+"""A learnt α per head in transformers models: adding, training and removing it."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def test_every_head_has_an_alpha_with_a_gradient(name, heads, build, batch):
     added = add_alpha(model)
     assert {key: alpha.num_heads for key, alpha in added.items()} == heads
     output = model(**batch(name)).logits
-    torch.testing.assert_close(output, expected)  # α = 1.5 is where it starts
+    torch.testing.assert_close(output, expected)  # the initial α is 1.5
     output.square().sum().backward()
     for key, alpha in added.items():
         assert model.get_submodule(key).sparse_alpha is alpha
         assert (alpha.raw_alpha.grad != 0).all()
 
 
-def test_gradients_of_alpha_are_those_of_finite_differences(build, batch):
+def test_gradients_of_alpha_equal_finite_differences(build, batch):
     model = build("gpt2", "entmax").double()
     inputs = batch("gpt2")
     alphas = [alpha.raw_alpha for alpha in add_alpha(model, alpha_init=1.3).values()]
@@ -76,14 +76,14 @@ def test_gradients_of_alpha_are_those_of_finite_differences(build, batch):
             torch.testing.assert_close(alpha.grad[head].item(), (values[0] - values[1]) / 2e-6, rtol=1e-5, atol=1e-6)
 
 
-def test_alpha_one_keeps_a_dense_model_and_learns_its_way_off(build, batch):
+def test_alpha_one_keeps_a_dense_model_and_can_leave_the_bound(build, batch):
     inputs, dense = batch("bert"), build("bert", "eager")
     model = build("bert", "entmax")
     alphas = add_alpha(model, alpha_init=1.0)
     output = model(**inputs).logits
     torch.testing.assert_close(output, dense(**inputs).logits, rtol=1e-5, atol=2e-5)
     optimizer = torch.optim.SGD([alpha.raw_alpha for alpha in alphas.values()], lr=1e-2)
-    for sign in (1, -1):  # each head gains from going up under one of the two
+    for sign in (1, -1):  # with one of the two signs, the loss of each head decreases with α
         optimizer.zero_grad()
         (sign * model(**inputs).logits.square().sum()).backward()
         optimizer.step()
@@ -91,7 +91,7 @@ def test_alpha_one_keeps_a_dense_model_and_learns_its_way_off(build, batch):
     assert all((alpha.alpha >= 1).all() for alpha in alphas.values())
 
 
-def test_only_chosen_modules_and_their_initial_values(build):
+def test_only_selected_modules_get_alpha_with_their_initial_values(build):
     model = build("bart", "entmax")
     chosen = add_alpha(model, alpha_init=[1.25, 1.75], filter_fn=lambda name, _: name.endswith("encoder_attn"))
     assert list(chosen) == ["model.decoder.layers.0.encoder_attn", "model.decoder.layers.1.encoder_attn"]
@@ -100,7 +100,7 @@ def test_only_chosen_modules_and_their_initial_values(build):
         assert values.tolist() == [1.25, 1.75]
 
 
-def test_a_second_call_changes_nothing(build):
+def test_a_second_call_has_no_effect(build):
     model = build("gpt2", "entmax")
     first = add_alpha(model, alpha_init=1.25)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -127,7 +127,7 @@ def test_removal_restores_the_model(build, batch, with_alpha):
         remove_alpha(model)
 
 
-def test_copied_and_pickled(build, batch, with_alpha):
+def test_alpha_is_copied_and_pickled(build, batch, with_alpha):
     model, inputs = with_alpha(build("gpt2", "entmax")), batch("gpt2")
     expected = model(**inputs).logits
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -165,9 +165,9 @@ def test_activation_checkpointing_gives_the_same_gradients(build, batch, with_al
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-# torch's own, while it compiles an autograd function.
+# A warning of torch itself while it compiles an autograd function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_compiled_with_gradients_of_alpha(build, batch):
+def test_compiled_models_have_gradients_for_alpha(build, batch):
     model, inputs = build("gpt2", "entmax", n_layer=1), {"input_ids": batch("gpt2")["input_ids"]}
     (alpha,) = add_alpha(model).values()
     expected = model(**inputs).logits
@@ -177,7 +177,7 @@ def test_compiled_with_gradients_of_alpha(build, batch):
     torch.testing.assert_close(torch.autograd.grad(got.square().sum(), alpha.raw_alpha)[0], wanted)
 
 
-def test_weights_kept_elsewhere_by_accelerate(build, batch):
+def test_models_offloaded_by_accelerate(build, batch):
     accelerate = pytest.importorskip("accelerate")
     expected = build("llama", "entmax")(**batch("llama")).logits
     model = accelerate.cpu_offload(build("llama", "entmax"), execution_device="cpu")
@@ -187,7 +187,7 @@ def test_weights_kept_elsewhere_by_accelerate(build, batch):
     torch.testing.assert_close(model(**batch("llama")).logits, expected)
 
 
-def test_other_kinds_of_attention_in_a_model_are_left_alone():
+def test_other_kinds_of_attention_in_a_model_are_not_changed():
     text = {"vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
     image = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 15, "patch_size": 5}
     model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=image))
@@ -198,7 +198,7 @@ def test_other_kinds_of_attention_in_a_model_are_left_alone():
 
 
 def losses_of(model, text: Tensor, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
-    """Next characters of 8 passages at a time."""
+    """Losses of predicting the next character, with batches of 8 passages."""
     losses = []
     generator = torch.Generator().manual_seed(11)
     for _ in range(steps):
@@ -214,7 +214,7 @@ def losses_of(model, text: Tensor, optimizer: torch.optim.Optimizer, steps: int)
 
 
 def test_fine_tuning_on_real_text_moves_alpha(tmp_path):
-    # Python's own documentation, which every interpreter brings along; dense first, then sparse from where that ended.
+    # The text is Python's documentation, which every interpreter contains. Training is first dense, then sparse.
     prose = "".join(pydoc_data.topics.topics[topic] for topic in ("for", "while", "try", "class", "function"))
     letters = sorted(set(prose))
     text = torch.tensor([letters.index(letter) for letter in prose])
@@ -240,7 +240,7 @@ def test_fine_tuning_on_real_text_moves_alpha(tmp_path):
     def level(losses: list[float]) -> float:
         return sum(losses) / len(losses)
 
-    assert level(after[:5]) < level(before[-20:]) + 0.1  # it goes on where the dense model was
+    assert level(after[:5]) < level(before[-20:]) + 0.1  # it continues from the loss of the dense model
     assert level(after[-20:]) < level(before[-20:]) - 0.1
     values = torch.cat(list(alpha_per_head(model).values()))
     assert ((values >= 1) & (values <= 2)).all()
@@ -274,7 +274,7 @@ def refused_models(build):
         ("no interface", ValueError, "through transformers' attention interface, got no such module in BloomModel"),
     ],
 )
-def test_models_that_cannot_learn_alpha(name, error, message, build, tmp_path):
+def test_models_that_cannot_learn_alpha_are_refused(name, error, message, build, tmp_path):
     model = refused_models(build)[name]
     with pytest.raises(error, match=message):
         add_alpha(model)
@@ -325,7 +325,7 @@ def test_a_second_range_is_refused(build):
     assert len(alpha_per_head(model)) == 1
 
 
-def test_weights_that_are_not_there(build):
+def test_a_model_on_the_meta_device_is_refused(build):
     model = build("gpt2", "entmax").to("meta")
     with pytest.raises(ValueError, match=r"model must have its weights, got 'transformer.h.0.attn' on the meta device"):
         add_alpha(model)
@@ -333,7 +333,7 @@ def test_weights_that_are_not_there(build):
 
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*tensor creation functions .* are deprecated:UserWarning")
-def test_quantised_projections_that_no_gradient_passes(build, batch):
+def test_quantised_projections_are_refused(build, batch):
     model = torch.ao.quantization.quantize_dynamic(build("bert", "entmax"), {torch.nn.Linear}, dtype=torch.qint8)
     expected = model(**batch("bert")).logits
     message = r"weights in parameters, got 'bert.encoder.layer.0.attention.self' of BertSelfAttention without; quantise"
@@ -343,7 +343,7 @@ def test_quantised_projections_that_no_gradient_passes(build, batch):
     assert torch.equal(model(**batch("bert")).logits, expected)
 
 
-def test_a_module_that_does_not_say_how_many_heads(build):
+def test_a_module_without_a_number_of_heads_is_refused(build):
     model = build("bert", "entmax")
     first = model.bert.encoder.layer[0].attention.self
     del first.num_attention_heads
@@ -356,7 +356,7 @@ def test_a_module_that_does_not_say_how_many_heads(build):
     assert len(add_alpha(model, filter_fn=lambda name, module: module is not first)) == 1
 
 
-def test_missing_transformers_is_named(monkeypatch):
+def test_error_without_transformers_names_the_pip_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install sparse-attn\[hf\]"):
         add_alpha(torch.nn.Linear(2, 3))

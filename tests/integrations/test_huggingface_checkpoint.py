@@ -1,4 +1,4 @@
-"""A learnt α per head goes through checkpoints: transformers' own, and those of adapters."""
+"""A learnt α per head in checkpoints of transformers and of adapters."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ transformers = pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "albert", "modernbert", "gpt2", "llama", "t5", "bart", "vit"])
-def test_saved_and_loaded_again(name, build, batch, tmp_path, with_alpha):
-    # Sharded, and for "vit" under other names than in the model: transformers saves it as it always was.
+def test_alpha_is_saved_and_loaded(name, build, batch, tmp_path, with_alpha):
+    # The checkpoint is sharded. For "vit", transformers saves the names of older versions, not those in the model.
     model = with_alpha(build(name, "entmax"), alpha_range=(1.0, 1.9))
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     loaded = type(model).from_pretrained(tmp_path, attn_implementation="entmax")
@@ -25,11 +25,11 @@ def test_saved_and_loaded_again(name, build, batch, tmp_path, with_alpha):
     assert {alpha.alpha_range for alpha in alphas.values()} == {(1.0, 1.9)}
     inputs = batch(name)
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
-    assert list(load_alpha(loaded, str(tmp_path))) == list(alphas)  # once more is no error
+    assert list(load_alpha(loaded, str(tmp_path))) == list(alphas)  # a second call is allowed
 
 
 @pytest.mark.parametrize("name", ["vit", "llama"])
-def test_alpha_follows_when_a_head_is_taken_off_or_put_on(name, build, tmp_path, with_alpha):
+def test_alpha_loads_into_a_model_with_another_task_head(name, build, tmp_path, with_alpha):
     model = with_alpha(build(name, "entmax"))
     values = list(alpha_per_head(model).values())
     for kind in (type(model.base_model), type(model)):
@@ -40,9 +40,9 @@ def test_alpha_follows_when_a_head_is_taken_off_or_put_on(name, build, tmp_path,
             assert torch.equal(got, expected)
 
 
-def test_a_module_at_two_places_has_one_alpha(build, tmp_path, with_alpha):
+def test_a_module_in_two_places_has_one_alpha(build, tmp_path, with_alpha):
     class Tied(transformers.LlamaForCausalLM):
-        # transformers keeps the second name alone.
+        # transformers keeps only the second name.
         _tied_weights_keys = {r"model\.layers\.0\.(.*)": r"model.layers.1.\1"}  # noqa: RUF012
 
         def __init__(self, config):
@@ -69,7 +69,7 @@ def test_dense_checkpoint_gets_alpha(build, batch, tmp_path):
     torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads this attribute
 def test_lora_on_the_projections(build, batch, tmp_path):
     peft = pytest.importorskip("peft")
     inputs = batch("llama")
@@ -97,7 +97,7 @@ def test_lora_on_the_projections(build, batch, tmp_path):
     assert list(alpha_per_head(merged)) == names
 
 
-def test_a_checkpoint_with_an_alpha_that_is_no_number(build, tmp_path, with_alpha):
+def test_a_checkpoint_with_a_nan_alpha_is_refused(build, tmp_path, with_alpha):
     model = with_alpha(build("gpt2", "entmax"))
     with torch.no_grad():
         model.transformer.h[1].attn.sparse_alpha.raw_alpha[1] = float("nan")
@@ -108,7 +108,7 @@ def test_a_checkpoint_with_an_alpha_that_is_no_number(build, tmp_path, with_alph
     assert not alpha_per_head(fresh)
 
 
-def test_checkpoints_that_do_not_fit(build, tmp_path, with_alpha):
+def test_checkpoints_of_another_model_are_refused(build, tmp_path, with_alpha):
     with_alpha(build("gpt2", "entmax")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"got α of shape \(3,\) for 'transformer.h.0.attn' with 4 heads"):
         load_alpha(build("gpt2", "entmax", n_head=4), tmp_path)

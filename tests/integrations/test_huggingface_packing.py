@@ -1,4 +1,4 @@
-"""Packed sequences in transformers: the numbers of each sequence by itself, without a mask of the scores' size."""
+"""Packed sequences in transformers give the values of separate sequences, without a mask of the scores' size."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def masks_computed(monkeypatch) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("implementation", ["entmax", "topk"])
 @pytest.mark.parametrize("name", DECODERS)
-def test_is_each_sequence_by_itself(name, implementation, cache, inputs, build, masks_computed):
+def test_packed_sequences_equal_separate_sequences(name, implementation, cache, inputs, build, masks_computed):
     model = build(name, implementation)
     got = model(**packed(**inputs), use_cache=cache).logits
     assert not masks_computed
@@ -68,7 +68,7 @@ def test_is_each_sequence_by_itself(name, implementation, cache, inputs, build, 
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_is_a_padded_batch_in_training(name, build):
+def test_packed_sequences_equal_a_padded_batch_in_training(name, build):
     model, width = build(name, "entmax").train(), max(LENGTHS)
     ids = torch.stack([torch.nn.functional.pad(ids, (0, width - len(ids))) for ids in sequences()])
     kept = torch.arange(width) < torch.tensor(LENGTHS)[:, None]
@@ -77,7 +77,7 @@ def test_is_a_padded_batch_in_training(name, build):
     torch.testing.assert_close(got, padded, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_of_a_batch_are_packed_each_by_itself(build):
+def test_each_row_of_a_batch_is_packed_separately(build):
     model, ids = build("mistral", "entmax"), torch.cat(sequences())
     rows, positions = torch.stack([ids, ids.flip(0)]), packed()["position_ids"]
     second = torch.cat([torch.arange(5), torch.arange(17)])[None]
@@ -110,7 +110,7 @@ def test_lengths_without_position_ids_and_in_encoders(build):
         assert not torch.allclose(before[:, 7:], after[:, 7:])
 
 
-def test_lengths_are_combined_with_a_written_mask(build):
+def test_lengths_are_combined_with_a_given_mask(build):
     model, inputs = build("llama", "entmax"), packed(cumulative=True)
     mask = torch.ones(22, 22, dtype=torch.bool).tril()[None, None]
     expected = one_by_one(model)
@@ -118,7 +118,7 @@ def test_lengths_are_combined_with_a_written_mask(build):
         torch.testing.assert_close(model(**inputs, attention_mask=written).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_of_the_size_of_the_scores_is_kept(build):
+def test_no_tensor_of_the_size_of_the_scores_is_kept(build):
     model = build("mistral", "entmax", num_hidden_layers=1, sliding_window=300)
     length, largest = 1031, 0
 
@@ -134,7 +134,7 @@ def test_nothing_of_the_size_of_the_scores_is_kept(build):
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
-def test_a_lazy_mask_is_an_ordinary_mask_to_models(name, build, masks_computed):
+def test_models_can_use_a_lazy_mask_as_an_ordinary_mask(name, build, masks_computed):
     # Modules that read the mask get its entries.
     from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
@@ -168,7 +168,7 @@ def test_compiled_layers_take_a_lazy_mask(build):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_compiled_model_keeps_sequences_apart(build):
+def test_a_compiled_model_separates_packed_sequences(build):
     model, inputs = build("mistral", "entmax"), packed()
     expected = one_by_one(model)
     torch.compiler.reset()
@@ -200,7 +200,7 @@ def test_gradient_checkpointing(reentrant, build):
         ({"cu_seq_lens_q": [0.0, 22.0], "cu_seq_lens_k": [0, 22]}, TypeError, "cu_seq_lens_q must be a tensor"),
     ],
 )
-def test_lengths_that_do_not_fit(lengths, error, message, build):
+def test_wrong_lengths_raise_an_error(lengths, error, message, build):
     ids = torch.cat(sequences())[None]
     with pytest.raises(error, match=message):
         build("llama", "entmax")(input_ids=ids, **{name: torch.tensor(values) for name, values in lengths.items()})

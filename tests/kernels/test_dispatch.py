@@ -1,4 +1,4 @@
-"""The choice of the backend that computes, and how to force one."""
+"""The choice of the backend, automatic and forced."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sparse_attn.kernels.cpu import rows
 compiled = pytest.mark.skipif(not rows.available(), reason="the kernels are not compiled here")
 
 
-def test_every_backend_says_how_it_runs_or_why_not():
+def test_every_backend_reports_how_it_runs_or_why_it_is_unavailable():
     state = backends()
     assert list(state) == ["triton", "compiled", "torch"] and all(state.values())
     assert state["compiled"].startswith("CPU tensors: " if rows.available() else "not available: ")
 
 
 @compiled
-def test_a_forced_backend_computes(monkeypatch):
+def test_a_forced_backend_is_used(monkeypatch):
     calls = []
     forward = rows.entmax_forward
     monkeypatch.setattr(
@@ -37,12 +37,12 @@ def test_a_forced_backend_computes(monkeypatch):
     assert len(calls) == 1
     torch.testing.assert_close(by_kernel, by_torch)
     sparsemax(x)
-    assert len(calls) == 2  # nothing is left of what was forced
+    assert len(calls) == 2  # the forced backend is no longer used
 
 
 @compiled
 @pytest.mark.parametrize("k", [None, 4])
-def test_backends_agree_with_their_gradients(k):
+def test_backends_agree_with_gradients_included(k):
     alpha = torch.tensor([[1.0], [1.0001], [1.3], [1.5], [2.0], [3.0], [0.6]], dtype=torch.float64)
     for dtype in (torch.float32, torch.float64):
         x = torch.randn(7, 131, dtype=dtype) * 2
@@ -59,7 +59,7 @@ def test_backends_agree_with_their_gradients(k):
             assert (got - expected).abs().max() <= bound * max(1, float(expected.abs().max()))
 
 
-def test_without_a_library_torch_computes(monkeypatch, tmp_path):
+def test_without_the_c_library_plain_torch_is_used(monkeypatch, tmp_path):
     monkeypatch.setattr(rows, "__file__", str(tmp_path / "rows.py"))
     rows._load.cache_clear()
     try:
@@ -72,7 +72,7 @@ def test_without_a_library_torch_computes(monkeypatch, tmp_path):
         rows._load.cache_clear()
 
 
-def test_where_triton_is_missing_torch_computes_after_one_warning(monkeypatch):
+def test_without_triton_plain_torch_is_used_after_one_warning(monkeypatch):
     monkeypatch.setattr(dispatch.triton, "status", lambda: (False, "Triton is not installed"))
     dispatch._warn_once.cache_clear()
     assert backends()["triton"] == "not available: Triton is not installed"
@@ -83,7 +83,7 @@ def test_where_triton_is_missing_torch_computes_after_one_warning(monkeypatch):
     assert len(seen) == 1
 
 
-def test_wrong_names():
+def test_unknown_backend_names_are_refused():
     with (
         pytest.raises(ValueError, match="name must be one of triton, compiled, torch, got 'cuda'"),
         use_backend("cuda"),

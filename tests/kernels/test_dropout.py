@@ -1,4 +1,4 @@
-"""Dropout with a cheaper mask has the distribution, the gradient and the repeatability of torch's."""
+"""Dropout with a cheaper mask has the same distribution, gradient and repeatability as torch's dropout."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ from sparse_attn.nn.dropout import Dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.83, 1e-4])
-def test_rate_and_mean_are_those_asked_for(p):
+def test_rate_and_mean_of_dropout(p):
     torch.manual_seed(0)
     count = 1_000_003
     noise = dropout_noise(torch.empty(count, dtype=torch.double), p)
@@ -23,7 +23,7 @@ def test_rate_and_mean_are_those_asked_for(p):
     assert scale == pytest.approx(1 / (1 - p), rel=2e-5 / (1 - p))
 
 
-def test_entries_are_independent_of_their_neighbours():
+def test_neighbouring_entries_are_independent():
     torch.manual_seed(0)
     kept = (dropout_noise(torch.empty(1_000_001), 0.3) > 0).double() - 0.7
     for lag in (1, 2, 3, 4, 8, 256):
@@ -32,7 +32,7 @@ def test_entries_are_independent_of_their_neighbours():
 
 
 @pytest.mark.parametrize(("p", "expected"), [(0.0, 1.0), (1.0, 0.0)])
-def test_nothing_or_everything_is_dropped(p, expected):
+def test_probabilities_zero_and_one_of_dropout(p, expected):
     assert torch.equal(dropout(torch.ones(3, 5), p), torch.full((3, 5), expected))
 
 
@@ -62,7 +62,7 @@ def test_gradients_in_both_modes_and_of_second_order():
     assert torch.autograd.gradgradcheck(seeded, x)
 
 
-def test_the_gradient_passes_where_the_output_does():
+def test_gradients_are_nonzero_only_where_the_output_is():
     x = torch.ones(7, 11, requires_grad=True)
     y = dropout(x, 0.4)
     y.sum().backward()
@@ -101,7 +101,7 @@ def test_compiled_without_a_break():
     y.sum().backward()
 
 
-def test_vmap_refuses_as_torch_does_unless_it_is_told_how_to_draw():
+def test_vmap_of_dropout_needs_a_randomness_mode_as_in_torch():
     x = torch.ones(5, 1009)
     with pytest.raises(RuntimeError, match="randomness"):
         torch.func.vmap(lambda row: dropout(row, 0.5))(x)
@@ -109,7 +109,7 @@ def test_vmap_refuses_as_torch_does_unless_it_is_told_how_to_draw():
     assert not torch.equal(rows[0], rows[1])
 
 
-def test_the_module_is_a_dropout_of_torch():
+def test_the_module_is_a_subclass_of_torchs_dropout():
     layer = Dropout(0.25)
     x = torch.ones(11)
     assert isinstance(layer, torch.nn.Dropout)

@@ -30,20 +30,20 @@ TWINS = [
 
 
 @pytest.mark.parametrize(("module", "function", "arguments"), TWINS)
-def test_module_is_its_function(module, function, arguments):
+def test_a_module_equals_its_function(module, function, arguments):
     x = torch.randn(5, 7)
     assert torch.equal(module(x), function(x, **arguments))
     assert not module.state_dict()
-    again = eval(repr(module), vars(sparse_attn))  # the call that makes it again
+    again = eval(repr(module), vars(sparse_attn))  # repr is the constructor call
     assert torch.equal(again(x), module(x))
 
 
 @pytest.mark.parametrize(("kind", "name"), [(Entmax, "raw_alpha"), (Normmax, "alpha"), (BudgetSparsemax, "budget")])
-def test_a_tensor_is_a_buffer_and_a_parameter_is_learnt(kind, name):
+def test_a_tensor_becomes_a_buffer_and_a_parameter_is_learnt(kind, name):
     x = torch.randn(3, 5)
     values = torch.tensor([[1.2], [1.5], [1.9]])
     fixed = kind(values)
-    values += 0.05  # a copy is kept
+    values += 0.05  # the module has a copy
     assert list(fixed.state_dict()) == [name] and not list(fixed.parameters())
     learnt = kind(nn.Parameter(values))
     assert [key for key, _ in learnt.named_parameters()] == [name]
@@ -62,7 +62,7 @@ def test_a_learnt_alpha_stays_in_its_range_and_may_leave_a_bound():
     x = torch.randn(64, 11)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
     seen = [layer.alpha.item()]
-    for sign in (-1, 1, 1, 1, 1):  # sharper, then flatter again than it may become
+    for sign in (-1, 1, 1, 1, 1):  # α increases, then would decrease below its bound
         optimizer.zero_grad()
         (sign * layer(x).square().sum(-1).mean()).backward()
         optimizer.step()
@@ -70,19 +70,19 @@ def test_a_learnt_alpha_stays_in_its_range_and_may_leave_a_bound():
     assert seen[0] == 1.0 and seen[1] > 1.0 and min(seen) == 1.0 == seen[-1]
 
 
-def test_alpha_stays_wide():
+def test_alpha_stays_in_float32():
     layer = Entmax(1.3, learn_alpha=True).bfloat16()
     assert layer.raw_alpha.dtype == torch.float32
     assert layer(torch.randn(3, 5).bfloat16()).dtype == torch.bfloat16
 
 
-def test_representations_hold_the_values():
+def test_repr_shows_the_values():
     assert repr(Entmax(torch.tensor([[1.25], [1.5]]), 1)) == "Entmax(alpha=[[1.25], [1.5]], dim=1)"
     learnt = Entmax(1.5, learn_alpha=True, alpha_range=(1.0, 3.0))
     assert repr(learnt) == "Entmax(alpha=1.5, learn_alpha=True, alpha_range=(1.0, 3.0), dim=-1)"
 
 
-def test_wrong_input_is_named():
+def test_invalid_input_raises_an_error():
     for alpha in (0, -1.0, math.nan):
         with pytest.raises(ValueError, match=r"alpha must be in \(0, inf\), got"):
             Entmax(alpha)

@@ -1,4 +1,4 @@
-"""α per head: what it does to the weights, how it is learnt, stored and reported."""
+"""α per head: its effect on the weights, its training, its storage and its report."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def by_hand(
 
 @pytest.mark.parametrize("learn_alpha", [True, False])
 @pytest.mark.parametrize("alphas", [(1.5, 1.5, 1.5), ALPHAS, (1.1, 1.9, 1.3)])
-def test_every_head_has_the_weights_of_its_alpha(alphas: tuple[float, ...], learn_alpha: bool) -> None:
+def test_every_head_uses_its_own_alpha(alphas: tuple[float, ...], learn_alpha: bool) -> None:
     layer = layer_of(alpha_init=alphas, learn_alpha=learn_alpha, dtype=torch.float64)
     nn.init.normal_(layer.in_proj_bias)
     nn.init.normal_(layer.out_proj.bias)
@@ -64,7 +64,7 @@ def test_every_head_has_the_weights_of_its_alpha(alphas: tuple[float, ...], lear
 
 
 @pytest.mark.parametrize("alphas", [(1.5, 1.5, 1.5), (1.2, 1.5, 1.9)])
-def test_gradients_are_those_of_finite_differences(alphas: tuple[float, ...]) -> None:
+def test_gradients_equal_finite_differences(alphas: tuple[float, ...]) -> None:
     layer = layer_of(alpha_init=alphas, dtype=torch.float64)
     query = torch.randn(N, L, E, dtype=torch.float64)
     memory = torch.randn(N, S, E, dtype=torch.float64)
@@ -76,13 +76,13 @@ def test_gradients_are_those_of_finite_differences(alphas: tuple[float, ...]) ->
 
     assert layer.raw_alpha is not None and layer.in_proj_weight is not None
     leaves = (query.requires_grad_(), layer.raw_alpha, layer.in_proj_weight)
-    # Along one random direction: a full Jacobian of some 3000 parameters would take a minute.
+    # Only along one random direction: a full Jacobian of about 3000 parameters would take a minute.
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("make_optimizer", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize(("start", "target"), [(1.0, 1.6), (2.0, 1.3), (1.0, 2.0), (2.0, 1.0), (1.4, 1.0)])
-def test_alpha_learns_off_a_bound_and_onto_it_and_never_beyond(
+def test_alpha_can_leave_and_reach_a_bound_but_not_cross_it(
     start: float, target: float, make_optimizer: type[torch.optim.Optimizer]
 ) -> None:
     layer = layer_of(alpha_init=start, dtype=torch.float64).requires_grad_(False)
@@ -103,7 +103,7 @@ def test_alpha_learns_off_a_bound_and_onto_it_and_never_beyond(
     torch.testing.assert_close(layer.alpha.detach(), torch.full((H,), target).double(), rtol=0, atol=0.03)
 
 
-def test_a_frozen_alpha_stays_while_the_rest_learns() -> None:
+def test_a_frozen_alpha_does_not_change_in_training() -> None:
     layer = layer_of()
     assert layer.raw_alpha is not None
     layer.raw_alpha.requires_grad_(False)
@@ -140,13 +140,13 @@ def test_a_dense_state_dict_loads_strictly_and_keeps_the_initial_alpha(assign: b
     names = list(dense)
     result = model.load_state_dict(dense, strict=True, assign=assign)
     assert not result.missing_keys and not result.unexpected_keys
-    assert list(dense) == names  # the caller's dict is not touched
+    assert list(dense) == names  # the caller's dict is not changed
     torch.testing.assert_close(alpha_per_head(model)["attention"], torch.tensor([1.1, 1.2, 1.3]))
     torch.testing.assert_close(model["attention"].in_proj_weight, dense["attention.in_proj_weight"])
     assert isinstance(model["attention"].raw_alpha, nn.Parameter)
 
 
-def test_its_own_state_dict_carries_alpha() -> None:
+def test_the_state_dict_contains_alpha() -> None:
     trained, fresh = layer_of(alpha_init=(1.1, 1.2, 1.3)), layer_of()
     assert list(trained.state_dict()) == [*fresh.state_dict()]
     assert "raw_alpha" in trained.state_dict()
@@ -177,7 +177,7 @@ def test_in_half_precision_alpha_stays_float32_and_learns(dtype: torch.dtype) ->
     torch.testing.assert_close((output.double(), weights.double()), expected, rtol=0.05, atol=0.02)
 
 
-def test_alpha_in_float64_has_all_its_digits() -> None:
+def test_alpha_in_float64_keeps_all_digits() -> None:
     for learn_alpha in (True, False):
         layer = layer_of(alpha_init=(1.1, 1.2, 1.3), learn_alpha=learn_alpha, dtype=torch.float64)
         assert layer.alpha.dtype == torch.float64
@@ -228,7 +228,7 @@ def test_alpha_per_head_names_every_entmax_layer() -> None:
         ({"alpha_range": (1.0, math.inf)}, r"0 < low < high < inf, got \(1.0, inf\)"),
     ],
 )
-def test_an_alpha_outside_its_range_is_named(kwargs: dict[str, Any], message: str) -> None:
+def test_an_alpha_outside_its_range_raises_an_error(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer_of(**kwargs)
 
@@ -239,7 +239,7 @@ def test_repr_shows_the_alpha_arguments() -> None:
 
 
 @pytest.mark.parametrize("narrow", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()])
-def test_alpha_stays_float32_when_a_model_is_narrowed(narrow: Callable[[nn.Module], nn.Module]) -> None:
+def test_alpha_stays_float32_in_a_half_precision_model(narrow: Callable[[nn.Module], nn.Module]) -> None:
     layer = AdaptiveSparseMultiheadAttention(8, 2, alpha_init=1.2345)
     parameter = layer.raw_alpha
     narrow(nn.Sequential(layer))
@@ -256,7 +256,7 @@ def test_a_layer_on_the_meta_device_takes_a_dense_checkpoint() -> None:
     assert layer.alpha.tolist() == [1.25, 1.5]
 
 
-def test_memory_given_to_a_layer_on_the_meta_device_begins_with_the_initial_alpha() -> None:
+def test_to_empty_sets_the_initial_alpha() -> None:
     dense = nn.Sequential(nn.MultiheadAttention(8, 2))
     model = nn.Sequential(AdaptiveSparseMultiheadAttention(8, 2, alpha_init=[1.25, 1.5], device="meta"))
     model.to_empty(device="cpu").load_state_dict(dense.state_dict(), strict=True)
@@ -266,7 +266,7 @@ def test_memory_given_to_a_layer_on_the_meta_device_begins_with_the_initial_alph
     assert model.to(torch.float64)[0].alpha.tolist() == [1.75, 1.75]
 
 
-def test_reset_parameters_begins_alpha_anew() -> None:
+def test_reset_parameters_resets_alpha() -> None:
     layer = AdaptiveSparseMultiheadAttention(8, 2, alpha_init=[1.25, 1.5])
     with torch.no_grad():
         layer.raw_alpha.fill_(math.nan)
@@ -285,7 +285,7 @@ def test_reset_parameters_begins_alpha_anew() -> None:
         ({"num_heads": 2.0}, "num_heads must be an int, got 2.0"),
     ],
 )
-def test_arguments_of_another_type(kwargs: dict[str, object], message: str) -> None:
+def test_arguments_of_a_wrong_type_are_refused(kwargs: dict[str, object], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         AdaptiveSparseMultiheadAttention(**{"embed_dim": 8, "num_heads": 2, **kwargs})
 

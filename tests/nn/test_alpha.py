@@ -15,7 +15,7 @@ from sparse_attn import AdaptiveSparseMultiheadAttention, Entmax, EntmaxLoss, Sp
 from sparse_attn.nn.alpha import bounded_alpha
 from sparse_attn.optim import project_alpha, set_alpha
 
-# Raised inside torch, on its own account, when forward mode is used or something compiled for the first time.
+# Warnings of torch itself, at the first use of forward mode or of the compiler in a process.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -33,11 +33,11 @@ def layer_of(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
     ("raw", "alpha", "grads"),
     [
         (1.5, 1.5, (-1.0, 1.0)),
-        (1.0, 1.0, (-1.0, 1.0)),  # on a bound: both, so that sums are right
+        (1.0, 1.0, (-1.0, 1.0)),  # on a bound, both signs pass, so that sums are correct
         (2.0, 2.0, (-1.0, 1.0)),
-        (0.985, 1.0, (-1.0, 1.0)),  # in the margin
+        (0.985, 1.0, (-1.0, 1.0)),  # in the margin, both signs pass
         (2.015, 2.0, (-1.0, 1.0)),
-        (0.975, 1.0, (-1.0, 0.0)),  # beyond: only what points back (descent goes against the gradient)
+        (0.975, 1.0, (-1.0, 0.0)),  # beyond it, only the sign passes whose descent step leads back
         (2.025, 2.0, (0.0, 1.0)),
         (-7.0, 1.0, (-1.0, 0.0)),
         (9.0, 2.0, (0.0, 1.0)),
@@ -52,7 +52,7 @@ def test_value_and_gradient(raw: float, alpha: float, grads: tuple[float, float]
         assert parameter.grad is not None and parameter.grad.tolist() == [grad]
 
 
-def test_inside_the_value_is_exact() -> None:
+def test_alpha_inside_its_range_is_unchanged() -> None:
     raw = torch.rand(97, dtype=torch.float64) + 1
     assert torch.equal(bounded_alpha(raw, RANGE), raw)
 
@@ -64,7 +64,7 @@ def test_the_margin_is_a_share_of_the_range() -> None:
 
 
 @pytest.mark.parametrize("start", [1.0, 1.01, 2.0])
-def test_gradients_of_micro_batches_add_up_to_that_of_the_joined_batch(start: float) -> None:
+def test_gradients_of_micro_batches_sum_to_that_of_the_joined_batch(start: float) -> None:
     layer = layer_of(alpha_init=start, dtype=torch.float64)
     x = 3 * torch.randn(5, S, E, dtype=torch.float64)
     target = torch.randn(5, S, E, dtype=torch.float64)
@@ -104,7 +104,7 @@ def test_alpha_leaves_a_bound_soon_after_a_long_stay(make_optimizer: type[torch.
 
 def test_noise_in_micro_batches_does_not_lift_a_head_off_its_bound() -> None:
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(300, 8, generator=generator) + 0.5  # outwards on average, to both sides each
+    noise = torch.randn(300, 8, generator=generator) + 0.5  # gradients of both signs whose mean points outwards
     raw = nn.Parameter(torch.tensor([1.0]))
     optimizer = torch.optim.SGD([raw], lr=1e-3)
     for batch in noise:
@@ -112,7 +112,9 @@ def test_noise_in_micro_batches_does_not_lift_a_head_off_its_bound() -> None:
         for micro in batch:
             (micro * bounded_alpha(raw, RANGE)).sum().backward()
         optimizer.step()
-        assert bounded_alpha(raw, RANGE).item() == 1.0  # projecting each micro-batch lifts it in every fourth step
+        assert (
+            bounded_alpha(raw, RANGE).item() == 1.0
+        )  # with projection of each micro-batch, α would leave the bound in every fourth step
 
 
 def test_projection_after_each_step_is_projected_gradient_descent() -> None:
@@ -136,7 +138,7 @@ def test_projection_after_each_step_is_projected_gradient_descent() -> None:
 
 
 @pytest.mark.parametrize("raw", [0.9, 1.0, 1.5, 2.0, 2.1])
-def test_the_tangent_passes_everywhere(raw: float) -> None:
+def test_the_forward_mode_tangent_is_never_projected(raw: float) -> None:
     x, tangent = torch.tensor([raw]), torch.tensor([3.0])
     value, out = torch.func.jvp(lambda r: bounded_alpha(r, RANGE), (x,), (tangent,))
     assert value.item() == min(max(x.item(), 1.0), 2.0) and out.tolist() == [3.0]
@@ -185,7 +187,7 @@ def test_gradients_per_example_by_vmap(start: float) -> None:
         torch.testing.assert_close(alone[name].sum(0), gradient)
 
 
-def test_an_exported_layer_clamps_it_too() -> None:
+def test_an_exported_layer_clamps_alpha() -> None:
     layer = layer_of(alpha_init=1.5).eval()
     nn.init.constant_(layer.raw_alpha, 2.3)
     x = torch.randn(N, S, E)
@@ -224,7 +226,7 @@ def test_alpha_per_head_returns_copies() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda: Entmax(1.25), lambda: EntmaxLoss(1.25)])
-def test_a_fixed_number_of_other_modules_becomes_a_buffer(make: Any) -> None:
+def test_set_alpha_turns_a_fixed_number_into_a_buffer(make: Any) -> None:
     module = make()
     assert list(module.state_dict()) == []
     set_alpha(module, 1.5)
@@ -237,7 +239,7 @@ def test_a_fixed_number_of_other_modules_becomes_a_buffer(make: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", [nn.Parameter, torch.clone])
-def test_an_alpha_that_is_given_in_half_precision_is_widened(kind: Any, dtype: torch.dtype) -> None:
+def test_an_alpha_in_half_precision_is_converted_to_float32(kind: Any, dtype: torch.dtype) -> None:
     given = kind(torch.tensor([1.25, 1.5], dtype=dtype))
     module = Entmax(given)
     assert module.raw_alpha.dtype == torch.float32 and module.raw_alpha.tolist() == [1.25, 1.5]
@@ -247,5 +249,5 @@ def test_an_alpha_that_is_given_in_half_precision_is_widened(kind: Any, dtype: t
 @pytest.mark.parametrize(
     "make", [lambda: Entmax(torch.full((H, 1, 1), 1.5)), lambda: SparseAttention(alpha=torch.ones(H))]
 )
-def test_repr_without_memory(make: Any) -> None:
+def test_repr_on_the_meta_device(make: Any) -> None:
     assert f"alpha=<({H}," in repr(make().to("meta"))

@@ -1,4 +1,4 @@
-"""α in a checkpoint: what a training has left is loaded, what is of another kind refused, half precision widened."""
+"""α in a checkpoint: values from a training are loaded, other values refused, half precision converted to float32."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def saved_and_loaded(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def state_of(alpha: float, **kwargs: Any) -> dict[str, Tensor]:
-    """A training's state, in which the parameter may be past a bound."""
+    """The state after a training, in which the parameter may be past a bound."""
     model = nn.Sequential(layer_of(**kwargs))
     with torch.no_grad():
         model[0].raw_alpha.fill_(alpha)
@@ -59,7 +59,7 @@ WIDE = {"alpha_range": (1.0, 3.0)}
     ],
 )
 @pytest.mark.parametrize("assign", [False, True])
-def test_an_alpha_that_does_not_fit_is_refused_and_kept(state: Any, message: str, assign: bool) -> None:
+def test_a_wrong_alpha_is_refused_and_the_old_one_kept(state: Any, message: str, assign: bool) -> None:
     model = nn.Sequential(layer_of(alpha_init=[1.25, 1.5, 1.75]))
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(state, assign=assign)
@@ -67,7 +67,7 @@ def test_an_alpha_that_does_not_fit_is_refused_and_kept(state: Any, message: str
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.5, math.nan])
-def test_a_fixed_alpha_that_is_none_is_refused(wrong: float) -> None:
+def test_an_invalid_fixed_alpha_is_refused(wrong: float) -> None:
     module = Entmax(torch.tensor([1.5, 1.25]))
     with pytest.raises(RuntimeError, match=r"raw_alpha must be in \(0, inf\), got"):
         module.load_state_dict({"raw_alpha": torch.tensor([1.5, wrong])})
@@ -79,7 +79,7 @@ def test_a_fixed_alpha_that_is_none_is_refused(wrong: float) -> None:
     [
         (state_of(1.8, **WIDE), 1.8),
         (state_of(2.01, **WIDE), 2.01),
-        (state_of(2.3), 2.3),  # momentum after a long time on the bound: a training goes on where it was
+        (state_of(2.3), 2.3),  # momentum after a long time on the bound: a resumed training continues from here
         (state_of(-0.25), -0.25),
         (dict(state_of(0.7)), 0.7),
         (nn.Sequential(nn.MultiheadAttention(E, H)).state_dict(), 1.5),
@@ -113,7 +113,7 @@ def test_alpha_after_any_optimizer_is_loaded(optimize: Callable[[list[Tensor]], 
 
 @pytest.mark.parametrize("make", [layer_of, lambda: Entmax(torch.full((H,), 1.5)), lambda: SparseAttention(alpha=1.25)])
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_checkpoint_in_half_precision_is_widened(make: Any, assign: bool) -> None:
+def test_a_checkpoint_in_half_precision_is_converted_to_float32(make: Any, assign: bool) -> None:
     module = make()
     alpha = torch.full_like(module.alpha_as_tensor(), 1.75, dtype=torch.bfloat16)
     module.load_state_dict({**module.state_dict(), "raw_alpha": alpha}, assign=assign)

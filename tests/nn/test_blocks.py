@@ -1,4 +1,4 @@
-"""Grouped heads, windows, norms, positions and scaling, alone and together: against loops, in every mode."""
+"""Grouped heads, windows, norms, positions and scaling, alone and combined, compared with loops, in every mode."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sparse_attn.nn import SparseMultiheadAttention
 
 
 def by_hand(layer: SparseMultiheadAttention, query: Tensor, memory: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and weights of α = 1.5, one head and query at a time; visible (N, L, S) are the masks but the window."""
+    """Output and weights for α = 1.5, by loops over heads and queries; visible (N, L, S) excludes the window."""
     groups, positions = layer.num_heads // layer.num_kv_heads, layer.positions
     state = {name: value.detach() for name, value in layer.state_dict().items()}
     if "in_proj_weight" in state:
@@ -73,7 +73,7 @@ def by_hand(layer: SparseMultiheadAttention, query: Tensor, memory: Tensor, visi
 
 @pytest.mark.parametrize("options", [*ALONE, TOGETHER, {**TOGETHER, "positions": "rotary"}], ids=short)
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
-def test_output_and_weights_are_those_of_loops(options: dict[str, Any], cross: bool) -> None:
+def test_output_and_weights_equal_loops(options: dict[str, Any], cross: bool) -> None:
     layer = layer_of(options)
     query = torch.randn(N, T, E, dtype=torch.float64)
     memory = torch.randn(N, S, E, dtype=torch.float64) if cross else query
@@ -92,7 +92,7 @@ def test_output_and_weights_are_those_of_loops(options: dict[str, Any], cross: b
 
 
 @pytest.mark.parametrize("options", [*ALONE, TOGETHER, {**TOGETHER, "positions": "rotary"}], ids=short)
-def test_gradients_are_those_of_finite_differences(options: dict[str, Any]) -> None:
+def test_gradients_equal_finite_differences(options: dict[str, Any]) -> None:
     layer = layer_of(options, alpha_init=1.4)
     memory = torch.randn(1, S, E, dtype=torch.float64)
     parameters = dict(layer.named_parameters())
@@ -103,14 +103,12 @@ def test_gradients_are_those_of_finite_differences(options: dict[str, Any]) -> N
 
     query = torch.randn(1, 3, E, dtype=torch.float64)
     leaves = (query.requires_grad_(), memory.requires_grad_(), *parameters.values())
-    # Along one random direction: a full Jacobian of some 15000 parameters would take minutes.
+    # Only along one random direction: a full Jacobian of about 15000 parameters would take minutes.
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("options", [*ALONE, TOGETHER], ids=short)
-def test_blocks_of_queries_give_what_one_large_matrix_gives(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_of_queries_equal_one_large_matrix(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layer_of(options)
     x = torch.randn(N, T, E, dtype=torch.float64)
     outcomes = []
@@ -121,7 +119,7 @@ def test_blocks_of_queries_give_what_one_large_matrix_gives(
     torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-9, atol=1e-10)
 
 
-# torch's own tracer builds an autograd function in a deprecated way, with a warning.
+# torch's tracer builds an autograd function in a deprecated way and warns.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("options", [TOGETHER, {"num_kv_heads": 2, "qk_norm": True, "positions": "rotary"}], ids=short)
@@ -154,7 +152,7 @@ def test_export_takes_any_length() -> None:
 
 
 @pytest.mark.parametrize("options", [TOGETHER, {"num_kv_heads": 2, "positions": "rotary"}], ids=short)
-def test_gradients_per_example_are_those_of_each(options: dict[str, Any]) -> None:
+def test_gradients_per_example_equal_separate_gradients(options: dict[str, Any]) -> None:
     layer = layer_of(options)
     parameters = dict(layer.named_parameters())
 
@@ -171,7 +169,7 @@ def test_gradients_per_example_are_those_of_each(options: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("options", [TOGETHER, {"num_kv_heads": 2, "positions": "rotary"}], ids=short)
-def test_new_tensors_are_on_the_device_of_the_layer(options: dict[str, Any]) -> None:
+def test_new_tensors_are_created_on_the_device_of_the_layer(options: dict[str, Any]) -> None:
     layer = layer_of(options).to("meta")
     x, cache = torch.randn(N, T, E, dtype=torch.float64, device="meta"), KVCache()
     for _ in range(2):
@@ -191,7 +189,7 @@ def test_copies_and_pickles_are_the_same_layer(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [*ALONE, TOGETHER, {**TOGETHER, "positions": "rotary"}], ids=short)
-def test_half_precision_is_near_and_keeps_its_dtype(options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_half_precision_is_close_to_float32_and_keeps_its_dtype(options: dict[str, Any], dtype: torch.dtype) -> None:
     layer = layer_of(options)
     x = torch.randn(N, T, E, dtype=torch.float64)
     expected = layer(x, x, x, is_causal=True)[0]
@@ -207,7 +205,7 @@ def test_half_precision_is_near_and_keeps_its_dtype(options: dict[str, Any], dty
     assert (output.double() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_a_query_outside_every_window_sees_nothing() -> None:
+def test_a_query_outside_every_window_sees_no_key() -> None:
     layer = layer_of({"window": (1, 0), "length_scaling": True})
     query, memory = torch.randn(N, T, E, dtype=torch.float64), torch.randn(N, S, E, dtype=torch.float64)
     output, weights = layer(query, memory, memory)
@@ -246,7 +244,7 @@ def test_a_bias_shared_by_keys_is_expanded(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(layer(x, x, x, position_bias=bias), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_the_repr_shows_what_is_not_torchs() -> None:
+def test_repr_shows_the_arguments_beyond_torchs() -> None:
     layer = TopKMultiheadAttention(E, H, k=2, num_kv_heads=3, window=4)
     assert layer.extra_repr() == "k=2, normalizer='softmax', num_kv_heads=3, window=(4, 4)"
     assert AdaptiveSparseMultiheadAttention(E, H, window=(4, None)).extra_repr().endswith("=True, window=(4, None)")
@@ -271,7 +269,7 @@ WINDOW = "window must be an int of at least 1, or a pair .left, right. of ints o
     ],
 )
 @pytest.mark.parametrize("kind", [AdaptiveSparseMultiheadAttention, TopKMultiheadAttention])
-def test_a_wrong_argument_is_named(
+def test_an_invalid_argument_raises_an_error(
     kind: type[SparseMultiheadAttention], kwargs: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

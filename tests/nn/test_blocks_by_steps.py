@@ -1,4 +1,4 @@
-"""Grouped heads, windows, norms, positions and scaling in every combination: step by step with a cache."""
+"""Decoding step by step with a cache, for all combinations of grouped heads, windows, norms, positions and scaling."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def steps(layer: SparseMultiheadAttention, x: Tensor, sizes: list[int], padding:
 
 @pytest.mark.parametrize("sizes", [[1] * T, [4, 1, 2]], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=short)
-def test_step_by_step_is_the_full_pass(options: dict[str, Any], sizes: list[int]) -> None:
+def test_step_by_step_decoding_equals_the_full_pass(options: dict[str, Any], sizes: list[int]) -> None:
     x = torch.randn(N, T, E, dtype=torch.float64)
     left_padding = torch.zeros(N, T, dtype=torch.bool)
     left_padding[1, :2] = True
@@ -51,7 +51,7 @@ def test_step_by_step_is_the_full_pass(options: dict[str, Any], sizes: list[int]
 
 
 @pytest.mark.parametrize("options", [*ALONE, {**TOGETHER, "window": (2, 0)}], ids=short)
-def test_beams_are_reordered_and_guesses_taken_back(options: dict[str, Any]) -> None:
+def test_cache_rows_are_reordered_and_steps_undone(options: dict[str, Any]) -> None:
     layer = layer_of(options)
     x = torch.randn(N, T, E, dtype=torch.float64)
     rows = torch.tensor([1, 0, 1])
@@ -71,7 +71,7 @@ def test_beams_are_reordered_and_guesses_taken_back(options: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     "options", [{"num_kv_heads": 2}, {"qk_norm": True}, {"num_kv_heads": 3, "qk_norm": True, "length_scaling": True}]
 )
-def test_a_static_cache_serves_every_step(options: dict[str, Any]) -> None:
+def test_a_static_cache_is_used_in_every_step(options: dict[str, Any]) -> None:
     layer = layer_of(options)
     x, memory = torch.randn(N, T, E, dtype=torch.float64), torch.randn(N, S, E, dtype=torch.float64)
     cache = KVCache(static=True)
@@ -98,7 +98,7 @@ def test_arguments_that_need_query_positions_are_refused_with_a_static_cache(
     assert len(cache) == 0
 
 
-def test_tensors_from_outside_by_steps_are_the_full_pass() -> None:
+def test_rotary_and_bias_tensors_by_steps_equal_the_full_pass() -> None:
     layer = layer_of({"num_kv_heads": 2})
     x = torch.randn(N, T, E, dtype=torch.float64)
     cos, sin = RotaryPositions(D).rotary(torch.arange(T, dtype=torch.float64))
@@ -127,7 +127,7 @@ def test_steps_compile_into_one_graph() -> None:
         torch.testing.assert_close(output, layer(x, x, x, is_causal=True)[0], rtol=1e-9, atol=1e-11)
 
 
-def test_a_cache_of_other_heads_is_named_and_left_as_it_was() -> None:
+def test_a_cache_with_other_heads_is_refused_and_not_changed() -> None:
     cache, x = KVCache(), torch.randn(N, 1, E, dtype=torch.float64)
     layer_of({"num_kv_heads": 3})(x, x, x, cache=cache)
     with pytest.raises(ValueError, match=r"\(N, H, D\) = \(2, 2, 10\), got \(2, 3, 10\); give each layer its own"):

@@ -1,4 +1,4 @@
-"""Decoding step by step, with keys and values kept, gives what the full pass gives."""
+"""Decoding step by step with cached keys and values equals the full pass."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def by_steps(layer: SparseMultiheadAttention, x: Tensor, sizes: list[int], mask:
 @pytest.mark.parametrize("sizes", [[1] * T, [2, 3], [1, 3, 1], [T]], ids=str)
 @pytest.mark.parametrize("extra", [{}, {"add_bias_kv": True, "add_zero_attn": True}, {"bias": False}], ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_self_attention_by_steps_is_the_full_pass(
+def test_self_attention_by_steps_equals_the_full_pass(
     kind: str, extra: dict[str, bool], sizes: list[int], masked: bool
 ) -> None:
     layer = LAYERS[kind](**extra)
@@ -60,7 +60,7 @@ def test_self_attention_by_steps_is_the_full_pass(
         start = end
 
 
-def test_gradients_by_steps_are_those_of_the_full_pass() -> None:
+def test_gradients_by_steps_equal_those_of_the_full_pass() -> None:
     # Inside the range: on a bound the gradient in α is projected once per call.
     layer = AdaptiveSparseMultiheadAttention(E, H, alpha_init=(1.3, 1.8), **F64)
     x = torch.randn(N, T, E, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_gradients_by_steps_are_those_of_the_full_pass() -> None:
     torch.testing.assert_close(torch.autograd.grad(steps, parameters, upstream), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_without_is_causal_a_step_sees_all_that_is_cached() -> None:
+def test_without_is_causal_a_step_sees_all_cached_keys() -> None:
     layer = LAYERS["adaptive"]()
     x = torch.randn(N, T, E, dtype=torch.float64)
     cache = KVCache()
@@ -85,7 +85,7 @@ def test_without_is_causal_a_step_sees_all_that_is_cached() -> None:
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_static_cross_attention_by_steps_is_the_full_pass(kind: str, batch_first: bool) -> None:
+def test_static_cross_attention_by_steps_equals_the_full_pass(kind: str, batch_first: bool) -> None:
     layer = LAYERS[kind](batch_first=batch_first, kdim=13, vdim=17)
     length = 1 if batch_first else 0
     x, key, value = (torch.randn(N, n, e, dtype=torch.float64) for n, e in ((T, E), (S, 13), (S, 17)))
@@ -96,14 +96,14 @@ def test_static_cross_attention_by_steps_is_the_full_pass(kind: str, batch_first
     assert not cache.complete
     steps = []
     for step, query in enumerate(x.split(1, length)):
-        # From the second step on, what is passed as key and value is not looked at.
+        # From the second step on, the arguments key and value are ignored.
         memory = (key, value) if step == 0 else (torch.full_like(key, torch.nan), torch.full_like(value, torch.nan))
         steps.append(layer(query, *memory, key_padding_mask=padding(S), cache=cache)[0])
         assert cache.complete and len(cache) == S
     torch.testing.assert_close(torch.cat(steps, length), full, rtol=1e-9, atol=1e-12)
 
 
-def test_a_filled_static_cache_ignores_the_key_that_is_passed() -> None:
+def test_a_filled_static_cache_ignores_the_key_argument() -> None:
     layer = LAYERS["adaptive"]()
     memory, x = torch.randn(N, S, E, dtype=torch.float64), torch.randn(N, 1, E, dtype=torch.float64)
     cache = KVCache(static=True)
@@ -113,7 +113,7 @@ def test_a_filled_static_cache_ignores_the_key_that_is_passed() -> None:
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_select_keeps_rows_in_the_order_asked_for(static: bool) -> None:
+def test_select_keeps_rows_in_the_given_order(static: bool) -> None:
     layer = LAYERS["adaptive"]()
     first, second = torch.randn(N, 2, E, dtype=torch.float64), torch.randn(N, 1, E, dtype=torch.float64)
     rows = torch.tensor([2, 0, 2, 1])
@@ -123,7 +123,7 @@ def test_select_keeps_rows_in_the_order_asked_for(static: bool) -> None:
         layer(first[row, None], first[row, None], first[row, None], cache=cache)
         expected.append(layer(second[row, None], second[row, None], second[row, None], cache=cache)[0])
     cache = KVCache(static=static)
-    cache.select(rows)  # an empty one has no rows yet
+    cache.select(rows)  # an empty cache has no rows, so every selection is allowed
     assert len(cache) == 0
     layer(first, first, first, cache=cache)
     cache.select(rows)
@@ -133,7 +133,7 @@ def test_select_keeps_rows_in_the_order_asked_for(static: bool) -> None:
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_rows_that_are_not_those_of_the_cache_are_named(batch_first: bool, static: bool) -> None:
+def test_a_batch_of_another_size_than_the_cache_is_refused(batch_first: bool, static: bool) -> None:
     layer = LAYERS["adaptive"](batch_first=batch_first)
     cache = KVCache(static=static)
     x = torch.randn(1, 1, E, dtype=torch.float64)
@@ -153,7 +153,7 @@ def test_the_masks_of_a_step_span_all_keys() -> None:
         layer(x, x, x, key_padding_mask=torch.zeros(N, 1, dtype=torch.bool), cache=cache)
 
 
-def test_a_refused_call_leaves_the_cache_as_it_was() -> None:
+def test_a_refused_call_does_not_change_the_cache() -> None:
     layer = AdaptiveSparseMultiheadAttention(8, 2, batch_first=True)
     cache, x = KVCache(), torch.randn(2, 1, 8)
     layer(x, x, x, cache=cache)
@@ -173,11 +173,11 @@ def test_a_static_cache_is_not_causal_and_a_cache_belongs_to_one_layer() -> None
         AdaptiveSparseMultiheadAttention(8, 4, batch_first=True)(x, x, x, cache=cache)
 
 
-def test_crop_forgets_the_last_positions() -> None:
+def test_crop_removes_the_last_positions() -> None:
     layer = LAYERS["adaptive"]()
     x, guess = torch.randn(N, T, E, dtype=torch.float64), torch.randn(N, 2, E, dtype=torch.float64)
     cache = KVCache()
-    cache.crop(0)  # there is nothing to forget
+    cache.crop(0)  # an empty cache can be cropped to 0
     layer(x[:, :3], x[:, :3], x[:, :3], is_causal=True, cache=cache)
     layer(guess, guess, guess, is_causal=True, cache=cache)
     cache.crop(5)
@@ -189,7 +189,7 @@ def test_crop_forgets_the_last_positions() -> None:
     cache.crop(0)
     assert len(cache) == 0 and cache.key is None and cache.value is None
     one_row = x[:1]
-    layer(one_row, one_row, one_row, cache=cache)  # an empty cache is of no batch size
+    layer(one_row, one_row, one_row, cache=cache)  # an empty cache has no batch size
     assert len(cache) == T
 
 
@@ -202,7 +202,7 @@ def test_crop_forgets_the_last_positions() -> None:
         (True, TypeError, "length must be an int, got True"),
     ],
 )
-def test_a_length_that_cannot_be_cropped_to_is_named(length: int, error: type[Exception], message: str) -> None:
+def test_crop_to_an_invalid_length_raises_an_error(length: int, error: type[Exception], message: str) -> None:
     cache = KVCache()
     cache.append(torch.randn(N, H, 2, 3), torch.randn(N, H, 2, 3))
     with pytest.raises(error, match=message):
@@ -210,7 +210,7 @@ def test_a_length_that_cannot_be_cropped_to_is_named(length: int, error: type[Ex
     assert len(cache) == 2
 
 
-def test_a_static_cache_is_not_cropped() -> None:
+def test_cropping_a_static_cache_raises_an_error() -> None:
     cache = KVCache(static=True)
     cache.append(torch.randn(N, H, 2, 3), torch.randn(N, H, 2, 3))
     with pytest.raises(ValueError, match="a static cache cannot be cropped"):
@@ -230,7 +230,7 @@ def test_a_decoder_cache_holds_both_caches() -> None:
     torch.testing.assert_close(cache.cross_attention.key, first[[2, 2, 0, 1]], rtol=0, atol=0)
 
 
-def test_a_call_that_fails_late_leaves_the_cache_as_it_was():
+def test_a_call_that_fails_late_does_not_change_the_cache():
     layer = AdaptiveSparseMultiheadAttention(E, H, batch_first=True, dtype=torch.bfloat16)
     cache = KVCache()
     cache.append(torch.randn(N, H, 3, E // H), torch.randn(N, H, 3, E // H))  # float32
@@ -241,7 +241,7 @@ def test_a_call_that_fails_late_leaves_the_cache_as_it_was():
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 4, 1, 9), (1, 4, 1, 8)])
-def test_keys_that_do_not_continue_the_cache_are_named(shape):
+def test_keys_that_do_not_continue_the_cache_raise_an_error(shape):
     cache = KVCache()
     cache.append(torch.randn(2, 4, 1, 8), torch.randn(2, 4, 1, 8))
     with pytest.raises(ValueError, match=r"key must be \(N, H, L, D\) to continue \(2, 4, 1, 8\)"):
@@ -261,7 +261,7 @@ def test_rows_to_keep_are_checked(rows, error):
 
 
 @pytest.mark.parametrize("rows", [[0, N], [-1]])
-def test_rows_that_are_not_there_are_named(rows: list[int]) -> None:
+def test_select_of_missing_rows_raises_an_error(rows: list[int]) -> None:
     cache = DecoderCache()
     for part in (cache.self_attention, cache.cross_attention):
         part.append(torch.randn(N, H, 2, 3), torch.randn(N, H, 2, 3))

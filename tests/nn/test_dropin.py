@@ -1,4 +1,4 @@
-"""The traps that a drop-in for `nn.MultiheadAttention` meets inside torch's own modules, one test or more each."""
+"""Known problems of a drop-in for `nn.MultiheadAttention` inside torch's modules, each with one test or more."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LAYERS: dict[str, tuple[type[SparseMultiheadAttention], dict[str, Any]]] = {
 
 
 def encoder_layer(**kwargs: Any) -> nn.TransformerEncoderLayer:
-    """One without dropout: in train mode, where no fused kernel is ever called, it computes what eval mode must."""
+    """An encoder layer without dropout: train mode, which uses no fused kernel, must give the output of eval mode."""
     return nn.TransformerEncoderLayer(E, H, 17, dropout=0.0, batch_first=True, **kwargs)
 
 
@@ -63,7 +63,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 @pytest.mark.parametrize("grad_off", [no_grad, inference_mode, all_frozen])
-def test_trap_1_the_conditions_below_are_those_of_the_fused_kernel(
+def test_trap_1_torch_uses_its_fused_kernel_under_the_tested_conditions(
     grad_off: Callable[[nn.Module], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nn.MultiheadAttention, "forward", None)  # never called
@@ -76,7 +76,7 @@ def test_trap_1_the_conditions_below_are_those_of_the_fused_kernel(
 @pytest.mark.parametrize("grad_off", [no_grad, inference_mode, all_frozen])
 @pytest.mark.parametrize("built", ["swapped in", "set by hand", "rebuilt"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_trap_1_eval_mode_computes_what_was_trained(
+def test_trap_1_eval_mode_computes_the_same_function_as_training(
     kind: str, built: str, grad_off: Callable[[nn.Module], AbstractContextManager[None]], copied: str
 ) -> None:
     block = encoder_layer()
@@ -88,23 +88,25 @@ def test_trap_1_eval_mode_computes_what_was_trained(
         block.self_attn = layer(E, H, batch_first=True, **kwargs)
         dense.self_attn.load_state_dict({k: v for k, v in block.self_attn.state_dict().items() if k != "raw_alpha"})
     if built == "rebuilt":
-        block.self_attn._reset_parameters()  # asks for the very attribute that keeps the kernel away
+        block.self_attn._reset_parameters()  # reads the attribute that prevents the fused kernel
         dense.self_attn.load_state_dict({k: v for k, v in block.self_attn.state_dict().items() if k != "raw_alpha"})
     x = 3 * torch.randn(N, S, E)
     trained, softmax = block.train()(x), dense.train()(x)
-    assert not torch.allclose(trained, softmax, atol=1e-2)  # or the comparison below would prove nothing
+    assert not torch.allclose(trained, softmax, atol=1e-2)  # otherwise the comparison below would be trivial
     block = COPIES[copied](block).eval()
     with grad_off(block):
         torch.testing.assert_close(block(x), trained)
 
 
-# Trap 2: nn.TransformerEncoder decides when it is built that it will make nested tensors of padded batches.
+# Trap 2: nn.TransformerEncoder decides in its constructor to convert padded batches to nested tensors.
 
 
 @pytest.mark.parametrize("which", ["every layer", "the first layer", "the last layer"])
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_trap_2_a_padded_batch_in_eval_mode_computes_what_was_trained(kind: str, copied: str, which: str) -> None:
+def test_trap_2_a_padded_batch_in_eval_mode_computes_the_same_function_as_training(
+    kind: str, copied: str, which: str
+) -> None:
     encoder = nn.TransformerEncoder(encoder_layer(), num_layers=2, enable_nested_tensor=True)
     assert encoder.use_nested_tensor
     chosen = {"the first layer": "0", "the last layer": "1"}.get(which, "")
@@ -124,20 +126,20 @@ def test_trap_2_a_padded_batch_in_eval_mode_computes_what_was_trained(kind: str,
 # Trap 3: nn.Transformer gives every parameter with more than one dimension random values.
 
 
-def test_trap_3_nn_transformer_leaves_alpha_alone() -> None:
+def test_trap_3_nn_transformer_does_not_initialise_alpha() -> None:
     encoder = nn.TransformerEncoder(encoder_layer(), 1, enable_nested_tensor=False)
     decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, 17, batch_first=True), 1)
     for stack in (encoder, decoder):
         replace_attention(stack, alpha_init=(1.25, 1.75))
     weight = encoder.layers[0].self_attn.in_proj_weight.detach().clone()
     model = nn.Transformer(E, H, custom_encoder=encoder, custom_decoder=decoder, batch_first=True)
-    assert not torch.equal(encoder.layers[0].self_attn.in_proj_weight, weight)  # it did initialise
+    assert not torch.equal(encoder.layers[0].self_attn.in_proj_weight, weight)  # nn.Transformer has initialised it
     alphas = alpha_per_head(model)
     assert len(alphas) == 3
     assert all(alpha.tolist() == [1.25, 1.75] for alpha in alphas.values())
 
 
-# Trap 4: layers are copied deeply, which fails for a module that holds a tensor of a live graph.
+# Trap 4: torch deep-copies layers, which fails if a module stores a tensor with a graph.
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -175,10 +177,10 @@ def test_trap_4_a_layer_that_has_run_can_be_copied(kind: str, copied: str, backw
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_trap_5_a_float_mask_is_honoured_whatever_is_causal_says(kind: str, need_weights: bool) -> None:
+def test_trap_5_a_float_mask_is_applied_for_any_is_causal(kind: str, need_weights: bool) -> None:
     layer = layer_of(kind)
     x = torch.randn(N, S, E, dtype=torch.float64)
-    hidden = torch.ones(S, S, dtype=torch.bool).tril(-1)  # the reverse of causal: nothing before oneself
+    hidden = torch.ones(S, S, dtype=torch.bool).tril(-1)  # the reverse of causal: earlier keys are hidden
     floats = torch.zeros(S, S, dtype=torch.float64).masked_fill(hidden, -torch.inf)
     expected = layer(x, x, x, attn_mask=hidden, need_weights=need_weights)
     actual = layer(x, x, x, attn_mask=floats, need_weights=need_weights, is_causal=True)
@@ -187,7 +189,7 @@ def test_trap_5_a_float_mask_is_honoured_whatever_is_causal_says(kind: str, need
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("padded", [False, True])
-def test_trap_5_inside_torchs_encoder_a_mask_is_honoured(padded: bool, train: bool) -> None:
+def test_trap_5_a_mask_is_applied_inside_torchs_encoder(padded: bool, train: bool) -> None:
     dense = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=False).double()
     sparse = copy.deepcopy(dense)
     replace_attention(sparse, alpha_init=1.0)
@@ -206,7 +208,7 @@ def test_trap_5_inside_torchs_encoder_a_mask_is_honoured(padded: bool, train: bo
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("extra", ["no more keys", "add_bias_kv", "add_zero_attn"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_trap_5_is_causal_without_a_mask_builds_the_causal_one(
+def test_trap_5_is_causal_without_a_mask_builds_the_causal_mask(
     kind: str, extra: str, need_weights: bool, padding: str
 ) -> None:
     layer = layer_of(kind, **({extra: True} if extra.startswith("add") else {}))
@@ -218,11 +220,11 @@ def test_trap_5_is_causal_without_a_mask_builds_the_causal_one(
     torch.testing.assert_close(layer(x, x, x, is_causal=True, **kwargs), expected, rtol=1e-9, atol=1e-12)
 
 
-# Trap 6: a query that sees nothing gets zero weights; its output is the out-projection's bias.
+# Trap 6: a query without visible keys gets zero weights; its output is the out-projection's bias.
 
 
 def blind_masks() -> dict[str, dict[str, Tensor]]:
-    """Ways to hide every key from all queries of batch row 1."""
+    """Masks of several kinds that hide every key from all queries of batch row 1."""
     rows = torch.zeros(N, H, S, S, dtype=torch.bool)
     rows[1] = True
     rows = rows.view(N * H, S, S)
@@ -252,7 +254,7 @@ def blind_masks() -> dict[str, dict[str, Tensor]]:
     [("adaptive", {"alpha_init": alpha}) for alpha in (1.0, 1.5, 2.0)]
     + [("adaptive", {"alpha_init": 1.0, "learn_alpha": False}), ("topk", {})],
 )
-def test_trap_6_a_query_that_sees_nothing_gets_the_bias(
+def test_trap_6_a_query_without_visible_keys_gets_the_bias(
     kind: str, kwargs: dict[str, Any], bias: bool, masked: str
 ) -> None:
     layer = layer_of(kind, bias=bias, **kwargs)
@@ -303,7 +305,7 @@ class LowRank(nn.Module):
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"alpha_init": (1.0, 1.5), "learn_alpha": False}], ids=["learnt", "fixed"])
-def test_trap_7_an_adapter_in_place_of_the_out_projection_is_used(kwargs: dict[str, Any]) -> None:
+def test_trap_7_an_adapter_that_replaces_the_out_projection_is_used(kwargs: dict[str, Any]) -> None:
     layer = layer_of("adaptive", **kwargs)
     merged = copy.deepcopy(layer)
     adapter = LowRank(layer.out_proj)

@@ -1,7 +1,7 @@
-"""Every argument of `nn.MultiheadAttention` in every way of running it: at α = 1 results and gradients are torch's.
+"""Every argument of `nn.MultiheadAttention` in every execution mode: at α = 1 results and gradients equal torch's.
 
-`test_multihead.py` goes through the product of arguments in one way of running; here, in each way, every two values of
-every two factors meet.
+`test_multihead.py` tests the product of all arguments in one mode; here, in each mode, the cases contain every pair of
+values of any two factors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAYERS: dict[str, Callable[..., nn.MultiheadAttention]] = {
     "fixed": lambda **kwargs: AdaptiveSparseMultiheadAttention(**kwargs, alpha_init=1.0, learn_alpha=False),
     "top": lambda **kwargs: TopKMultiheadAttention(**kwargs, k=S + 2),  # all keys
 }
-# Sizes of keys and values; whether query, key and value are one tensor, two or three decides which way torch projects.
+# Sizes of keys and values. torch's projection depends on whether query, key and value are one, two or three tensors.
 INPUTS = {
     "one tensor": (None, None),
     "memory": (None, None),
@@ -102,7 +102,7 @@ def forward_arguments(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Any
         value = key if case["inputs"] == "memory" else tensor(S, vdim)
     kind, batch = case["mask"], 1 if case["shape"] == "unbatched" else N
     mask = torch.rand((batch * H, L, keys) if kind.endswith("3-D") else (L, keys)) < 0.4
-    mask[..., 0] = False  # torch's layer gives NaN for a query that sees nothing
+    mask[..., 0] = False  # torch's layer returns NaN for a query without visible keys
     if kind.startswith(("causal", "hint")):
         mask = torch.ones(L, keys, dtype=torch.bool).triu(1)
     if "float" in kind:
@@ -120,7 +120,7 @@ def forward_arguments(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Any
         "need_weights": case["need_weights"],
         "attn_mask": None if kind == "none" else mask,
         "average_attn_weights": case["average_attn_weights"],
-        # With keys of its own torch disagrees with itself: see ARCHITECTURE.md.
+        # With extra keys, torch's own paths disagree: see ARCHITECTURE.md.
         "is_causal": kind.startswith("hint") and not (case["add_bias_kv"] or case["add_zero_attn"]),
     }
 
@@ -162,7 +162,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 
 
 def test_the_cases_have_every_argument_of_torch() -> None:
-    """A new one has to be put into the cases."""
+    """A new argument of torch must be added to the cases."""
     case = {name: values[0] for name, values in {**CONSTRUCTION, **CALL}.items()}
     assert list(signature(nn.MultiheadAttention).parameters) == list(constructor_arguments(case, torch.float32))
     forward = list(signature(nn.MultiheadAttention.forward).parameters)[1:]
@@ -178,7 +178,7 @@ def test_arguments_have_torchs_order_and_defaults_and_ours_go_by_name(layer: typ
     assert all(p.kind is Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
 
 
-# torch's layer says so for every boolean padding beside a float mask; ours takes the pair as it is.
+# torch's layer warns for a boolean padding mask with a float mask; our layer accepts both.
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask:UserWarning")
 @pytest.mark.parametrize("way", WAYS)
 def test_every_argument_in_every_way_of_running(way: str, all_pairs: Callable[..., Any]) -> None:
@@ -189,7 +189,7 @@ def test_every_argument_in_every_way_of_running(way: str, all_pairs: Callable[..
         dtype = case["dtype"]
         dense, sparse = (change(module) for module in twins(case, dtype))
         if sparse.training and not case["need_weights"]:
-            dense.dropout = sparse.dropout = 0.0  # kernels that make no weights draw random numbers of their own
+            dense.dropout = sparse.dropout = 0.0  # kernels without a matrix of weights draw other random numbers
         arguments = forward_arguments(case, dtype)
         with fast_path(case["fast path"]), context():
             expected, actual = results(dense, arguments), results(sparse, arguments)
@@ -199,7 +199,7 @@ def test_every_argument_in_every_way_of_running(way: str, all_pairs: Callable[..
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("way", ["no_grad", "inference_mode", "frozen, eval"])
 @pytest.mark.parametrize("mask", ["none", "bool", "bool 3-D", "causal bool", "hint bool"])
-def test_what_torch_leaves_to_its_fused_kernel(
+def test_calls_that_torch_computes_with_its_fused_kernel(
     layer: str, way: str, mask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -214,16 +214,16 @@ def test_what_torch_leaves_to_its_fused_kernel(
         arguments = forward_arguments(case, torch.float64)
         with context(), torch.set_grad_enabled(False):
             expected = dense(**arguments)
-            assert len(calls) == 1, case  # of torch's layer
+            assert len(calls) == 1, case  # a call by torch's layer
             actual = sparse(**arguments)
-            assert len(calls) == 1, case  # and not of ours
+            assert len(calls) == 1, case  # and none by our layer
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11, msg=str(case))
         calls.clear()
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("layer", LAYERS)
-def test_nested_tensors_which_torch_takes_in_its_fused_kernel_alone_are_refused(layer: str) -> None:
+def test_nested_tensors_are_refused(layer: str) -> None:
     values = {name: values[0] for name, values in {**CONSTRUCTION, **CALL}.items()}
     dense, sparse = (module.eval() for module in twins({**values, "layer": layer}, torch.float32))
     nested = torch.nested.nested_tensor([torch.randn(L, E), torch.randn(S, E)])
@@ -235,7 +235,7 @@ def test_nested_tensors_which_torch_takes_in_its_fused_kernel_alone_are_refused(
         dense(nested, nested, nested, need_weights=False)
 
 
-# Where torch raises, so do we.
+# If torch raises an error, our layer must raise one too.
 
 
 WRONG: list[dict[str, Any]] = [
@@ -247,7 +247,7 @@ WRONG: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
-def test_constructors_raise_where_torchs_does(layer: str, wrong: dict[str, Any]) -> None:
+def test_constructors_raise_for_the_same_arguments_as_torch(layer: str, wrong: dict[str, Any]) -> None:
     arguments = {"embed_dim": E, "num_heads": H, **wrong}
     for build in (nn.MultiheadAttention, LAYERS[layer]):
         with pytest.raises((ValueError, TypeError, AssertionError, RuntimeError)):
@@ -270,7 +270,7 @@ def spoilt(arguments: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("shape", CONSTRUCTION["shape"])
 @pytest.mark.parametrize("inputs", ["one tensor", "three tensors", "kdim and vdim"])
-def test_calls_raise_where_torchs_do_and_else_agree(layer: str, shape: str, inputs: str) -> None:
+def test_calls_raise_for_the_same_inputs_as_torch_and_agree_for_others(layer: str, shape: str, inputs: str) -> None:
     values = {name: values[0] for name, values in {**CONSTRUCTION, **CALL}.items()}
     refused = agreed = 0
     for mask, padding, need_weights in product(("none", "bool", "float 3-D"), ("none", "bool"), (True, False)):
@@ -286,7 +286,7 @@ def test_calls_raise_where_torchs_do_and_else_agree(layer: str, shape: str, inpu
                 refused += 1
             else:
                 if not expected[0].isfinite().all():
-                    continue  # a query that sees nothing, where torch gives NaN and we do not
+                    continue  # a query without visible keys: torch returns NaN, our layer does not
                 torch.testing.assert_close(sparse(**arguments), expected, rtol=1e-9, atol=1e-11, msg=f"{what} {case}")
                 agreed += 1
     assert refused > 100 and agreed > 10
@@ -303,7 +303,7 @@ COMPILED: list[dict[str, Any]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of the compiler
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # a warning of the compiler
 @pytest.mark.parametrize("changed", COMPILED, ids=str)
 def test_compiled_in_one_graph(changed: dict[str, Any]) -> None:
     torch._dynamo.reset()

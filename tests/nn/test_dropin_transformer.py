@@ -1,4 +1,4 @@
-"""torch's transformers with attention swapped at α = 1: every argument in every way of running, against themselves."""
+"""torch's transformers with sparse attention at α = 1, compared with the originals: every argument in every mode."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PADDING = ("none", "bool", "float")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),  # torch's own encoder warns
-    # torch's layer says so for every boolean padding beside a float mask; ours takes the pair as it is.
+    # torch's layer warns for a boolean padding mask with a float mask; our layer accepts both.
     pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning"),
 ]
 
@@ -167,7 +167,7 @@ def twins(kind: str, case: dict[str, Any], dtype: torch.dtype) -> tuple[nn.Modul
     for parameter in dense.parameters():
         nn.init.normal_(parameter, std=0.3)
     for module in dense.modules():
-        if isinstance(module, nn.Dropout):  # draws in the order of memory, which a layer may lay out as it likes
+        if isinstance(module, nn.Dropout):  # dropout draws in the order of memory, which may differ between layers
             module.p = 0.0
     sparse = copy.deepcopy(dense)
     replace_attention(sparse, **SWAPS[case["swap"]])
@@ -200,7 +200,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 
 @pytest.mark.parametrize("kind", STACK)
 def test_the_cases_have_every_argument_of_torch(kind: str) -> None:
-    """A new one has to be put into the cases."""
+    """A new argument of torch must be added to the cases."""
     case = {name: values[0] for name, values in STACK[kind].items()}
     constructor = signature(getattr(nn, kind)).parameters
     assert sorted(constructor) == sorted(constructor_arguments(kind, case, torch.float32))
@@ -217,7 +217,7 @@ def test_every_argument_in_every_way_of_running(kind: str, all_pairs: Callable[.
         dense, sparse = (change(model) for model in twins(kind, case, case["dtype"]))
         assert not any(type(module) is nn.MultiheadAttention for module in sparse.modules())
         arguments = forward_arguments(kind, case, case["dtype"])
-        # For torch's fused kernel, whatever is not zero in a float mask hides the pair.
+        # For torch's fused kernel, every non-zero entry of a float mask hides the pair.
         honoured = case.get("src_mask") != "float"
         with fast_path(case["fast path"] and honoured), context():
             expected, actual = results(dense, arguments), results(sparse, arguments)
@@ -227,7 +227,9 @@ def test_every_argument_in_every_way_of_running(kind: str, all_pairs: Callable[.
 @pytest.mark.parametrize("swap", SWAPS)
 @pytest.mark.parametrize("kind", ["TransformerEncoderLayer", "TransformerEncoder", "Transformer"])
 @pytest.mark.parametrize("way", ["no_grad", "inference_mode", "frozen, eval"])
-def test_what_torch_leaves_to_its_fused_kernel(way: str, kind: str, swap: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_that_torch_computes_with_its_fused_kernel(
+    way: str, kind: str, swap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     fused = torch._transformer_encoder_layer_fwd
     monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: calls.append(args[0]) or fused(*args))
@@ -246,7 +248,7 @@ def test_what_torch_leaves_to_its_fused_kernel(way: str, kind: str, swap: str, m
             assert calls[0].is_nested == is_nested, case
             actual = sparse(**arguments)
             assert len(calls) == 1, case  # and not by ours
-        if is_nested and kind == "TransformerEncoder":  # which leaves zeros at padded positions
+        if is_nested and kind == "TransformerEncoder":  # nested tensors leave zeros at padded positions
             real = ~arguments["src_key_padding_mask"]
             expected, actual = expected[real], actual[real]
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9, msg=str(case))
@@ -266,7 +268,7 @@ def spoilt(arguments: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("masked", ["none", "bool"])
 @pytest.mark.parametrize("kind", STACK)
-def test_calls_raise_where_torchs_do_and_else_agree(kind: str, masked: str, batched: bool) -> None:
+def test_calls_raise_for_the_same_inputs_as_torch_and_agree_for_others(kind: str, masked: str, batched: bool) -> None:
     case = {name: masked if "mask" in name else values[0] for name, values in STACK[kind].items()}
     case |= {"swap": "learnt", "batched": batched, "mask_check": True}
     dense, sparse = twins(kind, case, torch.float64)
@@ -280,14 +282,14 @@ def test_calls_raise_where_torchs_do_and_else_agree(kind: str, masked: str, batc
                 pytest.fail(f"{what} was taken: {sparse(**arguments).shape}")
             refused += 1
         else:
-            if expected.isfinite().all():  # torch gives NaN to a query that sees nothing, we do not
+            if expected.isfinite().all():  # torch returns NaN for a query without visible keys, our layer does not
                 torch.testing.assert_close(sparse(**arguments), expected, rtol=1e-9, atol=1e-11, msg=f"{what} {case}")
                 agreed += 1
     assert refused >= 4 and (agreed > 0 or masked == "bool"), (refused, agreed)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of the compiler
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # a warning of the compiler
 @pytest.mark.parametrize("kind", ["TransformerEncoder", "TransformerDecoderLayer"])
 def test_compiled_and_exported(kind: str) -> None:
     case = {name: values[0] for name, values in STACK[kind].items()} | {"swap": "learnt"}
@@ -314,7 +316,7 @@ def test_one_graph_serves_every_length(swap: dict[str, Any]) -> None:
     graphs = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=graphs, dynamic=True)
     parameters = list(model.parameters())
-    for length in (S - 3, S, S - 1):  # all below the k of "top", and above the other
+    for length in (S - 3, S, S - 1):  # all below the k of "top", and above that of the other
         x = torch.randn(N, length, E, dtype=torch.float64)
         actual, expected = compiled(x), model(x)
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)

@@ -1,4 +1,4 @@
-"""Keys and values with fewer heads than queries: their parameters, and the dense layer they are equal to."""
+"""Keys and values with fewer heads than queries: the parameters, and the equivalent layer without grouping."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def grouped_layer(num_kv_heads: int, **kwargs: Any) -> AdaptiveSparseMultiheadAt
     options = {"batch_first": True, "dtype": torch.float64, **kwargs}
     layer = AdaptiveSparseMultiheadAttention(E, H, num_kv_heads=num_kv_heads, **options)
     for name, parameter in layer.named_parameters():
-        if name != "raw_alpha":  # biases of zero would hide much
+        if name != "raw_alpha":  # biases of zero would hide errors
             nn.init.normal_(parameter, std=0.2)
     return layer
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 3])
 @pytest.mark.parametrize("extra", [{}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 13, "vdim": 17}], ids=str)
-def test_grouped_heads_are_heads_whose_keys_and_values_repeat(kv_heads: int, extra: dict[str, Any]) -> None:
+def test_grouped_heads_equal_heads_with_repeated_keys_and_values(kv_heads: int, extra: dict[str, Any]) -> None:
     grouped = grouped_layer(kv_heads, **extra)
     full = AdaptiveSparseMultiheadAttention(E, H, batch_first=True, dtype=torch.float64, **extra)
 

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from sparse_attn.nn.losses import Entmax15Loss, EntmaxLoss, SparsemaxLoss
 from sparse_attn.ops.losses import entmax15_loss, entmax_loss, sparsemax_loss
 
-# Raised inside torch, on its own account, when something is compiled for the first time in a process.
+# Warnings of torch itself, at the first compilation in a process.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 N, C = 7, 5
@@ -28,7 +28,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     ("cls", "function"),
     [(SparsemaxLoss, sparsemax_loss), (Entmax15Loss, entmax15_loss), (EntmaxLoss, entmax_loss)],
 )
-def test_a_module_hands_its_arguments_to_its_function(cls, function):
+def test_a_module_passes_its_arguments_to_its_function(cls, function):
     x, target = batch()
     weight = torch.rand(C)
     assert torch.equal(cls()(x, target), function(x, target))
@@ -37,7 +37,7 @@ def test_a_module_hands_its_arguments_to_its_function(cls, function):
     assert not torch.equal(expected, function(x, target))
 
 
-def test_positions_are_those_of_cross_entropy():
+def test_positional_arguments_are_those_of_cross_entropy():
     x, target = batch()
     weight = torch.rand(C)
     for cls, function in ((SparsemaxLoss, sparsemax_loss), (Entmax15Loss, entmax15_loss)):
@@ -66,7 +66,7 @@ def test_alpha_is_a_number_a_buffer_or_learnt():
         torch.testing.assert_close(loss(x, target), entmax_loss(x, target, alpha))
 
 
-def test_a_learnt_alpha_ends_on_the_upper_bound_by_this_loss_alone():
+def test_trained_by_the_loss_alone_alpha_reaches_its_upper_bound():
     x, target = batch()
     loss = EntmaxLoss(1.5, learn_alpha=True, alpha_range=(1.25, 1.75))
     optimizer = torch.optim.SGD(loss.parameters(), lr=1.0)
@@ -80,7 +80,7 @@ def test_a_learnt_alpha_ends_on_the_upper_bound_by_this_loss_alone():
 
 
 @pytest.mark.parametrize("cls", [SparsemaxLoss, Entmax15Loss, EntmaxLoss])
-def test_copies_pickles_and_moves(cls):
+def test_copies_pickles_and_moves_keep_the_loss(cls):
     x, target = batch()
     loss = cls(weight=torch.rand(C), **KEYWORDS)
     expected = loss(x, target)
@@ -104,7 +104,7 @@ def test_a_learnt_alpha_survives_copies_and_half_precision():
     assert half.dtype == torch.float16 and loss.raw_alpha.grad is not None
 
 
-def test_repr_is_the_call_but_for_the_weight():
+def test_repr_is_the_constructor_call_without_the_weight():
     assert repr(SparsemaxLoss(torch.ones(C))) == (
         "SparsemaxLoss(ignore_index=-100, reduction='mean', label_smoothing=0.0)"
     )
@@ -150,7 +150,7 @@ def test_a_learnt_alpha_and_batches_that_change_never_recompile():
         (ValueError, r"label_smoothing must be in \[0, 1\], got 2", {"label_smoothing": 2}),
     ],
 )
-def test_wrong_arguments_are_refused_when_the_module_is_made(cls, error, message, keywords):
+def test_invalid_arguments_are_refused_by_the_constructor(cls, error, message, keywords):
     with pytest.raises(error, match=message):
         cls(**keywords)
 

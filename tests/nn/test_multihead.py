@@ -1,4 +1,4 @@
-"""At α = 1 the layer is `nn.MultiheadAttention`: everything the two share, and the errors they do not."""
+"""At α = 1 the layer equals `nn.MultiheadAttention`; tests of all common behaviour, and of the different errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def dense_and_sparse(**kwargs: object) -> tuple[nn.MultiheadAttention, AdaptiveS
     """torch's layer and ours at α = 1, in float64, with the same parameters, none of them zero."""
     dense = nn.MultiheadAttention(E, H, dtype=torch.float64, **kwargs)
     for parameter in dense.parameters():
-        nn.init.normal_(parameter, std=0.3)  # the initial biases are zero, which would hide that one is missing
+        nn.init.normal_(parameter, std=0.3)  # with the initial biases of zero, a missing bias would not be detected
     sparse = AdaptiveSparseMultiheadAttention(E, H, dtype=torch.float64, alpha_init=1.0, **kwargs)
     sparse.load_state_dict(dense.state_dict())
     return dense, sparse
@@ -37,7 +37,7 @@ def attn_mask_of(kind: str, batch: int, queries: int, keys: int) -> Tensor | Non
     if kind.startswith("float"):
         return torch.randn(shape, dtype=torch.float64)
     mask = torch.rand(shape) < 0.4
-    mask[..., 0] = False  # torch's layer gives NaN for a query that sees nothing
+    mask[..., 0] = False  # torch's layer returns NaN for a query without visible keys
     return mask
 
 
@@ -52,7 +52,7 @@ def padding_mask_of(kind: str, batched: bool, keys: int) -> Tensor | None:
 
 
 def results(layer: nn.MultiheadAttention, inputs: list[Tensor], **kwargs: object) -> dict[str, Tensor]:
-    """Output, weights, and the gradients of a scalar made of both, for the inputs and every parameter but α."""
+    """Output, weights, and the gradients of a scalar of both, for the inputs and every parameter except α."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     query, key, value = inputs if len(inputs) == 3 else inputs * 3
     output, weights = layer(query, key, value, **kwargs)
@@ -71,11 +71,11 @@ def assert_same_results(
     assert list(actual) == list(expected)
     for name, tensor in expected.items():
         assert actual[name].shape == tensor.shape, (name, kwargs)
-        # Thousands of times torch.testing.assert_close would take half of the time.
+        # torch.testing.assert_close, called thousands of times, would take half of the time.
         assert torch.allclose(actual[name], tensor, rtol=1e-9, atol=1e-11), (name, kwargs)
 
 
-# torch's layer says so for every boolean padding beside a float mask; ours takes the pair as it is.
+# torch's layer warns for a boolean padding mask with a float mask; our layer accepts both.
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask:UserWarning")
 @pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch_first", "length_first"])
@@ -83,7 +83,7 @@ def assert_same_results(
 @pytest.mark.parametrize("add_zero_attn", [False, True], ids=["", "zero_attn"])
 @pytest.mark.parametrize("add_bias_kv", [False, True], ids=["", "bias_kv"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-def test_outputs_weights_and_gradients_are_torchs_at_alpha_one(
+def test_outputs_weights_and_gradients_equal_torchs_at_alpha_one(
     bias: bool, add_bias_kv: bool, add_zero_attn: bool, inputs: str, batch_first: bool, batched: bool
 ) -> None:
     kdim, vdim = (KDIM, VDIM) if "kdim" in inputs else (None, None)
@@ -117,7 +117,7 @@ def test_outputs_weights_and_gradients_are_torchs_at_alpha_one(
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_a_causal_mask_with_its_hint_is_torchs(need_weights: bool) -> None:
+def test_a_causal_mask_with_is_causal_equals_torch(need_weights: bool) -> None:
     dense, sparse = dense_and_sparse(batch_first=True)
     causal = nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64)
     x = torch.randn(N, L, E, dtype=torch.float64)
@@ -149,7 +149,7 @@ def test_dropout_drops_the_weights_that_torch_drops(batch_first: bool, average: 
         outcomes.append(results(layer, [x], need_weights=True, average_attn_weights=average))
     torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-9, atol=1e-11)
     if not average:
-        assert 0.2 < (outcomes[1]["weights"] == 0).double().mean() < 0.6  # and dropped they were
+        assert 0.2 < (outcomes[1]["weights"] == 0).double().mean() < 0.6  # some weights were dropped
     assert_same_results(dense.eval(), sparse.eval(), [x], need_weights=True, average_attn_weights=average)
 
 
@@ -170,7 +170,7 @@ def test_a_seed_gives_torchs_initial_parameters_under_torchs_names(kind: str, kw
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_autocast_gives_torchs_dtype(kind: str) -> None:
+def test_autocast_gives_the_same_dtype_as_torch(kind: str) -> None:
     dense, layer = nn.MultiheadAttention(E, H), LAYERS[kind](E, H)
     x = torch.randn(L, N, E)
     with torch.autocast("cpu", torch.bfloat16):
@@ -197,7 +197,7 @@ def test_the_shared_base_has_no_mapping() -> None:
         ((33, 3, -0.1), r"dropout must be in \[0, 1\], got -0.1"),
     ],
 )
-def test_a_wrong_size_is_named(kind: str, args: tuple[float, ...], message: str) -> None:
+def test_a_wrong_size_raises_an_error(kind: str, args: tuple[float, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LAYERS[kind](*args)
 
@@ -227,7 +227,7 @@ WRONG_INPUTS = [
 
 
 @pytest.mark.parametrize(("shapes", "message"), WRONG_INPUTS)
-def test_an_input_that_does_not_fit_is_named(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
+def test_an_input_of_a_wrong_shape_raises_an_error(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
     layer = AdaptiveSparseMultiheadAttention(E, H, batch_first=True)
     with pytest.raises(ValueError, match=message):
         layer(*(torch.randn(shape) for shape in shapes))
@@ -266,7 +266,9 @@ WRONG_MASKS = [
 
 
 @pytest.mark.parametrize(("masks", "error", "message"), WRONG_MASKS)
-def test_a_mask_that_does_not_fit_is_named(masks: dict[str, Tensor], error: type[Exception], message: str) -> None:
+def test_a_mask_of_a_wrong_shape_raises_an_error(
+    masks: dict[str, Tensor], error: type[Exception], message: str
+) -> None:
     layer = TopKMultiheadAttention(E, H, batch_first=True, k=2)
     memory = torch.randn(N, S, E)
     with pytest.raises(error, match=message):

@@ -1,4 +1,4 @@
-"""Rotations against complex numbers, slopes against the papers', and both through a layer."""
+"""Rotations compared with complex numbers, slopes with those of the papers, and both in a layer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def turned_by_hand(x: Tensor, base: float, first: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("base", [10000.0, 13.0])
 @pytest.mark.parametrize("first", [0, 11])
-def test_rotation_is_that_of_complex_numbers(base: float, first: int) -> None:
+def test_rotation_equals_multiplication_of_complex_numbers(base: float, first: int) -> None:
     x = torch.randn(N, H, L, D, dtype=torch.float64)
     rotary = RotaryPositions(D, base=base).rotary(torch.arange(first, first + L, dtype=torch.float64))
     assert rotary[0].shape == rotary[1].shape == (L, D // 2)
@@ -61,7 +61,7 @@ def test_rotary_scores_depend_only_on_differences_of_positions() -> None:
     torch.testing.assert_close(scores(1009), scores(0), rtol=1e-9, atol=1e-9)
 
 
-def test_narrowing_the_layer_does_not_narrow_the_angles() -> None:
+def test_half_precision_of_the_layer_does_not_round_the_angles() -> None:
     layer = layer_with(positions=RotaryPositions(D), dtype=torch.float32).bfloat16()
     far = torch.arange(5000, 5000 + L)
     torch.testing.assert_close(layer.positions.rotary(far), RotaryPositions(D).rotary(far), rtol=0, atol=0)
@@ -71,7 +71,7 @@ def test_narrowing_the_layer_does_not_narrow_the_angles() -> None:
 
 
 def slopes_of_the_paper(heads: int) -> list[float]:
-    """ALiBi's slopes as the paper's appendix tells them, in plain Python."""
+    """ALiBi's slopes as in the paper's appendix, in plain Python."""
     if math.log2(heads).is_integer():
         ratio = 2 ** (-(2 ** -(math.log2(heads) - 3)))
         return [ratio * ratio**i for i in range(heads)]
@@ -84,7 +84,7 @@ def test_slopes_of_alibi(heads: int) -> None:
     torch.testing.assert_close(ALiBi(heads).slopes(torch.float64).tolist(), slopes_of_the_paper(heads))
 
 
-def test_slopes_of_alibi_with_eight_heads_are_those_printed_in_the_paper() -> None:
+def test_slopes_of_alibi_with_eight_heads_equal_those_in_the_paper() -> None:
     assert ALiBi(8).slopes().tolist() == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
 
 
@@ -122,7 +122,7 @@ def test_a_layer_adds_the_bias_to_its_scores(positions: ALiBi) -> None:
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_a_layer_turns_queries_and_keys(batch_first: bool) -> None:
+def test_a_layer_rotates_queries_and_keys(batch_first: bool) -> None:
     layer = layer_with(positions=RotaryPositions(D), alpha_init=1.0, batch_first=batch_first)
     query, memory = torch.randn(N, L, E, dtype=torch.float64), torch.randn(N, S, E, dtype=torch.float64)
     weight = layer.in_proj_weight.detach()
@@ -137,19 +137,19 @@ def test_a_layer_turns_queries_and_keys(batch_first: bool) -> None:
 
 
 @pytest.mark.parametrize("form", ["half", "batch", "doubled"])
-def test_angles_from_outside_are_those_built_in(form: str) -> None:
+def test_rotary_arguments_equal_built_in_positions(form: str) -> None:
     built = layer_with(positions=RotaryPositions(D))
     plain = layer_with()
     plain.load_state_dict(built.state_dict())
     x = torch.randn(N, L, E, dtype=torch.float64)
     positions = torch.arange(L, dtype=torch.float64)
     rotary = RotaryPositions(D).rotary(positions.expand(N, L) if form == "batch" else positions)
-    if form == "doubled":  # as Llama of Hugging Face's transformers makes them
+    if form == "doubled":  # the form in which Hugging Face's Llama computes them
         rotary = tuple(torch.cat([part, part], -1)[None] for part in rotary)
     torch.testing.assert_close(plain(x, x, x, rotary=rotary), built(x, x, x), rtol=1e-12, atol=1e-12)
 
 
-def test_a_bias_from_outside_gets_its_gradient_and_may_mask() -> None:
+def test_a_position_bias_argument_gets_a_gradient_and_may_mask() -> None:
     layer = layer_with()
     query, memory = torch.randn(N, L, E, dtype=torch.float64), torch.randn(N, S, E, dtype=torch.float64)
 
@@ -162,7 +162,7 @@ def test_a_bias_from_outside_gets_its_gradient_and_may_mask() -> None:
     torch.testing.assert_close(run(masking), short, rtol=1e-9, atol=1e-12)
 
 
-def test_positions_of_ones_own_are_learnt() -> None:
+def test_user_defined_positions_are_learnt() -> None:
     class Learnt(Positions):
         def __init__(self) -> None:
             super().__init__()
@@ -187,7 +187,7 @@ def test_copies_pickles_and_state_dicts(positions: Positions) -> None:
     assert set(layer.state_dict()) == set(layer_with().state_dict())
 
 
-def test_positions_say_how_they_were_made() -> None:
+def test_repr_of_positions_is_their_constructor_call() -> None:
     assert [str(p) for p in (RotaryPositions(8), ALiBi(4), NAPE(4))] == [
         "RotaryPositions(8, base=10000.0)",
         "ALiBi(4)",
@@ -210,12 +210,12 @@ def test_positions_say_how_they_were_made() -> None:
         (lambda: layer_with(positions=NAPE(2)), r"positions must be for 3 heads, got NAPE\(2\)"),
     ],
 )
-def test_positions_that_do_not_fit_are_named(make: Any, message: str) -> None:
+def test_positions_for_another_layer_raise_an_error(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_something_else_as_positions_or_size_is_named() -> None:
+def test_positions_or_sizes_of_a_wrong_type_raise_an_error() -> None:
     with pytest.raises(TypeError, match=r"head_dim must be an int, got 8\.0"):
         RotaryPositions(8.0)
     with pytest.raises(TypeError, match="base must be a number, got '500000'"):
@@ -250,7 +250,7 @@ COS = torch.ones(L, D // 2)
         ({"position_bias": torch.zeros(L, L).bool()}, TypeError, "position_bias must have a floating dtype"),
     ],
 )
-def test_tensors_from_outside_that_do_not_fit_are_named(
+def test_rotary_and_bias_arguments_of_wrong_shape_raise_an_error(
     kwargs: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     x = torch.randn(N, L, E, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The factor of the queries: where it starts, its formula, who is counted, how it is learnt."""
+"""The factor of the queries: its initial value, its formula, the keys that it counts, its training."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ N, H, L, S, D = 2, 3, 5, 7, 11
 E = H * D
 
 
-def test_every_factor_starts_near_one_whatever_the_length() -> None:
+def test_every_factor_starts_near_one_for_any_length() -> None:
     scaling = LengthScaling(E, H)
     x = torch.randn(N, L, E)
     for visible in (1, 2, 64, 10**6):
         torch.testing.assert_close(scaling(x, torch.tensor(visible)), torch.full((N, H, L, 1), 1.05))
 
 
-def test_an_initialiser_of_all_matrices_leaves_the_start_near_one() -> None:
+def test_factors_stay_near_one_if_all_matrices_are_initialised_again() -> None:
     encoder = nn.TransformerEncoder(TransformerEncoderLayer(E, H, length_scaling=True), 2, enable_nested_tensor=False)
     model = nn.Transformer(E, H, num_decoder_layers=1, custom_encoder=encoder, batch_first=True)
     for layer in model.encoder.layers:
@@ -35,7 +35,7 @@ def test_an_initialiser_of_all_matrices_leaves_the_start_near_one() -> None:
         torch.testing.assert_close(factor, torch.full((N, H, L, 1), 1.05))
 
 
-def test_factor_is_that_of_the_formula() -> None:
+def test_factors_equal_the_formula() -> None:
     scaling = LengthScaling(E, H, unscaled_heads=1, dtype=torch.float64)
     for parameter in scaling.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -64,7 +64,7 @@ def test_queries_that_see_one_key_or_none_have_a_finite_factor_and_gradient(gamm
     assert all(parameter.grad.isfinite().all() for parameter in scaling.parameters())
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_equal_finite_differences() -> None:
     scaling = LengthScaling(E, H, 1, dtype=torch.float64)
     x, visible = torch.randn(N, L, E, dtype=torch.float64), torch.randint(0, 50, (N, 1, L))
     parameters = {name: parameter for name, parameter in scaling.named_parameters()}
@@ -84,7 +84,7 @@ def layer_of(**kwargs: object) -> AdaptiveSparseMultiheadAttention:
 
 
 def seen_by(layer: AdaptiveSparseMultiheadAttention, *inputs: Tensor, **kwargs: object) -> Tensor:
-    """The numbers of keys that the layer's scaling is told."""
+    """The numbers of keys that the layer passes to its scaling."""
     told = []
     handle = layer.length_scaling.register_forward_pre_hook(lambda module, args: told.append(args[1]))
     layer(*inputs, **kwargs)
@@ -92,7 +92,7 @@ def seen_by(layer: AdaptiveSparseMultiheadAttention, *inputs: Tensor, **kwargs: 
     return told[0].expand(N, H, inputs[0].shape[1])
 
 
-def test_the_keys_that_count_are_those_a_query_sees() -> None:
+def test_length_scaling_counts_only_visible_keys() -> None:
     x, memory = torch.randn(N, L, E, dtype=torch.float64), torch.randn(N, S, E, dtype=torch.float64)
     causal = torch.arange(1, L + 1)
     assert seen_by(layer_of(), x, memory, memory).eq(S).all()
@@ -129,7 +129,7 @@ def test_a_layer_multiplies_its_queries(nape: bool, batch_first: bool) -> None:
         for h in range(H):
             for i in range(L):
                 scaled = plain(factor[n, h, i] * x[n, i, None], memory[n], memory[n], average_attn_weights=False)[1]
-                if nape:  # the query stands at i, and by itself at 0
+                if nape:  # the query has position i here, and position 0 alone
                     bias = plain.positions.bias(torch.tensor([i]).double(), torch.arange(S).double())
                     zero = plain.positions.bias(torch.tensor([0]).double(), torch.arange(S).double())
                     args = (factor[n, h, i] * x[n, i, None], memory[n], memory[n])
@@ -137,7 +137,7 @@ def test_a_layer_multiplies_its_queries(nape: bool, batch_first: bool) -> None:
                 torch.testing.assert_close(weights[n, h, i], scaled[h, 0], rtol=1e-9, atol=1e-12)
 
 
-def test_length_scaling_learns_and_is_absent_unless_asked_for() -> None:
+def test_length_scaling_is_learnt_and_is_off_by_default() -> None:
     layer = TopKMultiheadAttention(E, H, k=3, batch_first=True, length_scaling=True)
     x = torch.randn(N, L, E)
     layer(x, x, x)[0].square().sum().backward()
@@ -148,6 +148,6 @@ def test_length_scaling_learns_and_is_absent_unless_asked_for() -> None:
 
 
 @pytest.mark.parametrize("unscaled", [-1, H])
-def test_a_scaling_of_no_head_is_refused(unscaled: int) -> None:
+def test_length_scaling_without_a_scaled_head_is_refused(unscaled: int) -> None:
     with pytest.raises(ValueError, match=rf"unscaled_heads must be in \[0, 3\), the number of heads, got {unscaled}"):
         LengthScaling(E, H, unscaled)

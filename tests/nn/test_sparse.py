@@ -24,7 +24,7 @@ def inputs(*, heads: bool = True) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def keep_best(scores: Tensor, k: int | None) -> Tensor:
-    """Scores with all but the k best masked; without ties the k-th best is a threshold."""
+    """Scores in which all but the k largest are masked; without ties, the k-th largest is a threshold."""
     if k is None:
         return scores
     return scores.masked_fill(scores < scores.sort(-1, descending=True).values[..., k - 1, None], -1e4)
@@ -37,7 +37,7 @@ def expected_output(inputs: tuple[Tensor, Tensor, Tensor], k: int | None, alpha:
     return weights @ value
 
 
-def test_the_example_of_the_contract() -> None:
+def test_the_documented_example() -> None:
     queries, keys, values = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     assert SparseAttention(k=2)(queries, keys, values).shape == (2, 3, 5)
 
@@ -45,7 +45,7 @@ def test_the_example_of_the_contract() -> None:
 @pytest.mark.parametrize("heads", [True, False])
 @pytest.mark.parametrize("scale", [None, 0.7])
 @pytest.mark.parametrize(("k", "alpha"), [(3, None), (None, 1.5), (None, 1.0), (None, 1.3), (4, 1.5), (2, 2.0)])
-def test_output_is_that_of_the_formula(k: int | None, alpha: float | None, scale: float | None, heads: bool) -> None:
+def test_output_equals_the_formula(k: int | None, alpha: float | None, scale: float | None, heads: bool) -> None:
     tensors = inputs(heads=heads)
     output = SparseAttention(k=k, alpha=alpha, scale=scale)(*tensors)
     expected = expected_output(tensors, k, 1.0 if alpha is None else alpha, scale or 1 / math.sqrt(D))
@@ -90,7 +90,7 @@ def test_alpha_is_learnt_from_every_kind_of_initial_value(arguments: dict[str, A
 
 
 @pytest.mark.parametrize(("sign", "bound"), [(1, 1.0), (-1, 1.75)])
-def test_a_learnt_alpha_stays_in_its_range_whatever_the_step(sign: int, bound: float) -> None:
+def test_a_learnt_alpha_stays_in_its_range_for_any_step_size(sign: int, bound: float) -> None:
     attention = SparseAttention(alpha=nn.Parameter(torch.full((H,), 1.5)), alpha_range=(1.0, 1.75))
     optimizer = torch.optim.SGD(attention.parameters(), lr=1e3)
     (sign * attention.alpha.square().sum()).backward()
@@ -99,7 +99,7 @@ def test_a_learnt_alpha_stays_in_its_range_whatever_the_step(sign: int, bound: f
     torch.testing.assert_close(attention(*(tensors := inputs())), SparseAttention(alpha=bound)(*tensors))
 
 
-def test_alpha_is_known_to_every_function_for_alpha() -> None:
+def test_all_functions_for_alpha_find_the_alpha_of_sparse_attention() -> None:
     model = nn.Sequential(
         SparseAttention(alpha=nn.Parameter(torch.full((H,), 1.5))), SparseAttention(k=2), SparseAttention(alpha=1.5)
     )
@@ -120,7 +120,7 @@ def test_alpha_is_known_to_every_function_for_alpha() -> None:
 @pytest.mark.parametrize(
     "attention", [SparseAttention(k=2), SparseAttention(alpha=1.5), SparseAttention(k=3, alpha=2.0)]
 )
-def test_masked_keys_equal_keys_left_out(attention: SparseAttention) -> None:
+def test_masking_keys_equals_removing_them(attention: SparseAttention) -> None:
     query, key, value = inputs()
     short = attention(query, key[..., :4, :], value[..., :4, :])
     visible = torch.arange(S) < 4
@@ -129,7 +129,7 @@ def test_masked_keys_equal_keys_left_out(attention: SparseAttention) -> None:
     torch.testing.assert_close(attention(query, key, value, attn_mask=added.expand(L, S)), short)
 
 
-def test_is_causal_hides_what_comes_later() -> None:
+def test_is_causal_hides_later_keys() -> None:
     attention = SparseAttention(k=2, alpha=1.5)
     query, key, value = inputs()
     output = attention(query, key, value, is_causal=True)
@@ -138,7 +138,7 @@ def test_is_causal_hides_what_comes_later() -> None:
         torch.testing.assert_close(output[..., i : i + 1, :], row)
 
 
-def test_dropout_is_for_training_only() -> None:
+def test_dropout_is_applied_only_in_training() -> None:
     attention = SparseAttention(alpha=1.0, dropout=0.5)
     query, key, value = inputs()
     ones = torch.ones_like(value)  # the output is then the sum of the weights
@@ -152,7 +152,7 @@ KINDS = [SparseAttention(k=2), SparseAttention(alpha=1.4), SparseAttention(k=3, 
 
 @pytest.mark.parametrize("attention", KINDS, ids=str)
 @pytest.mark.parametrize("heads", [True, False])
-def test_gradients_are_those_of_finite_differences(attention: SparseAttention, heads: bool) -> None:
+def test_gradients_equal_finite_differences(attention: SparseAttention, heads: bool) -> None:
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attention(query, key, value, attn_mask=bias)
 
@@ -186,7 +186,7 @@ def test_masks_of_inputs_without_heads_broadcast_to_their_scores(
 
 
 @pytest.mark.parametrize("attention", KINDS, ids=str)
-def test_a_query_that_sees_nothing_gets_zeros_and_gives_no_gradient(attention: SparseAttention) -> None:
+def test_a_query_without_visible_keys_gets_zeros_and_no_gradient(attention: SparseAttention) -> None:
     query, key, value = (x.requires_grad_() for x in inputs())
     mask = torch.ones(L, S, dtype=torch.bool)
     mask[2] = False
@@ -196,14 +196,14 @@ def test_a_query_that_sees_nothing_gets_zeros_and_gives_no_gradient(attention: S
     assert query.grad[:, :, 2].eq(0).all() and all(x.grad.isfinite().all() for x in (query, key, value))
 
 
-def test_a_query_keeps_all_keys_where_there_are_fewer_than_k() -> None:
+def test_a_query_keeps_all_keys_if_there_are_fewer_than_k() -> None:
     tensors = inputs()
     torch.testing.assert_close(SparseAttention(k=S + 4)(*tensors), SparseAttention(alpha=1.0)(*tensors))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("attention", KINDS, ids=str)
-def test_half_precision_is_near_and_keeps_its_dtype(attention: SparseAttention, dtype: torch.dtype) -> None:
+def test_half_precision_is_close_to_float32_and_keeps_its_dtype(attention: SparseAttention, dtype: torch.dtype) -> None:
     narrow = tuple(x.to(dtype) for x in inputs())
     output = attention(*narrow, is_causal=True)
     assert output.dtype == dtype
@@ -211,7 +211,7 @@ def test_half_precision_is_near_and_keeps_its_dtype(attention: SparseAttention, 
     torch.testing.assert_close(output.double(), expected, rtol=0.05, atol=0.05)
 
 
-# torch's tracer makes an autograd function the old way itself.
+# torch's tracer builds an autograd function in a deprecated way and warns.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("attention", [*KINDS, SparseAttention(alpha=1.3, learn_alpha=True)], ids=str)
 def test_the_layer_compiles_into_one_graph(attention: SparseAttention) -> None:
@@ -247,12 +247,12 @@ def test_copies_and_repr_keep_the_arguments() -> None:
         ({"k": 2, "dropout": 1.5}, ValueError, r"dropout must be in \[0, 1\], got 1.5"),
     ],
 )
-def test_a_wrong_argument_is_named(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_an_invalid_argument_raises_an_error(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         SparseAttention(**kwargs)
 
 
-def test_a_wrong_input_is_named() -> None:
+def test_invalid_input_raises_an_error() -> None:
     attention = SparseAttention(k=2)
     query, key, value = inputs()
     with pytest.raises(ValueError, match=r"query must be \(N, L, E\) or \(N, H, L, D\), got shape \(5, 11\)"):

@@ -1,4 +1,4 @@
-"""Attention to the k best keys: which are kept, what their weights are, and what happens where there are fewer."""
+"""Attention to the k keys with the largest scores: the kept keys, their weights, and rows with fewer keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 
 def row_weights(scores: list[float], k: int, normalizer: str) -> list[float]:
-    """The weights of one query by Python's own sort: softmax, or the projection on the simplex, of the k best."""
+    """The weights of one query, with Python's sort: softmax or sparsemax of the k largest scores."""
     best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
     kept = [scores[i] for i in best]
     if normalizer == "softmax":
@@ -44,7 +44,7 @@ def row_weights(scores: list[float], k: int, normalizer: str) -> list[float]:
 
 @pytest.mark.parametrize("normalizer", ["softmax", "sparsemax"])
 @pytest.mark.parametrize("k", [1, 2, 5, S])
-def test_weights_and_output_are_those_of_the_formula(k: int, normalizer: str) -> None:
+def test_weights_and_output_equal_the_formula(k: int, normalizer: str) -> None:
     layer = layer_of(k=k, normalizer=normalizer)
     query, memory = inputs()
     output, weights = layer(query, memory, memory, average_attn_weights=False)
@@ -61,7 +61,7 @@ def test_weights_and_output_are_those_of_the_formula(k: int, normalizer: str) ->
 
 
 @pytest.mark.parametrize("k", [S, S + 1, 100])
-def test_k_of_all_keys_and_more_is_dense_attention(k: int) -> None:
+def test_k_of_at_least_all_keys_equals_dense_attention(k: int) -> None:
     layer, dense = layer_of(k=k), nn.MultiheadAttention(E, H, batch_first=True, dtype=torch.float64)
     dense.load_state_dict(layer.state_dict())
     query, memory = inputs()
@@ -84,24 +84,24 @@ def test_a_query_keeps_k_keys_or_all_that_it_sees() -> None:
 def test_ties_go_to_the_first_keys_and_never_more_than_k() -> None:
     layer = layer_of(k=2)
     query, memory = inputs()
-    memory = torch.zeros_like(memory)  # equal keys that are not zero differ in their last bits once projected
+    memory = torch.zeros_like(memory)  # equal keys other than zero would differ in their last bits after the projection
     weights = layer(query, memory, memory, average_attn_weights=False)[1]
     expected = torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0], dtype=torch.float64).expand(N, H, L, S)
     torch.testing.assert_close(weights, expected)
 
 
-def test_the_extra_keys_compete_for_the_k_places() -> None:
+def test_extra_keys_count_among_the_k_largest() -> None:
     layer = layer_of(k=1, add_bias_kv=True, add_zero_attn=True)
     query, memory = inputs()
     nn.init.constant_(layer.bias_k, 0.0)
     far = torch.full((L, S), -1e3, dtype=torch.float64)
     weights = layer(query, memory, memory, attn_mask=far, average_attn_weights=False)[1]
     assert weights.shape == (N, H, L, S + 2)
-    assert weights[..., S].unique().tolist() == [1.0]  # tied with the zero key, and before it
+    assert weights[..., S].unique().tolist() == [1.0]  # equal to the score of the zero key, and before it
 
 
 @pytest.mark.parametrize("normalizer", ["softmax", "sparsemax"])
-def test_gradients_are_those_of_finite_differences(normalizer: str) -> None:
+def test_gradients_equal_finite_differences(normalizer: str) -> None:
     layer = layer_of(k=3, normalizer=normalizer)
     query, memory = inputs()
 
@@ -122,7 +122,7 @@ def test_bfloat16_forward_and_backward() -> None:
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in layer.parameters())
 
 
-def test_state_dict_is_torchs() -> None:
+def test_the_state_dict_equals_that_of_torch() -> None:
     dense = nn.MultiheadAttention(E, H, batch_first=True)
     layer = layer_of(k=3, dtype=torch.float32)
     assert list(layer.state_dict()) == list(dense.state_dict())
@@ -148,7 +148,7 @@ def test_copies_keep_k_and_the_normalizer() -> None:
         ({"k": 2, "normalizer": "max"}, ValueError, "normalizer must be one of softmax, sparsemax, got 'max'"),
     ],
 )
-def test_a_wrong_argument_is_named(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_an_invalid_argument_raises_an_error(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         layer_of(**kwargs)
 

@@ -1,4 +1,4 @@
-"""Encoder and decoder layers: torch's own at α = 1, step by step, inside torch's stacks."""
+"""Encoder and decoder layers: equal to torch's at α = 1, step by step, and inside torch's stacks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def padding(length: int) -> Tensor:
 
 
 def results(layer: nn.Module, inputs: tuple[Tensor, ...], **kwargs: Any) -> dict[str, Tensor]:
-    """Output, and the gradients of inputs and of every parameter but α."""
+    """Output, and the gradients of inputs and of every parameter except α."""
     inputs = tuple(x.detach().requires_grad_() for x in inputs)
     output = layer(*inputs, **kwargs)
     leaves = {f"input {i}": x for i, x in enumerate(inputs)} | dict(layer.named_parameters())
@@ -65,7 +65,7 @@ def results(layer: nn.Module, inputs: tuple[Tensor, ...], **kwargs: Any) -> dict
 
 
 @pytest.mark.parametrize("options", CLASSIC, ids=short)
-def test_an_encoder_layer_is_torchs_at_alpha_one(options: dict[str, Any]) -> None:
+def test_an_encoder_layer_equals_torch_at_alpha_one(options: dict[str, Any]) -> None:
     dense = nn.TransformerEncoderLayer(E, H, **F64, **options)
     sparse = TransformerEncoderLayer(E, H, alpha_init=1.0, learn_alpha=False, **F64, **options)
     sparse.load_state_dict(dense.state_dict())
@@ -79,7 +79,7 @@ def test_an_encoder_layer_is_torchs_at_alpha_one(options: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("options", CLASSIC, ids=short)
-def test_a_decoder_layer_is_torchs_at_alpha_one(options: dict[str, Any]) -> None:
+def test_a_decoder_layer_equals_torch_at_alpha_one(options: dict[str, Any]) -> None:
     dense = nn.TransformerDecoderLayer(E, H, **F64, **options)
     sparse = TransformerDecoderLayer(E, H, alpha_init=1.0, learn_alpha=False, **F64, **options)
     sparse.load_state_dict(dense.state_dict())
@@ -94,7 +94,7 @@ def test_a_decoder_layer_is_torchs_at_alpha_one(options: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_torchs_stacks_take_our_layers(train: bool) -> None:
+def test_torchs_stacks_accept_our_layers(train: bool) -> None:
     shared = {"batch_first": True, "norm_first": True, **F64}
     dense = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, **shared), 2, enable_nested_tensor=False)
     layer = TransformerEncoderLayer(E, H, activation=F.relu, alpha_init=1.0, **F64)
@@ -119,7 +119,7 @@ def test_torchs_stacks_take_our_layers(train: bool) -> None:
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_torchs_attention_may_stand_in_the_place_of_ours(train: bool) -> None:
+def test_torchs_attention_can_be_used_in_our_layers(train: bool) -> None:
     dense = nn.TransformerDecoderLayer(E, H, batch_first=True, norm_first=True, activation=F.gelu, **F64).train(train)
     layer = TransformerDecoderLayer(E, H, attention=nn.MultiheadAttention, **F64).train(train)
     layer.load_state_dict(dense.state_dict())
@@ -140,7 +140,7 @@ def test_layers_are_as_sparse_in_eval_as_in_training() -> None:
 
 
 @pytest.mark.parametrize("options", BLOCKS, ids=short)
-def test_an_encoder_layer_by_steps_is_the_full_pass(options: dict[str, Any]) -> None:
+def test_an_encoder_layer_by_steps_equals_the_full_pass(options: dict[str, Any]) -> None:
     layer = TransformerEncoderLayer(E, H, **F64, **options)
     x = randn(N, L, E)
     full = layer(x, is_causal=True)
@@ -150,7 +150,7 @@ def test_an_encoder_layer_by_steps_is_the_full_pass(options: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("options", BLOCKS, ids=short)
-def test_a_decoder_layer_by_steps_is_the_full_pass(options: dict[str, Any]) -> None:
+def test_a_decoder_layer_by_steps_equals_the_full_pass(options: dict[str, Any]) -> None:
     layer = TransformerDecoderLayer(E, H, **F64, **options)
     x, memory = randn(N, L, E), randn(N, S, E)
     masks = {"memory_key_padding_mask": padding(S), "tgt_is_causal": True}
@@ -166,7 +166,7 @@ def test_a_decoder_layer_by_steps_is_the_full_pass(options: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("kind", [TransformerEncoderLayer, TransformerDecoderLayer])
-def test_positions_from_outside_reach_the_self_attention(kind: Any) -> None:
+def test_rotary_and_bias_arguments_reach_the_self_attention(kind: Any) -> None:
     options = {"alpha_init": 1.3, **F64}
     built, plain = kind(E, H, positions=RotaryPositions(E // H), **options), kind(E, H, **options)
     plain.load_state_dict(built.state_dict())
@@ -179,7 +179,7 @@ def test_positions_from_outside_reach_the_self_attention(kind: Any) -> None:
     torch.testing.assert_close(plain(x, *memory, position_bias=bias), built(x, *memory), rtol=1e-9, atol=1e-10)
 
 
-def test_arguments_of_attention_reach_it_and_places_only_the_self_attention() -> None:
+def test_attention_arguments_reach_both_layers_and_positions_only_self_attention() -> None:
     options = {"num_kv_heads": 2, "window": 3, "positions": NAPE(H), "length_scaling": True, "alpha_init": 1.2}
     layer = TransformerDecoderLayer(E, H, **options, dropout=0.3, batch_first=False)
     own, cross = layer.self_attn, layer.multihead_attn
@@ -195,18 +195,18 @@ def test_arguments_of_attention_reach_it_and_places_only_the_self_attention() ->
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
-def test_dropout_is_for_training_only(norm_first: bool) -> None:
+def test_dropout_is_applied_only_in_training(norm_first: bool) -> None:
     layer = TransformerEncoderLayer(E, H, dropout=0.5, norm_first=norm_first)
     x = torch.randn(N, L, E)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
     layer = TransformerEncoderLayer(E, H, dropout=1.0)
-    assert torch.equal(layer(x), x)  # nothing is left of the branches
+    assert torch.equal(layer(x), x)  # the branches are dropped completely
 
 
 @pytest.mark.parametrize("kind", [TransformerEncoderLayer, TransformerDecoderLayer])
-def test_gradients_are_those_of_finite_differences(kind: Any) -> None:
+def test_gradients_equal_finite_differences(kind: Any) -> None:
     options = {"num_kv_heads": 1, "positions": NAPE(2), "qk_norm": True, "length_scaling": True, "norm": "rms"}
     layer = kind(6, 2, alpha_init=1.4, **options, **F64)
     parameters = dict(layer.named_parameters())
@@ -219,7 +219,7 @@ def test_gradients_are_those_of_finite_differences(kind: Any) -> None:
     assert torch.autograd.gradcheck(run, (*inputs, *parameters.values()), fast_mode=True)
 
 
-# torch's own tracer builds an autograd function in a deprecated way, with a warning.
+# torch's tracer builds an autograd function in a deprecated way and warns.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_decoder_layer_compiles_into_one_graph() -> None:
     layer = TransformerDecoderLayer(E, H, num_kv_heads=2, positions=RotaryPositions(E // H), norm="rms", **F64)
@@ -269,7 +269,7 @@ def test_copies_pickles_and_half_precision(kind: Any) -> None:
         ((E, H), {"heads": 2}, TypeError, "unexpected keyword argument 'heads'"),
     ],
 )
-def test_a_wrong_argument_is_named(
+def test_an_invalid_argument_raises_an_error(
     kind: Any, args: tuple[int, int], kwargs: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -278,7 +278,7 @@ def test_a_wrong_argument_is_named(
 
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize(("kind", "name"), [(TransformerEncoderLayer, "src"), (TransformerDecoderLayer, "tgt")])
-def test_a_wrong_input_is_named(kind: Any, name: str, norm_first: bool) -> None:
+def test_invalid_input_raises_an_error(kind: Any, name: str, norm_first: bool) -> None:
     layer, x = kind(E, H, norm_first=norm_first), torch.randn(N, L, E)
     given = {"memory": x} if name == "tgt" else {}
     for wrong, error, message in (
@@ -300,7 +300,7 @@ def test_a_wrong_input_is_named(kind: Any, name: str, norm_first: bool) -> None:
             layer(wrong, **given)
 
 
-def test_a_refused_step_leaves_both_caches_as_they_were() -> None:
+def test_a_refused_step_does_not_change_the_caches() -> None:
     layer = TransformerDecoderLayer(E, H).double().eval()
     x, memory = torch.randn(N, 3, E, dtype=torch.double), torch.randn(N, 5, E, dtype=torch.double)
     cache = DecoderCache()
@@ -310,14 +310,14 @@ def test_a_refused_step_leaves_both_caches_as_they_were() -> None:
         layer(x[:, 2:], memory, tgt_is_causal=True, memory_key_padding_mask=padding, cache=cache)
     assert len(cache) == 2
     cache.cross_attention = KVCache(static=True)
-    with pytest.raises(RuntimeError, match="dtype"):  # torch's own
+    with pytest.raises(RuntimeError, match="dtype"):  # an error of torch itself
         layer(x[:, 2:], memory.float(), tgt_is_causal=True, cache=cache)
     assert len(cache) == 2 and len(cache.cross_attention) == 0
     steps.append(layer(x[:, 2:], memory, tgt_is_causal=True, cache=cache))
     torch.testing.assert_close(torch.cat(steps, 1), layer(x, memory, tgt_is_causal=True))
 
 
-def test_the_cache_of_another_kind_of_layer_is_named() -> None:
+def test_a_cache_of_another_kind_raises_an_error() -> None:
     x = torch.randn(N, L, E)
     with pytest.raises(TypeError, match=r"cache must be a sparse_attn\.KVCache, got DecoderCache"):
         TransformerEncoderLayer(E, H)(x, cache=DecoderCache())
@@ -325,7 +325,7 @@ def test_the_cache_of_another_kind_of_layer_is_named() -> None:
         TransformerDecoderLayer(E, H)(x, x, cache=KVCache())
 
 
-def test_the_attention_may_be_any_factory() -> None:
+def test_attention_can_be_any_factory() -> None:
     made = []
 
     def factory(embed_dim: int, num_heads: int, **kwargs: Any) -> AdaptiveSparseMultiheadAttention:
@@ -337,7 +337,7 @@ def test_the_attention_may_be_any_factory() -> None:
     assert all(kwargs["batch_first"] for kwargs in made)
 
 
-def test_the_attention_to_the_memory_may_be_of_another_kind() -> None:
+def test_cross_attention_can_be_of_another_kind() -> None:
     make = partial(TopKMultiheadAttention, k=2)
     layer = TransformerDecoderLayer(E, H, num_kv_heads=1, alpha_init=1.25, cross_attention=make, dropout=0.3)
     assert isinstance(layer.self_attn, AdaptiveSparseMultiheadAttention)
@@ -369,7 +369,7 @@ class LanguageModel(nn.Module):
 
 
 def test_a_language_model_of_our_layers_learns_and_generates() -> None:
-    """The second half of a sequence repeats the first: a head has to look a fixed number of places back."""
+    """The second half of a sequence repeats the first: a head must attend to a fixed number of positions back."""
     size, half = 7, 5
     options = {"num_kv_heads": 2, "norm": "rms", "qk_norm": True, "length_scaling": True, "alpha_init": 1.5}
     model = LanguageModel(size, positions=RotaryPositions(E // H), **options)

@@ -1,4 +1,4 @@
-"""Oracles that share nothing with ours: bisection (`helpers/oracles.py`), and sums of eighty digits."""
+"""Oracles without code of this library: bisection (`helpers/oracles.py`), and arithmetic with eighty digits."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sparse_attn.kernels.dispatch import backends, use_backend
 
 
 def _eighty_digits(x: Tensor, alpha: float, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """α-entmax of rows (n, d) for 1 ≤ α ≤ 2, its gradient for the scores, and the one for α, (n, 1).
+    """α-entmax of rows (n, d) for 1 ≤ α ≤ 2, its gradient for the scores, and its gradient for α, (n, 1).
 
-    The published formulas, division by ``(α - 1)²`` included, in so many digits that nothing is lost; α = 1 is taken as
-    ``1 + 1e-15``.
+    The published formulas, including the division by ``(α - 1)²``, with eighty digits, which is exact enough; α = 1 is
+    replaced by ``1 + 1e-15``.
     """
     with decimal.localcontext(decimal.Context(prec=80)):
         a = Decimal(alpha) - 1 or Decimal(10) ** -15
@@ -31,7 +31,7 @@ def _published(a: Decimal, scores: list[float], upstream: list[float]) -> tuple[
     z, g = [Decimal(value) for value in scores], [Decimal(value) for value in upstream]
     top = max(z)
     z = [a * (value - top) for value in z]
-    tau = Decimal(-1)  # Newton's method on Σ p - 1 climbs from here
+    tau = Decimal(-1)  # a lower bound, from which Newton's method on Σ p - 1 increases
     for _ in range(200):
         base = [max(value - tau, Decimal(0)) for value in z]
         p = [value ** (1 / a) if value else value for value in base]
@@ -77,7 +77,7 @@ def eighty_digits() -> Callable[[Tensor, float, Tensor], tuple[Tensor, Tensor, T
 
 @pytest.fixture(params=["torch", "compiled"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each way to compute the mappings, by turns."""
+    """Runs a test once with each backend."""
     if backends()[request.param].startswith("not available"):
         pytest.skip(backends()[request.param])
     with use_backend(request.param):

@@ -17,7 +17,7 @@ ALPHAS = [1.0, 1.0001, 1.001, 1.01, 1.1, 1.25, 1.5, 1.75, 2.0]
 STEEP = [2.5, 3.0, 4.0]
 GRID = [1.0, 1 + 2**-23, 1.000001, 1.00001, 1.0001, 1.0003, 1.001, 1.003, 1.01, 1.03, 1.1, 1.2, 1.25, 1.3, 1.4, 1.5]
 GRID += [1.55, 1.6, 1.65, 1.7, 1.75, 1.8, 1.85, 1.9, 1.95, 1.99, 1.999, 1.9999, 1.99999, 2 - 1e-6, 2.0]
-# A score is rounded, so that a small p has a relative error of that times its logarithm: below this, too large to ask.
+# Scores are rounded, and the relative error of p is this error times log p: smaller p are not compared.
 FLOOR = 1e-20
 
 by_each_backend = pytest.mark.usefixtures("backend")
@@ -29,7 +29,7 @@ def in_float32(alpha: float) -> float:
 
 
 def hard_rows(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows (n, size) of every scale: random, ties, a slope, a lone top, offsets of 1e6, masked entries and rows."""
+    """Rows (n, size) of every scale: random, ties, a slope, one large score, offsets of 1e6, masked entries, rows."""
     repeats = {1: 1, 2: 20, 7: 20, 128: 5, 1024: 2}.get(size, 1)
     rows = []
     for scale, _ in itertools.product(SCALES, range(repeats)):
@@ -46,24 +46,24 @@ def hard_rows(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     rows.append(torch.full((size,), -math.inf))
     low = torch.finfo(dtype).min
     rows.append(torch.full((size,), low))
-    # float16 reaches to 65504
+    # the largest float16 is 65504
     x = torch.stack(rows).clamp(-6e4, 6e4) if dtype == torch.float16 else torch.stack(rows)
     return x.to(dtype).masked_fill(torch.stack(rows) == -math.inf, -math.inf).nan_to_num(nan=low, neginf=-math.inf)
 
 
 def assert_sums_to_one(p: Tensor, x: Tensor) -> None:
-    """The sum of a row is 1, or 0 where all entries are masked."""
+    """Check that the sum of a row is 1, or 0 if all entries are masked."""
     some = (x > torch.finfo(x.dtype).min).any(-1)
     assert (p >= 0).all() and (p.sum(-1, dtype=torch.float64) - some.double()).abs().max() <= 3e-7
 
 
 def relative(got: Tensor, exact: Tensor) -> float:
-    """The largest error of a tensor over its largest value."""
+    """The largest error of a tensor divided by its largest value."""
     return float((got.double() - exact).abs().max() / exact.abs().max().clamp(min=FLOOR))
 
 
 def gradients(x: Tensor, alpha: float, upstream: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """For the scores and for one α per row."""
+    """The gradients for the scores and for one α per row."""
     scores = x.detach().to(dtype).requires_grad_()
     per_row = torch.full((len(x), 1), alpha, dtype=dtype, requires_grad=True)
     return torch.autograd.grad(entmax(scores, per_row), (scores, per_row), upstream.to(dtype))
@@ -113,7 +113,7 @@ def test_half_precision_is_float32_rounded_once(size, dtype, oracle):
 
 @by_each_backend
 @pytest.mark.parametrize("alpha", GRID)
-def test_gradients_beside_eighty_digits(alpha, eighty_digits):
+def test_gradients_agree_with_eighty_digit_arithmetic(alpha, eighty_digits):
     alpha = in_float32(alpha)
     for scale in (0.01, 1, 10, 30):
         x, upstream = torch.randn(5, 11) * scale, torch.randn(5, 11)
@@ -131,17 +131,17 @@ def both_maps(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 
 @by_each_backend
 @pytest.mark.parametrize("alpha", GRID)
-def test_float32_gradients_beside_float64(alpha):
+def test_float32_gradients_agree_with_float64(alpha):
     alpha = in_float32(alpha)
     for size, scale in itertools.product([2, 7, 128, 1024, 32768], [0.01, 1, 10, 100]):
         rows = {2: 32, 7: 32, 128: 16, 1024: 4}.get(size, 3)
         x, upstream = torch.randn(rows, size) * scale, torch.randn(rows, size)
         (scores, per_row), exact = (gradients(x, alpha, upstream, dtype) for dtype in (torch.float32, torch.float64))
-        # Of an entry on the edge of the support, whose gradient is next to nothing, float32 loses the digits. In rows
-        # that keep few entries that shows: in a batch where the scores are far apart, in a single one before.
+        # float32 loses the digits of the tiny gradient of an entry on the edge of the support. This matters if rows
+        # have few non-zero entries: for the error of a batch from scale 10 on, for that of a single row from scale 1.
         lost = 2e-7 * upstream.abs().amax()
         edge = [lost if alpha > 1.001 and scale >= least else FLOOR for least in (10, 1)]
-        # Close to α = 2 the gradient jumps where an entry enters, and p, right to rounding, says on which side it is.
+        # Close to α = 2 the gradient is almost discontinuous where an entry enters the support; rounding of p decides.
         slopes = [torch.where(p > 0, p.double().clamp(min=1e-300) ** (2 - alpha), 0.0) for p in both_maps(x, alpha)]
         jumps = (slopes[0] - slopes[1]).abs().sum(-1) * upstream.abs().amax() if alpha > 1.5 else torch.zeros(rows)
         edge = [edge[0] + jumps.max(), edge[1] + jumps]
@@ -151,8 +151,8 @@ def test_float32_gradients_beside_float64(alpha):
         assert relative(per_row, exact[1]) <= 1e-4, (size, scale)
         if size > 1024:
             continue
-        # In the gradient for α, terms of both signs cancel, and p in float32 cannot tell nearly equal scores apart: the
-        # error of a row is compared with the sum of its absolute terms.
+        # In the gradient for α, terms of both signs cancel, and p in float32 cannot distinguish nearly equal scores:
+        # the error of a row is compared with the sum of its absolute terms.
         slope = (entmax(x.double(), alpha + 1e-6) - entmax(x.double(), alpha - 1e-6)) / 2e-6
         terms = (slope * upstream).abs().sum(-1, keepdim=True)
         assert ((per_row - exact[1]).abs() <= 1e-4 * terms + lost).all(), (size, scale)
@@ -183,7 +183,7 @@ def test_gradient_for_alpha_at_softmax_is_the_published_limit():
 def test_bfloat16_gradient_for_alpha(alpha):
     for size in (7, 128, 1024):
         x, upstream = torch.randn(20, size).bfloat16(), torch.randn(20, size).bfloat16()
-        # So few digits put an entry exactly on the edge of the support at times, where the gradient at α = 2 jumps.
+        # In bfloat16, some entries are exactly on the edge of the support, where the gradient at α = 2 jumps.
         off_edge = ((alpha - 1) * x.double() - tau(x.double(), alpha)).abs().amin(-1) > 1e-6
         x, upstream = x[off_edge][:16], upstream[off_edge][:16]
         exact = gradients(x, in_float32(alpha), upstream, torch.float64)[1]
@@ -201,7 +201,7 @@ def test_bfloat16_gradient_for_alpha(alpha):
 @pytest.mark.parametrize("size", SIZES)
 def test_topk_maps(size, oracle):
     x = hard_rows(size)
-    # sorted() is stable: of equal scores the first stay
+    # sorted() is stable: of equal scores, the first are kept
     order = torch.tensor([sorted(range(size), key=lambda i, row=row: -row[i]) for row in x.tolist()])
     for k in sorted({1, 5, 37, size // 2} & set(range(1, size + 1))):
         kept = torch.full_like(x, -math.inf).scatter(-1, order[:, :k], x.gather(-1, order[:, :k]))
@@ -253,7 +253,7 @@ def test_budget_sparsemax(size, budget_oracle):
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
 @pytest.mark.parametrize("name", ["normmax", "budget_sparsemax"])
-def test_gradients_beside_differences_of_the_oracle(name, scale, normmax_oracle, budget_oracle):
+def test_gradients_agree_with_finite_differences_of_the_oracle(name, scale, normmax_oracle, budget_oracle):
     ours, theirs, values = {
         "normmax": (normmax, normmax_oracle, (1.3, 2.0, 3.0)),
         "budget_sparsemax": (budget_sparsemax, budget_oracle, (0.7, 2.3, 4.6)),

@@ -1,4 +1,4 @@
-"""The attention functions: torch's at α = 1, a float64 formula beyond."""
+"""The attention functions, compared with torch's function at α = 1 and with a float64 formula at other α."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def inputs(*, queries: int = L, keys: int = S) -> tuple[Tensor, Tensor, Tensor]:
 def formula(
     query: Tensor, key: Tensor, value: Tensor, alpha: float, *, visible: Tensor | None = None, k: int | None = None
 ) -> Tensor:
-    """Attention one row at a time, over the visible keys alone."""
+    """Attention, one row at a time, over only the visible keys."""
     output = torch.zeros(*query.shape[:-1], value.shape[-1], dtype=torch.float64)
     for n in range(N):
         for h in range(H):
@@ -56,7 +56,7 @@ def masks() -> dict[str, Tensor]:
 
 
 def assert_torchs(tensors: tuple[Tensor, ...], **kwargs: Any) -> None:
-    """Output and gradients of both functions, where they are softmax, are those of torch's."""
+    """Check that output and gradients of both functions equal torch's where they compute softmax."""
     expected = F.scaled_dot_product_attention(*tensors, **kwargs)
     upstream = torch.randn_like(expected)
     expected_grads = torch.autograd.grad(expected, tensors, upstream)
@@ -72,7 +72,7 @@ def assert_torchs(tensors: tuple[Tensor, ...], **kwargs: Any) -> None:
 
 
 @pytest.mark.parametrize("mask", masks())
-def test_masks_are_torchs(mask: str) -> None:
+def test_masks_work_as_in_torch(mask: str) -> None:
     assert_torchs(inputs(), attn_mask=masks()[mask])
 
 
@@ -80,17 +80,17 @@ def test_masks_are_torchs(mask: str) -> None:
     "kwargs", [{}, {"scale": 0.7}, {"is_causal": True}, {"is_causal": True, "scale": 2.0}], ids=str
 )
 @pytest.mark.parametrize(("queries", "keys"), [(L, S), (S, L), (1, S)])
-def test_scale_and_is_causal_are_torchs(kwargs: dict[str, Any], queries: int, keys: int) -> None:
+def test_scale_and_is_causal_work_as_in_torch(kwargs: dict[str, Any], queries: int, keys: int) -> None:
     assert_torchs(inputs(queries=queries, keys=keys), **kwargs)
 
 
 @pytest.mark.parametrize("bias", [causal_lower_right, causal_upper_left])
 @pytest.mark.parametrize(("queries", "keys"), [(L, S), (1, S), (S, S)])
-def test_causal_biases_are_torchs(bias: Any, queries: int, keys: int) -> None:
+def test_causal_biases_work_as_in_torch(bias: Any, queries: int, keys: int) -> None:
     assert_torchs(inputs(queries=queries, keys=keys), attn_mask=bias(queries, keys))
 
 
-def test_lower_right_is_the_end_of_the_full_pass() -> None:
+def test_a_lower_right_bias_equals_the_end_of_the_full_pass() -> None:
     query, key, value = inputs(queries=S)
     for alpha in (1.0, 1.5, torch.tensor([1.0, 1.5, 2.0])):
         full = entmax_attention(query, key, value, alpha, is_causal=True)
@@ -99,7 +99,7 @@ def test_lower_right_is_the_end_of_the_full_pass() -> None:
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"is_causal": True}, {"attn_mask": "bool"}], ids=str)
-def test_grouped_queries_are_torchs(kwargs: dict[str, Any]) -> None:
+def test_grouped_queries_work_as_in_torch(kwargs: dict[str, Any]) -> None:
     query = torch.randn(N, 6, L, D, dtype=torch.float64, requires_grad=True)
     key = torch.randn(N, 3, S, D, dtype=torch.float64, requires_grad=True)
     value = torch.randn(N, 3, S, DV, dtype=torch.float64, requires_grad=True)
@@ -119,7 +119,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
-def test_batch_dimensions_and_sizes_are_torchs(shapes: tuple[tuple[int, ...], ...]) -> None:
+def test_batch_dimensions_and_sizes_work_as_in_torch(shapes: tuple[tuple[int, ...], ...]) -> None:
     query, key, value = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     expected = F.scaled_dot_product_attention(query, key, value)
     torch.testing.assert_close(entmax_attention(query, key, value, 1.0), expected)
@@ -127,7 +127,7 @@ def test_batch_dimensions_and_sizes_are_torchs(shapes: tuple[tuple[int, ...], ..
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(0, S), (L, 0), (0, 0)])
-def test_no_queries_and_no_keys_are_torchs(queries: int, keys: int) -> None:
+def test_empty_queries_and_keys_work_as_in_torch(queries: int, keys: int) -> None:
     query, key, value = inputs(queries=queries, keys=keys)
     expected = F.scaled_dot_product_attention(query, key, value)
     for actual in (
@@ -138,7 +138,7 @@ def test_no_queries_and_no_keys_are_torchs(queries: int, keys: int) -> None:
         torch.testing.assert_close(actual, expected)
 
 
-def test_dropout_keeps_the_mean_and_is_applied_whenever_asked_for() -> None:
+def test_dropout_keeps_the_mean_and_is_always_applied() -> None:
     query, key, value = (x.detach() for x in inputs())
     ones = torch.ones_like(value)  # the output is then the sum of the weights
     for run in (
@@ -154,7 +154,7 @@ def test_dropout_keeps_the_mean_and_is_applied_whenever_asked_for() -> None:
 
 @pytest.mark.parametrize("masked", ["", "mask", "causal"])
 @pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0])
-def test_entmax_attention_is_the_formula(alpha: float, masked: str) -> None:
+def test_entmax_attention_equals_the_formula(alpha: float, masked: str) -> None:
     query, key, value = inputs()
     visible = masks()["bool"] if masked == "mask" else torch.ones(L, S, dtype=torch.bool).tril().expand(N, H, L, S)
     kwargs = {"": {}, "mask": {"attn_mask": visible}, "causal": {"is_causal": True}}[masked]
@@ -163,7 +163,7 @@ def test_entmax_attention_is_the_formula(alpha: float, masked: str) -> None:
     torch.testing.assert_close(output, expected, rtol=1e-8, atol=1e-9)
 
 
-def test_every_head_has_its_alpha_and_alpha_its_gradient() -> None:
+def test_every_head_has_its_own_alpha_with_a_gradient() -> None:
     query, key, value = inputs()
     alpha = torch.tensor([1.2, 1.5, 1.9], dtype=torch.float64, requires_grad=True)
     output = entmax_attention(query, key, value, alpha)
@@ -173,7 +173,7 @@ def test_every_head_has_its_alpha_and_alpha_its_gradient() -> None:
     assert torch.autograd.gradcheck(entmax_attention, (query, key, value, alpha), fast_mode=True)
 
 
-def test_a_single_alpha_tensor_serves_all_heads() -> None:
+def test_a_single_alpha_tensor_is_used_for_all_heads() -> None:
     query, key, value = inputs()
     expected = entmax_attention(query, key, value, 1.3)
     alpha = torch.tensor(1.3, dtype=torch.float64)
@@ -183,7 +183,7 @@ def test_a_single_alpha_tensor_serves_all_heads() -> None:
 @pytest.mark.parametrize("normalizer", ["softmax", "sparsemax"])
 @pytest.mark.parametrize("masked", ["", "mask", "causal"])
 @pytest.mark.parametrize("k", [1, 3, S])
-def test_topk_attention_is_the_formula(k: int, masked: str, normalizer: Any) -> None:
+def test_topk_attention_equals_the_formula(k: int, masked: str, normalizer: Any) -> None:
     query, key, value = inputs()
     visible = masks()["bool"] if masked == "mask" else torch.ones(L, S, dtype=torch.bool).tril().expand(N, H, L, S)
     kwargs = {"": {}, "mask": {"attn_mask": visible}, "causal": {"is_causal": True}}[masked]
@@ -202,7 +202,7 @@ def test_topk_attention_keeps_k_keys_or_all_that_are_visible() -> None:
 
 
 @pytest.mark.parametrize("hidden", [False, -math.inf, torch.finfo(torch.float64).min])
-def test_a_query_that_sees_nothing_gets_zeros_and_gives_no_gradient(hidden: bool | float) -> None:
+def test_a_query_without_visible_keys_gets_zeros_and_no_gradient(hidden: bool | float) -> None:
     mask = torch.ones(L, S, dtype=torch.bool) if hidden is False else torch.zeros(L, S, dtype=torch.float64)
     mask[1] = hidden
     for run in (
@@ -219,7 +219,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_gives_no_gradient(hidden: bool
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_what_it_is(dtype: torch.dtype) -> None:
+def test_half_precision_keeps_its_dtype(dtype: torch.dtype) -> None:
     exact = inputs()
     tensors = tuple(x.detach().to(dtype).requires_grad_() for x in exact)
     alpha = torch.tensor([1.0, 1.5, 2.0], requires_grad=True)
@@ -255,7 +255,7 @@ WRONG_SHAPES = [
 
 
 @pytest.mark.parametrize(("shapes", "kwargs", "message"), WRONG_SHAPES)
-def test_what_does_not_fit_is_named(shapes: Any, kwargs: dict[str, Any], message: str) -> None:
+def test_wrong_shapes_raise_an_error(shapes: Any, kwargs: dict[str, Any], message: str) -> None:
     tensors = [torch.randn(shape) for shape in shapes]
     with pytest.raises(ValueError, match=message):
         entmax_attention(*tensors, **kwargs)
@@ -263,7 +263,7 @@ def test_what_does_not_fit_is_named(shapes: Any, kwargs: dict[str, Any], message
         topk_attention(*tensors, 2, **kwargs)
 
 
-def test_a_wrong_mask_dtype_is_named() -> None:
+def test_a_wrong_mask_dtype_raises_an_error() -> None:
     with pytest.raises(TypeError, match=r"attn_mask must be boolean or floating, got torch.int64"):
         entmax_attention(*inputs(), attn_mask=torch.ones(L, S).long())
 
@@ -284,7 +284,7 @@ def test_a_wrong_mask_dtype_is_named() -> None:
         ("1.5", TypeError, "alpha must be a number or a floating tensor, got str"),
     ],
 )
-def test_a_wrong_alpha_is_named(alpha: Any, error: type[Exception], message: str) -> None:
+def test_a_wrong_alpha_raises_an_error(alpha: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         entmax_attention(*inputs(), alpha)
 
@@ -297,7 +297,7 @@ def test_a_wrong_alpha_is_named(alpha: Any, error: type[Exception], message: str
         ({"k": 2, "normalizer": "entmax"}, ValueError, "normalizer must be one of softmax, sparsemax, got 'entmax'"),
     ],
 )
-def test_a_wrong_k_or_normalizer_is_named(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_a_wrong_k_or_normalizer_raises_an_error(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         topk_attention(*inputs(), **kwargs)
 
@@ -315,7 +315,7 @@ def test_the_smallest_number_of_the_masks_own_dtype_masks(
     assert (output[:, :, 1] == 0).all() and (output[:, :, [0, 2]] != 0).all()
 
 
-def test_inputs_that_are_not_floating_or_not_alike() -> None:
+def test_inputs_that_are_not_floating_or_have_different_dtypes_are_refused() -> None:
     x = torch.randn(1, 2, 3, 8)
     with pytest.raises(TypeError, match=r"key must have a floating dtype .*, got torch\.int64"):
         entmax_attention(x, x.long(), x)
@@ -327,7 +327,7 @@ def test_inputs_that_are_not_floating_or_not_alike() -> None:
         entmax_attention(x.expand(3, -1, -1, -1), x.expand(2, -1, -1, -1), x.expand(2, -1, -1, -1), enable_gqa=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # Triton's interpreter, of the kernels' own inf
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # a warning of Triton's interpreter about inf
 @pytest.mark.parametrize("backend", ["torch", "compiled", "triton"])
 def test_long_keys_with_more_dimensions_than_the_query(backend: str) -> None:
     length = 521 if backend != "triton" else 23

@@ -31,7 +31,7 @@ def test_a_budget_of_one_is_sparsemax(scale):
     torch.testing.assert_close(budget_sparsemax(x, 1), sparsemax(x))
 
 
-def test_gradient_of_the_budget_goes_to_what_can_still_grow():
+def test_the_gradient_of_the_budget_depends_only_on_entries_that_can_grow():
     x = torch.tensor([[3.0, 0.4, 0.1, -5.0]], dtype=torch.float64)
     jacobian = torch.func.jacrev(lambda b: budget_sparsemax(x, b))(torch.tensor(1.7, dtype=torch.float64))
     assert jacobian.tolist() == [[0, 0.5, 0.5, 0]]
@@ -82,7 +82,7 @@ def test_ties_scalars_and_empty_tensors():
     assert budget.grad is not None and budget.grad.item() == 0
 
 
-def test_wrong_input_is_named():
+def test_invalid_input_raises_an_error():
     x = torch.randn(2, 3)
     for budget in (0, -1.0, 3.1, math.nan, math.inf):
         for given in (budget, torch.tensor([[1.0], [budget]])):

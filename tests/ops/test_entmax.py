@@ -135,7 +135,7 @@ def test_half_precision_is_the_float32_result_rounded_once(alpha, dtype):
     assert torch.equal(p, entmax(x.float(), alpha).to(dtype))
 
 
-def test_autocast_gives_the_dtype_that_softmax_gives(monkeypatch):
+def test_autocast_gives_the_same_dtype_as_softmax(monkeypatch):
     x = torch.randn(3, 5, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert entmax15(x).dtype == torch.softmax(x, -1).dtype == torch.bfloat16
@@ -187,13 +187,13 @@ def test_support_shrinks_as_alpha_grows():
 
 
 @pytest.mark.parametrize("alpha", [0, -1.5, math.nan, math.inf])
-def test_alpha_outside_its_range(alpha):
+def test_alpha_outside_its_range_raises_an_error(alpha):
     for given in (alpha, torch.tensor([[1.5], [alpha]])):
         with pytest.raises(ValueError, match=r"alpha must be in \(0, inf\), got"):
             entmax(torch.randn(2, 3), given)
 
 
-def test_wrong_input_is_named():
+def test_invalid_input_raises_an_error():
     x = torch.randn(2, 8, 5, 5)
     with pytest.raises(ValueError, match=r"got shape \(8,\); .* use alpha.view\(-1, 1, 1\)"):
         entmax(x, torch.full((8,), 1.5))
@@ -226,7 +226,7 @@ def test_an_empty_batch_leaves_alpha_a_gradient_of_zero():
     assert alpha.grad is not None and alpha.grad.item() == 0
 
 
-def test_result_is_contiguous_as_that_of_softmax():
+def test_the_result_is_contiguous_as_for_softmax():
     assert entmax(torch.randn(3, 5).T).is_contiguous() and entmax(torch.randn(3, 5), dim=0).is_contiguous()
 
 

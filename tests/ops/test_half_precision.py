@@ -1,4 +1,4 @@
-"""Half-precision attention computes its scores in float32, on every path: rounded scores move the support."""
+"""Half-precision attention computes its scores in float32 on every path, since rounded scores change the support."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 from sparse_attn import AdaptiveSparseMultiheadAttention, entmax_attention, topk_attention, use_backend
 
-# Raised in Triton's interpreter, by numpy.
+# A warning of numpy in Triton's interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
 def spread(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of scores that are far apart: several bits of 16 are before the point."""
+    """Queries, keys and values with large scores, of which 16-bit numbers have few fractional bits."""
     query, key, value = torch.randn(3, 1, 2, length, 64)
     return (6 * query).to(dtype), key.to(dtype), value.to(dtype)
 
 
 def assert_rounded_once(got: Tensor, expected: Tensor, values: Tensor) -> None:
-    """An output that is rounded to ``values``' dtype at the end, of weights that are rounded at most once."""
+    """Check that the output is rounded to the dtype of ``values`` only at the end, and weights at most once."""
     bound = torch.finfo(values.dtype).eps * values.detach().double().abs().max()
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=float(bound))
 
@@ -68,24 +68,24 @@ def exported(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("way", [compiled, exported, torch.func.vmap])
-def test_other_ways_to_the_same_function(way: Callable[..., Callable[..., Tensor]]) -> None:
+def test_other_paths_compute_the_same_function(way: Callable[..., Callable[..., Tensor]]) -> None:
     inputs = spread(23, torch.bfloat16)
     got = way(lambda *some: entmax_attention(*some, 1.5))(*inputs)
     assert_rounded_once(got, entmax_attention(*(x.double() for x in inputs), 1.5), inputs[2])
 
 
-def test_top_k_keeps_the_keys_that_exact_scores_choose() -> None:
+def test_top_k_keeps_the_keys_with_the_largest_exact_scores() -> None:
     inputs = spread(23, torch.bfloat16)
     expected = topk_attention(*(x.double() for x in inputs), 3)
     assert_rounded_once(topk_attention(*inputs, 3), expected, inputs[2])
 
 
 @pytest.mark.parametrize("length", [23, 521])
-def test_autocast_rounds_the_inputs_alone(length: int) -> None:
+def test_autocast_rounds_only_the_inputs(length: int) -> None:
     inputs = [x.float().requires_grad_() for x in spread(length, torch.float32)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = entmax_attention(*inputs, 1.5)
-        gradients = torch.autograd.grad(got.float().square().sum(), inputs)  # also inside
+        gradients = torch.autograd.grad(got.float().square().sum(), inputs)  # also inside autocast
     rounded = [x.detach().bfloat16().double().requires_grad_() for x in inputs]
     expected = entmax_attention(*rounded, 1.5)
     assert got.dtype == torch.bfloat16

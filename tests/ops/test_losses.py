@@ -1,4 +1,4 @@
-"""The values of the losses: cross-entropy at α = 1, their definition at every other, and the memory they take."""
+"""The losses: equal to cross-entropy at α = 1, to their definition at other α, and their memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def class_dim(x: Tensor) -> int:
 
 
 def target_for(kind: str, shape: tuple[int, ...], ignore_index: int = -100) -> Tensor:
-    """Probabilities, or indices of which some are ignored unless there is only one."""
+    """A target of probabilities, or of indices of which some are ignored (unless there is only one)."""
     if kind == "probabilities":
         return torch.softmax(torch.randn(shape, dtype=torch.float64), min(len(shape) - 1, 1))
     target = torch.randint(C, rows_of(shape))
@@ -47,7 +47,7 @@ def gradients(loss: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 def assert_equal_losses(
     got: Callable[..., Tensor], expected: Callable[..., Tensor], *inputs: Tensor, **kw: Any
 ) -> None:
-    """Values and gradients for every floating input."""
+    """Compare values and gradients for every floating input."""
     ours, theirs = ([x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs] for _ in range(2))
     a, b = got(*ours), expected(*theirs)
     assert a.shape == b.shape and a.dtype == b.dtype
@@ -107,7 +107,7 @@ def conjugate_by_definition(x: Tensor, alpha: float, oracle: Callable[[Tensor, f
 @pytest.mark.parametrize("alpha", [0.7, 1.0, 1.01, 1.25, 1.5, 2.0, 3.0])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_definition(alpha, kind, shape, oracle):
+def test_losses_equal_their_definition(alpha, kind, shape, oracle):
     x, weight, smoothing = 2 * torch.randn(shape, dtype=torch.float64), torch.rand(C, dtype=torch.float64), 0.2
     target, dim = target_for(kind, shape), class_dim(x)
     one_hot = target.movedim(dim, -1) if kind == "probabilities" else F.one_hot(target.clamp(min=0), C).double()
@@ -122,7 +122,7 @@ def test_the_definition(alpha, kind, shape, oracle):
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_no_other_distribution_gives_more(alpha):
+def test_no_other_distribution_has_a_larger_value(alpha):
     x, p = torch.randn(N, 1, C, dtype=torch.float64), torch.rand(1, 1009, C, dtype=torch.float64).pow(3)
     p = p / p.sum(-1, keepdim=True)
     entropy = -torch.xlogy(p, p).sum(-1) if alpha == 1 else (1 - (p**alpha).sum(-1)) / (alpha * (alpha - 1))
@@ -130,7 +130,7 @@ def test_no_other_distribution_gives_more(alpha):
     assert (attained.unsqueeze(1) >= (p * x).sum(-1) + entropy).all()
 
 
-def test_named_losses_are_the_general_one():
+def test_named_losses_equal_the_general_loss():
     x, weight = torch.randn(N, C), torch.rand(C)
     keywords = {"weight": weight, "ignore_index": 2, "reduction": "sum", "label_smoothing": 0.3}
     target = torch.randint(C, (N,))
@@ -142,7 +142,7 @@ def test_named_losses_are_the_general_one():
 @pytest.mark.parametrize("alpha", [1.0, 1.0001, 1.01, 1.25, 1.5, 2.0, 3.0])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_float32_keeps_its_digits_also_of_small_losses(alpha, as_tensor):
-    # At α = 3 the mapping's own error shows.
+    # At α = 3 the error of the mapping dominates.
     relative = 1e-4 if alpha <= 2 else 2e-3
     for size, scale in itertools.product([1, 2, 7, 1021], [0.01, 1.0, 10.0, 100.0, 1e4]):
         x = scale * torch.randn(17, size)
@@ -157,7 +157,7 @@ def test_float32_keeps_its_digits_also_of_small_losses(alpha, as_tensor):
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 2.0])
-def test_vocabularies(alpha, oracle):
+def test_losses_over_large_vocabularies(alpha, oracle):
     x, target = torch.randn(3, 32000) * torch.tensor([[0.01], [1.0], [10.0]]), torch.tensor([31999, 0, 17])
     expected = conjugate_by_definition(x, alpha, oracle) - x.double().gather(1, target.unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(entmax_loss(x, target, alpha, reduction="none").double(), expected, rtol=1e-6, atol=1e-6)
@@ -181,7 +181,7 @@ def test_never_negative_and_zero_only_if_the_target_has_probability_one(alpha):
 
 
 def on_the_edge_of_the_support(alpha: float) -> Tensor:
-    """Rows whose other scores are barely in the support: rounding would take some losses below zero."""
+    """Rows whose other scores are just inside the support: rounding could make some losses negative."""
     x = torch.zeros(4001, 7)
     x[:, 1:] = (torch.rand(4001, 6) * torch.logspace(-7, 0, 4001).unsqueeze(1) - 1) / (alpha - 1)
     return x
@@ -205,7 +205,7 @@ def test_scores_far_from_zero(alpha):
     torch.testing.assert_close(entmax_loss(far, soft, alpha, label_smoothing=0.1), expected)
 
 
-# -inf, what is ignored, and what is not there
+# -inf, ignored examples, missing classes
 
 
 def same_as_cross_entropy(x: Tensor, target: Tensor, **keywords: Any) -> None:
@@ -230,7 +230,7 @@ def test_minus_infinity_and_ignored_examples_as_cross_entropy_treats_them(smooth
     same_as_cross_entropy(x, torch.full((5,), -100), **keywords)
     masked = x.clone()
     masked[0, 4] = masked[1, 1] = masked[3, 0] = -torch.inf  # beside the target, on it, in an ignored example
-    masked[2, [0, 1, 3, 4]] = -torch.inf  # nothing but the target
+    masked[2, [0, 1, 3, 4]] = -torch.inf  # only the target is visible
     same_as_cross_entropy(masked, target, **keywords)
     same_as_cross_entropy(masked, F.one_hot(target.clamp(min=0), C).float(), **keywords)
     lowest = x.clone()
@@ -279,7 +279,7 @@ def test_empty_batches(shape, kind, reduction):
     assert x.grad.shape == shape and alpha.grad is not None
 
 
-def test_classes_that_are_not_there():
+def test_classes_out_of_range_raise_an_error():
     loss = entmax_loss(torch.randn(3, 0), torch.full((3,), -100))
     assert loss.isnan() and F.cross_entropy(torch.randn(3, 0), torch.full((3,), -100)).isnan()
 
@@ -316,7 +316,7 @@ def test_weights_and_indices_of_other_dtypes():
     assert entmax_loss(x, soft, weight=weight.double()).dtype == torch.float64
 
 
-def test_nothing_is_written_to():
+def test_inputs_are_not_modified():
     x, soft, weight = torch.randn(N, C), target_for("probabilities", (N, C)), torch.rand(C)
     target = torch.randint(C, (N,))
     before = [t.clone() for t in (x, soft, weight, target)]
@@ -330,8 +330,8 @@ def test_nothing_is_written_to():
 
 
 def peak_in_copies(x: Tensor, function: Callable[[], Tensor]) -> float:
-    """The most that forward and backward hold at a time, beside what is there before, as a multiple of ``x``."""
-    function().backward()  # what is made once and kept
+    """Peak memory of forward and backward minus the memory before, as a multiple of the size of ``x``."""
+    function().backward()  # allocates tensors that are created once and kept
     x.grad = None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         function().backward()
@@ -354,6 +354,6 @@ def peak_in_copies(x: Tensor, function: Callable[[], Tensor]) -> float:
         (6, torch.tensor(1.25, requires_grad=True), {}),
     ],
 )
-def test_a_vocabulary_takes_a_few_copies_of_the_scores(copies, alpha, keywords):
+def test_memory_for_a_vocabulary_is_a_few_copies_of_the_scores(copies, alpha, keywords):
     x, target = torch.randn(37, 32000, requires_grad=True), torch.randint(32000, (37,))
     assert peak_in_copies(x, lambda: entmax_loss(x, target, alpha, **keywords)) <= copies + 0.1

@@ -15,7 +15,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from sparse_attn import entmax, entmax15_loss, entmax_loss
 
-# Raised inside torch, on its own account, wherever these transforms are used for the first time in a process.
+# Warnings of torch itself, at the first use of these transforms in a process.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -24,7 +24,7 @@ pytestmark = [
 N, C, D1, D2 = 7, 5, 3, 2
 ALPHAS = [0.7, 1.0, 1.0001, 1.3, 1.5, 2.0, 2.7]
 
-# name -> what turns scores (N, C), α (N, 1) and probabilities (N, C) into losses
+# name -> function from scores (N, C), α (N, 1) and probabilities (N, C) to losses
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "indices": lambda x, alpha, y: entmax_loss(x, INDICES, alpha, reduction="none"),
     "smoothed": lambda x, alpha, y: entmax_loss(x, INDICES, alpha, weight=WEIGHT, label_smoothing=0.3),
@@ -61,7 +61,7 @@ def test_derivatives_of_first_and_second_order_in_both_modes(loss):
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_the_gradient_is_p_minus_y_and_the_hessian_the_jacobian_of_the_mapping(alpha):
+def test_the_gradient_is_p_minus_y_and_the_hessian_equals_the_mappings_jacobian(alpha):
     x = torch.randn(C, dtype=torch.float64)
     one = partial(entmax_loss, target=torch.tensor(3), alpha=alpha)
     torch.testing.assert_close(grad(one)(x), entmax(x, alpha) - F.one_hot(torch.tensor(3), C))
@@ -89,7 +89,7 @@ def test_the_gradient_for_alpha_in_every_shape(shape):
     alpha = 1 + torch.rand_like(x.narrow(dim, 0, 1)).requires_grad_()
     loss = entmax_loss(x, target, alpha, reduction="none")
     upstream = torch.randn_like(loss)
-    # With a graph for a second derivative all rows are computed at once, without one a few at a time.
+    # With a graph for second derivatives, all rows are computed at once; otherwise a few at a time.
     (expected,) = torch.autograd.grad(loss, alpha, upstream, create_graph=True)
     (got,) = torch.autograd.grad(loss, alpha, upstream)
     torch.testing.assert_close(got, expected.detach())
@@ -126,7 +126,7 @@ def test_alpha_of_one_element_or_one_per_row():
 
 
 @both_targets
-def test_alpha_changed_in_place_before_the_backward_is_noticed(make):
+def test_changing_alpha_in_place_before_the_backward_raises_an_error(make):
     for dtype in (torch.float64, torch.float32):
         x, alpha = torch.randn(N, C, requires_grad=True), torch.full((N, 1), 1.3, dtype=dtype, requires_grad=True)
         loss = entmax_loss(x, make(), alpha)
@@ -160,7 +160,7 @@ def test_jacobians_and_hessians_agree_in_every_order_of_modes(loss):
         torch.testing.assert_close(outer(inner(squares, argnums=everything), argnums=everything)(*inputs), expected)
 
 
-def test_vmap_is_a_loop():
+def test_vmap_equals_a_loop():
     x, alpha, y = arguments()
     target = torch.randint(C, (N,))
     for second in (target, y):
@@ -176,7 +176,7 @@ def test_vmap_is_a_loop():
         torch.testing.assert_close(
             per_row, grad(lambda *args: entmax_loss(*args, reduction="sum"), argnums=(0, 2))(x, second, alpha)
         )
-        # Gradients for what the batched dimension does not have
+        # Gradients for inputs without the batched dimension
         shared = grad(lambda x, a, second=second: vmap(entmax_loss, (None, 0, None))(x, second, a).sum(), (0, 1))
         repeated = grad(lambda x, a, second=second: entmax_loss(x.expand(N, C), second, a, reduction="sum"), (0, 1))
         torch.testing.assert_close(shared(x[0], alpha[3]), repeated(x[0], alpha[3]))
@@ -199,7 +199,7 @@ def test_forward_mode_by_dual_numbers(loss):
 
 
 @pytest.mark.parametrize("name", ["smoothed", "probabilities", "α = 1.5"])
-def test_a_compiled_graph_without_breaks_trains_alike(name):
+def test_a_compiled_graph_without_breaks_trains_like_eager_code(name):
     torch._dynamo.reset()
     loss = LOSSES[name]
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -252,12 +252,14 @@ class EveryLoss(nn.Module):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_exported_programs_compute_and_train_alike(strict):
+def test_exported_programs_compute_and_train_like_eager_code(strict):
     model = EveryLoss()
     x, target, y = torch.randn(N, C), torch.randint(C, (N,)), probabilities().float()
     batch = {0: torch.export.Dim.DYNAMIC}
     program = torch.export.export(model, (x, target, y), dynamic_shapes=(batch,) * 3, strict=strict)
-    assert not [node for node in program.graph.nodes if "sparse_attn" in str(node.target)]  # runs without us
+    assert not [
+        node for node in program.graph.nodes if "sparse_attn" in str(node.target)
+    ]  # the program does not need this library
     for inputs in ((x, target, y), (x[:3], target[:3], y[:3])):
         for got, expected in zip(program.module()(*inputs), model(*inputs), strict=True):
             torch.testing.assert_close(got, expected)

@@ -89,7 +89,7 @@ PROBABILITIES = torch.full((2, C, D1), 1 / C)
         (ValueError, "alpha must broadcast against x", (X, TARGET, torch.ones(2, C, 1)), {}),
     ],
 )
-def test_wrong_input(error, message, args, keywords):
+def test_invalid_input_raises_an_error(error, message, args, keywords):
     with pytest.raises(error, match=message):
         entmax_loss(*args, **keywords)
     if len(args) == 2:
@@ -99,7 +99,7 @@ def test_wrong_input(error, message, args, keywords):
             entmax15_loss(*args, **keywords)
 
 
-def test_an_ignored_index_may_be_anything():
+def test_ignore_index_can_be_any_integer():
     x, target = torch.randn(N, C), torch.randint(C, (N,))
     expected = entmax_loss(x[1:], target[1:])
     for ignored in (-100, -1, C, 10**12):

@@ -20,7 +20,7 @@ def test_agrees_with_the_peer_package(alpha):
 
 
 @pytest.mark.parametrize("alpha", [1.3, 2.0, 5.0])
-def test_is_the_best_point_of_the_simplex(alpha):
+def test_normmax_is_the_best_point_of_the_simplex(alpha):
     x = torch.randn(1, 5, dtype=torch.float64)
 
     def value(p):
@@ -30,7 +30,7 @@ def test_is_the_best_point_of_the_simplex(alpha):
     assert value(normmax(x, alpha)) >= value(elsewhere).max()
 
 
-def test_limits():
+def test_limits_of_normmax_for_small_and_large_alpha():
     x = torch.tensor([2.0, 1.5, 1.4, 0.2])
     torch.testing.assert_close(normmax(x, 1.001), torch.tensor([1.0, 0, 0, 0]))
     documented = normmax(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]), 1000.0)
@@ -68,7 +68,7 @@ def test_scalars_and_empty_tensors():
         assert normmax(torch.empty(shape)).shape == shape
 
 
-def test_wrong_input_is_named():
+def test_invalid_input_raises_an_error():
     x = torch.randn(2, 3)
     for alpha in (1.0, 0.5, -1, math.nan, math.inf):
         for given in (alpha, torch.tensor([[2.0], [alpha]])):
@@ -86,6 +86,6 @@ def test_wrong_input_is_named():
         normmax(x, dim=2)
 
 
-def test_a_wrong_alpha_is_noticed_where_its_value_is_hidden():
+def test_a_wrong_alpha_gives_nan_if_its_value_cannot_be_read():
     with pytest.raises(ValueError, match=r"alpha must be in \(0, inf\), got nan"):
         torch.func.vmap(normmax)(torch.randn(2, 3), torch.tensor([2.0, 0.9]))

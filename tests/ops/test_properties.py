@@ -18,7 +18,7 @@ from sparse_attn import budget_sparsemax, entmax, entmax15, normmax, sparse_soft
 from sparse_attn.kernels.reference.unrolled import entmax_unrolled
 
 MORE = int(os.environ.get("SPARSE_ATTN_EXAMPLES", "0"))
-# The same examples every time, unless more are asked for.
+# The same examples in every run, unless more are requested.
 examples = settings(
     max_examples=MORE or 120,
     derandomize=not MORE,
@@ -49,7 +49,7 @@ def _nearly_equal(draw: st.DrawFn, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _geometric(draw: st.DrawFn, size: int, dtype: torch.dtype) -> Tensor:
-    """Each sweep of Newton's or Michelot's method may take only one entry out of the support."""
+    """Scores for which each pass of Newton's or Michelot's method removes only one entry from the support."""
     ratio = draw(st.sampled_from([0.3, 0.5, 0.9, 0.99, 1.1, 2.0]))
     return draw(st.sampled_from([-1.0, 1.0])) * ratio ** torch.arange(size, dtype=torch.float64)
 
@@ -83,7 +83,7 @@ KINDS = (_free, _ties, _nearly_equal, _geometric, _plateau, _slope, _random, _su
 
 @st.composite
 def rows(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, masked: bool = True) -> Tensor:
-    """One row of awkward scores."""
+    """One row of difficult scores."""
     dtype, kind = draw(st.sampled_from(dtypes)), draw(st.sampled_from(KINDS))
     x = kind(draw, draw(st.integers(1, 40)), dtype)
     if kind is not _subnormal:
@@ -141,14 +141,14 @@ def test_probabilities_sum_to_one_and_masked_entries_are_exactly_zero(x, alpha):
         p = entmax(x, given_alpha)
         assert (p[~visible(x)] == 0).all() and (p >= 0).all()
         assert abs(total(p) - bool(visible(x).any())) <= rounding_of_a_sum(p)
-        # removing masked entries changes nothing
+        # removing masked entries does not change the result
         alone = entmax(x[visible(x)], given_alpha)
         assert ((p[visible(x)] - alone).abs() <= 2 * tolerance(x, alpha)).all()
 
 
 @examples
 @given(x=rows(), alpha=alphas(low=0.3), seed=st.integers(0, 2**16))
-def test_permutations_commute(x, alpha, seed):
+def test_permuted_scores_give_permuted_probabilities(x, alpha, seed):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     assert (entmax(x[order], alpha) - entmax(x, alpha)[order]).abs().max() <= 2 * tolerance(x, alpha)
 
@@ -169,7 +169,7 @@ def test_a_shift_of_all_scores_changes_nothing(x, alpha, shift):
 def test_a_larger_score_has_no_smaller_probability(x, alpha):
     for p in (entmax(x, alpha), entmax(x, torch.tensor([alpha], dtype=torch.float64)), topk_softmax(x, len(x))):
         ordered = p.double()[x.argsort()]
-        # An instruction set's exp need not be monotone in its last bit.
+        # exp of an instruction set may not be monotone in its last bit.
         assert (ordered.diff() >= -4 * torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps * ordered[1:]).all()
 
 
@@ -199,7 +199,7 @@ def test_the_support_shrinks_as_alpha_grows(x, alpha, more):
 
 @examples
 @given(x=rows(), named=st.sampled_from([(entmax15, 1.5), (sparsemax, 2.0), (lambda x: topk_softmax(x, len(x)), 1.0)]))
-def test_the_named_maps_are_the_general_one(x, named):
+def test_the_named_mappings_equal_entmax(x, named):
     mapping, alpha = named
     general = entmax(x, torch.tensor([alpha]))
     assert (mapping(x) - general).abs().max() <= 2 * tolerance(x, alpha)
@@ -230,7 +230,7 @@ def test_topk_maps_keep_the_k_largest_and_no_more(x, k):
 
 @examples
 @given(x=rows(), alpha=alphas(), dim=st.integers(-3, 2), seed=st.integers(0, 2**16))
-def test_any_dim_is_the_last_one(x, alpha, dim, seed):
+def test_any_dim_equals_the_last_dim(x, alpha, dim, seed):
     generator = torch.Generator().manual_seed(seed)
     block = torch.stack([x[torch.randperm(len(x), generator=generator)] for _ in range(6)]).view(2, 3, -1)
     moved = block.movedim(-1, dim)
@@ -262,7 +262,7 @@ def test_gradients_are_finite_and_along_the_simplex(x, alpha, seed):
         grads = torch.autograd.grad(p, inputs, upstream)
         assert all(grad.isfinite().all() for grad in grads)
         assert (grads[0][~visible(x)] == 0).all()
-        # dp/dz is symmetric, so that a shift of all scores costs nothing: the gradient sums to zero
+        # dp/dz is symmetric, and a shift of all scores has no effect: the gradient sums to zero
         exact = p.detach().double()
         slopes = torch.where(exact > 0, exact, 1.0) ** (2 - alpha) * (exact > 0)
         eps = 1e-13 if x.dtype == torch.float64 else 1e-6
@@ -272,7 +272,7 @@ def test_gradients_are_finite_and_along_the_simplex(x, alpha, seed):
 
 @examples
 @given(x=rows(dtypes=WIDE), alpha=alphas(), seed=st.integers(0, 2**16))
-def test_the_unrolled_form_is_the_eager_one(x, alpha, seed):
+def test_the_unrolled_form_equals_eager_code(x, alpha, seed):
     lowest = torch.finfo(x.dtype).min
     for a in (alpha - 1, torch.tensor([alpha - 1], dtype=torch.float64)):
         assert (entmax_unrolled(x, a, lowest) - entmax(x, alpha)).abs().max() <= 2 * tolerance(x, alpha)
@@ -280,7 +280,7 @@ def test_the_unrolled_form_is_the_eager_one(x, alpha, seed):
 
 @examples
 @given(x=rows(dtypes=(torch.float64,)), alpha=alphas(high=2.0), seed=st.integers(0, 2**16))
-def test_the_unrolled_form_has_the_eager_gradients(x, alpha, seed):
+def test_the_unrolled_form_has_the_gradients_of_eager_code(x, alpha, seed):
     # On the edge of the support the gradient jumps or has infinite slope.
     assume(((alpha - 1) * (x - tau(x, alpha) / (alpha - 1 or 1.0))).abs().min() > 1e-6 or alpha == 1)
     upstream = torch.randn(len(x), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -311,7 +311,7 @@ def test_normmax(x, alpha, seed, normmax_oracle):
 @example(x=torch.tensor([-0.96, -0.41, 0.32], dtype=torch.float64), part=1.0, whole=True, seed=0)
 def test_budget_sparsemax(x, part, whole, seed, budget_oracle):
     budget = max(1.0, float(math.floor(part * len(x)))) if whole else part * len(x)
-    # Scores that differ by 1e30 leave no digits for what lies between 0 and 1.
+    # If scores differ by 1e30, values between 0 and 1 have no correct digits.
     assume(x[visible(x)].double().abs().sum() < 1e7)
     p = budget_sparsemax(x, budget)
     assert (p[~visible(x)] == 0).all() and (p >= 0).all() and (p <= 1).all()

@@ -1,4 +1,4 @@
-"""Attention with capped scores and with sinks: a float64 formula, on every backend, with all gradients."""
+"""Attention with capped scores and with sinks, compared with a float64 formula on every backend, with all gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sparse_attn.ops.attention import ScoreMapping, attend
 
 BACKENDS = [name for name in ("compiled", "torch") if not backends()[name].startswith("not")]
 N, H, HK, D, DV = 2, 6, 2, 5, 3
-CAP = 0.7  # below most scores, so that it matters
+CAP = 0.7  # below most scores, so that it has an effect
 OPTIONS = [{"softcap": CAP}, {"sinks": True}, {"softcap": CAP, "sinks": True}]
 SIZES = {"small": (7, 11), "large": (521, 523)}  # the large one is computed in blocks by the backend "torch"
 
@@ -54,7 +54,7 @@ def formula(
 
 
 def called(tensors: dict[str, Tensor], options: dict[str, Any], k: int | None = None, **more: Any) -> Tensor:
-    """The output of our function."""
+    """The output of the tested function."""
     options = options | more | {"enable_gqa": True}
     options |= {"sinks": tensors["sinks"]} if "sinks" in options else {}
     qkv = [tensors[name] for name in ("query", "key", "value")]
@@ -81,7 +81,7 @@ def masks(queries: int, keys: int) -> dict[str, tuple[dict[str, Any], Tensor | N
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("mask", ["none", "bool", "float (H, 1, S)", "bool (L, 1)", "causal", "lower right"])
-def test_is_the_formula_with_its_gradients(mask, options, size, backend):
+def test_softcap_and_sinks_equal_the_formula_with_gradients(mask, options, size, backend):
     if size == "large" and mask in ("bool (L, 1)", "lower right") and backend == "compiled":
         pytest.skip("the C kernel does not depend on the size")
     tensors, (arguments, as_tensor) = inputs(*SIZES[size]), masks(*SIZES[size])[mask]
@@ -107,11 +107,11 @@ def test_the_k_largest_of_keys_and_sink(options, size, backend):
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
     if "sinks" in options and size == "small":
         kept = (formula(tensors, options, None, 4)[1] > 0).sum(-1)
-        assert set(kept.unique().tolist()) == {3, 4}  # the sink takes one of the k places, where it is among them
+        assert set(kept.unique().tolist()) == {3, 4}  # the sink may be one of the k largest
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_weights_are_those_of_the_keys(options):
+def test_returned_weights_are_those_of_the_keys(options):
     tensors = inputs(7, 11)
     used = {**options, "sinks": tensors["sinks"]} if "sinks" in options else options
     mapping = ScoreMapping(tensors["alpha"].view(-1, 1, 1))
@@ -210,7 +210,7 @@ def test_packed_sequences(dtype, options, is_causal, backend):
             torch.testing.assert_close(actual, wanted, **bound)
 
 
-def test_one_head_without_an_axis_and_a_sink_of_no_weight():
+def test_one_head_without_a_head_axis_and_a_masked_sink():
     query, key, value = (torch.randn(size, 5) for size in (3, 7, 7))
     without = entmax_attention(query, key, value)
     torch.testing.assert_close(entmax_attention(query, key, value, sinks=torch.tensor([-math.inf])), without)
@@ -234,7 +234,7 @@ def test_one_head_without_an_axis_and_a_sink_of_no_weight():
         ({"sinks": torch.zeros(2, device="meta")}, ValueError, "sinks must be on the query's device, cpu, got meta"),
     ],
 )
-def test_wrong_input(options, error, message):
+def test_invalid_input_raises_an_error(options, error, message):
     x, starts = torch.randn(2, 3, 5), torch.tensor([0, 3])
     with pytest.raises(error, match=message):
         entmax_attention(x, x, x, **options)

@@ -25,7 +25,7 @@ def test_tau_is_differentiable_and_minus_one_at_softmax():
     assert (tau(x, 1.0) == -1).all()
 
 
-def test_rows_without_anything_visible():
+def test_rows_with_only_masked_scores():
     x = torch.full((2, 3), -math.inf)
     x[0, 1] = 0.5
     assert tau(x, 2.0).tolist() == [[-0.5], [math.inf]]

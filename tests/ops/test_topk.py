@@ -10,7 +10,7 @@ from sparse_attn import entmax, sparse_softmax, sparsemax, topk_softmax
 
 @pytest.mark.parametrize("k", [1, 2, 5, 11])
 @pytest.mark.parametrize(("mapping", "alpha"), [(topk_softmax, 1.0), (sparse_softmax, 2.0)])
-def test_keeps_the_k_largest_and_normalises_them_alone(mapping, alpha, k):
+def test_only_the_k_largest_scores_are_normalised(mapping, alpha, k):
     x = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
     p = mapping(x, k)
     kth = x.sort(-1, descending=True).values[:, k - 1 : k]
@@ -27,13 +27,13 @@ def test_ties_go_to_the_lowest_index():
     assert sparse_softmax(torch.zeros(1000), 3).nonzero().flatten().tolist() == [0, 1, 2]
 
 
-def test_the_whole_row_is_the_dense_map():
+def test_k_equal_to_the_row_size_gives_the_dense_mapping():
     x = torch.randn(3, 13)
     assert torch.equal(topk_softmax(x, 13), entmax(x, 1.0))
     assert torch.equal(sparse_softmax(x, 13), sparsemax(x))
 
 
-def test_sparsemax_itself_where_its_support_is_small_enough():
+def test_sparse_softmax_equals_sparsemax_if_its_support_has_at_most_k_entries():
     x = torch.randn(7, 101) * 5
     assert ((sparsemax(x) > 0).sum(-1) <= 10).all()
     torch.testing.assert_close(sparse_softmax(x, 10), sparsemax(x))
@@ -56,7 +56,7 @@ def test_masked_entries_are_never_kept():
     assert topk_softmax(x, 3)[0, 1] == 0
     assert topk_softmax(x[:, :2], 2)[0].tolist() == [1, 0]
     assert (topk_softmax(x, 2)[1] == 0).all() and (sparse_softmax(x, 2)[1] == 0).all()
-    # More are asked for than there are to see.
+    # k is larger than the number of visible scores.
     scores = torch.tensor([0.0, -math.inf, 0.0, -math.inf])
     assert topk_softmax(scores, 3).tolist() == sparse_softmax(scores, 3).tolist() == [0.5, 0, 0.5, 0]
 
@@ -71,12 +71,12 @@ def test_half_precision_and_dim():
 
 @pytest.mark.parametrize("k", [0, -1, 8])
 @pytest.mark.parametrize("mapping", [topk_softmax, sparse_softmax])
-def test_k_outside_its_range(mapping, k):
+def test_k_outside_its_range_raises_an_error(mapping, k):
     with pytest.raises(ValueError, match=rf"k must be at least 1 and at most 7, the size of dim, got {k}"):
         mapping(torch.randn(2, 7), k)
 
 
-def test_k_of_another_type():
+def test_k_of_a_wrong_type_raises_an_error():
     for k in (2.0, True, "2"):
         with pytest.raises(TypeError, match=f"k must be an int, got {type(k).__name__}"):
             topk_softmax(torch.randn(2, 7), k)

@@ -1,4 +1,4 @@
-"""Every mapping under every transform that torch has: the same values, the same derivatives, nothing silently lost."""
+"""Every mapping under every transform of torch: the same values and derivatives."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from sparse_attn import (
     topk_softmax,
 )
 
-# Raised inside torch, on its own account, wherever these transforms are used for the first time in a process.
+# Warnings of torch itself, at the first use of these transforms in a process.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
-# name -> the mapping of scores (N, d) and a parameter (N, 1), and the parameter's values, None where there is no such.
-# Between them: one α of each kind the kernels tell apart, and a tensor that mixes them.
+# name -> the mapping of scores (N, d) and a parameter (N, 1), and the values of the parameter (None: no parameter).
+# They include one α of each kind that the kernels distinguish, and a tensor that mixes them.
 ALPHAS = [[0.7], [1.0], [1.0001], [1.5], [2.0], [2.7]]
 MAPPINGS: dict[str, tuple[Callable[..., Tensor], list[list[float]] | None]] = {
     "entmax": (entmax, ALPHAS),
@@ -88,7 +88,7 @@ def test_jacobians_and_hessians_agree_in_every_order_of_modes(mapping, values, a
 
 
 @every_mapping
-def test_vmap_is_a_loop(mapping, values):
+def test_vmap_equals_a_loop(mapping, values):
     inputs = arguments(values)
     rows = [mapping(*(x[i] for x in inputs)) for i in range(6)]
     torch.testing.assert_close(vmap(mapping)(*inputs), torch.stack(rows))
@@ -96,7 +96,7 @@ def test_vmap_is_a_loop(mapping, values):
     torch.testing.assert_close(vmap(mapping, in_dims=-1, out_dims=-1)(*last), torch.stack(rows, -1))
     per_row = vmap(grad(lambda *inputs: mapping(*inputs).square().sum()))(*inputs)
     torch.testing.assert_close(per_row, grad(lambda *inputs: mapping(*inputs).square().sum())(*inputs))
-    if len(inputs) == 2:  # one row under many parameters, and many rows under one
+    if len(inputs) == 2:  # one row with many parameters, and many rows with one parameter
         x, parameter = inputs
         over_parameter = vmap(mapping, in_dims=(None, 0))(x[0], parameter)
         torch.testing.assert_close(over_parameter, torch.stack([mapping(x[0], one) for one in parameter]))
@@ -126,11 +126,11 @@ def test_forward_mode_by_dual_numbers(mapping, values):
 
 @every_mapping
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiled_graph_without_breaks_trains_alike(mapping, values, dynamic):
+def test_a_compiled_graph_without_breaks_trains_like_eager_code(mapping, values, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(mapping, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     inputs = arguments(values)
-    for rows in (6, 4, 5):  # also with shapes that change
+    for rows in (6, 4, 5):  # also for other shapes
         some = require(tuple(x[:rows] for x in inputs))
         upstream = torch.randn(rows, 5, dtype=torch.float64)
         got, expected = (f(*some) for f in (compiled, mapping))
@@ -219,10 +219,12 @@ DYNAMIC = ({0: torch.export.Dim.DYNAMIC},)
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_exported_programs_compute_and_train_alike(strict):
+def test_exported_programs_compute_and_train_like_eager_code(strict):
     model, x = EveryMapping(), hard_rows()
     program = torch.export.export(model, (x,), dynamic_shapes=DYNAMIC, strict=strict)
-    assert not [node for node in program.graph.nodes if "sparse_attn" in str(node.target)]  # runs without us
+    assert not [
+        node for node in program.graph.nodes if "sparse_attn" in str(node.target)
+    ]  # the program does not need this library
     for inputs in (x, torch.cat([x, 3 * x])):
         for got, expected in zip(program.module()(inputs), model(inputs), strict=True):
             torch.testing.assert_close(got, expected, atol=3e-7, rtol=1e-6)
@@ -233,8 +235,8 @@ def test_exported_programs_compute_and_train_alike(strict):
     torch.testing.assert_close(alpha.grad, model.alpha.grad, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore")  # the exporter's own
-def test_onnx_runtime_computes_alike(tmp_path):
+@pytest.mark.filterwarnings("ignore")  # warnings of the exporter itself
+def test_onnx_runtime_computes_the_same_values(tmp_path):
     model, x = EveryMapping().eval(), hard_rows()
     torch.onnx.export(model, (x,), tmp_path / "mappings.onnx", dynamo=True, dynamic_shapes=DYNAMIC, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / "mappings.onnx")
@@ -259,7 +261,7 @@ def test_onnx_runtime_runs_a_swapped_encoder(tmp_path):
 
 
 class CausalDecoder(nn.Module):
-    """A decoder with masks. Without ``tgt_is_causal`` torch's own cannot be exported, since it reads the mask."""
+    """A decoder with masks. Without ``tgt_is_causal``, torch's decoder cannot be exported, since it reads the mask."""
 
     def __init__(self):
         super().__init__()
@@ -291,7 +293,7 @@ def test_onnx_runtime_runs_a_swapped_decoder_with_boolean_masks_of_any_length(tm
 
 
 @every_mapping
-def test_alpha_changed_in_place_before_the_backward_is_noticed(mapping, values):
+def test_changing_alpha_in_place_before_the_backward_raises_an_error(mapping, values):
     if values is None:
         pytest.skip("no tensor to change")
     for dtype in (torch.float64, torch.float32):
@@ -325,7 +327,7 @@ def test_shapes_without_data(mapping, values):
         y.sum().backward()
 
 
-def test_modules_survive_copies_and_pickles():
+def test_modules_can_be_copied_and_pickled():
     layer = Entmax(torch.full((3, 1), 1.3), learn_alpha=True)
     x = torch.randn(3, 5)
     expected = layer(x)

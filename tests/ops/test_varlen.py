@@ -1,4 +1,4 @@
-"""Attention of packed sequences is that of each sequence by itself."""
+"""Attention of packed sequences equals attention of each sequence alone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def results(output: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 @pytest.mark.parametrize("kv_heads", [6, 2])
 @pytest.mark.parametrize("alpha", [1.0, 1.5, "per head"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_is_one_call_for_each_sequence(dtype, alpha, kv_heads, is_causal, backend):
+def test_packed_sequences_equal_one_call_per_sequence(dtype, alpha, kv_heads, is_causal, backend):
     inputs = packed(dtype, kv_heads)
     if alpha == "per head":
         alpha = torch.tensor([1.0, 1.1, 1.4, 1.5, 1.7, 2.0], dtype=torch.float64, requires_grad=True)
@@ -69,7 +69,7 @@ def test_derivatives_of_second_order_and_dropout(backend):
             assert torch.autograd.gradgradcheck(lambda *x, o=options: attend(*x, **o), inputs)
 
 
-def test_no_sequences_and_no_entries():
+def test_empty_batches_and_empty_sequences():
     query = torch.randn(0, 2, 3)
     for lengths in ([0], [0, 0]):
         cumulative = torch.tensor(lengths)
@@ -114,7 +114,7 @@ WRONG: list[tuple[dict[str, object], type[Exception], str]] = [
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("change", "error", "message"), WRONG, ids=[message for *_, message in WRONG])
-def test_wrong_input_is_named(change, error, message, backend):
+def test_invalid_input_raises_an_error(change, error, message, backend):
     key, lengths = torch.randn(5, 2, 4), torch.tensor([0, 3])
     arguments = {"query": torch.randn(3, 2, 4), "key": key, "value": key, "cu_seqlens_q": lengths}
     arguments |= {"cu_seqlens_k": torch.tensor([0, 5]), **change}

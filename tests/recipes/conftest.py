@@ -1,4 +1,4 @@
-"""A run folder as a training leaves it, without the training; and a training that takes a second."""
+"""A run folder like that of a training, made without a training; and a training that takes a second."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pairs(words: tuple[str, ...]) -> str:
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    """Adaptive encoder, softmax decoder and top-k cross-attention, trained on six words (or so it says)."""
+    """A run with adaptive encoder, softmax decoder and top-k cross-attention; according to its record, on six words."""
     folder = tmp_path / "finished"
     (folder / "checkpoints").mkdir(parents=True)
     for split, words in {"train": WORDS, "val": WORDS[:5], "test": WORDS[2:]}.items():
@@ -59,7 +59,7 @@ def run_folder(tmp_path: Path) -> Path:
     with torch.no_grad():
         for name, parameter in task.model.named_parameters():
             if "alpha" not in name:
-                parameter.mul_(2)  # attention that is not nearly uniform
+                parameter.mul_(2)  # so that attention is not nearly uniform
     state = {"state_dict": task.state_dict(), "hyper_parameters": dict(task.hparams)}
     task.on_save_checkpoint(state)
     torch.save(state, folder / "checkpoints/best.ckpt")
@@ -95,7 +95,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny_arguments(tmp_path: Path) -> Callable[..., list[str]]:
-    """The command line of a training that takes a second: 40 generated words, 5 steps an epoch, 2 epochs."""
+    """The command line of a training that takes a second: 40 generated words, 2 epochs of 5 steps."""
 
     def arguments(*more: str) -> list[str]:
         letters = random.Random(0)

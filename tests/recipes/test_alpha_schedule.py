@@ -1,4 +1,4 @@
-"""α by the step of a training: in any LightningModule, and in the recipe by its configuration."""
+"""The schedule of α over training steps, in any LightningModule and in the recipes."""
 
 import lightning as L
 import pytest
@@ -22,7 +22,7 @@ E, H, BATCHES = 6, 2, 6
 
 
 class Own(L.LightningModule):
-    """Somebody's module, which notes the α of every forward."""
+    """A user's module, which stores the α of every forward."""
 
     def __init__(self, **kwargs):
         super().__init__()
@@ -55,12 +55,12 @@ def fit(module, schedule, tmp_path, checkpoint=None, **arguments):
 
 
 @pytest.mark.parametrize("learn_alpha", [True, False])
-def test_every_step_has_the_alpha_of_the_line(learn_alpha, tmp_path):
+def test_every_step_uses_the_scheduled_alpha(learn_alpha, tmp_path):
     module = Own(learn_alpha=learn_alpha, alpha_init=1.75)
     fit(module, AlphaSchedule(start=1.0, end=1.5, first_step=1, last_step=5), tmp_path)
     expected = [1.0, 1.0, 1.125, 1.25, 1.375, 1.5]
     torch.testing.assert_close(torch.tensor(module.seen["train"]), torch.tensor(expected)[:, None].expand(-1, H))
-    # Before the first step (Lightning tries a validation), and after the last.
+    # Also before the first step, in Lightning's trial validation, and after the last step.
     assert [alphas[0] for alphas in module.seen["val"]] == [1.0, pytest.approx(1.5, abs=0 if not learn_alpha else 0.1)]
 
 
@@ -71,7 +71,7 @@ def test_micro_batches_of_a_step_share_its_alpha(tmp_path):
     assert module.attention.alpha.tolist() == [1.5] * H
 
 
-def test_a_learnt_alpha_learns_from_the_end_of_the_line(tmp_path):
+def test_a_learnt_alpha_is_trained_after_the_schedule(tmp_path):
     module = Own()
     fit(module, AlphaSchedule(start=1.0, end=1.5, last_step=3), tmp_path)
     line, after = torch.tensor(module.seen["train"]).split([4, 2])
@@ -79,7 +79,7 @@ def test_a_learnt_alpha_learns_from_the_end_of_the_line(tmp_path):
     assert bool((after != 1.5).all()) and bool((after - 1.5).abs().max() < 0.2)
 
 
-def test_going_on_from_a_checkpoint_goes_on_along_the_line(tmp_path):
+def test_a_resumed_training_continues_the_schedule(tmp_path):
     def schedule():
         return AlphaSchedule(start=1.0, end=2.0, last_step=16)
 
@@ -93,7 +93,7 @@ def test_going_on_from_a_checkpoint_goes_on_along_the_line(tmp_path):
 
 
 @pytest.mark.parametrize("learn_alpha", [True, False])
-def test_a_trainer_that_goes_on_after_the_line_leaves_alpha(learn_alpha, tmp_path):
+def test_a_training_resumed_after_the_schedule_does_not_set_alpha(learn_alpha, tmp_path):
     module = Own(learn_alpha=learn_alpha)
     trainer = fit(module, AlphaSchedule(start=1.0, end=1.5, last_step=3), tmp_path)
     left = module.attention.alpha.tolist()
@@ -104,7 +104,7 @@ def test_a_trainer_that_goes_on_after_the_line_leaves_alpha(learn_alpha, tmp_pat
 
 
 @pytest.mark.parametrize("learn_alpha", [True, False])
-def test_steps_of_several_optimizers_may_pass_the_end_of_the_line(learn_alpha, tmp_path):
+def test_steps_of_several_optimizers_may_pass_the_end_of_the_schedule(learn_alpha, tmp_path):
     class Two(Own):
         automatic_optimization = False
 
@@ -124,7 +124,7 @@ def test_steps_of_several_optimizers_may_pass_the_end_of_the_line(learn_alpha, t
     assert bool((seen[3:] == 1.5).all()) is not learn_alpha
 
 
-def test_a_model_may_be_built_late(tmp_path):
+def test_a_model_may_be_built_in_configure_model(tmp_path):
     class Late(Own):
         def __init__(self):
             super().__init__(learn_alpha=False)
@@ -157,7 +157,7 @@ def test_the_recipe_anneals_records_and_keeps_alpha(tiny_config, tmp_path):
     assert run.config.callbacks.anneal_alpha.last_step == 8
 
 
-def test_an_interrupted_annealing_goes_on(tiny_config, tmp_path, monkeypatch):
+def test_an_interrupted_annealing_can_be_resumed(tiny_config, tmp_path, monkeypatch):
     overrides = ("callbacks=anneal_alpha", "callbacks.anneal_alpha.last_step=16")
     train(tiny_config(*overrides, f"paths.output_dir={tmp_path / 'straight'}"))
     step = Seq2SeqTask.training_step
@@ -178,7 +178,7 @@ def test_an_interrupted_annealing_goes_on(tiny_config, tmp_path, monkeypatch):
         assert (tmp_path / "run" / name).read_text() == (tmp_path / "straight" / name).read_text()
 
 
-def test_a_run_from_before_there_were_callbacks_trains(tiny_config):
+def test_a_run_of_a_version_without_callbacks_can_be_resumed(tiny_config):
     cfg = tiny_config("trainer.max_epochs=1")
     del cfg.callbacks
     assert train(cfg)
@@ -193,19 +193,19 @@ def test_a_run_from_before_there_were_callbacks_trains(tiny_config):
         ({"end": float("nan"), "last_step": 5}, r"end must be in \(0, inf\), got nan"),
     ],
 )
-def test_a_schedule_that_cannot_be(arguments, message):
+def test_an_invalid_schedule_raises_an_error(arguments, message):
     with pytest.raises(ValueError, match=message):
         AlphaSchedule(**arguments)
 
 
 @pytest.mark.parametrize("name", ["start", "end", "first_step", "last_step"])
-def test_arguments_of_another_type(name):
+def test_arguments_of_a_wrong_type_are_refused(name):
     with pytest.raises(TypeError, match=f"{name} must be a number.*, got"):
         AlphaSchedule(**{"last_step": 9, name: "9"})
 
 
 class Judged(Own):
-    """With an α in its loss."""
+    """A module with an α in its loss."""
 
     def __init__(self):
         super().__init__()
@@ -216,14 +216,14 @@ class Judged(Own):
     ("arguments", "attention", "judge"),
     [({}, 1.75, 1.25), ({"filter_fn": None}, 1.75, 1.75), ({"filter_fn": lambda name, _: name == "judge"}, 1.5, 1.75)],
 )
-def test_attention_alone_moves_unless_said_otherwise(arguments, attention, judge, tmp_path):
+def test_by_default_only_the_alpha_of_attention_changes(arguments, attention, judge, tmp_path):
     module = Judged()
     fit(module, AlphaSchedule(end=1.75, last_step=BATCHES, **arguments), tmp_path)
     assert float(module.judge.alpha) == judge
     assert module.attention.alpha.tolist() == pytest.approx([attention] * H, abs=0.1)
 
 
-def test_a_model_with_no_alpha_but_that_of_its_loss_is_refused(tmp_path):
+def test_a_model_in_which_only_the_loss_has_alpha_is_refused(tmp_path):
     module = Judged()
     del module.attention
     with pytest.raises(ValueError, match="filter_fn must accept at least one module with an α, got none of 'judge'"):
@@ -264,6 +264,6 @@ def test_a_schedule_outside_the_range_is_refused_before_the_first_step(arguments
         (["callbacks.anneal_alpha.end=2.5"], ValueError, r"must be in alpha_range \[1, 2\], got 2.5"),
     ],
 )
-def test_a_config_that_does_not_fit(tiny_config, overrides, error, message):
+def test_an_invalid_config_is_refused(tiny_config, overrides, error, message):
     with pytest.raises(error, match=message):
         train(tiny_config("callbacks=anneal_alpha", *overrides))

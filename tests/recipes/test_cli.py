@@ -165,8 +165,8 @@ def test_an_environment_variable_shows_the_traceback(monkeypatch):
 
 def test_the_message_of_an_interruption_says_how_to_continue(capsys):
     with pytest.raises(SystemExit, match="130"):
-        report(Interrupted("stopped; to go on: sparse-attn train resume=DIR"))
-    assert capsys.readouterr().err == "sparse-attn train: stopped; to go on: sparse-attn train resume=DIR\n"
+        report(Interrupted("stopped; to continue: sparse-attn train resume=DIR"))
+    assert capsys.readouterr().err == "sparse-attn train: stopped; to continue: sparse-attn train resume=DIR\n"
 
 
 def test_an_error_of_the_task_prints_only_one_line(command, capsys):
@@ -253,6 +253,6 @@ def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_continue(tiny_arguments, tm
     assert process.returncode == 130, error
     assert error == (
         "sparse-attn train: stopped; the checkpoint of the last finished epoch is kept, "
-        "to go on: sparse-attn train resume='a run'\n"
+        "to continue: sparse-attn train resume='a run'\n"
     )
     assert "epoch 1/10000  loss " in output

@@ -1,4 +1,4 @@
-"""Runs in a table, from run folders written by hand: every number is known."""
+"""The table of runs, for run folders written by hand with known numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORDS = 40
 
 
 def predictions(right: int, *, prefix: str = "w") -> list[Prediction]:
-    """Forty words of four phones, so many of which are right and the others one edit off."""
+    """Predictions for forty words of four phones: a given number is correct, the others have one edit."""
     return [
         Prediction(f"{prefix}{word}", "A B C D", "A B C D" if word < right else "A B C E", int(word >= right), 4, "")
         for word in range(WORDS)
@@ -59,7 +59,7 @@ def run(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def sweep(run: Callable[..., Path], tmp_path: Path) -> str:
-    """Softmax and adaptive attention, three and two seeds; run 10 comes after run 9."""
+    """A sweep with three seeds of softmax and two of adaptive attention; run 10 comes after run 9."""
     for number, (attention, seed, right) in {
         0: ("softmax", 0, 20),
         1: ("softmax", 1, 22),
@@ -85,7 +85,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return error.removeprefix("sparse-attn compare: ").rstrip()
 
 
-def test_runs_that_differ_in_their_seeds_are_one_line(sweep, capsys):
+def test_runs_that_differ_only_in_their_seeds_share_a_line(sweep, capsys):
     lines = [line.split("  ") for line in printed(capsys, f"sweep={sweep}").splitlines()]
     rows = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     wer = [100 * (WORDS - right) / WORDS for right in (20, 22, 24)]
@@ -95,7 +95,7 @@ def test_runs_that_differ_in_their_seeds_are_one_line(sweep, capsys):
     assert rows[2] == ["model.attention=adaptive", "2", "0.94 ± 0.44", "3.75 ± 1.77"]
 
 
-def test_a_baseline_gives_differences_with_their_interval(sweep, capsys):
+def test_a_baseline_adds_differences_with_their_interval(sweep, capsys):
     text = printed(capsys, f"sweep={sweep}", "baseline=model.attention=softmax", "metrics=[wer]", "format=csv")
     softmax, adaptive = csv.DictReader(io.StringIO(text))
     assert softmax["wer_diff"] == ""
@@ -104,7 +104,7 @@ def test_a_baseline_gives_differences_with_their_interval(sweep, capsys):
     assert float(adaptive["wer_p"]) < 0.01
 
 
-def test_a_baseline_is_that_of_the_same_language(run, tmp_path, capsys):
+def test_each_language_is_compared_with_its_own_baseline(run, tmp_path, capsys):
     for number, (attention, language, right) in enumerate(
         [("softmax", "hun", 10), ("softmax", "jpn", 30), ("topk", "hun", 12), ("topk", "jpn", 32)]
     ):
@@ -138,7 +138,7 @@ def test_markdown_and_latex(sweep, capsys, tmp_path):
     assert latex[7].endswith(r" & $<$0.001 \\")
 
 
-def test_a_table_may_be_kept(sweep, tmp_path, capsys):
+def test_the_table_can_be_written_to_a_file(sweep, tmp_path, capsys):
     assert printed(capsys, f"sweep={sweep}", "format=csv", f"output={tmp_path / 'table.csv'}") == ""
     assert (tmp_path / "table.csv").read_text().startswith("model.attention,runs,per,")
 
@@ -151,14 +151,14 @@ def test_runs_on_different_words_are_not_compared(run, tmp_path, capsys):
     assert text.splitlines()[-1] == expected
 
 
-def test_a_run_without_predictions_is_in_the_table_all_the_same(sweep, tmp_path, capsys):
+def test_a_run_without_predictions_is_still_in_the_table(sweep, tmp_path, capsys):
     (tmp_path / "sweep" / "10" / PREDICTIONS).unlink()
     text = printed(capsys, f"sweep={sweep}", "baseline=model.attention=softmax")
     assert "3.75 ± 1.77" in text
     assert "is not compared with the baseline: cannot read" in text
 
 
-def test_runs_with_different_metrics_share_what_they_have_in_common(run, tmp_path, capsys):
+def test_the_table_has_the_metrics_that_all_runs_share(run, tmp_path, capsys):
     for number, name in enumerate(("per", "bleu")):
         folder = run(number, "softmax", number, 10)
         (folder / "results.json").write_text(json.dumps({f"test/{name}": 1.0, "test/wer": 75.0}), encoding="utf-8")
@@ -167,7 +167,7 @@ def test_runs_with_different_metrics_share_what_they_have_in_common(run, tmp_pat
     assert "the runs must have a metric in common" in refused(capsys, f"sweep={tmp_path / 'sweep'}")
 
 
-def test_wrong_input(sweep, tmp_path, capsys):
+def test_invalid_input_raises_an_error(sweep, tmp_path, capsys):
     given = f"sweep={sweep}"
     assert refused(capsys, given, "format=html") == "format must be one of text, markdown, latex, csv, got 'html'"
     allowed = "per, wer, accuracy, edit_distance, bleu, chrf"
@@ -203,7 +203,7 @@ def test_folders_are_given_without_a_key(sweep, tmp_path, program):
 
 
 def test_the_bootstrap_agrees_with_the_normal_approximation():
-    """One system wrong on the first 300 of 1,000 words, the other on the first 260: a difference of -4 on 40 words."""
+    """One system is wrong on the first 300 of 1,000 words, the other on the first 260: the difference is -4."""
     size, worse, better = 1000, 300, 260
     words = [[Prediction(str(i), "", "", int(i < wrong), 5, "") for i in range(size)] for wrong in (worse, better)]
     base, system = ([statistics_of("wer", table)] for table in words)
@@ -220,8 +220,8 @@ def test_equal_systems_do_not_differ():
     assert found == (0.0, 0.0, 0.0, 1.0)
 
 
-def test_groups_count_alike():
-    """A mean over two groups: 1 of 2 words and 0 of 8 is 25 %, not 10 %."""
+def test_all_groups_have_the_same_weight():
+    """The mean over two groups with 1 of 2 and 0 of 8 wrong words is 25 %, not 10 %."""
     words = [Prediction(str(i), "", "", int(i == 0), 1, "") for i in range(10)]
     right = [Prediction(str(i), "", "", 0, 1, "") for i in range(10)]
     base, system = ([statistics_of("wer", table)] for table in (right, words))

@@ -1,4 +1,4 @@
-"""Every YAML file composes, says how it is launched, and fits what it configures."""
+"""Every YAML file can be composed, begins with its command, and contains valid arguments."""
 
 import inspect
 import re
@@ -36,7 +36,7 @@ def name(file) -> str:
     return str(file.relative_to(config_dir()))
 
 
-def test_there_are_configs():
+def test_config_files_are_found():
     assert {name(file) for file in FILES} >= {f"{command}.yaml" for command in COMMANDS}
     assert set(config_groups()) == {
         "callbacks",
@@ -58,7 +58,7 @@ def test_every_file_begins_with_the_command_that_launches_it(file):
     command = re.fullmatch(r"# sparse-attn (\w+)(.*)", first)
     assert command, first
     optional = re.sub(r"\[.*?\]", "", command[2])
-    # A folder without a key is for the command itself.
+    # The command itself handles a folder without a key.
     given = [argument for argument in shlex.split(optional) if "=" in argument]
     overrides = [argument for argument in given if not argument.startswith("hydra.run.dir=")]
     assert composed(command[1], *overrides)
@@ -68,18 +68,18 @@ def test_every_file_begins_with_the_command_that_launches_it(file):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_self_comes_first_so_that_groups_and_experiments_win(command):
+def test_self_comes_first_so_that_groups_and_experiments_override_it(command):
     assert OmegaConf.load(config_dir() / f"{command}.yaml").defaults[0] == "_self_"
 
 
 @pytest.mark.parametrize("option", [None, *OPTIONS])
-def test_every_key_binds_to_what_it_configures(option):
+def test_every_key_is_an_argument_of_its_function(option):
     cfg = composed("train", *([option] if option else []))
     assert set(cfg) == set(SECTIONS)
     for key in ("path", "language"):
         if key in cfg.data.keys():  # noqa: SIM118 - "in" itself looks for a value
             cfg.data[key] = "x"
-    cfg.paths.output_dir = "x"  # which Hydra knows only in a run
+    cfg.paths.output_dir = "x"  # Hydra sets this key only in a run
     settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for section, function in {"data": Seq2SeqData, "model": Seq2SeqTransformer}.items():
         check_arguments(
@@ -96,7 +96,7 @@ def test_every_key_binds_to_what_it_configures(option):
         inspect.signature(get_class(node.pop("_target_"))).bind(save_dir="x", **node)
 
 
-def test_learning_has_the_same_defaults_in_the_config_and_in_python():
+def test_optimizer_and_loss_have_the_same_defaults_in_config_and_python():
     cfg = composed("train")
     defaults = {key: parameter.default for key, parameter in inspect.signature(Seq2SeqTask).parameters.items()}
     for key, value in {**cfg.optimizer, **cfg.loss}.items():
@@ -109,7 +109,7 @@ def test_attention_sets_all_three_and_each_can_differ(kind):
     assert (model.encoder_attention, model.decoder_attention, model.cross_attention) == (kind, kind, "softmax")
 
 
-def test_shared_task_files_are_read_as_they_are():
+def test_files_of_shared_tasks_are_read_unchanged():
     data = composed("train", "experiment=g2p2020", "data.path=/x y", "data.language=kor").data
     assert (data.train, data.val, data.test) == tuple(
         f"/x y/{split}/kor_{split}.tsv" for split in ("train", "dev", "test")

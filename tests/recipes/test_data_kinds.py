@@ -1,4 +1,4 @@
-"""All commands on data with features and languages, on parallel text, and on made-up sequences."""
+"""All commands with features and languages, with parallel text, and with synthetic sequences."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def command(name: str, task: Callable, tmp_path: Path, *arguments: str) -> None:
 
 @pytest.fixture
 def languages(tmp_path: Path) -> list[str]:
-    """Arguments for two languages whose words are inflected by one feature."""
+    """Arguments for data in two languages, with words that are inflected by one feature."""
     rng = random.Random(0)
     for language in ("aa", "bb"):
         for split, count in {"train": 20, "val": 7, "test": 5}.items():
@@ -107,7 +107,7 @@ def test_parallel_text_with_subwords(trained, tmp_path, capsys):
     command("inspect", inspect, tmp_path)
 
 
-def test_made_up_sequences(trained, tmp_path, capsys):
+def test_synthetic_sequences(trained, tmp_path, capsys):
     sizes = ["length=5", "factors=[1,2]", "train=40", "val=7", "test=5", "task=retrieval"]
     trained("data=synthetic", "data.output_length=12", *(f"data.generate.{size}" for size in sizes))
     assert "retrieval: 40 training, 7 validation and 10 test" in capsys.readouterr().out
@@ -115,6 +115,6 @@ def test_made_up_sequences(trained, tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["test/words"] == 10
 
 
-def test_an_unknown_key_of_made_up_sequences_is_named(trained):
+def test_an_unknown_key_of_synthetic_data_raises_an_error(trained):
     with pytest.raises(ValueError, match=r"unknown key 'data\.generate\.size'.*allowed: task, length"):
         trained("data=synthetic", "+data.generate.size=3")

@@ -1,4 +1,4 @@
-"""Decoding as the commands choose it: n-best lists, scores, ensembles, averages, and the search table."""
+"""Decoding options of the commands: n-best lists, scores, ensembles, averages, and the search table."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def ids(task: Seq2SeqTask, word: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("scores", [True, False])
-def test_n_best_lists_come_rank_by_rank(run_folder, capsys, monkeypatch, scores) -> None:
+def test_n_best_lists_are_printed_in_order_of_rank(run_folder, capsys, monkeypatch, scores) -> None:
     lines = predicted(
         capsys, monkeypatch, f"run={run_folder}", "decoding=beam", "n_best=3", f"scores={str(scores).lower()}"
     )
@@ -98,14 +98,14 @@ def test_other_decodings_have_one_prediction_with_its_score(run_folder, capsys, 
         assert float(score) == pytest.approx(best.log_probability, abs=1e-4)
 
 
-def test_an_empty_line_stays_one_empty_line(run_folder, capsys, monkeypatch) -> None:
+def test_an_empty_line_gives_one_empty_line(run_folder, capsys, monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\ncab\n\n")))
     run_command("predict", f"run={run_folder}", "decoding=beam", "n_best=2", "scores=true")
     lines = capsys.readouterr().out.splitlines()
     assert (lines[0], lines[-1], len(lines)) == ("", "", 4)
 
 
-def test_a_beam_scores_what_it_decodes(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_scores_the_outputs_of_beam_search(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_command("evaluate", f"run={run_folder}", "decoding=beam", "decoding.beam_size=3", "split=test")
     written = json.loads((run_folder / "evaluation.json").read_text(encoding="utf-8"))
     assert written["decoding"]["name"] == "beam" and written["decoding"]["beam_size"] == 3
@@ -122,7 +122,7 @@ def test_a_beam_scores_what_it_decodes(run_folder: Path, capsys: pytest.CaptureF
     assert "exact search" not in capsys.readouterr().out
 
 
-def test_exact_search_prints_what_it_has_proved(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exact_search_prints_its_results(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_command("evaluate", f"run={run_folder}", "decoding=exact", "decoding.budget=500", "split=test")
     out = capsys.readouterr().out
     assert "best hypothesis proved within 500 expansions, %" in out
@@ -173,7 +173,7 @@ def test_an_ensemble_of_one_run_with_itself_is_the_run(run_folder, capsys, monke
     assert [float(line[2]) for line in alone] == pytest.approx([float(line[2]) for line in twice], abs=1e-5)
 
 
-def test_other_vocabularies_are_refused(run_folder, other_run, capsys) -> None:
+def test_an_ensemble_with_other_vocabularies_is_refused(run_folder, other_run, capsys) -> None:
     file = other_run / "checkpoints/best.ckpt"
     state = read_checkpoint(file)
     state["hyper_parameters"]["source_tokenizer"]["normalization"] = "NFD"
@@ -226,11 +226,11 @@ def test_the_last_checkpoints_are_kept_and_averaged(tiny_config: Callable[..., D
         ("predict", ["scores=yes please"], "scores must be true or false, got 'yes please'"),
     ],
 )
-def test_wrong_input_is_one_line(run_folder, capsys, name, arguments, message) -> None:
+def test_invalid_input_gives_a_one_line_error(run_folder, capsys, name, arguments, message) -> None:
     assert refused(capsys, name, f"run={run_folder}", *arguments).startswith(message)
 
 
-def test_several_runs_where_one_is_wanted_or_none(run_folder, capsys) -> None:
+def test_several_runs_or_none_are_refused_by_commands_for_one_run(run_folder, capsys) -> None:
     assert (
         refused(capsys, "evaluate", "run=[]") == "run must be a run folder or a list of run folders, got an empty list"
     )

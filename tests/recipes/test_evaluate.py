@@ -56,7 +56,7 @@ def test_one_split_needs_only_its_own_file(run_folder: Path, capsys: pytest.Capt
     assert written["test/words"] == 4
 
 
-def test_a_file_given_takes_the_place_of_the_run_s(run_folder: Path, tmp_path: Path) -> None:
+def test_a_given_file_replaces_that_of_the_run(run_folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.tsv"
     other.write_text("cab\tC A B\nxylo\tX Y\n", encoding="utf-8")
     run_evaluate(f"run={run_folder}", f"data.test={other}", "data.eval_batch_size=1")
@@ -88,7 +88,7 @@ def test_other_words_for_a_run_on_cmudict(run_folder: Path, capsys: pytest.Captu
     assert written["test/words"] == 4
 
 
-def test_wrong_input_is_one_line(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_input_gives_a_one_line_error(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = f"run={run_folder}"
     assert refused(capsys, run, "split=train") == "split must be one of val, test, both, got 'train'"
     assert refused(capsys, run, "data.test=gone.tsv") == "cannot read the data file gone.tsv: No such file or directory"
@@ -98,7 +98,9 @@ def test_wrong_input_is_one_line(run_folder: Path, capsys: pytest.CaptureFixture
     assert "no checkpoint 'first'; checkpoints there: best, last" in refused(capsys, run, "checkpoint=first")
 
 
-def test_a_damaged_or_missing_checkpoint_is_one_line(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_or_missing_checkpoint_gives_a_one_line_error(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     best = run_folder / "checkpoints" / "best.ckpt"
     best.write_bytes(best.read_bytes()[:1000])
     assert "cut short or damaged" in refused(capsys, f"run={run_folder}")
@@ -106,7 +108,7 @@ def test_a_damaged_or_missing_checkpoint_is_one_line(run_folder: Path, capsys: p
     assert "checkpoints there: none" in refused(capsys, f"run={run_folder}")
 
 
-def test_nothing_is_left_in_the_current_folder(
+def test_no_file_is_written_to_the_current_folder(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = tmp_path / "here"

@@ -1,4 +1,4 @@
-"""Every experiment from end to end, on a few made-up lines in the format of its data."""
+"""Every experiment from start to end, on a few synthetic lines in the format of its data."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def multi30k(folder: Path) -> None:
 
 
 SMALL_SEQUENCES = [f"data.generate.{size}" for size in ("length=3", "factors=[1,2]", "train=40", "val=5", "test=5")]
-# How the data of each experiment are written, the command line after its name, and what its page shows.
+# For each experiment: a function that writes its data, further arguments, and texts that its page must contain.
 DATA: dict[str, tuple[Callable[[Path], None] | None, list[str], list[str]]] = {
     "characters": (characters, [], ["tsv: 30 training", "PER %"]),
     "g2p2020": (g2p2020, ["data.language=hun"], ["g2p2020 hun: 30 training", "PER %"]),
@@ -84,7 +84,7 @@ DATA: dict[str, tuple[Callable[[Path], None] | None, list[str], list[str]]] = {
 }
 
 
-def test_every_experiment_is_tried():
+def test_every_experiment_has_a_test():
     assert set(EXPERIMENTS) == set(DATA)
 
 

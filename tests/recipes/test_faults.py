@@ -1,4 +1,4 @@
-"""A training that is killed or finds the disk full, and goes on, is the training that was never disturbed."""
+"""A training that is killed or stopped by a full disk, and then resumed, equals an uninterrupted training."""
 
 import errno
 import os
@@ -40,9 +40,9 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 def in_a_process(cfg, *, epochs: int | None = None, delay: float = 0.0) -> bool:
-    """Trains in a copy of this process; whether the training came to its end.
+    """Trains in a copy of this process; returns whether the training finished.
 
-    With ``epochs`` the process is killed ``delay`` seconds after it has finished so many epochs more.
+    With ``epochs``, the process is killed ``delay`` seconds after it has finished this number of further epochs.
     """
     curves = Path(cfg.resume or cfg.paths.output_dir) / "alpha.csv"
     before = finished_epochs(curves)
@@ -69,7 +69,7 @@ def in_a_process(cfg, *, epochs: int | None = None, delay: float = 0.0) -> bool:
 
 
 def finished_epochs(curves: Path) -> int:
-    """The number of epochs whose α is in the file: an epoch writes it just before its checkpoints."""
+    """The number of epochs with α in the file; an epoch writes α just before its checkpoints."""
     try:
         return len({row["step"] for row in read_rows(curves)})
     except (FileNotFoundError, ValueError, KeyError):
@@ -79,7 +79,7 @@ def finished_epochs(curves: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork")
-def test_killed_again_and_again_and_resumed_equals_never_killed(tiny_config, tmp_path):
+def test_a_training_killed_several_times_equals_an_uninterrupted_one(tiny_config, tmp_path):
     kills = int(os.environ.get("KILLS", "6"))
     epochs = 2 * kills + 4  # a process is killed within two epochs
     options = (f"trainer.max_epochs={epochs}", "model.dropout=0.2")
@@ -91,7 +91,7 @@ def test_killed_again_and_again_and_resumed_equals_never_killed(tiny_config, tmp
     for _ in range(kills):
         going = (folder / "checkpoints/last.ckpt").exists()
         cfg = resumed_config(folder) if going else tiny_config(*options)
-        # While the first epochs are trained, or while the files of an epoch are written.
+        # The process is killed during the first epochs, or while the files of an epoch are written.
         killed += not in_a_process(cfg, epochs=times.choice((0, 1, 1, 1)), delay=times.uniform(0.0, one_epoch))
     assert killed == kills
     assert in_a_process(resumed_config(folder))
@@ -100,7 +100,7 @@ def test_killed_again_and_again_and_resumed_equals_never_killed(tiny_config, tmp
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 4])  # an epoch saves three files
-def test_a_full_disk_names_the_file_and_how_to_go_on(tiny_config, tmp_path, monkeypatch, fails_at):
+def test_error_for_a_full_disk_has_the_file_and_how_to_continue(tiny_config, tmp_path, monkeypatch, fails_at):
     straight = tmp_path / "straight"
     train(tiny_config(f"paths.output_dir={straight}"))
     save, saved = L.Trainer.save_checkpoint, []
@@ -122,18 +122,19 @@ def test_a_full_disk_names_the_file_and_how_to_go_on(tiny_config, tmp_path, monk
     folder = tmp_path / "run"
     assert not list(folder.rglob("*.tmp"))
     if fails_at <= 2:  # best.ckpt, then last.ckpt of the first epoch
-        assert "no checkpoint to go on from; the same command begins again" in str(told.value)
+        assert "no checkpoint to continue from; the same command begins again" in str(told.value)
         train(tiny_config())
     else:
-        assert f"the checkpoint of the last finished epoch is kept, to go on: sparse-attn train resume={folder}" in str(
-            told.value
+        assert (
+            f"the checkpoint of the last finished epoch is kept, to continue: sparse-attn train resume={folder}"
+            in str(told.value)
         )
         train(resumed_config(folder))
     assert_same(folder, straight)
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one_and_can_be_resumed(tiny_arguments, tmp_path):
+def test_two_processes_give_the_same_numbers_as_one_and_can_be_resumed(tiny_arguments, tmp_path):
     def run(*more: str) -> str:
         command = [sys.executable, "-m", "recipes.train", *more]
         done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
@@ -149,7 +150,7 @@ def test_two_processes_give_the_numbers_of_one_and_can_be_resumed(tiny_arguments
     output = run(*tiny, "trainer=ddp", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path / 'two'}")
     assert output.count("epoch 1/1") == output.count("test words") - 1 == 1
     output = run(f"resume={tmp_path / 'two'}", "trainer.max_epochs=2")
-    assert "going on after step 5" in output
+    assert "continuing after step 5" in output
     rows = [read_rows(tmp_path / name / "metrics.csv") for name in ("one", "two")]
     assert [row["step"] for row in rows[1]] == [str(step) for step in range(1, 11)]
     for key in ("val/loss", "val/per"):

@@ -1,4 +1,4 @@
-"""Two processes never share a folder, and a file is the old one or the new one, whole."""
+"""Two processes never share a folder, and a replaced file is always complete, old or new."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ with claimed(Path(sys.argv[1]), fixed=sys.argv[2] == "fixed") as folder:
 
 @pytest.fixture
 def holder(tmp_path):
-    """Starts processes that claim a folder until their standard input ends; gives each with the folder it got."""
+    """Starts processes that lock a folder until their standard input ends; returns each with its folder."""
     started = []
 
     def start(how: str) -> tuple[subprocess.Popen, str]:
@@ -37,9 +37,9 @@ def holder(tmp_path):
         process.communicate()
 
 
-def test_a_folder_that_another_process_holds_is_refused_until_that_is_killed(tmp_path, holder):
+def test_a_folder_locked_by_another_process_is_refused_until_it_is_killed(tmp_path, holder):
     process, folder = holder("fixed")
-    with pytest.raises(Busy, match=r"another process is at work in .*run"), claimed(tmp_path / "run"):
+    with pytest.raises(Busy, match=r"another process uses .*run"), claimed(tmp_path / "run"):
         pass
     process.kill()
     process.wait()
@@ -47,24 +47,24 @@ def test_a_folder_that_another_process_holds_is_refused_until_that_is_killed(tmp
         assert str(mine) == folder
 
 
-def test_where_any_name_will_do_the_next_is_taken(tmp_path, holder):
+def test_a_locked_folder_gets_a_number_if_the_name_is_not_fixed(tmp_path, holder):
     assert [os.path.basename(holder("free")[1]) for _ in range(3)] == ["run", "run_2", "run_3"]
 
 
-def test_a_finished_run_is_not_free(tmp_path):
+def test_the_folder_of_a_finished_run_is_not_reused(tmp_path):
     for name in ("run", "run_2"):
         with claimed(tmp_path / "run", fixed=False) as folder:
             assert folder.name == name
             (folder / "mine").touch()
 
 
-def test_a_claim_that_wrote_nothing_leaves_nothing(tmp_path):
+def test_a_locked_folder_without_files_is_removed(tmp_path):
     with pytest.raises(ZeroDivisionError), claimed(tmp_path / "run"):
         raise ZeroDivisionError
     assert not (tmp_path / "run").exists()
 
 
-def test_only_an_empty_folder_without_a_holder_is_removed(tmp_path, holder):
+def test_only_an_empty_unlocked_folder_is_removed(tmp_path, holder):
     (tmp_path / "a").mkdir()
     remove_if_empty(tmp_path / "a")
     remove_if_empty(tmp_path / "a")
@@ -75,12 +75,12 @@ def test_only_an_empty_folder_without_a_holder_is_removed(tmp_path, holder):
     assert os.path.isdir(folder)
 
 
-def test_new_folders_are_all_different(tmp_path):
+def test_new_folders_have_different_names(tmp_path):
     assert len({new_folder(tmp_path / "a/b") for _ in range(5)}) == 5
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError()])
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, error):
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path, error):
     file = tmp_path / "a.json"
     write_text(file, "old")
     with pytest.raises(type(error)) as raised, replacing(file) as unfinished:

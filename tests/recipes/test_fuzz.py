@@ -1,4 +1,4 @@
-"""Odd values for keys drawn at random: every one is refused in a line or trains."""
+"""Odd values for random keys: each gives a one-line error or a training."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ SCRIPT = "scripts/fuzz_overrides.py"
 
 
 @pytest.mark.slow
-def test_odd_values_are_refused_in_one_line_or_train():
+def test_odd_values_give_a_one_line_error_or_a_training():
     command = [sys.executable, SCRIPT, "--count", "12", "--seed", "3", "--seconds", "200"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)

@@ -43,13 +43,13 @@ def lines_after(out: str, start: str, count: int) -> list[list[str]]:
     return [line.split() for line in lines[first : first + count]]
 
 
-def test_tables_and_files(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_tables_and_writes_files(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_inspect(f"run={run_folder}")
     out = capsys.readouterr().out
     assert max(map(len, (line for line in out.splitlines() if str(run_folder) not in line))) <= 80
     alpha = alpha_per_head(load_run(run_folder).task.model)[LAYERS[0]]
     assert lines_after(out, LAYERS[0], 1) == [[LAYERS[0], *(f"{value:.2f}" for value in alpha.tolist())]]
-    # The kinds without a learnt α: softmax is α = 1 and dense, top-k shows its k.
+    # Kinds without a learnt α: softmax has α = 1 and is dense; for top-k, k is shown.
     softmax, density = lines_after(out, LAYERS[2], 2)
     assert (softmax[1:], density) == (["1.00"] * 3, ["density", "100%", "100%", "100%"])
     assert lines_after(out, LAYERS[4], 1)[0][1:] == ["k=2"] * 3
@@ -67,7 +67,7 @@ def test_tables_and_files(run_folder: Path, capsys: pytest.CaptureFixture[str]) 
 def test_another_run_is_measured_on_the_same_words(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = run_folder.parent / "other"
     shutil.copytree(run_folder, other)
-    # Its own data are not needed.
+    # The data of the other run are not needed.
     config = other / "config.yaml"
     config.write_text(config.read_text(encoding="utf-8").replace("val.tsv", "gone.tsv"), encoding="utf-8")
     run_inspect(f"run={run_folder}", f"compare={other}")
@@ -120,7 +120,7 @@ def test_only_the_validation_words_are_needed(run_folder: Path) -> None:
         (["wrds=cab"], "unknown key 'wrds', did you mean 'words'?"),
     ],
 )
-def test_wrong_input_is_one_line(
+def test_invalid_input_gives_a_one_line_error(
     run_folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     given = arguments if arguments[0] in ("run=nowhere", "run=null") else [f"run={run_folder}", *arguments]
@@ -131,7 +131,7 @@ def test_wrong_input_is_one_line(
     assert err.startswith(f"sparse-attn inspect: {message}") and err.count("\n") == 1
 
 
-def test_a_course_with_damaged_rows_is_drawn_without_them(run_folder: Path) -> None:
+def test_damaged_rows_of_alpha_csv_are_left_out(run_folder: Path) -> None:
     file = run_folder / "alpha.csv"
     whole = read_course(file)
     file.write_bytes(file.read_bytes() + b"10,a\n\xff\xfe,a,0,1.5\n11,encoder.layers.0.self_attn,0,1.")
@@ -144,7 +144,7 @@ def numbers_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "report" / "numbers.json").read_text(encoding="utf-8"))
 
 
-def test_the_words_to_look_at_can_be_chosen(run_folder: Path, tmp_path: Path) -> None:
+def test_the_words_to_show_can_be_chosen(run_folder: Path, tmp_path: Path) -> None:
     run_inspect(f"run={run_folder}", "words=[cab,bacca]")
     assert [entry["word"] for entry in numbers_of(run_folder)["words"]] == ["cab", "bacca"]
     task = load_run(run_folder).task
@@ -156,7 +156,7 @@ def test_the_words_to_look_at_can_be_chosen(run_folder: Path, tmp_path: Path) ->
     assert [entry["word"] for entry in numbers_of(run_folder)["words"]] == ["dada", "abba"]
 
 
-def test_the_page_can_be_played_with(run_folder: Path) -> None:
+def test_the_page_is_interactive(run_folder: Path) -> None:
     run_inspect(f"run={run_folder}", "words=[cab,bacca]")
     page = (run_folder / "report" / "report.html").read_text(encoding="ascii")
     data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
@@ -171,7 +171,7 @@ def test_the_page_can_be_played_with(run_folder: Path) -> None:
     assert list(data["courses"]) == ["finished"]
 
 
-def test_alignments_are_the_pairs_that_heads_give_weight(run_folder: Path, tmp_path: Path) -> None:
+def test_alignments_are_the_pairs_to_which_heads_give_weight(run_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "words.txt"
     file.write_text("dada\n\nabba\n", encoding="utf-8")
     out = tmp_path / "pairs.txt"
@@ -191,18 +191,18 @@ def test_alignments_are_the_pairs_that_heads_give_weight(run_folder: Path, tmp_p
     assert all(lines[1] == "" and len(lines) == 3 for lines in found.values())
 
 
-def test_what_a_head_is_worth(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_effect_of_each_head_on_the_loss(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_inspect(f"run={run_folder}", "worth=true", "worth_words=3")
     out = capsys.readouterr().out
     # 18 heads switched off, and 6 with a learnt α made dense and sparse.
-    assert "what each head is worth: 31 times 3 words, about" in out and "made dense" in out
+    assert "change of the loss for each head: 31 times 3 words, about" in out and "made dense" in out
     heads = numbers_of(run_folder)["heads"]
     assert all(isinstance(head["loss when switched off"], float) for head in heads)
     assert [head["loss when made dense (α = 1)"] is None for head in heads] == [False] * 6 + [True] * 12
-    assert "What each head is worth" in page_of(run_folder)
+    assert "Effect of each head on the loss" in page_of(run_folder)
 
 
-def test_numbers_beside_other_alphas(run_folder: Path) -> None:
+def test_measurements_with_other_alphas(run_folder: Path) -> None:
     run_inspect(f"run={run_folder}")
     numbers = numbers_of(run_folder)
     assert [head["density at α = 1"] for head in numbers["heads"][:6]] == [1.0] * 6

@@ -73,7 +73,9 @@ def page_data(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_a_model_of_one_text(model_folder: Callable[..., Path], kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_reads_one_text(
+    model_folder: Callable[..., Path], kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = model_folder(kind)
     run_inspect(f"model={folder}", "text=the cat sat")
     out = capsys.readouterr().out
@@ -82,7 +84,7 @@ def test_a_model_of_one_text(model_folder: Callable[..., Path], kind: str, capsy
     assert [text["tokens"] for text in data["texts"]] == [["<s>", "the", "cat", "sat", "</s>"]]
     with (folder / "report" / "heads.csv").open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
-    # A dense model is shown as what it is.
+    # A dense model is shown with softmax.
     assert len(rows) == LAYERS * HEADS and {row["density"] for row in rows} == {"1.0"}
     assert {row["alpha"] for row in rows} == {"1.0"}
     numbers = json.loads((folder / "report" / "numbers.json").read_text(encoding="utf-8"))
@@ -116,17 +118,17 @@ def test_an_encoder_and_a_decoder(
     cross = data["layers"][-1]["maps"][0]
     texts = [data["texts"][cross[side]]["tokens"] for side in ("queries", "keys")]
     assert texts == [["</s>", "<s>", "die", "Katze", "saß"], ["<s>", "the", "cat", "</s>"]]
-    # Softmax gives weight to all pairs of the 2 words read and the 3 written.
+    # Softmax gives weight to all pairs of the 2 input words and the 3 output words.
     assert sorted(pairs.read_text(encoding="utf-8").split()) == [f"{i}-{j}" for i in range(2) for j in range(3)]
-    run_inspect(f"model={folder}", "text=the cat")  # writes for itself
-    assert "written by the model or given: </s>" in capsys.readouterr().out
+    run_inspect(f"model={folder}", "text=the cat")  # the model generates the target
+    assert "output tokens: </s>" in capsys.readouterr().out
 
 
-def test_wrong_input_is_one_line(
+def test_invalid_input_gives_a_one_line_error(
     model_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = model_folder("decoder")
-    capsys.readouterr()  # transformers shows how it saves
+    capsys.readouterr()  # removes transformers' messages about saving
     empty, bare = tmp_path / "empty", tmp_path / "bare"
     empty.mkdir()
     bare.mkdir()
@@ -156,7 +158,7 @@ def test_wrong_input_is_one_line(
         ([f"model={folder}", text, "target=die"], "target is for encoder-decoder models, got GPT2LMHeadModel"),
         ([f"model={folder}", text, "alignments=a"], "alignments need cross-attention, got GPT2LMHeadModel without"),
         ([f"model={folder}", text, "attention=hard"], "attention must be one of entmax, entmax15"),
-        ([f"model={folder}", text, "words=[a]"], "words is for run=DIR"),
+        ([f"model={folder}", text, "words=[a]"], "words is only for run=DIR"),
         ([f"model={folder}", text, "worth=true"], "worth is for run=DIR"),
     ]:
         with pytest.raises(SystemExit) as stopped:

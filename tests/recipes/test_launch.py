@@ -1,4 +1,4 @@
-"""Preparation of the command line for Hydra: paths and words are literal, flags may stand anywhere."""
+"""Preparation of the command line for Hydra: paths and words are literal, flags may be anywhere."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ ODD = (
 
 
 def composed(name: str, *arguments: str) -> list[DictConfig]:
-    """The configurations a command is called with."""
+    """The configurations with which a command is called."""
     seen: list[DictConfig] = []
     run_hydra(name, lambda cfg: seen.append(cfg), arguments=arguments)
     return seen
 
 
 def refused(capsys: pytest.CaptureFixture[str], call: Callable[[], object], status: int = 2) -> str:
-    """The one line a call ends with."""
+    """The one-line error of a call."""
     with pytest.raises(SystemExit) as stop:
         call()
     output, error = capsys.readouterr()
@@ -60,13 +60,13 @@ def in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [*ODD, "", "'", "\\'", "\\\\", "a\\${x}\\", "'\\\\'"])
-def test_quoted_is_read_back_as_it_was(text):
+def test_a_quoted_text_is_read_back_unchanged(text):
     value = OverridesParser.create().parse_override(f"key={quoted(text)}").value()
     assert OmegaConf.create({"key": value}).key == text
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_paths_and_words_are_read_as_typed(text):
+def test_paths_and_words_are_taken_literally(text):
     (cfg,) = composed("inspect", f"run={text}", f"word={text}", f"compare={text}")
     assert (cfg.run, cfg.word, cfg.compare) == (text, text, text)
 
@@ -102,7 +102,7 @@ def test_run_folder_of_a_training_may_have_any_name(tmp_path):
         ("run (1)", ["run (1)"]),
     ],
 )
-def test_commas_make_several_runs_with_the_flag_for_it(value, runs):
+def test_commas_give_several_runs_only_with_the_multirun_flag(value, runs):
     assert [cfg.run for cfg in composed("evaluate", "-m", f"run={value}")] == runs
 
 
@@ -110,7 +110,7 @@ def test_commas_make_several_runs_with_the_flag_for_it(value, runs):
     "arguments",
     [["run=R", "split=val,test", "-m"], ["run=R", "-m", "split=val,test"], ["-m", "run=R", "split=val,test"]],
 )
-def test_a_flag_may_stand_anywhere(arguments):
+def test_a_flag_can_be_anywhere(arguments):
     assert [(cfg.run, cfg.split) for cfg in composed("evaluate", *arguments)] == [("R", "val"), ("R", "test")]
 
 
@@ -137,7 +137,7 @@ def test_flags_that_exclude_each_other(other, capsys):
     assert error.endswith(f" can be given, got -m {other[0]}\n")
 
 
-def test_resolve_alone(capsys):
+def test_resolve_without_cfg_is_refused(capsys):
     assert "--resolve can only be given with --cfg" in refused(capsys, lambda: composed("train", "--resolve"))
 
 
@@ -149,7 +149,7 @@ def test_only_a_training_has_groups(capsys):
     )
 
 
-def test_a_group_that_is_needed_cannot_be_left_out(capsys):
+def test_a_required_group_cannot_be_deleted(capsys):
     error = refused(capsys, lambda: composed("train", "~model"))
     assert error == "sparse-attn train: model cannot be left out, got '~model'; choose one with model=NAME\n"
 
@@ -186,7 +186,7 @@ def test_ctrl_c_while_a_command_is_imported(monkeypatch, capsys):
     assert refused(capsys, cli.main, status=130) == "sparse-attn predict: stopped\n"
 
 
-def test_help_where_the_terminal_has_no_alpha():
+def test_help_on_a_terminal_whose_encoding_lacks_alpha():
     done = subprocess.run(
         [sys.executable, "-c", "from recipes.cli import main; main()", "-h"],
         cwd=ROOT,
@@ -197,7 +197,7 @@ def test_help_where_the_terminal_has_no_alpha():
     assert b"error rates and the ? of every head" in done.stdout
 
 
-def test_brackets_in_a_folder_are_no_markup(run_folder, capsys):
+def test_brackets_in_a_folder_name_are_not_markup(run_folder, capsys):
     folder = run_folder.rename(run_folder.with_name("moved [b] run"))
     run_hydra("evaluate", evaluate.evaluate, arguments=[f"run={folder}", "split=val"])
     assert "written to moved [b] run/evaluation.json" in capsys.readouterr().out

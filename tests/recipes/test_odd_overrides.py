@@ -48,7 +48,7 @@ ROOT = Path(__file__).parents[2]
         ("loss.label_smoothing=0.999999", r"label_smoothing must lie in \[0, 0.9\], since .* got 0.999999"),
     ],
 )
-def test_a_value_beyond_reason_is_refused_in_one_line(tiny_config, override, message):
+def test_an_extreme_value_gives_a_one_line_error(tiny_config, override, message):
     with pytest.raises((ValueError, TypeError), match=message) as raised:
         train(tiny_config(override))
     assert "\n" not in str(raised.value)
@@ -73,12 +73,12 @@ def test_evaluate_has_keys_of_data_and_no_choice(override):
         check_groups("evaluate", [override])
 
 
-def test_a_model_that_fits_is_let_through():
+def test_a_model_that_fits_into_memory_is_accepted():
     check_size({"dim": 256, "ff_dim": 1024, "encoder_layers": 4, "decoder_layers": 4}, 100, 10_000)
 
 
 @pytest.mark.parametrize("argument", ["data=[1,2]", "model={a:1}", "hydra.run=5", "+hydra.job.name={}"])
-def test_what_hydra_cannot_compose_is_one_line(argument, capsys, monkeypatch, tmp_path):
+def test_an_error_of_hydra_gives_one_line(argument, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["sparse-attn", argument, "trainer.max_epochs=0"])
     with pytest.raises(SystemExit) as stop:
@@ -87,7 +87,7 @@ def test_what_hydra_cannot_compose_is_one_line(argument, capsys, monkeypatch, tm
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_mistake_of_the_task_stays_a_traceback(tmp_path, monkeypatch):
+def test_a_bug_in_the_task_shows_a_traceback(tmp_path, monkeypatch):
     def task(cfg):
         raise KeyError("a bug")
 
@@ -96,7 +96,7 @@ def test_a_mistake_of_the_task_stays_a_traceback(tmp_path, monkeypatch):
         run_hydra("train", task, arguments=[])
 
 
-def test_an_unknown_monitor_is_named(tiny_config):
+def test_an_unknown_monitor_raises_an_error(tiny_config):
     stop = "lightning.pytorch.callbacks.EarlyStopping"
     with pytest.raises(ValueError, match=r"trainer: Early stopping conditioned on metric `val/foo` .*`val/per`"):
         train(tiny_config(f"+callbacks.stop={{_target_: {stop}, monitor: val/foo}}"))
@@ -111,7 +111,7 @@ def test_a_diverged_training_keeps_the_last_finite_checkpoint(tiny_config, tmp_p
     losses = iter([2.0, float("nan")])
     found = Scores.metrics
     monkeypatch.setattr(Scores, "metrics", lambda self: {**found(self), "loss": next(losses)})
-    with pytest.raises(ValueError, match=r"diverged in epoch 2: the validation loss .* got nan; .* rate too"):
+    with pytest.raises(ValueError, match=r"diverged in epoch 2: the validation loss .* got nan; .* rate is too"):
         train(tiny_config())
     for name in ("best", "last"):
         state = read_checkpoint(tmp_path / f"run/checkpoints/{name}.ckpt")
@@ -133,13 +133,13 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_config, tmp_path, monkey
 
 
 @pytest.mark.parametrize("content", ["", "a: [", "[]", "- 1", "data: 5"])
-def test_resuming_a_damaged_configuration_is_one_line(run_folder, content):
+def test_resuming_a_damaged_configuration_gives_a_one_line_error(run_folder, content):
     (run_folder / "config.yaml").write_text(content)
     with pytest.raises(ValueError, match=r"config\.yaml must hold the configuration of a run, got damaged, empty or"):
         resume_arguments([f"resume={run_folder}"])
 
 
-def test_resuming_from_weights_alone_is_one_line(run_folder):
+def test_resuming_from_weights_without_state_gives_a_one_line_error(run_folder):
     (run_folder / "checkpoints/best.ckpt").replace(run_folder / "checkpoints/last.ckpt")
     with pytest.raises(ValueError, match=r"last\.ckpt must hold the state of a training .*; it has no epoch"):
         resume_arguments([f"resume={run_folder}"])
@@ -151,14 +151,14 @@ def sparse_attn(*arguments: str, **options: object) -> subprocess.CompletedProce
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-"])
-def test_predict_with_a_closed_stream_says_which(run_folder, closed):
+def test_error_of_predict_names_the_closed_stream(run_folder, closed):
     script = f'exec "{sys.executable}" -c "from recipes.cli import main; main()" predict "run={run_folder}" {closed}'
     done = subprocess.run(["sh", "-c", script], cwd=ROOT, text=True, capture_output=True)
     what = {"<&-": "input is closed; give input=FILE", ">&-": "output is closed; give output=FILE"}[closed]
     assert (done.returncode, done.stderr) == (2, f"sparse-attn predict: standard {what}\n")
 
 
-def test_a_word_that_is_not_ascii_where_the_locale_is_c(run_folder):
+def test_a_word_that_is_not_ascii_in_the_c_locale(run_folder):
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = sparse_attn("inspect", f"run={run_folder}", "word=bä", env=environment)
     assert (done.returncode, done.stderr) == (0, "")

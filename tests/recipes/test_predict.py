@@ -45,7 +45,7 @@ def test_more_lines_than_a_batch_keep_their_order(
     assert capsys.readouterr().out.splitlines() == expected(run_folder, words)
 
 
-def test_unseen_characters_are_named_and_still_predicted(
+def test_unseen_characters_are_reported_and_the_word_is_predicted(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     give_stdin(monkeypatch, "cab\n\nnaïn\ncab\u200b\n".encode())
@@ -75,7 +75,7 @@ def test_output_file(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (b"cab\nabba\tA B\n", "{file}, line 2: a line must be one word without a tab, got 'abba\\tA B'"),
     ],
 )
-def test_wrong_input_is_one_line_and_nothing_is_printed(
+def test_invalid_input_gives_a_one_line_error_and_no_output(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, message: str
 ) -> None:
     file = tmp_path / "words.txt"
@@ -107,7 +107,7 @@ def test_empty_standard_input(
         ("words.txt", "output must be another file than input, got '{path}' for both"),
     ],
 )
-def test_wrong_output(
+def test_an_invalid_output_is_refused(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str, message: str
 ) -> None:
     words = tmp_path / "words.txt"
@@ -118,7 +118,7 @@ def test_wrong_output(
     assert words.read_text(encoding="utf-8") == "cab\n"
 
 
-def test_a_terminal_gets_a_hint_and_each_answer_at_once(
+def test_at_a_terminal_each_line_is_answered_at_once(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answered: list[int] = []
@@ -137,10 +137,10 @@ def test_a_terminal_gets_a_hint_and_each_answer_at_once(
     monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": Terminal(b"cab\nabba\n")})())
     monkeypatch.setattr("recipes.predict.print", lambda *args, **_: answered.append(len(args)), raising=False)
     run_predict(f"run={run_folder}")
-    assert answered == [1, 0, 1, 1]  # the hint; then before each line the answers since the one before
+    assert answered == [1, 0, 1, 1]  # the hint, then the number of answers before each line
 
 
-def test_a_reader_that_stops_early_is_no_error(run_folder: Path, tmp_path: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(run_folder: Path, tmp_path: Path) -> None:
     words = tmp_path / "words.txt"
     words.write_text("cab\nabba\n" * 20_000, encoding="utf-8")
     command = [sys.executable, "-m", "recipes.predict", f"run={run_folder}", f"input={words}"]

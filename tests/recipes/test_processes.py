@@ -1,4 +1,4 @@
-"""The shares of several processes add up to the batch."""
+"""The shares of several processes together are the batch."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_the_number_of_a_process(monkeypatch, environment, expected):
     assert rank() == expected
 
 
-def test_an_environment_variable_is_put_back(monkeypatch):
+def test_an_environment_variable_is_restored(monkeypatch):
     monkeypatch.delenv(FOLDER, raising=False)
     import os
 

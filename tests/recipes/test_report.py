@@ -71,7 +71,7 @@ def test_density_counts_real_positions_only() -> None:
     used: dict[str, Tensor] = {}
     pairs: dict[str, int] = {}
     task.model.eval()
-    for source, target in zip(SOURCES, TARGETS, strict=True):  # each word alone, without padding
+    for source, target in zip(SOURCES, TARGETS, strict=True):  # each word separately, without padding
         source, target = [i for i in source if i], [i for i in target if i]
         with record_attention(task.model, weights=True) as recorded:
             task.model(torch.tensor([source]), torch.tensor([target]))
@@ -117,7 +117,7 @@ def test_each_kind_has_the_positions_it_can_see() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_left_as_it_was(training: bool) -> None:
+def test_measuring_does_not_change_the_model(training: bool) -> None:
     task = small_task()
     task.model.train(training)
     first, second = (attention_density(task, [batch()]) for _ in range(2))
@@ -125,8 +125,8 @@ def test_the_model_is_left_as_it_was(training: bool) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)  # no dropout while measuring
 
 
-def test_a_loader_without_batches() -> None:
-    with pytest.raises(ValueError, match="at least one batch, got a loader without any"):
+def test_a_loader_without_batches_raises_an_error() -> None:
+    with pytest.raises(ValueError, match="loader must have at least one batch, got none"):
         attention_density(small_task(), [])
 
 
@@ -145,7 +145,7 @@ def test_the_table_fits_80_columns_and_shows_every_head(heads: int) -> None:
     assert text.count(" -") >= heads  # a layer without α and k
 
 
-def test_a_compared_run_has_a_line_of_its_own() -> None:
+def test_a_compared_run_has_its_own_line() -> None:
     density = {name: torch.full((4,), 0.25) for name in layer_names(1)}
     other = {name: torch.full((4,), 0.75) for name in layer_names(1)}
     shown = lines(alpha_table({}, density, compared={"dense": other}))
@@ -199,7 +199,7 @@ def test_the_heat_map_has_a_panel_for_each_kind_and_a_number_in_each_cell(
 
 @pytest.mark.parametrize(("heads", "layers", "steps"), [(1, 1, 1), (8, 6, 3)])
 def test_the_course_has_a_line_for_each_head(heads: int, layers: int, steps: int, tmp_path: Path) -> None:
-    names = layer_names(layers)[1:]  # the kinds need not have the same depth
+    names = layer_names(layers)[1:]  # the kinds may have different numbers of layers
     rows = [(step, name, head, 1.5) for step in range(steps) for name in names for head in range(heads)]
     figure = alpha_course(rows)
     shown = {axes.get_title(): axes for axes in figure.axes if axes.get_visible()}
@@ -227,7 +227,7 @@ def test_the_maps_of_a_word(run_folder: Path, tmp_path: Path) -> None:
     draw(figure, tmp_path / "attention.png")
 
 
-def test_scripts_the_font_lacks_are_drawn_without_a_warning(tmp_path: Path) -> None:
+def test_characters_missing_in_the_font_are_drawn_without_a_warning(tmp_path: Path) -> None:
     words = ["한국", "にほん", "a b", "tiếng"]
     source = Tokenizer.fit(words, split="characters", normalization="NFD")
     target = Tokenizer.fit(["ʃ t͡ɕ ɯ"], split="spaces", normalization="NFD")
@@ -266,7 +266,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_pieces_of_a_report_need_nothing_beside_them_and_escape_what_they_show() -> None:
+def test_parts_of_a_report_need_no_other_file_and_escape_their_content() -> None:
     parts = [
         html.paragraph("<script>alert(1)</script>"),
         html.table([{"a & b": "<td>", "c": "1"}]),
@@ -301,7 +301,7 @@ def test_the_tables_do_not_load_matplotlib() -> None:
 
 
 @pytest.mark.parametrize("measure", [attention_density, measure_heads])
-def test_long_texts_are_measured_in_parts(measure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_of_long_texts_are_measured_in_parts(measure, monkeypatch: pytest.MonkeyPatch) -> None:
     task = small_task()
     whole = measure(task, [batch()])
     largest = []
@@ -322,7 +322,7 @@ def test_long_texts_are_measured_in_parts(measure, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(found, heads)
 
 
-def test_a_long_word_is_shown_by_its_beginning() -> None:
+def test_only_the_beginning_of_a_long_word_is_shown() -> None:
     source, target = (Tokenizer.fit(["abc"], split="characters", normalization="NFC") for _ in range(2))
     model = {"dim": 6, "num_heads": 3, "ff_dim": 8, "encoder_layers": 1, "decoder_layers": 1}
     task = Seq2SeqTask(source_tokenizer=source.state(), target_tokenizer=target.state(), model=model, max_length=997)

@@ -1,4 +1,4 @@
-"""An interrupted training that goes on is the training that was never interrupted."""
+"""An interrupted and resumed training equals an uninterrupted training."""
 
 import json
 import signal
@@ -24,7 +24,7 @@ def resumed_config(folder, *overrides):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """Lets Ctrl-C come in the middle of a training step."""
+    """Raises KeyboardInterrupt in the middle of a training step."""
     step = Seq2SeqTask.training_step
 
     def at(when: int) -> None:
@@ -49,7 +49,7 @@ def test_interrupted_and_resumed_equals_never_interrupted(tiny_config, tmp_path,
         patch.undo()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "a second Ctrl-C is heard"
     folder = tmp_path / "run"
-    assert str(stop.value).endswith(f"to go on: sparse-attn train resume={folder}")
+    assert str(stop.value).endswith(f"to continue: sparse-attn train resume={folder}")
     assert read_checkpoint(folder / "checkpoints/last.ckpt")["global_step"] == 5
     assert "\n7,1.0" in (folder / "metrics.csv").read_text(), "steps after the checkpoint were logged and come again"
     monkeypatch.undo()
@@ -64,7 +64,7 @@ def test_interrupted_and_resumed_equals_never_interrupted(tiny_config, tmp_path,
     assert {**resumed, "seconds": 0} == {**straight, "seconds": 0}
 
 
-def test_before_the_first_checkpoint_there_is_nothing_to_go_on_from(tiny_config, tmp_path, interrupt):
+def test_a_run_without_a_checkpoint_cannot_be_resumed(tiny_config, tmp_path, interrupt):
     interrupt(2)
     with pytest.raises(Interrupted, match=r"stopped before the end of the first epoch: .*run has no checkpoint"):
         train(tiny_config())
@@ -85,7 +85,7 @@ def test_a_finished_run_can_be_prolonged_with_its_own_configuration(tiny_config,
     assert [record["torch"] for record in versions["resumed"]] == [versions["torch"]]
 
 
-def test_a_run_that_was_moved_goes_on_where_it_is(tiny_config, tmp_path):
+def test_a_moved_run_is_continued_in_its_new_place(tiny_config, tmp_path):
     train(tiny_config("trainer.max_epochs=1"))
     best = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["callbacks"]["BestAndLast"]["best"]
     moved = (tmp_path / "run").rename(tmp_path / "it's = moved")
@@ -95,8 +95,8 @@ def test_a_run_that_was_moved_goes_on_where_it_is(tiny_config, tmp_path):
     assert read_checkpoint(moved / "checkpoints/last.ckpt")["callbacks"]["BestAndLast"]["best"] <= best
 
 
-def test_best_score_is_remembered(tiny_config, tmp_path, monkeypatch):
-    rates = iter([10.0, 10.0, 10.0, 20.0])  # the quick check of each epoch, then the two final scores
+def test_the_best_score_is_restored(tiny_config, tmp_path, monkeypatch):
+    rates = iter([10.0, 10.0, 10.0, 20.0])  # the validation of each epoch, then the two final scores
     monkeypatch.setattr("recipes.seq2seq.scores.edit_scores", lambda *_: {"per": next(rates, 99.0), "wer": 50.0})
     train(tiny_config("trainer.max_epochs=1"))
     train(resumed_config(tmp_path / "run", "trainer.max_epochs=2"))
@@ -104,7 +104,7 @@ def test_best_score_is_remembered(tiny_config, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", [[], ["seed=1"], ["resume=null", "-m"], ["resume="]])
-def test_without_resume_nothing_changes(arguments):
+def test_without_resume_the_command_line_is_unchanged(arguments):
     assert resume_arguments(arguments) == (arguments, None)
 
 
@@ -125,13 +125,13 @@ def test_without_resume_nothing_changes(arguments):
         ("-m", "cannot be combined with -m"),
     ],
 )
-def test_what_resume_does_not_allow(argument, message):
+def test_arguments_that_resume_refuses(argument, message):
     with pytest.raises(ValueError, match=message):
         resume_arguments(["resume=runs/x", argument])
 
 
 @pytest.mark.parametrize("kept", [0, 1, 1000, -1])
-def test_a_checkpoint_cut_short_is_named(tiny_config, tmp_path, kept):
+def test_error_for_an_incomplete_checkpoint_has_its_name(tiny_config, tmp_path, kept):
     train(tiny_config("trainer.max_epochs=1"))
     file = tmp_path / "run/checkpoints/last.ckpt"
     file.write_bytes(file.read_bytes()[:kept])
@@ -140,7 +140,7 @@ def test_a_checkpoint_cut_short_is_named(tiny_config, tmp_path, kept):
 
 
 @pytest.mark.parametrize("arguments", [["--cfg", "job"], ["+trainer.min_epochs=1", "~logger.csv", "data.test=x"]])
-def test_what_resume_allows(run_folder, arguments):
+def test_arguments_that_resume_accepts(run_folder, arguments):
     composed, _ = resume_arguments([f"resume={run_folder}", *arguments])
     assert composed[: len(arguments)] == arguments
 
@@ -153,7 +153,7 @@ def test_what_resume_allows(run_folder, arguments):
         ("data.train", "other.tsv", "the source symbols of the checkpoint.* new symbols .*'x'.* missing "),
     ],
 )
-def test_a_refused_change_leaves_the_run_as_it_was(tiny_config, tmp_path, key, value, message):
+def test_a_refused_change_does_not_change_the_run(tiny_config, tmp_path, key, value, message):
     train(tiny_config())
     folder = tmp_path / "run"
     (tmp_path / "other.tsv").write_text("xy\tA B\n", encoding="utf-8")
@@ -168,7 +168,7 @@ def test_a_refused_change_leaves_the_run_as_it_was(tiny_config, tmp_path, key, v
 @pytest.mark.parametrize(
     ("name", "content"), [("versions.json", "{"), ("versions.json", "[]"), ("overrides.yaml", "a: [")]
 )
-def test_a_damaged_record_is_refused_before_anything_is_changed(tiny_config, tmp_path, name, content):
+def test_a_damaged_record_is_refused_before_any_change(tiny_config, tmp_path, name, content):
     train(tiny_config("trainer.max_epochs=1"))
     folder = tmp_path / "run"
     (folder / name).write_text(content, encoding="utf-8")
@@ -178,7 +178,7 @@ def test_a_damaged_record_is_refused_before_anything_is_changed(tiny_config, tmp
     assert (folder / "config.yaml").read_text(encoding="utf-8") == before
 
 
-def test_results_are_those_of_all_sessions(tiny_config, tmp_path, interrupt):
+def test_results_include_all_sessions(tiny_config, tmp_path, interrupt):
     train(tiny_config("trainer.max_epochs=1"))
     folder = tmp_path / "run"
     last = folder / "checkpoints/last.ckpt"
@@ -198,7 +198,7 @@ def test_results_are_those_of_all_sessions(tiny_config, tmp_path, interrupt):
     assert 1000 < train(resumed_config(folder))["seconds"] < 1060
 
 
-def test_sigterm_is_an_interruption(tiny_config, tmp_path, monkeypatch):
+def test_sigterm_has_the_effect_of_ctrl_c(tiny_config, tmp_path, monkeypatch):
     step = Seq2SeqTask.training_step
 
     def ended(self, *arguments):
@@ -207,11 +207,11 @@ def test_sigterm_is_an_interruption(tiny_config, tmp_path, monkeypatch):
         return step(self, *arguments)
 
     monkeypatch.setattr(Seq2SeqTask, "training_step", ended)
-    with pytest.raises(Interrupted, match="to go on: sparse-attn train resume="):
+    with pytest.raises(Interrupted, match="to continue: sparse-attn train resume="):
         train(tiny_config())
 
 
-def test_a_run_stopped_before_its_first_checkpoint_can_begin_again(tiny_config, tmp_path, interrupt):
+def test_a_run_stopped_before_its_first_checkpoint_can_start_again(tiny_config, tmp_path, interrupt):
     interrupt(2)
     with pytest.raises(Interrupted):
         train(tiny_config("logger=default"))

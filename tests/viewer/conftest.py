@@ -62,7 +62,7 @@ def hostile() -> list[str]:
 
 @pytest.fixture
 def translation() -> AttentionRecord:
-    """The record of torch's own encoder and decoder, at α = 1.7: 5 tokens that look at 7, in a batch of two."""
+    """The record of torch's encoder and decoder at α = 1.7: 5 tokens attend to 7, in a batch of two."""
     torch.manual_seed(0)
     width = 4 * HEADS
     layer = nn.TransformerEncoderLayer(width, HEADS, 8, batch_first=True)
@@ -80,7 +80,7 @@ class ReadPage(NamedTuple):
     blobs: dict[str, str]
 
     def weights(self, layer: int, place: int = 0) -> Tensor:
-        """The weights (H, L, S) that the page holds."""
+        """The weights (H, L, S) in the page."""
         described = self.data["layers"][layer]["maps"][place]
         raw = zlib.decompress(base64.b64decode(self.blobs[described["id"]]))
         first, second = described["sizes"]
@@ -101,7 +101,7 @@ class ReadPage(NamedTuple):
         return weights.view(heads, queries, keys)
 
     def visible(self, layer: int, place: int = 0) -> Tensor | None:
-        """The pairs that the page calls visible."""
+        """The pairs that are visible according to the page."""
         described = self.data["layers"][layer]["maps"][place]
         if described["mask"] is None:
             return None

@@ -22,7 +22,7 @@ def weights_of(record: AttentionRecord, name: str) -> torch.Tensor:
     return kept
 
 
-def test_a_text_and_its_layers(encoder_record: Records) -> None:
+def test_arguments_for_a_text_and_its_layers(encoder_record: Records) -> None:
     record = encoder_record(5)
     arguments = bertviz_arguments(attention_view(record, QUERIES))
     assert arguments.keys() == {"attention", "tokens"} and arguments["tokens"] == QUERIES
@@ -33,7 +33,7 @@ def test_a_text_and_its_layers(encoder_record: Records) -> None:
     assert torch.equal(arguments["attention"], weights_of(record, "layers.1.self_attn")[0])
 
 
-def test_encoder_and_decoder(translation: AttentionRecord) -> None:
+def test_arguments_for_an_encoder_and_a_decoder(translation: AttentionRecord) -> None:
     view = attention_view(translation, QUERIES, KEYS, example=1)
     arguments = bertviz_arguments(view)
     sizes = {name: [tuple(layer.shape) for layer in arguments[name]] for name in arguments if "attention" in name}
@@ -64,14 +64,14 @@ def imported(name: str) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_bertviz_takes_them(encoder_record: Records, translation: AttentionRecord) -> None:
+def test_bertviz_accepts_the_arguments(encoder_record: Records, translation: AttentionRecord) -> None:
     bertviz = imported("bertviz")
     for view in (attention_view(encoder_record(5), QUERIES), attention_view(translation, QUERIES, KEYS)):
         for show in (bertviz.head_view, bertviz.model_view):
             assert "k0" in (page := show(**bertviz_arguments(view), html_action="return").data) or "q0" in page
 
 
-def test_circuitsvis_takes_them(encoder_record: Records) -> None:
+def test_circuitsvis_accepts_the_arguments(encoder_record: Records) -> None:
     attention = imported("circuitsvis").attention
     arguments = circuitsvis_arguments(attention_view(encoder_record(5), QUERIES), 0)
     assert "q0" in str(attention.attention_heads(**arguments))

@@ -17,7 +17,7 @@ from sparse_attn.viewer import page as page_module
 
 Records = Callable[..., AttentionRecord]
 Reader = Callable[[str], Any]
-HEADS, QUERIES, KEYS = 3, 5, 7  # of the recorded models
+HEADS, QUERIES, KEYS = 3, 5, 7  # sizes used by the fixtures that record a model
 HALF = 2**-11  # the largest relative error of float16
 
 
@@ -32,7 +32,7 @@ def same(page_weights: Tensor, weights: Tensor) -> None:
     torch.testing.assert_close(page_weights, weights.float(), rtol=HALF, atol=2**-25)
 
 
-def test_a_page_holds_the_weights_of_every_layer(encoder_record: Records, read_page: Reader) -> None:
+def test_a_page_contains_the_weights_of_every_layer(encoder_record: Records, read_page: Reader) -> None:
     record = encoder_record(13)
     page = read_page(attention_view(record, [f"t{i}" for i in range(13)]).html())
     for index, heads in enumerate(record.values()):
@@ -69,7 +69,7 @@ def test_small_weights_of_a_large_page_have_fewer_bits(read_page: Reader, monkey
     assert (error[~large] <= 5 * HALF * weights[0][~large] + 2**-22).all() and (error > HALF * weights[0]).any()
 
 
-def test_masks_travel_with_the_weights(read_page: Reader) -> None:
+def test_a_page_contains_the_masks(read_page: Reader) -> None:
     visible = torch.ones(11, 11, dtype=torch.bool).tril()
     scores = torch.randn(1, 2, 11, 11).masked_fill(~visible, -torch.inf)
     page = read_page(attention_view(recorded(entmax(scores, 1.5), visible)).html())
@@ -83,7 +83,7 @@ def test_masks_travel_with_the_weights(read_page: Reader) -> None:
     assert held is not None and torch.equal(held, scattered)
 
 
-def test_twelve_layers_of_twelve_heads_stay_small() -> None:
+def test_a_page_of_twelve_layers_of_twelve_heads_is_small() -> None:
     torch.manual_seed(0)
     record = AttentionRecord(keep_weights=True)
     for layer in range(12):
@@ -91,9 +91,7 @@ def test_twelve_layers_of_twelve_heads_stay_small() -> None:
     assert len(attention_view(record, [f"token{i}" for i in range(256)]).html()) < 3e6
 
 
-def test_the_largest_weights_are_kept_where_a_page_would_be_too_heavy(
-    read_page: Reader, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_largest_weights_are_kept_on_a_large_page(read_page: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = torch.rand(1, 2, 17, 19).softmax(-1)
     monkeypatch.setattr(page_module, "MOST_ENTRIES", 100)
     page = read_page(attention_view(recorded(weights)).html())
@@ -105,7 +103,7 @@ def test_the_largest_weights_are_kept_where_a_page_would_be_too_heavy(
 
 
 class Scripts(HTMLParser):
-    """Every element that a browser would make of a page."""
+    """Collects every element of a page, as a browser would parse it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +115,7 @@ class Scripts(HTMLParser):
         self.outside += [(key, value) for key, value in attrs if key in ("src", "href") and value]
 
 
-def test_hostile_tokens_stay_text(encoder_record: Records, read_page: Reader, hostile: list[str]) -> None:
+def test_hostile_tokens_are_shown_as_text(encoder_record: Records, read_page: Reader, hostile: list[str]) -> None:
     record = encoder_record(len(hostile))
     view = attention_view(record, hostile, title=hostile[0] + "\ud800")
     html = view.html()
@@ -131,7 +129,7 @@ def test_hostile_tokens_stay_text(encoder_record: Records, read_page: Reader, ho
     assert "<img" not in view._repr_html_() and "<script" not in view._repr_html_()
 
 
-def test_a_page_asks_for_nothing(encoder_record: Records) -> None:
+def test_a_page_sends_no_request(encoder_record: Records) -> None:
     html = attention_view(encoder_record(3)).html()
     found = Scripts()
     found.feed(html)
@@ -180,7 +178,7 @@ def test_a_shorter_text_of_a_padded_batch_is_cut_out(encoder_record: Records, re
         attention_view(encoder_record(5, 2), [list("abcde"), list("xyz")])
 
 
-def test_keys_that_a_layer_adds_are_named(read_page: Reader) -> None:
+def test_keys_that_a_layer_adds_are_labelled(read_page: Reader) -> None:
     torch.manual_seed(0)
     layer = nn.MultiheadAttention(6, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True).eval()
     x = torch.randn(1, 3, 6)
@@ -199,7 +197,7 @@ def test_the_last_step_of_decoding_with_a_cache(read_page: Reader) -> None:
     assert page.data["texts"][shown["keys"]]["tokens"] == list("abcdefg")
 
 
-def test_courses_and_further_numbers(encoder_record: Records, read_page: Reader) -> None:
+def test_courses_and_further_statistics(encoder_record: Records, read_page: Reader) -> None:
     record = encoder_record(4, layers=1)
     name = next(iter(record))
     rows = [(step, name, head, 1.5 + 0.01 * step) for step in (5, 0) for head in range(HEADS)]
@@ -210,7 +208,7 @@ def test_courses_and_further_numbers(encoder_record: Records, read_page: Reader)
     assert data["layers"][0]["numbers"]["worth"] == [0.5, None, -1.0]
 
 
-def test_heads_that_merge_pieces_are_measured(encoder_record: Records, read_page: Reader) -> None:
+def test_the_weight_on_subwords_of_the_own_word_is_measured(encoder_record: Records, read_page: Reader) -> None:
     record = encoder_record(5)
     pieces = ["▁un", "believ", "ably", "▁old", "▁cats"]
     first = next(iter(record.values())).weights

@@ -33,7 +33,7 @@ def test_an_svg_has_a_square_for_each_weight(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("ending", "start"), [("pdf", b"%PDF"), ("png", b"\x89PNG"), ("svg", b"<?xml")])
 @pytest.mark.parametrize("chosen", [{}, {"layer": 1}, {"layer": 1, "head": 0}], ids=["all", "layer", "head"])
-def test_every_format(
+def test_every_picture_format_is_written(
     encoder_record: Records, tmp_path: Path, ending: str, start: bytes, chosen: dict[str, int]
 ) -> None:
     file = attention_view(encoder_record(5), list("abcde")).save(tmp_path / f"a.{ending}", **chosen)
@@ -48,7 +48,7 @@ def test_hostile_tokens_are_drawn(hostile: list[str], encoder_record: Records, t
         ElementTree.parse(file)
 
 
-def test_a_large_matrix_is_pooled_with_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_matrix_is_drawn_as_pixels_with_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picture_module, "MOST_SQUARES", 10)
     monkeypatch.setattr(picture_module, "MOST_PIXELS", 16)
     visible = torch.ones(83, 83, dtype=torch.bool).tril()
@@ -58,7 +58,7 @@ def test_a_large_matrix_is_pooled_with_a_note(tmp_path: Path, monkeypatch: pytes
     assert "<image" in file.read_text(encoding="utf-8")
 
 
-def test_without_matplotlib_the_error_says_what_to_install(
+def test_error_without_matplotlib_contains_the_pip_command(
     encoder_record: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)

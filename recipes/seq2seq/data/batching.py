@@ -1,4 +1,4 @@
-"""Batches of similar length that depend on (seed, epoch) alone."""
+"""Batches of similar length, determined by seed and epoch."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch.utils.data import Sampler
 
 from ..tokenizer import BOS, EOS, PAD
 
-# Sorted within random pools of this many batches, 95 % of the source positions of CMUdict are letters (57 %
-# unsorted), and the 57 batches of a SIGMORPHON language still differ from epoch to epoch.
+# Number of batches in a random pool within which examples are sorted. With this size, 95 % of the source positions of
+# CMUdict are letters (57 % unsorted), and the 57 batches of a SIGMORPHON language still differ between epochs.
 POOL = 20
-# Examples whose lengths differ by less than this factor share a batch size where batches are counted in tokens.
+# If batches are counted in tokens, examples whose lengths differ by less than this factor have the same batch size.
 BIN = 1.15
-# Of a batch that is only predicted, where memory for attention is what limits it.
+# Most tokens of a batch for prediction, limited by the memory for attention.
 EVAL_BATCH_TOKENS = 8192
 
 
 class Row(NamedTuple):
-    """One example as ids (both sides end in ``EOS``), with its texts where they are needed for scoring."""
+    """One example as ids (both sides end in ``EOS``), with its texts if they are needed for scoring."""
 
     source_ids: list[int]
     target_ids: list[int]
@@ -36,17 +36,17 @@ class BatchByLength(Sampler[list[int]]):
     """Batches of indices whose examples are about equally long.
 
     With ``shuffle`` the examples are shuffled, sorted by length within pools of ``POOL`` batches, cut into
-    batches, and all batches shuffled: any first part of an epoch is a fair sample. Without it the examples
-    are sorted by length. Every example comes exactly once per epoch; the order is a function of ``seed`` and
-    the epoch alone, and the number of batches is the same in every epoch.
+    batches, and all batches are shuffled, so that the first part of an epoch is a fair sample. Without ``shuffle``
+    the examples are sorted by length. Every example occurs exactly once per epoch; the order depends only on ``seed``
+    and the epoch, and the number of batches is the same in every epoch.
 
     Args:
         lengths: (source, target) lengths of each example, to sort by.
-        batch_size: Examples in a batch at most; None for any number.
-        batch_tokens: Tokens of the longer side in a batch at most, padding included; None for any number. An
-            example that is longer forms a batch of its own.
+        batch_size: Most examples per batch; None: no limit.
+        batch_tokens: Most tokens per batch, on the longer of source and target, with padding; None: no limit. A longer
+            example forms a separate batch.
         shuffle: Whether the order is random.
-        seed: Chooses the random order together with the epoch.
+        seed: Determines the random order, together with the epoch.
 
     Raises:
         ValueError: If ``batch_size`` or ``batch_tokens`` is below 1, or both are None.
@@ -76,11 +76,11 @@ class BatchByLength(Sampler[list[int]]):
 
     @property
     def sampler(self) -> BatchByLength:
-        """Itself: Lightning sets the epoch of ``loader.batch_sampler.sampler``."""
+        """This object, since Lightning sets the epoch of ``loader.batch_sampler.sampler``."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the next pass."""
+        """Sets the epoch, which determines the order of the next pass."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -88,7 +88,7 @@ class BatchByLength(Sampler[list[int]]):
         return self._batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        """One pass. A generator, because Lightning calls ``iter()`` first and sets the epoch afterwards."""
+        """One pass. This is a generator, because Lightning calls ``iter()`` before it sets the epoch."""
         if not self.shuffle:
             yield from self._cut_sorted()
             return
@@ -100,7 +100,7 @@ class BatchByLength(Sampler[list[int]]):
             order = [*left, *members]
             rng.shuffle(order)
             size = self._size(longest)
-            # A remainder joins the next longer examples, so that the number of batches is not random.
+            # The remaining examples join the next longer ones, so that the number of batches is not random.
             whole = len(order) - len(order) % size
             order, left = order[:whole], order[whole:]
             for start in range(0, whole, POOL * size):
@@ -157,9 +157,9 @@ def pad(rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def collate(rows: Sequence[Row]) -> dict[str, Any]:
-    """A batch for teacher forcing: ``source``, ``target_in`` (from BOS on), ``target_out`` (up to EOS).
+    """A batch for teacher forcing: ``source``, ``target_in`` (begins with BOS), ``target_out`` (ends with EOS).
 
-    Rows that carry their texts add ``sources``, tokenised ``references`` and ``groups`` in the order of the rows.
+    If rows have texts, the batch also has ``sources``, tokenised ``references`` and ``groups``, in the order of rows.
     """
     batch: dict[str, Any] = {
         "source": pad([row.source_ids for row in rows]),

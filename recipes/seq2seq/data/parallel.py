@@ -1,4 +1,4 @@
-"""Parallel text: two files per split, the same number of lines in both."""
+"""Parallel text: two files per split, with the same number of lines."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ SIDE = "{side}"
 
 
 def read_parallel(pattern: str | Path, sides: Sequence[str]) -> list[Example]:
-    """Line by line a source and a target; pairs with an empty line on one side are skipped.
+    """The pairs of lines of a source file and a target file; pairs with an empty line are skipped.
 
     Args:
-        pattern: A path with ``{side}`` in the place of what differs between the two files.
-        sides: What stands there for the source, and for the target.
+        pattern: A path with ``{side}`` where the names of the two files differ.
+        sides: The texts that replace ``{side}`` for the source, and for the target.
 
     Raises:
         FileNotFoundError: If a file is missing or cannot be read.
-        ValueError: If a file is not UTF-8, the two differ in their numbers of lines, or no pair is left.
+        ValueError: If a file is not UTF-8, the numbers of lines differ, or no pair is left.
     """
     paths = [str(pattern).replace(SIDE, side) for side in sides]
     source, target = ([line.strip() for line in read_lines(path)] for path in paths)
@@ -29,7 +29,7 @@ def read_parallel(pattern: str | Path, sides: Sequence[str]) -> list[Example]:
             f"parallel files must have the same number of lines, "
             f"got {len(source)} in {paths[0]} and {len(target)} in {paths[1]}"
         )
-    # A tab separates the fields of a source text.
+    # A tab in a source text would separate fields, so it is replaced.
     examples = [Example(" ".join(s.split("\t")), (t,)) for s, t in zip(source, target, strict=True) if s and t]
     if not examples:
         raise ValueError(f"{paths[0]} and {paths[1]} must hold at least one pair of lines, got none")

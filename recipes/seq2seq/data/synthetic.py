@@ -66,14 +66,14 @@ def make_sequences(
             whose value is the answer).
         length: Longest sequence in training, in tokens.
         factors: Lengths of the test sequences, as multiples of ``length``.
-        symbols: Different symbols, or values.
-        train: Training sequences.
-        val: Validation sequences.
-        test: Test sequences of each length.
-        seed: Chooses the sequences. It is not the seed of the run: runs with several seeds see the same data.
+        symbols: Number of different symbols, or of values.
+        train: Number of training sequences.
+        val: Number of validation sequences.
+        test: Number of test sequences of each length.
+        seed: Seed of the sequences. It is not the seed of the run: runs with different seeds use the same data.
 
     Raises:
-        TypeError: If a number is not whole.
+        TypeError: If a number is not an integer.
         ValueError: If a number is below 1 or the task is unknown.
 
     Example:

@@ -1,4 +1,4 @@
-"""Tab-separated files, one example a line, with columns in any order and a file for each language."""
+"""Tab-separated files: one example per line, columns in any order, one file per language."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_columns(columns: Sequence[str]) -> None:
 
 
 def input_fields(columns: Sequence[str], *, languages: bool = False) -> list[str]:
-    """The fields of a source text: what a model reads, in the order of the columns, the language first.
+    """The fields of a source text, as the model reads them: the language first, then in the order of the columns.
 
     Example:
         >>> input_fields(["source", "target", "features"], languages=True)
@@ -47,13 +47,13 @@ def read_examples(
     the official scores. Blank lines are skipped.
 
     Args:
-        path: The file; see :func:`read_lines` for what it may be.
-        columns: What its columns are, in their order: ``source``, ``target`` and perhaps ``features``.
-        language: Stands before the source of every example, and is its group.
+        path: The file, in a format of :func:`read_lines`.
+        columns: The names of its columns in order: ``source``, ``target`` and optionally ``features``.
+        language: Put before the source of every example, and used as its group.
 
     Raises:
         FileNotFoundError: If the file is missing or cannot be read.
-        ValueError: If it is not UTF-8, is empty, or a line has another number of columns or an empty one.
+        ValueError: If the file is not UTF-8 or is empty, or a line has another number of columns or an empty column.
     """
     examples = [
         _parse(line, columns, language, f"{path}:{number}")
@@ -93,11 +93,11 @@ def load_tsv(
     """Tab-separated files as the three splits.
 
     Args:
-        train: The training file. With ``languages`` it holds ``{language}`` in the place of the language.
-        val: The validation file, likewise.
-        test: The test file, likewise.
-        columns: What the columns are; see :func:`read_examples`.
-        languages: Languages to read, one file each in each split; ``"all"`` takes those with a training file.
+        train: The training file. With ``languages``, its path contains ``{language}``.
+        val: The validation file, in the same form.
+        test: The test file, in the same form.
+        columns: The names of the columns; see :func:`read_examples`.
+        languages: Languages to read, with one file per split each; ``"all"``: those with a training file.
 
     Raises:
         FileNotFoundError: If a file is missing, or a language has none.
@@ -130,7 +130,7 @@ def find_languages(pattern: str) -> list[str]:
         []
     """
     path = Path(pattern).expanduser()
-    # The placeholder may stand in the name of a folder too.
+    # The placeholder may also be in the name of a folder.
     place = next((index for index, part in enumerate(path.parts) if LANGUAGE in part), None)
     if place is None:
         return []

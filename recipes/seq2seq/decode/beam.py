@@ -20,28 +20,27 @@ def beam_search(
     length_penalty: float = 0.0,
     n_best: int = 1,
 ) -> list[list[Hypothesis]]:
-    r"""The best hypotheses of a search that keeps ``beam_size`` prefixes a step.
+    r"""The best hypotheses of a search that keeps ``beam_size`` prefixes per step.
 
     Hypotheses of length :math:`\ell`, the end-of-sequence token included, are ranked by
 
     .. math:: \frac{\log p}{\left((5 + \ell) / 6\right)^{\lambda}}, \qquad \lambda = \text{length\_penalty}
 
-    A step keeps the ``beam_size`` most probable extensions of a row's prefixes, none of probability zero; those that
-    end leave the beam. The search of a row ends when no prefix can become one of its ``n_best`` hypotheses. With
-    ``beam_size=1`` it is greedy decoding. A row's result does not depend on the other rows.
+    A step keeps the ``beam_size`` most probable extensions of a row's prefixes, if their probability is not zero;
+    extensions that end leave the beam. The search of a row stops when no prefix can become one of its ``n_best``
+    hypotheses. ``beam_size=1`` is greedy decoding. The result of a row does not depend on the other rows.
 
     Args:
-        model: One model, or several whose probabilities are averaged. Each module is left in the mode it was in.
+        model: One model, or several whose probabilities are averaged. The mode of each module is not changed.
         source: (N, S) token ids, 0 = padding.
         beam_size: Prefixes kept per row, at least 1.
-        max_length: Tokens of a hypothesis at most, the end-of-sequence token not counted; at least 1.
+        max_length: Most tokens of a hypothesis, without the end-of-sequence token; at least 1.
         length_penalty: 0 ranks by probability; larger values favour longer hypotheses.
-        n_best: Hypotheses returned per row at most, from 1 to ``beam_size``.
+        n_best: Most hypotheses returned per row, from 1 to ``beam_size``.
 
     Returns:
-        For each row its hypotheses, best first: at least one, and fewer than ``n_best`` where the others have
-        probability zero or left the beam. Only a row in which no hypothesis has ended after ``max_length`` tokens gets
-        unfinished ones.
+        The hypotheses of each row, best first: at least one, and fewer than ``n_best`` if the others have probability
+        zero or left the beam. A row gets unfinished hypotheses only if none has ended after ``max_length`` tokens.
 
     Raises:
         ValueError: An argument outside its range.
@@ -95,7 +94,7 @@ def _search(
         if length == max_length:
             _note_cut(found, word, total, tokens)
             break
-        # No extension is more probable, so this is the best score that a prefix can come to.
+        # No extension is more probable than its prefix, so this is the best score that a prefix can reach.
         farthest = max_length + 1 if length_penalty > 0 else length + 2
         can_win = new_total / penalty(farthest) > to_beat[word[row], -1]
         keep = ~ends & can_win
@@ -111,10 +110,10 @@ def _search(
 def _best_extensions(
     word: Tensor, total: Tensor, after: Tensor, words: int, beam_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, token and log-probability of the ``beam_size`` best extensions of every word, none of probability zero."""
+    """Row, token and log-probability of the ``beam_size`` best extensions of every word with non-zero probability."""
     best, token = after.topk(min(beam_size, after.shape[1]), -1)
     candidates = total[:, None] + best
-    # Rows of a word are neighbours: the position of a row among them is its slot in a table with a line per word.
+    # Rows of a word are consecutive. The position of a row within its word is its column in a table with words as rows.
     first = torch.searchsorted(word, word)
     slot = torch.arange(len(word), device=word.device) - first
     table = total.new_full((words, beam_size, best.shape[1]), -math.inf)
@@ -129,7 +128,7 @@ def _best_extensions(
 
 
 def _merge(to_beat: Tensor, word: Tensor, scores: Tensor) -> Tensor:
-    """The n best scores of every word, with new ones."""
+    """The n best scores of every word, after new scores were added."""
     if len(word) == 0:
         return to_beat
     slot = torch.arange(len(word), device=word.device) - torch.searchsorted(word, word)
@@ -147,7 +146,7 @@ def _note(
 
 
 def _note_cut(found: list[list[tuple[float, Hypothesis]]], word: Tensor, total: Tensor, tokens: Tensor) -> None:
-    """Prefixes of ``max_length`` tokens, for words in which no hypothesis has ended."""
+    """Adds prefixes of ``max_length`` tokens as hypotheses, for words in which no hypothesis has ended."""
     empty = {index for index in word.tolist() if not found[index]}
     for index, log_probability, ids in zip(word.tolist(), total.tolist(), tokens.tolist(), strict=True):
         if index in empty:

@@ -1,4 +1,4 @@
-"""A way of decoding, as a configuration chooses it."""
+"""The decoding methods that a configuration can choose."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .exact import exact_search
 from .greedy import greedy_decode
 from .prefixes import Hypothesis, Models
 
-#: Names of the ways of decoding.
+#: Names of the decoding methods.
 DECODINGS = ("greedy", "beam", "exact")
 
 
@@ -24,10 +24,10 @@ class Decoding:
 
     Args:
         name: "greedy", "beam" or "exact".
-        beam_size: Of "beam", and of the beam search that "exact" is compared with.
-        length_penalty: Of "beam".
-        n_best: Hypotheses of an input, of "beam".
-        budget: Expansions of an input at most, of "exact".
+        beam_size: Beam size of "beam", and of the beam search with which "exact" is compared.
+        length_penalty: Length penalty of "beam".
+        n_best: Hypotheses per input, for "beam".
+        budget: Most expansions per input, for "exact".
 
     Raises:
         ValueError: A setting outside its range.

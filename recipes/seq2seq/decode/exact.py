@@ -1,4 +1,4 @@
-"""Exact search: the most probable hypothesis of a model, with a proof where the budget allows one."""
+"""Exact search: the most probable hypothesis of a model, with a proof if the budget allows one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from ..tokenizer import EOS
 from .prefixes import Hypothesis, Models, Sources, as_models, evaluating
 
-# Words searched side by side, and positions (prefixes times tokens) the model computes at once: they bound memory.
+# Limits of memory: words that are searched at the same time, and positions (prefixes × tokens) of one model call.
 WORDS, POSITIONS = 64, 8192
-# A word expands one prefix more at a time for every so many expansions before, up to the limit: the share of
-# expansions that one prefix at a time would have spared stays below 1 in 16.
+# The number of prefixes that a word expands at once grows by one after every GROWTH expansions, up to WIDEST. Compared
+# with one prefix at a time, this costs less than 1 in 16 additional expansions.
 GROWTH, WIDEST = 16, 64
 
 
@@ -25,12 +25,12 @@ class ExactHypothesis(Hypothesis):
     """The best hypothesis that an exact search has seen.
 
     Attributes:
-        proved: Whether no hypothesis of ``max_length`` tokens at most is more probable; False: the budget was reached.
+        proved: Whether no hypothesis of at most ``max_length`` tokens is more probable; False: the budget was reached.
         expansions: Prefixes whose next tokens were computed.
         mass: Probability of all finished hypotheses that were seen.
         single: Whether no other hypothesis is possible.
-        empty_log_probability: That of the empty hypothesis; ``-inf`` where it is impossible.
-        empty_rank: 1 plus the number of hypotheses that were seen and are more probable than the empty one.
+        empty_log_probability: Log-probability of the empty hypothesis; ``-inf`` if it is impossible.
+        empty_rank: 1 plus the number of seen hypotheses that are more probable than the empty one.
     """
 
     proved: bool = False
@@ -44,18 +44,19 @@ class ExactHypothesis(Hypothesis):
 def exact_search(model: Models, source: Tensor, *, budget: int, max_length: int) -> list[ExactHypothesis]:
     """The most probable hypothesis of every row.
 
-    A greedy dive gives a first hypothesis; then the most probable open prefix is expanded, best first. A prefix is cut
-    as soon as it is no more probable than the best finished hypothesis, since no continuation can be (Stahlberg &
-    Byrne 2019, who go depth-first). The search ends when no prefix is left: the hypothesis is then proved.
+    Greedy decoding gives a first hypothesis; then the search always expands the most probable open prefix. A prefix is
+    removed as soon as it is not more probable than the best finished hypothesis, since no continuation can be more
+    probable than its prefix (Stahlberg & Byrne 2019, with depth-first search). The search ends when no prefix is left:
+    then the hypothesis is proved.
 
     Args:
-        model: One model, or several whose probabilities are averaged. Each module is left in the mode it was in.
+        model: One model, or several whose probabilities are averaged. The mode of each module is not changed.
         source: (N, S) token ids, 0 = padding.
-        budget: Expansions of a row at most, at least 1.
-        max_length: Tokens of a hypothesis at most, the end-of-sequence token not counted; at least 1.
+        budget: Most expansions per row, at least 1.
+        max_length: Most tokens of a hypothesis, without the end-of-sequence token; at least 1.
 
     Returns:
-        One hypothesis per row. Its probability is above zero; if no finished one was seen, it is an unfinished prefix.
+        One hypothesis per row, with a probability above zero; an unfinished prefix if no finished hypothesis was seen.
 
     Raises:
         ValueError: ``budget`` or ``max_length`` is below 1.
@@ -95,7 +96,7 @@ def exact_search(model: Models, source: Tensor, *, budget: int, max_length: int)
 
 @dataclass(frozen=True, order=True)
 class _Prefix:
-    """Tokens of negated log-probability ``cost``: the least cost comes first in a heap."""
+    """Tokens and their negated log-probability ``cost``; the prefix with the lowest cost is the first in a heap."""
 
     cost: float
     tokens: tuple[int, ...]
@@ -110,7 +111,7 @@ class _Search:
         self.open: list[_Prefix] = []
         self.dive: _Prefix | None = _Prefix(0.0, ())
         self.best: _Prefix | None = None
-        self.cut: _Prefix = _Prefix(0.0, ())  # where the dive ended, for want of a finished hypothesis
+        self.cut: _Prefix = _Prefix(0.0, ())  # end of the greedy part, the result if no hypothesis has finished
         self.expansions = 0
         self.finished: list[float] = []  # log-probabilities
         self.empty_log_probability = -math.inf
@@ -127,7 +128,7 @@ class _Search:
         return chosen
 
     def expand(self, prefix: _Prefix, after: Tensor) -> None:
-        """Takes in the log-probabilities (V,) of the token after a prefix."""
+        """Adds the continuations of a prefix, from the log-probabilities (V,) of the next token."""
         self.expansions += 1
         self.single &= int((after > -math.inf).sum()) == 1
         if (ending := float(after[EOS])) > -math.inf:
@@ -178,7 +179,7 @@ class _Search:
 
 
 def _parts(asked: Sequence[tuple[int, _Prefix]]) -> Iterator[list[tuple[int, _Prefix]]]:
-    """Prefixes of like length together, as many as the model may compute at once."""
+    """Groups of prefixes of similar length, each as large as the model may compute at once."""
     part: list[tuple[int, _Prefix]] = []
     for row, prefix in sorted(asked, key=lambda one: len(one[1].tokens)):
         if part and (len(part) + 1) * (len(prefix.tokens) + 1) > POSITIONS:

@@ -1,4 +1,4 @@
-"""Greedy decoding of a batch, one token a step, with cached keys and values."""
+"""Greedy decoding of a batch, one token per step, with cached keys and values."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def greedy_decode(model: Models, source: Tensor, *, max_length: int) -> list[lis
     """The most probable next token at every step, until the end-of-sequence token or ``max_length`` tokens.
 
     Args:
-        model: One model, or several whose probabilities are averaged. Each module is left in the mode (train or eval)
-            it was in; decoding itself is done in eval mode.
+        model: One model, or several whose probabilities are averaged. Decoding runs in eval mode; afterwards each
+            module has its earlier mode again.
         source: (N, S) token ids, 0 = padding.
-        max_length: Tokens at most, at least 1.
+        max_length: Most tokens per output, at least 1.
 
     Returns:
         One list of target ids per row, without special tokens.
@@ -35,7 +35,7 @@ def greedy_decode(model: Models, source: Tensor, *, max_length: int) -> list[lis
     models = as_models(model)
     with evaluating(models):
         prefixes = Prefixes(models, source)
-        rows = torch.arange(len(source), device=source.device)  # the rows still being written
+        rows = torch.arange(len(source), device=source.device)  # the unfinished rows
         token = torch.full((len(source),), BOS, device=source.device)
         output = torch.full((len(source), max_length), EOS, device=source.device)
         for step in range(max_length):

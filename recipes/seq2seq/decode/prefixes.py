@@ -25,9 +25,9 @@ class Hypothesis:
 
     Attributes:
         tokens: Target ids without special tokens.
-        log_probability: Natural logarithm of its probability, that of the end-of-sequence token included.
-        finished: False if the hypothesis was cut off at ``max_length`` and cannot end there: its probability is then
-            that of the tokens alone.
+        log_probability: Natural logarithm of its probability, including the end-of-sequence token.
+        finished: False if the hypothesis was cut at ``max_length`` and cannot end there: its probability then includes
+            only the tokens.
     """
 
     tokens: list[int]
@@ -39,7 +39,7 @@ def as_models(models: Models) -> list[Seq2SeqTransformer]:
     """The members of an ensemble, or the one model.
 
     Raises:
-        ValueError: There is no model, or two differ in the size of a vocabulary.
+        ValueError: There is no model, or two models have vocabularies of different sizes.
     """
     members = [models] if isinstance(models, Seq2SeqTransformer) else list(models)
     if not members:
@@ -54,7 +54,7 @@ def as_models(models: Models) -> list[Seq2SeqTransformer]:
 
 @contextmanager
 def evaluating(models: Sequence[Seq2SeqTransformer]) -> Iterator[None]:
-    """Evaluation mode without gradients; every module is left in the mode it was in."""
+    """Evaluation mode without gradients; at the end, every module has its earlier mode again."""
     modes = {module: module.training for model in models for module in model.modules()}
     for model in models:
         model.eval()
@@ -67,7 +67,7 @@ def evaluating(models: Sequence[Seq2SeqTransformer]) -> Iterator[None]:
 
 
 class Prefixes:
-    """A batch of prefixes that all grow by one token a step, with cached keys and values.
+    """A batch of prefixes that all grow by one token per step, with cached keys and values.
 
     Args:
         models: One model, or several whose probabilities are averaged.
@@ -81,7 +81,7 @@ class Prefixes:
         self.caches = [model.new_caches() for model in models]
 
     def step(self, token: Tensor) -> Tensor:
-        """Appends a token (N,) to every prefix; log-probabilities (N, V) of the token after it."""
+        """Appends a token (N,) to every prefix, and returns log-probabilities (N, V) of the next token."""
         parts = []
         for model, memory, caches in zip(self.models, self.memories, self.caches, strict=True):
             logits = model.decode(token[:, None], memory, self.padding, caches)[:, -1]
@@ -126,7 +126,7 @@ class Sources:
 
 
 def mean_log_probabilities(parts: Sequence[Tensor]) -> Tensor:
-    """Logarithm of the mean of the probabilities; the one tensor itself if there is but one."""
+    """Logarithm of the mean of the probabilities; a single tensor is returned unchanged."""
     if len(parts) == 1:
         return parts[0]
     mean: Tensor = torch.stack(list(parts)).logsumexp(0) - math.log(len(parts))

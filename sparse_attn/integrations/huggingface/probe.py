@@ -1,4 +1,4 @@
-"""Attention of a transformers model with other mappings for a while; the model is not changed."""
+"""Temporary replacement of the mappings in a transformers model's attention; the model is not changed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def probed_heads(model: PreTrainedModel) -> dict[str, int]:
 
 @contextmanager
 def probed(model: PreTrainedModel, probes: Mapping[str, Probe]) -> Iterator[None]:
-    """Within the context, the named attention modules map their scores by their probes."""
+    """Within the context, each named attention module maps its scores with its probe."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     of_module = {model.get_submodule(name): probe for name, probe in probes.items()}

@@ -4,7 +4,7 @@
 
 #include "lanes.h"
 
-/* A sum that is exact to rounding for any number of terms: the rounding errors of the additions are kept. */
+/* A sum that is exact up to one rounding for any number of terms, since the errors of the additions are summed too. */
 typedef struct {
     lanes sum, lost;
 } tally;

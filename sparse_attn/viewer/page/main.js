@@ -94,7 +94,7 @@ function start() {
   if (data.leftOut) {
     const { entries, total, below } = data.leftOut;
     showNotice(
-      `Of ${total.toLocaleString("en")} weights that are not zero this page holds the ${(total - entries).toLocaleString("en")} largest; ` +
+      `Of ${total.toLocaleString("en")} weights that are not zero, this page contains the ${(total - entries).toLocaleString("en")} largest; ` +
         `those below ${below.toPrecision(2)} are left out. The numbers of each head are of all weights.`,
     );
   }

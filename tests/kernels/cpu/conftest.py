@@ -1,4 +1,4 @@
-"""The compiled variants of the C kernels, of which every test runs each."""
+"""A parameter with all compiled variants of the C kernels, with which every test runs."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ ALPHAS = [0.5, 0.9, 1.0, 1.0001, 1.001, 1.01, 1.1, 1.25, 1.5, 1.75, 1.99, 2.0, 2
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_probabilities_are_those_of_the_reference(alpha, variant):
+def test_probabilities_equal_the_reference(alpha, variant):
     a = alpha - 1
     bound, double_bound = (4e-7 if alpha < 1 else 2e-7), 1e-13
-    if alpha > 2:  # where an entry enters the support, p = w^(1/a) of a w that is right to the last bit of 1
+    if alpha > 2:  # near the edge of the support, p = w^(1/a), where w has an error of the last bit of 1
         double_bound = 2 * torch.finfo(torch.float64).eps ** (1 / a)
         bound += double_bound
     for size, scale in itertools.product(SIZES, [0.01, 1.0, 10.0, 100.0]):
@@ -24,7 +24,7 @@ def test_probabilities_are_those_of_the_reference(alpha, variant):
         x[0] = x[0, 0]  # ties
         for given in (a, torch.full((3, 1), a)):
             p = forward(x, given, variant=variant)
-            number = given if isinstance(given, float) else float(given[0])  # rounded to float32 by the tensor
+            number = given if isinstance(given, float) else float(given[0])  # the tensor rounds α to float32
             assert (p - exact(x, number)).abs().max() <= bound, (size, scale)
             assert (p.double().sum(-1) - 1).abs().max() <= 3e-7
         double = forward(x.double(), a, variant=variant)
@@ -42,8 +42,8 @@ def test_long_rows(alpha, variant):
 
 
 @pytest.mark.parametrize("alpha", [1.05, 1.1, 1.3, 1.49, 1.5, 1.75, 2.0])
-def test_rows_of_few_levels(alpha, variant):
-    # Many entries leave the support at once, some of them at 1 / (α - 1) below the largest to the last bit.
+def test_rows_with_few_distinct_scores(alpha, variant):
+    # Many entries leave the support at once. Some are exactly 1 / (α - 1) below the largest, up to the last bit.
     counts = torch.tensor(list(itertools.product([1, 2], range(0, 120, 3), [0, 1, 5, 30, 60, 100])))
     top, second, _ = starts = counts.cumsum(-1).split(1, -1)
     place = torch.arange(255)
@@ -65,8 +65,8 @@ def test_a_score_of_minus_zero_on_the_edge_of_the_support(alpha, variant):
 
 
 @pytest.mark.parametrize("alpha", [1.3, 1.5, 1.75])
-def test_entries_that_the_first_bound_leaves_out_have_no_weight(alpha):
-    # A bound from a part of the row decides; one that is too high in one row of 2,500 shows here.
+def test_entries_below_the_first_bound_have_no_weight(alpha):
+    # A bound from a part of the row selects the entries. A bound that is too high in 1 of 2,500 rows is detected here.
     x = torch.randn(15_000, 512)
     expected = exact(x, alpha - 1)
     assert (forward(x, alpha - 1) - expected).abs().max() <= 2e-7
@@ -75,7 +75,7 @@ def test_entries_that_the_first_bound_leaves_out_have_no_weight(alpha):
 
 @pytest.mark.parametrize("alpha", [1.0001, 1.05, 1.2, 1.45])
 def test_long_rows_whose_first_sample_differs_from_the_rest(alpha, variant):
-    # The kernels look at 16 entries in 128 first.
+    # The kernels first read 16 of every 128 entries.
     seen = torch.arange(4099) % 128 < 16
     flat, x = torch.zeros(4099), torch.randn(4099)
     rows_of = [
@@ -93,7 +93,7 @@ def test_long_rows_whose_first_sample_differs_from_the_rest(alpha, variant):
 
 
 @pytest.mark.parametrize("alpha", [1.1, 1.3, 1.4, 1.45, 1.49, 1.5, 1.55, 1.75, 2.0])
-def test_one_score_above_many_at_the_edge_of_the_support(alpha, variant):
+def test_one_large_score_and_many_at_the_edge_of_the_support(alpha, variant):
     a = alpha - 1
     for size, spread in itertools.product((50, 900, 5000), (0, 1e-6, 1e-3, 1e-2)):
         x = torch.randn(19, size) * spread
@@ -107,7 +107,7 @@ def test_small_probabilities_keep_their_digits(alpha, variant):
     for size in (7, 64, 515, 4099):
         x = torch.randn(5, size)
         p, expected = forward(x, a, variant=variant), exact(x, a)
-        # A rounding of a score moves p = w^(1/a), w = 1 + a (z - σ), by 1 / w, and one of its logarithm by that.
+        # A rounding error of a score changes p = w^(1/a), w = 1 + a (z - σ), by 1 / w times as much, relative to p.
         w, shown = expected.pow(a), expected > 1e-30
         roundings = x.abs().amax() / w + expected.clamp(min=1e-30).log().abs() + 1
         error = (p - expected).abs() / expected

@@ -16,7 +16,7 @@ ALPHAS = [0.5, 0.9, 1.0, 1.0001, 1.001, 1.01, 1.1, 1.25, 1.5, 1.75, 1.99, 2.0, 2
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_gradients_are_those_of_the_reference(alpha, variant):
+def test_gradients_equal_the_reference(alpha, variant):
     a = alpha - 1
     for size, scale in itertools.product(SIZES, [0.1, 3.0]):
         x, grad = torch.randn(3, size) * scale, torch.randn(3, size) + 5
@@ -37,11 +37,11 @@ def test_gradients_are_those_of_the_reference(alpha, variant):
 @pytest.mark.parametrize("alpha", [0.9, 1.0, 1.0001, 1.3, 1.5, 1.9])
 def test_gradients_of_nearly_one_hot_rows_keep_their_digits(alpha, variant):
     a = alpha - 1
-    rest = torch.logspace(-9, -2, 43)[:, None]  # what the largest entry leaves to the others
+    rest = torch.logspace(-9, -2, 43)[:, None]  # the sum of all entries but the largest
     p = torch.cat([1 - rest, rest * torch.tensor([0.5, 0.3, 0.2])], -1).repeat(3, 1)
     grad = torch.randn(len(p), 4)
     expected, expected_a = exact_gradients(p, a, grad)
-    for size in (4, 4096):  # packed, and as it is
+    for size in (4, 4096):  # packed rows, and rows that are read in place
         wide, wide_grad = (torch.nn.functional.pad(x, (0, size - 4)) for x in (p, grad))
         for with_alpha in (False, True):
             grad_scores, grad_a = rows.entmax_backward(wide, a, wide_grad, with_alpha, variant=variant)

@@ -25,7 +25,7 @@ def test_results_do_not_depend_on_threads():
         torch.set_num_threads(3)
         assert "3 threads" in rows.status()[1]
         together = forward(x, a), *rows.entmax_backward(forward(x, a), a, grad, True)
-        with ThreadPoolExecutor(4) as pool:  # ctypes lets go of the interpreter's lock
+        with ThreadPoolExecutor(4) as pool:  # ctypes releases the interpreter lock
             others = list(pool.map(lambda _: forward(x, a), range(8)))
     finally:
         torch.set_num_threads(1)
@@ -57,7 +57,7 @@ def test_variants_and_status():
         forward(torch.randn(3), 1.0, variant="mmx")
 
 
-def test_memory_that_runs_out_is_an_error(monkeypatch):
+def test_not_enough_memory_raises_an_error(monkeypatch):
     out_of_memory = rows.library()._replace(forward=lambda *_: 1, backward=lambda *_: 1)
     monkeypatch.setattr(rows, "_load", lambda: out_of_memory)
     with pytest.raises(MemoryError):

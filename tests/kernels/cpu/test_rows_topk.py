@@ -1,4 +1,4 @@
-"""The row kernels in C over the k largest scores alone."""
+"""The row kernels in C over only the k largest scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = needs_library
 
 
 @pytest.mark.parametrize("a", [0.0, 0.5, 1.0, 0.3, 2.0])
-def test_top_k_equals_the_naive_one(a, variant):
+def test_top_k_equals_a_naive_implementation(a, variant):
     for size, dtype in itertools.product(SIZES, [torch.float32, torch.float64]):
         x = torch.randn(4, size, dtype=dtype)
         x[1] = x[1].round()  # ties

@@ -1,4 +1,4 @@
-"""Attention over blocks of queries gives what one large matrix gives, gradients included."""
+"""Attention over blocks of queries equals attention with one large matrix, including gradients."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tensors(queries: int, keys: int, dtype: torch.dtype, kv_heads: int = 3) -> t
 @pytest.mark.parametrize(("queries", "keys"), [(37, 41), (41, 13), (11, 11), (1, 23)])
 @pytest.mark.parametrize("mask", [None, "causal", "boolean", "float", "one for each head"])
 @pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0, "per head", "top-k"])
-def test_is_one_large_matrix(alpha, mask, queries, keys, dtype, monkeypatch):
+def test_blocks_equal_one_large_matrix(alpha, mask, queries, keys, dtype, monkeypatch):
     attn_mask = {
         "boolean": torch.rand(2, 1, queries, keys) > 0.3,
         "float": torch.randn(queries, keys, dtype=dtype),
@@ -99,7 +99,7 @@ def test_dropout_drops_its_share_and_scales_the_rest(monkeypatch):
     assert (entmax_attention(query, key, ones, 1.0, dropout_p=1.0) == 0).all()
 
 
-def test_causal_blocks_do_not_look_at_later_keys(monkeypatch):
+def test_causal_blocks_do_not_use_later_keys(monkeypatch):
     monkeypatch.setattr(ops, "_LARGE", 1)
     seen = []
     scores = blocks._scores
@@ -109,10 +109,10 @@ def test_causal_blocks_do_not_look_at_later_keys(monkeypatch):
     assert sorted({x.shape[-1] for x, _ in seen}) == [11, 22, 33, 37]
 
 
-@pytest.mark.filterwarnings("ignore:Lower right causal bias:UserWarning")  # of torch, for queries without keys
+@pytest.mark.filterwarnings("ignore:Lower right causal bias:UserWarning")  # a warning of torch for queries without keys
 @pytest.mark.parametrize(("queries", "keys"), [(37, 41), (41, 13), (1, 23), (13, 2)])
 @pytest.mark.parametrize("bias", [causal_lower_right, causal_upper_left])
-def test_a_described_causal_mask_is_no_tensor(bias, queries, keys, monkeypatch):
+def test_a_causal_bias_of_torch_is_not_converted_to_a_tensor(bias, queries, keys, monkeypatch):
     seen = []
     attend = ops.blockwise_attention
     monkeypatch.setattr(ops, "blockwise_attention", lambda *args: seen.append(args) or attend(*args))
@@ -121,7 +121,7 @@ def test_a_described_causal_mask_is_no_tensor(bias, queries, keys, monkeypatch):
     assert seen[0][4] is None and seen[0][5].offset == (keys - queries if bias is causal_lower_right else 0)
 
 
-def test_a_mask_that_is_learnt_and_transforms_keep_their_gradients(monkeypatch):
+def test_gradients_of_a_learnt_mask_and_under_transforms(monkeypatch):
     monkeypatch.setattr(ops, "_LARGE", 1)
     query, key, value = tensors(13, 17, torch.float64)
     mask = torch.zeros(13, 17, dtype=torch.float64, requires_grad=True)
@@ -131,7 +131,7 @@ def test_a_mask_that_is_learnt_and_transforms_keep_their_gradients(monkeypatch):
     torch.testing.assert_close(mapped, entmax_attention(query, key, value))
 
 
-def test_wrong_input_is_named(monkeypatch):
+def test_invalid_input_raises_an_error(monkeypatch):
     monkeypatch.setattr(ops, "_LARGE", 1)
     query, key, value = tensors(13, 17, torch.float32)
     with pytest.raises(ValueError, match=r"alpha must be in \(0, inf\), got -1"):

@@ -1,4 +1,4 @@
-"""The three routes to α-entmax: the autograd function, the custom operator, the plain operations."""
+"""The three forms of α-entmax: the autograd function, the custom operator, the plain operations."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ LOWEST = torch.finfo(torch.float32).min
 ALPHAS = torch.tensor([[0.7], [1.0], [1.0001], [1.5], [2.0], [2.7]])
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch's own, while it checks
+@pytest.mark.filterwarnings("ignore")  # warnings of torch's check itself
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-def test_the_custom_operator_is_well_behaved(dtype, per_row, grad):
+def test_the_custom_operator_passes_opcheck(dtype, per_row, grad):
     x = torch.randn(6, 5, dtype=dtype, requires_grad=grad)
     alpha = ALPHAS.to(dtype).requires_grad_(grad) if per_row else None
     torch.library.opcheck(_entmax, (x, alpha, 0.3, LOWEST))
@@ -37,7 +37,7 @@ def test_the_custom_operator_differentiates_like_the_autograd_function():
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.0001, 1.3, 1.5, 2.0, 2.5, 4.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_plain_operations_give_the_solvers_result(alpha, dtype):
+def test_plain_operations_equal_the_solver(alpha, dtype):
     for size in (1, 2, 7, 129, 1021):
         x = (
             torch.randn(7, size, dtype=dtype)
@@ -51,7 +51,7 @@ def test_plain_operations_give_the_solvers_result(alpha, dtype):
             assert torch.equal(got == 0, expected == 0) or alpha > 2
 
 
-def test_plain_operations_differentiate_right_close_to_softmax():
+def test_plain_operations_have_correct_derivatives_close_to_softmax():
     x = torch.randn(5, 7)
     upstream = torch.randn(5, 7)
     for alpha in (1.0, 1.0 + 1e-6, 1.0001, 1.01):

@@ -1,4 +1,4 @@
-"""Attention in C gives what one matrix of scores in float64 gives, gradients included."""
+"""Attention in C equals attention with one matrix of scores in float64, including gradients."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch
 
 
 def run(attend, inputs: list[Tensor]) -> list[Tensor]:
-    """The output and the gradients of all inputs, of an upstream gradient that depends on the shape alone."""
+    """The output and the gradients of all inputs, for an upstream gradient that depends only on the shape."""
     output = attend(*inputs)
     upstream = torch.linspace(-9, 9, output.numel(), dtype=torch.float64).sin().view(output.shape).to(output.dtype)
     return [output, *torch.autograd.grad(output, inputs, upstream)]
 
 
 def compare(attend, inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Both ways; a difference is a share of the largest number."""
+    """Compare both implementations; a difference is relative to the largest entry."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     wide = [x.detach().double().requires_grad_() for x in inputs]
     calls = []
@@ -81,7 +81,7 @@ def masks(queries: int, keys: int) -> dict[str, Tensor | None]:
 @pytest.mark.parametrize(("queries", "keys"), [(61, 67), (67, 13), (1, 1), (3, 131), (29, 331)])
 @pytest.mark.parametrize("mask", list(masks(2, 2)))
 @pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0, "per head", "top-k"])
-def test_is_one_matrix(alpha, mask, queries, keys, dtype, monkeypatch):
+def test_native_attention_equals_one_matrix(alpha, mask, queries, keys, dtype, monkeypatch):
     inputs = tensors(dtype, queries, keys)
     attn_mask = masks(queries, keys)[mask]
     if attn_mask is not None and attn_mask.is_floating_point():
@@ -114,14 +114,14 @@ def test_every_variant_and_head_size(sizes, dtype, variant, monkeypatch):
 
 
 @pytest.mark.parametrize("alpha", [0.6, 1 + 1e-9, 1.001, 1.95, 3.0])
-def test_alpha_of_every_kind(alpha, monkeypatch):
+def test_every_kind_of_alpha(alpha, monkeypatch):
     inputs = [*tensors(torch.float32), torch.tensor(alpha, dtype=torch.float64)]
     with monkeypatch.context() as patch:
         patch.setitem(BOUNDS, torch.float32, 3e-4 if alpha > 2 else 1e-4)
         compare(lambda q, k, v, a: entmax_attention(q, k, v, a), inputs, monkeypatch)
 
 
-def test_weights_that_do_not_fit_into_what_is_kept_are_made_again(monkeypatch):
+def test_weights_beyond_the_kept_memory_are_recomputed(monkeypatch):
     inputs = [x / 10 for x in tensors(torch.float32, 53, 401)]  # flat rows: all keys have weight
     for attend in (entmax_attention, lambda *qkv: entmax_attention(*qkv, 2.0, is_causal=True)):
         compare(attend, inputs, monkeypatch)
@@ -130,7 +130,7 @@ def test_weights_that_do_not_fit_into_what_is_kept_are_made_again(monkeypatch):
 @pytest.mark.parametrize("left", [None, 0, 11])
 @pytest.mark.parametrize("offset", [None, -7, 0, 5, 100])
 @pytest.mark.parametrize("keys", [37, 301])
-def test_bounds_are_masks(keys, offset, left, monkeypatch):
+def test_causal_offset_and_window_equal_masks(keys, offset, left, monkeypatch):
     query, key, value = (x.requires_grad_() for x in tensors(torch.float64, 61, keys))
     i, j = torch.arange(61)[:, None], torch.arange(keys)
     seen = torch.ones(61, keys, dtype=torch.bool)
@@ -182,7 +182,7 @@ def test_nan_in_padding_changes_nothing(queries, keys, alpha):
 
 
 @pytest.mark.parametrize("keys", [29, 307])
-def test_a_query_without_visible_keys_gets_zeros_and_a_query_of_nan_gets_nan(keys):
+def test_a_query_without_visible_keys_gets_zeros_and_a_nan_query_gets_nan(keys):
     query, key, value = (x.requires_grad_() for x in tensors(torch.float32, 23, keys))
     for mask in (torch.zeros(23, keys, dtype=torch.bool), torch.full((keys,), torch.finfo(torch.float32).min)):
         for x in run(lambda *qkv, mask=mask: entmax_attention(*qkv, attn_mask=mask), [query, key, value]):
@@ -199,13 +199,13 @@ def test_a_query_without_visible_keys_gets_zeros_and_a_query_of_nan_gets_nan(key
     assert entmax_attention(spoilt, spoilt_key, value)[0, 1, 5].isnan().all()  # a score of +inf
 
 
-def test_ties_of_the_best_keys_go_to_the_first():
+def test_ties_go_to_the_first_keys():
     query, key = torch.zeros(1, 1, 19, 5), torch.randn(1, 1, 300, 5)
     value = torch.eye(300)[None, None]
     assert (topk_attention(query, key, value, 7)[..., :7] == 1 / 7).all()
 
 
-def test_dropout_is_that_of_the_plain_path_and_of_its_backward():
+def test_dropout_agrees_with_the_plain_path_and_the_backward():
     inputs = [x.requires_grad_() for x in tensors(torch.float64, 31, 300)]
     seed, setting = torch.tensor(12345), Setting(0.5, 0.3, 0.4, None)
     plain = run(lambda *qkv: plain_attention(*qkv, seed=seed, setting=setting), inputs)
@@ -255,7 +255,7 @@ def test_derivatives_of_first_and_second_order():
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_the_operator_is_one(training):
+def test_the_operator_passes_opcheck(training):
     tensors_ = [x.requires_grad_(training) for x in tensors(torch.float32, 11, 13)]
     alpha = torch.tensor([1.2, 1.5, 2.0], requires_grad=training)
     numbers = (0.0, 0.4, 0.0, None, None, None)
@@ -312,7 +312,7 @@ def test_vmap_and_batched_gradients():
             torch.testing.assert_close(got[i], wanted)
 
 
-def test_autocast_is_that_of_torchs_function():
+def test_autocast_works_as_for_torchs_function():
     query, key, value = tensors(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert entmax_attention(query, key, value).dtype == torch.bfloat16
@@ -320,7 +320,7 @@ def test_autocast_is_that_of_torchs_function():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_after_a_fork():
+def test_attention_works_after_a_fork():
     inputs = tensors(torch.float32)
     expected = entmax_attention(*inputs)
     child = os.fork()
@@ -341,7 +341,7 @@ def test_calls_from_several_threads():
     assert len(results) == 4 and all(torch.equal(x, expected) for x in results)
 
 
-def test_wrong_input_is_named():
+def test_invalid_input_raises_an_error():
     query, key, value = tensors(torch.float32)
     with pytest.raises(ValueError, match=r"alpha must be in \(0, inf\), got -1"):
         entmax_attention(query, key, value, alpha=torch.tensor([1.5, -1.0, 2.0]))

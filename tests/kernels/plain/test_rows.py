@@ -1,4 +1,4 @@
-"""The fall-back gives what the reference gives, in fewer operations."""
+"""The plain torch backend equals the reference."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_long_rows(alpha, scale):
     torch.testing.assert_close(torch_rows.entmax_forward(x, a, LOWEST).double(), exact, atol=3e-7, rtol=1e-6)
 
 
-def test_rows_with_little_weight_are_shortened(monkeypatch):
+def test_rows_with_few_nonzero_weights_are_shortened(monkeypatch):
     monkeypatch.setattr(torch_rows, "_LONG", 1000)
     seen = []
     plain = torch_rows._write
@@ -86,7 +86,7 @@ def test_gradients(alpha, with_alpha, dtype):
 
 
 @pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0, "between 1 and 2"])
-def test_one_undefined_row_leaves_the_others_alone(alpha):
+def test_one_undefined_row_does_not_change_the_others(alpha):
     x, a = rows(257), shifts(alpha)
     clean = torch_rows.entmax_forward(x, a, LOWEST)
     x[0, 0, 11], x[1, 2, 256] = math.nan, math.inf
@@ -97,7 +97,7 @@ def test_one_undefined_row_leaves_the_others_alone(alpha):
 
 
 @pytest.mark.parametrize("alpha", [1.0001, 1.3, 1.5, 2.0])
-def test_masked_keys_have_no_weight_however_close(alpha):
+def test_masked_keys_have_no_weight_for_any_score(alpha):
     x = torch.randn(5, 300).sub_(1000.0)
     x[:, ::3] = -1003.0
     got = torch_rows.entmax_forward(x, alpha - 1, lowest=-1003.0)
@@ -108,7 +108,7 @@ def test_masked_keys_have_no_weight_however_close(alpha):
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("a", [0.0, 0.5, 1.0])
-def test_largest(a, ties):
+def test_the_largest_entry_of_a_row(a, ties):
     x = rows(31).round() if ties else rows(31)
     expected = reference.topk_entmax_forward(x, 5, a, LOWEST)
     got = torch_rows.topk_entmax_forward(x, 5, a, LOWEST)

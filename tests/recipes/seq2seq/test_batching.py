@@ -18,7 +18,7 @@ def random_lengths(count, seed=0):
 
 def make_loader(count=103, batch_size=7, seed=0):
     lengths = random_lengths(count)
-    # The first id tells the rows apart.
+    # The first id identifies the row.
     rows = [Row([100 + i, *[5] * (s - 2), EOS], [4] * (t - 1) + [EOS]) for i, (s, t) in enumerate(lengths)]
     sampler = BatchByLength(lengths, batch_size, shuffle=True, seed=seed)
     return DataLoader(rows, batch_sampler=sampler, collate_fn=collate, generator=torch.Generator())
@@ -54,14 +54,14 @@ def test_repeated_passes_of_one_epoch_are_equal():
     assert list(batches) == list(batches)
 
 
-def test_which_examples_meet_changes_between_epochs():
+def test_batches_have_other_examples_in_every_epoch():
     batches = BatchByLength(random_lengths(2003), 7, shuffle=True, seed=0)
     first = {frozenset(batch) for batch in batches}
     batches.set_epoch(1)
     assert len(first & {frozenset(batch) for batch in batches}) < 0.05 * len(first)
 
 
-def test_shuffled_batches_are_alike_in_length():
+def test_shuffled_batches_have_similar_lengths():
     lengths = random_lengths(2003)
 
     def padding(groups):
@@ -72,7 +72,7 @@ def test_shuffled_batches_are_alike_in_length():
 
 
 def test_any_first_part_of_an_epoch_is_a_fair_sample():
-    """Lightning may cut an epoch short: the first tenth must hold all lengths alike."""
+    """Lightning may end an epoch early: the first tenth must contain all lengths equally often."""
     lengths = random_lengths(2003)
     batches = BatchByLength(lengths, 7, shuffle=True, seed=0)
     totals, counts = 0, [0] * len(lengths)
@@ -97,8 +97,8 @@ def test_without_shuffling_examples_are_sorted_by_source_then_target():
     assert list(batches) == before
 
 
-def test_pools_do_not_leak_into_each_other(monkeypatch):
-    """With one batch a pool the lengths of a batch are as mixed as the data."""
+def test_examples_are_sorted_only_within_pools(monkeypatch):
+    """With pools of one batch, the lengths in a batch vary as much as in the data."""
     monkeypatch.setattr(batching, "POOL", 1)
     lengths = [(index, 2) for index in range(700)]
     spread = [max(batch) - min(batch) for batch in BatchByLength(lengths, 7, shuffle=True, seed=0)]
@@ -112,7 +112,7 @@ def test_a_batch_size_of_zero_is_refused():
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("batch_size", [None, 11])
-def test_batches_by_tokens_hold_every_example_once_and_keep_to_the_limit(shuffle, batch_size):
+def test_batches_by_tokens_contain_every_example_once_within_the_limit(shuffle, batch_size):
     lengths = [*random_lengths(1009), (211, 3)]  # the last is longer than a batch
     batches = BatchByLength(lengths, batch_size, batch_tokens=113, shuffle=shuffle, seed=3)
     got = list(batches)
@@ -120,12 +120,12 @@ def test_batches_by_tokens_hold_every_example_once_and_keep_to_the_limit(shuffle
     sizes = [len(batch) * max(max(lengths[index]) for index in batch) for batch in got]
     assert all(size <= 113 or batch == [1009] for size, batch in zip(sizes, got, strict=True))
     assert max(map(len, got)) == (11 if batch_size else max(map(len, got)))
-    # Most batches are well filled.
+    # Most batches are nearly full.
     assert shuffle is False or batch_size or sum(sizes) / len(sizes) > 0.75 * 113
 
 
 def test_every_epoch_has_the_same_number_of_batches_by_tokens():
-    """Lightning asks once."""
+    """Lightning reads the number of batches only once."""
     batches = BatchByLength(random_lengths(1009), None, batch_tokens=113, shuffle=True, seed=0)
     before = {frozenset(batch) for batch in batches}
     for epoch in range(1, 5):
@@ -141,7 +141,7 @@ def test_every_epoch_has_the_same_number_of_batches_by_tokens():
         ({"batch_size": None, "batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
     ],
 )
-def test_wrong_sizes_are_refused(sizes, message):
+def test_invalid_batch_sizes_are_refused(sizes, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         BatchByLength([(1, 1)], **sizes, shuffle=True, seed=0)
 
@@ -156,8 +156,8 @@ def test_lightning_sets_the_epoch():
     assert members(loader) == first
 
 
-def test_an_epoch_set_after_iter_counts():
-    """The order in which Lightning does it when a run starts or resumes."""
+def test_an_epoch_set_after_iter_is_used():
+    """Lightning calls iter() before it sets the epoch when a run starts or resumes."""
     loader, expected = make_loader(), make_loader()
     _set_sampler_epoch(expected, 3)
     batches = iter(loader)
@@ -191,7 +191,7 @@ def test_targets_are_shifted_by_the_start():
     assert batch["target_out"].tolist() == [[5, 6, 7, EOS], [5, EOS, PAD, PAD]]
 
 
-def test_texts_travel_with_their_rows():
+def test_batches_contain_the_texts_of_their_rows():
     rows = [Row([9, EOS], [5, EOS], "b", [["B"], ["P"]]), Row([8, EOS], [6, EOS], "a", [["A"]], "hun")]
     batch = collate(rows)
     assert batch["sources"] == ["b", "a"]

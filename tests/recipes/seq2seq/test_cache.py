@@ -5,24 +5,24 @@ from recipes.seq2seq.data.cache import cached_ids, content_key
 IDS = [[5, 2], [], [70_000, 6, 2]]
 
 
-def test_the_second_time_is_read(tmp_path):
+def test_a_second_call_reads_the_cached_file(tmp_path):
     assert cached_ids(tmp_path / "new" / "folder", ["a"], lambda: IDS) == IDS
     assert cached_ids(tmp_path / "new" / "folder", ["a"], lambda: pytest.fail("encoded again")) == IDS
     assert len(list((tmp_path / "new" / "folder").iterdir())) == 1
 
 
-def test_other_content_is_encoded_anew(tmp_path):
+def test_changed_text_is_encoded_again(tmp_path):
     cached_ids(tmp_path, ["a"], lambda: IDS)
     assert cached_ids(tmp_path, ["b"], lambda: [[1]]) == [[1]]
 
 
-def test_names_tell_texts_apart():
+def test_different_texts_have_different_names():
     parts = [["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"], ["ab", "c", ""]]
     assert len({content_key(part) for part in parts}) == len(parts)
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:50], lambda content: b"", lambda content: b"x" * 999])
-def test_a_damaged_file_is_made_again(tmp_path, damage):
+def test_a_damaged_cache_file_is_written_again(tmp_path, damage):
     cached_ids(tmp_path, ["a"], lambda: IDS)
     (file,) = tmp_path.iterdir()
     file.write_bytes(damage(file.read_bytes()))
@@ -30,7 +30,7 @@ def test_a_damaged_file_is_made_again(tmp_path, damage):
     assert cached_ids(tmp_path, ["a"], lambda: pytest.fail("not written again")) == IDS
 
 
-def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
+def test_without_a_folder_no_file_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cached_ids(None, ["a"], lambda: IDS) == IDS
     assert list(tmp_path.iterdir()) == []

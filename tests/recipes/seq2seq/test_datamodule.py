@@ -12,7 +12,7 @@ LETTERS = "abcdefghijk"
 
 
 def words(count, first=0):
-    """Distinct words of 2 to 6 letters whose target spells them in capitals."""
+    """Distinct words of 2 to 6 letters; the target is the word in capitals."""
     made = ("".join(letters) for length in range(2, 7) for letters in itertools.product(LETTERS, repeat=length))
     picked = list(itertools.islice(made, first, first + 97 * count, 97))
     return "".join(f"{word}\t{' '.join(word.upper())}\n" for word in picked)
@@ -42,7 +42,7 @@ def cmudict():
     return module
 
 
-def test_vocabularies_come_from_the_training_split_alone(data):
+def test_vocabularies_come_only_from_the_training_split(data):
     assert data.source_tokenizer.symbols == list(LETTERS)
     assert data.target_tokenizer.symbols == list(LETTERS.upper())
     assert data.source_tokenizer.unknown("xa") == ["x"]
@@ -55,7 +55,7 @@ def test_setup_is_idempotent(data):
     assert all(old is new for old, new in zip(before, after, strict=True))
 
 
-def test_loaders_set_up_what_they_need(files):
+def test_loaders_call_setup(files):
     assert len(Seq2SeqData("tsv", **files).train_dataloader()) == 2
 
 
@@ -98,7 +98,7 @@ def test_batches_are_padded_with_zero_and_end_in_eos(data):
             assert ends[:, 0].tolist() == list(range(len(ids)))
             after_end = torch.arange(ids.shape[1]) > ends[:, 1:]
             assert torch.equal(ids == PAD, after_end)
-            assert not after_end.all(dim=0).any()  # no column of padding alone
+            assert not after_end.all(dim=0).any()  # no column contains only padding
         assert torch.equal(batch["target_in"][:, 1:] != PAD, (batch["target_out"] != PAD)[:, 1:])
 
 
@@ -112,10 +112,10 @@ def test_unknown_characters_of_validation_words_are_marked(data):
     ]
     assert marked == ["xa"]
     references = [words for batch in batches for words in batch["references"]]
-    assert [["X", "A"]] in references  # a phone never seen stays itself in the reference
+    assert [["X", "A"]] in references  # an unseen phone stays unchanged in the reference
 
 
-def test_seed_and_epoch_give_the_order_whatever_the_global_state(files):
+def test_the_order_depends_only_on_seed_and_epoch(files):
     def first_batch(seed):
         loader = Seq2SeqData("tsv", batch_size=7, seed=seed, **files).train_dataloader()
         return next(iter(loader))["source"].tolist()
@@ -156,7 +156,7 @@ def test_characters_on_both_sides(files, tmp_path):
     assert batch["references"] == [[list("geht ab")]]
 
 
-def test_nfd_takes_syllables_apart(files, tmp_path):
+def test_nfd_decomposes_syllables(files, tmp_path):
     for name, word in {"train": "학간", "val": "한", "test": "한"}.items():
         (tmp_path / f"{name}.tsv").write_text(f"{word}\th a n\n", encoding="utf-8")
     unknown = {}
@@ -215,7 +215,7 @@ def test_a_limit_leaves_at_least_one_example_in_each_split():
         ({"normalization": "NFKC"}, ValueError, "normalization must be one of NFC, NFD, none, got 'NFKC'"),
     ],
 )
-def test_wrong_arguments_are_named_before_anything_is_read(arguments, error, message):
+def test_invalid_arguments_raise_an_error_before_files_are_read(arguments, error, message):
     with pytest.raises(error) as caught:
         Seq2SeqData(**{"name": "cmudict"} | arguments)
     assert str(caught.value) == message
@@ -276,7 +276,7 @@ def test_subwords_of_parallel_text(sentences, tmp_path, joint):
     assert "".join(kept.encode("das Haus").tokens) == "▁das▁Haus"
 
 
-def test_made_up_sequences():
+def test_synthetic_sequences():
     generate = {"task": "reverse", "length": 5, "factors": [2], "train": 17, "val": 3, "test": 7}
     module = Seq2SeqData("synthetic", generate=generate, source_split="spaces")
     batch = next(iter(module.test_dataloader()))
@@ -291,7 +291,7 @@ def test_a_batch_by_tokens(files):
     assert sum(len(batch["source"]) for batch in loader) == 83
 
 
-def test_long_pairs_are_left_out_and_long_inputs_cut_off_and_both_told(files, tmp_path):
+def test_long_pairs_are_left_out_long_inputs_are_cut_and_both_are_reported(files, tmp_path):
     for name in files:
         (tmp_path / f"{name}.tsv").write_text("abcdefg\tA\nab\tA B\na\tA B A B A\n", encoding="utf-8")
     module = Seq2SeqData("tsv", max_length=4, **files)
@@ -308,19 +308,19 @@ def test_long_pairs_are_left_out_and_long_inputs_cut_off_and_both_told(files, tm
     ]
 
 
-def test_no_training_pair_is_short_enough(files):
+def test_an_error_if_no_training_pair_is_short_enough(files):
     with pytest.raises(ValueError, match=r"^max_length must leave at least one training pair, got 1 tokens where"):
         Seq2SeqData("tsv", max_length=1, **files).train_dataloader()
 
 
-def test_symbols_never_seen_in_training_are_told(data):
+def test_symbols_not_seen_in_training_are_reported(data):
     assert data.notes() == [
         '1 of 30 validation inputs hold symbols never seen in training: "x"',
         '1 of 30 validation targets hold symbols never seen in training: "X"',
     ]
 
 
-def test_a_cache_changes_nothing(files, tmp_path, monkeypatch):
+def test_a_cache_does_not_change_the_data(files, tmp_path, monkeypatch):
     def rows():
         loader = Seq2SeqData("tsv", cache=str(tmp_path / "cache"), **files).train_dataloader()
         return [(batch["source"].tolist(), batch["target_out"].tolist()) for batch in loader]
@@ -351,7 +351,7 @@ def test_a_cache_changes_nothing(files, tmp_path, monkeypatch):
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
     ],
 )
-def test_what_does_not_go_together_is_refused(arguments, message):
+def test_incompatible_arguments_are_refused(arguments, message):
     path = (
         "x{language}" if arguments.get("languages") not in (None, "all") else "x{side}" if "sides" in arguments else "x"
     )
@@ -361,7 +361,7 @@ def test_what_does_not_go_together_is_refused(arguments, message):
     assert str(caught.value) == message
 
 
-def test_a_missing_file_is_named(files, tmp_path):
+def test_error_for_a_missing_file_contains_its_name(files, tmp_path):
     module = Seq2SeqData("tsv", **files | {"val": str(tmp_path / "none.tsv")})
     with pytest.raises(FileNotFoundError, match=r"^cannot read the data file .*none\.tsv: No such file"):
         module.setup()

@@ -1,4 +1,4 @@
-"""Greedy decoding: what a loop without cache or batch would write."""
+"""Greedy decoding, compared with a loop without cache or batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ N, S, SOURCE, TARGET, MAX_LENGTH = 7, 5, 11, 13, 9
 
 
 def model_of(kind: str = "adaptive", *, end_bias: float = 0.0) -> Seq2SeqTransformer:
-    """An untrained model with large weights, so that words differ; a larger ``end_bias`` ends them sooner."""
+    """An untrained model with large weights, so that words differ; with a larger ``end_bias``, words are shorter."""
     kinds = dict.fromkeys(("encoder_attention", "decoder_attention", "cross_attention"), kind)
     sizes = {"dim": 22, "num_heads": 2, "ff_dim": 19, "alpha": 1.25, "k": 2}
     model = Seq2SeqTransformer(SOURCE, TARGET, dropout=0.5, **sizes, **kinds).double()
@@ -35,7 +35,7 @@ def words() -> Tensor:
 
 
 def naive(model: Seq2SeqTransformer, source: Tensor, max_length: int) -> list[int]:
-    """One word, the whole target from its beginning at every step."""
+    """Decode one word; every step computes the whole target again."""
     model.eval()
     target = [BOS]
     while len(target) <= max_length:
@@ -49,19 +49,19 @@ def naive(model: Seq2SeqTransformer, source: Tensor, max_length: int) -> list[in
 
 
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-def test_a_batch_with_a_cache_writes_what_each_word_gets_alone_without(kind: str) -> None:
-    torch.manual_seed(1)  # not every model has words of many lengths
+def test_batched_decoding_with_a_cache_equals_single_words_without(kind: str) -> None:
+    torch.manual_seed(1)  # with this seed, the outputs have many lengths
     model, source = model_of(kind), words()
     lengths = set()
     for _ in range(5):
         with torch.no_grad():
-            model.output.bias[EOS] += 0.7  # every time words end sooner
+            model.output.bias[EOS] += 0.7  # each time, words become shorter
             output = greedy_decode(model, source, max_length=MAX_LENGTH)
             assert output == [naive(model, row, MAX_LENGTH) for row in source]
         assert output == [greedy_decode(model, row[None], max_length=MAX_LENGTH)[0] for row in source]
         assert not {PAD, BOS, EOS, UNK} & {token for row in output for token in row}
         lengths.add(len({len(row) for row in output}))
-    assert max(lengths) > 2  # rows have left a batch at different steps
+    assert max(lengths) > 2  # rows finished at different steps
 
 
 @pytest.mark.parametrize("max_length", [1, 2, MAX_LENGTH])
@@ -71,7 +71,7 @@ def test_a_word_that_does_not_end_stops_at_max_length(max_length: int) -> None:
     model.decoder.register_forward_pre_hook(lambda module, args: steps.append(args[0].shape))
     output = greedy_decode(model, source, max_length=max_length)
     assert [len(row) for row in output] == [max_length] * N
-    assert steps == [(N, 1, 22)] * max_length  # one new position a step
+    assert steps == [(N, 1, 22)] * max_length  # one new position per step
 
 
 def test_decoding_ends_when_all_words_have_ended() -> None:
@@ -82,7 +82,7 @@ def test_decoding_ends_when_all_words_have_ended() -> None:
     assert steps == [N]
 
 
-def test_padding_and_beginning_are_never_written() -> None:
+def test_padding_and_beginning_of_sequence_are_never_generated() -> None:
     model = model_of(end_bias=-1e3)
     with torch.no_grad():
         model.output.bias[[PAD, BOS, UNK]] = 1e3
@@ -91,7 +91,7 @@ def test_padding_and_beginning_are_never_written() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_is_left_as_it_was_and_decoding_is_without_dropout_and_gradient(training: bool) -> None:
+def test_decoding_restores_the_mode_and_uses_no_dropout_or_gradient(training: bool) -> None:
     model, source = model_of(end_bias=2).train(training), words()
     modes: list[tuple[bool, bool]] = []
     model.encoder.register_forward_pre_hook(
@@ -104,7 +104,7 @@ def test_the_mode_is_left_as_it_was_and_decoding_is_without_dropout_and_gradient
     assert torch.is_grad_enabled()
 
 
-def test_the_mode_is_left_as_it_was_by_an_error() -> None:
+def test_an_error_restores_the_mode() -> None:
     model = model_of().train()
     with pytest.raises(IndexError):
         greedy_decode(model, torch.full((N, S), SOURCE), max_length=MAX_LENGTH)
@@ -116,7 +116,7 @@ def test_no_words_give_no_output() -> None:
 
 
 @pytest.mark.parametrize("max_length", [0, -1])
-def test_a_wrong_max_length_is_named(max_length: int) -> None:
+def test_an_invalid_max_length_raises_an_error(max_length: int) -> None:
     with pytest.raises(ValueError, match=f"max_length must be at least 1, got {max_length}"):
         greedy_decode(model_of(), words(), max_length=max_length)
 

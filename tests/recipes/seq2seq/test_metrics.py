@@ -14,7 +14,7 @@ from recipes.seq2seq.metrics import by_group, check_metrics, edit_scores, error_
         ("a", "a b c", 2),
         ("a b c", "c", 2),
         ("", "a b", 2),
-        ("t͡s a", "t s a", 2),  # tokens are compared whole
+        ("t͡s a", "t s a", 2),  # whole tokens are compared
     ],
 )
 def test_distances_counted_by_hand(prediction, reference, distance):
@@ -23,13 +23,13 @@ def test_distances_counted_by_hand(prediction, reference, distance):
     assert rates == {"wer": 100.0, "per": 100 * distance / len(reference)}
 
 
-def test_all_right_is_zero():
+def test_correct_predictions_have_no_errors():
     words = [["a"], ["b", "c"]]
     assert error_rates(words, [[word] for word in words]) == {"wer": 0.0, "per": 0.0}
 
 
 def test_closed_form_of_the_last_token_wrong():
-    """Word i has i tokens and only its last is wrong: PER is 100 n / (n (n + 1) / 2)."""
+    """Word i has i tokens, of which only the last is wrong: PER is 100 n / (n (n + 1) / 2)."""
     n = 13
     references = [[[str(place) for place in range(length)]] for length in range(1, n + 1)]
     predictions = [[*reference[0][:-1], "wrong"] for reference in references]
@@ -47,7 +47,7 @@ def test_more_errors_than_tokens_exceed_a_hundred_percent():
     assert error_rates([list("abcde")], [[["x", "y"]]])["per"] == 250.0
 
 
-def test_the_closest_reference_counts():
+def test_the_closest_reference_is_used():
     references = [[["D", "AA", "G"], ["D", "AO", "G", "Z"], ["D", "AO", "G"]]]
     assert error_rates([["D", "AO", "G"]], references) == {"wer": 0.0, "per": 0.0}
     assert error_rates([["a", "b", "c", "x"]], [[["a", "b"], ["a", "b", "c", "d"]]])["per"] == 25.0
@@ -61,7 +61,7 @@ def test_of_equally_close_references_the_first_gives_the_length():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_per_agrees_with_torchmetrics(seed):
-    """Error rate over tokens is torchmetrics' error rate over the words of a sentence."""
+    """The error rate over tokens equals torchmetrics' error rate over the words of a sentence."""
     rng = random.Random(seed)
     texts = [[" ".join(rng.choices("abcd", k=rng.randint(1, 11))) for _ in range(53)] for _ in range(2)]
     predictions, references = ([text.split() for text in side] for side in texts)
@@ -86,7 +86,7 @@ def test_wer_agrees_with_torchmetrics_on_words_as_single_tokens(seed):
         ([["a"]], [[[]]], "references must hold at least one token in all, got only empty ones"),
     ],
 )
-def test_wrong_input_is_named(predictions, references, message):
+def test_invalid_input_raises_an_error(predictions, references, message):
     with pytest.raises(ValueError) as error:
         error_rates(predictions, references)
     assert str(error.value) == message
@@ -114,7 +114,7 @@ def test_bleu_and_chrf_are_those_of_sacrebleu():
         assert f"tok:{tokenize}|" in signatures["bleu"] and "nrefs:var" in signatures["bleu"]
 
 
-def test_texts_of_different_number_are_refused():
+def test_different_numbers_of_texts_are_refused():
     pytest.importorskip("sacrebleu")
     with pytest.raises(
         ValueError, match=r"^predictions and references must be equally many, and not none, got 1 and 0$"
@@ -148,7 +148,7 @@ def test_groups_are_averaged_and_ordered_by_their_names():
         ),
     ],
 )
-def test_metrics_that_do_not_fit(names, target_split, message):
+def test_invalid_metrics_are_refused(names, target_split, message):
     with pytest.raises(ValueError) as error:
         check_metrics(names, target_split)
     assert str(error.value) == message

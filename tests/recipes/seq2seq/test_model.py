@@ -1,4 +1,4 @@
-"""The seq2seq transformer: which attention is where, what padding and the future may touch, and the cached pass."""
+"""The seq2seq transformer: kinds of attention, effects of padding and of future tokens, decoding with a cache."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ def test_attention_modules_have_the_names_that_reports_rely_on() -> None:
     ]
 
 
-def test_a_factory_hands_on_its_arguments() -> None:
+def test_a_factory_passes_on_its_arguments() -> None:
     for kind in ATTENTION_KINDS:
         layer = attention_factory(kind)(22, 2, dropout=0.3, batch_first=True)
         assert (layer.embed_dim, layer.num_heads, layer.dropout, layer.batch_first) == (22, 2, 0.3, True)
 
 
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-def test_what_stands_at_padding_changes_no_real_output(kind: str) -> None:
+def test_ids_at_padding_do_not_change_real_outputs(kind: str) -> None:
     model = model_of(kind)
     source, target = ids()
     expected = model(source, target)[target != 0]
@@ -100,7 +100,7 @@ def test_what_stands_at_padding_changes_no_real_output(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-def test_more_padding_changes_no_real_output(kind: str) -> None:
+def test_more_padding_does_not_change_real_outputs(kind: str) -> None:
     model = model_of(kind)
     source, target = ids()
     expected = model(source, target)
@@ -112,7 +112,7 @@ def test_more_padding_changes_no_real_output(kind: str) -> None:
         torch.testing.assert_close(model(*alone), real, rtol=0, atol=1e-12)
 
 
-def test_a_row_of_nothing_but_padding_stays_finite_with_finite_gradients() -> None:
+def test_a_row_of_padding_only_has_finite_outputs_and_gradients() -> None:
     model = model_of().train()
     source, target = ids()
     source[1] = 0
@@ -123,7 +123,7 @@ def test_a_row_of_nothing_but_padding_stays_finite_with_finite_gradients() -> No
 
 
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-def test_logits_depend_on_the_target_so_far_and_on_all_of_the_source(kind: str) -> None:
+def test_logits_depend_on_earlier_target_tokens_and_on_the_whole_source(kind: str) -> None:
     model = model_of(kind)
     source, target = ids()
     expected = model(source, target)
@@ -142,7 +142,7 @@ def test_every_block_is_normalised_before_and_added_after() -> None:
     model = model_of()
     norms = [m for name, m in model.named_modules() if isinstance(m, nn.LayerNorm) and "layers" in name]
     assert len(norms) == 2 * 2 + 2 * 3
-    for norm in norms:  # a norm on the way of the residual stream would now show
+    for norm in norms:  # a norm inside the residual stream would change the result
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
     seen: list[tuple[Tensor, ...]] = []
@@ -154,17 +154,17 @@ def test_every_block_is_normalised_before_and_added_after() -> None:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     source, target = ids()
-    # With every branch at zero the stream goes straight through, to the final norm.
+    # If every branch returns zero, the residual stream reaches the final norm unchanged.
     memory, x = model.source_embedding(source), model.target_embedding(target)
     torch.testing.assert_close(model.encode(source), model.encoder.norm(memory))
     torch.testing.assert_close(model(source, target), model.output(model.decoder.norm(x)))
-    # And each attention has been given the norm of the stream; the encoder ran twice.
+    # Each attention layer got the normalised stream; the encoder ran twice.
     encoder, decoder = model.encoder.layers, model.decoder.layers
     queries = [encoder[0].norm1(memory), encoder[1].norm1(memory)] * 2
     queries += [norm(x) for layer in decoder for norm in (layer.norm1, layer.norm2)]
     for args, query in zip(seen, queries, strict=True):
         torch.testing.assert_close(args[0], query)
-    torch.testing.assert_close(seen[-1][1], model.encode(source))  # keys and values of cross-attention: the memory
+    torch.testing.assert_close(seen[-1][1], model.encode(source))  # keys and values of cross-attention are the memory
 
 
 def by_steps(model: Seq2SeqTransformer, source: Tensor, target: Tensor, sizes: list[int]) -> Tensor:
@@ -175,11 +175,11 @@ def by_steps(model: Seq2SeqTransformer, source: Tensor, target: Tensor, sizes: l
 
 @pytest.mark.parametrize("sizes", [[1] * T, [2, 3]], ids=str)
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-def test_decoding_by_steps_with_a_cache_is_the_full_pass(kind: str, sizes: list[int]) -> None:
+def test_decoding_by_steps_with_a_cache_equals_the_full_pass(kind: str, sizes: list[int]) -> None:
     model = model_of(kind)
     source, target = ids()
     real = target != 0
-    # The positions are float32 sines: their last bit may depend on how many are computed at once.
+    # Positions are float32 sines, whose last bit may depend on how many are computed together.
     torch.testing.assert_close(
         by_steps(model, source, target, sizes)[real], model(source, target)[real], rtol=0, atol=1e-6
     )
@@ -214,7 +214,7 @@ def test_positions_are_the_sines_and_cosines_of_the_paper() -> None:
             torch.testing.assert_close(row, expected)
 
 
-def test_dropout_is_for_training_only() -> None:
+def test_dropout_is_applied_only_in_training() -> None:
     model = model_of(dropout=0.5)
     source, target = ids()
     torch.testing.assert_close(model(source, target), model(source, target), rtol=0, atol=0)
@@ -242,7 +242,7 @@ def test_dropout_is_for_training_only() -> None:
         ({"output": "dense"}, "output must be one of softmax, sparsemax, entmax15, entmax, got 'dense'"),
     ],
 )
-def test_a_wrong_argument_is_named(kwargs: dict[str, Any], message: str) -> None:
+def test_an_invalid_argument_raises_an_error(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model_of(**kwargs)
 
@@ -251,7 +251,7 @@ def test_the_language_is_in_every_source_embedding_and_takes_part_in_training():
     model = Seq2SeqTransformer(11, 13, dim=16, num_heads=2, ff_dim=32, language_dim=3, dropout=0.0)
     source = torch.tensor([[5, 7, 8, 2], [6, 7, 8, 2]])
     first, second = model.source_embedding(source)
-    # The same characters of two languages differ in the last three numbers and in no other.
+    # Embeddings of the same characters in two languages differ only in the last three entries.
     assert torch.equal(first[1:, :13], second[1:, :13])
     assert (first[1:, 13:] != second[1:, 13:]).all()
     model(source, torch.tensor([[1, 4], [1, 4]])).sum().backward()
@@ -259,6 +259,6 @@ def test_the_language_is_in_every_source_embedding_and_takes_part_in_training():
 
 
 @pytest.mark.parametrize("language_dim", [-1, 16])
-def test_a_language_dim_out_of_range(language_dim):
+def test_a_language_dim_out_of_range_raises_an_error(language_dim):
     with pytest.raises(ValueError, match=rf"^language_dim must be from 0 to dim - 1 = 15, got {language_dim}$"):
         Seq2SeqTransformer(11, 13, dim=16, num_heads=2, language_dim=language_dim)

@@ -1,4 +1,4 @@
-"""The output distribution and its loss: against the definition, and cross-entropy at α = 1."""
+"""The output distribution and its loss, compared with the definition, and with cross-entropy at α = 1."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_kinds_have_their_alpha() -> None:
 
 
 @pytest.mark.parametrize("alpha", ALPHAS.values())
-def test_probabilities_are_the_mapping_over_what_can_be_written(alpha: float) -> None:
+def test_probabilities_are_the_mapping_over_the_possible_tokens(alpha: float) -> None:
     logits = 2 * torch.randn(3, N, V, dtype=torch.float64)
     before = logits.clone()
     probabilities = next_token_log_probabilities(logits, alpha).exp()
@@ -67,6 +67,6 @@ def test_the_loss_is_the_fenchel_young_loss_with_smoothing_as_in_the_paper(alpha
         ("entmax", math.nan, r"output_alpha must be in \(0, inf\), got nan"),
     ],
 )
-def test_a_wrong_output_is_named(kind: str, alpha: float, message: str) -> None:
+def test_an_unknown_output_raises_an_error(kind: str, alpha: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         output_alpha(kind, alpha)

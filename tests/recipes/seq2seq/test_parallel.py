@@ -35,7 +35,7 @@ def test_files_without_a_pair_are_refused(write):
         read_parallel(write("\n", "\n"), ["en", "de"])
 
 
-def test_a_missing_side_is_named(write, tmp_path):
+def test_error_for_a_missing_side_contains_the_file_name(write, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^cannot read the data file .*train\.fr: No such file"):
         read_parallel(write("a\n", "A\n"), ["en", "fr"])
 

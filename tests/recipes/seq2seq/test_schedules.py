@@ -33,7 +33,7 @@ def test_closed_forms_after_the_warm_up():
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_some_fall_to_zero_at_the_end(schedule):
+def test_linear_and_cosine_schedules_end_at_zero(schedule):
     assert rate_factor(97, 7, 97, schedule=schedule) == 0
 
 
@@ -45,7 +45,7 @@ def test_some_fall_to_zero_at_the_end(schedule):
         (("linear", -0.1), "schedule.warmup must be a share of the training in [0, 1), got -0.1"),
     ],
 )
-def test_wrong_schedules(arguments, message):
+def test_invalid_schedules_are_refused(arguments, message):
     with pytest.raises(ValueError) as error:
         check_schedule(*arguments)
     assert str(error.value) == message

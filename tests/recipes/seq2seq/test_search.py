@@ -1,4 +1,4 @@
-"""Beam and exact search: against the enumeration of every hypothesis, and against loops without cache or batch."""
+"""Beam and exact search, compared with an enumeration of all hypotheses and with loops without cache or batch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Steps = Callable[[tuple[int, ...]], list[float]]
 
 
 def steps_of(models: list[Seq2SeqTransformer], row: Tensor) -> Steps:
-    """Prefix -> log-probabilities of the next token: the whole prefix at once, no cache, no other word."""
+    """A function from a prefix to log-probabilities of the next token, without cache or batch."""
 
     @functools.cache
     def of_length(length: int) -> dict[tuple[int, ...], list[float]]:
@@ -66,7 +66,7 @@ def steps_of(models: list[Seq2SeqTransformer], row: Tensor) -> Steps:
 
 
 def enumerated(models: list[Seq2SeqTransformer], row: Tensor) -> Scored:
-    """Log-probability of every hypothesis up to ``MAX_LENGTH`` tokens that is possible."""
+    """Log-probability of every possible hypothesis of at most ``MAX_LENGTH`` tokens."""
     after = steps_of(models, row)
     totals = {ids: total_of(after, [*ids, EOS]) for ids in EVERY}
     return {ids: total for ids, total in totals.items() if total > -math.inf}
@@ -83,7 +83,7 @@ def penalised(log_probability: float, ids: tuple[int, ...], penalty: float) -> f
 def plain_beam(
     models: list[Seq2SeqTransformer], row: Tensor, beam_size: int, penalty: float, n_best: int
 ) -> list[tuple[tuple[int, ...], float]]:
-    """Beam search of one word as its definition says, until no prefix is left, without any early end."""
+    """Beam search of one word by its definition, until no prefix is left, without early stopping."""
     after, beam, ended = steps_of(models, row), [((), 0.0)], []
     for length in range(MAX_LENGTH + 1):
         extended = []
@@ -109,7 +109,7 @@ def assert_same(actual: list[tuple[tuple[int, ...], float]], expected: list[tupl
 
 @pytest.mark.parametrize("penalty", [0.0, 0.8, -0.6])
 @pytest.mark.parametrize("output", OUTPUT_KINDS)
-def test_a_beam_as_wide_as_the_space_ranks_every_possible_hypothesis(output: str, penalty: float) -> None:
+def test_a_beam_larger_than_the_search_space_ranks_every_hypothesis(output: str, penalty: float) -> None:
     model, source = model_of(output), words()
     size = len(EVERY)
     found = beam_search(model, source, beam_size=size, max_length=MAX_LENGTH, n_best=size, length_penalty=penalty)
@@ -125,7 +125,7 @@ def test_a_beam_as_wide_as_the_space_ranks_every_possible_hypothesis(output: str
 @pytest.mark.parametrize(("beam_size", "n_best"), [(1, 1), (2, 1), (3, 3), (7, 5)])
 @pytest.mark.parametrize("penalty", [0.0, 1.0, -0.6])
 @pytest.mark.parametrize("output", ["softmax", "entmax15"])
-def test_a_beam_is_that_of_a_loop_without_cache_batch_or_early_end(
+def test_beam_search_equals_a_loop_without_cache_batch_or_early_stop(
     output: str, penalty: float, beam_size: int, n_best: int
 ) -> None:
     settings: Any = {"beam_size": beam_size, "max_length": MAX_LENGTH, "n_best": n_best, "length_penalty": penalty}
@@ -141,7 +141,7 @@ def test_a_beam_is_that_of_a_loop_without_cache_batch_or_early_end(
 
 
 @pytest.mark.parametrize("output", OUTPUT_KINDS)
-def test_a_beam_of_one_is_greedy(output: str) -> None:
+def test_a_beam_of_size_one_equals_greedy_decoding(output: str) -> None:
     finished = set()
     for seed in range(5):
         model, source = model_of(output, seed=seed), words(seed)
@@ -177,13 +177,13 @@ def test_exact_search_finds_the_best_of_all_and_proves_it(output: str, seed: int
             assert found.empty_rank == 1
 
 
-def test_exact_search_cuts_what_cannot_win() -> None:
+def test_exact_search_prunes_prefixes_that_cannot_win() -> None:
     model, source = model_of("softmax", letters=4), words()
     found = exact_search(model, source, budget=10**6, max_length=5)
     assert all(one.proved for one in found)
     for row, one in zip(source, found, strict=True):
-        # Expanded are the prefixes that are more probable than the best hypothesis, and those of the dive; as many
-        # are taken at a time as one in 16 of those before.
+        # The search expands prefixes that are more probable than the best hypothesis, and those of greedy decoding. The
+        # number that it expands at once is one in 16 of the earlier expansions.
         after, needed, level = steps_of([model], row), 0, [((), 0.0)]
         while level:
             needed += len(level)
@@ -197,7 +197,7 @@ def test_exact_search_cuts_what_cannot_win() -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 7])
-def test_a_budget_is_kept_and_named_as_such(budget: int) -> None:
+def test_exact_search_stops_at_the_budget_and_reports_it(budget: int) -> None:
     model, source = model_of("softmax", letters=9, scale=1.0), words()
     for row, found in zip(source, exact_search(model, source, budget=budget, max_length=9), strict=True):
         assert (found.expansions, found.proved) == (budget, False)
@@ -270,7 +270,7 @@ def test_an_ensemble_of_different_vocabularies_is_refused() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_is_left_as_it_was(training: bool) -> None:
+def test_search_restores_the_mode_of_the_model(training: bool) -> None:
     model, source = model_of().train(training), words()
     first, second = (exact_search(model, source, budget=20, max_length=3) for _ in range(2))
     assert first == second  # no dropout
@@ -290,12 +290,12 @@ def test_the_mode_is_left_as_it_was(training: bool) -> None:
         ({"length_penalty": math.inf}, "length_penalty must be a finite number, got inf"),
     ],
 )
-def test_a_wrong_setting_of_beam_search_is_named(settings: dict[str, Any], message: str) -> None:
+def test_an_invalid_argument_of_beam_search_raises_an_error(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         beam_search(model_of(), words(), **{"beam_size": 3, "max_length": 3, **settings})
 
 
-def test_a_wrong_setting_of_exact_search_is_named() -> None:
+def test_an_invalid_argument_of_exact_search_raises_an_error() -> None:
     with pytest.raises(ValueError, match="budget must be at least 1, got 0"):
         exact_search(model_of(), words(), budget=0, max_length=3)
     with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
@@ -330,6 +330,6 @@ def test_a_decoding_calls_its_search(name: str) -> None:
         ({"name": "beam", "length_penalty": math.nan}, "length_penalty must be a finite number, got nan"),
     ],
 )
-def test_a_wrong_decoding_is_named(settings: dict[str, Any], message: str) -> None:
+def test_an_invalid_decoding_raises_an_error(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Decoding(**settings)

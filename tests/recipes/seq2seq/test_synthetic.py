@@ -11,7 +11,7 @@ def test_lengths_and_groups(task):
     assert (len(splits.train), len(splits.val), len(splits.test)) == (211, 13, 22)
     assert [example.group for example in splits.test] == ["x1"] * 11 + ["x3"] * 11
     lengths = {group: {len(e.source.split()) for e in splits.test if e.group == group} for group in ("x1", "x3")}
-    # Retrieval has whole pairs, and the key asked for.
+    # Retrieval has complete pairs, followed by the requested key.
     assert lengths == ({"x1": {7}, "x3": {21}})
     seen = {len(example.source.split()) for example in splits.train}
     assert seen == ({3, 5, 7} if task == "retrieval" else set(range(1, 8)))
@@ -21,7 +21,7 @@ def test_lengths_and_groups(task):
     ("task", "answer"),
     [("copy", lambda tokens: tokens), ("reverse", lambda tokens: tokens[::-1]), ("sort", lambda t: sorted(t, key=int))],
 )
-def test_answers_of_whole_sequences(task, answer):
+def test_answers_of_copy_reverse_and_sort(task, answer):
     for example in make_sequences(task, **SIZES | {"symbols": 23}).test:
         assert example.references[0].split() == answer(example.source.split())
 
@@ -30,7 +30,7 @@ def test_the_answer_to_a_key_is_its_value():
     for example in make_sequences("retrieval", **SIZES).test:
         *pairs, asked = example.source.split()
         values = dict(zip(pairs[::2], pairs[1::2], strict=True))
-        assert len(values) == len(pairs) // 2  # no key twice
+        assert len(values) == len(pairs) // 2  # keys are distinct
         assert example.references == (values[asked],)
 
 
@@ -54,7 +54,7 @@ def test_sequences_are_a_function_of_the_seed():
         ({"task": "copy", "factors": []}, ValueError, "generate.factors must hold at least one factor, got none"),
     ],
 )
-def test_wrong_arguments(arguments, error, message):
+def test_invalid_arguments_raise_an_error(arguments, error, message):
     with pytest.raises(error) as caught:
         make_sequences(**arguments)
     assert str(caught.value) == message

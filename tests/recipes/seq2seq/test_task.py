@@ -32,7 +32,7 @@ BATCH = {
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_training_loss_is_the_mean_over_real_tokens(smoothing, monkeypatch):
     task = make_task(label_smoothing=smoothing)
-    monkeypatch.setattr(task, "log", lambda *_, **__: None)  # there is no trainer to log to
+    monkeypatch.setattr(task, "log", lambda *_, **__: None)  # there is no trainer
     loss = task.training_step(BATCH, 0)
     logits = task.model(BATCH["source"], BATCH["target_in"])
     log = F.log_softmax(logits, -1)
@@ -90,14 +90,14 @@ def test_predictions_do_not_depend_on_the_batch():
     assert all(set(tokens) <= {"A", "B", "C", "<unk>"} and len(tokens) <= 5 for tokens in together)
 
 
-def test_scores(monkeypatch):
+def test_scores_of_a_task(monkeypatch):
     task = make_task().train()
     monkeypatch.setattr(task, "_decode", lambda source: [["A"], ["B"]])
     scores = score(task, [BATCH])
     assert task.training
     logits = task.model(BATCH["source"], BATCH["target_in"])
     expected = F.cross_entropy(logits.flatten(0, 1), BATCH["target_out"].flatten(), ignore_index=0)
-    # Every token but the three that are never written is possible under softmax: A, B, C and the end.
+    # Under softmax, every token except the three that are never generated is possible: A, B, C and the end.
     means = {"loss": pytest.approx(expected.item()), "support": 4.0}
     assert scores.metrics() == {**means, "per": 0.0, "wer": 0.0, "accuracy": 100.0, "edit_distance": 0.0}
     assert scores.sources == ["ab", "cde"]
@@ -126,7 +126,7 @@ def test_scores_are_in_the_unit_of_the_output_and_count_its_support():
     assert (metrics["loss"], metrics["support"]) == (pytest.approx(expected.item()), pytest.approx(support.item()))
 
 
-def test_training_takes_the_loss_of_the_output(monkeypatch):
+def test_training_uses_the_loss_of_the_output(monkeypatch):
     for output, loss in (("sparsemax", sparsemax_loss), ("entmax15", entmax15_loss)):
         task = make_task(model={**MODEL, "output": output}, label_smoothing=0.1)
         monkeypatch.setattr(task, "log", lambda *_, **__: None)
@@ -135,7 +135,7 @@ def test_training_takes_the_loss_of_the_output(monkeypatch):
         torch.testing.assert_close(task.training_step(BATCH, 0), expected)
 
 
-def test_no_words_no_scores():
+def test_scoring_without_words_raises_an_error():
     with pytest.raises(ValueError, match="at least one word"):
         Scores().metrics()
 
@@ -159,12 +159,12 @@ def test_hyper_parameters_are_plain_data(tmp_path):
         ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\), got 1.0"),
     ],
 )
-def test_wrong_arguments(arguments, message):
+def test_invalid_arguments_raise_an_error(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_task(**arguments)
 
 
-def test_groups_have_scores_of_their_own_and_the_whole_is_their_mean():
+def test_groups_have_separate_scores_and_the_total_is_their_mean():
     scores = Scores(predictions=[["A"], ["A"], ["A"]], references=[[["A"]], [["B"]], [["A"]]], groups=["x", "x", "yy"])
     metrics = scores.metrics()
     assert {name: metrics[f"wer{name}"] for name in ("", "/x", "/yy")} == {"": 25.0, "/x": 50.0, "/yy": 0.0}

@@ -27,14 +27,14 @@ def test_a_space_inside_a_word_is_a_character():
 
 
 @pytest.mark.parametrize(("normalization", "tokens"), [("NFC", 2), ("NFD", 6), ("none", 2)])
-def test_korean_syllables_come_apart_under_nfd_only(normalization, tokens):
+def test_only_nfd_decomposes_korean_syllables(normalization, tokens):
     word = unicodedata.normalize("NFC", "한글")
     tokenizer = Tokenizer.fit([word], split="characters", normalization=normalization)
     assert len(tokenizer.tokenize(word)) == tokens
 
 
-def test_nfd_reads_a_syllable_never_seen_whole():
-    seen = ["학", "간"]  # h-a-k and k-a-n, of which h-a-n is made
+def test_nfd_encodes_a_new_syllable_of_known_letters():
+    seen = ["학", "간"]  # h-a-k and k-a-n contain the letters of h-a-n
     composed = Tokenizer.fit(seen, split="characters", normalization="NFC")
     decomposed = Tokenizer.fit(seen, split="characters", normalization="NFD")
     assert composed.unknown("한") == ["한"]
@@ -54,13 +54,13 @@ def test_join_writes_composed_text(normalization):
     assert tokenizer.join(tokenizer.decode(tokenizer.encode(word))) == word
 
 
-def test_join_leaves_text_alone_without_normalisation():
+def test_join_does_not_change_text_without_normalisation():
     word = unicodedata.normalize("NFD", "é")
     tokenizer = Tokenizer.fit([word], split="characters", normalization="none")
     assert tokenizer.join(tokenizer.tokenize(word)) == word
 
 
-def test_unknown_tokens_are_encoded_and_named_in_order():
+def test_unknown_tokens_are_encoded_and_listed_in_order():
     tokenizer = Tokenizer.fit(["ab"], split="characters", normalization="NFC")
     assert tokenizer.encode("zaxz") == [UNK, 4, UNK, UNK, EOS]
     assert tokenizer.unknown("zyxaxwvuz") == list("zyxwvu")
@@ -79,7 +79,7 @@ def test_decode_refuses_an_id_outside_the_vocabulary(index):
         tokenizer.decode([index])
 
 
-def test_text_that_spells_a_special_token_is_unknown():
+def test_text_that_looks_like_a_special_token_is_unknown():
     tokenizer = Tokenizer.fit(["a <pad> <eos>"], split="spaces", normalization="NFC")
     assert tokenizer.symbols == ["a"]
     assert tokenizer.encode("<pad> a <eos>") == [UNK, 4, UNK, EOS]
@@ -114,7 +114,7 @@ def test_state_is_plain_and_restores():
         ({"symbols": ["<eos>"], "split": "spaces"}, "symbols must not hold the special tokens, got <eos>"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, message):
+def test_invalid_arguments_raise_an_error(arguments, message):
     with pytest.raises(ValueError) as error:
         Tokenizer(**arguments)
     assert str(error.value).startswith(message)
@@ -124,7 +124,7 @@ def test_wrong_arguments_are_named(arguments, message):
 SENTENCES = ["low lower lowest", "new newer newest wide wider widest"]
 
 
-def test_subwords_are_undone_in_the_output():
+def test_subwords_are_joined_to_words_in_the_output():
     tokenizer = Tokenizer.fit(SENTENCES, split="bpe", normalization="NFC", bpe_size=29)
     assert len(tokenizer.symbols) <= 29
     for text in (*SENTENCES, "wow  nested "):
@@ -135,21 +135,21 @@ def test_subwords_are_undone_in_the_output():
     assert any(len(token) > 2 for token in tokenizer.tokenize("lowest"))
 
 
-def test_a_character_without_a_subword_is_unknown_by_its_own_name():
+def test_a_character_without_a_subword_is_an_unknown_token_of_its_own():
     tokenizer = Tokenizer.fit(SENTENCES, split="bpe", normalization="NFC", bpe_size=29)
     assert tokenizer.unknown("low ☃é") == ["☃", "é"]
     assert UNK in tokenizer.encode("☃")
     assert tokenizer.words(tokenizer.tokenize("low ☃")) == ["▁low", "▁☃"]
 
 
-def test_subwords_are_learnt_alike_and_restored():
+def test_learning_subwords_is_deterministic_and_they_can_be_restored():
     first, second = (Tokenizer.fit(SENTENCES, split="bpe", normalization="NFC", bpe_size=29) for _ in range(2))
     assert first.state() == second.state()
     restored = Tokenizer(**json.loads(json.dumps(first.state())))
     assert restored.encode("newest low") == first.encode("newest low")
 
 
-def test_fields_become_tokens_of_their_own():
+def test_language_and_features_become_separate_tokens():
     fields = ["language", "source", "features"]
     texts = ["deu\tab\tV;PST", "nld\tba\tN"]
     tokenizer = Tokenizer.fit(texts, split="characters", normalization="NFC", fields=fields, feature_split=";")
@@ -159,7 +159,7 @@ def test_fields_become_tokens_of_their_own():
     assert Tokenizer(**tokenizer.state()).encode(texts[1]) == tokenizer.encode(texts[1])
 
 
-def test_features_may_be_split_elsewhere():
+def test_features_can_have_another_separator():
     tokenizer = Tokenizer([], split="characters", fields=["source", "features"], feature_split=", ")
     assert tokenizer.tokenize("a\tV, PST") == ["a", "[V]", "[PST]"]
 
@@ -170,16 +170,16 @@ def test_a_text_without_the_fields_is_refused():
         tokenizer.encode("ab")
 
 
-def test_the_state_of_plain_text_is_that_of_earlier_versions():
+def test_the_state_for_plain_text_equals_that_of_earlier_versions():
     assert set(Tokenizer(["a"], split="spaces").state()) == {"symbols", "split", "normalization"}
 
 
 @pytest.mark.parametrize(("split", "bpe"), [("bpe", None), ("spaces", "{}")])
-def test_subwords_belong_to_their_split(split, bpe):
+def test_subwords_are_only_allowed_with_split_bpe(split, bpe):
     with pytest.raises(ValueError, match=r"^bpe must be given with split 'bpe' and with no other, got split"):
         Tokenizer([], split=split, bpe=bpe)
 
 
-def test_subwords_that_cannot_be_read():
+def test_damaged_subwords_are_refused():
     with pytest.raises(ValueError, match=r"^bpe must be the JSON of a tokenizer, got something else: "):
         Tokenizer([], split="bpe", bpe="{}")

@@ -31,7 +31,7 @@ def test_lines_become_examples(write):
     ],
     ids=["plain", "no last line end", "CRLF", "byte order mark", "CR", "blank lines and outer spaces"],
 )
-def test_every_way_to_write_the_same_file(write, content):
+def test_line_ends_and_byte_order_marks_do_not_change_the_examples(write, content):
     assert read_examples(write(content)) == [Example("a", ("A",)), Example("b", ("B B",))]
 
 
@@ -62,7 +62,7 @@ def test_line_separators_inside_a_text_do_not_end_the_line(write):
         ("\t\n", 1, "the source must not be empty, got '\\t'"),
     ],
 )
-def test_a_malformed_line_is_named_by_file_and_line(write, content, line, message):
+def test_error_for_a_malformed_line_has_file_and_line_number(write, content, line, message):
     path = write(content)
     with pytest.raises(ValueError) as error:
         read_examples(path)
@@ -76,7 +76,7 @@ def test_columns_in_any_order(write):
     assert read_examples(write("ging\tgehen\n"), ["target", "source"]) == [Example("gehen", ("ging",))]
 
 
-def test_rows_with_another_number_of_columns_are_named(write):
+def test_a_line_with_another_number_of_columns_raises_an_error(write):
     path = write("gehen\tging\tV;PST\nsehen\tsah\n")
     with pytest.raises(ValueError) as error:
         read_examples(path, ["source", "target", "features"])
@@ -95,13 +95,13 @@ def test_rows_with_another_number_of_columns_are_named(write):
         ([], "columns must hold source and target, and each column once, got []"),
     ],
 )
-def test_wrong_columns(columns, message):
+def test_invalid_columns_are_refused(columns, message):
     with pytest.raises(ValueError) as error:
         check_columns(columns)
     assert str(error.value).startswith(message)
 
 
-def test_the_language_stands_before_the_source_and_is_the_group(write, tmp_path):
+def test_the_language_is_put_before_the_source_and_used_as_group(write, tmp_path):
     for language in ("hun", "ady"):
         write(f"{language}\tX\n", f"{language}_train.tsv")
     pattern = tmp_path / "{language}_train.tsv"
@@ -119,7 +119,7 @@ def test_languages_are_found_by_their_files(tmp_path):
     assert find_languages(str(tmp_path / "{language}" / "{language}_train.tsv")) == ["d"]
 
 
-def test_a_language_without_a_file_is_named(write, tmp_path):
+def test_error_for_a_language_without_a_file_names_the_language(write, tmp_path):
     write("a\tX\n", "hun_train.tsv")
     pattern = tmp_path / "{language}_train.tsv"
     with pytest.raises(FileNotFoundError) as error:
@@ -143,7 +143,7 @@ def test_an_empty_file_is_refused(write, content):
     assert str(error.value) == f"{path} must hold at least one source<TAB>target line, got an empty file"
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_error_for_a_missing_file_contains_its_name(tmp_path):
     path = tmp_path / "none.tsv"
     with pytest.raises(FileNotFoundError) as error:
         read_examples(path)
@@ -155,12 +155,12 @@ def test_a_folder_is_refused(tmp_path):
         read_examples(tmp_path)
 
 
-def test_a_file_that_is_not_text_is_refused(write):
+def test_a_file_that_is_not_utf8_is_refused(write):
     with pytest.raises(ValueError, match=r"pairs\.tsv must be UTF-8 text, got an invalid byte at position 2$"):
         read_examples(write(b"a\t\xff\n"))
 
 
-def test_the_three_files_are_the_three_splits(write):
+def test_three_files_give_the_three_splits(write):
     names = ("train", "val", "test")
     splits = load_tsv(*(write(f"{name}\tX\n", f"{name}.tsv") for name in names))
     assert [part[0].source for part in (splits.train, splits.val, splits.test)] == list(names)

@@ -10,7 +10,7 @@ from sparse_attn.analysis import AttentionRecord
 from sparse_attn.viewer import AttentionView, attention_view
 
 
-def test_alpha_of_every_head_and_its_course(page: Page, view: AttentionView, translation: AttentionRecord) -> None:
+def test_alpha_of_every_head_and_its_curve(page: Page, view: AttentionView, translation: AttentionRecord) -> None:
     rows = {
         run: [
             (step, name, head, start + 0.001 * step) for name in translation for head in range(HEADS) for step in (0, 9)
@@ -29,7 +29,7 @@ def test_alpha_of_every_head_and_its_course(page: Page, view: AttentionView, tra
     assert page.shown("#view-head")
 
 
-def test_a_model_without_alpha_is_named_as_such(page: Page) -> None:
+def test_the_page_reports_that_a_model_has_no_alpha(page: Page) -> None:
     record = AttentionRecord(keep_weights=True)
     record.add("layer", torch.rand(1, 2, 3, 3).softmax(-1))
     page.open(attention_view(record), "#view=alpha")

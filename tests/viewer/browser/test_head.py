@@ -1,4 +1,4 @@
-"""The view of one head in a browser: its weights as drawn and described, and the controls that change them."""
+"""The view of one head in a browser: drawn and described weights, and the controls."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_pointer_shows_weight_rank_and_both_tokens(
     assert not page.shown("#tip")
 
 
-def test_pairs_hidden_by_a_mask_are_called_not_visible(page: Page, view: AttentionView) -> None:
+def test_pairs_hidden_by_a_mask_are_described_as_not_visible(page: Page, view: AttentionView) -> None:
     page.open(view, "#layer=1&head=0")
     page.driver.execute_script("document.getElementById('matrix').focus()")
     page.press("ArrowRight")
@@ -103,7 +103,7 @@ def test_the_threshold_hides_smaller_weights(page: Page, view: AttentionView, tr
     assert page.address()["scale"] == "row" and count() == int((weights != 0).sum())
 
 
-def test_pieces_are_merged_into_words(page: Page, view: AttentionView, translation: AttentionRecord) -> None:
+def test_subwords_are_merged_into_words(page: Page, view: AttentionView, translation: AttentionRecord) -> None:
     page.open(view, "#layer=4&head=1")
     page.click("#merge")
     assert page.address()["merge"] == "1"
@@ -116,7 +116,7 @@ def test_pieces_are_merged_into_words(page: Page, view: AttentionView, translati
     assert "merge" not in page.address()
 
 
-def test_words_cannot_be_merged_where_no_token_is_a_piece(
+def test_merging_is_disabled_if_no_token_is_a_subword(
     page: Page, encoder_record: Callable[..., AttentionRecord]
 ) -> None:
     page.open(attention_view(encoder_record(4), list("abcd")), "#layer=0&head=0")

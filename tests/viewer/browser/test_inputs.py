@@ -49,7 +49,7 @@ def test_weights_of_2048_tokens_can_be_read(page: Page) -> None:
     scores = (3 * torch.randn(1, 2, length, length)).masked_fill(~visible, -torch.inf)
     record.add("layer", entmax(scores, 1.5), visible, 1.5)
     page.open(attention_view(record, [f"t{i}" for i in range(length)]), "#layer=0&head=1")
-    assert page.ask("document.querySelector('#matrix canvas').width") < 1280  # only what is in sight
+    assert page.ask("document.querySelector('#matrix canvas').width") < 1280  # only the visible part is drawn
     weights = weights_of(record, 0, 1)
     page.choose("#scale", "row")
     page.driver.execute_script("document.getElementById('matrix').scrollIntoView()")
@@ -74,7 +74,7 @@ def test_weights_of_2048_tokens_can_be_read(page: Page) -> None:
         assert read == pytest.approx(float(weights[row, column]), rel=HALF)
 
 
-def test_a_notice_tells_that_weights_were_left_out(
+def test_a_notice_reports_that_weights_were_left_out(
     page: Page, encoder_record: Callable[..., AttentionRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page_module, "MOST_ENTRIES", 50)

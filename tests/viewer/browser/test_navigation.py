@@ -1,4 +1,4 @@
-"""Ways through the page in a browser: controls, shortcuts, addresses, a narrow screen, a notebook."""
+"""Navigation in the page: controls, shortcuts, URLs, a narrow screen, a notebook."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_tabs_shortcuts_theme_and_help(page: Page, view: AttentionView) -> None:
     page.press("Escape")
 
 
-def test_an_address_restores_the_state_of_the_page(page: Page, view: AttentionView) -> None:
+def test_a_url_restores_the_state_of_the_page(page: Page, view: AttentionView) -> None:
     address = "#layer=4&head=2&threshold=0.05&scale=row&zoom=16&merge=1&pins=1"
     page.open(view, address)
     expected = dict(part.split("=") for part in address[1:].split("&"))
@@ -82,7 +82,7 @@ def test_an_address_restores_the_state_of_the_page(page: Page, view: AttentionVi
         "#%E0%A4%A",
     ],
 )
-def test_addresses_without_meaning_do_no_harm(page: Page, view: AttentionView, address: str) -> None:
+def test_invalid_urls_do_no_harm(page: Page, view: AttentionView, address: str) -> None:
     page.open(view, address)
     assert page.shown("#view-heads") or page.shown("#view-head")
     page.press("2")
@@ -90,7 +90,7 @@ def test_addresses_without_meaning_do_no_harm(page: Page, view: AttentionView, a
     assert "of" in page.text("#facts")
 
 
-def test_a_file_opens_with_the_head_it_was_saved_for(page: Page, view: AttentionView) -> None:
+def test_a_saved_file_opens_with_its_head(page: Page, view: AttentionView) -> None:
     page.open(view)
     page.file = view.save(page.folder / "head.html", layer=3, head=1)
     page.go("")

@@ -1,0 +1,34 @@
+"""What the first, hidden cell of every tutorial sets, so that its outputs can be shown in a page."""
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+
+from IPython import get_ipython
+
+shell = get_ipython()
+shell.run_line_magic("config", 'InlineBackend.figure_formats = ["svg"]')
+warnings.filterwarnings("ignore", "IProgress not found")  # of tqdm, which would like to draw a widget
+logging.getLogger("transformers").setLevel(logging.ERROR)
+os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+os.environ["COLUMNS"] = "90"
+os.environ["HF_HUB_OFFLINE"] = "1"
+for name in ("FORCE_COLOR", "CLICOLOR_FORCE"):  # set by the kernel, but a page has no colours of a terminal
+    os.environ.pop(name, None)
+
+
+def bash(line: str, cell: str) -> None:
+    """The magic ``%%bash`` with its output in one piece; IPython's own prints it in pieces of 100 characters.
+
+    Raises:
+        RuntimeError: A command failed.
+    """
+    done = subprocess.run(["bash", "-ec", cell], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+    print(done.stdout, end="")
+    if done.returncode:
+        raise RuntimeError(f"a command ended with status {done.returncode}")
+
+
+shell.register_magic_function(bash, "cell")
