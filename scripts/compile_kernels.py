@@ -210,6 +210,7 @@ def main() -> int:
     if wrong := [part for part in options.parts if part not in PARTS]:
         parser.error(f"a part must be one of {', '.join(PARTS)}, got {wrong[0]}")
     warnings.simplefilter("error")
+    warnings.simplefilter("ignore", DeprecationWarning)  # Triton itself uses parts of `ast` that Python 3.13 deprecates
     failed = False
     for capability in options.capabilities:
         aim_at(capability)

@@ -213,7 +213,6 @@ def test_causal_layers_count_visible_keys_alone():
         ({"model": 3}, TypeError, "model must be a torch.nn.Module, got int"),
         ({"state": "/no/such/folder/state"}, ValueError, "state must be a file in a folder that exists"),
     ],
-    ids=str,
 )
 def test_wrong_input(change, error, message):
     arguments = {"model": encoder(), "batches": BATCHES, "density": 0.3, "loss": loss} | change

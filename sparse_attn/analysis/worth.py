@@ -101,19 +101,20 @@ def _layers(model: nn.Module, change: HeadChange) -> dict[str, nn.MultiheadAtten
 
 
 @contextmanager
-@torch.no_grad()
 def _changed(layer: nn.MultiheadAttention, head: int, change: HeadChange) -> Iterator[None]:
-    if change == "off":
-        size = layer.out_proj.in_features // layer.num_heads
-        changed: Tensor = layer.out_proj.weight[:, head * size : (head + 1) * size]
-        value = 0.0
-    else:
-        assert isinstance(layer, AdaptiveSparseMultiheadAttention) and layer.raw_alpha is not None
-        changed = layer.raw_alpha[head : head + 1]
-        low, high = layer.alpha_range
-        value = min(max(_ALPHAS[change], low), high)
-    kept = changed.clone()
-    changed.fill_(value)
+    # `no_grad` as a decorator of a generator passes errors on in a way that Python deprecates.
+    with torch.no_grad():
+        if change == "off":
+            size = layer.out_proj.in_features // layer.num_heads
+            changed: Tensor = layer.out_proj.weight[:, head * size : (head + 1) * size]
+            value = 0.0
+        else:
+            assert isinstance(layer, AdaptiveSparseMultiheadAttention) and layer.raw_alpha is not None
+            changed = layer.raw_alpha[head : head + 1]
+            low, high = layer.alpha_range
+            value = min(max(_ALPHAS[change], low), high)
+        kept = changed.clone()
+        changed.fill_(value)
     try:
         yield
     finally:

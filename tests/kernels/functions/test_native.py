@@ -254,6 +254,8 @@ def test_derivatives_of_first_and_second_order():
         assert torch.autograd.gradgradcheck(attend, (*qkv, alpha, bias))
 
 
+# From torch 2.14 on, opcheck itself reads this attribute.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("training", [False, True])
 def test_the_operator_passes_opcheck(training):
     tensors_ = [x.requires_grad_(training) for x in tensors(torch.float32, 11, 13)]
