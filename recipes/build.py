@@ -169,6 +169,12 @@ def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
         check_arguments(Seq2SeqTask, section, settings[section], reserved=given)
     if model.get("language_dim") and data.languages is None:
         raise ValueError(f"model.language_dim needs data.languages, got {model['language_dim']} and no languages")
+    if model.get("share_embeddings") and data.source_tokenizer.state() != data.target_tokenizer.state():
+        raise ValueError(
+            "model.share_embeddings needs data with one vocabulary for source and target, such as data=parallel "
+            f"data.tokens=bpe data.bpe_joint=true; got {len(data.source_tokenizer)} source and "
+            f"{len(data.target_tokenizer)} target tokens"
+        )
     for key, most in (("model.dropout", 0.99), ("loss.label_smoothing", 0.9)):
         section, name = key.split(".")
         if not 0 <= (value := settings[section].get(name, 0.0)) <= most:

@@ -15,11 +15,18 @@ from typing import Any
 # Environment variable with the folder in which the first process writes, for the processes that Lightning starts.
 FOLDER = "SPARSE_ATTN_RUN_FOLDER"
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # the order in which Lightning reads them
+_COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def rank() -> int:
     """The number of this process, 0 if it is alone or the first."""
     return next((int(os.environ[name]) for name in _RANKS if os.environ.get(name, "").isdecimal()), 0)
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun or srun started this process together with others."""
+    counts = (os.environ.get(name, "") for name in _COUNTS)
+    return rank() > 0 or any(count.isdecimal() and int(count) > 1 for count in counts)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from .arguments import asks_for_help, is_multirun
 from .folders import claimed, is_disk_full
 from .launch import Interrupted, reported, run_hydra
-from .processes import FOLDER, rank, set_environment
+from .processes import FOLDER, is_one_of_several, rank, set_environment
 from .resume import check_continues, check_weights, resume_arguments
 from .sweep import sweep
 
@@ -134,11 +134,10 @@ def _held(settings: dict[str, Any], *, named_by_time: bool) -> Iterator[Path]:
     from .run import refuse_taken
 
     folder = Path(settings["resume"] or settings["paths"]["output_dir"])
-    started_together = rank() > 0 or int(os.environ.get("WORLD_SIZE", "1")) > 1
     if FOLDER in os.environ:  # Lightning started this process
         yield Path(os.environ[FOLDER])
-    elif started_together and named_by_time and not settings["resume"]:
-        raise ValueError("hydra.run.dir must be given where several processes train together, as with torchrun")
+    elif is_one_of_several() and named_by_time and not settings["resume"]:
+        raise ValueError("hydra.run.dir must be given where torchrun or srun starts several processes")
     elif rank() > 0:
         yield folder
     else:

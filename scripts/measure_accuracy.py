@@ -64,7 +64,8 @@ Made by `python scripts/measure_accuracy.py --write`, the same numbers every tim
 
 Rows have {", ".join(map(str, SIZES))} scores, normally distributed with standard deviation {scales}; every number
 is the maximum over all rows. Exact values are computed by bisection in float64, for the scores and the α that the
-mapping gets after rounding to its dtype. Rows with a NaN do not count in an error; their number is given: (n NaN).
+mapping gets after rounding to its dtype. Errors are computed without the rows that contain a NaN; (n NaN)
+gives the number of these rows.
 "Peer" is the entmax package: `entmax_bisect`, and for α = 1.5 and 2 also its exact `entmax15` and `sparsemax`."""
 
 
@@ -267,8 +268,9 @@ def gradients(worse: list[str]) -> str:
     text = """## Gradients in float32
 
 Upstream gradients are normally distributed; α is one number per row, in float32. For each size and scale, the largest
-error is divided by the largest exact value; the table has the maximum of these ratios. Near α = 1, it comes from a
-batch of nearly one-hot rows with gradients close to zero; batches without a gradient above 1e-20 are left out.
+error is divided by the largest exact value; the table has the maximum of these ratios. Near α = 1, this maximum
+comes from a batch of nearly one-hot rows with gradients close to zero. A batch is left out if its gradients for the
+scores, or for α, are all below 1e-20.
 
 """
     return text + table("α | scores: ours | peer | α: ours | peer", lines)

@@ -65,7 +65,7 @@ def check_interval(value: float | Tensor, name: str, *, above: float, below: flo
 
 
 def check_row_parameter(value: Tensor, x: Tensor, dim: int, name: str) -> None:
-    """Raise unless a tensor ``value`` is floating and broadcasts against ``x`` with size 1 along ``dim``.
+    """Raise unless a tensor ``value`` is floating, has size 1 along ``dim``, and broadcasts against ``x``.
 
     If a view of a one-dimensional tensor fits, the message shows it.
     """

@@ -22,6 +22,7 @@ PAGES = {
     "benchmarks/gpu_predictions": "benchmarks/gpu_predictions.md",
     "changelog": "CHANGELOG.md",
     "contributing": "CONTRIBUTING.md",
+    "experiments": "recipes/seq2seq/README.md",
     "results": "RESULTS.md",
 }
 _LINK = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]\((?!\w+:|#)([^()\s#]+)(#[^()\s]*)?\)")

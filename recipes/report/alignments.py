@@ -43,7 +43,7 @@ def alignment_lines(task: Any, words: list[str], rule: AlignmentRule, layer: int
         words: any number of words.
         rule: how heads are combined; see :func:`sparse_attn.analysis.align`.
         layer: number of the cross-attention layer, counted from the end if negative, or "all" for all heads.
-        longest: most tokens of an input; a longer input is cut.
+        longest: maximum number of tokens of an input; a longer input is cut.
     """
     batches = in_batches(task, [word for word in words if word], longest)
     lines = iter(line for batch in batches for line in _lines(batch, rule, layer))

@@ -50,7 +50,7 @@ def read_batch(task: Any, words: Sequence[str], longest: int = LONGEST_SHOWN) ->
     Args:
         task: a `Seq2SeqTask` in evaluation mode.
         words: one word or more.
-        longest: most tokens of an input and of an output; a longer input is cut.
+        longest: maximum number of tokens of an input and of an output; a longer input is cut.
 
     Raises:
         ValueError: if there is no word, or one is empty.

@@ -54,6 +54,8 @@ class Seq2SeqTransformer(nn.Module):
         length_scaling: Whether attention scores grow with the number of visible keys, by a learnt factor.
         output: Distribution of the next token: "softmax", "sparsemax", "entmax15" or "entmax".
         output_alpha: The α of the output "entmax".
+        share_embeddings: Whether source, target and output have one matrix of weights, a row per token of their common
+            vocabulary (Press & Wolf 2017; Vaswani et al. 2017, 3.4).
 
     Attributes:
         output_alpha: The α of the output of any kind.
@@ -95,6 +97,7 @@ class Seq2SeqTransformer(nn.Module):
         length_scaling: bool = False,
         output: str = "softmax",
         output_alpha: float = 1.5,
+        share_embeddings: bool = False,
     ) -> None:
         super().__init__()
         counts = {
@@ -112,6 +115,13 @@ class Seq2SeqTransformer(nn.Module):
             raise ValueError(f"dim must be a multiple of num_heads, got dim={dim} and num_heads={num_heads}")
         if not 0 <= language_dim < dim:
             raise ValueError(f"language_dim must be from 0 to dim - 1 = {dim - 1}, got {language_dim}")
+        if share_embeddings and source_size != target_size:
+            raise ValueError(
+                f"share_embeddings needs one vocabulary for source and target, got {source_size} and {target_size} "
+                "tokens"
+            )
+        if share_embeddings and language_dim:
+            raise ValueError(f"share_embeddings needs language_dim=0, got language_dim={language_dim}")
         check_dropout(dropout)
         kinds = {"encoder": encoder_attention, "decoder": decoder_attention, "cross": cross_attention}
         for place, kind in kinds.items():
@@ -120,7 +130,7 @@ class Seq2SeqTransformer(nn.Module):
 
         check_alpha(alpha)
         if "adaptive" in kinds.values() and not 1.0 <= alpha <= 2.0:
-            raise ValueError(f"alpha must be in [1, 2], where adaptive attention learns it, got {alpha}")
+            raise ValueError(f"alpha must be in [1, 2], the range in which adaptive attention learns α, got {alpha}")
         check_k(k)
         self.output_alpha = alpha_of_output(output, output_alpha)
 
@@ -154,6 +164,9 @@ class Seq2SeqTransformer(nn.Module):
         self.encoder = Encoder([encoder_layer() for _ in range(encoder_layers)], dim)
         self.decoder = Decoder([decoder_layer() for _ in range(decoder_layers)], dim)
         self.output = nn.Linear(dim, target_size)
+        if share_embeddings:
+            shared = self.target_embedding.tokens.weight
+            self.source_embedding.tokens.weight = self.output.weight = shared
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """Logits of each next target token, given the target so far (teacher forcing).

@@ -93,8 +93,8 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractCont
     if not asked and not ours:
         raise ValueError(
             "model must have nn.MultiheadAttention or SparseAttention layers that give weights, or be a Hugging Face "
-            "model whose attention calls an attn_implementation of ours, such as 'entmax'; "
-            f"got {type(model).__name__} without any"
+            "model whose attention calls an attn_implementation of this library, such as 'entmax'; "
+            f"got {type(model).__name__}, which has no such layer"
         )
     for layer in others:
         if layer not in asked:

@@ -81,12 +81,13 @@ class Entmax(HoldsAlpha):
     """:func:`sparse_attn.entmax` along ``dim``; α is a number, a buffer, or learnt.
 
     Args:
-        alpha: A number or a tensor in ``(0, inf)``. A tensor broadcasts against the input with size 1 along ``dim``:
-            (H, 1, 1) for one α per head of scores (N, H, L, S). An ``nn.Parameter`` is learnt; any other tensor is
-            copied into a buffer.
+        alpha: A number or a tensor in ``(0, inf)``. A tensor must have size 1 along ``dim`` and broadcast against the
+            input: (H, 1, 1) for one α per head of scores (N, H, L, S). An ``nn.Parameter`` is learnt; any other tensor
+            is copied into a buffer.
         dim: The dimension that sums to one.
         learn_alpha: Learn α, also if it is given as a number or a plain tensor.
-        alpha_range: The closed interval that a learnt α stays in; it may start on a bound, and leave it.
+        alpha_range: The closed interval that a learnt α stays in. The initial α may be equal to a
+            bound; training can still change it.
 
     Attributes:
         alpha: The current α, a number or a tensor.
@@ -129,7 +130,7 @@ class Entmax(HoldsAlpha):
         return entmax(x, self.alpha, self.dim)
 
     def extra_repr(self) -> str:
-        """The arguments; of a tensor α its values."""
+        """The arguments; a tensor α is shown by its values."""
         return f"{super().extra_repr()}, dim={self.dim}"
 
 
@@ -137,8 +138,8 @@ class Normmax(nn.Module):
     """:func:`sparse_attn.normmax` along ``dim``.
 
     Args:
-        alpha: The norm's exponent in ``(1, inf)``: a number, or a tensor that broadcasts against the input with size 1
-            along ``dim``. An ``nn.Parameter`` is learnt, unbounded; any other tensor is copied into a buffer.
+        alpha: The norm's exponent in ``(1, inf)``: a number, or a tensor that has size 1 along ``dim`` and broadcasts
+            against the input. An ``nn.Parameter`` is learnt, unbounded; any other tensor is copied into a buffer.
         dim: The dimension that sums to one.
 
     Raises:
@@ -172,7 +173,7 @@ class Normmax(nn.Module):
         return normmax(x, self.alpha, self.dim)
 
     def extra_repr(self) -> str:
-        """The arguments; of a tensor α its values."""
+        """The arguments; a tensor α is shown by its values."""
         return f"alpha={shown(self.alpha)}, dim={self.dim}"
 
 
@@ -180,8 +181,9 @@ class BudgetSparsemax(nn.Module):
     """:func:`sparse_attn.budget_sparsemax` along ``dim``.
 
     Args:
-        budget: The sum of each row, in ``(0, d]``: a number, or a tensor that broadcasts against the input with size 1
-            along ``dim``. An ``nn.Parameter`` is learnt, unbounded; any other tensor is copied into a buffer.
+        budget: The sum of each row, in ``(0, d]``, where d is the size of ``dim``: a number, or a tensor that has size
+            1 along ``dim`` and broadcasts against the input. An ``nn.Parameter`` is learnt, unbounded; any other tensor
+            is copied into a buffer.
         dim: The dimension that sums to ``budget``.
 
     Raises:
@@ -215,7 +217,7 @@ class BudgetSparsemax(nn.Module):
         return budget_sparsemax(x, self.budget, self.dim)
 
     def extra_repr(self) -> str:
-        """The arguments; of a tensor budget its values."""
+        """The arguments; a tensor budget is shown by its values."""
         return f"budget={shown(self.budget)}, dim={self.dim}"
 
 

@@ -289,7 +289,7 @@ class HoldsAlpha(WideAlpha):
         return bounded_alpha(self.raw_alpha, self.alpha_range) if self.learn_alpha else self.raw_alpha
 
     def extra_repr(self) -> str:
-        """The α arguments; of a tensor its values."""
+        """The α arguments; a tensor α is shown by its values."""
         alpha = self._number if self.raw_alpha is None else shown(self.raw_alpha)
         return f"alpha={alpha}" + (f", learn_alpha=True, alpha_range={self.alpha_range}" if self.learn_alpha else "")
 

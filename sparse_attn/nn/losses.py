@@ -123,14 +123,15 @@ class EntmaxLoss(HoldsAlpha):
     Learn α only if the objective has another term that depends on α: this loss decreases as α grows, on any data.
 
     Args:
-        alpha: A number or a tensor in ``(0, inf)``: of one element, or one that broadcasts against the input with size
-            1 along the classes. An ``nn.Parameter`` is learnt, any other tensor copied into a buffer.
+        alpha: A number or a tensor in ``(0, inf)``. A tensor must have one element, or have size 1 along the classes
+            and broadcast against the input. An ``nn.Parameter`` is learnt; any other tensor is copied into a buffer.
         weight: One weight per class, kept as a buffer.
         ignore_index: Examples with this class index are ignored.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         label_smoothing: The share of the target, in ``[0, 1]``, that is spread evenly over the classes.
         learn_alpha: Learn α, also if it is given as a number or a plain tensor.
-        alpha_range: The closed interval that a learnt α stays in; it may start on a bound, and leave it.
+        alpha_range: The closed interval that a learnt α stays in. The initial α may be equal to a
+            bound; training can still change it.
 
     Attributes:
         alpha: The current α, a number or a tensor.
@@ -186,7 +187,7 @@ class EntmaxLoss(HoldsAlpha):
         return entmax_loss(x, target, self.alpha, **_arguments(self))
 
     def extra_repr(self) -> str:
-        """The arguments; of a tensor α its values."""
+        """The arguments; a tensor α is shown by its values."""
         return f"{super().extra_repr()}, {_shown_arguments(self)}"
 
 

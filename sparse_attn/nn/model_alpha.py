@@ -23,10 +23,11 @@ def alpha_per_head(model: nn.Module) -> dict[str, Tensor]:
         model: The model, which may be wrapped.
 
     Returns:
-        ``{layer name: (num_heads,) tensor}`` in the order of ``model.named_modules()``, copies without a graph; empty
-        without such layers. A ``SparseAttention`` is included if its α has the shape (H,). An attention module of
-        another library is included if it has a learnt α, also while another ``attn_implementation`` ignores this α.
-        For a model that is sharded over processes (FSDP2), tensors are complete, and every process must call this.
+        ``{layer name: (num_heads,) tensor}`` in the order of ``model.named_modules()``; the tensors are detached
+        copies. The dict is empty if no layer has an α. A ``SparseAttention`` is included if its α has the shape (H,).
+        An attention module of another library is included if it has a learnt α, also while another
+        ``attn_implementation`` ignores this α. For a model that is sharded over processes (FSDP2), tensors are
+        complete, and every process must call this.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -47,7 +48,9 @@ def alpha_per_head(model: nn.Module) -> dict[str, Tensor]:
 
 
 def of_attention(name: str, module: nn.Module) -> bool:
-    """A ``filter_fn`` that selects the α of attention layers. The α of a loss is part of the training objective.
+    """A ``filter_fn`` that selects the α of attention layers.
+
+    The α of a loss is not selected, because it belongs to the training objective.
 
     Args:
         name: The name of the module.
@@ -65,7 +68,9 @@ def of_attention(name: str, module: nn.Module) -> bool:
 
 
 def alpha_modules(model: nn.Module) -> dict[str, WideAlpha]:
-    """All modules with an α that the model uses, by name; a module in several places has its first name.
+    """All modules with an α that the model uses, by name.
+
+    A module that occurs in several places is listed once, under the first of its names.
 
     PEFT's `modules_to_save` keeps the original module and the copies of inactive adapters. Both are left out. The
     active copy has the name that the module had before it was wrapped.

@@ -22,7 +22,8 @@ class SparseAttention(HoldsAlpha):
         scale: Factor of the scores; ``1 / sqrt(E)`` by default.
         dropout: Probability that a weight is dropped in training.
         learn_alpha: Learn α, also if ``alpha`` is a number (one α for all heads) or a plain tensor.
-        alpha_range: The closed interval that a learnt α stays in; α may start on a bound, and can leave it.
+        alpha_range: The closed interval that a learnt α stays in. The initial α may be equal to a
+            bound; training can still change it.
 
     Attributes:
         alpha: The current α, a number or a tensor.

@@ -27,7 +27,7 @@ def budget_sparsemax(x: Tensor, budget: float | Tensor = 2.0, dim: int = -1) -> 
     Args:
         x: Scores of any floating dtype; masked entries as in :func:`sparse_attn.entmax`. If fewer than ``budget``
             entries of a row are unmasked, each of these is 1.
-        budget: The sum of a row: a number, or a tensor that broadcasts against ``x`` with size 1 along ``dim``, in
+        budget: The sum of a row: a number, or a tensor with size 1 along ``dim`` that broadcasts against ``x``, in
             ``(0, d]`` with d the size of ``dim``. Differentiable. At 1 the result is sparsemax.
         dim: The dimension that sums to ``budget``.
 

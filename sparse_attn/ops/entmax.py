@@ -17,7 +17,7 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
     Args:
         x: Scores of any floating dtype. ``-inf`` and the smallest finite number of the dtype are masked. A row of
             masked scores only gets zeros, and zero gradients.
-        alpha: A number, or a tensor that broadcasts against ``x`` with size 1 along ``dim``, in ``(0, inf)``. Scores of
+        alpha: A number, or a tensor with size 1 along ``dim`` that broadcasts against ``x``, in ``(0, inf)``. Scores of
             shape (N, H, L, S) take one α per head as ``alpha.view(-1, 1, 1)``. Differentiable. Up to α = 4 the result
             is exact up to rounding; for much larger α the mapping is close to a step function and ill-conditioned.
         dim: The dimension that sums to one.

@@ -63,7 +63,7 @@ def entmax_loss(
         x: Scores of any floating dtype. ``-inf`` is masked, as in cross-entropy: the loss is infinite if the target is
             such a class, and does not depend on it otherwise.
         target: Class indices (int64 or uint8), or class probabilities.
-        alpha: A number, or a tensor that broadcasts against ``x`` with size 1 along the classes, in ``(0, inf)``.
+        alpha: A number, or a tensor with size 1 along the classes that broadcasts against ``x``, in ``(0, inf)``.
             Differentiable.
         weight: One weight per class.
         ignore_index: Examples with this class index have loss zero and do not count in the mean.

@@ -27,7 +27,7 @@ def normmax(x: Tensor, alpha: float | Tensor = 2.0, dim: int = -1) -> Tensor:
 
     Args:
         x: Scores of any floating dtype; masked entries as in :func:`sparse_attn.entmax`.
-        alpha: The norm's exponent: a number, or a tensor that broadcasts against ``x`` with size 1 along ``dim``, in
+        alpha: The norm's exponent: a number, or a tensor with size 1 along ``dim`` that broadcasts against ``x``, in
             ``(1, inf)``. Differentiable. For α towards 1 the result tends to the arg max; for α towards ∞, to a nearly
             uniform distribution over the entries less than 1 below the maximum.
         dim: The dimension that sums to one.

@@ -75,7 +75,7 @@ def test_recorded_alpha_is_the_alpha_in_use(implementation: str, alpha: float, l
 
 
 def test_a_model_with_another_attn_implementation_is_refused() -> None:
-    with pytest.raises(ValueError, match="attn_implementation of ours"):
+    with pytest.raises(ValueError, match="attn_implementation of this library"):
         record_attention(build("bert", "sdpa"))
 
 
@@ -84,5 +84,5 @@ def test_a_model_that_ignores_attn_implementation_is_refused() -> None:
     config = transformers.BloomConfig(vocab_size=23, hidden_size=E, n_layer=1, n_head=H)
     model = transformers.AutoModel.from_config(config, attn_implementation="entmax")
     assert model.config._attn_implementation == "entmax"
-    with pytest.raises(ValueError, match="attn_implementation of ours, such as 'entmax'; got BloomModel without any"):
+    with pytest.raises(ValueError, match="of this library, such as 'entmax'; got BloomModel, which"):
         record_attention(model)

@@ -1,4 +1,4 @@
-"""Recording of attention that reports its weights itself: `SparseAttention` and modules of a user."""
+"""Records of modules that report their own attention weights: `SparseAttention` and a user's modules."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def test_a_registered_module_reports_its_weights(assert_statistics: Callable[...
     assert list(record) == ["1"] and not weights_are_observed()
     assert_statistics(record["1"], [(weights, torch.tensor(True))])
     assert record["1"].alpha is not None and record["1"].alpha.tolist() == [2.0] * H
-    with pytest.raises(ValueError, match="an attn_implementation of ours, such as 'entmax'; got OtherBlock without"):
+    with pytest.raises(ValueError, match="of this library, such as 'entmax'; got OtherBlock, which"):
         record_attention(OtherBlock())
     handle.remove()
-    with pytest.raises(ValueError, match="got OwnBlock without"):
+    with pytest.raises(ValueError, match="got OwnBlock, which has no such layer"):
         record_attention(OwnBlock())
 
 

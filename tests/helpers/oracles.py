@@ -1,7 +1,7 @@
 """Mappings by bisection in float64, in the form of the papers, without code of this library.
 
-Each takes scores of any floating dtype along the last dimension. Scores and α that were rounded to float32 are used in
-their rounded form. ``-inf`` and the smallest finite number are masked.
+Each takes scores of any floating dtype along the last dimension. The result is exact for the numbers given: rounding of
+scores or α to another dtype before the call is not undone. ``-inf`` and the smallest finite number are masked.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def bisect_entmax(x: Tensor, alpha: float | Tensor) -> Tensor:
     if not isinstance(alpha, Tensor) and alpha == 1:
         return torch.softmax(z.masked_fill(~seen, 0.0), -1) * seen
     a = alpha - 1 if not isinstance(alpha, Tensor) else alpha.double() - 1
-    # p = [a z - tau]_+^(1/a); the largest entry alone sums to one at the lower end, a flat row at the upper.
+    # p = [a z - tau]_+^(1/a). At tau = -1 the largest entry alone is 1; at tau = -n^-a, n equal scores sum to 1.
     low = torch.full_like(z[..., :1], -1.0)
     high = -(z.shape[-1] ** -a) + torch.zeros_like(low)
     low, high = torch.minimum(low, high), torch.maximum(low, high)

@@ -140,7 +140,8 @@ def test_second_derivatives(options, backend):
 def test_second_derivatives_in_blocks():
     query, key, value = (torch.randn(1, 523, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
     gradients = []
-    for mask in (None, torch.zeros(523, 523, dtype=torch.float64, requires_grad=True)):  # one matrix for its gradient
+    # A call whose mask needs a gradient is computed as one matrix instead of in blocks.
+    for mask in (None, torch.zeros(523, 523, dtype=torch.float64, requires_grad=True)):
         with use_backend("torch"):
             output = entmax_attention(query, key, value, 1.5, mask, softcap=CAP)
         first = torch.autograd.grad(output.square().sum(), query, create_graph=True)[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from recipes.ensemble import load_ensemble
 from recipes.evaluate import evaluate
 from recipes.inspect import inspect
 from recipes.launch import config_dir, run_hydra
@@ -90,13 +91,19 @@ def test_a_language_embedding_needs_languages(trained, languages):
         trained(*files, "model.language_dim=3")
 
 
-def test_parallel_text_with_subwords(trained, tmp_path, capsys):
+@pytest.fixture
+def parallel(tmp_path: Path) -> list[str]:
+    """Arguments for compressed parallel text."""
     for split, count in {"train": 30, "val": 7, "test": 5}.items():
         for side, noun in (("en", "house"), ("de", "Haus")):
             text = "".join(f"{noun} {number} {noun}\n" for number in range(count))
             (tmp_path / f"{split}.{side}.gz").write_bytes(gzip.compress(text.encode()))
     files = [f"data.{split}='{tmp_path}/{split}.{{side}}.gz'" for split in ("train", "val", "test")]
-    trained("data=parallel", "data.sides=[en,de]", "data.bpe_size=40", "data.batch_tokens=50", *files)
+    return ["data=parallel", "data.sides=[en,de]", "data.bpe_size=40", "data.batch_tokens=50", *files]
+
+
+def test_parallel_text_with_subwords(trained, parallel, tmp_path, capsys):
+    trained(*parallel)
     assert "parallel: 30 training, 7 validation and 5 test" in capsys.readouterr().out
     assert (tmp_path / "run" / "bpe_source.json").is_file()
     (tmp_path / "in.txt").write_text("house 3  house\n", encoding="utf-8")
@@ -105,6 +112,20 @@ def test_parallel_text_with_subwords(trained, tmp_path, capsys):
     command("evaluate", evaluate, tmp_path, "split=test", f"data.test='{tmp_path}/val.{{side}}.gz'")
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["test/words"] == 7
     command("inspect", inspect, tmp_path)
+
+
+def test_shared_embeddings_stay_shared_in_a_run_folder(trained, parallel, tmp_path):
+    trained(*parallel, "model.share_embeddings=true", "trainer.max_epochs=2")
+    for averaged in (None, 2):
+        model = load_ensemble(str(tmp_path / "run"), "best", averaged).task.model
+        assert model.source_embedding.tokens.weight is model.target_embedding.tokens.weight is model.output.weight
+    command("evaluate", evaluate, tmp_path, "average=2", "decoding=beam")
+
+
+def test_shared_embeddings_need_one_vocabulary(trained, parallel):
+    message = r"^model\.share_embeddings needs data with one vocabulary .* data\.bpe_joint=true; got \d+ source and \d+"
+    with pytest.raises(ValueError, match=message):
+        trained(*parallel, "model.share_embeddings=true", "data.bpe_joint=false")
 
 
 def test_synthetic_sequences(trained, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -86,6 +87,17 @@ DATA: dict[str, tuple[Callable[[Path], None] | None, list[str], list[str]]] = {
 
 def test_every_experiment_has_a_test():
     assert set(EXPERIMENTS) == set(DATA)
+
+
+def test_the_page_has_the_command_of_every_experiment():
+    page = (config_dir().parent / "recipes/seq2seq/README.md").read_text(encoding="utf-8")
+    first, *sections = re.findall(r"^## (\w+)\n\n    sparse-attn train *(.*)$", page, re.MULTILINE)
+    assert first == ("default", "")
+    assert sorted(name for name, _ in sections) == EXPERIMENTS
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        for name, arguments in sections:
+            assert f"experiment={name}" in arguments.split()
+            compose("train", [re.sub(",.*", "", argument) for argument in arguments.removeprefix("-m ").split()])
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

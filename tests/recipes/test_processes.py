@@ -1,9 +1,21 @@
-"""The shares of several processes together are the batch."""
+"""Several processes: their shares add up to the batch, and torchrun and srun start them."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from recipes.processes import FOLDER, rank, set_environment, share_of_batch
+from recipes.curves import read_rows
+from recipes.processes import FOLDER, is_one_of_several, rank, set_environment, share_of_batch
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = (
+    "-m torch.distributed.run --nnodes=2 --nproc-per-node=1 --master-addr=127.0.0.1 --node-rank={} --master-port={}"
+)
 
 
 @pytest.mark.parametrize(("rows", "count"), [(7, 2), (7, 3), (2, 3), (1, 5)])
@@ -39,10 +51,78 @@ def test_the_number_of_a_process(monkeypatch, environment, expected):
     assert rank() == expected
 
 
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"WORLD_SIZE": "1"}, False),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, False),  # a shell in an allocation
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({"RANK": "1"}, True),
+    ],
+)
+def test_whether_processes_were_started_together(monkeypatch, environment, expected):
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_one_of_several() == expected
+
+
+def srun(number: int) -> dict[str, str]:
+    """What srun sets for one of two tasks on two machines."""
+    variables = {
+        "JOB_ID": os.getpid(),  # which chooses the port
+        "JOB_NAME": "train",
+        "NTASKS": 2,
+        "STEP_NUM_TASKS": 2,
+        "NTASKS_PER_NODE": 1,
+        "NNODES": 2,
+        "PROCID": number,
+        "LOCALID": 0,
+        "NODEID": number,
+        "NODELIST": "localhost",
+    }
+    return {f"SLURM_{name}": str(value) for name, value in variables.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_two_machines_train_one_model_in_one_folder(tiny_arguments, tmp_path, launcher):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tiny = [argument for argument in tiny_arguments() if "output_dir" not in argument]
+    several = ["trainer=ddp", "trainer.devices=1", "+trainer.num_nodes=2"]  # the group before the keys of tiny
+
+    def two(*more: str) -> list[subprocess.CompletedProcess[str]]:
+        children = []
+        for number in range(2):
+            start = TORCHRUN.format(number, port).split() if launcher == "torchrun" else []
+            environment = {**os.environ, **(srun(number) if launcher == "srun" else {})}
+            command = [sys.executable, *start, "-m", "recipes.train", *several, *tiny, *more]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            children.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes))
+        return [
+            subprocess.CompletedProcess(child.args, child.returncode, *outputs)
+            for child, outputs in [(child, child.communicate(timeout=300)) for child in children]
+        ]
+
+    first, second = two(f"hydra.run.dir={tmp_path / 'together'}")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert first.stdout.count("epoch 2/2") == 1
+    assert "epoch" not in second.stdout
+    rows = read_rows(tmp_path / "together/metrics.csv")
+    assert [row["step"] for row in rows] == [str(step) for step in range(1, 11)]
+    assert (tmp_path / "together/results.json").exists()
+    for refused in two():
+        assert refused.returncode != 0
+        assert "hydra.run.dir must be given where torchrun or srun starts several processes" in refused.stderr
+
+
 def test_an_environment_variable_is_restored(monkeypatch):
     monkeypatch.delenv(FOLDER, raising=False)
-    import os
-
     with set_environment(FOLDER, "a"):
         with set_environment(FOLDER, "b"):
             assert os.environ[FOLDER] == "b"

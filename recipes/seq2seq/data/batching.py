@@ -42,9 +42,9 @@ class BatchByLength(Sampler[list[int]]):
 
     Args:
         lengths: (source, target) lengths of each example, to sort by.
-        batch_size: Most examples per batch; None: no limit.
-        batch_tokens: Most tokens per batch, on the longer of source and target, with padding; None: no limit. A longer
-            example forms a separate batch.
+        batch_size: Maximum number of examples per batch; None: no limit.
+        batch_tokens: Maximum number of tokens per batch, padding included, counted on the longer side; None: no limit.
+            A longer example forms a separate batch.
         shuffle: Whether the order is random.
         seed: Determines the random order, together with the epoch.
 

@@ -58,16 +58,17 @@ class Seq2SeqData(L.LightningDataModule):
         bpe_size: Largest number of subwords of a side that is split by ``"bpe"``.
         bpe_joint: Whether both sides share their subwords.
         batch_size: Pairs per training batch.
-        batch_tokens: Instead of ``batch_size``: most tokens per batch, on the longer of both sides, with padding.
-        eval_batch_size: Most words per validation or test batch.
-        eval_batch_tokens: Most tokens of the longer side per validation or test batch.
+        batch_tokens: Instead of ``batch_size``: maximum number of tokens per batch, padding included, counted on the
+            longer side.
+        eval_batch_size: Maximum number of words per validation or test batch.
+        eval_batch_tokens: The same for validation and test batches, together with ``eval_batch_size``.
         seed: Chooses the order of the training batches together with the epoch, whatever the global random
             state.
         limit: Number of training words, drawn with a fixed seed; validation and test are reduced by the same factor.
         eval_limit: Number of words in ``val_dataloader()``, for quick checks during training, drawn with a fixed seed;
             ``full_val_dataloader()`` always has all words.
-        max_length: Most tokens of each side: a longer training pair is left out, a longer input is cut.
-        output_length: Most tokens of an output; None: 8 more than the longest training target.
+        max_length: Maximum number of tokens of each side: a longer training pair is left out, a longer input is cut.
+        output_length: Maximum number of tokens of an output; None: 8 more than the longest training target.
         cache: A folder for encoded training data, in files named after their content.
         metrics: The metrics, the most important first; see ``recipes.seq2seq.metrics.METRICS``.
         bleu_tokenize: How sacrebleu splits texts into words: ``"13a"``, or ``"none"`` for texts that are split.

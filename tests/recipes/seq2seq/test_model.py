@@ -32,7 +32,7 @@ def model_of(kind: str | None = None, **kwargs: Any) -> Seq2SeqTransformer:
 
 
 def ids() -> tuple[Tensor, Tensor]:
-    """Source and target ids; the first row is as long as the batch, the others are padded."""
+    """Source and target ids; the first row has no padding, the others have some."""
     source, target = torch.randint(4, SOURCE, (N, S)), torch.randint(4, TARGET, (N, T))
     target[:, 0] = 1
     source[1, 4:] = source[2, 1:] = 0
@@ -179,7 +179,7 @@ def test_decoding_by_steps_with_a_cache_equals_the_full_pass(kind: str, sizes: l
     model = model_of(kind)
     source, target = ids()
     real = target != 0
-    # Positions are float32 sines, whose last bit may depend on how many are computed together.
+    # Positions are sines in float32. Their last bit may depend on the number of positions that one call computes.
     torch.testing.assert_close(
         by_steps(model, source, target, sizes)[real], model(source, target)[real], rtol=0, atol=1e-6
     )
@@ -234,11 +234,15 @@ def test_dropout_is_applied_only_in_training() -> None:
         ({"encoder_layers": 0}, "encoder_layers must be at least 1, got 0"),
         ({"decoder_layers": -1}, "decoder_layers must be at least 1, got -1"),
         ({"dropout": 1.5}, r"dropout must be in \[0, 1\], got 1.5"),
-        ({"alpha": 2.5}, r"alpha must be in \[1, 2\], where adaptive attention learns it, got 2.5"),
+        ({"alpha": 2.5}, r"alpha must be in \[1, 2\], the range in which adaptive attention learns α, got 2.5"),
         ({"encoder_attention": "entmax", "alpha": 0.0}, r"alpha must be in \(0, inf\), got 0"),
         ({"decoder_attention": "topk", "k": 0}, "k must be at least 1, got 0"),
         ({"k": 0}, "k must be at least 1, got 0"),
         ({"positions": "learnt"}, "positions must be one of sinusoidal, rotary, alibi, nape, got 'learnt'"),
+        (
+            {"share_embeddings": True},
+            f"share_embeddings needs one vocabulary for source and target, got {SOURCE} and {TARGET} tokens",
+        ),
         ({"output": "dense"}, "output must be one of softmax, sparsemax, entmax15, entmax, got 'dense'"),
     ],
 )
@@ -262,3 +266,27 @@ def test_the_language_is_in_every_source_embedding_and_takes_part_in_training():
 def test_a_language_dim_out_of_range_raises_an_error(language_dim):
     with pytest.raises(ValueError, match=rf"^language_dim must be from 0 to dim - 1 = 15, got {language_dim}$"):
         Seq2SeqTransformer(11, 13, dim=16, num_heads=2, language_dim=language_dim)
+
+
+def test_shared_embeddings_are_one_matrix_whose_gradient_is_the_sum_of_the_three():
+    sizes = {"dim": 22, "num_heads": 2, "ff_dim": 17, "dropout": 0.0}
+    apart = Seq2SeqTransformer(SOURCE, SOURCE, **sizes).double()
+    shared = Seq2SeqTransformer(SOURCE, SOURCE, **sizes, share_embeddings=True).double()
+    matrices = ["source_embedding.tokens.weight", "target_embedding.tokens.weight", "output.weight"]
+    assert len({shared.get_parameter(name).data_ptr() for name in matrices}) == 1
+    assert sum(p.numel() for p in apart.parameters()) - sum(p.numel() for p in shared.parameters()) == 2 * SOURCE * 22
+    apart.load_state_dict(shared.state_dict())
+    source, target = ids()
+    target = target % SOURCE
+    logits = [model(source, target) for model in (apart, shared)]
+    assert torch.equal(*logits)
+    for found in logits:
+        found.square().sum().backward()
+    total = sum(apart.get_parameter(name).grad for name in matrices)
+    assert torch.allclose(shared.output.weight.grad, total)
+    assert shared.output.weight.grad.abs().sum() > 0
+
+
+def test_shared_embeddings_leave_no_room_for_the_language():
+    with pytest.raises(ValueError, match=r"^share_embeddings needs language_dim=0, got language_dim=3$"):
+        Seq2SeqTransformer(11, 11, dim=16, num_heads=2, language_dim=3, share_embeddings=True)
