@@ -23,7 +23,6 @@ PAGES = {
     "changelog": "CHANGELOG.md",
     "contributing": "CONTRIBUTING.md",
     "experiments": "recipes/seq2seq/README.md",
-    "experiments": "recipes/seq2seq/README.md",
     "results": "RESULTS.md",
 }
 _LINK = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]\((?!\w+:|#)([^()\s#]+)(#[^()\s]*)?\)")
