@@ -1,17 +1,19 @@
 """Compile the Triton kernels for a GPU, which need not be present, and show the resources that each kernel needs.
 
-    python scripts/compile_kernels.py [rows attention decode few]
+    python scripts/compile_kernels.py [rows attention decode few] [--for 80 86 89 90 100 120]
 
 All kernels take five minutes or more; `few` compiles one variant of each, with all features.
 
-The script calls the functions that start kernels, on small CPU tensors, and compiles each kernel for compute capability
-9.0 instead of starting it. A kernel that does not compile raises an error. The script prints registers, spilled bytes
+The script calls the functions that start kernels, on small CPU tensors, and compiles each kernel for a compute
+capability (90, for 9.0, if none is given) instead of starting it. The script prints registers, spilled bytes
 and shared memory of every kernel: a kernel that spills is slow, and a kernel that needs more shared memory than the
-device has would not start.
+device has would not start. The exit status is 1 if a kernel does not compile, or would not start, for a capability
+that `sparse_attn` does not refuse.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -32,12 +34,14 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler
 from triton.compiler import ASTSource
 
+from sparse_attn.kernels import triton as backend
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.kernels.triton import rows
-from sparse_attn.kernels.triton.attention import backward, decode, dropout, forward
+from sparse_attn.kernels.triton.attention import backward, decode, dropout, forward, plan
 
-TARGET = GPUTarget("cuda", 90, 32)
-SHARED_MEMORY = 227 * 1024  # largest shared memory of a program on this target, in bytes
+# largest shared memory of a program in KiB, by compute capability
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+target = 90
 _TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -74,7 +78,7 @@ def compile_kernel(kernel: Any, *arguments: Any, warps: int, stages: int) -> tri
     }
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=TARGET, options=options)
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
 def resources(compiled: triton.compiler.CompiledKernel) -> tuple[int, int]:
@@ -97,8 +101,8 @@ def compile_instead(variant: str) -> Callable[..., None]:
         registers, spilled = resources(compiled)
         shared = compiled.metadata.shared
         print(f"{kernel.__name__:24} {variant:60} {warps:5} {registers:5} {spilled:6} {shared:7} {seconds:5.1f}")
-        if shared > SHARED_MEMORY:
-            raise RuntimeError(f"{kernel.__name__} asks for {shared} bytes of shared memory, there are {SHARED_MEMORY}")
+        if shared > (there := SHARED_MEMORY[target] * 1024):
+            raise RuntimeError(f"{kernel.__name__} asks for {shared} bytes of shared memory, there are {there}")
 
     return launch
 
@@ -190,14 +194,37 @@ def compile_both(
 PARTS = {"rows": compile_rows, "attention": compile_attention, "decode": compile_decode, "few": compile_few}
 
 
-def main() -> None:
-    """Compile the parts named on the command line, or all."""
+def aim_at(capability: int) -> None:
+    """Compile for this capability from now on, with the plans of its devices."""
+    global target
+    target = capability
+    plan.shared_memory = forward.shared_memory = lambda device: SHARED_MEMORY[capability] * 1024
+
+
+def main() -> int:
+    """Compile the parts named on the command line, or all, for each of the capabilities."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all but the last by default")
+    parser.add_argument("--for", nargs="+", type=int, default=[90], choices=SHARED_MEMORY, dest="capabilities")
+    options = parser.parse_args()
+    if wrong := [part for part in options.parts if part not in PARTS]:
+        parser.error(f"a part must be one of {', '.join(PARTS)}, got {wrong[0]}")
     warnings.simplefilter("error")
     warnings.simplefilter("ignore", DeprecationWarning)  # Triton itself uses parts of `ast` that Python 3.13 deprecates
-    print(f"{'kernel':24} {'variant':60} warps  regs  spill  shared  s")
-    for part in sys.argv[1:] or ("rows", "attention", "decode"):
-        PARTS[part]()
+    failed = False
+    for capability in options.capabilities:
+        aim_at(capability)
+        print(f"{f'kernel, for {capability}':24} {'variant':60} warps  regs  spill  shared  s")
+        refused = capability // 10 in backend.REFUSED
+        try:
+            for part in options.parts or ("rows", "attention", "decode"):
+                PARTS[part]()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            print(f"FAILED for {capability}, {'refused' if refused else 'NOT refused'} by sparse_attn: {reason}")
+            failed |= not refused
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

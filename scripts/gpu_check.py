@@ -1,14 +1,22 @@
-"""Check and time the Triton kernels on this machine's GPU, and time other packages, in less than ten minutes.
+"""Check and time the Triton kernels on this machine's GPU, and time other packages. Nothing that was measured is lost.
 
-    python scripts/gpu_check.py [--out benchmarks]     with a CUDA device; writes gpu.md and gpu.json there
-    python scripts/gpu_check.py --interpret            only correctness, in Triton's interpreter, without a device
+    python scripts/gpu_check.py --part 1 --out DIR   values and gradients, figures of the targets, each kernel by itself
+    python scripts/gpu_check.py --part 2 --out DIR   sizes of tiles, rows, long lengths
+    python scripts/gpu_check.py                      both, into benchmarks/
+    python scripts/gpu_check.py --interpret          only correctness, in Triton's interpreter, without a device
+    python scripts/gpu_check.py --dry-run            everything, in the interpreter, on tensors of a few rows
+
+A part takes at most four minutes (`--seconds`) from the start of the process. Every result is appended to
+DIR/gpu_results.jsonl at once, and DIR/gpu.md and gpu.json are rewritten after every phase. The same call continues
+where an earlier one was interrupted: no task is repeated, not even one that never ended.
 
 Needs torch, Triton and this checkout; adasplash, entmax and flex attention are timed if they are installed and work.
 The exit status is 0 if all checks passed, 1 if a check failed, 2 if there is no device.
 
 `gpu_correctness.py` and `gpu_timing.py` contain the checks and timings as lists of tasks. Tasks run in separate
 processes: compilation takes longer than execution and uses all processors, and a kernel that crashes its process or
-never returns becomes one line of the report. Timings are taken afterwards, one by one, by a single process.
+never returns becomes one line of the report. Timings are taken one by one, by a single process, after their kernels
+have been compiled.
 """
 
 from __future__ import annotations
@@ -21,70 +29,121 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-if "--interpret" in sys.argv:  # Triton asks when a kernel is defined
+if {"--interpret", "--dry-run"} & set(sys.argv):  # Triton asks when a kernel is defined
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import gpu_correctness
 import gpu_timing
 import torch
+from gpu_record import Record
+from gpu_report import page, short_table
 
-from sparse_attn import backends, use_backend
+from sparse_attn import use_backend
 from sparse_attn.kernels import triton
 
 Measured = dict[str, Any]
 
-CHECKED, COMPILED, TIMED = 200, 320, 560  # seconds since the beginning, when each part has to end
 LONGEST = 100  # seconds of one task
-BEGAN = time.monotonic()
+
+
+class Phase(NamedTuple):
+    """Tasks of one kind, and when they have to end, as a share of the part's time."""
+
+    kind: str  # "check", or a key of gpu_timing.PHASES
+    warm_up: bool  # compile only, in several processes, without a result
+    until: float
+
+
+PARTS = {
+    1: (
+        Phase("check", False, 0.45),
+        Phase("key", True, 0.62),
+        Phase("key", False, 0.85),
+        Phase("kernels", False, 0.97),
+    ),
+    2: (
+        Phase("tiles", True, 0.25),
+        Phase("tiles", False, 0.45),
+        Phase("rows", True, 0.6),
+        Phase("rows", False, 0.75),
+        Phase("long", False, 0.97),
+    ),
+}
+
+
+def since_start() -> float:
+    """Seconds since this process started, which is before torch was imported."""
+    with suppress(OSError, ValueError):
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - _IMPORTED
+
+
+_IMPORTED = time.monotonic()
 
 
 def main() -> int:
     """Check, time, write the report, and print a short table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", type=int, choices=PARTS, help="one of the two parts; both if not given")
+    parser.add_argument("--seconds", type=float, default=240.0, help="of a part, from the start of the process")
     parser.add_argument("--interpret", action="store_true", help="check correctness in Triton's interpreter")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "benchmarks", help="where to write")
-    parser.add_argument("--tasks", nargs=2, help=argparse.SUPPRESS)  # for the processes that this script starts
+    parser.add_argument("--dry-run", action="store_true", help="run everything in Triton's interpreter, tiny")
+    parser.add_argument("--out", type=Path, help="where to write; benchmarks/, in the interpreter nowhere")
+    parser.add_argument("--tasks", nargs=3, help=argparse.SUPPRESS)  # for the processes that this script starts
     options = parser.parse_args()
+    if options.seconds <= 0:
+        parser.error(f"--seconds must be above 0, got {options.seconds:g}")
+    if options.dry_run and options.out is None:
+        parser.error("--dry-run needs --out DIR")
     available, why = triton.status()
     if not available:
         print(f"no GPU was checked: {why}")
         return 2
     if options.tasks:
         return work(*options.tasks)
-    processes = min(os.cpu_count() or 1, 12)
-    checks = run("check", CHECKED, processes)
-    if options.interpret:
-        return report(checks)
-    run("compile", COMPILED, processes)
-    timings = run("time", TIMED, 1)
-    result = {"environment": environment(), "checks": checks, "timings": timings}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (options.out / "gpu.md").write_text("\n".join(page(result)) + "\n", encoding="utf-8")
-    code = report(checks)
-    print("\n".join(short_table(timings)))
+    out = options.out if options.out or options.interpret else Path(__file__).parents[1] / "benchmarks"
+    try:
+        record = Record(None if out is None else out / "gpu_results.jsonl", environment())
+    except (OSError, ValueError) as error:
+        parser.error(f"--out: {error}")
+    parts = (options.part,) if options.part else tuple(PARTS)
+    for number, part in enumerate(parts):
+        for phase in PARTS[part]:
+            if options.interpret and phase.kind != "check":
+                continue
+            run(phase, record, options.seconds * (number + phase.until))
+            if out is not None:
+                write(out, record)
+    code = report(record.results("check"))
+    if out is not None:
+        print("\n".join(short_table(timings(record))))
     return code
 
 
-def tasks(kind: str) -> list[Callable[[], Measured]]:
-    """All tasks, the most important first."""
+def tasks(kind: str, warm_up: bool = False) -> list[Callable[[], Measured]]:
+    """All tasks of a phase, the most important first."""
     if kind == "check":
         return gpu_correctness.tasks(torch.device("cpu" if triton.interpreted() else "cuda"))
-    return gpu_timing.tasks(warm_up_only=kind == "compile")
+    found = list(gpu_timing.PHASES[kind]())
+    return [partial(timing, True) for timing in found] if warm_up else [*found]
 
 
-def work(kind: str, numbers: str) -> int:
-    """Run some of the tasks in this process, and print a line of JSON for each."""
-    todo = tasks(kind)
+def work(kind: str, warm_up: str, numbers: str) -> int:
+    """Run some of the tasks in this process; print a line when each begins, and a line of JSON for each result."""
+    todo = tasks(kind, warm_up == "True")
     for number in map(int, numbers.split(",")):
+        print("BEGIN", number, flush=True)
         with use_backend("triton"):
             result = todo[number]()
         print("RESULT", json.dumps([number, result]), flush=True)
@@ -93,44 +152,62 @@ def work(kind: str, numbers: str) -> int:
     return 0
 
 
-def run(kind: str, until: float, processes: int) -> list[Measured]:
-    """The results of all tasks, divided among the processes; in the interpreter there is no time limit."""
-    todo = list(range(len(tasks(kind))))
+def run(phase: Phase, record: Record, until: float) -> None:
+    """Run the tasks of a phase that have no result yet; in the interpreter there is no time limit."""
+    names = [name_of(task) for task in tasks(phase.kind)]
+    todo = [number for number, name in enumerate(names) if not record.knows(phase.kind, name)]
     until = float("inf") if triton.interpreted() else until
+    if phase.warm_up and triton.interpreted():
+        todo = todo[:1]  # nothing is compiled there
+    processes = 1
+    if phase.kind == "check" or phase.warm_up:
+        processes = min(os.cpu_count() or 1, 12) if not triton.interpreted() else 1
     with ThreadPoolExecutor(processes) as pool:
-        shares = pool.map(lambda first: run_share(kind, todo[first::processes], until), range(processes))
-        results = {number: result for share in shares for number, result in share.items()}
-    print(f"{kind}: {len(results)} tasks, {time.monotonic() - BEGAN:.0f} s", flush=True)
-    return [results[number] for number in todo]
+        shares = [share for first in range(processes) if (share := todo[first::processes])]
+        list(pool.map(lambda share: run_share(phase, names, share, record, until), shares))
+    if not phase.warm_up:
+        for number in todo:
+            if not record.knows(phase.kind, names[number]):
+                record.leave(phase.kind, names[number], named(phase.kind, number) | {"skipped": "no time left"})
+    print(f"{phase.kind}{', compilation' * phase.warm_up}: {len(todo)} tasks, {since_start():.0f} s", flush=True)
 
 
-def run_share(kind: str, todo: list[int], until: float) -> dict[int, Measured]:
-    """The results of some tasks, from a process that is started again whenever a task crashes it."""
-    done: dict[int, Measured] = {}
-    while rest := [number for number in todo if number not in done]:
-        if time.monotonic() - BEGAN > until:
-            names = tasks(kind)
-            return done | {number: skipped(names[number], "no time left") for number in rest}
-        more, ending = run_process(kind, rest, until)
-        done |= more
-        if not more and time.monotonic() - BEGAN <= until:
-            done[rest[0]] = skipped(tasks(kind)[rest[0]], ending)
-    return done
+def run_share(phase: Phase, names: list[str], todo: list[int], record: Record, until: float) -> None:
+    """Run some tasks in a process that is started again whenever a task crashes it."""
+    rest = todo
+    while rest and since_start() < until:
+        began, ending = run_process(phase, names, rest, record, until)
+        if began is None:  # the process ended before its first task
+            began, ending = rest[0], f"{ending} before the task began"
+        if began in rest and not phase.warm_up and not record.knows(phase.kind, names[began]):
+            record.add(phase.kind, names[began], named(phase.kind, began) | {"skipped": ending})
+        rest = rest[rest.index(began) + 1 :]
 
 
-def run_process(kind: str, todo: list[int], until: float) -> tuple[dict[int, Measured], str]:
-    """The results of a separate process, up to the first task that takes too long, and how the process ended."""
-    command = [sys.executable, __file__, "--tasks", kind, ",".join(map(str, todo))]
+def run_process(
+    phase: Phase, names: list[str], todo: list[int], record: Record, until: float
+) -> tuple[int | None, str]:
+    """Run tasks in a separate process up to the first that takes too long.
+
+    Returns:
+        The last task that began, and how the process ended.
+    """
+    command = [sys.executable, __file__, "--tasks", phase.kind, str(phase.warm_up), ",".join(map(str, todo))]
     command += ["--interpret"] if triton.interpreted() else []
-    done: dict[int, Measured] = {}
     longest = threading.TIMEOUT_MAX if triton.interpreted() else LONGEST
+    began: int | None = None
+    killed = threading.Event()
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
     ):
 
+        def kill() -> None:
+            killed.set()
+            process.kill()
+
         def watched() -> threading.Timer:
-            timer = threading.Timer(min(max(until - (time.monotonic() - BEGAN), 0.0), longest), process.kill)
+            timer = threading.Timer(min(max(until - since_start(), 0.0), longest), kill)
             timer.daemon = True
             timer.start()
             return timer
@@ -138,21 +215,48 @@ def run_process(kind: str, todo: list[int], until: float) -> tuple[dict[int, Mea
         timer = watched()
         for line in process.stdout or ():
             timer.cancel()
-            if line.startswith("RESULT "):  # other packages may also print lines
+            if line.startswith("BEGIN "):  # other packages may also print lines
+                began = int(line.split()[1])
+                if not phase.warm_up:
+                    record.begin(phase.kind, names[began])
+            elif line.startswith("RESULT ") and not phase.warm_up:
                 number, result = json.loads(line.removeprefix("RESULT "))
-                done[number] = result
+                record.add(phase.kind, names[number], result)
             timer = watched()
         timer.cancel()
         errors.seek(0)
         said = errors.read().strip().splitlines()
-        return done, f"its process ended with {process.wait()}: {said[-1][:120] if said else ''}"
+        code = process.wait()
+        if killed.is_set():
+            return began, f"stopped at {since_start():.0f} s, it took too long"
+        return began, f"its process ended with {code}: {said[-1][:120] if said else ''}"
 
 
-def skipped(task: Any, why: str) -> Measured:
-    """The message for a task without a result."""
+def name_of(task: Any) -> str:
+    """The name of a task, by which its result is known in the file."""
     if isinstance(task, gpu_timing.Timing):
-        return task.named() | {"skipped": why}
-    return {"case": gpu_correctness.name_of(task), "skipped": why}
+        return f"{task.group}, {task.length}, {task.what}, {task.step}"
+    return gpu_correctness.name_of(task)
+
+
+def named(kind: str, number: int) -> Measured:
+    """The key of a task without a result."""
+    task = tasks(kind)[number]
+    return task.named() if isinstance(task, gpu_timing.Timing) else {"case": gpu_correctness.name_of(task)}  # type: ignore[arg-type]
+
+
+def timings(record: Record) -> list[Measured]:
+    """The results of all timings."""
+    return [result for kind in gpu_timing.PHASES for result in record.results(kind)]
+
+
+def write(out: Path, record: Record) -> None:
+    """The page and its figures, each as a whole file."""
+    result = {"environment": record.environment, "checks": record.results("check"), "timings": timings(record)}
+    texts = {"gpu.json": json.dumps(result, indent=1), "gpu.md": "\n".join(page(result))}
+    for name, text in texts.items():
+        (out / f"{name}.new").write_text(text + "\n", encoding="utf-8")
+        (out / f"{name}.new").replace(out / name)
 
 
 def report(checks: list[Measured]) -> int:
@@ -160,16 +264,17 @@ def report(checks: list[Measured]) -> int:
     wrong = [check for check in checks if not check.get("right")]
     for check in wrong:
         print(f"WRONG {check['case']}: {check.get('error', check.get('skipped'))}")
-    print(f"{len(checks) - len(wrong)} of {len(checks)} checks right, {time.monotonic() - BEGAN:.0f} s")
+    print(f"{len(checks) - len(wrong)} of {len(checks)} checks right, {since_start():.0f} s")
     return 1 if wrong else 0
 
 
 def environment() -> dict[str, str]:
     """The device and the versions to which the figures belong."""
     versions = {name: version(name) for name in ("torch", "triton", "adasplash", "entmax")}
+    where = "the interpreter" if triton.interpreted() else torch.cuda.get_device_name()
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": torch.cuda.get_device_name(),
+        "device": where,
         "driver": driver(),
         "cuda": str(torch.version.cuda),
         "python": sys.version.split()[0],
@@ -192,54 +297,6 @@ def driver() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
     except (OSError, IndexError, subprocess.SubprocessError):
         return "unknown"
-
-
-def short_table(timings: list[Measured]) -> Iterator[str]:
-    """The targets, and the measured figures."""
-    yield "| figure, the worst of its cases | to reach | measured | where |"
-    yield "|---|---|---|---|"
-    for name, bound, values in gpu_timing.figures(timings):
-        at_most = bound.startswith("≤")
-        worst = (max if at_most else min)(values, key=lambda x: x[0], default=None)
-        if worst is None:
-            yield f"| {name} | {bound} | not measured | |"
-            continue
-        reached = worst[0] <= float(bound[1:]) if at_most else worst[0] >= float(bound[1:])
-        yield f"| {name} | {bound} | {worst[0]:.2f}{'' if reached else ' MISSED'} | {worst[1]} |"
-
-
-def page(result: dict[str, Any]) -> Iterator[str]:
-    """The dated page of benchmarks/."""
-    checks = result["checks"]
-    yield "# The Triton kernels on a GPU"
-    yield ""
-    yield "Made by `python scripts/gpu_check.py`; raw figures in `gpu.json`."
-    yield ", ".join(f"{name} {value}" for name, value in result["environment"].items()) + "."
-    yield f"Backend: {backends()['triton']}."
-    yield ""
-    yield f"{sum(bool(check.get('right')) for check in checks)} of {len(checks)} checks against float64 passed."
-    yield "Times are medians over calls with the same tensors, measured between device events."
-    yield ""
-    yield from short_table(result["timings"])
-    yield ""
-    yield "## Times"
-    yield ""
-    yield "| case | what | ms | MiB |"
-    yield "|---|---|---|---|"
-    for line in result["timings"]:
-        if "seconds" in line:
-            figures = f"{line['seconds'] * 1e3:.3f} | {line['bytes'] / 2**20:.0f}"
-        else:
-            figures = f"{line['share']:.2f} |" if "share" in line else f"{line['skipped']} |"
-        yield f"| {line['case']} | {line['what']} | {figures} |"
-    yield ""
-    yield "## Checks"
-    yield ""
-    yield "| case | largest relative error | bound |"
-    yield "|---|---|---|"
-    for check in checks:
-        wrong = "" if check.get("right") else " WRONG"
-        yield f"| {check['case']} | {check.get('error', check.get('skipped'))}{wrong} | {check.get('bound', 0):.0e} |"
 
 
 if __name__ == "__main__":

@@ -57,8 +57,9 @@ def tasks(device: torch.device) -> list[Callable[[], Measured]]:
     for size in (1021,) if small else (32000, 128256, 256000):
         checks.append(partial(check_loss, size, device))
     if not small:
-        alone = (check_graph, check_compiled, check_checkpoint, check_compiles_once, check_far_places)
+        alone = (check_graph, check_compiled, check_checkpoint, check_compiles_once)
         checks += [partial(check, device) for check in alone]
+        checks += [partial(check_far_places, device, sequence_first) for sequence_first in (False, True)]
     return [partial(guarded, check) for check in checks]
 
 
@@ -97,6 +98,19 @@ def judged(case: str, got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], bound
     return {"case": case, "error": f"{max(errors):.1e}", "bound": bound, "right": right}
 
 
+def without_edges(upstream: Tensor, scores: Tensor, alpha: Tensor) -> Tensor:
+    """The upstream gradient (..., D), 0 for rows at α = 2 with a score within 1e-5 of the edge of the support.
+
+    There float32 may move an entry across the edge. At α = 2 the gradient jumps by 1e-2 to 1e-1 with it, and no kernel
+    could be blamed: about every other run had such a row.
+    """
+    p = entmax(scores.double(), 2.0)
+    threshold = scores - p
+    threshold = threshold.masked_fill(p == 0, float("-inf")).amax(-1, keepdim=True)
+    edge = ((scores - threshold).abs() < 1e-5).any(-1, keepdim=True) & (alpha == 2.0)
+    return upstream.masked_fill(edge, 0.0)
+
+
 def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
     """A result and its gradients."""
     inputs = [x.detach().requires_grad_() for x in inputs]
@@ -108,7 +122,7 @@ def check_rows(size: int, dtype: torch.dtype, device: torch.device) -> Measured:
     """Check eight rows, each with its own α and the gradient for it."""
     x = (torch.randn(len(ALPHAS), size, device=device) * 2).to(dtype)
     alpha = torch.tensor(ALPHAS, device=device)[:, None]
-    upstream = torch.randn(x.shape, device=device).to(dtype)
+    upstream = without_edges(torch.randn(x.shape, device=device).to(dtype), x.double(), alpha)
     got = with_gradients(entmax, [x, alpha], upstream)
     with use_backend("torch"):
         wanted = with_gradients(entmax, [x.double(), alpha.double()], upstream)
@@ -163,6 +177,7 @@ def check_attention(
     elif feature == "lower right":
         mask = causal_lower_right(queries, keys)
     dropout_p = 0.3 if feature == "dropout" else 0.0
+    upstream = without_edges(upstream, scores_of(inputs, mask, feature), per_head(alpha, device))
 
     def attend(*tensors: Tensor) -> Tensor:
         rest = list(tensors[3:])
@@ -182,6 +197,25 @@ def check_attention(
         wanted = with_gradients(attend, [x.double() for x in inputs], upstream)
     case = f"attention, α {alpha}, {feature}, L {queries} S {keys} D {head}, {str(dtype)[6:]}"
     return judged(case, got, wanted, BOUNDS[dtype])
+
+
+def per_head(alpha: str | float, device: torch.device) -> Tensor:
+    """The α of each head, (H, 1, 1)."""
+    numbers = PER_HEAD if isinstance(alpha, str) else (alpha,) * HEADS
+    return torch.tensor(numbers, device=device).view(-1, 1, 1)
+
+
+def scores_of(inputs: list[Tensor], mask: Tensor | None, feature: str) -> Tensor:
+    """The scores of a check in float64."""
+    query, key = (x.double() for x in inputs[:2])
+    scores = query @ key.repeat_interleave(HEADS // KEY_HEADS, 1).transpose(-2, -1) / query.shape[-1] ** 0.5
+    queries, keys = scores.shape[-2:]
+    if feature in ("causal", "lower right"):
+        offset = 0 if feature == "causal" else keys - queries
+        return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(offset + 1), float("-inf"))
+    if feature == "learnt mask":
+        return scores + inputs[-1].double()
+    return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
 
 
 def check_decoding(keys: int, dtype: torch.dtype, device: torch.device) -> Measured:
@@ -287,18 +321,22 @@ def check_compiles_once(device: torch.device) -> Measured:
     return {"case": "kernels compiled, step by step", "error": str(counts), "bound": 0.0, "right": right}
 
 
-def check_far_places(device: torch.device) -> Measured:
+def check_far_places(device: torch.device, sequence_first: bool) -> Measured:
     """Check tensors of more than 2³¹ entries: the last example of the batch has the same result as alone."""
-    case, batch = "more than 2³¹ entries", 33000
-    needed = 10 * batch * 16 * 64 * 64 * 2
+    batch = 33000
+    case = f"more than 2³¹ entries, {'sequence' if sequence_first else 'batch'} first"
+    needed = 12 * batch * 16 * 64 * 64 * 2
     if torch.cuda.mem_get_info()[0] < needed:
         return {"case": case, "error": "skipped: not enough memory", "bound": 0.0, "right": True}
     base = torch.randn(3, 1, 16, 64, 64, device=device).bfloat16()
     alpha = torch.linspace(1, 2, 16, device=device)
-    inputs = [x.repeat(batch, 1, 1, 1).requires_grad_() for x in base]
+    inputs = [x.repeat(batch, 1, 1, 1) for x in base]
+    if sequence_first:  # (L, N, H, D) in memory, as in layers without batch_first
+        inputs = [x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for x in inputs]
+    inputs = [x.requires_grad_() for x in inputs]
     output = entmax_attention(*inputs, alpha)
     got = (output[-1:], *(grad[-1:] for grad in torch.autograd.grad(output, inputs, output.detach())))
-    alone = [x.detach()[-1:].requires_grad_() for x in inputs]
+    alone = [x.detach()[-1:].contiguous().requires_grad_() for x in inputs]
     output = entmax_attention(*alone, alpha)
     wanted = (output, *torch.autograd.grad(output, alone, output.detach()))
     return judged(case, got, wanted, 1e-6)

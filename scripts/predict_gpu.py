@@ -1,14 +1,20 @@
 """Predict from the compiled kernels, without a GPU, the speed-up of other tile sizes and the cost of a learnt α.
 
-    python scripts/predict_gpu.py [--write]     five minutes; --write keeps the page as benchmarks/gpu_predictions.md
+    python scripts/predict_gpu.py [--beside REVISION] [--write]
 
-Counts the instructions per score in the innermost loops over tiles of keys or of queries. The kernels have far more
+Takes five minutes; --write keeps the page as benchmarks/gpu_predictions.md, --beside also counts the kernels of another
+commit. Counts the instructions per score in the innermost loops over tiles of keys or of queries, and in each kernel
+takes the shortest loop of a kind: that of tiles which no mask cuts, with α of at least 1.1. The kernels have far more
 other arithmetic than matrix products, so their speed is limited by the number of instructions. A prediction is a ratio
 of these counts. It ignores latencies, caches and the number of tiles with weight.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import json
+import os
 import re
 import subprocess
 import sys
@@ -21,11 +27,12 @@ from typing import Any, NamedTuple
 import compile_kernels
 import torch
 import triton
-from gpu_timing import TILES, planned
+from gpu_timing import TILES, plan_of, planned
 from triton.backends.nvidia import compiler
 
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.kernels.triton.attention import backward, forward
+from sparse_attn.kernels.triton.attention.plan import Plan
 
 PAGE = Path(__file__).parents[1] / "benchmarks" / "gpu_predictions.md"
 SWEEPS = 2  # the usual number of passes of Newton's method
@@ -68,27 +75,36 @@ class Count(NamedTuple):
 
 def main() -> None:
     """Print the page; with ``--write``, also save it."""
-    text = "\n".join(page()) + "\n"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help=f"keep the page as {PAGE.name}")
+    parser.add_argument("--beside", metavar="REVISION", help="a commit whose kernels are counted, too")
+    parser.add_argument("--counts", action="store_true", help=argparse.SUPPRESS)  # of the tiles in use, as JSON
+    options = parser.parse_args()
+    if options.counts:
+        print(json.dumps([count(None, alpha) for alpha in ALPHAS.values()]))
+        return
+    text = "\n".join(page(options.beside)) + "\n"
     print(text, end="")
-    if "--write" in sys.argv:
+    if options.write:
         PAGE.write_text(text, encoding="utf-8")
 
 
-def page() -> Iterator[str]:
+ALPHAS = {"1.5": None, "learnt": torch.ones(2)}
+
+
+def page(beside: str | None) -> Iterator[str]:
     """The table, largest predicted gain first."""
     yield _INTRODUCTION.format(today=date.today(), triton=triton.__version__, sweeps=SWEEPS)
     yield f"| {' | '.join(_COLUMNS)} |"
     yield "|---" * len(_COLUMNS) + "|"
-    counts = {
-        (name, tile): count(tile, alpha) for name, alpha in (("1.5", None), ("learnt", torch.ones(2))) for tile in TILES
-    }
-    for name in ("1.5", "learnt"):
+    counts = {(name, tile): count(tile, alpha) for name, alpha in ALPHAS.items() for tile in TILES}
+    others = [] if beside is None else [Count(*x) for x in counts_of(beside)]
+    for number, name in enumerate(ALPHAS):
         now = counts[name, TILES[0]].total()
         for tile in (TILES[0], *sorted(TILES[1:], key=lambda tile: counts[name, tile].total())):
-            one = counts[name, tile]
-            figures = " | ".join(f"{x:.1f}" for x in (*one[:-1], one.total()))
-            shape = f"{tile[0]} × {tile[1]}, {tile[2]}"
-            yield f"| {name} | {shape} | {figures} | {one.total() / now:.2f} | {one.spilled} |"
+            yield line(name, f"{tile[0]} × {tile[1]}, {tile[2]}", counts[name, tile], now)
+        if others:
+            yield line(name, f"at {beside}", others[number], now)
     ratio = counts["learnt", TILES[0]].total() / counts["1.5", TILES[0]].total()
     yield ""
     yield (
@@ -97,32 +113,68 @@ def page() -> Iterator[str]:
     )
 
 
-def count(tile: tuple[int, int, int], alpha: torch.Tensor | None) -> Count:
-    """The instruction counts of the three attention kernels, compiled with these tiles."""
-    found: list[list[float]] = []
+def line(name: str, shape: str, one: Count, now: float) -> str:
+    """A line of the table."""
+    figures = " | ".join(f"{x:.1f}" for x in (*one[:-1], one.total()))
+    return f"| {name} | {shape} | {figures} | {one.total() / now:.2f} | {one.spilled} |"
+
+
+def counts_of(revision: str) -> list[list[float]]:
+    """The counts of another commit's kernels, with the tiles that it uses."""
+    root = Path(__file__).parents[1]
+    with tempfile.TemporaryDirectory() as folder:
+        packed = subprocess.run(["git", "archive", revision, "sparse_attn"], cwd=root, capture_output=True, check=True)
+        subprocess.run(["tar", "x", "-C", folder], input=packed.stdout, check=True)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join((folder, os.environ.get("PYTHONPATH", "")))}
+        command = [sys.executable, __file__, "--counts"]
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return json.loads(found.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def count(tile: tuple[int, int, int] | None, alpha: torch.Tensor | None) -> Count:
+    """The instruction counts of the three attention kernels, compiled with these tiles or those in use."""
+    found: dict[str, list[Loop]] = {}
     spilled: list[int] = []
+    query, key = (torch.zeros(1, 2, length, 64, dtype=torch.bfloat16) for length in (256, 5120))
+    used = Plan.of(query, key)
+    size = tile[0] * tile[1] if tile else used.block_m * used.block_n
 
     def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: int = 2) -> None:
         if kernel.__name__ == "_list_tiles":
             return
         compiled = compile_kernels.compile_kernel(kernel, *arguments, warps=warps, stages=stages)
-        each = warps * 32 / (tile[0] * tile[1])
-        found.append([length * each for length in loops(compiled.asm["cubin"])])
+        each = warps * 32 / size
+        found[kernel.__name__.lstrip("_")] = [
+            one._replace(length=one.length * each) for one in loops(compiled.asm["cubin"])
+        ]
         spilled.append(compile_kernels.resources(compiled)[1])
 
     forward.launch = backward.launch = launch
-    with planned(tile):
-        query, key = (torch.zeros(1, 2, length, 64, dtype=torch.bfloat16) for length in (256, 5120))
+    with planned(plan_of(tile)) if tile else contextlib.nullcontext():
         setting = Setting(0.5, 0.125, 0.0, 0)
         tensors = (query, key, key, alpha, None, None, None)
         output, *kept = forward.forward(*tensors, setting, True)
         backward.backward(output, *tensors, *kept, setting, alpha is not None, False)
-    (largest, newton, out), (queries,), (keys,) = found
-    return Count(largest, newton, out, queries, keys, sum(spilled))
+    sweeps = found.get("forward_long") or found["forward"]
+    most = max(one.products for one in sweeps)
+    outputs = [one.length for one in sweeps if one.products == most]
+    rest = [one for one in sweeps if one.products < most]
+    newton = [one.length for one in rest if one.weights]
+    largest = [one.length for one in rest if not one.weights]
+    others = (min(one.length for one in found[name]) for name in ("backward_queries", "backward_keys"))
+    return Count(min(largest), min(newton), min(outputs), *others, sum(spilled))
 
 
-def loops(cubin: bytes) -> list[int]:
-    """Lengths of the innermost loops that multiply matrices, in the order of the program."""
+class Loop(NamedTuple):
+    """An innermost loop that multiplies matrices."""
+
+    length: float  # instructions
+    products: int  # of which instructions of the matrix units
+    weights: bool  # whether it computes weights: a fused multiply-add for each score
+
+
+def loops(cubin: bytes) -> list[Loop]:
+    """The innermost loops that multiply matrices, in the order of the program."""
     tool = Path(compiler.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
@@ -135,8 +187,12 @@ def loops(cubin: bytes) -> list[int]:
         if target and int(target[1], 16) < address:
             spans.append((places[int(target[1], 16)], number))
     innermost = [(i, j) for i, j in spans if not any(i <= k and m <= j and (i, j) != (k, m) for k, m in spans)]
-    products = [(i, j) for i, j in innermost if any("MMA" in name for _, name, _ in code[i : j + 1])]
-    return [j - i + 1 for i, j in sorted(products)]
+    found = []
+    for i, j in sorted(innermost):
+        names = [name for _, name, _ in code[i : j + 1]]
+        if matrices := sum("MMA" in name for name in names):
+            found.append(Loop(len(names), matrices, names.count("FFMA") + names.count("FADD") >= 16))
+    return found
 
 
 if __name__ == "__main__":

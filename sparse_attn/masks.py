@@ -106,6 +106,19 @@ def apply_mask(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
     return scores + with_infinities(attn_mask).to(scores.dtype)
 
 
+def clear_padding(key: Tensor, value: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Key and value (..., S, D) with zeros where an internal-form mask (..., 1, S) hides a key from all queries.
+
+    The weight of a hidden key is 0, but 0 · NaN is NaN. Padding may be memory that was never written to.
+    """
+    if attn_mask is None or (attn_mask.dim() > 1 and attn_mask.shape[-2] != 1):
+        return key, value
+    mask = attn_mask.detach()
+    hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
+    hidden = hidden.unsqueeze(-1) if mask.dim() == 1 else hidden.transpose(-2, -1)
+    return torch.where(hidden, 0.0, key), torch.where(hidden, 0.0, value)
+
+
 def visible_pairs(attn_mask: Tensor | None, is_causal: bool, weights: Tensor) -> Tensor | None:
     """A boolean mask of the visible pairs for weights (..., L, S), from an internal-form or the causal mask.
 

@@ -24,7 +24,7 @@ from sparse_attn.kernels.functions.fused import fused_attention
 from sparse_attn.kernels.functions.native import native_attention
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.kernels.sinks import with_packed_sinks, with_sink
-from sparse_attn.masks import check_mask, dense_mask, described_causal
+from sparse_attn.masks import check_mask, clear_padding, dense_mask, described_causal
 from sparse_attn.transforms import needs_plain_operations, values_known
 
 # From about this number of scores per head, blocks of queries are faster than one matrix.
@@ -47,8 +47,11 @@ class Call(NamedTuple):
     sinks: Tensor | None = None  # (H,)
 
 
-def choose_attention(call: Call) -> Callable[[Call], Tensor] | None:
-    """The function that computes the output (..., H, L, Dv) of a call without weights; None: use one matrix."""
+def choose_attention(call: Call) -> Callable[[Call], Tensor | None] | None:
+    """The function that computes the output (..., H, L, Dv) of a call without weights.
+
+    None, or None as the function's result: use one matrix.
+    """
     if _is_native(call):
         return _native
     if _can_fuse(call):
@@ -177,16 +180,18 @@ def _in_heads(call: Call) -> _Heads:
     return _Heads(q, k, v, alpha, mask, offset, output)
 
 
-def _fused(call: Call) -> Tensor:
-    """Attention by the fused kernels."""
+def _fused(call: Call) -> Tensor | None:
+    """Attention by the fused kernels, or by torch if a kernel fails."""
     q, k, v, alpha, mask, offset, shape = _in_heads(call)
     if not isinstance(alpha, Tensor) and alpha == 1:
-        output = _softmax(q, k, v, mask, call.dropout_p, offset, call.scale)
-    else:
-        lengths = None if mask is None else _lengths(mask, len(q), k.shape[2])
-        tensors, numbers = (q, k, v, alpha, mask), (call.dropout_p, offset)
-        output = fused_attention(*tensors, *numbers, scale=call.scale, key_lengths=lengths)
-    return output.reshape(shape)
+        return _softmax(q, k, v, mask, call.dropout_p, offset, call.scale).reshape(shape)
+    lengths = None if mask is None else _lengths(mask, len(q), k.shape[2])
+    tensors, numbers = (q, k, v, alpha, mask), (call.dropout_p, offset)
+    if torch.compiler.is_compiling():
+        return fused_attention(*tensors, *numbers, scale=call.scale, key_lengths=lengths).reshape(shape)
+    with dispatch.kernels_may_fail():
+        return fused_attention(*tensors, *numbers, scale=call.scale, key_lengths=lengths).reshape(shape)
+    return _in_blocks(call) if _can_block(call) else None
 
 
 def _native(call: Call) -> Tensor:
@@ -212,6 +217,8 @@ def _in_blocks(call: Call) -> Tensor:
     batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     shape = (*batch, query.shape[-2], key.shape[-2])
     mask, offset = _mask_and_offset(call.mask, call.is_causal, shape, query.device)
+    if mask is not None:
+        key, value = clear_padding(key, value, mask)
     check_alpha(call.alpha)
     alpha, a = split_alpha(call.alpha)
     if alpha is not None:
@@ -259,6 +266,8 @@ def _softmax(
     if offset:
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril(offset)
     grouped = query.shape[1] != key.shape[1]
+    if mask is not None and mask.shape[1] == 1:
+        key, value = clear_padding(key, value, mask)
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout_p, offset == 0, scale=scale, enable_gqa=grouped
     )

@@ -92,7 +92,8 @@ def entmax_forward(
     if k is not None and k >= scores.shape[-1]:
         k = None
     if by_triton(scores):
-        return _triton_rows().entmax_forward(scores, a, lowest, k, in_place=in_place)
+        with kernels_may_fail():
+            return _triton_rows().entmax_forward(scores, a, lowest, k, in_place=in_place)
     if by_c(scores.device):
         return rows.entmax_forward(scores, a, lowest, k, in_place=in_place)
     if k is None:
@@ -105,7 +106,8 @@ def entmax_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`kernels.reference.entmax.entmax_backward`, but not differentiable."""
     if by_triton(p):
-        return _triton_rows().entmax_backward(p, a, grad, with_alpha)
+        with kernels_may_fail():
+            return _triton_rows().entmax_backward(p, a, grad, with_alpha)
     if by_c(p.device):
         return rows.entmax_backward(p, a, grad, with_alpha)
     return plain_rows.entmax_backward(p, a, grad, with_alpha=with_alpha)
@@ -144,6 +146,21 @@ def _triton_computes(device: str) -> bool:
     if not available:
         _warn_once(f"CUDA tensors are computed by plain torch, slowly: {why}")
     return available
+
+
+@contextmanager
+def kernels_may_fail() -> Iterator[None]:
+    """Where a Triton kernel fails to compile or to start, warn, continue after the block, and use no other from now on.
+
+    If the backend "triton" is forced, the error is raised.
+    """
+    try:
+        yield
+    except triton.KernelError as error:
+        if _forced.get() == "triton":
+            raise
+        triton.give_up(str(error))
+        _warn_once(f"CUDA tensors are computed by plain torch from now on, slowly: {error}")
 
 
 @functools.cache

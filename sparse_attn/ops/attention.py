@@ -22,7 +22,7 @@ from sparse_attn.checks import (
 )
 from sparse_attn.kernels.choose_attention import Call, autocast_dtype, choose_attention, repeat_heads
 from sparse_attn.kernels.sinks import sink_scores
-from sparse_attn.masks import apply_mask, causal_mask, described_causal
+from sparse_attn.masks import apply_mask, causal_mask, check_mask, clear_padding, dense_mask, described_causal
 from sparse_attn.ops.entmax import entmax_along
 
 Normalizer = Literal["softmax", "sparsemax"]
@@ -209,8 +209,9 @@ def attend(
     if not need_weights and isinstance(mapping, ScoreMapping):
         call = Call(query, key, value, mapping.alpha, mapping.k, attn_mask, dropout_p, is_causal, scale, softcap, sinks)
         compute = choose_attention(call)
-        if compute is not None:
-            return compute(call), None
+        output = None if compute is None else compute(call)
+        if output is not None:
+            return output, None
     if is_causal:
         attn_mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
     arguments = (mapping, attn_mask, dropout_p, scale, softcap, sinks)
@@ -243,6 +244,11 @@ def _by_one_matrix(
     dtype, wide = query.dtype, compute_dtype(query)
     query, key, value = query.to(wide), key.to(wide), value.to(wide)
     key, value = repeat_heads(query, key, value)
+    if attn_mask is not None:
+        attn_mask = dense_mask(attn_mask, query.device)
+        batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+        check_mask(attn_mask, (*batch, query.shape[-2], key.shape[-2]))
+        key, value = clear_padding(key, value, attn_mask)
     scores = (query * scale) @ key.transpose(-2, -1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -14,9 +14,11 @@ from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.alpha import split_alpha
 from sparse_attn.kernels.functions.entmax import entmax_rows
 from sparse_attn.kernels.setting import Setting
+from sparse_attn.masks import clear_padding
 from sparse_attn.transforms import values_known
 
-_LARGEST_STRIDE = 2**24
+# In float16 ``p^(2-α)`` and the gradient of a score would overflow: from about this α - 1 on at the support's edge.
+_STEEP = 3.0
 
 
 def fused_attention(
@@ -47,11 +49,14 @@ def fused_attention(
     Returns:
         (N, H, L, Dv). A query with no visible key gets zeros and zero gradients.
     """
-    # Kernels compute offsets within a tile in int32, so tensors with larger strides are copied.
-    query, key, value = (
-        x if x.stride(-1) == 1 and x.stride(-2) < _LARGEST_STRIDE else x.contiguous() for x in (query, key, value)
-    )
     per_head, a = split_alpha(alpha)
+    if query.dtype == torch.float16 and per_head is None and a > _STEEP:
+        wide = (query.float(), key.float(), value.float())
+        how: dict[str, Any] = {"scale": scale, "key_lengths": key_lengths}
+        return fused_attention(*wide, alpha, mask, dropout_p, offset, **how).to(query.dtype)
+    if scale <= 0:  # the kernels compare products in the place of scores
+        query, scale = (query * 0, 1.0) if scale == 0 else (-query, -scale)
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     seed = None
@@ -86,11 +91,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, second, statistics, flags = ctx.saved_tensors
-        if torch.is_grad_enabled() or not values_known(grads[0]):
-            gradients = _plain_gradients(grads[0], tensors, ctx.setting)
-        else:
+        gradients = None
+        if not torch.is_grad_enabled() and values_known(grads[0]):
             arguments = (*tensors, second, statistics, flags, ctx.setting, *ctx.needs_input_grad[3:5])
-            gradients = _to_inputs(_backward(grads[0], *arguments), tensors)
+            with dispatch.kernels_may_fail():
+                gradients = _to_inputs(_backward(grads[0], *arguments), tensors)
+        if gradients is None:
+            gradients = _plain_gradients(grads[0], tensors, ctx.setting)
         needed = zip(gradients, ctx.needs_input_grad[:5], strict=True)
         return *(gradient if wanted else None for gradient, wanted in needed), None, None, None
 
@@ -126,19 +133,21 @@ def plain_attention(
     """The kernels' result in plain torch, with a matrix of scores; dropout drops the same weights."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = (query.float() @ key.float().transpose(-2, -1)) * setting.scale
-    queries, keys = scores.shape[-2:]
-    hidden = torch.zeros((1, 1, queries, keys), dtype=torch.bool, device=query.device)
-    if setting.offset is not None:
-        hidden = ~torch.ones_like(hidden).tril(setting.offset)
+    queries, keys = query.shape[2], key.shape[2]
+    visible = []
     if lengths is not None:
-        hidden = hidden | (torch.arange(keys, device=query.device) >= lengths.view(-1, 1, 1, 1))
+        visible.append(torch.arange(keys, device=query.device) < lengths.view(-1, 1, 1, 1))
+    if mask is not None:
+        visible.append(~(mask <= torch.finfo(mask.dtype).min) if mask.is_floating_point() else mask != 0)
+    for one in visible:
+        key, value = clear_padding(key, value, one)
+    if setting.offset is not None:
+        visible.append(torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device).tril(setting.offset))
+    scores = (query.float() @ key.float().transpose(-2, -1)) * setting.scale
     if mask is not None and mask.is_floating_point():
-        hidden = hidden | (mask <= torch.finfo(mask.dtype).min)
         scores = scores + mask
-    elif mask is not None:
-        hidden = hidden | (mask == 0)
-    scores = scores.masked_fill(hidden, float("-inf"))
+    for one in visible:
+        scores = scores.masked_fill(~one, float("-inf"))
     of_rows = setting.a + 1 if alpha is None else alpha.view(-1, 1, 1)
     weights = entmax_rows(scores, of_rows, torch.finfo(scores.dtype).min)
     if seed is not None:

@@ -13,20 +13,42 @@ import torch
 from sparse_attn.versions import mend_interpreter, triton_problem
 
 _OLDEST = (8, 0)  # compute capability: bfloat16 in matrix products
+# Major numbers for which Triton 3.6 and 3.7 fail to compile the attention kernels (scripts/compile_kernels.py).
+REFUSED = (10,)
+
+_failure: str | None = None
+
+
+class KernelError(RuntimeError):
+    """A kernel does not compile for the device, or needs more than the device has."""
+
+
+def status() -> tuple[bool, str]:
+    """Whether the kernels are available, and a text that says where they run, or why they are not."""
+    return _of_this_machine() if _failure is None else (False, _failure)
+
+
+def give_up(why: str) -> None:
+    """Make the kernels unavailable in this process, after one of them has failed."""
+    global _failure
+    _failure = why
 
 
 @functools.cache
-def status() -> tuple[bool, str]:
-    """Whether the kernels are available, and a text that says where they run, or why they are not."""
+def _of_this_machine() -> tuple[bool, str]:
     if problem := triton_problem():
         return False, problem
     if interpreted():
         return True, "any tensors, slowly, in Triton's interpreter"
     if not torch.cuda.is_available():
         return False, "no CUDA device"
+    if torch.version.hip:
+        return False, "the kernels have been compiled for devices of NVIDIA only, got ROCm"
     found = torch.cuda.get_device_capability()
     if found < _OLDEST:
         return False, f"compute capability {_OLDEST[0]}.{_OLDEST[1]} or newer is needed, got {found[0]}.{found[1]}"
+    if found[0] in REFUSED:
+        return False, f"Triton does not compile the kernels for compute capability {found[0]}.{found[1]}"
     return True, f"CUDA tensors: {torch.cuda.get_device_name()}"
 
 

@@ -241,7 +241,7 @@ def step(sigma, low, high, error_before, total, slope, a, tolerance, MODE: tl.co
     error = tl.abs(total - 1.0)
     low = tl.where(total >= 1.0, sigma, low)
     high = tl.where(total < 1.0, sigma, high)
-    empty = high - low <= 1e-13 * high
+    empty = high - low <= (1e-13 if high.dtype == tl.float64 else 1e-6) * high
     improves = tl.where(a > 1.0, ~empty | (sigma > low), ~empty & (error < error_before))
     still_open = (error > tolerance) & improves
     if MODE == 2:

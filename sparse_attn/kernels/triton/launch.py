@@ -9,27 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_attn.kernels.triton import interpreted
+from sparse_attn.kernels.triton import KernelError, interpreted
 
 
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory per program; without a device, those of compute capability 9.0."""
-    if device.type != "cuda":
-        return 227 * 1024
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
+def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: int = 2) -> Any:
+    """Start ``programs`` programs of a kernel, on the device of the first tensor among the arguments.
 
+    Returns:
+        The compiled kernel, as Triton has it; None in the interpreter.
 
-def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: int = 2) -> None:
-    """Start ``programs`` programs of a kernel, on the device of the first tensor among the arguments."""
+    Raises:
+        KernelError: Triton cannot compile or start the kernel.
+    """
     if interpreted():
         kernel[(programs,)](*map(_as_a_device_sees, arguments))
-        return
+        return None
     first = next(_tensors(arguments))
     # Triton starts a kernel on the current device, whichever device its tensors are on.
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
-        # The option for fused multiply-add is explicit, since its default differs between versions of Triton.
-        kernel[(programs,)](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        try:
+            # The option for fused multiply-add is explicit, since its default differs between versions of Triton.
+            return kernel[(programs,)](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        except Exception as error:
+            # After an error of the device, plain torch would fail too, and memory is not a fault of the kernel.
+            if "CUDA" in str(error) or isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).splitlines()[:1] or [""]
+            raise KernelError(f"the kernel {kernel.__name__} failed: {type(error).__name__}: {reason[0]}") from error
 
 
 def _as_a_device_sees(argument: Any) -> Any:

@@ -6,17 +6,19 @@ import math
 
 import pytest
 import torch
-from fused import ALPHAS, compare, tensors
+from fused import ALPHAS, compare, expected, tensors
+from padding import assert_padding_is_ignored
 
+from sparse_attn import entmax_attention
 from sparse_attn.kernels.functions.fused import fused_attention
-from sparse_attn.kernels.triton.attention import plan
+from sparse_attn.kernels.triton.attention import decode, forward, plan
 from sparse_attn.kernels.triton.attention.dropout import multipliers
 
 
 @pytest.fixture(params=["short", "long"])
 def length(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run with the scores of all keys on the chip (short), or with the other kernel at the same small sizes (long)."""
-    for name in ("_SHORT", "_SHORT_IN_FLOAT32"):
+    for name in ("SHORT", "SHORT_IN_FLOAT32"):
         monkeypatch.setattr(plan, name, 1024 if request.param == "short" else 0)
     return request.param
 
@@ -70,8 +72,43 @@ def test_half_precision(dtype, length, device):
     assert [x.dtype for x in got] == [dtype] * 4 + [torch.float32]
 
 
+def test_the_gradient_of_alpha_is_exact_where_the_output_is_rounded(length, device, monkeypatch):
+    """In half precision α from 1.1 uses the hardware's logarithm, five sums, and a δ rounded to half precision."""
+    monkeypatch.setattr(forward, "_LOOSE", forward._EXACT)
+    alphas = (1.02, 1.05, 1.1, 1.3, 1.5, 1.9, 2.0, 2.6)
+    alpha = torch.tensor(alphas, device=device, requires_grad=True)
+    query, key, value = (torch.randn(1, len(alphas), n, 16, device=device).half() for n in (67, 131, 131))
+    output = fused_attention(query, key, value, alpha, scale=0.3)
+    upstream = torch.randn_like(output)
+    (got,) = torch.autograd.grad(output, alpha, upstream)
+    wide = alpha.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(
+        expected(query.double(), key.double(), value.double(), wide), wide, upstream.double()
+    )
+    # Each head by itself: the derivatives of rows in the sum differ in sign, so their size is the bound's unit.
+    size = torch.stack([x.abs().max() for x in wanted.split(1)]).clamp(min=1.0)
+    assert ((got - wanted).abs() / size).max() <= 2e-5
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+@pytest.mark.parametrize("alpha", [1.5, "per head"])
+def test_scales_that_are_not_positive(scale, alpha, length, device):
+    if alpha == "per head":
+        alpha = torch.tensor([1.3, 2.0], device=device, requires_grad=True)
+    inputs = tensors(device, queries=7, keys=41)
+    output = fused_attention(*inputs, alpha, offset=3, scale=scale)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    wanted = expected(
+        *wide, alpha.detach().double() if isinstance(alpha, torch.Tensor) else alpha, offset=3, scale=scale
+    )
+    upstream = torch.randn_like(output)
+    got = (output, *torch.autograd.grad(output, inputs, upstream))
+    for x, y in zip(got, (wanted, *torch.autograd.grad(wanted, wide, upstream.double())), strict=True):
+        torch.testing.assert_close(x.double(), y, atol=3e-6, rtol=1e-5)
+
+
 def test_the_short_kernel_with_many_keys(device, monkeypatch):
-    monkeypatch.setattr(plan, "_SHORT_IN_FLOAT32", 1024)
+    monkeypatch.setattr(plan, "SHORT_IN_FLOAT32", 1024)
     alpha = torch.tensor([1.0, 1.6], device=device, requires_grad=True)
     inputs = tensors(device, queries=17, keys=121)
     assert plan.Plan.of(inputs[0], inputs[2]).short(121, 4, 2**17)
@@ -116,3 +153,41 @@ def test_nan_stays_in_its_row(length, device):
     query[0, 1] = 1.0
     wrong = fused_attention(query, key, value, torch.tensor([1.5, -1.0], device=device), scale=0.3)
     assert wrong[:, 1].isnan().all() and wrong[:, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5, torch.tensor([1.0, 1.3, 2.0])])
+def test_nan_in_padding_changes_nothing(alpha, length, device):
+    alpha = alpha.to(device) if isinstance(alpha, torch.Tensor) else alpha
+
+    def attend(query, key, value, mask):
+        return entmax_attention(query, key, value, alpha, mask, enable_gqa=True)
+
+    assert_padding_is_ignored(attend, 7, 71, device, groups=3)
+
+
+def test_nan_in_the_padding_of_a_cache_changes_nothing(device, monkeypatch):
+    monkeypatch.setattr(decode, "_MANY", 100)
+    query, key, value = (torch.randn(1, 2, n, 11, device=device) for n in (1, 307, 307))
+    key[:, :, 251:] = value[:, :, 251:] = math.nan
+    key[:, :, :7] = value[:, :, :7] = math.nan
+    seen = torch.ones(307, dtype=torch.bool, device=device)
+    seen[251:] = seen[:7] = False
+    output = entmax_attention(query, key, value, 1.5, seen.view(1, 1, 1, -1))
+    torch.testing.assert_close(output, entmax_attention(query, key[:, :, 7:251], value[:, :, 7:251], 1.5))
+    # The causal offset of a query block also ends the keys that are read.
+    causal = fused_attention(query, key[:, :, 7:], value[:, :, 7:], 1.5, offset=243, scale=11**-0.5)
+    torch.testing.assert_close(causal, output)
+
+
+def test_nan_after_the_last_key_that_any_query_sees_changes_nothing(length, device):
+    query, key, value = tensors(device)
+    with torch.no_grad():
+        key[:, :, 41:] = value[:, :, 41:] = math.nan
+    alpha = torch.tensor([1.05, 1.5], device=device, requires_grad=True)
+    inputs = (query, key, value, alpha)
+    output = fused_attention(*inputs, offset=4, scale=0.3)
+    upstream = torch.randn_like(output)
+    got = (output, *torch.autograd.grad(output, inputs, upstream))
+    expected = fused_attention(query, key[:, :, :41], value[:, :, :41], alpha, offset=4, scale=0.3)
+    for x, y in zip(got, (expected, *torch.autograd.grad(expected, inputs, upstream)), strict=True):
+        torch.testing.assert_close(x, y)

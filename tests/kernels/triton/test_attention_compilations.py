@@ -66,7 +66,7 @@ def test_new_values_of_alpha_compile_nothing(device, compiled):
 
 
 def test_new_lengths_compile_only_where_16_divides_the_keys(device, compiled, monkeypatch):
-    monkeypatch.setattr(plan, "_SHORT_IN_FLOAT32", 0)  # its kernel is made for the number of tiles
+    monkeypatch.setattr(plan, "SHORT_IN_FLOAT32", 0)  # its kernel is made for the number of tiles
 
     def count(*lengths: tuple[int, int]) -> int:
         compiled.clear()

@@ -66,6 +66,7 @@ class Inputs(NamedTuple):
     seed: Tensor | None  # of the dropout; None: no dropout
     a: float  # α - 1
     scale: float
+    one_by_scale: float
     dropout_p: float
     kept_scale: float  # factor of the weights that dropout keeps
     lowest: float  # a float mask with this value or less hides the key
@@ -121,6 +122,7 @@ def arguments_of(
         seed=seed,
         a=setting.a,
         scale=setting.scale,
+        one_by_scale=1 / setting.scale,
         dropout_p=setting.dropout_p,
         kept_scale=0.0 if setting.dropout_p >= 1 else 1 / (1 - setting.dropout_p),
         lowest=lowest,

@@ -22,9 +22,9 @@ from sparse_attn.kernels.triton.attention.plan import Plan
 from sparse_attn.kernels.triton.attention.tiles import (
     dot,
     end_of_keys,
+    hide,
     keys_of,
     load_tile,
-    masked_scores,
     of_head,
 )
 from sparse_attn.kernels.triton.launch import launch
@@ -64,16 +64,16 @@ def _scores(
     inside = row < group * queries
     d, j = tl.arange(0, BLOCK_D), first + tl.arange(0, BLOCK)
     h = key_head * group + member
-    place = h * inputs.query.h + i * inputs.query.row
+    place = h * inputs.query.h + i.to(tl.int64) * inputs.query.row
     mask = inside[:, None] & (d < D)[None, :]
     q = tl.load(inputs.query.start + n * inputs.query.n + place[:, None] + d[None, :], mask=mask, other=0.0)
-    limit = keys_of(inputs, n)
+    limit = keys_of(inputs, lengths, n, CAUSAL)
     end = end_of_keys(tl.where(inside, i, queries), queries, limit, lengths.offset, CAUSAL)
     # Rows after the last key, as in a cache that is not full, are not read.
-    k = load_tile(of_head(inputs.key, n, key_head), first, inputs.key.row, limit, D, BLOCK, BLOCK_D)
-    s = masked_scores(dot(q, k.T, UPCAST, PRECISION), i[:, None], j[None, :], end[:, None], inputs, n, h[:, None])
+    k = load_tile(of_head(inputs.key, n, key_head), first, inputs.key.row, j < limit, D, BLOCK, BLOCK_D)
+    z = hide(dot(q, k.T, UPCAST, PRECISION), i[:, None], j[None, :], end[:, None], inputs, n, h[:, None])
     place = (pair.to(tl.int64) * group * queries + row)[:, None] * keys + j[None, :]
-    tl.store(scores + place, s, mask=inside[:, None] & (j < keys)[None, :])
+    tl.store(scores + place, z * inputs.scale, mask=inside[:, None] & (j < keys)[None, :])
 
 
 @triton.jit(do_not_specialize=("lengths", "tiles_of_a_split", "splits"))
@@ -104,8 +104,9 @@ def _outputs(
     for tile in range(split * tiles_of_a_split, (split + 1) * tiles_of_a_split):
         j = tile * BLOCK + tl.arange(0, BLOCK)
         p = tl.load(weights + place[:, None] * keys + j[None, :], mask=inside[:, None] & (j < keys)[None, :], other=0.0)
-        if tl.max(tl.max((p != 0.0).to(tl.int32), 1), 0) > 0:
-            v = load_tile(v_start, tile * BLOCK, inputs.value.row, keys, DV, BLOCK, BLOCK_DV)
+        used = tl.max((p != 0.0).to(tl.int32), 0) > 0  # the others may hold anything, and 0 · NaN is NaN
+        if tl.max(used.to(tl.int32), 0) > 0:
+            v = load_tile(v_start, tile * BLOCK, inputs.value.row, used, DV, BLOCK, BLOCK_DV)
             acc += dot(p.to(v.dtype), v, UPCAST, PRECISION)
     dv = tl.arange(0, BLOCK_DV)
     target = partial + (split.to(tl.int64) * lengths.rows + place)[:, None] * DV + dv[None, :]

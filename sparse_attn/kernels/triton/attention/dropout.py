@@ -18,8 +18,8 @@ def _multipliers(Seed, Out, queries, keys, dropout_p, kept_scale, BLOCK: tl.cons
     row = tl.program_id(0).to(tl.int64)
     head, i = row // queries, row % queries
     for first in range(0, keys, BLOCK):
-        j = first + tl.arange(0, BLOCK)
-        kept = multiplier(Seed, head, i, j, queries, keys, dropout_p, kept_scale)
+        j = first + tl.arange(0, BLOCK)[None, :]
+        kept = multiplier(Seed, head, i + tl.arange(0, 1), first, queries, keys, dropout_p, kept_scale, BLOCK)
         tl.store(Out + row * keys + j, kept, mask=j < keys)
 
 

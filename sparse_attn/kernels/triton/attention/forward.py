@@ -1,10 +1,4 @@
-"""Fused attention, forward: scores and weights are never written to memory.
-
-A program computes a tile of queries of one head and passes over the keys several times: once for the largest score of
-each strided lane, from which follows a lower bound of σ close to the root; a few times with Newton's method; and once
-for the output. The list of key tiles that may have weight becomes shorter with each pass. The backward uses the final
-list.
-"""
+"""Fused attention, forward: chooses the kernel and its tiles, and makes the tensors that it writes."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 
@@ -14,34 +8,18 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.kernels.triton.attention import decode
 from sparse_attn.kernels.triton.attention.arguments import arguments_of
-from sparse_attn.kernels.triton.attention.plan import Plan, kept, statistics_of
-from sparse_attn.kernels.triton.attention.short import forward_short
-from sparse_attn.kernels.triton.attention.tiles import (
-    dot,
-    dropout,
-    end_of_keys,
-    head_a,
-    keys_of,
-    load_tile,
-    masked_scores,
-    of_head,
-    queries_of_program,
-    store_rows,
-)
-from sparse_attn.kernels.triton.family import (
-    bound_from_lanes,
-    place_rows,
-    start_of,
-    step,
-    weigh,
-)
-from sparse_attn.kernels.triton.launch import launch, shared_memory
+from sparse_attn.kernels.triton.attention.forward_long import forward_long
+from sparse_attn.kernels.triton.attention.forward_short import forward_short
+from sparse_attn.kernels.triton.attention.plan import Plan, kept, shared_memory, statistics_of
+from sparse_attn.kernels.triton.launch import launch
+
+# Tolerances of a row's sum. With an error below the first one last step follows; below the second none is needed.
+_EXACT, _LOOSE = (2.4e-7, 2.4e-7), (2.0**-10, 2.0**-12)
 
 
 class Results(NamedTuple):
@@ -51,110 +29,7 @@ class Results(NamedTuple):
     second: Tensor | None  # Σ u v / Σ u
     statistics: Tensor | None  # numbers per row from which the backward recomputes the weights
     flags: Tensor | None  # 1 for tiles of scores that have weight
-
-
-@triton.jit(do_not_specialize=("lengths",))
-def _forward(
-    inputs,
-    lengths,
-    results,
-    tiles,
-    CAUSAL: tl.constexpr,
-    MODE: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TOLERANCE: tl.constexpr,
-    LOOSE: tl.constexpr,
-):
-    queries, keys = lengths.queries, inputs.keys
-    tiles_m, tile_m, head, n, h, i = queries_of_program(inputs, lengths, BLOCK_M)
-    tiles_n = tl.cdiv(keys, BLOCK_N)
-    j = tl.arange(0, BLOCK_N)
-    k_start = of_head(inputs.key, n, h // inputs.group)
-    v_start = of_head(inputs.value, n, h // inputs.group)
-    line = (head.to(tl.int64) * tiles_m + tile_m) * tiles_n
-    listed = tiles + line
-    q = load_tile(of_head(inputs.query, n, h), tile_m * BLOCK_M, inputs.query.row, queries, D, BLOCK_M, BLOCK_D)
-    limit = keys_of(inputs, n)
-    end = end_of_keys(i, queries, limit, lengths.offset, CAUSAL)
-    last = limit
-    if CAUSAL:
-        last = tl.minimum(limit, (tile_m + 1) * BLOCK_M + lengths.offset)
-    count = tl.cdiv(tl.maximum(last, 0), BLOCK_N)
-
-    lanes = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
-    for tile in range(0, count):
-        first = tile * BLOCK_N
-        k = load_tile(k_start, first, inputs.key.row, keys, D, BLOCK_N, BLOCK_D)
-        s = masked_scores(dot(q, k.T, UPCAST, PRECISION), i[:, None], first + j[None, :], end[:, None], inputs, n, h)
-        lanes = tl.maximum(lanes, s, propagate_nan=tl.PropagateNan.ALL)
-    broken = tl.max((lanes != lanes).to(tl.int32), 1) > 0
-    top = tl.where(broken, float("nan"), tl.max(lanes, 1))
-    a = head_a(inputs, h) + tl.zeros([BLOCK_M], tl.float64)
-    low = bound_from_lanes(lanes, top, keys, a, MODE)
-    high, error, sigma = start_of(low, keys, a)
-
-    sweeps = 0
-    go = count > 0
-    while go:
-        placed = place_rows(top, sigma, 1.0, a, MODE)
-        # σ only increases from its lower bound, so a tile below that edge never gets weight later.
-        edge = tl.where(a > 0.0, top + low - 1.0 / a - 1e-6 * tl.abs(top), float("-inf")).to(tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float64)
-        slope = tl.zeros([BLOCK_M], tl.float64)
-        kept = 0
-        for t in range(0, count):
-            tile = tl.where(sweeps > 0, tl.load(listed + t), t)
-            first = tile * BLOCK_N
-            k = load_tile(k_start, first, inputs.key.row, keys, D, BLOCK_N, BLOCK_D)
-            s = masked_scores(
-                dot(q, k.T, UPCAST, PRECISION), i[:, None], (first + j)[None, :], end[:, None], inputs, n, h
-            )
-            p, u, _ = weigh(s, placed, a, 1, MODE)
-            total += tl.sum(p, 1).to(tl.float64)
-            slope += tl.sum(u, 1).to(tl.float64)
-            # The list is packed in place: the write position never passes the read position.
-            tl.store(listed + kept, tile)
-            # A row with NaN keeps all of its tiles, so that all of its gradients become NaN.
-            kept += tl.max((~(tl.max(s, 1) <= edge)).to(tl.int32), 0)
-        tl.debug_barrier()
-        count = kept
-        total = tl.where(top == float("-inf"), 1.0, total)
-        sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, TOLERANCE, MODE)
-        sweeps += 1
-        far = still_open & (error > tl.where(a > 1.0, TOLERANCE, LOOSE))
-        go = (sweeps < 100) & (tl.max(far.to(tl.int32), 0) > 0)
-
-    # After the last Newton step the sum is close to 1; dividing by the sum removes the remaining error.
-    placed = place_rows(top, sigma, 1.0, a, MODE)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    acc2 = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float64)
-    slope = tl.zeros([BLOCK_M], tl.float64)
-    for t in range(0, count):
-        tile = tl.load(listed + t)
-        first = tile * BLOCK_N
-        k = load_tile(k_start, first, inputs.key.row, keys, D, BLOCK_N, BLOCK_D)
-        s = masked_scores(dot(q, k.T, UPCAST, PRECISION), i[:, None], first + j[None, :], end[:, None], inputs, n, h)
-        p, u, _ = weigh(s, placed, a, 1, MODE)
-        total += tl.sum(p, 1).to(tl.float64)
-        slope += tl.sum(u, 1).to(tl.float64)
-        if results.flags is not None:
-            tl.store(results.flags + line + tile, tl.max((tl.max(p, 1) != 0.0).to(tl.int32), 0).to(tl.uint8))
-        if inputs.seed is not None:
-            kept = dropout(inputs, head, i[:, None], (first + j)[None, :], queries)
-            p, u = p * kept, u * kept
-        v = load_tile(v_start, first, inputs.value.row, keys, DV, BLOCK_N, BLOCK_DV)
-        acc += dot(p.to(v.dtype), v, UPCAST, PRECISION)
-        if results.second is not None:
-            acc2 += dot(u.to(v.dtype), v, UPCAST, PRECISION)
-    store_rows(results, acc, acc2, total, slope, top, sigma, a, head, i, lengths, DV, BLOCK_DV, MODE)
+    sweeps: Tensor | None = None  # how many times Newton's method passed over the keys of a tile; for measurements
 
 
 def forward(
@@ -195,8 +70,7 @@ def forward(
     statistics = torch.empty(told if training else (0,), dtype=torch.float32, device=device)
     flags = torch.zeros((rows, tiles_m, tiles_n) if training else (0,), dtype=torch.uint8, device=device)
     inputs, lengths, constants = arguments_of(query, key, value, alpha, mask, key_lengths, seed, setting)
-    # Tolerances of a row's sum. With an error below `loose` one last step follows; below `tolerance` none is needed.
-    loose, tolerance = (2.4e-7, 2.4e-7) if query.dtype == torch.float32 else (2.0**-10, 2.0**-12)
+    loose, tolerance = _EXACT if query.dtype == torch.float32 else _LOOSE
     results = Results(output, *((second, statistics, flags) if training else (None, None, None)))
     sizes = (plan.block_d, plan.block_dv)
     if short := plan.short(keys, query.itemsize, shared_memory(device)):
@@ -206,5 +80,15 @@ def forward(
     else:
         tiles = torch.empty((rows, tiles_m, tiles_n), dtype=torch.int32, device=device)
         several = (*constants, *sizes, plan.block_m, plan.block_n, tolerance, loose)
-        launch(_forward, tiles_m * rows, inputs, lengths, results, tiles, *several, warps=plan.warps)
+        launch(
+            forward_long,
+            tiles_m * rows,
+            inputs,
+            lengths,
+            results,
+            tiles,
+            *several,
+            warps=plan.warps,
+            stages=plan.stages,
+        )
     return output, second, statistics, flags

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 LARGEST_HEAD = 256
 # Number of keys whose scores stay on the chip. Fewer for float32, which has no matrix units: operands need registers.
-_SHORT, _SHORT_IN_FLOAT32 = 1024, 32
+# With more, the kernel for few keys takes about 190 instructions for each score, the other one about 51.
+SHORT, SHORT_IN_FLOAT32 = 128, 32
 _ON_CHIP_SCORES = 2**13
+_LARGE_SHARED_MEMORY = 128 * 1024  # of compute capabilities 8.0 and 9.0; 8.6, 8.9 and 12.0 have 99 KiB
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have; without a device, those of compute capability 9.0."""
+    if device.type != "cuda":
+        return 227 * 1024
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 class Plan(NamedTuple):
@@ -21,22 +31,25 @@ class Plan(NamedTuple):
     block_d: int
     block_dv: int
     warps: int
+    stages: int = 2  # of the software pipeline that loads tiles
 
     @staticmethod
     def of(query: Tensor, value: Tensor) -> Plan:
-        """Sizes that compute capability 9.0 compiles with almost no spilling (see `scripts/compile_kernels.py`)."""
+        """Sizes with which kernels compile with almost no spilling (see `scripts/compile_kernels.py`)."""
         block_d, block_dv = padded(query.shape[-1]), padded(value.shape[-1])
         size = max(block_d, block_dv)
         if query.dtype == torch.float32:  # without matrix units
             block_m, block_n, warps = {256: (16, 16, 8), 128: (32, 32, 8)}.get(size, (32, 32, 8))
+        elif size == 256 and shared_memory(query.device) < _LARGE_SHARED_MEMORY:
+            block_m, block_n, warps = 32, 32, 4
         else:
-            block_m, block_n, warps = {256: (64, 32, 8), 128: (64, 32, 4)}.get(size, (128, 32, 8))
+            block_m, block_n, warps = {256: (64, 32, 8), 128: (64, 32, 4)}.get(size, (64, 64, 4))
         return Plan(block_m, block_n, block_d, block_dv, warps)
 
     def short(self, keys: int, itemsize: int, shared_memory: int) -> tuple[int, int] | None:
         """Queries and warps of a program that holds the scores of all keys, or None if there are too many keys."""
         padded_keys = max(padded(keys), self.block_n)
-        if padded_keys > (_SHORT_IN_FLOAT32 if itemsize == 4 else _SHORT):
+        if padded_keys > (SHORT_IN_FLOAT32 if itemsize == 4 else SHORT):
             return None
         keys_and_more = padded_keys * max(self.block_d, self.block_dv) * itemsize * 5 // 4
         if keys_and_more > shared_memory:
@@ -53,8 +66,8 @@ def padded(size: int) -> int:
 
 
 def statistics_of(a: float, alpha: Tensor | None) -> int:
-    """How many numbers per row the backward needs: the results of ``family.place_rows``, fewer for α = 1.5 and 2."""
-    return 4 if alpha is None and a in (0.5, 1.0) else 8
+    """How many numbers per row the backward needs: the results of ``weights.place``."""
+    return 3 if alpha is None and a in (0.5, 1.0) else 8
 
 
 def kept(

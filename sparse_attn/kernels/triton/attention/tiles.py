@@ -7,7 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_attn.kernels.triton.family import TINY, place_rows
+from sparse_attn.kernels.triton.attention.weights import place
+from sparse_attn.kernels.triton.family import TINY
 
 
 @triton.jit
@@ -22,6 +23,12 @@ def queries_of_program(inputs, lengths, BLOCK_M: tl.constexpr):
     head = tl.program_id(0) // tiles
     n, h = (head // inputs.heads).to(tl.int64), (head % inputs.heads).to(tl.int64)
     return tiles, tile, head, n, h, tile * BLOCK_M + tl.arange(0, BLOCK_M)
+
+
+@triton.jit
+def head_of_program(inputs, lengths, BLOCK_M: tl.constexpr):
+    """The head of a program, as :func:`queries_of_program` returns it."""
+    return (tl.program_id(0) // tl.cdiv(lengths.queries, BLOCK_M) % inputs.heads).to(tl.int64)
 
 
 @triton.jit
@@ -47,12 +54,34 @@ def head_a(inputs, h):
 
 
 @triton.jit
-def keys_of(inputs, n):
-    """The number of keys of a batch entry, without padding."""
+def keys_of(inputs, lengths, n, CAUSAL: tl.constexpr):
+    """How many keys of a batch entry its queries can see, without padding."""
     limit = inputs.keys
     if inputs.key_lengths is not None:
         limit = tl.minimum(limit, tl.load(inputs.key_lengths + n).to(tl.int32))
+    if CAUSAL:
+        limit = tl.minimum(limit, tl.maximum(lengths.queries + lengths.offset, 0))
     return limit
+
+
+@triton.jit
+def keys_seen(inputs, n, h, j, limit):
+    """Which of the keys ``j`` some query of a head may see: before the limit, and not hidden from all by a mask.
+
+    The others are not read. Their weight is 0, but 0 · NaN is NaN, and padding may hold anything.
+    """
+    seen = j < limit
+    if inputs.mask is not None:  # noqa: SIM102, Triton has no fields of None
+        if inputs.mask.query is None:
+            mask = tl.load(of_mask(inputs.mask, n, h) + j.to(tl.int64) * inputs.mask.key, mask=seen, other=0)
+            seen = seen & _shown(mask, inputs.lowest)
+    return seen
+
+
+@triton.jit
+def _shown(mask, lowest):
+    """Where a boolean mask, or a float mask that hides at ``lowest``, shows a key."""
+    return mask != 0 if mask.dtype.is_int() else ~(mask.to(tl.float32) <= lowest)
 
 
 @triton.jit
@@ -74,13 +103,12 @@ def end_of_keys(i, queries, limit, offset, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def masked_scores(product, i, j, end, inputs, n, h):
-    """Scores from products of queries ``i`` and keys ``j``, which broadcast; ``-inf`` where a query does not see a key.
+def hide(product, i, j, end, inputs, n, h):
+    """Products (M, N) with ``-inf`` where a query does not see a key; a float mask is added to the scores.
 
-    Every kernel calls this: an entry at the edge of the support must be inside in all kernels or outside in all.
-    ``end`` is the result of :func:`end_of_keys` for each query; ``n`` and ``h`` are the batch entry and the head.
+    All kernels call this for the same products: an entry at the edge of the support must be inside in all or outside in
+    all.
     """
-    s = product * inputs.scale
     seen = j < end
     if inputs.mask is not None:
         place = of_mask(inputs.mask, n, h) + j.to(tl.int64) * inputs.mask.key
@@ -88,35 +116,89 @@ def masked_scores(product, i, j, end, inputs, n, h):
             mask = tl.load(place, mask=j < inputs.keys, other=0)
         else:
             mask = tl.load(place + i.to(tl.int64) * inputs.mask.query, mask=seen, other=0)
-        if mask.dtype.is_int():
-            seen = seen & (mask != 0)
-        else:
-            mask = mask.to(tl.float32)
-            s += mask
-            seen = seen & ~(mask <= inputs.lowest)
-    return tl.where(seen, s, float("-inf"))
+        seen = seen & _shown(mask, inputs.lowest)
+        if not mask.dtype.is_int():
+            product += mask.to(tl.float32) * inputs.one_by_scale
+    return tl.where(seen, product, float("-inf"))
 
 
 @triton.jit
-def load_tile(X, first, stride, size, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows from ``first`` on; zeros beyond the last row."""
+def products(
+    q,
+    k_start,
+    first,
+    i,
+    end,
+    inside,
+    inputs,
+    n,
+    h,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """A tile of keys, and its products with queries. ``inside`` is 0 or more rows of the tile that are read.
+
+    Without ``EDGE`` all queries see all of its keys.
+    """
+    k = load_tile(k_start, first, inputs.key.row, inside, D, BLOCK_N, BLOCK_D, EDGE)
+    z = dot(q, k.T, UPCAST, PRECISION)
+    if EDGE:
+        j = first + tl.arange(0, BLOCK_N)
+        z = hide(z, i[:, None], j[None, :], end[:, None], inputs, n, h)
+    return k, z
+
+
+@triton.jit
+def whole_tiles(inputs, lengths, limit, first, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr):
+    """How many tiles of keys, from the first on, all queries from ``first`` on see as a whole.
+
+    0 under a mask, and with ``EXACT``, where loops of their own for these tiles would gain little and compile for long.
+    """
+    if inputs.mask is not None or EXACT:
+        return limit * 0
+    else:
+        if CAUSAL:
+            limit = tl.minimum(limit, tl.maximum(first + lengths.offset + 1, 0))
+        return limit // BLOCK_N
+
+
+@triton.jit
+def load_tile(
+    X, first, stride, inside, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr = True
+):
+    """Rows from ``first`` on; zeros for rows that are not ``inside``. Without ``EDGE`` all are."""
     row, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     X += tl.cast(first, tl.int64) * stride
-    mask = (first + row < size)[:, None] & (d < D)[None, :]
-    return tl.load(X + row[:, None] * stride + d[None, :], mask=mask, other=0.0)
+    place = X + row.to(tl.int64)[:, None] * stride + d[None, :]
+    if EDGE:
+        return tl.load(place, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        return tl.load(place)
+    else:
+        return tl.load(place, mask=(d < D)[None, :], other=0.0)
 
 
 @triton.jit
-def dropout(inputs, head, i, j, queries):
-    """Dropout factors of the weights, which depend only on seed and position: all kernels get the same factors."""
-    return multiplier(inputs.seed, head, i, j, queries, inputs.keys, inputs.dropout_p, inputs.kept_scale)
+def dropout(inputs, head, i, first, queries, KEYS: tl.constexpr):
+    """Dropout factors (M, KEYS) of the weights of the queries ``i`` (M,) and the keys from ``first`` on.
+
+    They depend only on seed and position: all kernels get the same factors.
+    """
+    return multiplier(inputs.seed, head, i, first, queries, inputs.keys, inputs.dropout_p, inputs.kept_scale, KEYS)
 
 
 @triton.jit
-def multiplier(seed, head, i, j, queries, keys, dropout_p, kept_scale):
-    """0 with probability ``dropout_p``, else ``kept_scale``."""
-    place = (head.to(tl.int64) * queries + i) * keys + j
-    return tl.where(tl.rand(tl.load(seed), place) >= dropout_p, kept_scale, 0.0)
+def multiplier(seed, head, i, first, queries, keys, dropout_p, kept_scale, KEYS: tl.constexpr):
+    """0 with probability ``dropout_p``, else ``kept_scale``. The generator gives four numbers at a time."""
+    quad = first // 4 + tl.arange(0, KEYS // 4)
+    place = (head.to(tl.int64) * queries + i)[:, None] * ((keys + 3) // 4) + quad[None, :]
+    a, b, c, d = tl.rand4x(tl.load(seed), place)
+    random = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [i.shape[0], KEYS])
+    return tl.where(random >= dropout_p, kept_scale, 0.0)
 
 
 @triton.jit
@@ -129,27 +211,49 @@ def store_rows(
     top,
     sigma,
     a,
+    scale,
     head,
     i,
     lengths,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     MODE: tl.constexpr,
+    FINE: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Write the output of the rows ``i`` and, for a backward, their statistics."""
     inside = i < lengths.queries
+    fine = (top < float("inf")) & (a > -1.0) & (a < float("inf"))
     divisor = tl.where(total == 0.0, 1.0, total)
-    final = place_rows(top, sigma, total, a, MODE)
-    factor = (1.0 / divisor).to(tl.float32) + (final[2] - final[2])  # NaN if the row or α is NaN
+    factor = tl.where(fine, 1.0 / divisor, float("nan")).to(tl.float32)  # NaN if the row or α is not valid
     row = head.to(tl.int64) * lengths.queries + i
     rows = tl.cast(lengths.rows, tl.int64)  # with eight statistics per row, an index may exceed 2³¹
     d = tl.arange(0, BLOCK_DV)
-    place = row[:, None] * DV + d[None, :]
+    place_of = row[:, None] * DV + d[None, :]
     within = inside[:, None] & (d < DV)[None, :]
-    tl.store(results.output + place, (acc * factor[:, None]).to(results.output.dtype.element_ty), mask=within)
+    tl.store(results.output + place_of, (acc * factor[:, None]).to(results.output.dtype.element_ty), mask=within)
     if results.second is not None:
         slope = tl.where(slope == 0.0, 1.0, slope)
         acc2 = acc2 * (1.0 / slope).to(tl.float32)[:, None]
-        tl.store(results.second + place, acc2.to(results.second.dtype.element_ty), mask=within)
+        tl.store(results.second + place_of, acc2.to(results.second.dtype.element_ty), mask=within)
+        final = place(top, sigma, total, a, scale, MODE, FINE, EXACT)
         for n in tl.static_range(len(final)):
             tl.store(results.statistics + n * rows + row, final[n], mask=inside)
+
+
+@triton.jit
+def load_rows(Stats, row, inside, rows, MODE: tl.constexpr):
+    """The results of ``weights.place`` for these rows, stored by the forward; rows outside get weights of 0."""
+    rows = tl.cast(rows, tl.int64)
+    first = tl.load(Stats + row, mask=inside, other=0.0)
+    second = tl.load(Stats + rows + row, mask=inside, other=0.0)
+    third = tl.load(Stats + 2 * rows + row, mask=inside, other=1.0)  # a factor of -inf must not be 0
+    if MODE != 0:
+        return first, second, third
+    else:
+        fourth = tl.load(Stats + 3 * rows + row, mask=inside, other=0.0)
+        fifth = tl.load(Stats + 4 * rows + row, mask=inside, other=0.0)
+        sixth = tl.load(Stats + 5 * rows + row, mask=inside, other=0.0)
+        seventh = tl.load(Stats + 6 * rows + row, mask=inside, other=0.0)
+        eighth = tl.load(Stats + 7 * rows + row, mask=inside, other=0.0)
+        return first, second, third, fourth, fifth, sixth, seventh, eighth

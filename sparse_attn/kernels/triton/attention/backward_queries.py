@@ -1,0 +1,270 @@
+"""Fused attention, backward: the pass for the queries, α and a float mask, over the tiles that have weight."""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_attn.kernels.triton.attention.arguments import Mask
+from sparse_attn.kernels.triton.attention.tiles import (
+    dot,
+    dropout,
+    end_of_keys,
+    head_a,
+    head_of_program,
+    keys_of,
+    keys_seen,
+    load_rows,
+    load_tile,
+    of_head,
+    of_mask,
+    products,
+    queries_of_program,
+    whole_tiles,
+)
+from sparse_attn.kernels.triton.attention.weights import GENTLE, alpha_gradient_of_sums, log_weights, per_row, weights
+from sparse_attn.kernels.triton.family import alpha_gradient, deviation_from_scores, reference_of
+
+
+class Gradients(NamedTuple):
+    """Tensors that the pass over the queries writes; None if no gradient is wanted."""
+
+    query: Tensor
+    alpha: Tensor | None
+    mask: Mask | None
+
+
+@triton.jit
+def _queries_sweep(
+    q,
+    do,
+    k_start,
+    v_start,
+    listed,
+    begin,
+    stop,
+    row,
+    delta,
+    reference,
+    acc,
+    sums,
+    column,
+    a,
+    i,
+    end,
+    limit,
+    inputs,
+    lengths,
+    gradients,
+    head,
+    n,
+    h,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    ONE_COLUMN: tl.constexpr,
+    FINE: tl.constexpr,
+    EXACT: tl.constexpr,
+    EDGE: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Add the gradients of the queries from listed tiles, and the sums for the gradient of α.
+
+    With ``PARTS`` each tile is computed in so many parts, to need fewer registers.
+    """
+    SIZE: tl.constexpr = BLOCK_N // PARTS
+    for t in range(begin * PARTS, stop * PARTS):
+        first = tl.load(listed + t // PARTS) * BLOCK_N + t % PARTS * SIZE
+        j = first + tl.arange(0, SIZE)
+        inside = j < limit
+        if EDGE:
+            inside = keys_seen(inputs, n, h, j, limit)
+        k, z = products(q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, SIZE, EDGE)
+        p, u, log = weights(z, row, a, inputs.scale, MODE, FINE, EXACT, True)
+        v = load_tile(v_start, first, inputs.value.row, inside, DV, SIZE, BLOCK_DV, EDGE)
+        dp = dot(do, v.T, UPCAST, PRECISION)
+        if inputs.seed is not None:
+            dp *= dropout(inputs, head, i, first, lengths.queries, SIZE)
+        dp -= delta[:, None]
+        ds = u * dp
+        acc += dot(ds.to(k.dtype), k, UPCAST, PRECISION)
+        if gradients.alpha is not None:
+            if EXACT:
+                each = per_row(a, i.shape[0], True)
+                with_log = p * log
+                y = deviation_from_scores(z * inputs.scale, p, u, log, row, each, reference, 1)
+                sums = (
+                    sums[0] + tl.sum(u, 1).to(tl.float64),
+                    sums[1] + tl.sum(with_log, 1).to(tl.float64),
+                    sums[2] + tl.sum(y, 1).to(tl.float64),
+                    sums[3] + tl.sum(p * dp, 1).to(tl.float64),
+                    sums[4] + tl.sum(with_log * dp, 1).to(tl.float64),
+                    sums[5] + tl.sum(y * dp, 1).to(tl.float64),
+                )
+            else:
+                by_p = p * dp
+                log_p = log_weights(log, row, a)
+                sums = (
+                    sums[0] + tl.sum(u, 1),
+                    sums[1] + tl.sum(ds, 1),
+                    sums[2] + tl.sum(by_p, 1),
+                    sums[3] + tl.sum(p * log_p, 1),
+                    sums[4] + tl.sum(by_p * log_p, 1),
+                    sums[5],
+                )
+        if gradients.mask is not None:
+            place = of_mask(gradients.mask, n, h)
+            if ONE_COLUMN:
+                column += tl.sum(ds, 1)
+            elif ONE_ROW:
+                tl.atomic_add(place + j * gradients.mask.key, tl.sum(ds, 0), mask=j < inputs.keys)
+            else:
+                place += i.to(tl.int64)[:, None] * gradients.mask.query + j[None, :] * gradients.mask.key
+                within = (i < lengths.queries)[:, None] & (j < inputs.keys)[None, :]
+                tl.atomic_add(place, ds, mask=within)
+    return acc, sums, column
+
+
+@triton.jit
+def _backward_rows(
+    inputs,
+    lengths,
+    kept,
+    second,
+    gradients,
+    a,
+    CAUSAL: tl.constexpr,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    ONE_COLUMN: tl.constexpr,
+    FINE: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    queries, keys = lengths.queries, inputs.keys
+    tiles_m, tile_m, head, n, h, i = queries_of_program(inputs, lengths, BLOCK_M)
+    inside = i < queries
+    d = tl.arange(0, BLOCK_D)
+    k_start = of_head(inputs.key, n, h // inputs.group)
+    v_start = of_head(inputs.value, n, h // inputs.group)
+    line = head.to(tl.int64) * tiles_m + tile_m
+    listed = kept.lists + line * tl.cdiv(keys, BLOCK_N)
+    limit = keys_of(inputs, lengths, n, CAUSAL)
+    end = end_of_keys(i, queries, limit, lengths.offset, CAUSAL)
+    row = head.to(tl.int64) * queries + i
+    q = load_tile(of_head(inputs.query, n, h), tile_m * BLOCK_M, inputs.query.row, inside, D, BLOCK_M, BLOCK_D)
+    start = head.to(tl.int64) * queries * DV
+    do = load_tile(kept.grad + start, tile_m * BLOCK_M, DV, inside, DV, BLOCK_M, BLOCK_DV)
+    weighted = load_tile(second + start, tile_m * BLOCK_M, DV, inside, DV, BLOCK_M, BLOCK_DV)
+    delta = tl.sum(do.to(tl.float32) * weighted.to(tl.float32), 1)
+    tl.store(kept.delta + row, delta, mask=inside)
+    placed = load_rows(kept.statistics, row, inside, lengths.rows, MODE)
+    each = per_row(a, BLOCK_M, True)
+    log_factor = tl.zeros([BLOCK_M], tl.float64)
+    reference = (delta, delta, log_factor)
+    if EXACT:
+        log_factor = placed[7].to(tl.float64)
+        reference = reference_of(log_factor, each)
+    zero = tl.zeros([BLOCK_M], tl.float64 if EXACT else tl.float32)
+    # With EXACT: u, ℓ and y relative to ℓ₀; 1, ℓ and y times the upstream gradient. Else: u; u, p times the upstream
+    # gradient; p ℓ; p ℓ times the upstream gradient.
+    sums = (zero, zero, zero, zero, zero, zero)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    column = tl.zeros([BLOCK_M], tl.float32)
+    count = tl.load(kept.counts + line)
+    split = count * 0
+    if (
+        inputs.mask is None and not EXACT
+    ):  # the list is in order: the tiles that a query does not see as a whole are its last
+        whole = whole_tiles(inputs, lengths, limit, tile_m * BLOCK_M, BLOCK_N, CAUSAL, EXACT)
+        split = count
+        while (split > 0) & (tl.load(listed + tl.maximum(split - 1, 0)) >= whole):
+            split -= 1
+        acc, sums, column = _queries_sweep(
+            *(q, do, k_start, v_start, listed, 0, split, placed, delta, reference, acc, sums, column),
+            *(a, i, end, limit, inputs, lengths, gradients, head, n, h),
+            *(MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, EXACT, False, 1),
+        )
+    PARTS: tl.constexpr = 2 if EXACT and BLOCK_N >= 64 else 1
+    acc, sums, column = _queries_sweep(
+        *(q, do, k_start, v_start, listed, split, count, placed, delta, reference, acc, sums, column),
+        *(a, i, end, limit, inputs, lengths, gradients, head, n, h),
+        *(MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, EXACT, True, PARTS),
+    )
+    place = row[:, None] * D + d[None, :]
+    tl.store(
+        gradients.query + place,
+        (acc * inputs.scale).to(gradients.query.dtype.element_ty),
+        mask=inside[:, None] & (d < D)[None, :],
+    )
+    if gradients.alpha is not None:
+        slope = tl.where(sums[0] == 0.0, 1.0, sums[0])
+        if EXACT:
+            with_log, with_y = sums[4] - sums[1] * sums[3], sums[5] - sums[2] * sums[3]
+            da = alpha_gradient(with_log, with_y, sums[1], sums[2], slope, each, log_factor, reference)
+        else:
+            da = alpha_gradient_of_sums(slope, sums[1], sums[2], sums[3], sums[4], each)
+        seen = placed[0] == placed[0]
+        tl.store(gradients.alpha + row, tl.where(seen, da, float("nan")).to(tl.float32), mask=inside)
+    if gradients.mask is not None and ONE_COLUMN:
+        place = of_mask(gradients.mask, n, h) + i.to(tl.int64) * gradients.mask.query
+        tl.atomic_add(place, column, mask=inside)
+
+
+@triton.jit(do_not_specialize=("lengths",))
+def backward_queries(
+    inputs,
+    lengths,
+    kept,
+    second,
+    gradients,
+    CAUSAL: tl.constexpr,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    ONE_COLUMN: tl.constexpr,
+):
+    """A program computes a tile of queries. ``second`` is ``Σ u v / Σ u`` of the forward."""
+    FINE: tl.constexpr = inputs.query.start.dtype.element_ty == tl.float32
+    a = head_a(inputs, head_of_program(inputs, lengths, BLOCK_M))
+    if MODE == 0 and not FINE:  # α is data: one branch for all programs of a head
+        if tl.max(a, 0) < GENTLE:
+            _backward_rows(
+                *(inputs, lengths, kept, second, gradients, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV),
+                *(BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, True),
+            )
+        else:
+            _backward_rows(
+                *(inputs, lengths, kept, second, gradients, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV),
+                *(BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, False),
+            )
+    else:
+        _backward_rows(
+            *(inputs, lengths, kept, second, gradients, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),
+            *(BLOCK_M, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, MODE == 0),
+        )
