@@ -58,7 +58,7 @@ def browser() -> Iterator[Any]:
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-        started.set_script_timeout(60)
+        started.set_script_timeout(180)
         started.execute_cdp_cmd("Network.enable", {})
         off = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
         started.execute_cdp_cmd("Network.emulateNetworkConditions", off)
