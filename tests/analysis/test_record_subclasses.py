@@ -97,7 +97,7 @@ def test_a_subclass_without_need_weights_is_not_recorded() -> None:
         assert torch.equal(layer(x), nn.MultiheadAttention.forward(layer, x, x, x)[0])
         model[1](x, x, x)
     assert list(record) == ["1"]
-    with pytest.raises(ValueError, match="got SelfAttention without any"):
+    with pytest.raises(ValueError, match="got SelfAttention, which has no such layer"):
         record_attention(layer)
 
 
