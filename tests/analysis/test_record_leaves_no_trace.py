@@ -284,7 +284,7 @@ def test_records_of_two_threads_do_not_disturb_each_other() -> None:
 
 def test_a_model_without_attention_is_refused() -> None:
     with (
-        pytest.raises(ValueError, match="SparseAttention layers .*got Linear, which has no such layer"),
+        pytest.raises(ValueError, match=r"SparseAttention layers .*got Linear, which has no such layer"),
         record_attention(nn.Linear(2, 3)),
     ):
         pass
