@@ -1,4 +1,4 @@
-"""What the first, hidden cell of every tutorial sets, so that its outputs can be shown in a page."""
+"""Settings that the first, hidden cell of every tutorial applies, so that a page can show its outputs."""
 
 import logging
 import os

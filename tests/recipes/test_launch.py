@@ -122,12 +122,12 @@ def test_a_flag_keeps_its_value(arguments, capsys):
 
 def test_only_several_runs_need_a_temporary_folder(capsys, monkeypatch):
     def full() -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/x")
+        raise OSError(errno.ENOSPC, "No space left on device", "folder/x")
 
     monkeypatch.setattr("recipes.launch.tempfile.TemporaryDirectory", full)
     assert [cfg.run for cfg in composed("evaluate", "run=R")] == ["R"]
     error = refused(capsys, lambda: composed("evaluate", "-m", "run=R,Q"))
-    assert error == "sparse-attn evaluate: [Errno 28] No space left on device: '/tmp/x'\n"
+    assert error == "sparse-attn evaluate: [Errno 28] No space left on device: 'folder/x'\n"
 
 
 @pytest.mark.parametrize("other", [["--cfg", "job"], ["--info"], ["--run"]])
