@@ -13,10 +13,10 @@ where an earlier one was interrupted: no task is repeated, not even one that nev
 Needs torch, Triton and this checkout; adasplash, entmax and flex attention are timed if they are installed and work.
 The exit status is 0 if all checks passed, 1 if a check failed, 2 if there is no device.
 
-`gpu_correctness.py` and `gpu_timing.py` contain the checks and timings as lists of tasks. Tasks run in separate
-processes: compilation takes longer than execution and uses all processors, and a kernel that crashes its process or
-never returns becomes one line of the report. Timings are taken one by one, by a single process, after their kernels
-have been compiled.
+`gpu_correctness.py` contains the checks and `gpu_timing.py` the timings, as lists of tasks; `gpu_workloads.py` runs a
+timing, and `gpu_figures.py` compares the results with the targets. Tasks run in separate processes: compilation takes
+longer than execution and uses all processors, and a kernel that crashes its process or never returns becomes one line
+of the report. Timings are taken one by one, by a single process, after their kernels have been compiled.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import gpu_timing
+from gpu_figures import figures
 
 from sparse_attn import backends
 
@@ -16,7 +16,7 @@ def short_table(timings: list[Measured]) -> Iterator[str]:
     """The targets, and the measured figures or why there are none."""
     yield "| figure, the worst of its cases | to reach | measured | where |"
     yield "|---|---|---|---|"
-    for name, bound, values, missing in gpu_timing.figures(timings):
+    for name, bound, values, missing in figures(timings):
         at_most = bound.startswith("≤")
         worst = (max if at_most else min)(values, key=lambda x: x[0], default=None)
         if worst is None:

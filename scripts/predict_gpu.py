@@ -1,12 +1,13 @@
-"""Predict from the compiled kernels, without a GPU, the speed-up of other tile sizes and the cost of a learnt α.
+"""Predict the speed of the kernels from their compiled code, without a GPU.
 
     python scripts/predict_gpu.py [--beside REVISION] [--write]
 
-Takes five minutes; --write keeps the page as benchmarks/gpu_predictions.md, --beside also counts the kernels of another
-commit. Counts the instructions per score in the innermost loops over tiles of keys or of queries, and in each kernel
-takes the shortest loop of a kind: that of tiles which no mask cuts, with α of at least 1.1. The kernels have far more
-other arithmetic than matrix products, so their speed is limited by the number of instructions. A prediction is a ratio
-of these counts. It ignores latencies, caches and the number of tiles with weight.
+Takes five minutes. --write saves the page as benchmarks/gpu_predictions.md, --beside also counts the kernels of another
+commit. For attention the script counts the instructions per score in the innermost loops over tiles of keys or of
+queries; of several loops of a kind it takes the shortest, which is the loop for tiles without a mask and for α of at
+least 1.1. These kernels have far more other arithmetic than matrix products, so their speed is limited by the number of
+instructions. A prediction is a ratio of these counts. It ignores latencies, caches and the number of tiles with weight.
+For the row kernels see `predict_rows.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import compile_kernels
+import predict_rows
+import sass
 import torch
 import triton
-from gpu_timing import TILES, plan_of, planned
-from triton.backends.nvidia import compiler
+from gpu_timing import TILES
+from gpu_workloads import plan_of, planned
 
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.kernels.triton.attention import backward, forward
@@ -36,21 +38,31 @@ from sparse_attn.kernels.triton.attention.plan import Plan
 
 PAGE = Path(__file__).parents[1] / "benchmarks" / "gpu_predictions.md"
 SWEEPS = 2  # the usual number of passes of Newton's method
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)\S*\s*(.*?);")
 
 
 _INTRODUCTION = """\
 # GPU speed predicted from the compiled kernels
 
 Made by `python scripts/predict_gpu.py --write` on {today} with Triton {triton}, for compute capability 9.0.
-**Nothing here has been measured.** `scripts/gpu_check.py` times the same tile sizes on a device, so that each
-prediction can be checked.
+**Nothing here has been measured.** `scripts/gpu_check.py` times the same tile sizes and row kernels on a device, so
+that each prediction can be checked.
 
-The table has instructions per score, for causal attention with head size 64 in bfloat16: for the pass that finds the
-largest scores, one pass of Newton's method, the pass that computes the output, the gradients of queries (and α), and
-the gradients of keys and values. `all` is their sum, with {sweeps} Newton passes. `relative` is `all` divided by
-`all` of the tile size in use, which is the first row for each α. `spilled bytes` counts the bytes that all kernels
-together spill. A kernel is slower than predicted if it spills, or if its tiles are large and few keys have weight.
+## Attention
+
+The table shows the number of instructions per score for causal attention with head size 64 in bfloat16. Its columns
+are: the pass that finds the largest scores, one pass of Newton's method, the pass that computes the output, the
+gradients of queries (and α), and the gradients of keys and values. `all` is their sum, with {sweeps} Newton passes.
+`relative` is `all` divided by `all` of the tile size in use, which is the first row for each α. `spilled bytes` is the
+number of bytes per thread that are spilled, summed over all kernels. A kernel is slower than predicted if it spills, or
+if its tiles are large and few keys have weight.
+"""
+_ROWS = """
+## Rows
+
+Float32 rows of `torch.randn`. `instructions` is the number of instructions per entry. `share` is the predicted share
+of the bandwidth of a copy on an H200; the aim is half. `few float64 units` is the same share on an RTX 4090, which
+computes float64 at a 64th of the speed. A forward pass moves as many bytes as a copy, a backward pass one and a half
+times as many. The model (`scripts/predict_rows.py`) assumes that no unit ever waits, so the shares are upper bounds.
 """
 _COLUMNS = (
     *("α", "queries × keys, warps", "largest scores", "Newton pass", "output", "d queries", "d keys"),
@@ -81,7 +93,7 @@ def main() -> None:
     parser.add_argument("--counts", action="store_true", help=argparse.SUPPRESS)  # of the tiles in use, as JSON
     options = parser.parse_args()
     if options.counts:
-        print(json.dumps([count(None, alpha) for alpha in ALPHAS.values()]))
+        print(json.dumps([[count(None, alpha) for alpha in ALPHAS.values()], [*predict_rows.predictions()]]))
         return
     text = "\n".join(page(options.beside)) + "\n"
     print(text, end="")
@@ -98,7 +110,8 @@ def page(beside: str | None) -> Iterator[str]:
     yield f"| {' | '.join(_COLUMNS)} |"
     yield "|---" * len(_COLUMNS) + "|"
     counts = {(name, tile): count(tile, alpha) for name, alpha in ALPHAS.items() for tile in TILES}
-    others = [] if beside is None else [Count(*x) for x in counts_of(beside)]
+    of_other, rows_of_other = ([], []) if beside is None else counts_of(beside)
+    others = [Count(*x) for x in of_other]
     for number, name in enumerate(ALPHAS):
         now = counts[name, TILES[0]].total()
         for tile in (TILES[0], *sorted(TILES[1:], key=lambda tile: counts[name, tile].total())):
@@ -108,9 +121,23 @@ def page(beside: str | None) -> Iterator[str]:
     ratio = counts["learnt", TILES[0]].total() / counts["1.5", TILES[0]].total()
     yield ""
     yield (
-        f"By these counts, a learnt α with its gradient takes {ratio:.1f} times as long as a fixed α = 1.5; the target "
-        "is 1.3."
+        f"By these counts, a learnt α with its gradient would take {ratio:.1f} times as long as a fixed α = 1.5; "
+        "we want at most 1.3 times."
     )
+    yield _ROWS
+    yield from row_table(rows_of_other, beside)
+
+
+def row_table(before: list[Any], beside: str | None) -> Iterator[str]:
+    """The predictions for the row kernels, beside those of another commit."""
+    titles = ["instructions", "share", "few float64 units"]
+    columns = ["mapping", "width", "pass", *titles, *(f"{title} at {beside}" for title in titles if beside)]
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    for number, (*key, now) in enumerate(predict_rows.predictions()):
+        both = [now, predict_rows.Prediction(*before[number][-1])] if beside else [now]
+        figures = [f"{one[0]:.0f} | {one[1]:.0%} | {one[2]:.0%}" for one in both]
+        yield f"| {' | '.join(map(str, key))} | {' | '.join(figures)} |"
 
 
 def line(name: str, shape: str, one: Count, now: float) -> str:
@@ -119,8 +146,8 @@ def line(name: str, shape: str, one: Count, now: float) -> str:
     return f"| {name} | {shape} | {figures} | {one.total() / now:.2f} | {one.spilled} |"
 
 
-def counts_of(revision: str) -> list[list[float]]:
-    """The counts of another commit's kernels, with the tiles that it uses."""
+def counts_of(revision: str) -> tuple[list[Any], list[Any]]:
+    """The counts of another commit's kernels, with the tiles that it uses: of attention, and of rows."""
     root = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory() as folder:
         packed = subprocess.run(["git", "archive", revision, "sparse_attn"], cwd=root, capture_output=True, check=True)
@@ -169,27 +196,19 @@ class Loop(NamedTuple):
     """An innermost loop that multiplies matrices."""
 
     length: float  # instructions
-    products: int  # of which instructions of the matrix units
+    products: int  # number of instructions of the matrix units among them
     weights: bool  # whether it computes weights: a fused multiply-add for each score
 
 
 def loops(cubin: bytes) -> list[Loop]:
     """The innermost loops that multiply matrices, in the order of the program."""
-    tool = Path(compiler.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        text = subprocess.run([tool, "-sass", file.name], check=True, capture_output=True, text=True).stdout
-    code = [(int(address, 16), name, rest) for address, name, rest in _INSTRUCTION.findall(text)]
-    places = {address: number for number, (address, *_) in enumerate(code)}
-    spans = []
-    for number, (address, name, rest) in enumerate(code):
-        target = re.search(r"0x([0-9a-f]+)", rest) if name == "BRA" else None
-        if target and int(target[1], 16) < address:
-            spans.append((places[int(target[1], 16)], number))
-    innermost = [(i, j) for i, j in spans if not any(i <= k and m <= j and (i, j) != (k, m) for k, m in spans)]
+    code = sass.instructions(cubin)
+    spans = sass.loops(code)
     found = []
-    for i, j in sorted(innermost):
-        names = [name for _, name, _ in code[i : j + 1]]
+    for span in spans:
+        if any(span.contains(other) for other in spans):
+            continue
+        names = [one.name for one in code[span.first : span.last + 1]]
         if matrices := sum("MMA" in name for name in names):
             found.append(Loop(len(names), matrices, names.count("FFMA") + names.count("FADD") >= 16))
     return found

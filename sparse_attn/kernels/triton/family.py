@@ -1,11 +1,13 @@
 """Device functions that the kernels share: α-entmax of scores on the chip for a given threshold, and the Newton step.
 
 As in ``kernels.reference.entmax``, formulas use ``a = α - 1`` and σ; α is data, not a constant. Scores and
-probabilities are float32. Numbers per row are float64, and are applied to scores as pairs of float32: the rounding
-error of a single float32 threshold would change thousands of small entries in the same direction.
+probabilities are float32. Scores ``x`` and σ are relative to the largest score of the row. In float32, σ is a pair
+(``pairs``): the rounding error of a single float32 threshold would change thousands of small entries in the same
+direction.
 
-``MODE`` is 0 for any α, 1 for α = 1.5 and 2 for α = 2. The last two need neither logarithms nor powers. Logarithms are
-computed by a polynomial: the hardware's logarithm is inexact near 1, where the arguments lie for α close to 1.
+``MODE`` is 0 for any α, 1 for α = 1.5 and 2 for α = 2. The last two need neither logarithms nor powers. Logarithms of
+numbers near 1 are computed by a polynomial: the hardware's logarithm is inexact there, where the arguments lie for α
+close to 1.
 """
 
 # Triton functions have no type annotations; their docstrings describe the arguments.
@@ -16,13 +18,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sparse_attn.kernels.triton.pairs import (
+    LN2,
+    add,
+    choose,
+    difference,
+    exp2_of,
+    fast_exp2,
+    fast_log2,
+    natural_log,
+    quotient,
+    scaled,
+    single,
+    subtract,
+    times,
+    zero,
+)
+
 GENERAL, ENTMAX15, SPARSEMAX = 0, 1, 2
 MODES = {0.5: ENTMAX15, 1.0: SPARSEMAX}  # by a
 
-_LN2 = tl.constexpr(0.6931471805599453)
 # For α = 1, a is replaced by a number so small that log(1 + a t) / a equals t to the last bit.
 TINY = tl.constexpr(1e-10)
-# log2(1 + f) / f on [√½ - 1, √2 - 1], relative error 2.6e-8
+# log2(1 + t) / t on [√½ - 1, √2 - 1], relative error 2.6e-8
 _LOG2 = tl.constexpr(
     (
         1.4426950216293335,
@@ -54,99 +72,140 @@ _G = tl.constexpr(
 
 
 @triton.jit
+def _log2_near_1(t):
+    """log2 of ``1 + t`` for ``t`` in [√½ - 1, √2 - 1]."""
+    series = t * _LOG2[9] + _LOG2[8]
+    for n in tl.static_range(7, -1, -1):
+        series = series * t + _LOG2[n]
+    return t * series
+
+
+@triton.jit
 def log2(w, t):
-    """log2 of ``w = 1 + t > 0``; a small ``t`` has more digits than ``w``."""
+    """log2 of ``w = 1 + t > 0`` to the last digit, for numbers per row; a small ``t`` has more digits than ``w``."""
     bits = w.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
     f = tl.where(exponent == 0, t, (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0)
-    series = f * _LOG2[9] + _LOG2[8]
-    for n in tl.static_range(7, -1, -1):
-        series = series * f + _LOG2[n]
-    return f * series + exponent.to(tl.float32)
+    return _log2_near_1(f) + exponent.to(tl.float32)
 
 
 @triton.jit
-def _split(x):
-    """A float64 as the sum of two float32."""
-    high = x.to(tl.float32)
-    return high, (x - high.to(tl.float64)).to(tl.float32)
+def log2_of_scores(w, t):
+    """The same to 2.4e-7 where ``w`` is far from 1, by fewer instructions."""
+    return tl.where(tl.abs(t) < 0.29, _log2_near_1(t), fast_log2(w))
 
 
 @triton.jit
-def _log1p(x):
-    w = 1.0 + x
-    return tl.where(w == 1.0, x, tl.log(w) * x / tl.where(w == 1.0, 1.0, w - 1.0))
+def power(x, y):
+    """``x^y`` of positive numbers per row, with an error of 3e-7 for any size of the exponent."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    high, low = times(exponent.to(tl.float32), y)
+    return fast_exp2(high) * fast_exp2(low + y * _log2_near_1(f))
 
 
 @triton.jit
-def place_rows(top, sigma, total, a, MODE: tl.constexpr):
-    """The numbers per row that :func:`weigh` needs, from the largest score, σ, and the divisor.
+def away_from_zero(a):
+    """``a``, never exactly 0."""
+    return tl.where(tl.abs(a) < TINY, TINY, a)
+
+
+@triton.jit
+def along(row, x):
+    """A number per row in the shape of scores (R, B) or (C, R, B)."""
+    if len(x.shape) == 3:
+        return row[None, :, None]
+    else:
+        return row[:, None]
+
+
+@triton.jit
+def sum_of_row(x):
+    """The sum of each row of scores (R, B) or (C, R, B)."""
+    if len(x.shape) == 3:
+        return tl.sum(tl.sum(x, 0), 1)
+    else:
+        return tl.sum(x, 1)
+
+
+@triton.jit
+def place_rows(sigma, a, by_a, MODE: tl.constexpr):
+    """The numbers per row that :func:`weigh` needs.
+
+    Args:
+        sigma: A pair, relative to the largest score of the row.
+        a: In float32.
+        by_a: ``1 / a``, as a pair.
+        MODE: As above.
 
     Returns:
-        edge (two float32), the factors of p and u, place (two float32), the slope in place, log of the factor of p.
-        For α = 1.5 and 2 only the first four are used. A row whose largest score or α is NaN gets NaN.
+        The edge of the support as a pair, and for any α: the slope of ``p`` at the edge, the factor of ``u``, slope and
+        place of the base of the power, its exponent, and the logarithm of the factor of ``p``.
     """
-    shown = tl.where(top == float("-inf"), 0.0, top).to(tl.float64)
-    edge, edge_rest = _split(shown + sigma - 1.0 / a)
-    fine = (shown < float("inf")) & (a > -1.0) & (a < float("inf"))
-    total = tl.where(total > 0.0, total, 1.0).to(tl.float64)
-    factor = tl.where(fine, 1.0 / total, float("nan"))  # NaN for a row whose largest score or α is not valid
+    edge = subtract(sigma, by_a)
     if MODE == 2:
-        return edge, edge_rest, factor.to(tl.float32), tl.where(fine, 1.0, float("nan"))
+        return edge
     elif MODE == 1:
-        return edge, edge_rest, factor.to(tl.float32), tl.sqrt(factor).to(tl.float32)
+        return edge[0] * 0.5, edge[1] * 0.5
     else:
-        return _place_any(edge, edge_rest, shown, sigma, tl.where(fine, total, float("nan")), a)
+        fall = scaled(sigma, a)
+        # For α < 1.5 first p / max p, a power of 1 + a x / (1 - a σ): in a long flat row p is small, and its logarithm
+        # has lost digits that the one of a number close to 1 has.
+        gentle = a < 0.5
+        largest = add((-fall[0], -fall[1]), 1.0)
+        log_largest = tl.where(gentle, log2(largest[0], -fall[0]), 0.0)
+        log_factor = scaled(by_a, log_largest)
+        rise = tl.where(gentle, quotient(a, largest), a)
+        start = tl.where(gentle, 0.0, -single(fall))
+        factor = exp2_of(scaled(log_factor, 1.0 - a))
+        return edge[0], edge[1], a, factor, rise, start, by_a[0] - 1.0, natural_log(log_factor)
 
 
 @triton.jit
-def _place_any(edge, edge_rest, shown, sigma, total, a):
-    # For α < 1.5 first p / max p, a power of 1 + a z / (1 - a σ): in a long flat row p is small, and its logarithm has
-    # lost digits that the one of a number close to 1 has.
-    gentle = a < 0.5
-    log_factor = tl.where(gentle, _log1p(-a * sigma) / a, 0.0) - tl.log(total)
-    factor = tl.exp(log_factor).to(tl.float32)
-    slope_factor = tl.exp((1.0 - a) * log_factor).to(tl.float32)
-    place, place_rest = _split(shown + tl.where(gentle, 0.0, sigma))
-    rise = tl.where(gentle, a / (1.0 - a * sigma), a).to(tl.float32)
-    return edge, edge_rest, factor, slope_factor, place, place_rest, rise, log_factor.to(tl.float32)
+def weigh(x, row, MODE: tl.constexpr):
+    """``p``, ``u = p^(2-α)`` and, for any α, log2 of the base of the power: ``log p - row[7]`` is its natural log by a.
 
-
-@triton.jit
-def weigh(z, row, a, AXIS: tl.constexpr, MODE: tl.constexpr):
-    """``p``, ``u = p^(2-α)`` and, for any α, ``log p`` less ``row[7]``.
-
-    ``row``, from :func:`place_rows`, and ``a`` lack the dimension ``AXIS`` of the scores.
-    Scores of ``-inf`` have p = u = 0. A row of NaN has p = u = NaN.
+    ``row`` is from :func:`place_rows`. Scores of ``-inf`` have p = u = 0. A row of NaN has p = u = NaN.
     """
-    from_edge = (z - tl.expand_dims(row[0], AXIS)) - tl.expand_dims(row[1], AXIS)
-    factor, slope_factor = tl.expand_dims(row[2], AXIS), tl.expand_dims(row[3], AXIS)
     if MODE == 2:
-        w = tl.maximum(from_edge, 0.0)
-        return w * factor, tl.where(w > 0.0, 1.0, 0.0) * slope_factor, w
+        w = tl.maximum((x - along(row[0], x)) - along(row[1], x), 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return w, tl.where(w > 0.0, 1.0, w), w
     elif MODE == 1:
-        w = tl.maximum(from_edge * 0.5, 0.0)
-        return w * w * factor, w * slope_factor, w
+        w = tl.maximum((x * 0.5 - along(row[0], x)) - along(row[1], x), 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return w * w, w, w
     else:
-        rise = tl.expand_dims(row[6], AXIS)
-        t = ((z - tl.expand_dims(row[4], AXIS)) - tl.expand_dims(row[5], AXIS)) * rise
-        w = tl.where(t < -0.5, from_edge * rise, 1.0 + t)
-        outside = (w <= 0.0) | (z == float("-inf"))
-        w = tl.minimum(tl.where(outside, 1.0, w), 1e38)
-        log_w = log2(w, t)
-        u = tl.where(outside, 0.0, tl.exp2(log_w * tl.expand_dims((1.0 / a - 1.0).to(tl.float32), AXIS)))
-        d = tl.where(outside, 0.0, log_w * tl.expand_dims((1.0 / a * _LN2).to(tl.float32), AXIS))
-        return w * u * factor, u * slope_factor, d
+        from_edge = (x - along(row[0], x)) - along(row[1], x)
+        rise = along(row[4], x)
+        log_w = log2_of_scores(from_edge * rise, x * rise + along(row[5], x))
+        w = from_edge * along(row[2], x)
+        outside = (w <= 0.0) | (x == float("-inf"))
+        u = tl.where(outside, 0.0, fast_exp2(log_w * along(row[6], x)) * along(row[3], x))
+        return tl.where(outside, 0.0, w) * u, u, tl.where(outside, 0.0, log_w)
 
 
 @triton.jit
 def _phi1_phi2(x):
-    """``φ₁(x) = (eˣ - 1) / x`` and ``φ₂(x) = (φ₁(x) - 1) / x`` in float64."""
-    small = tl.abs(x) < 1e-2
-    far = tl.where(small, 1.0, x)
-    series = 0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x / 720)))
-    phi2 = tl.where(small, series, (tl.exp(far) - 1.0 - far) / (far * far))
+    """``φ₁(x) = (eˣ - 1) / x`` and ``φ₂(x) = (φ₁(x) - 1) / x``."""
+    near = tl.where(tl.abs(x) < 1.0, x, 0.0)
+    far = tl.where(tl.abs(x) < 1.0, 1.0, x)
+    phi2 = tl.where(tl.abs(x) < 1.0, _phi2_near_0(near), (tl.exp(far) - 1.0 - far) / (far * far))
     return 1.0 + x * phi2, phi2
+
+
+@triton.jit
+def _phi2_near_0(x):
+    """``φ₂`` for ``x`` in [-1, 1]."""
+    series = x * (1.0 / 479001600) + 1.0 / 39916800
+    series = series * x + 1.0 / 3628800
+    series = series * x + 1.0 / 362880
+    series = series * x + 1.0 / 40320
+    series = series * x + 1.0 / 5040
+    series = series * x + 1.0 / 720
+    series = series * x + 1.0 / 120
+    series = series * x + 1.0 / 24
+    series = series * x + 1.0 / 6
+    return series * x + 0.5
 
 
 @triton.jit
@@ -154,76 +213,64 @@ def reference_of(log_reference, a):
     """The numbers per row that :func:`deviation_of_y` needs; ``ℓ₀`` is the logarithm of a reference probability.
 
     Returns:
-        ``ℓ₀ φ₁(-a ℓ₀)`` and ``exp(a ℓ₀)`` in float32, and ``y₀ = ℓ₀² φ₂(-a ℓ₀)``.
+        ``ℓ₀ φ₁(-a ℓ₀)``, ``exp(a ℓ₀)`` and ``y₀ = ℓ₀² φ₂(-a ℓ₀)``.
     """
     phi1, phi2 = _phi1_phi2(-a * log_reference)
-    power = tl.exp(a * log_reference)
-    return (log_reference * phi1).to(tl.float32), power.to(tl.float32), log_reference * log_reference * phi2
+    return log_reference * phi1, tl.exp(a * log_reference), log_reference * log_reference * phi2
 
 
 @triton.jit
-def deviation_of_y(p, u, d, a, reference, AXIS: tl.constexpr):
+def deviation_of_y(p, u, d, a, reference):
     """``p (y - y₀)`` with ``y = ℓ² φ₂(-a ℓ)``, ``φ₂(x) = (eˣ - 1 - x) / x²``, where ``ℓ = ℓ₀ + d``.
 
     The gradient in α depends on the differences ``y - y₀``, which would cancel in a nearly flat row. The form
     ``y - y₀ = d [ℓ₀ φ₁(-a ℓ₀) φ₁(-a d) + d φ₂(-a d)]`` subtracts no nearly equal numbers.
     """
-    x = -tl.expand_dims(a.to(tl.float32), AXIS) * d
+    x = -along(a, d) * d
     near = tl.where(tl.abs(x) < 1.0, x, 0.0)
-    series = near * (1.0 / 479001600) + 1.0 / 39916800
-    series = series * near + 1.0 / 3628800
-    series = series * near + 1.0 / 362880
-    series = series * near + 1.0 / 40320
-    series = series * near + 1.0 / 5040
-    series = series * near + 1.0 / 720
-    series = series * near + 1.0 / 120
-    series = series * near + 1.0 / 24
-    series = series * near + 1.0 / 6
-    series = series * near + 0.5
     # For large x, φ₂ may overflow, but p φ₂ does not: p eˣ = u exp(a ℓ₀).
-    far = (u * tl.expand_dims(reference[1], AXIS) - p - p * x) / tl.where(near == x, 1.0, x * x)
-    p_phi2 = tl.where(near == x, p * series, far)
-    return d * (tl.expand_dims(reference[0], AXIS) * (p + x * p_phi2) + d * p_phi2)
+    far = (u * along(reference[1], d) - p - p * x) / tl.where(near == x, 1.0, x * x)
+    p_phi2 = tl.where(near == x, p * _phi2_near_0(near), far)
+    return d * (along(reference[0], d) * (p + x * p_phi2) + d * p_phi2)
 
 
 @triton.jit
-def deviation_from_scores(z, p, u, d, row, a, reference, AXIS: tl.constexpr):
-    """:func:`deviation_of_y` from scores and the results ``p``, ``u`` and ``d`` of :func:`weigh`, without powers.
+def deviation_from_scores(x, p, u, d, row, by_a, reference):
+    """:func:`deviation_of_y` from scores and ``p``, ``u`` and ``d`` as in :func:`deviation_of_y`, without powers.
 
     With ``w = exp(a d) = 1 + t`` it equals ``[ℓ₀ φ₁(-a ℓ₀)] (p / w) q + p q² g(t)`` where ``q = t / a`` and
     ``g(t) = (log w - t / w) / t²``. Near 0, ``g`` is a polynomial with relative error 3.5e-8; elsewhere the formula.
     """
-    outside = (u == 0.0) | (z == float("-inf"))
-    place, rest, rise = tl.expand_dims(row[4], AXIS), tl.expand_dims(row[5], AXIS), tl.expand_dims(row[6], AXIS)
-    t = tl.where(outside, 0.0, ((z - place) - rest) * rise)
-    one_by_a = tl.expand_dims((1.0 / a).to(tl.float32), AXIS)
-    q = t * one_by_a
-    by_w = u * tl.expand_dims(reference[1], AXIS) * q
+    outside = (u == 0.0) | (x == float("-inf"))
+    t = tl.where(outside, 0.0, x * along(row[4], x) + along(row[5], x))
+    q = t * along(by_a, x)
+    by_w = u * along(reference[1], x) * q
     series = t * _G[8] + _G[7]
     for n in tl.static_range(6, -1, -1):
         series = series * t + _G[n]
-    rest_of_y = tl.where(tl.abs(t) < 0.25, p * q * q * series, (p * d - by_w) * one_by_a)
-    return tl.expand_dims(reference[0], AXIS) * by_w + rest_of_y
+    rest_of_y = tl.where(tl.abs(t) < 0.25, p * q * q * series, (p * d - by_w) * along(by_a, x))
+    return along(reference[0], x) * by_w + rest_of_y
 
 
 @triton.jit
-def alpha_gradient(with_log, with_y, mean_log, mean_y, slope, a, log_reference, reference):
+def alpha_gradient(with_log, with_y, mean_log, mean_y, by_slope, a, log_reference, reference):
     """The gradient in α from the covariances of ``ℓ`` and ``y`` with the upstream gradient, and their means minus ℓ₀.
 
     ``dα = -[B + a (Y A - H B)] / U`` with covariances ``A``, ``B`` and means ``H``, ``Y``. This equals the formula of
     :func:`kernels.reference.entmax.entmax_backward` without the terms that cancel.
     """
     y, log = reference[2] + mean_y, log_reference + mean_log
-    return -(with_y + a * (y * with_log - log * with_y)) / slope
+    return -(with_y + a * (y * with_log - log * with_y)) * by_slope
 
 
 @triton.jit
 def start_of(low, size, a):
-    """Initial values: an upper bound of σ (the root of a flat row), an error larger than any, and σ."""
+    """Initial values: a number above σ (the root of a flat row), and an error larger than any."""
     x = -a * tl.log(size + 0.0 * a)
-    small = tl.abs(x) < 1e-4
-    power = tl.where(small, x * (1.0 + 0.5 * x), tl.exp(tl.where(small, 0.0, x)) - 1.0)
-    return -power / a * (1.0 + 1e-6) + 1e-9, low * 0.0 + float("inf"), low
+    small = tl.abs(x) < 1e-2
+    rise = tl.where(small, x * (1.0 + x * (0.5 + x / 6.0)), tl.exp(tl.where(small, 0.0, x)) - 1.0)
+    high = -rise / a * (1.0 + 1e-5) + 1e-9
+    return add(zero(a, len(low) == 2), high), float("inf") + 0.0 * a
 
 
 @triton.jit
@@ -235,53 +282,91 @@ def step(sigma, low, high, error_before, total, slope, a, tolerance, MODE: tl.co
     shows convergence. At the upper end of an empty bracket many equal scores may all be outside the support, so such a
     row ends at the lower end.
 
+    Args:
+        sigma: As a single float32 or a pair, like the bracket from ``low`` to ``high``.
+        low: The lower end of the bracket.
+        high: The upper end of the bracket.
+        error_before: Of the sum, before the last step.
+        total: Σ p at σ.
+        slope: Σ u at σ.
+        a: In float32, like all others.
+        tolerance: Of the sum.
+        MODE: As above.
+
     Returns:
         The next σ, the bracket, the error of the sum, and which rows have not converged: the others keep their σ.
     """
-    error = tl.abs(total - 1.0)
-    low = tl.where(total >= 1.0, sigma, low)
-    high = tl.where(total < 1.0, sigma, high)
-    empty = high - low <= (1e-13 if high.dtype == tl.float64 else 1e-6) * high
-    improves = tl.where(a > 1.0, ~empty | (sigma > low), ~empty & (error < error_before))
-    still_open = (error > tolerance) & improves
+    excess = total - 1.0
+    error = tl.abs(excess)
     if MODE == 2:
-        above = total - 1.0
+        above = excess
     elif MODE == 1:
-        above = 2.0 * (total - tl.sqrt(total))
+        root = tl.sqrt(total)
+        above = 2.0 * root * excess / (root + 1.0)
     else:  # [Σ p - (Σ p)^(1-a)] / a
-        log_total = tl.log(tl.where(total > 0.0, total, 1.0))
+        log_total = fast_log2(tl.where(total > 0.0, total, 1.0)) * LN2
         x = -a * log_total
-        small = tl.abs(x) < 1e-3
+        small = tl.abs(x) < 1e-2
         phi1 = tl.where(small, 1.0 + x * (0.5 + x / 6.0), (tl.exp(x) - 1.0) / tl.where(small, 1.0, x))
-        above = total * log_total * phi1
-    newton = sigma + above / slope
-    good = (newton > low) & (newton < high) & ((a <= 1.0) | (error <= 0.5 * error_before))
-    moved = tl.where(empty, low, tl.where(good, newton, 0.5 * (low + high)))
-    return tl.where(still_open, moved, sigma), low, high, error, still_open
+        series = excess * (1.0 + (1.0 - a) * excess * (0.5 - (1.0 + a) / 6.0 * excess))
+        above = tl.where(error < 2e-2, series, total * log_total * phi1)
+    newton = add(sigma, above / slope)
+    if MODE != 0:
+        still_open = (error > tolerance) & (error < error_before)
+        return choose(still_open, newton, sigma), sigma, high, error, still_open
+    else:
+        low = choose(total >= 1.0, sigma, low)
+        high = choose(total < 1.0, sigma, high)
+        empty = difference(high, low) <= (1e-13 if len(low) == 2 else 1e-6) * high[0]
+        improves = tl.where(a > 1.0, ~empty | (difference(sigma, low) > 0.0), ~empty & (error < error_before))
+        still_open = (error > tolerance) & improves
+        good = (difference(newton, low) > 0.0) & (difference(high, newton) > 0.0)
+        good = good & ((a <= 1.0) | (error <= 0.5 * error_before))
+        middle = add(low, 0.5 * difference(high, low))
+        moved = choose(empty, low, choose(good, newton, middle))
+        return choose(still_open, moved, sigma), low, high, error, still_open
 
 
 @triton.jit
-def solve_on_chip(z, top, start, size, a, tolerance, MODE: tl.constexpr):
-    """σ of rows (R, B) held on the chip, to a tolerance of the sum, and the largest known lower bound of σ.
+def solve_on_chip(x, start, size, a, by_a, empty, tolerance, MODE: tl.constexpr):
+    """The weights of rows of scores held on the chip, their sum to a tolerance, and a lower bound of σ.
 
-    ``start`` is a lower bound, ``a`` one number per row.
+    Args:
+        x: Scores (R, B) or (C, R, B), relative to the largest of each row.
+        start: A lower bound of σ, as a pair.
+        size: The number of scores.
+        a: One number per row; a row with NaN is not solved.
+        by_a: ``1 / a``, as a pair.
+        empty: Which rows have no score.
+        tolerance: Of the sum.
+        MODE: As above.
     """
+    sigma = start
     low = start
-    high, error, sigma = start_of(start, size, a)
+    high, error = start_of(start, size, a)
+    p = tl.zeros(x.shape, tl.float32)
+    total = 0.0 * a
     sweeps = 0
     go = True
     while go:
-        p, u, _ = weigh(z, place_rows(top, sigma, 1.0, a, MODE), a, 1, MODE)
-        total, slope = tl.sum(p, 1).to(tl.float64), tl.sum(u, 1).to(tl.float64)
-        total = tl.where(top == float("-inf"), 1.0, total)  # a row without scores is solved
+        p, u, _ = weigh(x, place_rows(sigma, a, by_a, MODE), MODE)
+        total, slope = sum_of_row(p), sum_of_row(u)
+        total = tl.where(empty, 1.0, total)  # a row without scores is solved
         sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, tolerance, MODE)
         sweeps += 1
         go = (sweeps < 100) & (tl.max(still_open.to(tl.int32), 0) > 0)
-    return sigma, low
+    return p, total, low
 
 
 @triton.jit
-def bound_from_lanes(lanes, top, size, a, MODE: tl.constexpr):
+def bound_from_lanes(lanes, size, a, by_a, empty, MODE: tl.constexpr):
     """A lower bound close to σ: the root for the largest scores of strided lanes (R, B) of a row."""
-    _, low = solve_on_chip(lanes, top, 0.0 * a, size, a, 1e-3, MODE)
-    return tl.maximum(low - 1e-6 * (1.0 + low), 0.0)
+    _, _, low = solve_on_chip(lanes, zero(a, True), size, a, by_a, empty, 1e-2, MODE)
+    return below(low)
+
+
+@triton.jit
+def below(sigma):
+    """A pair less than σ by more than rounding errors, not less than 0."""
+    low = single(sigma)
+    return add(zero(low, len(sigma) == 2), tl.maximum(low - 1e-6 * (1.0 + low), 0.0))

@@ -1,12 +1,14 @@
 """Row kernels on a GPU: the contract of ``kernels.reference.entmax``, computed in float32 for every dtype.
 
-A row of up to 16,384 entries is read once and stays on the chip; a longer row is read in chunks, several times. Both
-start from the largest scores of strided lanes, from which follows a lower bound close to σ.
+A row of up to 16,384 entries is read once and stays on the chip; a longer row is read in chunks, several times. Rows
+of 512 entries or more start from the largest scores of strided lanes, from which follows a lower bound close to σ.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,26 +17,52 @@ from torch import Tensor
 
 from sparse_attn.kernels.triton.family import (
     GENERAL,
+    LN2,
     MODES,
-    TINY,
+    along,
     alpha_gradient,
+    away_from_zero,
     bound_from_lanes,
     deviation_of_y,
     log2,
+    log2_of_scores,
     place_rows,
+    power,
     reference_of,
     solve_on_chip,
     start_of,
     step,
+    sum_of_row,
     weigh,
 )
 from sparse_attn.kernels.triton.launch import launch
+from sparse_attn.kernels.triton.pairs import fast_exp2, inverse, zero
 
 _ON_CHIP = 2**14
 _CHUNK = 2**13
+_OF_A_WARP = 2**10  # entries: 32 for each thread
 # Tolerance of a row's sum; dividing by the sum removes the remaining error.
 _TOLERANCE = tl.constexpr(2.4e-7)
-_LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Tile(NamedTuple):
+    """The shape in which a program holds rows: entry ``e`` of a row is at ``(e // lanes, row, e % lanes)``.
+
+    The lanes of a row belong to as few threads as memory accesses allow, because each of these threads repeats the
+    computations per row. The entries of a lane belong to one thread.
+    """
+
+    entries: int  # of a lane
+    rows: int
+    lanes: int
+    warps: int
+
+    @staticmethod
+    def of(size: int) -> Tile:
+        """The tile for rows of this size."""
+        block = max(triton.next_power_of_2(size), 16)
+        lanes = max(block // 8, 16)
+        return Tile(block // lanes, max(128 // lanes, 1), lanes, max(block // _OF_A_WARP, 1))
 
 
 def entmax_forward(
@@ -57,9 +85,9 @@ def entmax_forward(
     per_row, number, mode = _parameter(a, scores)
     arguments = (x, per_row, p, number, lowest, len(x), size, *x.stride())
     if size <= _ON_CHIP:
-        rows, block, warps = _tile(size)
-        top_k = (k or 0, mode, rows, block, k is not None)
-        launch(_forward_on_chip, triton.cdiv(len(x), rows), *arguments, *top_k, warps=warps)
+        tile = Tile.of(size)
+        top_k = (k or 0, mode, *tile[:3], k is not None)
+        launch(_forward_on_chip, triton.cdiv(len(x), tile.rows), *arguments, *top_k, warps=tile.warps)
     else:
         launch(_forward_in_chunks, len(x), *arguments, mode, _CHUNK, warps=16)
     return p
@@ -82,9 +110,9 @@ def entmax_backward(
     arguments = (x, g, per_row, result, grad_a, number, len(x), size, *x.stride(), *g.stride())
     mode = GENERAL if with_alpha else mode
     if size <= (_ON_CHIP // 2 if with_alpha else _ON_CHIP):  # a program holds several tensors
-        rows, block, warps = _tile(size)
-        warps = min(2 * warps, 16)
-        launch(_backward_on_chip, triton.cdiv(len(x), rows), *arguments, mode, rows, block, warps=warps)
+        tile = Tile.of(size)
+        warps = min(2 * tile.warps, 16)
+        launch(_backward_on_chip, triton.cdiv(len(x), tile.rows), *arguments, mode, *tile[:3], warps=warps)
     else:
         launch(_backward_in_chunks, len(x), *arguments, mode, _CHUNK, warps=16)
     return result, grad_a
@@ -97,23 +125,33 @@ def _parameter(a: float | Tensor, x: Tensor) -> tuple[Tensor | None, float, int]
     return a.expand(*x.shape[:-1], 1).reshape(-1).contiguous(), 0.0, GENERAL
 
 
-def _tile(size: int) -> tuple[int, int, int]:
-    """Rows, entries and warps of a program: one row or a few short ones, and up to 32 entries to a thread.
-
-    Every thread of a row repeats the computations per row, which take longer than those for a few entries.
-    """
-    block = max(triton.next_power_of_2(size), 16)
-    return max(128 // block, 1), block, min(max(block // 1024, 1), 16)
-
-
 @triton.jit
 def _a_of(A, row, valid, number):
     """``a`` of each row, never exactly 0."""
     if A is None:  # noqa: SIM108, one branch does not exist
-        a = number + 0.0 * row.to(tl.float64)
+        a = number + 0.0 * row.to(tl.float32)
     else:
-        a = tl.load(A + row, mask=valid, other=1.0).to(tl.float64)
-    return tl.where(tl.abs(a) < TINY, TINY, a)
+        a = tl.load(A + row, mask=valid, other=1.0).to(tl.float32)
+    return away_from_zero(a)
+
+
+@triton.jit
+def _checked(top, a):
+    """The largest score of each row; NaN if a score is NaN or ``+inf``, or if α is outside ``(0, inf)``."""
+    return tl.where((top < float("inf")) & (a > -1.0) & (a < float("inf")), top, float("nan"))
+
+
+@triton.jit
+def _largest(z):
+    """The largest score of each row (C, R, B); NaN if there is one."""
+    broken = tl.max(tl.max((z != z).to(tl.int32), 0), 1) > 0
+    return tl.where(broken, float("nan"), tl.max(tl.max(z, 0), 1))
+
+
+@triton.jit
+def _count_rows(condition):
+    """How many entries of each row fulfil a condition."""
+    return tl.sum(tl.sum(condition.to(tl.int32), 0), 1)
 
 
 @triton.jit
@@ -121,15 +159,32 @@ def _only_largest(z, k):
     """The ``k`` largest scores of each row (ties go to the lowest index); the others become ``-inf``."""
     bits = tl.where(z == 0.0, 0.0, z).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0, so that both have the same bits
     order = tl.where(bits < 0, ~bits, bits | -(2**31)).to(tl.uint32, bitcast=True)  # same order as scores
-    bound = tl.zeros([z.shape[0]], tl.uint32)  # the k-th largest, bit by bit
-    for n in range(32):
-        tried = bound + (tl.full([z.shape[0]], 0x80000000, tl.uint32) >> n)
-        bound = tl.where(tl.sum((order >= tried[:, None]).to(tl.int32), 1) >= k, tried, bound)
-    above = order > bound[:, None]
-    tied = order == bound[:, None]
-    room = k - tl.sum(above.to(tl.int32), 1)
-    kept = above | (tied & (tl.cumsum(tied.to(tl.int32), 1) <= room[:, None]))
+    bound = tl.zeros([z.shape[1]], tl.uint32)  # the k-th largest, bit by bit, until k scores are not below the bound
+    bit = tl.full([z.shape[1]], 0x80000000, tl.uint32)
+    found = tl.zeros([z.shape[1]], tl.int32) + z.shape[0] * z.shape[2]
+    n = 0
+    go = True
+    while go:
+        tried = bound + (bit >> n)
+        count = _count_rows(order >= along(tried, z))
+        fits = (count >= k) & (found != k)
+        bound, found = tl.where(fits, tried, bound), tl.where(fits, count, found)
+        n += 1
+        go = (n < 32) & (tl.max((found != k).to(tl.int32), 0) > 0)
+    kept = order >= along(bound, z)
+    if tl.max(found, 0) > k:  # some row has equal scores at its bound
+        tied = order == along(bound, z)
+        room = k - _count_rows(order > along(bound, z))
+        of_lane = tl.sum(tied.to(tl.int32), 2)
+        before = (tl.cumsum(of_lane, 0) - of_lane)[:, :, None] + tl.cumsum(tied.to(tl.int32), 2)
+        kept = kept & (~tied | (before <= along(room, z)))
     return tl.where(kept, z, float("-inf"))
+
+
+@triton.jit
+def _places(row, entry, stride_row, stride_entry):
+    """Offsets of the entries (C, B) of rows (R,), as (C, R, B)."""
+    return row[None, :, None] * stride_row + entry[:, None, :] * stride_entry
 
 
 @triton.jit(do_not_specialize=("count", "k"))
@@ -145,29 +200,36 @@ def _forward_on_chip(
     stride_entry,
     k,
     MODE: tl.constexpr,
+    ENTRIES: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    entry = tl.arange(0, BLOCK).to(tl.int64)
-    inside = (row < count)[:, None] & (entry < size)[None, :]
-    place = row[:, None] * stride_row + entry[None, :] * stride_entry
-    z = tl.load(X + place, mask=inside, other=float("-inf")).to(tl.float32)
-    broken = tl.max((z != z).to(tl.int32), 1) > 0
+    entry = (tl.arange(0, ENTRIES)[:, None] * LANES + tl.arange(0, LANES)[None, :]).to(tl.int64)
+    inside = (row < count)[None, :, None] & (entry < size)[:, None, :]
+    z = tl.load(X + _places(row, entry, stride_row, stride_entry), mask=inside, other=float("-inf")).to(tl.float32)
     z = tl.where(z <= lowest, float("-inf"), z)
-    top = tl.where(broken, float("nan"), tl.max(z, 1))
+    a = _a_of(A, row, row < count, number)
+    top = _checked(_largest(z), a)
     if TOP_K:
         z = _only_largest(z, k)
-    a = _a_of(A, row, row < count, number)
-    start = tl.zeros([ROWS], tl.float64)
-    if BLOCK >= 512:
-        start = bound_from_lanes(tl.max(tl.reshape(z, [ROWS, 16, BLOCK // 16]), 1), top, size, a, MODE)
-    sigma, _ = solve_on_chip(z, top, start, size, a, _TOLERANCE, MODE)
-    p, _, _ = weigh(z, place_rows(top, sigma, 1.0, a, MODE), a, 1, MODE)
-    total = tl.sum(p, 1)
-    p = p / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(P + row[:, None] * size + entry[None, :], p.to(P.dtype.element_ty), mask=inside)
+    empty = top == float("-inf")
+    x = z - along(tl.where(empty, 0.0, top), z)
+    by_a = inverse(a)
+    start = zero(a, True)
+    if LANES >= 64:
+        start = bound_from_lanes(tl.max(x, 0), size, a, by_a, empty, MODE)
+    p, total, _ = solve_on_chip(x, start, size, a, by_a, empty, _TOLERANCE, MODE)
+    p = p * along(1.0 / total, p)
+    tl.store(P + _places(row, entry, size, 1), p.to(P.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _chunk(x, first, entry, size, stride_entry, lowest):
+    """Scores of a row; ``-inf`` for masked scores, and after the last."""
+    z = tl.load(x + (first + entry) * stride_entry, mask=first + entry < size, other=float("-inf")).to(tl.float32)
+    return tl.where(z <= lowest, float("-inf"), z)
 
 
 @triton.jit(do_not_specialize=("count",))
@@ -176,52 +238,57 @@ def _forward_in_chunks(
 ):
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
     entry = tl.arange(0, CHUNK).to(tl.int64)[None, :]
-    x = X + row[:, None] * stride_row
+    start = X + row[:, None] * stride_row
     lanes = tl.full([1, CHUNK], float("-inf"), tl.float32)
     for first in range(0, size, CHUNK):
-        z = tl.load(x + (first + entry) * stride_entry, mask=first + entry < size, other=float("-inf")).to(tl.float32)
-        lanes = tl.maximum(lanes, tl.where(z <= lowest, float("-inf"), z), propagate_nan=tl.PropagateNan.ALL)
+        z = _chunk(start, first, entry, size, stride_entry, lowest)
+        lanes = tl.maximum(lanes, z, propagate_nan=tl.PropagateNan.ALL)
     broken = tl.max((lanes != lanes).to(tl.int32), 1) > 0
-    top = tl.where(broken, float("nan"), tl.max(lanes, 1))
     a = _a_of(A, row, row < count, number)
-    low = bound_from_lanes(lanes, top, size, a, MODE)
-    high, error, sigma = start_of(low, size, a)
-    total = tl.zeros([1], tl.float64)
+    top = _checked(tl.where(broken, float("nan"), tl.max(lanes, 1)), a)
+    empty = top == float("-inf")
+    shown = tl.where(empty, 0.0, top)[:, None]
+    by_a = inverse(a)
+    low = bound_from_lanes(lanes - shown, size, a, by_a, empty, MODE)
+    high, error = start_of(low, size, a)
+    sigma = low
+    placed = place_rows(sigma, a, by_a, MODE)
+    total = 0.0 * a
     sweeps = 0
     go = True
     while go:
-        placed = place_rows(top, sigma, 1.0, a, MODE)
-        total = tl.zeros([1], tl.float64)
-        slope = tl.zeros([1], tl.float64)
+        placed = place_rows(sigma, a, by_a, MODE)
+        totals = tl.zeros([1, CHUNK], tl.float32)
+        slopes = tl.zeros([1, CHUNK], tl.float32)
         for first in range(0, size, CHUNK):
-            z = tl.load(x + (first + entry) * stride_entry, mask=first + entry < size, other=float("-inf"))
-            z = tl.where(z.to(tl.float32) <= lowest, float("-inf"), z.to(tl.float32))
-            p, u, _ = weigh(z, placed, a, 1, MODE)
-            total += tl.sum(p, 1).to(tl.float64)
-            slope += tl.sum(u, 1).to(tl.float64)
+            p, u, _ = weigh(_chunk(start, first, entry, size, stride_entry, lowest) - shown, placed, MODE)
+            totals += p
+            slopes += u
+        total, slope = tl.where(empty, 1.0, tl.sum(totals, 1)), tl.sum(slopes, 1)
         sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, _TOLERANCE, MODE)
         sweeps += 1
         go = (sweeps < 100) & (tl.max(still_open.to(tl.int32), 0) > 0)
-    placed = place_rows(top, sigma, total, a, MODE)
+    factor = (1.0 / total)[:, None]
     for first in range(0, size, CHUNK):
-        z = tl.load(x + (first + entry) * stride_entry, mask=first + entry < size, other=float("-inf")).to(tl.float32)
-        p, _, _ = weigh(tl.where(z <= lowest, float("-inf"), z), placed, a, 1, MODE)
-        tl.store(P + row[:, None] * size + first + entry, p.to(P.dtype.element_ty), mask=first + entry < size)
+        p, _, _ = weigh(_chunk(start, first, entry, size, stride_entry, lowest) - shown, placed, MODE)
+        tl.store(
+            P + row[:, None] * size + first + entry, (p * factor).to(P.dtype.element_ty), mask=first + entry < size
+        )
 
 
 @triton.jit
 def _slope(p, a, largest, MODE: tl.constexpr):
     """``u = p^(2-α)`` and, for any α, ``log(p / max p)``; 0 where p is 0, NaN where p is NaN."""
     if MODE == 2:
-        return tl.where(p == 0.0, 0.0, p / p), p
+        return tl.where(p > 0.0, 1.0, p), p
     elif MODE == 1:
         return tl.sqrt(p), p
     else:
-        scale = (1.0 / tl.where(largest == 0.0, 1.0, largest))[:, None]
-        log_p = log2(p * scale, (p - largest[:, None]) * scale)
-        most = tl.exp((1.0 - a) * tl.log(tl.where(largest == 0.0, 1.0, largest).to(tl.float64))).to(tl.float32)
-        u = tl.exp2(log_p * (1.0 - a).to(tl.float32)[:, None]) * most[:, None]
-        return tl.where(p != p, p, tl.where(p == 0.0, 0.0, u)), tl.where(p == 0.0, 0.0, log_p * _LN2)
+        known = tl.where(largest == 0.0, 1.0, largest)
+        scale = along(1.0 / known, p)
+        log_p = log2_of_scores(p * scale, (p - along(largest, p)) * scale)
+        u = fast_exp2(log_p * along(1.0 - a, p)) * along(power(known, 1.0 - a), p)
+        return tl.where(p == 0.0, p, u), tl.where(p == 0.0, 0.0, log_p * LN2)
 
 
 @triton.jit(do_not_specialize=("count",))
@@ -239,33 +306,41 @@ def _backward_on_chip(
     stride_grad_row,
     stride_grad_entry,
     MODE: tl.constexpr,
+    ENTRIES: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    entry = tl.arange(0, BLOCK).to(tl.int64)
-    inside = (row < count)[:, None] & (entry < size)[None, :]
-    p = tl.load(P + row[:, None] * stride_row + entry[None, :] * stride_entry, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(G + row[:, None] * stride_grad_row + entry[None, :] * stride_grad_entry, mask=inside, other=0.0)
+    entry = (tl.arange(0, ENTRIES)[:, None] * LANES + tl.arange(0, LANES)[None, :]).to(tl.int64)
+    inside = (row < count)[None, :, None] & (entry < size)[:, None, :]
+    p = tl.load(P + _places(row, entry, stride_row, stride_entry), mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(G + _places(row, entry, stride_grad_row, stride_grad_entry), mask=inside, other=0.0)
     g = tl.where(p == 0.0, 0.0, g.to(tl.float32))
     a = _a_of(A, row, row < count, number)
-    largest = tl.max(p, 1)
+    largest = tl.max(tl.max(p, 0), 1)
     u, log_p = _slope(p, a, largest, MODE)
-    total = tl.sum(u, 1)
-    total = tl.where(total == 0.0, 1.0, total)
+    total = sum_of_row(u)
+    by_total = 1.0 / tl.where(total == 0.0, 1.0, total)
     # The mean is subtracted twice, so that a constant common to the row does not cost digits.
-    g -= (tl.sum(u * g, 1) / total)[:, None]
-    g -= (tl.sum(u * g, 1) / total)[:, None]
-    tl.store(DZ + row[:, None] * size + entry[None, :], (u * g).to(DZ.dtype.element_ty), mask=inside)
+    g -= along(sum_of_row(u * g) * by_total, g)
+    g -= along(sum_of_row(u * g) * by_total, g)
+    tl.store(DZ + _places(row, entry, size, 1), (u * g).to(DZ.dtype.element_ty), mask=inside)
     if DA is not None:
-        log_largest = tl.log(tl.where(largest == 0.0, 1.0, largest).to(tl.float64))
+        log_largest = _log(largest)
         reference = reference_of(log_largest, a)
-        y = deviation_of_y(p, u, log_p, a, reference, 1)
-        mean_log, mean_y = tl.sum(p * log_p, 1), tl.sum(y, 1)
-        with_log = tl.sum(p * (log_p - mean_log[:, None]) * g, 1)
-        with_y = tl.sum((y - p * mean_y[:, None]) * g, 1)
-        da = alpha_gradient(with_log, with_y, mean_log, mean_y, total, a, log_largest, reference).to(tl.float32)
+        y = deviation_of_y(p, u, log_p, a, reference)
+        mean_log, mean_y = sum_of_row(p * log_p), sum_of_row(y)
+        with_log = sum_of_row(p * (log_p - along(mean_log, p)) * g)
+        with_y = sum_of_row((y - p * along(mean_y, p)) * g)
+        da = alpha_gradient(with_log, with_y, mean_log, mean_y, by_total, a, log_largest, reference)
         tl.store(DA + row, da, mask=row < count)
+
+
+@triton.jit
+def _log(largest):
+    """The logarithm of the largest probability of each row; 0 for a row of zeros."""
+    known = tl.where(largest == 0.0, 1.0, largest)
+    return log2(known, known - 1.0) * LN2
 
 
 @triton.jit
@@ -296,46 +371,49 @@ def _backward_in_chunks(
     entry = tl.arange(0, CHUNK).to(tl.int64)[None, :]
     p_row, g_row = row[:, None] * stride_row, row[:, None] * stride_grad_row
     a = _a_of(A, row, row < count, number)
+    # Sums of a row are accumulated in lanes, and added up at the end.
     lanes = tl.zeros([1, CHUNK], tl.float32)
     if MODE == 0:
         for first in range(0, size, CHUNK):
             p, _ = _load_both(P, G, p_row, g_row, first + entry, size, stride_entry, stride_grad_entry)
             lanes = tl.maximum(lanes, p)
     largest = tl.max(lanes, 1)
-    log_largest = tl.log(tl.where(largest == 0.0, 1.0, largest).to(tl.float64))
+    log_largest = _log(largest)
     reference = reference_of(log_largest, a)
-    total = tl.zeros([1], tl.float64)
-    product = tl.zeros([1], tl.float64)
-    mean_log = tl.zeros([1], tl.float64)
-    mean_y = tl.zeros([1], tl.float64)
+    totals = tl.zeros([1, CHUNK], tl.float32)
+    products = tl.zeros([1, CHUNK], tl.float32)
+    logs = tl.zeros([1, CHUNK], tl.float32)
+    ys = tl.zeros([1, CHUNK], tl.float32)
     for first in range(0, size, CHUNK):
         p, g = _load_both(P, G, p_row, g_row, first + entry, size, stride_entry, stride_grad_entry)
         u, log_p = _slope(p, a, largest, MODE)
-        total += tl.sum(u, 1).to(tl.float64)
-        product += tl.sum(u * g, 1).to(tl.float64)
+        totals += u
+        products += u * g
         if DA is not None:
-            mean_log += tl.sum(p * log_p, 1).to(tl.float64)
-            mean_y += tl.sum(deviation_of_y(p, u, log_p, a, reference, 1), 1).to(tl.float64)
-    total = tl.where(total == 0.0, 1.0, total)
-    centre = (product / total).to(tl.float32)[:, None]
-    rest = tl.zeros([1], tl.float64)
-    with_log = tl.zeros([1], tl.float64)
-    with_y = tl.zeros([1], tl.float64)
+            logs += p * log_p
+            ys += deviation_of_y(p, u, log_p, a, reference)
+    total = tl.sum(totals, 1)
+    by_total = 1.0 / tl.where(total == 0.0, 1.0, total)
+    centre = (tl.sum(products, 1) * by_total)[:, None]
+    mean_log, mean_y = tl.sum(logs, 1), tl.sum(ys, 1)
+    products = tl.zeros([1, CHUNK], tl.float32)
+    logs = tl.zeros([1, CHUNK], tl.float32)
+    ys = tl.zeros([1, CHUNK], tl.float32)
     for first in range(0, size, CHUNK):
         p, g = _load_both(P, G, p_row, g_row, first + entry, size, stride_entry, stride_grad_entry)
         u, log_p = _slope(p, a, largest, MODE)
         g -= centre
-        rest += tl.sum(u * g, 1).to(tl.float64)
+        products += u * g
         if DA is not None:
-            with_log += tl.sum(p * (log_p - mean_log.to(tl.float32)[:, None]) * g, 1).to(tl.float64)
-            y = deviation_of_y(p, u, log_p, a, reference, 1) - p * mean_y.to(tl.float32)[:, None]
-            with_y += tl.sum(y * g, 1).to(tl.float64)
-    rest_of_centre = (rest / total).to(tl.float32)[:, None]
+            logs += p * (log_p - mean_log[:, None]) * g
+            ys += (deviation_of_y(p, u, log_p, a, reference) - p * mean_y[:, None]) * g
+    rest_of_centre = (tl.sum(products, 1) * by_total)[:, None]
     for first in range(0, size, CHUNK):
         p, g = _load_both(P, G, p_row, g_row, first + entry, size, stride_entry, stride_grad_entry)
         u, _ = _slope(p, a, largest, MODE)
         dz = u * ((g - centre) - rest_of_centre)
         tl.store(DZ + row[:, None] * size + first + entry, dz.to(DZ.dtype.element_ty), mask=first + entry < size)
     if DA is not None:
-        da = alpha_gradient(with_log, with_y, mean_log, mean_y, total, a, log_largest, reference)
-        tl.store(DA + row, da.to(tl.float32))
+        with_log, with_y = tl.sum(logs, 1), tl.sum(ys, 1)
+        da = alpha_gradient(with_log, with_y, mean_log, mean_y, by_total, a, log_largest, reference)
+        tl.store(DA + row, da)

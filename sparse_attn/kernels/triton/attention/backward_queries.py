@@ -27,8 +27,16 @@ from sparse_attn.kernels.triton.attention.tiles import (
     queries_of_program,
     whole_tiles,
 )
-from sparse_attn.kernels.triton.attention.weights import GENTLE, alpha_gradient_of_sums, log_weights, per_row, weights
-from sparse_attn.kernels.triton.family import alpha_gradient, deviation_from_scores, reference_of
+from sparse_attn.kernels.triton.attention.weights import (
+    GENTLE,
+    alpha_gradient_of_sums,
+    log_weights,
+    per_row,
+    relative_scores,
+    weights,
+)
+from sparse_attn.kernels.triton.family import LN2, alpha_gradient, deviation_from_scores, reference_of
+from sparse_attn.kernels.triton.pairs import add, inverse, multiply, quotient, scaled, single, subtract, zero
 
 
 class Gradients(NamedTuple):
@@ -101,16 +109,20 @@ def _queries_sweep(
         acc += dot(ds.to(k.dtype), k, UPCAST, PRECISION)
         if gradients.alpha is not None:
             if EXACT:
-                each = per_row(a, i.shape[0], True)
-                with_log = p * log
-                y = deviation_from_scores(z * inputs.scale, p, u, log, row, each, reference, 1)
+                each = per_row(a, i.shape[0])
+                by_a, _ = inverse(each)
+                log_p = log * (by_a * LN2)[:, None]
+                with_log = p * log_p
+                x = relative_scores(z, row, inputs.scale)
+                y = deviation_from_scores(x, p, u, log_p, row, by_a, reference)
                 sums = (
-                    sums[0] + tl.sum(u, 1).to(tl.float64),
-                    sums[1] + tl.sum(with_log, 1).to(tl.float64),
-                    sums[2] + tl.sum(y, 1).to(tl.float64),
-                    sums[3] + tl.sum(p * dp, 1).to(tl.float64),
-                    sums[4] + tl.sum(with_log * dp, 1).to(tl.float64),
-                    sums[5] + tl.sum(y * dp, 1).to(tl.float64),
+                    add(sums[0], tl.sum(u, 1)),
+                    add(sums[1], tl.sum(with_log, 1)),
+                    add(sums[2], tl.sum(y, 1)),
+                    add(sums[3], tl.sum(p * dp, 1)),
+                    add(sums[4], tl.sum(with_log * dp, 1)),
+                    add(sums[5], tl.sum(y * dp, 1)),
+                    add(sums[6], tl.sum(p, 1)),
                 )
             else:
                 by_p = p * dp
@@ -122,6 +134,7 @@ def _queries_sweep(
                     sums[3] + tl.sum(p * log_p, 1),
                     sums[4] + tl.sum(by_p * log_p, 1),
                     sums[5],
+                    sums[6],
                 )
         if gradients.mask is not None:
             place = of_mask(gradients.mask, n, h)
@@ -177,16 +190,20 @@ def _backward_rows(
     delta = tl.sum(do.to(tl.float32) * weighted.to(tl.float32), 1)
     tl.store(kept.delta + row, delta, mask=inside)
     placed = load_rows(kept.statistics, row, inside, lengths.rows, MODE)
-    each = per_row(a, BLOCK_M, True)
-    log_factor = tl.zeros([BLOCK_M], tl.float64)
-    reference = (delta, delta, log_factor)
+    each = per_row(a, BLOCK_M)
+    log_factor = tl.zeros([BLOCK_M], tl.float32)
+    reference = (delta, delta, delta)
     if EXACT:
-        log_factor = placed[7].to(tl.float64)
+        log_factor = placed[7]
         reference = reference_of(log_factor, each)
-    zero = tl.zeros([BLOCK_M], tl.float64 if EXACT else tl.float32)
-    # With EXACT: u, ℓ and y relative to ℓ₀; 1, ℓ and y times the upstream gradient. Else: u; u, p times the upstream
-    # gradient; p ℓ; p ℓ times the upstream gradient.
-    sums = (zero, zero, zero, zero, zero, zero)
+        # exp(a ℓ₀) as the ratio of two factors that p and u contain: an error common to a row would not average out.
+        reference = (reference[0], quotient(placed[2], (placed[4], 0.0)), reference[2])
+    none = log_factor
+    if EXACT:
+        none = zero(each, True)
+    # Sums with EXACT: u; p ℓ and p y relative to ℓ₀; p, p ℓ and p y times the upstream gradient; p. Sums without: u;
+    # u and p times the upstream gradient; p ℓ; p ℓ times the upstream gradient.
+    sums = (none, none, none, none, none, none, none)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     column = tl.zeros([BLOCK_M], tl.float32)
     count = tl.load(kept.counts + line)
@@ -209,6 +226,10 @@ def _backward_rows(
         *(a, i, end, limit, inputs, lengths, gradients, head, n, h),
         *(MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, ONE_ROW, ONE_COLUMN, FINE, EXACT, True, PARTS),
     )
+    _, _, head, n, h, i = queries_of_program(inputs, lengths, BLOCK_M, True)
+    inside = i < queries
+    row = head.to(tl.int64) * queries + i
+    d = tl.arange(0, BLOCK_D)
     place = row[:, None] * D + d[None, :]
     tl.store(
         gradients.query + place,
@@ -216,14 +237,21 @@ def _backward_rows(
         mask=inside[:, None] & (d < D)[None, :],
     )
     if gradients.alpha is not None:
-        slope = tl.where(sums[0] == 0.0, 1.0, sums[0])
         if EXACT:
-            with_log, with_y = sums[4] - sums[1] * sums[3], sums[5] - sums[2] * sums[3]
-            da = alpha_gradient(with_log, with_y, sums[1], sums[2], slope, each, log_factor, reference)
+            slope = single(sums[0])
+            by_slope = 1.0 / tl.where(slope == 0.0, 1.0, slope)
+            # Σ p is 1 but for rounding errors, which are common to the row and would not average out.
+            by_p = tl.where(slope == 0.0, 1.0, 2.0 - single(sums[6]))
+            mean = scaled(sums[3], by_p)
+            with_log = single(subtract(sums[4], multiply(sums[1], mean))) * by_p
+            with_y = single(subtract(sums[5], multiply(sums[2], mean))) * by_p
+            means = (single(sums[1]) * by_p, single(sums[2]) * by_p)
+            da = alpha_gradient(with_log, with_y, *means, by_slope, each, log_factor, reference)
         else:
+            slope = tl.where(sums[0] == 0.0, 1.0, sums[0])
             da = alpha_gradient_of_sums(slope, sums[1], sums[2], sums[3], sums[4], each)
         seen = placed[0] == placed[0]
-        tl.store(gradients.alpha + row, tl.where(seen, da, float("nan")).to(tl.float32), mask=inside)
+        tl.store(gradients.alpha + row, tl.where(seen, da, float("nan")), mask=inside)
     if gradients.mask is not None and ONE_COLUMN:
         place = of_mask(gradients.mask, n, h) + i.to(tl.int64) * gradients.mask.query
         tl.atomic_add(place, column, mask=inside)

@@ -30,6 +30,7 @@ from sparse_attn.kernels.triton.attention.tiles import (
 )
 from sparse_attn.kernels.triton.attention.weights import GENTLE, any_of, bound, per_row, place, weights
 from sparse_attn.kernels.triton.family import start_of, step
+from sparse_attn.kernels.triton.pairs import add, single, zero
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def _newton_sweep(
 ):
     """Add the weights and slopes of listed tiles to two accumulators, and list the tiles that may have weight.
 
-    The accumulators (M, N) are summed after the sweep; with ``EXACT`` they are sums (M,).
+    The accumulators (M, N) are summed after the sweep; with ``EXACT`` they are sums (M,), as pairs.
     """
     for t in range(begin, stop):
         tile = tl.load(listed + t)
@@ -126,8 +127,8 @@ def _newton_sweep(
         _, z = products(q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, EDGE)
         p, u, _ = weights(z, row, a, inputs.scale, MODE, FINE, EXACT, False)
         if EXACT:  # these weights need the registers of the accumulators
-            totals += tl.sum(p, 1).to(tl.float64)
-            slopes += tl.sum(u, 1).to(tl.float64)
+            totals = add(totals, tl.sum(p, 1))
+            slopes = add(slopes, tl.sum(u, 1))
         else:
             totals += p
             slopes += u
@@ -173,25 +174,27 @@ def _output_sweep(
     FINE: tl.constexpr,
     EXACT: tl.constexpr,
     EDGE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Add the outputs of listed tiles, and mark those that have weight."""
-    for t in range(begin, stop):
-        tile = tl.load(listed + t)
-        first = tile * BLOCK_N
-        j = first + tl.arange(0, BLOCK_N)
+    """Add the outputs of listed tiles, and mark those that have weight. For ``PARTS`` see ``_queries_sweep``."""
+    SIZE: tl.constexpr = BLOCK_N // PARTS
+    for t in range(begin * PARTS, stop * PARTS):
+        tile = tl.load(listed + t // PARTS)
+        first = tile * BLOCK_N + t % PARTS * SIZE
+        j = first + tl.arange(0, SIZE)
         inside = j < limit
         if EDGE:
             inside = keys_seen(inputs, n, h, j, limit)
-        _, z = products(q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, EDGE)
+        _, z = products(q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, SIZE, EDGE)
         p, u, _ = weights(z, row, a, inputs.scale, MODE, FINE, EXACT, False)
-        total += tl.sum(p, 1).to(total.dtype)
-        slope += tl.sum(u, 1).to(slope.dtype)
+        total = add(total, tl.sum(p, 1))
+        slope = add(slope, tl.sum(u, 1))
         if flags is not None:
-            tl.store(flags + tile, any_of(tl.max(p, 1) != 0.0).to(tl.uint8))
+            tl.store(flags + tile, 1, mask=any_of(tl.max(p, 1) != 0.0))
         if inputs.seed is not None:
-            multiplier = dropout(inputs, head, i, first, lengths.queries, BLOCK_N)
+            multiplier = dropout(inputs, head, i, first, lengths.queries, SIZE)
             p, u = p * multiplier, u * multiplier
-        v = load_tile(v_start, first, inputs.value.row, inside, DV, BLOCK_N, BLOCK_DV, EDGE)
+        v = load_tile(v_start, first, inputs.value.row, inside, DV, SIZE, BLOCK_DV, EDGE)
         acc += dot(p.to(v.dtype), v, UPCAST, PRECISION)
         if flags is not None:
             acc2 += dot(u.to(v.dtype), v, UPCAST, PRECISION)
@@ -249,11 +252,12 @@ def _forward_rows(
     broken = tl.max((lanes != lanes).to(tl.int32), 1) > 0
     top = tl.where(broken, float("nan"), tl.max(lanes, 1))
     top = tl.where(i < queries, top, float("-inf"))
-    each = per_row(a, BLOCK_M, FINE or EXACT)
+    each = per_row(a, BLOCK_M)
     low = bound(lanes, top, keys, a, inputs.scale, MODE, FINE, EXACT)
-    high, error, sigma = start_of(low, keys, each)
+    sigma = low
+    high, error = start_of(low, keys, each)
     # A product this far below the row's largest has no weight; the number is negative.
-    distance = ((low - 1.0 / each) / inputs.scale).to(tl.float32) - 1e-5 * tl.abs(top)
+    distance = (single(low) - 1.0 / each) / inputs.scale - 1e-5 * tl.abs(top)
     distance = tl.where(each <= 0.0, float("-inf"), distance)
     distance = tl.min(tl.where(top == float("-inf"), float("inf"), distance), 0)
     # A row that is not valid keeps all tiles, so that all of its gradients become NaN: nothing is less than NaN.
@@ -268,10 +272,10 @@ def _forward_rows(
     sweeps = 0
     go = stop > 0
     while go:
-        row = place(top, sigma, 1.0 + 0.0 * sigma, each, inputs.scale, MODE, FINE, EXACT)
+        row = place(top, sigma, None, each, inputs.scale, MODE, EXACT)
         if EXACT:
-            totals = tl.zeros([BLOCK_M], tl.float64)
-            slopes = tl.zeros([BLOCK_M], tl.float64)
+            totals = zero(each, True)
+            slopes = zero(each, True)
         else:
             totals = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             slopes = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -289,9 +293,9 @@ def _forward_rows(
         tl.debug_barrier()
         whole, first_edge, stop = kept_whole, kept_whole, kept
         if EXACT:
-            total, slope = totals, slopes
+            total, slope = single(totals), single(slopes)
         else:
-            total, slope = tl.sum(totals, 1).to(each.dtype), tl.sum(slopes, 1).to(each.dtype)
+            total, slope = tl.sum(totals, 1), tl.sum(slopes, 1)
         total = tl.where(top == float("-inf"), 1.0, total)
         sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, each, TOLERANCE, MODE)
         sweeps += 1
@@ -299,10 +303,11 @@ def _forward_rows(
         go = (sweeps < 100) & any_of(far)
 
     # After the last Newton step the sum is close to 1; dividing by the sum removes the remaining error.
-    row = place(top, sigma, 1.0 + 0.0 * sigma, each, inputs.scale, MODE, FINE, EXACT)
+    row = place(top, sigma, None, each, inputs.scale, MODE, EXACT)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     acc2 = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    total, slope = 0.0 * each, 0.0 * each
+    total = zero(each, FINE or EXACT)
+    slope = zero(each, FINE or EXACT)
     flags = None
     if results.flags is not None:
         flags = results.flags + line
@@ -310,16 +315,18 @@ def _forward_rows(
         acc, acc2, total, slope = _output_sweep(
             *(q, k_start, v_start, flags, listed, 0, whole, row, acc, acc2, total, slope, a),
             *(i, end, limit, inputs, lengths, head, n, h),
-            *(MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FINE, EXACT, False),
+            *(MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FINE, EXACT, False, 1),
         )
+    PARTS: tl.constexpr = 2 if EXACT and BLOCK_N >= 64 else 1
     acc, acc2, total, slope = _output_sweep(
         *(q, k_start, v_start, flags, listed, first_edge, stop, row, acc, acc2, total, slope, a),
         *(i, end, limit, inputs, lengths, head, n, h),
-        *(MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FINE, EXACT, True),
+        *(MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, FINE, EXACT, True, PARTS),
     )
+    _, _, head, _, _, i = queries_of_program(inputs, lengths, BLOCK_M, True)
     store_rows(
-        *(results, acc, acc2, total, slope, top, sigma, each, inputs.scale),
-        *(head, i, lengths, DV, BLOCK_DV, MODE, FINE, EXACT),
+        *(results, acc, acc2, total, slope, row, top, sigma, each, inputs.scale),
+        *(head, i, lengths, DV, BLOCK_DV, MODE, EXACT),
     )
     if results.sweeps is not None:
         tl.store(results.sweeps + head * tiles_m + tile_m, sweeps)

@@ -22,6 +22,7 @@ from sparse_attn.kernels.triton.attention.tiles import (
     store_rows,
 )
 from sparse_attn.kernels.triton.attention.weights import GENTLE, bound, per_row, place, solve, weights
+from sparse_attn.kernels.triton.pairs import zero
 
 
 @triton.jit
@@ -58,15 +59,15 @@ def _short_rows(
     _, z = products(q, k_start, 0, i, end, seen, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, ALL, True)
     broken = tl.max((z != z).to(tl.int32), 1) > 0
     top = tl.where(broken, float("nan"), tl.max(z, 1))
-    each = per_row(a, BLOCK_M, FINE or EXACT)
-    start = 0.0 * each
+    each = per_row(a, BLOCK_M)
+    start = zero(each, FINE or EXACT)
     if TILES_N >= 4:
         lanes = tl.max(tl.reshape(z, [BLOCK_M, TILES_N, BLOCK_N]), 1)
         start = bound(lanes, top, keys, a, inputs.scale, MODE, FINE, EXACT)
     sigma, _ = solve(z, top, start, keys, a, inputs.scale, TOLERANCE, MODE, FINE, EXACT)
-    row = place(top, sigma, 1.0 + 0.0 * sigma, each, inputs.scale, MODE, FINE, EXACT)
+    row = place(top, sigma, None, each, inputs.scale, MODE, EXACT)
     p, u, _ = weights(z, row, a, inputs.scale, MODE, FINE, EXACT, False)
-    total, slope = tl.sum(p, 1).to(each.dtype), tl.sum(u, 1).to(each.dtype)
+    total, slope = tl.sum(p, 1), tl.sum(u, 1)
     if results.flags is not None:
         # A tile of queries of the backward may cover several tiles of this kernel.
         active = tl.max(tl.max(tl.reshape((p != 0.0).to(tl.int32), [BLOCK_M, TILES_N, BLOCK_N]), 2), 0)
@@ -83,8 +84,8 @@ def _short_rows(
     if results.second is not None:
         acc2 = dot(u.to(v.dtype), v, UPCAST, PRECISION)
     store_rows(
-        *(results, acc, acc2, total, slope, top, sigma, each, inputs.scale),
-        *(head, i, lengths, DV, BLOCK_DV, MODE, FINE, EXACT),
+        *(results, acc, acc2, (total,), (slope,), row, top, sigma, each, inputs.scale),
+        *(head, i, lengths, DV, BLOCK_DV, MODE, EXACT),
     )
 
 

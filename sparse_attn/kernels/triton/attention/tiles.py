@@ -7,20 +7,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_attn.kernels.triton.attention.weights import place
-from sparse_attn.kernels.triton.family import TINY
+from sparse_attn.kernels.triton.attention.weights import divided, place
+from sparse_attn.kernels.triton.family import away_from_zero
+from sparse_attn.kernels.triton.pairs import INTERPRETED, single
 
 
 @triton.jit
-def queries_of_program(inputs, lengths, BLOCK_M: tl.constexpr):
+def queries_of_program(inputs, lengths, BLOCK_M: tl.constexpr, AGAIN: tl.constexpr = False):
     """The tile of queries that a program computes; the last tiles, with most work under a causal mask, come first.
 
-    Returned are the number of tiles per head, the tile, the index of the pair of batch entry and head, the batch entry,
-    the head, and the indices of the queries.
+    ``AGAIN`` has the same results, but the compiler computes them anew instead of keeping them from an earlier call. In
+    between, the loops need all registers.
+
+    Returns:
+        The number of tiles per head, the tile, the index of the pair of batch entry and head, the batch entry, the
+        head, and the indices of the queries.
     """
     tiles = tl.cdiv(lengths.queries, BLOCK_M)
-    tile = tiles - 1 - tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles
+    program = tl.program_id(0)
+    if AGAIN and not INTERPRETED:
+        program = tl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r,r", [lengths.queries], tl.int32, False, 1)
+    tile = tiles - 1 - program % tiles
+    head = program // tiles
     n, h = (head // inputs.heads).to(tl.int64), (head % inputs.heads).to(tl.int64)
     return tiles, tile, head, n, h, tile * BLOCK_M + tl.arange(0, BLOCK_M)
 
@@ -47,10 +55,11 @@ def of_mask(mask, n, h):
 def head_a(inputs, h):
     """``a = α - 1`` of a head, subtracted in float64 and never exactly 0."""
     if inputs.alpha is None:
-        a = inputs.a + tl.zeros([1], tl.float64)
+        a = inputs.a + tl.zeros([1], tl.float32)
     else:
-        a = tl.load(inputs.alpha.start + h * inputs.alpha.h + tl.arange(0, 1)).to(tl.float64) - 1.0
-    return tl.where(tl.abs(a) < TINY, TINY, a)
+        alpha = tl.load(inputs.alpha.start + h * inputs.alpha.h + tl.arange(0, 1))
+        a = (alpha.to(tl.float64) - 1.0).to(tl.float32)
+    return away_from_zero(a)
 
 
 @triton.jit
@@ -208,6 +217,7 @@ def store_rows(
     acc2,
     total,
     slope,
+    placed,
     top,
     sigma,
     a,
@@ -218,14 +228,13 @@ def store_rows(
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     MODE: tl.constexpr,
-    FINE: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """Write the output of the rows ``i`` and, for a backward, their statistics."""
     inside = i < lengths.queries
-    fine = (top < float("inf")) & (a > -1.0) & (a < float("inf"))
-    divisor = tl.where(total == 0.0, 1.0, total)
-    factor = tl.where(fine, 1.0 / divisor, float("nan")).to(tl.float32)  # NaN if the row or α is not valid
+    divisor = single(total)
+    divisor = tl.where(divisor == 0.0, 1.0, divisor)
+    factor = tl.where(placed[0] == placed[0], 1.0 / divisor, float("nan"))  # NaN if the row or α is not valid
     row = head.to(tl.int64) * lengths.queries + i
     rows = tl.cast(lengths.rows, tl.int64)  # with eight statistics per row, an index may exceed 2³¹
     d = tl.arange(0, BLOCK_DV)
@@ -233,10 +242,13 @@ def store_rows(
     within = inside[:, None] & (d < DV)[None, :]
     tl.store(results.output + place_of, (acc * factor[:, None]).to(results.output.dtype.element_ty), mask=within)
     if results.second is not None:
-        slope = tl.where(slope == 0.0, 1.0, slope)
-        acc2 = acc2 * (1.0 / slope).to(tl.float32)[:, None]
+        divisor_of_second = single(slope)
+        acc2 = acc2 * (1.0 / tl.where(divisor_of_second == 0.0, 1.0, divisor_of_second))[:, None]
         tl.store(results.second + place_of, acc2.to(results.second.dtype.element_ty), mask=within)
-        final = place(top, sigma, total, a, scale, MODE, FINE, EXACT)
+        if MODE == 0:  # noqa: SIM108, one branch does not exist
+            final = divided(placed, divisor, a, EXACT)
+        else:
+            final = place(top, sigma, divisor, a, scale, MODE, EXACT)
         for n in tl.static_range(len(final)):
             tl.store(results.statistics + n * rows + row, final[n], mask=inside)
 
