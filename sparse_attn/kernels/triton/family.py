@@ -26,6 +26,7 @@ from sparse_attn.kernels.triton.pairs import (
     exp2_of,
     fast_exp2,
     fast_log2,
+    fused,
     natural_log,
     quotient,
     scaled,
@@ -141,7 +142,7 @@ def place_rows(sigma, a, by_a, MODE: tl.constexpr):
 
     Returns:
         The edge of the support as a pair, and for any α: the slope of ``p`` at the edge, the factor of ``u``, slope and
-        place of the base of the power, its exponent, and the logarithm of the factor of ``p``.
+        place of the base of the power, its exponent, and the logarithm of the factor of ``p`` as a pair.
     """
     edge = subtract(sigma, by_a)
     if MODE == 2:
@@ -159,7 +160,8 @@ def place_rows(sigma, a, by_a, MODE: tl.constexpr):
         rise = tl.where(gentle, quotient(a, largest), a)
         start = tl.where(gentle, 0.0, -single(fall))
         factor = exp2_of(scaled(log_factor, 1.0 - a))
-        return edge[0], edge[1], a, factor, rise, start, by_a[0] - 1.0, natural_log(log_factor)
+        log_p = natural_log(log_factor)
+        return edge[0], edge[1], a, factor, rise, start, single(add(by_a, -1.0)), log_p[0], log_p[1]
 
 
 @triton.jit
@@ -185,12 +187,11 @@ def weigh(x, row, MODE: tl.constexpr):
 
 
 @triton.jit
-def _phi1_phi2(x):
-    """``φ₁(x) = (eˣ - 1) / x`` and ``φ₂(x) = (φ₁(x) - 1) / x``."""
+def _phi2(x):
+    """``φ₂(x) = (eˣ - 1 - x) / x²``."""
     near = tl.where(tl.abs(x) < 1.0, x, 0.0)
     far = tl.where(tl.abs(x) < 1.0, 1.0, x)
-    phi2 = tl.where(tl.abs(x) < 1.0, _phi2_near_0(near), (tl.exp(far) - 1.0 - far) / (far * far))
-    return 1.0 + x * phi2, phi2
+    return tl.where(tl.abs(x) < 1.0, _phi2_near_0(near), (tl.exp(far) - 1.0 - far) / (far * far))
 
 
 @triton.jit
@@ -215,8 +216,11 @@ def reference_of(log_reference, a):
     Returns:
         ``ℓ₀ φ₁(-a ℓ₀)``, ``exp(a ℓ₀)`` and ``y₀ = ℓ₀² φ₂(-a ℓ₀)``.
     """
-    phi1, phi2 = _phi1_phi2(-a * log_reference)
-    return log_reference * phi1, tl.exp(a * log_reference), log_reference * log_reference * phi2
+    x = -a * log_reference
+    phi2 = _phi2(x)
+    # φ₁(x) = 1 + x φ₂(x)
+    with_phi1 = fused(log_reference, x * phi2, log_reference)
+    return with_phi1, tl.exp(a * log_reference), log_reference * log_reference * phi2
 
 
 @triton.jit

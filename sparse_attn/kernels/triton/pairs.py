@@ -107,8 +107,8 @@ def exp2_of(x):
 
 @triton.jit
 def natural_log(x):
-    """The natural logarithm of a number of which a pair is log2, as a float32."""
-    return single(scaled(x, 0.0 * x[0] + LN2)) - x[0] * 1.9046542e-9  # LN2 rounded to float32 is too large by this
+    """The natural logarithm of a number of which a pair is log2, as a pair."""
+    return add(scaled(x, 0.0 * x[0] + LN2), x[0] * -1.9046542e-9)  # LN2 rounded to float32 is too large by this
 
 
 @triton.jit

@@ -195,7 +195,7 @@ def backward_keys(
     for member in range(0, inputs.group):
         h = key_head * inputs.group + member
         a = head_a(inputs, h)
-        if MODE == 0 and not FINE:  # α is data: one branch for all programs of a head
+        if MODE == 0 and not FINE:  # see GENTLE
             if tl.max(a, 0) < GENTLE:
                 dk, dvalue = _keys_of_member(
                     *(k, v, kept, dk, dvalue, a, tile_n, limit, inputs, lengths, n, h, CAUSAL, MODE, UPCAST),

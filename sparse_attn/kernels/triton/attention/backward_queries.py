@@ -35,8 +35,18 @@ from sparse_attn.kernels.triton.attention.weights import (
     relative_scores,
     weights,
 )
-from sparse_attn.kernels.triton.family import LN2, alpha_gradient, deviation_from_scores, reference_of
-from sparse_attn.kernels.triton.pairs import add, inverse, multiply, quotient, scaled, single, subtract, zero
+from sparse_attn.kernels.triton.family import alpha_gradient, deviation_from_scores, reference_of
+from sparse_attn.kernels.triton.pairs import (
+    add,
+    inverse,
+    multiply,
+    natural_log,
+    quotient,
+    scaled,
+    single,
+    subtract,
+    zero,
+)
 
 
 class Gradients(NamedTuple):
@@ -110,11 +120,11 @@ def _queries_sweep(
         if gradients.alpha is not None:
             if EXACT:
                 each = per_row(a, i.shape[0])
-                by_a, _ = inverse(each)
-                log_p = log * (by_a * LN2)[:, None]
+                by_a = inverse(each)
+                log_p = log * single(natural_log(by_a))[:, None]
                 with_log = p * log_p
                 x = relative_scores(z, row, inputs.scale)
-                y = deviation_from_scores(x, p, u, log_p, row, by_a, reference)
+                y = deviation_from_scores(x, p, u, log_p, row, by_a[0], reference)
                 sums = (
                     add(sums[0], tl.sum(u, 1)),
                     add(sums[1], tl.sum(with_log, 1)),
@@ -280,7 +290,7 @@ def backward_queries(
     """A program computes a tile of queries. ``second`` is ``Σ u v / Σ u`` of the forward."""
     FINE: tl.constexpr = inputs.query.start.dtype.element_ty == tl.float32
     a = head_a(inputs, head_of_program(inputs, lengths, BLOCK_M))
-    if MODE == 0 and not FINE:  # α is data: one branch for all programs of a head
+    if MODE == 0 and not FINE:  # see GENTLE
         if tl.max(a, 0) < GENTLE:
             _backward_rows(
                 *(inputs, lengths, kept, second, gradients, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV),

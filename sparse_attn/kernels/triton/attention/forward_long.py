@@ -354,7 +354,7 @@ def forward_long(
     """A program computes a tile of queries; it uses its line of ``tiles`` for the list of key tiles."""
     FINE: tl.constexpr = inputs.query.start.dtype.element_ty == tl.float32
     a = head_a(inputs, head_of_program(inputs, lengths, BLOCK_M))
-    if MODE == 0 and not FINE:  # α is data: one branch for all programs of a head
+    if MODE == 0 and not FINE:  # see GENTLE
         if tl.max(a, 0) < GENTLE:
             _forward_rows(
                 *(inputs, lengths, results, tiles, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),

@@ -111,7 +111,7 @@ def forward_short(
     """As ``forward_long``. The backward uses tiles of ``BACKWARD_M`` queries and ``BLOCK_N`` keys."""
     FINE: tl.constexpr = inputs.query.start.dtype.element_ty == tl.float32
     a = head_a(inputs, head_of_program(inputs, lengths, BLOCK_M))
-    if MODE == 0 and not FINE:  # α is data: one branch for all programs of a head
+    if MODE == 0 and not FINE:  # see GENTLE
         if tl.max(a, 0) < GENTLE:
             _short_rows(
                 *(inputs, lengths, results, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),

@@ -18,9 +18,12 @@ import triton
 import triton.language as tl
 
 from sparse_attn.kernels.triton.family import LN2, below, log2, place_rows, start_of, step, weigh
-from sparse_attn.kernels.triton.pairs import add, fast_exp2, fast_log2, inverse, scaled, subtract, times, zero
+from sparse_attn.kernels.triton.pairs import add, fast_exp2, fast_log2, inverse, scaled, single, subtract, times, zero
 
-GENTLE = tl.constexpr(0.1)  # below this a, the logarithm is computed by a polynomial
+# Below this a, the logarithm is computed by a polynomial. α is data, so kernels for half precision contain both
+# variants, and each program takes one. The branch is written in each kernel: a helper that calls one of two functions
+# would take their arguments as a tuple, and Triton's tuples cannot contain strings, such as the precision of products.
+GENTLE = tl.constexpr(0.1)
 _TINY = tl.constexpr(1.2e-38)  # a normal float32, whose logarithm is finite
 
 
@@ -44,7 +47,8 @@ def place(top, sigma, total, a, scale, MODE: tl.constexpr, EXACT: tl.constexpr):
         EXACT: Whether to compute as in ``family``; only for any α.
 
     Returns:
-        Three numbers for α = 1.5 and 2, eight for any α. A row whose largest score or α is not valid has NaN.
+        Three numbers for α = 1.5 and 2, eight for any α, and nine with ``EXACT``, of which the last two are a pair.
+        A row whose largest score or α is not valid has NaN.
     """
     empty = top == float("-inf")
     fine = (top < float("inf")) & (a > -1.0) & (a < float("inf"))
@@ -52,7 +56,7 @@ def place(top, sigma, total, a, scale, MODE: tl.constexpr, EXACT: tl.constexpr):
     if EXACT:
         row = place_rows(sigma, a, inverse(a), 0)
         largest = tl.where(fine, shown * scale, float("nan"))
-        return row[0], row[1], row[2], row[3], row[4], row[5], largest, row[7]
+        return row[0], row[1], row[2], row[3], row[4], row[5], largest, row[7], row[8]
     else:
         rise = a * scale
         if MODE == 1 and total is not None:
@@ -91,7 +95,16 @@ def divided(row, total, a, EXACT: tl.constexpr):
     log_total = log2(total, total - 1.0)
     of_p, of_u = fast_exp2(-a * log_total), (a - 1.0) * log_total
     if EXACT:
-        return row[0], row[1], row[2] * of_p, row[3] * fast_exp2(of_u), row[4], row[5], row[6], row[7] - log_total * LN2
+        return (
+            row[0],
+            row[1],
+            row[2] * of_p,
+            row[3] * fast_exp2(of_u),
+            row[4],
+            row[5],
+            row[6],
+            row[7] + (row[8] - log_total * LN2),
+        )
     else:
         return row[0], row[1], of_p, of_u, -log_total, row[5], row[6], row[7]
 
@@ -104,8 +117,8 @@ def weights(z, row, a, scale, MODE: tl.constexpr, FINE: tl.constexpr, EXACT: tl.
     one number for all rows (1,). Without ``NORMALISED`` the total was None.
     """
     if EXACT:
-        by_a, _ = inverse(per_row(a, z.shape[0]))
-        numbers = (row[0], row[1], row[2], row[3], row[4], row[5], by_a - 1.0, row[7])
+        exponent = single(add(inverse(per_row(a, z.shape[0])), -1.0))
+        numbers = (row[0], row[1], row[2], row[3], row[4], row[5], exponent, row[7])
         return weigh(relative_scores(z, row, scale), numbers, 0)
     else:
         if MODE == 1:  # noqa: SIM108, one branch does not exist
