@@ -1,4 +1,4 @@
-"""Check and time the Triton kernels on this machine's GPU, and time other packages. Nothing that was measured is lost.
+"""Check and time the Triton kernels on this machine's GPU, and time other packages. No measurement is ever lost.
 
     python scripts/gpu_check.py --part 1 --out DIR   values and gradients, figures of the targets, each kernel by itself
     python scripts/gpu_check.py --part 2 --out DIR   sizes of tiles, rows, long lengths
@@ -147,7 +147,7 @@ def work(kind: str, warm_up: str, numbers: str) -> int:
         with use_backend("triton"):
             result = todo[number]()
         print("RESULT", json.dumps([number, result]), flush=True)
-        if result.get("lost"):  # an error that stays with the process
+        if result.get("lost"):  # after an error of CUDA, a process can no longer use its device
             return 1
     return 0
 

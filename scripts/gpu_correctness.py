@@ -101,8 +101,8 @@ def judged(case: str, got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], bound
 def without_edges(upstream: Tensor, scores: Tensor, alpha: Tensor) -> Tensor:
     """The upstream gradient (..., D), 0 for rows at α = 2 with a score within 1e-5 of the edge of the support.
 
-    There float32 may move an entry across the edge. At α = 2 the gradient jumps by 1e-2 to 1e-1 with it, and no kernel
-    could be blamed: about every other run had such a row.
+    In such a row, rounding to float32 may move an entry across the edge, and at α = 2 the gradient then changes by 1e-2
+    to 1e-1. About every other run had such a row; this is not an error of a kernel.
     """
     p = entmax(scores.double(), 2.0)
     threshold = scores - p

@@ -104,7 +104,7 @@ def kernel_timings() -> Iterator[Timing]:
 
 
 def tile_timings() -> Iterator[Timing]:
-    """The same with other tiles, pipelines and the kernel for few keys: what `predict_gpu.py` predicts."""
+    """Each kernel with other tiles and pipelines, as `predict_gpu.py` predicts them, and the kernel for few keys."""
     for what in (FIXED, LEARNT):
         for tile in TILES[1:]:
             group = f"kernels, tiles of {tile[0]} × {tile[1]}, {tile[2]} warps"
@@ -173,7 +173,7 @@ def attention(group: str, queries: int, keys: int, what: str, step: str) -> Timi
 
 
 def share(group: str, length: int) -> Timing:
-    """Of the tiles that a causal mask leaves, how many have weight at α = 1.5."""
+    """The share of the tiles left by a causal mask that have weight at α = 1.5."""
     local = PUBLISHED[length] if "published" in group else LOCAL
     return Timing(group, length, "tiles", "share with weight", partial(active_share, length, local))
 

@@ -36,7 +36,9 @@ FIXED, LEARNT, FLASH, V2 = "ours, α 1.5", "ours, α learnt", "flash attention",
 # 1.5 % have weight.
 PUBLISHED = {4096: 1.56, 16384: 1.42, 65536: 1.3}
 LOCAL = 2.5
-_PEER_CONFIGURATIONS = 2  # of a peer's autotuner: each costs 13 s at a length of 4k, 30 s at 16k and 210 s at 64k
+_PEER_CONFIGURATIONS = (
+    2  # for each autotuner of a peer: one compiles in 13 s at a length of 4k, 30 s at 16k and 210 s at 64k
+)
 
 
 def sized(length: int, smallest: int = 16) -> int:
@@ -53,7 +55,7 @@ def synchronize() -> None:
 def measured(run: Run) -> Measured:
     """The median time of a call, between device events, after a warm-up, and the memory it needs."""
     result = run()
-    if isinstance(result, dict):  # measured by itself
+    if isinstance(result, dict):  # the call has measured its own parts
         return result
     run()
     if not torch.cuda.is_available():
@@ -283,7 +285,7 @@ def decoding(keys: int, what: str, device: torch.device) -> Run:
 
 
 def attending(what: str, causal: bool, learnt: Tensor) -> Attend:
-    """The function of a name; a peer is imported here."""
+    """The attention function with this name. Other packages are imported here, when they are timed."""
     alphas = {FIXED: 1.5, "ours, α 2": 2.0, LEARNT: learnt}
     if what in alphas:
         return partial(entmax_attention, alpha=alphas[what], is_causal=causal)
@@ -300,7 +302,7 @@ def attending(what: str, causal: bool, learnt: Tensor) -> Attend:
 
 
 def few_configurations(package: Any) -> None:
-    """Leave the autotuners of a peer their first configurations: all of them would compile for many minutes."""
+    """Keep only the first configurations of a peer's autotuners: all of them would compile for many minutes."""
     import sys
 
     from triton.runtime.autotuner import Autotuner
@@ -313,7 +315,7 @@ def few_configurations(package: Any) -> None:
 
 
 def flash(causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Torch's, and nothing else of torch's."""
+    """Torch's flash attention; on a GPU, torch may use no other implementation."""
     if not query.is_cuda:
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
@@ -321,7 +323,7 @@ def flash(causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def flex(causal: bool) -> Attend:
-    """Compiled."""
+    """Flex attention, compiled."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention)

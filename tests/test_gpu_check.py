@@ -25,7 +25,7 @@ def gpu_check(monkeypatch: pytest.MonkeyPatch) -> Any:
     return gpu_check
 
 
-def test_the_table_says_what_was_missed_and_why_the_rest_is_missing(gpu_check):
+def test_the_table_shows_missed_targets_and_reasons_for_missing_figures(gpu_check):
     names = {}
     for kind in gpu_check.gpu_timing.PHASES:
         for task in gpu_check.tasks(kind):
@@ -76,7 +76,7 @@ def three(gpu_check, monkeypatch, tmp_path):
     return gpu_check.Phase("check", False, 1.0)
 
 
-def test_a_task_that_stops_its_process_is_one_line_and_is_never_repeated(gpu_check, three, tmp_path):
+def test_a_task_that_crashes_its_process_becomes_one_line_and_is_never_repeated(gpu_check, three, tmp_path):
     path = tmp_path / "results.jsonl"
     record = gpu_check.Record(path, WHERE)
     gpu_check.run(three, record, 1e6)
@@ -91,7 +91,7 @@ def test_a_task_that_stops_its_process_is_one_line_and_is_never_repeated(gpu_che
     assert again.results("check") == results
 
 
-def test_a_run_that_was_interrupted_goes_on_after_the_task_that_was_running(gpu_check, three, tmp_path):
+def test_an_interrupted_run_continues_after_the_task_that_was_running(gpu_check, three, tmp_path):
     names = [gpu_check.name_of(task) for task in gpu_check.tasks("check")]
     path = tmp_path / "results.jsonl"
     record = gpu_check.Record(path, WHERE)
@@ -108,7 +108,7 @@ def test_a_run_that_was_interrupted_goes_on_after_the_task_that_was_running(gpu_
     ]
 
 
-def test_without_time_nothing_starts_and_the_next_call_has_all_to_do(gpu_check, three, monkeypatch, tmp_path):
+def test_without_time_no_task_starts_and_the_next_call_runs_all_of_them(gpu_check, three, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_check.triton, "interpreted", lambda: False)
     path = tmp_path / "results.jsonl"
     record = gpu_check.Record(path, WHERE)

@@ -45,7 +45,7 @@ def test_one_alpha_lengths_and_a_boolean_mask(alpha, length, device):
 @pytest.mark.parametrize("shape", [(37, 53), (37, 1)])
 def test_a_learnt_mask_of_fewer_dimensions(shape, device):
     mask = torch.randn(1, 1, *shape, device=device, requires_grad=True)
-    if shape[1] == 1:  # the same for all keys of a query: it moves nothing
+    if shape[1] == 1:  # a number that is the same for all keys of a query does not change the weights
         inputs = tensors(device)
         output = fused_attention(*inputs, 1.5, mask, scale=0.3)
         assert torch.autograd.grad(output, mask, torch.randn_like(output))[0].abs().max() < 1e-5
@@ -85,7 +85,7 @@ def test_the_gradient_of_alpha_is_exact_where_the_output_is_rounded(length, devi
     (wanted,) = torch.autograd.grad(
         expected(query.double(), key.double(), value.double(), wide), wide, upstream.double()
     )
-    # Each head by itself: the derivatives of rows in the sum differ in sign, so their size is the bound's unit.
+    # Each head has its own bound. The derivatives of its rows differ in sign, so the unit is at least 1.
     size = torch.stack([x.abs().max() for x in wanted.split(1)]).clamp(min=1.0)
     assert ((got - wanted).abs() / size).max() <= 2e-5
 

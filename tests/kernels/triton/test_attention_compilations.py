@@ -58,7 +58,7 @@ def test_new_values_of_alpha_compile_nothing(device, compiled):
     ]
     assert count(learnt[0]) == count(*learnt) == 5  # forward, two lists, two backwards
     assert count(1.2) == count(1.2, 1.3, 1.0001) == 5
-    assert count(1.2, 1.5, 2.0) == 11  # what lists tiles is the same for all
+    assert count(1.2, 1.5, 2.0) == 11  # the kernel that lists tiles is shared by all
     compiled.clear()
     for scale in (1, 2, 0.3):
         fused_attention(*inputs, 1.5, scale=scale)
@@ -66,7 +66,7 @@ def test_new_values_of_alpha_compile_nothing(device, compiled):
 
 
 def test_new_lengths_compile_only_where_16_divides_the_keys(device, compiled, monkeypatch):
-    monkeypatch.setattr(plan, "SHORT_IN_FLOAT32", 0)  # its kernel is made for the number of tiles
+    monkeypatch.setattr(plan, "SHORT_IN_FLOAT32", 0)  # the kernel for few keys is compiled for a number of tiles
 
     def count(*lengths: tuple[int, int]) -> int:
         compiled.clear()

@@ -12,7 +12,7 @@ from sparse_attn.kernels.functions import fused as operator
 from sparse_attn.kernels.functions.fused import fused_attention
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch's own, while it checks
+@pytest.mark.filterwarnings("ignore")  # warnings of torch during its check
 def test_the_custom_operator_passes_opcheck(device):
     inputs = tensors(device, queries=5, keys=7)
     alpha = torch.tensor([1.3, 2.0], device=device, requires_grad=True)
@@ -23,7 +23,7 @@ def test_the_custom_operator_passes_opcheck(device):
     torch.library.opcheck(operator._attention, (*without, *arguments[4:], False))
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch's own, while it compiles
+@pytest.mark.filterwarnings("ignore")  # warnings of torch during compilation
 def test_under_compile(device):
     inputs = tensors(device, queries=13, keys=17)
     alpha = torch.tensor([1.3, 2.0], device=device, requires_grad=True)
@@ -61,7 +61,7 @@ def test_under_compile_lengths_may_vary_and_weights_are_dropped(device):
     *others, value = inputs[0], inputs[1], torch.ones_like(inputs[2]).requires_grad_()
     output = attend(*others, value, alpha, dropout_p=0.5)
     assert output.std() > 0.1
-    # Each weight is in its value's gradient as it was in the output.
+    # The gradient of a value is the sum of the weights that were kept in the output.
     (grad,) = torch.autograd.grad(output, value, torch.ones_like(output))
     torch.testing.assert_close(grad.sum(), output.sum())
 
@@ -78,7 +78,7 @@ def test_second_derivatives_are_those_of_the_same_function(device):
     wide = [x.detach().double().requires_grad_() for x in (*inputs, alpha)]
     for actual, wanted in zip(got, second(expected, wide), strict=True):
         assert (actual - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    torch.manual_seed(3)  # the dropout too is the same
+    torch.manual_seed(3)  # dropout is the same, too
     output = fused_attention(*inputs, alpha, dropout_p=0.5, scale=0.3)
     plain, fused = (
         torch.autograd.grad(output, inputs, torch.ones_like(output), create_graph=graph, retain_graph=True)

@@ -106,7 +106,7 @@ def test_layers_write_no_mask_of_all_pairs_down(device, calls):
     assert calls[-1][0][4].shape == (2, 1, 1, 7) and calls[-1][1]["key_lengths"].tolist() == [5, 5]
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch's own
+@pytest.mark.filterwarnings("ignore")  # warnings of torch
 def test_in_ddp(device, calls, tmp_path):
     layer = AdaptiveSparseMultiheadAttention(22, 2, batch_first=True, device=device)
     x = torch.randn(2, 5, 22, device=device)
@@ -144,7 +144,7 @@ def test_autocast_computes_in_half_precision(device, calls):
     assert all(grad.dtype == torch.float32 for grad in torch.autograd.grad(output.float().sum(), inputs))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, about how it knows forward mode
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from torch, about its check for forward mode
 def test_calls_that_the_kernels_do_not_support_use_another_path(device, calls):
     query, key, value = tensors(device, 2, 3)
     entmax_attention(query.double(), key.double(), value.double())
@@ -163,7 +163,7 @@ def test_calls_that_the_kernels_do_not_support_use_another_path(device, calls):
     assert len(calls) == 1
 
 
-def test_wrong_input_is_named_as_elsewhere(device, calls):
+def test_wrong_input_has_the_same_errors_as_without_the_kernels(device, calls):
     query, key, value = tensors(device, 2, 3)
     with pytest.raises(ValueError, match=r"alpha must be in \(0, inf\), got -1"):
         entmax_attention(query, key, value, -1.0)

@@ -19,7 +19,7 @@ ALPHAS = torch.tensor([1.0, 1.0001, 1.01, 1.3, 1.5, 1.9, 2.0, 0.7, 2.7])
 
 
 def assert_close(got: Tensor, expected: Tensor, bound: float = 2e-6, floor: float = 0.0) -> None:
-    """Every row to a bound of its largest entry: what is small may not hide behind what is large."""
+    """Compare each row relative to its own largest entry, so that no row of large entries hides an error elsewhere."""
     assert got.shape == expected.shape
     scale = expected.abs().amax(-1, keepdim=True).clamp(min=floor)
     worst = ((got.double() - expected).abs() / scale.clamp(min=1e-30)).max()
@@ -53,7 +53,7 @@ def test_values_and_gradients_are_the_reference(size, alpha, device):
     assert rows.entmax_forward(scores, a, LOWEST, in_place=True) is scores and torch.equal(scores, p)
     assert (p[:, :1] * 0 == 0).all() and ((p.sum(-1) - 1).abs() < 1e-6)[3:].all()
     assert not p[1, ::3].any() and not p[2, 1::2].any()
-    # What the backward is given is p in float32: its rounding is not the backward's.
+    # The reference gets the same float32 p, so that rounding of p does not count as an error of the backward.
     with_alpha = alpha in ("per row", 1.3)
     got = rows.entmax_backward(p, a, upstream, with_alpha)
     wanted = reference.entmax_backward(p.double(), wide, upstream.double(), with_alpha=with_alpha)
@@ -94,9 +94,9 @@ def test_half_precision_is_computed_in_float32(device):
         assert grad.dtype == dtype
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, about how it knows forward mode
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from torch, about its check for forward mode
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_read_as_it_is_where_nothing_has_a_gradient(dtype, device, monkeypatch):
+def test_half_precision_is_read_without_conversion_if_no_gradient_is_needed(dtype, device, monkeypatch):
     seen = []
     launch = rows.launch
     monkeypatch.setattr(rows, "launch", lambda *args, **how: seen.append(args[2].dtype) or launch(*args, **how))
@@ -137,7 +137,7 @@ def test_any_strides_and_no_rows(device):
         torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_operators_use_the_kernels(device, monkeypatch):
+def test_operators_call_the_kernels(device, monkeypatch):
     calls = []
     launch = rows.launch
     monkeypatch.setattr(

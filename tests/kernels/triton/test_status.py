@@ -105,7 +105,7 @@ def test_a_forced_backend_raises(device, failing):
     assert triton.status()[0]
 
 
-def test_what_triton_raises_becomes_one_error_but_errors_of_cuda_stay(monkeypatch):
+def test_errors_of_triton_become_a_kernel_error_and_errors_of_cuda_are_raised_unchanged(monkeypatch):
     def failing_with(error):
         def start(*arguments, **options):
             raise error

@@ -218,9 +218,8 @@ def _backward_rows(
     column = tl.zeros([BLOCK_M], tl.float32)
     count = tl.load(kept.counts + line)
     split = count * 0
-    if (
-        inputs.mask is None and not EXACT
-    ):  # the list is in order: the tiles that a query does not see as a whole are its last
+    if inputs.mask is None and not EXACT:
+        # The list is in order, so the tiles that some query does not see as a whole are at its end.
         whole = whole_tiles(inputs, lengths, limit, tile_m * BLOCK_M, BLOCK_N, CAUSAL, EXACT)
         split = count
         while (split > 0) & (tl.load(listed + tl.maximum(split - 1, 0)) >= whole):

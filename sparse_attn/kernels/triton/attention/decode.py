@@ -104,7 +104,7 @@ def _outputs(
     for tile in range(split * tiles_of_a_split, (split + 1) * tiles_of_a_split):
         j = tile * BLOCK + tl.arange(0, BLOCK)
         p = tl.load(weights + place[:, None] * keys + j[None, :], mask=inside[:, None] & (j < keys)[None, :], other=0.0)
-        used = tl.max((p != 0.0).to(tl.int32), 0) > 0  # the others may hold anything, and 0 · NaN is NaN
+        used = tl.max((p != 0.0).to(tl.int32), 0) > 0  # other values may be NaN, and 0 · NaN is NaN
         if tl.max(used.to(tl.int32), 0) > 0:
             v = load_tile(v_start, tile * BLOCK, inputs.value.row, used, DV, BLOCK, BLOCK_DV)
             acc += dot(p.to(v.dtype), v, UPCAST, PRECISION)

@@ -66,8 +66,8 @@ def forward(
     rows = batch * heads
     output = torch.empty(batch, heads, queries, value.shape[3], dtype=query.dtype, device=device)
     second = torch.empty(output.shape if training else (0,), dtype=query.dtype, device=device)
-    told = (statistics_of(setting.a, alpha), rows * queries)
-    statistics = torch.empty(told if training else (0,), dtype=torch.float32, device=device)
+    shape = (statistics_of(setting.a, alpha), rows * queries)
+    statistics = torch.empty(shape if training else (0,), dtype=torch.float32, device=device)
     flags = torch.zeros((rows, tiles_m, tiles_n) if training else (0,), dtype=torch.uint8, device=device)
     inputs, lengths, constants = arguments_of(query, key, value, alpha, mask, key_lengths, seed, setting)
     loose, tolerance = _EXACT if query.dtype == torch.float32 else _LOOSE

@@ -77,7 +77,7 @@ def keys_of(inputs, lengths, n, CAUSAL: tl.constexpr):
 def keys_seen(inputs, n, h, j, limit):
     """Which of the keys ``j`` some query of a head may see: before the limit, and not hidden from all by a mask.
 
-    The others are not read. Their weight is 0, but 0 · NaN is NaN, and padding may hold anything.
+    Other keys are not read. Their weight is 0, but padding may hold NaN, and 0 · NaN is NaN.
     """
     seen = j < limit
     if inputs.mask is not None:  # noqa: SIM102, Triton has no fields of None
@@ -165,7 +165,7 @@ def products(
 def whole_tiles(inputs, lengths, limit, first, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr):
     """How many tiles of keys, from the first on, all queries from ``first`` on see as a whole.
 
-    0 under a mask, and with ``EXACT``, where loops of their own for these tiles would gain little and compile for long.
+    0 under a mask and with ``EXACT``: separate loops for these tiles would gain little there and take long to compile.
     """
     if inputs.mask is not None or EXACT:
         return limit * 0
