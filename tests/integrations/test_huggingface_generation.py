@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from sparse_attn.integrations.huggingface import add_alpha
+from sparse_attn.integrations.huggingface import add_alpha, register
 from sparse_attn.observe import observe_weights
 
 transformers = pytest.importorskip("transformers")
@@ -19,6 +19,8 @@ ENCODED = ["t5", "bart"]
 # A linear layer of a hybrid model keeps a state, which cannot be restored when a draft is rejected.
 DRAFTED = [name for name in FAMILIES if name not in ("qwen3_5", "mllama")]
 DECODERS = [name for name in FAMILIES if name not in (*ENCODED, "mllama")]
+QUANTIZED = ["gpt2", "llama", "qwen3", "mixtral", "opt"]  # transformers quantizes the cache of full attention only
+QUANTIZED_BY = {"fp8": {}, "quanto": {"nbits": 4, "q_group_size": 4, "residual_length": 2}}
 NEW = 6
 
 
@@ -97,6 +99,22 @@ def test_a_static_cache_gives_the_result_of_a_dynamic_one(name, build):
     model, both = build(name, "entmax"), batch(name)
     static = written(model, both, cache_implementation="static", disable_compile=True)
     assert torch.equal(static, written(model, both))
+
+
+@pytest.mark.parametrize("backend", ["fp8", "quanto"])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_quantized_cache_is_read_as_by_eager(name, backend, build):
+    if backend == "quanto":
+        pytest.importorskip("optimum.quanto")
+    elif not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("this transformers has no cache of 8 bits")
+    register("dense", alpha=1.0)
+    cache = {"cache_implementation": "quantized", "cache_config": {"backend": backend, **QUANTIZED_BY[backend]}}
+    model, both = build(name, "entmax"), batch(name)
+    fast = written(model, both, **cache)
+    with observe_weights(lambda *_: None):  # the weights as one matrix, and torch's own operations
+        assert torch.equal(fast, written(model, both, **cache))
+    assert torch.equal(written(build(name, "dense"), both, **cache), written(build(name, "eager"), both, **cache))
 
 
 @pytest.mark.parametrize("masked", [True, False])
