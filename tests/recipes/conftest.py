@@ -27,6 +27,12 @@ def pairs(words: tuple[str, ...]) -> str:
 
 
 @pytest.fixture
+def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures with fewer pixels, which are drawn faster."""
+    monkeypatch.setattr("recipes.report.plots.DPI", 50)
+
+
+@pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """A run with adaptive encoder, softmax decoder and top-k cross-attention; according to its record, on six words."""
     folder = tmp_path / "finished"
