@@ -34,7 +34,7 @@ def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    """A run with adaptive encoder, softmax decoder and top-k cross-attention, whose record says that six words trained it."""
+    """A run with adaptive encoder, softmax decoder and top-k cross-attention, trained on six words (by its record)."""
     folder = tmp_path / "finished"
     (folder / "checkpoints").mkdir(parents=True)
     for split, words in {"train": WORDS, "val": WORDS[:5], "test": WORDS[2:]}.items():
