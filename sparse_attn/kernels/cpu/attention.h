@@ -35,7 +35,7 @@ typedef struct {
     int32_t *counts, *places;
     void *weights;
     tensor grad, grad_query, grad_key, grad_value;
-    tensor grad_mask; /* float or double as computed, added to; a stride is 0 where the mask is broadcast */
+    tensor grad_mask; /* `real` of the computation; gradients are added to it; a stride is 0 where the mask is broadcast */
     double *grad_alpha; /* one per head; NULL if it is not needed */
 } attention;
 
@@ -56,8 +56,8 @@ typedef struct {
     int backward;
     sequence *sequences;
     int64_t tiles, longest, all_keys; /* all tiles; the keys of the longest sequence, and of all */
-    /* An item of the backward is a part of the queries of one batch entry, or of all, and of one head of keys, or of
-     * all: more than one where they add to the same entries of the mask's gradient. */
+    /* An item of the backward is a part of the queries, for one batch entry and one head of keys. Where all batch entries
+     * or all heads share the mask, an item covers all of them, since they add to the same entries of its gradient. */
     int64_t batch_units, head_units, parts;
     void *sums;         /* with more than one part: the gradients of keys and values by part, before they are added */
     double *alpha_sums; /* the gradient of α by item and head */

@@ -20,12 +20,12 @@ typedef struct {
  * the k largest take part. `scratch` holds SCRATCH_ROWS rows of padded_size(size) numbers of 8 bytes. */
 typedef void forward_row(vector scores, int64_t size, int64_t k, double a, double lowest, void *out, void *scratch);
 
-/* The same p as its non-zero entries in order, and their places in the row; returns how many. `places` and `out` have
+/* The non-zero entries of the same p, in order, and their places in the row; returns their number. `places` and `out` have
  * room for padded_size(size) entries. A row with NaN or +inf has NaN in all places. */
 typedef int64_t support_row(vector scores, int64_t size, int64_t k, double a, double lowest, int32_t *places, void *out,
                             void *scratch);
 
-/* The gradient for the scores of one row into `out`; the gradient for α is returned where `with_alpha`, else 0. */
+/* The gradient for the scores of one row into `out`; with `with_alpha`, the gradient for α is returned, else 0. */
 typedef double backward_row(vector p, vector grad, int64_t size, double a, int with_alpha, void *out, void *scratch);
 
 enum { PADDING = 16, SCRATCH_ROWS = 6 };
