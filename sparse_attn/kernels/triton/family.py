@@ -27,6 +27,7 @@ from sparse_attn.kernels.triton.pairs import (
     fast_exp2,
     fast_log2,
     fused,
+    multiply,
     natural_log,
     quotient,
     scaled,
@@ -260,11 +261,12 @@ def deviation_from_scores(x, p, u, d, row, by_a, reference):
 def alpha_gradient(with_log, with_y, mean_log, mean_y, by_slope, a, log_reference, reference):
     """The gradient in α from the covariances of ``ℓ`` and ``y`` with the upstream gradient, and their means minus ℓ₀.
 
-    ``dα = -[B + a (Y A - H B)] / U`` with covariances ``A``, ``B`` and means ``H``, ``Y``. This equals the formula of
-    :func:`kernels.reference.entmax.entmax_backward` without the terms that cancel.
+    ``dα = -[B + a (Y A - H B)] / U`` with covariances ``A``, ``B`` and means ``H``, ``Y``, which have one or two parts.
+    This equals the formula of :func:`kernels.reference.entmax.entmax_backward` without the terms that cancel.
     """
-    y, log = reference[2] + mean_y, log_reference + mean_log
-    return -(with_y + a * (y * with_log - log * with_y)) * by_slope
+    y, log = add(mean_y, reference[2]), add(mean_log, log_reference)
+    rest = scaled(subtract(multiply(log, with_y), multiply(y, with_log)), a)
+    return single(subtract(rest, with_y)) * by_slope
 
 
 @triton.jit

@@ -143,9 +143,12 @@ def scaled(x, y):
 
 @triton.jit
 def multiply(x, y):
-    """The product of two pairs."""
-    high, low = times(x[0], y[0])
-    return _ordered(high, low + (x[0] * y[1] + x[1] * y[0]))
+    """The product of two numbers with as many parts."""
+    if len(x) == 1:
+        return (x[0] * y[0],)
+    else:
+        high, low = times(x[0], y[0])
+        return _ordered(high, low + (x[0] * y[1] + x[1] * y[0]))
 
 
 @triton.jit

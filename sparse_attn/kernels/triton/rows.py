@@ -332,7 +332,8 @@ def _backward_on_chip(
         mean_log, mean_y = sum_of_row(p * log_p), sum_of_row(y)
         with_log = sum_of_row(p * (log_p - along(mean_log, p)) * g)
         with_y = sum_of_row((y - p * along(mean_y, p)) * g)
-        da = alpha_gradient(with_log, with_y, mean_log, mean_y, by_total, a, log_largest, reference)
+        sums = ((with_log,), (with_y,), (mean_log,), (mean_y,))
+        da = alpha_gradient(*sums, by_total, a, log_largest, reference)
         tl.store(DA + row, da, mask=row < count)
 
 
@@ -415,5 +416,6 @@ def _backward_in_chunks(
         tl.store(DZ + row[:, None] * size + first + entry, dz.to(DZ.dtype.element_ty), mask=first + entry < size)
     if DA is not None:
         with_log, with_y = tl.sum(logs, 1), tl.sum(ys, 1)
-        da = alpha_gradient(with_log, with_y, mean_log, mean_y, by_total, a, log_largest, reference)
+        sums = ((with_log,), (with_y,), (mean_log,), (mean_y,))
+        da = alpha_gradient(*sums, by_total, a, log_largest, reference)
         tl.store(DA + row, da)

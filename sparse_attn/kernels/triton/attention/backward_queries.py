@@ -252,9 +252,9 @@ def _backward_rows(
             # Σ p is 1 but for rounding errors, which are common to the row and would not average out.
             by_p = tl.where(slope == 0.0, 1.0, 2.0 - single(sums[6]))
             mean = scaled(sums[3], by_p)
-            with_log = single(subtract(sums[4], multiply(sums[1], mean))) * by_p
-            with_y = single(subtract(sums[5], multiply(sums[2], mean))) * by_p
-            means = (single(sums[1]) * by_p, single(sums[2]) * by_p)
+            with_log = scaled(subtract(sums[4], multiply(sums[1], mean)), by_p)
+            with_y = scaled(subtract(sums[5], multiply(sums[2], mean)), by_p)
+            means = (scaled(sums[1], by_p), scaled(sums[2], by_p))
             da = alpha_gradient(with_log, with_y, *means, by_slope, each, log_factor, reference)
         else:
             slope = tl.where(sums[0] == 0.0, 1.0, sums[0])
