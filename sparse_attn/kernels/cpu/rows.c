@@ -5,7 +5,7 @@
 
 #include <stddef.h>
 
-enum { INTERFACE = 4, MAX_RANK = 64 };
+enum { INTERFACE = 5, MAX_RANK = 64 };
 
 #define DECLARE(variant)                                              \
     forward_row forward_float_##variant, forward_double_##variant;    \

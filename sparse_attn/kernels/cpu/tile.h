@@ -153,8 +153,8 @@ static rows rows_of(const tensor *x, int64_t b, int64_t head, int64_t first, int
 }
 
 /* The batch entry of a tensor that holds a sequence: all packed sequences are in the first entry. */
-static int64_t entry_of(const attention *c, const workspace *w) {
-    return c->query_starts ? 0 : w->of - w->task->sequences;
+static int64_t entry_of(const workspace *w) {
+    return w->task->data.query_starts ? 0 : w->of - w->task->sequences;
 }
 
 static void open_head(workspace *w, const sequence *of, int64_t head) {
@@ -164,7 +164,7 @@ static void open_head(workspace *w, const sequence *of, int64_t head) {
     if (w->batch == batch && w->kv_head == kv_head) return;
     w->batch = batch, w->kv_head = kv_head;
     w->packed_keys = NOTHING, w->have_value_panels = 0, w->finite = -1;
-    const int64_t b = entry_of(c, w);
+    const int64_t b = entry_of(w);
     w->few = !w->task->backward && of->queries <= FEW;
     if (w->few) return;
     w->keys = rows_of(&c->key, b, kv_head, of->key_start, of->keys, c->depth, w->key_buffer);
@@ -173,7 +173,7 @@ static void open_head(workspace *w, const sequence *of, int64_t head) {
 
 /* One key or value, read in place for few queries. */
 static const real *row_in_place(const workspace *w, const tensor *x, int64_t j, int64_t size, real *buffer) {
-    const vector from = entries_of(x, entry_of(&w->task->call, w), w->kv_head, w->of->key_start + j);
+    const vector from = entries_of(x, entry_of(w), w->kv_head, w->of->key_start + j);
     if (from.type == REAL_TYPE && from.stride == 1 && size % LANES == 0) return from.data;
     copy_row(from, size, in_vectors(size), 1, buffer);
     return buffer;
@@ -229,7 +229,7 @@ static void open_tile(workspace *w, int64_t tile) {
     narrow(c, w->first, &begin, &end);
     narrow(c, w->first + w->count - 1, &from, &to);
     w->begin = begin < from ? begin : from, w->end = end > to ? end : to;
-    const int64_t b = entry_of(c, w);
+    const int64_t b = entry_of(w);
     for (int64_t r = 0; r < w->count; r++) {
         const vector query = entries_of(&c->query, b, w->head, w->of->query_start + w->first + r);
         copy_row(query, c->depth, w->depth, (real)c->scale, w->queries + r * w->depth);
@@ -239,7 +239,7 @@ static void open_tile(workspace *w, int64_t tile) {
 /* The list of one row from its scores for the keys begin .. end. */
 static void solve_row(workspace *w, int64_t r, vector scores, int64_t begin, int64_t end) {
     const attention *c = &w->task->call;
-    const double a = a_of(c, w->head), lowest = -(double)REAL_MAX;
+    const double a = a_of(w->task, w->head), lowest = -(double)REAL_MAX;
     /* Beyond α = 2 float has too few digits, see rows.c. */
     support_row *solve = a > 1 ? EXPORTED_IN_DOUBLE(support) : EXPORTED(support);
     real *weights = w->weights + r * w->row;
@@ -291,7 +291,7 @@ static void solve_rows(workspace *w, int masked, const real *added) {
 /* True if rows can be solved side by side. */
 static int are_short(const workspace *w, int has_own_masks) {
     const attention *c = &w->task->call;
-    const double a = a_of(c, w->head);
+    const double a = a_of(w->task, w->head);
     const int64_t most = a == 1 || a == 0.5 ? SHORT : SHORT_WITH_EXP;
     const int all_keys = c->k == 0 || c->k >= w->of->keys;
     const int fits = w->end - w->begin <= most && 2 * w->count > LANES && !w->few;
@@ -357,7 +357,7 @@ static void solve_short_rows(workspace *w, const real *added) {
     pack_panels(w->queries, w->depth, w->count, w->depth, w->packed);
     packed_product(w->key_pack + start * w->depth, w->packed, w->depth, whole < left ? whole : left, 0, step,
                    w->scores, step);
-    const double a = a_of(c, w->head) < 1e-3 * REAL_EPS ? 0 : a_of(c, w->head);
+    const double a = a_of(w->task, w->head) < 1e-3 * REAL_EPS ? 0 : a_of(w->task, w->head);
     for (int64_t r = 0; r < w->count; r += LANES) {
         real *scores = w->scores + r - start * step; /* the score of key j is at j * step */
         if (added) hide_masked(w, added, scores, step);
@@ -424,8 +424,8 @@ static void expand(const workspace *w, const int32_t *places, const real *weight
 static void drop_out(const workspace *w, int64_t r, const int32_t *places, const real *weights, int64_t count,
                      real *out) {
     const attention *c = &w->task->call;
-    const int64_t before = c->query_starts ? w->of->query_start : w->batch * c->queries;
-    const uint64_t stream = stream_of(c->seed, (before + w->first + r) * c->heads + w->head);
+    const int64_t before = w->task->data.query_starts ? w->of->query_start : w->batch * c->queries;
+    const uint64_t stream = stream_of(w->task->data.seed, (before + w->first + r) * c->heads + w->head);
     for (int64_t n = 0; n < count; n++)
         out[n] = weights[n] * (real)multiplier(stream, places[n], c->dropout_p);
 }

@@ -51,7 +51,7 @@ def compare(attend, inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> li
 
 
 def plain_attention(*qkv: Tensor, setting: Setting, seed: Tensor | None = None) -> Tensor:
-    return native.plain_attention(native._Tensors(*qkv, None, None, seed, None, None), setting)
+    return native.plain_attention(native.Tensors(*qkv, None, None, seed, None, None), setting)
 
 
 def tensors(
@@ -209,7 +209,8 @@ def test_dropout_agrees_with_the_plain_path_and_the_backward():
     inputs = [x.requires_grad_() for x in tensors(torch.float64, 31, 300)]
     seed, setting = torch.tensor(12345), Setting(0.5, 0.3, 0.4, None)
     plain = run(lambda *qkv: plain_attention(*qkv, seed=seed, setting=setting), inputs)
-    ours = run(lambda *qkv: native._Attention.apply(*qkv, None, None, seed, None, None, setting), inputs)
+    plan = attention.plan_of(native.Tensors(*inputs), setting)
+    ours = run(lambda *qkv: native.planned_attention(*qkv, None, None, seed, None, None, plan), inputs)
     for x, y in zip(ours, plain, strict=True):
         torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-10)
     query, key, _ = inputs
