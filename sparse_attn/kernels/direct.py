@@ -51,7 +51,7 @@ def attend_directly(
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch.is_autocast_enabled("cpu")
-        or not dispatch.by_c(query.device)
+        or not dispatch.c_computes("cpu")
     ):
         return None
     plan = _plan(

@@ -101,8 +101,14 @@ def entmax_attention(
     """
     # A number needs no check here, and a call on a short sequence is noticeably faster without.
     mapping = ScoreMapping(alpha) if type(alpha) is float else entmax_mapping(alpha, max(_heads(query), _heads(key)))
-    options: Options = {"scale": scale, "enable_gqa": enable_gqa, "softcap": softcap, "sinks": sinks}
-    return attend(query, key, value, mapping, attn_mask, dropout_p, is_causal, **options, need_weights=False)[0]
+    return attend(
+        *(query, key, value, mapping, attn_mask, dropout_p, is_causal),
+        scale=scale,
+        enable_gqa=enable_gqa,
+        softcap=softcap,
+        sinks=sinks,
+        need_weights=False,
+    )[0]
 
 
 def topk_attention(
@@ -153,8 +159,14 @@ def topk_attention(
         Zhao et al. 2019, "Explicit Sparse Transformer".
     """
     mapping = topk_mapping(k, normalizer_alpha(normalizer))
-    options: Options = {"scale": scale, "enable_gqa": enable_gqa, "softcap": softcap, "sinks": sinks}
-    return attend(query, key, value, mapping, attn_mask, dropout_p, is_causal, **options, need_weights=False)[0]
+    return attend(
+        *(query, key, value, mapping, attn_mask, dropout_p, is_causal),
+        scale=scale,
+        enable_gqa=enable_gqa,
+        softcap=softcap,
+        sinks=sinks,
+        need_weights=False,
+    )[0]
 
 
 def entmax_mapping(alpha: float | Tensor, heads: int, k: int | None = None) -> ScoreMapping:

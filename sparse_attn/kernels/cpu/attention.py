@@ -18,7 +18,6 @@ from sparse_attn.kernels.setting import Setting, Tensors
 
 _ELEMENTS = {**rows.ELEMENTS, torch.bool: 4}
 _FAR = 2**40  # larger than any number of keys
-_KEPT_PER_ROW = 64  # kept weights per query, on average over a tile
 
 # The structs of attention.h: `attention` without the tensors of the backward, these tensors, and `attention_data`.
 _CALL = struct.Struct("=13q3d2q" + 5 * "6q")
@@ -81,7 +80,7 @@ def make_plan(
     a, scale, dropout_p, right, k, left = setting
     forward = _CALL.pack(
         *(batch if sequences is None else sequences, heads, kv_heads, queries, keys, depth, width),
-        *(tile_rows(queries, keys), min(keys, _KEPT_PER_ROW), places, k or 0),
+        *(tile_rows(queries, keys), _kept_per_query(keys), places, k or 0),
         *(_FAR if left is None else left, _FAR if right is None else right),
         *(scale, dropout_p, a),
         *((0, 0) if alpha is None else (_ELEMENTS[alpha.dtype], alpha.strides[0])),
@@ -97,6 +96,11 @@ def make_plan(
 def tile_rows(queries: int, keys: int) -> int:
     """How many queries are computed together, so that their scores stay in the second-level cache."""
     return _least(12 * _most(1, _least(4, 8192 // keys)), queries)
+
+
+def _kept_per_query(keys: int) -> int:
+    """How many weights are kept per query, on average over a tile: all of up to 128 keys, or 64 of more keys."""
+    return _least(keys, _most(64, 128 * (128 // keys)))
 
 
 def _least(x: int, y: int) -> int:
@@ -116,7 +120,7 @@ def _room(query_shape: tuple[int, ...], keys: int, sequences: int | None) -> tup
     # Each packed sequence may end with a tile that is not full.
     tiles = batch * -(-queries // size) if sequences is None else queries // size + sequences
     places = heads * tiles * size
-    return places, places * _least(keys, _KEPT_PER_ROW)
+    return places, places * _kept_per_query(keys)
 
 
 def _words(dtype: torch.dtype, places: int, weights: int) -> int:
@@ -124,7 +128,7 @@ def _words(dtype: torch.dtype, places: int, weights: int) -> int:
 
 
 def room_for_kept(tensors: Tensors) -> Tensor:
-    """Memory for the non-zero weights kept for the backward: at most 64 per query on average.
+    """Memory for the non-zero weights kept for the backward, see :func:`_kept_per_query`.
 
     The weights are stored consecutively by tiles of queries, followed by the number and the position of each query's
     weights.

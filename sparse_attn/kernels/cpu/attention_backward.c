@@ -66,8 +66,7 @@ static double by_matrices(workspace *w) {
     double grad_a = 0;
     if (!w->have_value_panels) pack_panels(w->values.data, w->values.row, w->of->keys, w->width, w->value_panels);
     w->have_value_panels = 1;
-    pack_rows(w->grads, w->width, w->count, w->width, 1, w->packed_grads);
-    packed_product(w->packed_grads, w->value_panels, w->width, w->count, start, w->end, w->second, w->row);
+    panel_product(w->grads, w->width, w->value_panels, w->width, w->count, start, w->end, w->second, w->row);
     for (int64_t r = 0; r < w->count; r++) {
         const int32_t *places = w->list_places[r];
         const int64_t count = w->sizes[r];

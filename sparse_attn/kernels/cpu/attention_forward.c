@@ -25,12 +25,12 @@ static void keep(const workspace *w, int64_t tile) {
     }
 }
 
-/* The output of one query from values that are read in place; the buffer of packed keys is free. */
+/* The output of one query from values that are read in place; the memory for panels of keys is free. */
 static void gather_in_place(const workspace *w, int64_t r, real *out) {
     const attention *c = &w->task->call;
     memset(out, 0, (size_t)w->width * sizeof *out);
     for (int64_t n = 0; n < w->sizes[r]; n++) {
-        const real *value = row_in_place(w, &c->value, w->list_places[r][n], c->width, w->key_pack);
+        const real *value = row_in_place(w, &c->value, w->list_places[r][n], c->width, w->key_panels);
         const lanes weight = splat(w->list_weights[r][n]);
         for (int64_t d = 0; d < w->width; d += LANES) store(out + d, load(out + d) + weight * load(value + d));
     }

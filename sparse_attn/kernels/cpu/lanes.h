@@ -162,4 +162,35 @@ INLINE real maximum_of(lanes x) {
 }
 #endif
 
+#if defined(__AVX512F__) && !defined(REAL_DOUBLE)
+#define HAS_TRANSPOSE
+/* Replaces x[i][j] by x[j][i]. */
+INLINE void transpose(lanes x[LANES]) {
+    lanes y[LANES];
+    for (int i = 0; i < LANES; i += 4) { /* in each quarter of the vectors: 4 x 4 */
+        const __m512 low = _mm512_unpacklo_ps(x[i], x[i + 1]), high = _mm512_unpackhi_ps(x[i], x[i + 1]);
+        const __m512 low2 = _mm512_unpacklo_ps(x[i + 2], x[i + 3]), high2 = _mm512_unpackhi_ps(x[i + 2], x[i + 3]);
+        y[i] = _mm512_shuffle_ps(low, low2, 0x44), y[i + 1] = _mm512_shuffle_ps(low, low2, 0xee);
+        y[i + 2] = _mm512_shuffle_ps(high, high2, 0x44), y[i + 3] = _mm512_shuffle_ps(high, high2, 0xee);
+    }
+    for (int j = 0; j < 4; j++) { /* of the quarters: 4 x 4 */
+        const __m512 even = _mm512_shuffle_f32x4(y[j], y[j + 4], 0x88), odd = _mm512_shuffle_f32x4(y[j], y[j + 4], 0xdd);
+        const __m512 even2 = _mm512_shuffle_f32x4(y[j + 8], y[j + 12], 0x88);
+        const __m512 odd2 = _mm512_shuffle_f32x4(y[j + 8], y[j + 12], 0xdd);
+        x[j] = _mm512_shuffle_f32x4(even, even2, 0x88), x[j + 8] = _mm512_shuffle_f32x4(even, even2, 0xdd);
+        x[j + 4] = _mm512_shuffle_f32x4(odd, odd2, 0x88), x[j + 12] = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+    }
+}
+
+#endif
+
+/* x / y with few digits, for numbers that only direct a search. */
+INLINE lanes rough_ratio(lanes x, lanes y) {
+#if defined(__AVX512F__)
+    return x * OP(rcp14)(y);
+#else
+    return x / y;
+#endif
+}
+
 #endif

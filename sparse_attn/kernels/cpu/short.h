@@ -53,7 +53,7 @@ INLINE lane_sums evaluate_lanes(const short_rows *x, const family of, real a, la
                 const lanes t = rise * at_least(nowhere, z - top);
                 w = select_below(t, half, not_negative(rise * ((z - high) - low)), t + (real)1);
                 u = power_of_sum(w, t, power);
-                curve += u / at_least(smallest, w);
+                curve += rough_ratio(u, at_least(smallest, w));
             }
             y = w * u;
         }
@@ -115,6 +115,36 @@ INLINE lanes solve_lanes_family(const short_rows *x, const family of, real a, la
     }
     if (of == GENTLE) at.total /= exp_lanes(log1p_lanes(-a * sigma) / a);
     return select_below(zero, at.total, one / at.total, zero);
+}
+
+enum { SHORT_CUTS = 24 };
+
+/* For each of the first `rows` rows, a number above which lie its k largest scores and no others, found by bisection;
+ * -inf if at most k scores are above -inf. A row with equal scores at the k-th place has no such number: `open` is 1
+ * there, else 0. */
+static lanes cut_lanes(const short_rows *x, int64_t k, lanes top, int64_t rows, lanes *open) {
+    const lanes zero = splat(0), one = splat(1), nothing = splat(-INFINITY), wanted = splat((real)k);
+    lanes low = top, seen = zero, high = top;
+    for (int64_t j = 0; j < x->size; j++) {
+        const lanes z = load(x->scores + j * x->step);
+        seen += select_below(nothing, z, one, zero);
+        low = at_most(low, select_below(nothing, z, z, top));
+    }
+    lanes cut = nothing;
+    *open = select_below(wanted, seen, one, zero);
+    for (int64_t lane = rows; lane < LANES; lane++) (*open)[lane] = 0;
+    for (int step = 0; step < SHORT_CUTS && any_beyond(*open, splat((real)0.5)); step++) {
+        const lanes middle = low * (real)0.5 + high * (real)0.5;
+        lanes count = zero;
+        for (int64_t j = 0; j < x->size; j++)
+            count += select_below(middle, load(x->scores + j * x->step), one, zero);
+        const lanes found = select_equal(count, wanted, *open, zero);
+        cut = select_equal(found, one, middle, cut);
+        *open -= found;
+        low = select_below(count, wanted, low, middle);
+        high = select_below(count, wanted, middle, high);
+    }
+    return cut;
 }
 
 /* 1 <= α <= 2. */

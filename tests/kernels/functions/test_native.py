@@ -199,10 +199,16 @@ def test_a_query_without_visible_keys_gets_zeros_and_a_nan_query_gets_nan(keys):
     assert entmax_attention(spoilt, spoilt_key, value)[0, 1, 5].isnan().all()  # a score of +inf
 
 
-def test_ties_go_to_the_first_keys():
-    query, key = torch.zeros(1, 1, 19, 5), torch.randn(1, 1, 300, 5)
-    value = torch.eye(300)[None, None]
+@pytest.mark.parametrize("keys", [29, 300])
+def test_ties_go_to_the_first_keys(keys):
+    query, key = torch.zeros(1, 1, 19, 5), torch.randn(1, 1, keys, 5)
+    value = torch.eye(keys)[None, None]
     assert (topk_attention(query, key, value, 7)[..., :7] == 1 / 7).all()
+    query = torch.randint(-1, 2, (1, 1, 19, 1)).float()  # ties in some rows, and at several places
+    key = torch.randint(-9, 10, (1, 1, keys, 1)).float()
+    with use_backend("torch"):
+        wanted = topk_attention(query, key, value, 7)
+    torch.testing.assert_close(topk_attention(query, key, value, 7), wanted)
 
 
 def test_dropout_agrees_with_the_plain_path_and_the_backward():
