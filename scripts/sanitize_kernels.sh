@@ -57,7 +57,7 @@ static void exercise(int variant, int threads, int type, int64_t count, int64_t 
     void *p = malloc(BYTES[type] * count * size), *out = malloc(BYTES[type] * count * size);
     double *a = malloc(sizeof *a * count), *grad_a = malloc(sizeof *grad_a * count);
     const double alphas[] = {1, 1.5, 2, 1.3, 1.75, 1.0001, 0.6, 2.5, 4, 1 + 1e-13};
-    for (int64_t i = 0; i < count; i++) a[i] = alphas[i % 10] - 1;
+    for (int64_t i = 0; i < count; i++) a[i] = alphas[(i / 4 + size) % 10] - 1; /* four of each: side by side */
     for (int64_t i = 0; i < count * size * step; i++) {
         put(scores, type, i, any_score(i));
         put(grad, type, i, 4.0 * rand() / RAND_MAX - 2);

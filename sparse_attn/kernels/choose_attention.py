@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sparse_attn.checks import check_alpha, check_starts, compute_dtype
+from sparse_attn.checks import check_alpha, check_number_or_tensor, check_starts, compute_dtype
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.alpha import split_alpha
 from sparse_attn.kernels.functions.blockwise import blockwise_attention
@@ -173,6 +173,7 @@ def _in_heads(call: Call) -> _Heads:
         mask = _four_dimensions(mask, shape)
     alpha = call.alpha
     if isinstance(alpha, Tensor):
+        check_number_or_tensor(alpha, "alpha")
         alpha = alpha.to(query.device).expand(heads)
     else:
         check_alpha(alpha)

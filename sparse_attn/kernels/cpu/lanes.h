@@ -184,6 +184,20 @@ INLINE void transpose(lanes x[LANES]) {
 
 #endif
 
+/* The sum of each of LANES vectors. */
+INLINE lanes sums_across(lanes x[LANES]) {
+#ifdef HAS_TRANSPOSE
+    transpose(x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+#else
+    lanes sums = splat(0);
+    for (int i = 0; i < LANES; i++) sums[i] = sum_of(x[i]);
+    return sums;
+#endif
+}
+
 /* x / y with few digits, for numbers that only direct a search. */
 INLINE lanes rough_ratio(lanes x, lanes y) {
 #if defined(__AVX512F__)
@@ -191,6 +205,43 @@ INLINE lanes rough_ratio(lanes x, lanes y) {
 #else
     return x / y;
 #endif
+}
+
+/* Entry j of LANES rows as the vector out[j * step], for `size` entries of each row. */
+INLINE void gather_lanes(const real *const *x, int64_t size, int64_t step, real *out) {
+    int64_t j = 0;
+#ifdef HAS_TRANSPOSE
+    for (; j + LANES <= size; j += LANES) {
+        lanes block[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) block[i] = load(x[i] + j);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) store(out + (j + i) * step, block[i]);
+    }
+#endif
+    for (; j < size; j++)
+        for (int i = 0; i < LANES; i++) out[j * step + i] = x[i][j];
+}
+
+/* The inverse, for the first `rows` rows, times `scale`. */
+INLINE void scatter_lanes(const real *x, int64_t size, lanes scale, int64_t rows, real *const *out) {
+    int64_t j = 0;
+#ifdef HAS_TRANSPOSE
+    for (; j + LANES <= size; j += LANES) {
+        lanes block[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) block[i] = load(x + (j + i) * LANES) * scale;
+        transpose(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (i < rows) store(out[i] + j, block[i]);
+    }
+#endif
+    for (; j < size; j++) {
+        const lanes y = load(x + j * LANES) * scale;
+        for (int i = 0; i < rows; i++) out[i][j] = y[i];
+    }
 }
 
 #endif

@@ -398,7 +398,8 @@ static void solve_short_rows(workspace *w, const real *added) {
                     store(scores + j * step, select_below(cut, x, x, splat(-INFINITY)));
                 }
             }
-            lanes scale = solve_lanes(&rows, (real)a, top);
+            const lanes sigma = needs_power(a) ? start_lanes(&rows, (real)a, top, START_SWEEPS) : splat(0);
+            lanes scale = solve_lanes(&rows, (real)a, top, sigma);
             for (int64_t lane = w->count - r; lane < LANES; lane++) scale[lane] = 0; /* lanes without a query */
             list_lanes(w, r, scale);
         }
