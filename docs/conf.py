@@ -44,7 +44,7 @@ myst_heading_anchors = 4
 default_role = "literal"
 
 os.environ["MATPLOTLIBRC"] = str(HERE / "tutorials" / "matplotlibrc")
-os.environ["PYTHONPATH"] = str(HERE / "tutorials")  # of notebook_setup
+os.environ["PYTHONPATH"] = str(HERE / "tutorials")  # the tutorials import notebook_setup
 os.environ["OMP_WAIT_POLICY"] = "passive"  # waiting threads do not occupy cores
 
 # A build runs the tutorials. Results are cached by their code, so that a second build is fast.
@@ -52,7 +52,7 @@ nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE / "_build" / "notebooks")
 nb_execution_show_tb = True  # an error is a warning with the name of the page, which ends the build
 nb_execution_timeout = 300
-nb_execution_in_temp = True  # what a tutorial writes goes with it
+nb_execution_in_temp = True  # files that a tutorial writes are removed with this folder
 nb_merge_streams = True
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # the default loads scripts from the network
 

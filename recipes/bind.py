@@ -31,8 +31,7 @@ def check_arguments(
         reserved: Arguments that the section must not contain.
 
     Raises:
-        ValueError: If ``function`` has no argument of a name, or a number is infinite, NaN or
-            too large for 64 bits.
+        ValueError: If a key is not an argument of ``function``, or a number is infinite, NaN or too large for 64 bits.
         TypeError: If a value does not have the annotated type.
 
     Example:

@@ -39,7 +39,10 @@ def calibrate(cfg: DictConfig) -> dict[str, list[float]]:
     """
     for name in ("hf_model", "text"):
         if cfg[name] is None:
-            meaning = {"hf_model": "model=DIR, the folder of a Hugging Face model", "text": "text=FILE, what it reads"}
+            meaning = {
+                "hf_model": "model=DIR, the folder of a Hugging Face model",
+                "text": "text=FILE, the text that the model reads",
+            }
             raise ValueError(f"{name.removeprefix('hf_')} has no value; give it as {meaning[name]}")
     for name in ("tokens", "batch_size", "batches"):
         if type(cfg[name]) is not int or cfg[name] < (2 if name == "tokens" else 1):
@@ -73,7 +76,7 @@ def _read(file: str) -> str:
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise FileNotFoundError(f"no text file {file!r}; text=FILE is a file with what the model reads") from None
+        raise FileNotFoundError(f"no text file {file!r}; give an existing file as text=FILE") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"text must be a file in UTF-8, got {file!r}: {error}") from None
     if not text.strip():

@@ -88,7 +88,7 @@ def _start(command: str, *rest: str) -> None:
         from .arguments import sweep_arguments
         from .launch import run_hydra
 
-        # The command's module loads torch, for which neither its help nor a mistyped key should wait.
+        # The command's module loads torch. Help texts and errors about mistyped keys should not wait for that.
         def task(cfg: Any) -> Any:
             return getattr(importlib.import_module(f".{command}", __package__), command)(cfg)
 

@@ -101,7 +101,7 @@ def compare(cfg: DictConfig) -> list[Setting]:
 
 
 def find_runs(folders: Sequence[str]) -> tuple[list[FinishedRun], int]:
-    """The finished runs under some folders, and how many others there are.
+    """The finished runs under some folders, and the number of unfinished ones.
 
     Raises:
         FileNotFoundError: If a folder is missing, or no finished run is found.

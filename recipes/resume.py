@@ -32,7 +32,7 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     runs = [argument.partition("=")[2] for argument in arguments if argument.startswith("resume=")]
     if not runs or runs[-1] in ("", "null"):
         return list(arguments), None
-    # Imported here because this module loads torch, for which a new run need not wait at this point.
+    # Imported here, since this module loads torch: a new run should not wait for that before its arguments are checked.
     from .run import CONFIG, check_config, checkpoint_file, read_checkpoint, run_folder
 
     others = [argument for argument in arguments if not argument.startswith("resume=")]

@@ -361,7 +361,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rounds", type=int, nargs="?", default=15)
     parser.add_argument("--write", action="store_true", help="keep the tables in benchmarks/cpu.md")
-    parser.add_argument("--threads", type=int, default=1, help="with more than one, wall-clock time counts")
+    parser.add_argument("--threads", type=int, default=1, help="with more than one, wall-clock times are compared")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=[], help="sections to measure")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -3,8 +3,7 @@
     python scripts/benchmark_viewer.py
 
 The times need chromium, chromedriver and selenium; without them only sizes are printed. Weights are α-entmax of random
-scores, whose standard deviation determines the density. `--pictures RUN` writes screenshots of the page of a run for
-docs/.
+scores, whose standard deviation determines the density.
 """
 
 from __future__ import annotations
@@ -96,36 +95,12 @@ def measure(view: AttentionView, driver: Any, folder: Path) -> str:
     return f"{size} | {opened:.2f} | {driver.execute_async_script(SCROLLED):.0f}"
 
 
-def pictures(run: Path, driver: Any, folder: Path) -> None:
-    """Screenshots of the page of a run: all heads, one head, α, and one head at 360 pixels in the dark theme."""
-    page = (run / "report" / "report.html").resolve().as_uri()
-    shots = (
-        ("viewer_heads", "#example=1", 1180, 760, "light"),
-        ("viewer_head", "#layer=5&head=2&example=1&pins=3,6", 1180, 900, "light"),
-        ("viewer_alpha", "#view=alpha", 1180, 900, "light"),
-        ("viewer_narrow", "#layer=5&head=2&example=1&pins=3", 360, 1180, "dark"),
-    )
-    for name, address, width, height, theme in shots:
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        feature = {"name": "prefers-color-scheme", "value": theme}
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-        driver.get("about:blank")
-        driver.get(page + address)
-        time.sleep(1)
-        driver.save_screenshot(str(folder / f"{name}.png"))
-
-
 def main() -> None:
-    """Print a table, or write pictures."""
+    """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path, metavar="RUN", help="a run folder that inspect has been called for")
-    arguments = parser.parse_args()
+    parser.parse_args()
     driver = browser()
     try:
-        if arguments.pictures is not None:
-            pictures(arguments.pictures, driver, Path(__file__).resolve().parent.parent / "docs")
-            return
         print("| layers × heads × tokens | α | density | MB | s to make | s to open | ms, longest frame |")
         print("|---|---|---|---|---|---|---|")
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""How far sentence embeddings move as attention gets sparser: a table of docs/howto/calibrate.md.
+"""Measure how much sentence embeddings change when attention gets sparser: a table of docs/howto/calibrate.md.
 
     python scripts/calibrate_embeddings.py DIR
 

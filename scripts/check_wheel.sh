@@ -24,7 +24,7 @@ if needed - names or stray:
 print(f"{len(names)} files, the configs among them")
 PYTHON
 
-step "build where the C compiler fails: a wheel all the same, in plain torch"
+step "build with a C compiler that fails: the wheel is in pure Python"
 CC=false "$python" -m build --wheel --outdir "$work/pure" . >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
 ls "$work"/pure/*-py3-none-any.whl
 grep --max-count 1 "the C kernels were not compiled" "$work/build.log"

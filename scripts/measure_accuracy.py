@@ -2,7 +2,8 @@
 
 OMP_WAIT_POLICY=passive python scripts/measure_accuracy.py [--write]
 
-Prints the page; ``--write`` also writes ``benchmarks/accuracy.md``. Half a minute; the same numbers every time.
+Prints the page; ``--write`` also writes ``benchmarks/accuracy.md``. Takes half a minute, and always gives the same
+numbers.
 """
 
 from __future__ import annotations

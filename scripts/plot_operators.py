@@ -4,7 +4,7 @@ python scripts/plot_operators.py [FOLDER]
 
 The same in dark colours goes to the same folder, as NAME_dark.png.
 
-Left: a score t beside two scores 0, and the probability it gets. Right: what the mapping makes of eight scores.
+Left: the probability of a score t beside two scores 0. Right: the probabilities of eight scores.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
 
 
 def draw(folder: Path, suffix: str, first: float = 0.0) -> None:
-    """Draw and save every picture; ``first`` is the place of the first curve on the colour map, which begins dark."""
+    """Draw and save every picture; ``first`` is the place of the first curve on the colour map, whose start is dark."""
     for name, mappings in PICTURES.items():
         figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.6))
         rising = torch.linspace(-3, 3, 601)

@@ -7,7 +7,7 @@ is downloaded. The tests draw random data without a seed, some of them on import
 private functions that the tests import have the same names in ``sparse_attn/compat/entmax/activations.py``.
 
 ``test_budget_grad_multiple_k`` is flaky upstream: it calls normmax with four α drawn from (0, 6), and below 1 the
-package returns noise. The default seed draws all four above 1, so that it passes there as it does here.
+package returns noise. The default seed draws all four above 1, so that the test passes with both packages.
 ``test_entmax_grad`` at α = 2.25 fails with some seeds, for both packages: the slope at the edge of the support is
 infinite, and a finite difference across this point does not approximate a derivative.
 """

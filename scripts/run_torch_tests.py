@@ -84,11 +84,11 @@ def compare_samples() -> bool:
 
     agree = True
     for info in op_db:
-        if info.name not in FUNCTIONS or info.variant_test_name:
+        if info.name not in FUNCTIONS:
             continue
         samples = list(info.sample_inputs("cpu", torch.float64, requires_grad=False))
         kinds = Counter(difference(*FUNCTIONS[info.name], sample) for sample in samples)
-        print(f"{info.name}: {kinds.pop(None, 0)} of {len(samples)} samples agree")
+        print(f"{info.full_name}: {kinds.pop(None, 0)} of {len(samples)} samples agree")
         for kind, count in kinds.most_common():
             print(f"    {count:3}  {kind}")
         agree &= not kinds.keys() - {_DROPOUT}

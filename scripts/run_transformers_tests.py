@@ -5,7 +5,7 @@
 
 CHECKOUT is a checkout of transformers at the tag of the installed version: neither its wheel nor its source
 distribution contains the tests of the models (`tests/models`), so this script cannot fetch them. Without CHECKOUT it
-prints the tag. The tests need the extra hf, and parameterized and Pillow.
+prints the tag. The tests need the extra hf, and datasets, parameterized and Pillow.
 
 Every model whose class supports `scaled_dot_product_attention` gets the implementation, whatever its test asks for;
 in tests with "eager" in their name, which compare with it, "eager" stays. Tests that ask whether the name is literally
@@ -77,7 +77,17 @@ def outcomes(checkout: Path, family: str, name: str, options: list[str]) -> dict
         paths = [str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {_NAME: name, _RESULTS: str(file), "PYTHONPATH": os.pathsep.join(paths)}
         test = f"tests/models/{family}/test_modeling_{family}.py"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", Path(__file__).stem, "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            Path(__file__).stem,
+            "-p",
+            "no:cacheprovider",
+            "--disable-warnings",
+        ]
         done = subprocess.run(
             [*command, "--rootdir=.", "-c", os.devnull, test, *options],
             cwd=checkout,

@@ -32,7 +32,7 @@ static void check(int holds, const char *what) {
     exit(1);
 }
 
-/* Any number there is: the kernels must stay inside their memory, NaN and infinities included. */
+/* Stores any value, NaN and infinities included: the kernels must stay inside their buffers. */
 static void put(void *to, int type, int64_t i, double x) {
     float single = (float)x;
     uint32_t bits;
@@ -69,7 +69,7 @@ static void exercise(int variant, int threads, int type, int64_t count, int64_t 
         check(!rows_backward(variant, threads, 2, backward, type, p, grad, a, out, NULL), "backward");
         check(!rows_backward(variant, threads, 2, backward, type, p, grad, a, out, grad_a), "backward with alpha");
     }
-    /* Not what the forward makes, but an operator may be handed it. */
+    /* The forward never returns such p, but a caller may pass any tensor. */
     check(!rows_backward(variant, threads, 2, layout, type, scores, grad, a, out, grad_a), "backward of anything");
     free(scores), free(grad), free(p), free(out), free(a), free(grad_a);
 }
@@ -120,7 +120,7 @@ static void attend(int variant, int threads, int type, int64_t queries, int64_t 
     free(d.kept);
 }
 
-/* With an argument: only what runs in several threads. */
+/* With an argument, only the cases with several threads run. */
 int main(int arguments, char **unused) {
     (void)unused;
     const int64_t sizes[] = {1, 2, 7, 15, 16, 17, 31, 33, 127, 128, 129, 255, 256, 257, 1021, 1030, 4099, 4400};

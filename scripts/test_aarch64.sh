@@ -34,5 +34,15 @@ trap 'rm -rf "$tree"' EXIT
 cp -r sparse_attn tests pyproject.toml README.md "$tree"
 cd "$tree"
 CC=aarch64-linux-gnu-gcc "$python" sparse_attn/kernels/cpu/build.py
-qemu-aarch64 -L "$root" -E PYTHONPATH="$root/site" -E OMP_NUM_THREADS=1 "$root/usr/bin/python3.11" \
-    -m pytest -p no:cacheprovider "${@:-tests/kernels/cpu}"
+# Tests that start an interpreter start the emulator too.
+emulated=$tree/emulated
+mkdir "$emulated"
+cat >"$emulated/python" <<SCRIPT
+#!/bin/sh
+exec qemu-aarch64 -L "$root" -E PYTHONPATH="$emulated:$root/site" -E OMP_NUM_THREADS=1 "$root/usr/bin/python3.11" "\$@"
+SCRIPT
+chmod +x "$emulated/python"
+echo "import sys; sys.executable = '$emulated/python'" >"$emulated/sitecustomize.py"
+
+[ $# -gt 0 ] || set -- tests/kernels/cpu tests/kernels/functions/test_native.py
+"$emulated/python" -m pytest -p no:cacheprovider "$@"

@@ -50,7 +50,7 @@ def check_number_or_tensor(value: float | Tensor, name: str) -> None:
 def check_interval(value: float | Tensor, name: str, *, above: float, below: float, closed: bool = False) -> None:
     """Raise unless ``above < value < below``, or ``above < value <= below`` when the interval is closed."""
     if isinstance(value, Tensor):
-        if not value.numel():
+        if value.numel() == 0:
             return
         least, most = (bound.item() for bound in value.detach().aminmax())
         if least > above and (most <= below if closed else most < below):  # false for NaN

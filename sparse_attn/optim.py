@@ -125,9 +125,9 @@ def set_alpha(
 ) -> None:
     """Set every α, learnt or fixed, in place.
 
-    ``torch.compile`` does not recompile after a change of α, with one exception: the first call turns a fixed α that is
-    a number into a buffer, which is in the state dict from then on. So call this function once before the model is
-    compiled or copied (for an average of weights, for example).
+    ``torch.compile`` does not recompile after a change of α, with one exception: the first call of this function turns
+    a fixed α that is a number into a buffer, and the state dict then contains this buffer. So call this function once
+    before the model is compiled or copied (for an average of weights, for example).
 
     Args:
         model: The model.
@@ -332,7 +332,7 @@ def _learnt(
 ) -> list[tuple[WideAlpha, nn.Parameter]]:
     """The modules whose α is a parameter, frozen or not, each with that parameter."""
     modules = _chosen(model, filter_fn).values()
-    # A lookup in `_parameters`, no check of the type: torch.func.functional_call puts plain tensors there.
+    # `_parameters` decides, not the type: torch.func.functional_call replaces parameters by plain tensors.
     places = [(module, module._parameters.get("raw_alpha")) for module in modules]
     found = [(module, raw_alpha) for module, raw_alpha in places if raw_alpha is not None]
     if strict and not found:

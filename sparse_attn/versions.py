@@ -44,7 +44,7 @@ def triton_version() -> str | None:
 
 
 def triton_problem() -> str | None:
-    """Why Triton cannot be used, if it cannot."""
+    """The reason why Triton cannot be used; None if it can."""
     found = triton_version()
     if found is None:
         return "Triton is not installed"
@@ -90,10 +90,10 @@ def fx_traces() -> bool:
 
 
 def loops_export() -> bool:
-    """Whether a ``while_loop`` can be exported in every way, also to ONNX; if not, an export contains single steps.
+    """Whether every exporter can write a ``while_loop``, also to ONNX; if not, an export contains single steps.
 
     Torch 2.6 exports a loop only in strict mode; before 2.9, ONNX has no loop; before 2.13, a loop loses the
-    information which sizes are 1.
+    information about which sizes are 1.
     """
     return TORCH >= (2, 13)
 
@@ -104,7 +104,7 @@ def autocast_enabled(device: torch.device) -> bool:
 
 
 def _autocast_available(device_type: str) -> bool:
-    """Torch's function, which Dynamo before torch 2.13 cannot trace; it calls this one, because of the mark below."""
+    """Torch's function. Dynamo before torch 2.13 cannot trace torch's own, but calls this one, marked below."""
     return torch.amp.is_autocast_available(device_type)
 
 

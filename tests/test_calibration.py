@@ -84,7 +84,7 @@ def test_the_sparsest_with_a_bounded_loss():
     assert means == sorted(means, reverse=True) and means[0] > 2 * means[2]
     for result, bound in zip(results, (0.0, 0.02, 0.1, 1e9), strict=True):
         assert result.loss_after <= bound + 1e-10
-    # The next lower density that the search would try is too lossy.
+    # With the next lower density that the search would try, the loss is too large.
     sparser = calibrate(encoder(), BATCHES, density=0.8 * means[2], loss=loss, progress=False)
     assert sparser.loss_after > 0.1
 

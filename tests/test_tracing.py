@@ -10,6 +10,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+from backends import each_backend
 from functorch.compile import aot_module, nop
 from torch import Tensor, nn
 from torch.func import functionalize, linearize, vmap
@@ -140,7 +141,7 @@ def test_a_graph_computes_the_same_values_for_other_input(case: str, way: str) -
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["torch", "compiled", "triton"])
+@each_backend("torch", "compiled", "triton")
 @pytest.mark.parametrize("way", ["jit", "onnx", "make_fx", "make_fx, pre-dispatch", "functionalize"])
 def test_with_a_forced_backend_a_graph_is_complete(backend: str, way: str) -> None:
     def several(x: Tensor, q: Tensor) -> Tensor:

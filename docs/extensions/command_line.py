@@ -1,7 +1,7 @@
 """The pages on commands and configuration keys, made from the YAML files and from docstrings.
 
 The meaning of a key is the comment after its value, and the description of the argument to which the value is passed.
-A key without both is an error of the build.
+A key that has neither is an error of the build.
 """
 
 from __future__ import annotations

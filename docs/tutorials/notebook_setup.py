@@ -10,17 +10,17 @@ from IPython import get_ipython
 
 shell = get_ipython()
 shell.run_line_magic("config", 'InlineBackend.figure_formats = ["svg"]')
-warnings.filterwarnings("ignore", "IProgress not found")  # of tqdm, which would like to draw a widget
+warnings.filterwarnings("ignore", "IProgress not found")  # tqdm warns that it cannot draw a widget
 logging.getLogger("transformers").setLevel(logging.ERROR)
 os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
 os.environ["COLUMNS"] = "90"
 os.environ["HF_HUB_OFFLINE"] = "1"
-for name in ("FORCE_COLOR", "CLICOLOR_FORCE"):  # set by the kernel, but a page has no colours of a terminal
+for name in ("FORCE_COLOR", "CLICOLOR_FORCE"):  # the kernel sets them; a page cannot show terminal colours
     os.environ.pop(name, None)
 
 
 def bash(line: str, cell: str) -> None:
-    """The magic ``%%bash`` with its output in one piece; IPython's own prints it in pieces of 100 characters.
+    """The magic ``%%bash``. The output is printed at once; IPython's own magic prints it in pieces of 100 characters.
 
     Raises:
         RuntimeError: A command failed.

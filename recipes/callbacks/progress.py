@@ -48,7 +48,7 @@ class EpochBar(RichProgressBar):
         super().__init__(theme=RichProgressBarTheme(metrics_format=".2f"))
 
     def configure_columns(self, trainer: L.Trainer) -> list[Any]:
-        """Epoch, bar, batches and time; the speed is left out, which the remaining time says as well."""
+        """Epoch, bar, batches and time; the speed is left out, since the remaining time follows from it."""
         columns = super().configure_columns(trainer)[:-1]
         for column in columns:
             if isinstance(column, BarColumn):

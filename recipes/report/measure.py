@@ -106,7 +106,7 @@ def observe_layers(model: nn.Module, source: Tensor, target: Tensor, take: Calla
         model: a `Seq2SeqTransformer`, in evaluation mode.
         source: token ids (N, S), 0 is padding.
         target: decoder input ids (N, T), 0 is padding.
-        take: called for each layer. Unless it keeps the weights, they are freed before the next layer computes its own.
+        take: called for each layer. Unless ``take`` keeps the weights, they are freed before the next layer runs.
     """
     names = {module: name for name, module in model.named_modules()}
     source_real, target_real = source != PAD, target != PAD

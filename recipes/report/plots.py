@@ -118,7 +118,7 @@ def alpha_course(rows: Sequence[tuple[int, str, int, float]]) -> Figure:
 def _course(panel: Axes, name: str, heads: Mapping[int, Mapping[int, float]]) -> None:
     panel.set_visible(True)
     panel.set_title(name, fontsize=9)
-    panel.grid(color="0.9")
+    panel.grid(alpha=0.3)
     panel.tick_params(labelsize=8)
     panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     for head, course in sorted(heads.items()):

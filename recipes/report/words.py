@@ -1,4 +1,4 @@
-"""The outputs of a model for some words, with the attention behind them."""
+"""The outputs of a model for some words, and the attention that produced them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..seq2seq.decode import greedy_decode
 from ..seq2seq.tokenizer import BOS
 from .measure import parts
 
-# Most tokens of an input and of an output that pictures and the page show.
+# Maximum number of tokens of an input, and of an output, that pictures and the page show.
 LONGEST_SHOWN = 128
 
 

@@ -21,7 +21,7 @@ class SearchSpace:
 
     Args:
         beam_size: Size of the beam search.
-        budget: Most expansions per input of the exact search.
+        budget: Maximum number of expansions per input in the exact search.
     """
 
     beam_size: int

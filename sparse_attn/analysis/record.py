@@ -64,7 +64,7 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractCont
 
     Raises:
         TypeError: if `model` is not a module, or `weights` not a bool.
-        ValueError: if the model has no attention that can be recorded, as Hugging Face models that ignore their
+        ValueError: if the model has no attention that can be recorded, such as Hugging Face models that ignore their
             `attn_implementation` (BLOOM).
 
     Example:
@@ -215,7 +215,7 @@ class _Ask:
             else:
                 named[argument] = wanted
         devices = {x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.device.type != "cpu"}
-        kind = next(iter(devices)).type if devices else "cuda"  # the default, which torch before 2.12 asks for by name
+        kind = next(iter(devices)).type if devices else "cuda"  # the default; torch before 2.12 needs its name
         with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind), pause_observers():
             answer = self.layer.forward(*positional, **named)
         weights = answer[1] if isinstance(answer, tuple) and len(answer) == 2 else None

@@ -123,7 +123,7 @@ def _is_native(call: Call) -> bool:
             return False
     elif not values_known(query, key, value):
         return False
-    # With one matrix of weights, torch draws the dropout: from one seed, a layer drops the weights that torch's drops.
+    # With one matrix of weights, torch draws the dropout: the same seed drops the same weights as in torch's layer.
     if call.dropout_p > 0 and (compiling or query.shape[-2] * key.shape[-2] < _LARGE):
         return False
     return query.numel() > 0 and key.numel() > 0 and value.numel() > 0

@@ -150,7 +150,7 @@ def _triton_computes(device: str) -> bool:
 
 @contextmanager
 def kernels_may_fail() -> Iterator[None]:
-    """Where a Triton kernel fails to compile or to start, warn, continue after the block, and use no other from now on.
+    """If a Triton kernel in the block does not compile or start, warn, go on after the block, and use no more of them.
 
     If the backend "triton" is forced, the error is raised.
     """

@@ -1,7 +1,7 @@
 """Dropout whose mask is drawn four entries at a time.
 
-``torch.nn.functional.dropout`` draws its mask on a CPU by ``bernoulli_``, one entry after the other: nine tenths of its
-time. Here every 64-bit number of the same generator gives four entries of 16 bits.
+``torch.nn.functional.dropout`` draws its mask on a CPU by ``bernoulli_``, one entry after the other, which takes nine
+tenths of its time. Here every 64-bit number of the same generator gives four entries of 16 bits.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
     .. math:: \operatorname{argmax}_{p \in \triangle} \langle p, x \rangle + \frac{1-\sum p_i^\alpha}{\alpha(\alpha-1)}
 
     Args:
-        x: Scores of any floating dtype. ``-inf`` and the smallest finite number of the dtype are masked. A row of
-            masked scores only gets zeros, and zero gradients.
+        x: Scores of any floating dtype. ``-inf`` and the smallest finite number of the dtype are masked. A row in
+            which every score is masked gets zeros, and zero gradients.
         alpha: A number, or a tensor with size 1 along ``dim`` that broadcasts against ``x``, in ``(0, inf)``. Scores of
             shape (N, H, L, S) take one α per head as ``alpha.view(-1, 1, 1)``. Differentiable. Up to α = 4 the result
             is exact up to rounding; for much larger α the mapping is close to a step function and ill-conditioned.

@@ -110,7 +110,7 @@ def entmax_loss(
     dtype = _result_dtype(x, target, weight)
     scores = x.to(compute_dtype(x)).movedim(dim, -1)
     weight = None if weight is None else weight.to(torch.promote_types(weight.dtype, scores.dtype))
-    if not x.numel():
+    if x.numel() == 0:  # `not` would make an exported program of torch 2.6 keep this size
         # Keeps x and α in the graph: over an empty batch their gradients, of every order, are zero, not None.
         total: float | Tensor = 0.0
         losses = torch.softmax(scores, -1).sum(-1) * (1 + 0 * alpha.sum() if isinstance(alpha, Tensor) else 1.0)

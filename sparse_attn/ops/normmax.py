@@ -58,7 +58,7 @@ def normmax(x: Tensor, alpha: float | Tensor = 2.0, dim: int = -1) -> Tensor:
     else:
         check_interval(alpha, "alpha", above=1.0, below=math.inf)
     scores = x.double().masked_fill(x <= torch.finfo(x.dtype).min, -math.inf)
-    if scores.numel():
+    if scores.numel() > 0:
         # The maximum is subtracted before the product: with a large offset, rounding would lose the differences.
         top = scores.detach().amax(dim, keepdim=True)
         scores = scores - torch.where(top == -math.inf, 0.0, top)

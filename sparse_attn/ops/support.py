@@ -44,7 +44,7 @@ def tau(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
         dim: The dimension that sums to one.
 
     Returns:
-        A tensor of ``x``'s shape with size 1 along ``dim``; differentiable. A row of masked scores only gets ``inf``.
+        A tensor of ``x``'s shape with size 1 along ``dim``; differentiable. A fully masked row gets ``inf``.
 
     Raises:
         TypeError: ``x`` or ``alpha`` is not floating.

@@ -101,7 +101,7 @@ def test_autocast(mapping, device):
 
 @each_entmax
 def test_alpha_1(entmax):
-    # It returns the uniform distribution without an error, and NaN as gradient for α. #16, #23, #24, #36
+    # The package returns the uniform distribution without an error, and NaN as gradient for α. #16, #23, #24, #36
     x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     for alpha in (1, 1.0, torch.tensor(1.0, dtype=torch.float64)):
         torch.testing.assert_close(entmax(x, alpha), torch.softmax(x, -1))
@@ -144,7 +144,7 @@ def test_one_alpha_per_head():
 
 @pytest.mark.parametrize("layer", [compat.EntmaxBisect, sparse_attn.Entmax], ids=["compat", "native"])
 def test_a_parameter_as_alpha_of_a_module(layer):
-    # It raises "cannot assign parameters before Module.__init__() call".
+    # The package raises "cannot assign parameters before Module.__init__() call".
     layer = layer(alpha=nn.Parameter(torch.tensor(1.5)))
     (alpha,) = layer.parameters()
     layer(torch.randn(5, 7)).square().sum().backward()
@@ -161,7 +161,7 @@ def test_integer_input(mapping):
 @pytest.mark.parametrize("mapping", [compat.sparsemax, compat.entmax15])
 @pytest.mark.parametrize("dim", [-3, -2, -1])
 def test_k_with_negative_dims(mapping, dim):
-    # For a negative dim other than -1, it raises if more than k entries have weight.
+    # For a negative dim other than -1, the package raises if more than k entries have weight.
     x = torch.randn(3, 5, 7) / 10
     torch.testing.assert_close(mapping(x, dim=dim, k=2), mapping(x, dim=dim))
 
@@ -196,7 +196,7 @@ def test_torch_func(mapping):
 
 @each_mapping
 def test_forward_mode(mapping):
-    # It raises "does not implement a formula for forward mode".
+    # The package raises "does not implement a formula for forward mode".
     x, tangent = torch.randn(2, 5, 7, dtype=torch.float64)
     with forward_ad.dual_level():
         pushed = forward_ad.unpack_dual(mapping(forward_ad.make_dual(x, tangent))).tangent
@@ -297,7 +297,7 @@ def test_a_logit_of_minus_infinity(loss):
 
 
 def test_other_arguments_of_a_loss():
-    # It accepts only scores (n, C) and classes (n,), without class weights, label smoothing or class probabilities.
+    # The package accepts only scores (n, C) and classes (n,): no class weights, label smoothing or class probabilities.
     x, target = torch.randn(3, 7, 5), torch.randint(7, (3, 5))
     given = {"weight": torch.rand(7), "label_smoothing": 0.1}
     for labels in (target, torch.softmax(torch.randn(3, 7, 5), 1)):

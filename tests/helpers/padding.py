@@ -1,4 +1,4 @@
-"""Attention with padding that holds NaN, beside the same with padding of zeros."""
+"""Comparison of attention with padding of NaN and with padding of zeros."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""calibrate on models of transformers: the densities that the model then has, and a model that is not changed."""
+"""calibrate with models of transformers: the density of the calibrated model; calibrate itself changes no model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def batches(name: str) -> list[dict[str, Tensor]]:
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "gemma2", "gpt_oss", "t5"])
 @pytest.mark.parametrize("before", ["sdpa", "eager", "entmax"])
-def test_the_model_then_has_the_density(name, before, build):
+def test_the_calibrated_model_has_the_density(name, before, build):
     if before == "sdpa" and name in ("gemma2", "gpt_oss"):
         pytest.skip("transformers has no sdpa for this model")
     model = build(name, before)
@@ -40,7 +40,7 @@ def test_the_model_then_has_the_density(name, before, build):
             for batch in batches(name):
                 model(**batch)
     assert found.loss_after == pytest.approx(sum(losses) / 2, rel=1e-4)
-    # A query with all its weight on the sink is padding to the record. With few keys, the density moves in steps.
+    # The record counts a query with all its weight on the sink as padding. With few keys, the density moves in steps.
     exact, near = (0.02 if name == "gpt_oss" else 5e-3), (0.1 if name == "t5" else 0.02)
     for layer, heads in record.items():
         assert heads.density.tolist() == pytest.approx(found.density[layer], abs=exact)

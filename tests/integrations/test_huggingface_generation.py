@@ -1,4 +1,4 @@
-"""Generation in ten families of models: every kind of cache, search and padding gives the single, cache-less result."""
+"""Generation in ten families of models: each kind of cache, search and padding gives the result of one prompt alone."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from sparse_attn.integrations.huggingface import add_alpha
+from sparse_attn.integrations.huggingface import add_alpha, register
 from sparse_attn.observe import observe_weights
 
 transformers = pytest.importorskip("transformers")
 
 FAMILIES = ["gpt2", "llama", "mistral", "gemma2", "gemma3", "gpt_oss", "mixtral", "qwen3_5", "mllama", "t5", "bart"]
 ENCODED = ["t5", "bart"]
-# A linear layer of a hybrid model keeps a state, which cannot be taken back when a draft is rejected.
+# A linear layer of a hybrid model keeps a state, which cannot be restored when a draft is rejected.
 DRAFTED = [name for name in FAMILIES if name not in ("qwen3_5", "mllama")]
 DECODERS = [name for name in FAMILIES if name not in (*ENCODED, "mllama")]
+QUANTIZED = ["gpt2", "llama", "qwen3", "mixtral", "opt"]  # transformers quantizes the cache of full attention only
+QUANTIZED_BY = {"fp8": {}, "quanto": {"nbits": 4, "q_group_size": 4, "residual_length": 2}}
 NEW = 6
 
 
@@ -62,14 +64,14 @@ def written(model: Any, inputs: dict[str, Tensor], **how: Any) -> Tensor:
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_padded_batch_with_a_cache_is_each_row_without(name, how, build):
+def test_a_padded_batch_with_a_cache_equals_single_prompts_without(name, how, build):
     model = build(name, "entmax")
     expected = [written(model, prompt, use_cache=False, **how) for prompt in prompts(name)]
     assert torch.equal(written(model, batch(name), **how), torch.cat(expected))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_sampling_with_a_cache_draws_the_same(name, build):
+def test_sampling_with_a_cache_draws_the_same_tokens(name, build):
     model, drawn = build(name, "topk"), []
     for use_cache in (True, False):
         torch.manual_seed(13)
@@ -78,7 +80,7 @@ def test_sampling_with_a_cache_draws_the_same(name, build):
 
 
 @pytest.mark.parametrize("name", DRAFTED)
-def test_assisted_generation_is_greedy(name, build):
+def test_assisted_generation_equals_greedy_decoding(name, build):
     model, prompt = build(name, "entmax"), prompts(name)[0]
     expected = written(model, prompt)
     assistant = build(name, "sparsemax")
@@ -91,7 +93,7 @@ def test_assisted_generation_is_greedy(name, build):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_static_cache_is_a_dynamic_one(name, build):
+def test_a_static_cache_gives_the_result_of_a_dynamic_one(name, build):
     if name == "mllama":
         pytest.skip("the class has no static cache")
     model, both = build(name, "entmax"), batch(name)
@@ -99,9 +101,25 @@ def test_a_static_cache_is_a_dynamic_one(name, build):
     assert torch.equal(static, written(model, both))
 
 
+@pytest.mark.parametrize("backend", ["fp8", "quanto"])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_quantized_cache_is_read_as_by_eager(name, backend, build):
+    if backend == "quanto":
+        pytest.importorskip("optimum.quanto")
+    elif not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("this transformers has no cache of 8 bits")
+    register("dense", alpha=1.0)
+    cache = {"cache_implementation": "quantized", "cache_config": {"backend": backend, **QUANTIZED_BY[backend]}}
+    model, both = build(name, "entmax"), batch(name)
+    fast = written(model, both, **cache)
+    with observe_weights(lambda *_: None):  # the weights as one matrix, and torch's own operations
+        assert torch.equal(fast, written(model, both, **cache))
+    assert torch.equal(written(build(name, "dense"), both, **cache), written(build(name, "eager"), both, **cache))
+
+
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("name", DECODERS)
-def test_continuing_from_a_cache_is_one_generation(name, masked, build):
+def test_continuing_from_a_cache_gives_the_result_of_one_generation(name, masked, build):
     model, prompt = build(name, "entmax"), prompts(name)[0]
     expected = written(model, prompt, max_new_tokens=NEW, use_cache=False)
     how = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
@@ -122,7 +140,7 @@ def test_text_attends_to_the_image_with_the_mapping(build):
 
 
 def test_continuous_batching_is_refused_before_it_begins(build):
-    # transformers takes no attention of others there; the model has to be as before.
+    # Here transformers accepts only its own attention. The model must be unchanged afterwards.
     model, ids = build("llama", "entmax"), prompts("llama")[0]["input_ids"]
     before, changed = model(ids).logits, ids.clone()
     changed[:, 5:] = 7
@@ -143,7 +161,7 @@ def test_a_paged_cache_is_refused(build):
 
 # torch's own, while it compiles an autograd function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("name", ["llama", "qwen3"])  # of a sliding cache, transformers compiles each length
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # with a sliding cache, each length is compiled
 def test_compiled_generation_is_compiled_once(name, build):
     model = build(name, "entmax")
     alphas = add_alpha(model, alpha_init=1.3)

@@ -126,7 +126,7 @@ def alphas_after_training(accelerator: Any) -> Tensor:
 
 
 @pytest.mark.slow  # two processes have to start
-def test_two_processes_of_accelerate_are_one(tmp_path):
+def test_two_processes_of_accelerate_give_the_result_of_one(tmp_path):
     from accelerate import Accelerator
 
     expected = alphas_after_training(Accelerator(cpu=True))

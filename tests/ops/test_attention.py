@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import each_backend
 from entmax import entmax_bisect
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
@@ -328,7 +329,7 @@ def test_inputs_that_are_not_floating_or_have_different_dtypes_are_refused() -> 
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # a warning of Triton's interpreter about inf
-@pytest.mark.parametrize("backend", ["torch", "compiled", "triton"])
+@each_backend("torch", "compiled", "triton")
 def test_long_keys_with_more_dimensions_than_the_query(backend: str) -> None:
     length = 521 if backend != "triton" else 23
     query, key, value = torch.randn(H, length, D), torch.randn(N, 1, length, D), torch.randn(N, 1, length, DV)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from backends import each_backend
 from torch import Tensor, nn
 
 from sparse_attn import AdaptiveSparseMultiheadAttention, entmax_attention, topk_attention, use_backend
@@ -29,7 +30,7 @@ def assert_rounded_once(got: Tensor, expected: Tensor, values: Tensor) -> None:
 
 
 @HALF
-@pytest.mark.parametrize("backend", ["torch", "compiled", "triton"])
+@each_backend("torch", "compiled", "triton")
 @pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
 def test_short_attention(alpha: float, backend: str, dtype: torch.dtype) -> None:
     inputs = spread(23, dtype)
@@ -40,7 +41,7 @@ def test_short_attention(alpha: float, backend: str, dtype: torch.dtype) -> None
 
 
 @HALF
-@pytest.mark.parametrize("backend", ["torch", "compiled"])
+@each_backend("torch", "compiled")
 def test_attention_in_blocks_and_its_gradient(backend: str, dtype: torch.dtype) -> None:
     inputs = spread(521, dtype)
     halves, wide = ([x.to(kind).requires_grad_() for x in inputs] for kind in (dtype, torch.float64))

@@ -1,4 +1,4 @@
-"""Padding is not computed with: NaN in it changes neither an output nor a gradient."""
+"""Padding takes no part in the computation: NaN in padding changes neither an output nor a gradient."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from ..tokenizer import BOS, EOS, PAD
 POOL = 20
 # If batches are counted in tokens, examples whose lengths differ by less than this factor have the same batch size.
 BIN = 1.15
-# Most tokens of a batch for prediction, limited by the memory for attention.
+# Maximum number of tokens in a batch for prediction, limited by the memory for attention.
 EVAL_BATCH_TOKENS = 8192
 
 

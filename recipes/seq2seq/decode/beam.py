@@ -34,9 +34,9 @@ def beam_search(
         model: One model, or several whose probabilities are averaged. The mode of each module is not changed.
         source: (N, S) token ids, 0 = padding.
         beam_size: Prefixes kept per row, at least 1.
-        max_length: Most tokens of a hypothesis, without the end-of-sequence token; at least 1.
+        max_length: Maximum number of tokens of a hypothesis, without the end-of-sequence token; at least 1.
         length_penalty: 0 ranks by probability; larger values favour longer hypotheses.
-        n_best: Most hypotheses returned per row, from 1 to ``beam_size``.
+        n_best: Maximum number of hypotheses returned per row, from 1 to ``beam_size``.
 
     Returns:
         The hypotheses of each row, best first: at least one, and fewer than ``n_best`` if the others have probability

@@ -27,7 +27,7 @@ class Decoding:
         beam_size: Beam size of "beam", and of the beam search with which "exact" is compared.
         length_penalty: Length penalty of "beam".
         n_best: Hypotheses per input, for "beam".
-        budget: Most expansions per input, for "exact".
+        budget: Maximum number of expansions per input, for "exact".
 
     Raises:
         ValueError: A setting outside its range.

@@ -52,8 +52,8 @@ def exact_search(model: Models, source: Tensor, *, budget: int, max_length: int)
     Args:
         model: One model, or several whose probabilities are averaged. The mode of each module is not changed.
         source: (N, S) token ids, 0 = padding.
-        budget: Most expansions per row, at least 1.
-        max_length: Most tokens of a hypothesis, without the end-of-sequence token; at least 1.
+        budget: Maximum number of expansions per row, at least 1.
+        max_length: Maximum number of tokens of a hypothesis, without the end-of-sequence token; at least 1.
 
     Returns:
         One hypothesis per row, with a probability above zero; an unfinished prefix if no finished hypothesis was seen.

@@ -16,7 +16,7 @@ def greedy_decode(model: Models, source: Tensor, *, max_length: int) -> list[lis
         model: One model, or several whose probabilities are averaged. Decoding runs in eval mode; afterwards each
             module has its earlier mode again.
         source: (N, S) token ids, 0 = padding.
-        max_length: Most tokens per output, at least 1.
+        max_length: Maximum number of tokens per output, at least 1.
 
     Returns:
         One list of target ids per row, without special tokens.

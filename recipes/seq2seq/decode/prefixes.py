@@ -98,7 +98,7 @@ class Prefixes:
 
 
 class Sources:
-    """Encoded source rows, for prefixes of any lengths at once.
+    """Encoded source rows; one call takes prefixes of different lengths.
 
     Args:
         models: One model, or several whose probabilities are averaged.
@@ -111,7 +111,7 @@ class Sources:
         self.memories = [model.encode(source) for model in models]
 
     def next_tokens(self, rows: Sequence[int], prefixes: Sequence[Sequence[int]]) -> Tensor:
-        """Log-probabilities (n, V) of the token after each of n prefixes, of the source rows ``rows``."""
+        """Log-probabilities (n, V) of the next token of n prefixes; ``rows`` has the source row of each prefix."""
         device = self.padding.device
         row = torch.tensor(rows, device=device)
         length = max(map(len, prefixes))

@@ -193,7 +193,7 @@ class SparsemaxLoss(_Loss):
 
     Args:
         k: No effect.
-        ignore_index: Samples with this target are ignored. The value may be negative or not.
+        ignore_index: Samples with this target are ignored. Any int, also a negative one.
         reduction: ``"elementwise_mean"`` or ``"mean"``, over the samples that are not ignored; ``"sum"``; ``"none"``.
 
     Raises:

@@ -80,7 +80,7 @@ def lazy_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> LazyMask | None:
-    """The mask for arguments of transformers' mask functions; None unless causal, of all keys and without padding."""
+    """The mask for the arguments of transformers' mask functions; None for a mask with padding, or not causal."""
     if torch.compiler.is_compiling() or torch._C._is_tracing() or use_vmap or not 1 < q_length == kv_length:
         return None
     if mask_function is None or isinstance(q_offset, Tensor) or q_offset or kv_offset:
@@ -162,7 +162,7 @@ def _check_given(starts: Any, name: str, total: int) -> Tensor:
 
 
 def _starts_of_positions(position_ids: Any, query: Tensor, key: Tensor) -> Tensor | None:
-    """Starts of the sequences if position ids (N, L) or (1, L) do not count up, by the rule of transformers' masks."""
+    """Starts of the sequences, if position ids (N, L) or (1, L) do not increase by 1 everywhere, as in transformers."""
     length = query.shape[2]
     if torch.compiler.is_compiling() or not isinstance(position_ids, Tensor) or length < 2:
         return None

@@ -32,7 +32,7 @@ typedef struct {
     int64_t alpha_type, alpha_step;
     tensor query, key, value, mask, output;
     tensor grad, grad_query, grad_key, grad_value;
-    tensor grad_mask; /* float or double as computed, added to; a stride is 0 where the mask is broadcast */
+    tensor grad_mask; /* `real` of the computation; gradients are added to it; a stride is 0 where the mask is broadcast */
 } attention;
 
 /* The members that change from call to call; NULL for all that a call does not have. */
@@ -65,8 +65,8 @@ typedef struct {
     void *weights;
     sequence *sequences;
     int64_t tiles, longest, all_keys; /* all tiles; the keys of the longest sequence, and of all */
-    /* An item of the backward is a part of the queries of one batch entry, or of all, and of one head of keys, or of
-     * all: more than one where they add to the same entries of the mask's gradient. */
+    /* An item of the backward is a part of the queries, for one batch entry and one head of keys. Where all batch entries
+     * or all heads share the mask, an item covers all of them, since they add to the same entries of its gradient. */
     int64_t batch_units, head_units, parts;
     void *sums;         /* with more than one part: the gradients of keys and values by part, before they are added */
     double *alpha_sums; /* the gradient of α by item and head */

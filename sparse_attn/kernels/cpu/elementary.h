@@ -102,22 +102,22 @@ INLINE lanes unbiased(words biased) { /* not every processor can convert 64-bit 
     return (lanes)(biased | (words)splat(two_to_mantissa)) - (two_to_mantissa + BIAS);
 }
 
-/* log(1 + t) to the last digits of t, for t >= -1; something finite at -1. */
+/* log(1 + t) to the last digits of t, for t >= -1; some finite number at -1. */
 INLINE lanes log1p_lanes(lanes t) {
     words biased = biased_exponent(t + (real)1);
     lanes scale = (lanes)(((word)(2 * BIAS) - biased) << MANTISSA);
     return log_parts(scale * t + (scale - (real)1), unbiased(biased));
 }
 
-/* log(w) for w >= 0; something finite at 0. */
+/* log(w) for w >= 0; some finite number at 0. */
 INLINE lanes log_lanes(lanes w) {
     words biased = biased_exponent(w);
     lanes scale = (lanes)(((word)(2 * BIAS) - biased) << MANTISSA);
     return log_parts(scale * w - (real)1, unbiased(biased));
 }
 
-/* w^power for w = 1 + t >= 0, where a small t has more digits than w; at 0 it is 0 for a power of 1 or more, and something
- * finite for others. In float by logarithms to base 2, whose whole part is exact. */
+/* w^power for w = 1 + t >= 0, where a small t has more digits than w. The power of 0 is 0 for exponents of 1 or more, and
+ * some finite number for others. In float by logarithms to base 2, whose whole part is exact. */
 INLINE lanes power_of_sum(lanes w, lanes t, real power) {
     const words biased = biased_exponent(w);
     const lanes scale = (lanes)(((word)(2 * BIAS) - biased) << MANTISSA), e = unbiased(biased);

@@ -21,16 +21,16 @@ typedef struct {
 typedef void forward_row(vector scores, int64_t size, int64_t k, double a, double lowest, void *out, void *scratch);
 
 /* The same for up to ROWS_AT_ONCE rows with one a in [0, 1], solved side by side, of up to SHORT_ROW scores; `scratch`
- * holds short_scratch(size) bytes. A row gets the same p in any company. */
+ * holds short_scratch(size) bytes. The p of a row does not depend on the other rows. */
 typedef void forward_rows(const vector *scores, void *const *out, int64_t rows, int64_t size, int64_t k, double a,
                           double lowest, void *scratch);
 
-/* The same p as its non-zero entries in order, and their places in the row; returns how many. `places` and `out` have
+/* The non-zero entries of the same p, in order, and their places in the row; returns their number. `places` and `out` have
  * room for padded_size(size) entries. A row with NaN or +inf has NaN in all places. */
 typedef int64_t support_row(vector scores, int64_t size, int64_t k, double a, double lowest, int32_t *places, void *out,
                             void *scratch);
 
-/* The gradient for the scores of one row into `out`; the gradient for α is returned where `with_alpha`, else 0. */
+/* The gradient for the scores of one row into `out`; with `with_alpha`, the gradient for α is returned, else 0. */
 typedef double backward_row(vector p, vector grad, int64_t size, double a, int with_alpha, void *out, void *scratch);
 
 /* The same for up to ROWS_AT_ONCE rows with one a in [0, 1], as above; `grad_alpha` is NULL if it is not needed. */

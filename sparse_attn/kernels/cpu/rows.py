@@ -95,7 +95,7 @@ def entmax_forward(
     in_place: bool = False,
     variant: str | None = None,
 ) -> Tensor:
-    """The probabilities. Scores at or below ``lowest`` are masked; a row of masked scores only is all zeros.
+    """The probabilities. Scores at or below ``lowest`` are masked; a fully masked row is all zeros.
 
     With ``k`` only the k largest scores of each row take part; ties go to the lowest index. A row with NaN or ``+inf``
     is NaN throughout. ``in_place`` overwrites the scores if they are contiguous; ``variant`` forces one of

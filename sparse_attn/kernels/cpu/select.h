@@ -16,7 +16,7 @@ static int64_t count_above(const real *x, int64_t size, real cut) {
 }
 
 /* Raises `*low` towards the k-th largest of the padded x; at least k of them stay above it. Returns true if exactly k
- * are above it in the end, which equal scores at the k-th place prevent. */
+ * are above it in the end; with equal scores at the k-th place, there is no such `*low`. */
 static int cut_off(const real *x, int64_t size, int64_t k, real *low, real high, int steps) {
     for (int step = 0; step < steps; step++) {
         const real middle = *low / 2 + high / 2;

@@ -76,9 +76,9 @@ INLINE real exp_real(real x) {
     return exp_lanes(splat(x))[0];
 }
 
-/* Newton's step for (Σ p)^a = 1: S h(a) / U with h(a) = (1 - S^-a) / a, which is log(S) at a = 0. For α >= 1.5 without
- * logarithms: 1 / h is convex in a, and the line through its values at a = ½ and 1, from above, makes the step a little
- * shorter. A step from below passes the root by rounding at most. */
+/* Newton's step for (Σ p)^a = 1: S h(a) / U with h(a) = (1 - S^-a) / a, which is log(S) at a = 0. For α >= 1.5 the step is
+ * computed without logarithms, and is a little shorter: 1 / h is convex in a, so it lies below the line through its values
+ * at a = ½ and 1, which is used in its place. A step from below passes the root by rounding at most. */
 INLINE double newton_step(norms at, const family of, double a) {
     const double excess = at.total - 1;
     if (of == SPARSEMAX) return excess / at.slope;
@@ -136,7 +136,7 @@ INLINE double refine(const real *scores, int64_t size, real a, real top, double 
     return total_of(total);
 }
 
-/* Climbs from a σ at or below the root, for α <= 2, until Σ p is within `error` of 1 or comes no closer. With `below`, σ
+/* Increases a σ at or below the root, for α <= 2, until Σ p is within `error` of 1 or comes no closer. With `below`, σ
  * stays below the root. The stored p and the returned sum belong to the last σ. */
 INLINE double climb_family(const real *x, int64_t size, const family of, real a, real top, double *sigma, double error,
                            int below, real *p) {

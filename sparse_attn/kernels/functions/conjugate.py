@@ -132,7 +132,10 @@ class _Conjugate(torch.autograd.Function):
             grad_alpha = grad_alpha.sum_to_size(per_row.shape).to(per_row.dtype)
         grad_scores = p * grads[0]
         if index is not None:
-            grad_scores.scatter_add_(-1, index, grads[1])
+            # In place saves memory, but torch 2.6 warns about it in vmap.
+            in_transforms = torch._C._are_functorch_transforms_active()
+            add = Tensor.scatter_add if in_transforms else Tensor.scatter_add_
+            grad_scores = add(grad_scores, -1, index, grads[1])
         return grad_scores, None, grad_alpha, None, None
 
     @staticmethod

@@ -17,7 +17,7 @@ from sparse_attn.kernels.setting import Setting
 from sparse_attn.masks import clear_padding
 from sparse_attn.transforms import values_known
 
-# In float16 ``p^(2-α)`` and the gradient of a score would overflow: from about this α - 1 on at the support's edge.
+# Above about this α - 1, ``p^(2-α)`` of a small weight, and the gradient of its score, would overflow in float16.
 _STEEP = 3.0
 
 
@@ -54,7 +54,7 @@ def fused_attention(
         wide = (query.float(), key.float(), value.float())
         how: dict[str, Any] = {"scale": scale, "key_lengths": key_lengths}
         return fused_attention(*wide, alpha, mask, dropout_p, offset, **how).to(query.dtype)
-    if scale <= 0:  # the kernels compare products in the place of scores
+    if scale <= 0:  # the kernels compare products before scaling, which needs a positive scale
         query, scale = (query * 0, 1.0) if scale == 0 else (-query, -scale)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if mask is not None and mask.dtype == torch.bool:

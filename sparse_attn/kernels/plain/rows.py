@@ -22,8 +22,8 @@ from sparse_attn.kernels.reference import entmax as reference
 from sparse_attn.kernels.reference.entmax import away_from_zero, norm_step
 
 _MAX_SWEEPS = 100
-_SHORT, _LANES = 256, 16  # from 256 entries on, a row starts at the root of its part: the largest of every 16 entries
-_FIRST_SWEEPS = 5  # Newton steps on that part, without a check for convergence
+_SHORT, _LANES = 256, 16  # rows of 256 or more start at the root of the largest of every 16 entries
+_FIRST_SWEEPS = 5  # Newton steps on these largest entries, without a check for convergence
 _NEAR = 1e-4  # if |Σ p - 1| is smaller, one Newton step reaches the root
 _LONG, _FEW = 4096, 4  # rows of 4096 or more are shortened if at most one entry in 4 may have weight
 _FAR = 1e3  # an entry this far below the largest score has weight zero for every α

@@ -27,7 +27,7 @@ _NOWHERE = -1e30
 
 
 def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
-    """The probabilities ``p``. Entries at or below ``lowest`` are masked; a row of masked entries only is all zeros."""
+    """The probabilities ``p``. Entries at or below ``lowest`` are masked; a fully masked row is all zeros."""
     steep = bool((a > 1).any()) if isinstance(a, Tensor) else a > 1  # some α > 2
     if steep and scores.dtype != torch.float64:
         # For α > 2 the slope at the edge of the support is infinite: a rounding error of σ is a large error of p.

@@ -4,9 +4,8 @@ Slower than ``reference.entmax``, which reads the data to decide when to stop. B
 
     p_i = [1 + a (z_i - σ)]_+^(1/a),    Σ p_i = 1,
 
-up to rounding errors, without gradient. Two Newton steps follow, which do not change the value; autograd through them
-gives the
-first and second derivatives.
+up to rounding errors, without gradient. Two Newton steps follow, which do not change the value; autograd through these
+steps gives the first and second derivatives.
 """
 
 from __future__ import annotations

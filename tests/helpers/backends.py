@@ -1,0 +1,17 @@
+"""One backend after another, without those that this machine or an old version cannot use."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparse_attn import backends
+
+
+def each_backend(*names: str) -> pytest.MarkDecorator:
+    """Run a test with each of these backends as its argument ``backend``; skip those that are not available."""
+    states = backends()
+    parameters = [
+        pytest.param(name, marks=pytest.mark.skipif(states[name].startswith("not available"), reason=states[name]))
+        for name in names
+    ]
+    return pytest.mark.parametrize("backend", parameters)
