@@ -94,10 +94,10 @@ INLINE lanes start_lanes_power(const short_rows *x, const int n, real a, lanes t
     const lanes zero = splat(0), one = splat(1);
     lanes sigma = zero;
     while (sweeps-- > 0) {
-        const lanes shift = one - a * (sigma + top);
+        const lanes shift = one - a * sigma;
         lanes total = zero, slope = zero;
         for (int64_t j = 0; j < x->size; j++) {
-            const lanes w = at_least(zero, a * load(x->scores + j * x->step) + shift);
+            const lanes w = at_least(zero, a * (load(x->scores + j * x->step) - top) + shift);
             lanes u = n == 1 ? select_equal(w, zero, zero, one) : one, factor = w;
             for (int left = n - 1; left > 0; left >>= 1, factor *= factor)
                 if (left & 1) u *= factor;

@@ -25,6 +25,8 @@ def special_rows(size: int, dtype: torch.dtype) -> Tensor:
     x[7, size // 3] += 40
     x[8] /= 1000
     x[9, 1:] = -math.inf
+    x[10] += 1e6
+    x[11] *= 1e37
     return x
 
 
