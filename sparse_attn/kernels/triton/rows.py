@@ -17,7 +17,6 @@ from torch import Tensor
 
 from sparse_attn.kernels.triton.family import (
     GENERAL,
-    LN2,
     MODES,
     along,
     alpha_gradient,
@@ -36,7 +35,7 @@ from sparse_attn.kernels.triton.family import (
     weigh,
 )
 from sparse_attn.kernels.triton.launch import launch
-from sparse_attn.kernels.triton.pairs import fast_exp2, inverse, zero
+from sparse_attn.kernels.triton.pairs import LN2, fast_exp2, inverse, zero
 
 _ON_CHIP = 2**14
 _CHUNK = 2**13

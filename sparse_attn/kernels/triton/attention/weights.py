@@ -17,8 +17,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_attn.kernels.triton.family import LN2, below, log2, place_rows, start_of, step, weigh
-from sparse_attn.kernels.triton.pairs import add, fast_exp2, fast_log2, inverse, scaled, single, subtract, times, zero
+from sparse_attn.kernels.triton.family import below, log2, place_rows, start_of, step, weigh
+from sparse_attn.kernels.triton.pairs import (
+    LN2,
+    add,
+    fast_exp2,
+    fast_log2,
+    inverse,
+    scaled,
+    single,
+    subtract,
+    times,
+    zero,
+)
 
 # Below this a, the logarithm is computed by a polynomial. α is data, so kernels for half precision contain both
 # variants, and each program takes one. The branch is written in each kernel: a helper that calls one of two functions
