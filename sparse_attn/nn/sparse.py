@@ -18,7 +18,8 @@ class SparseAttention(HoldsAlpha):
     Args:
         k: How many keys a query keeps, or None for all. Ties go to the lowest index.
         alpha: α of the weights, a number or a tensor (H,); 1 (softmax) by default when ``k`` is given. An
-            ``nn.Parameter`` is learnt; any other tensor is copied into a buffer.
+            ``nn.Parameter`` is learnt, and becomes float32 in place if it is in half precision; any other tensor is
+            copied into a buffer.
         scale: Factor of the scores; ``1 / sqrt(E)`` by default.
         dropout: Probability that a weight is dropped in training.
         learn_alpha: Learn α, also if ``alpha`` is a number (one α for all heads) or a plain tensor.
