@@ -60,7 +60,7 @@ def register(name: str | None = None, *, alpha: float | None = None, k: int | No
     build no mask, and a decoder would see future positions.
 
     Models that do not use transformers' attention interface accept the name. A call of such a model raises a ValueError
-    if the model asks transformers for its mask (BLOOM and CodeGen, for example); others ignore the name (DeBERTa).
+    if the model asks transformers for its mask (BLOOM, for example); others ignore the name (DeBERTa).
 
     Args:
         name: A new name, which must be a Python identifier.
