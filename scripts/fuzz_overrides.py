@@ -44,7 +44,7 @@ ADDED = [
 TINY = [
     *("data=tsv", "data.batch_size=8", "logger=csv", "model.dim=8", "model.num_heads=2"),
     *("model.ff_dim=16", "model.encoder_layers=1", "model.decoder_layers=1", "trainer.max_epochs=1"),
-    *("trainer.accelerator=cpu", "++trainer.max_steps=9"),  # 9: also without max_epochs, or with batches of one
+    *("trainer.accelerator=cpu", "++trainer.max_steps=9"),  # 9 ends every training soon
 ]
 
 

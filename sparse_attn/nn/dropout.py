@@ -9,7 +9,7 @@ from sparse_attn.transforms import leaf
 
 
 class Dropout(nn.Dropout):
-    """A drop-in for ``torch.nn.Dropout`` that draws its mask on a CPU in a third of the time.
+    """A drop-in for ``torch.nn.Dropout`` that draws its mask on a CPU in a quarter of the time.
 
     Example:
         >>> Dropout(0.1)

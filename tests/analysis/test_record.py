@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from encoders import layer_of_four_heads
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_attn import AdaptiveSparseMultiheadAttention, KVCache, TopKMultiheadAttention, replace_attention
+from sparse_attn import KVCache, TopKMultiheadAttention, replace_attention
 from sparse_attn.analysis import density, entropy, record_attention
 
 N, L, S, E, H = 2, 5, 7, 12, 4
@@ -24,12 +25,8 @@ def weights_of(layer: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Tenso
     return weights
 
 
-def sparse_layer(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
-    return AdaptiveSparseMultiheadAttention(E, H, batch_first=True, alpha_init=[1.0, 1.25, 1.5, 2.0], **kwargs)
-
-
 def test_passes_of_different_sizes_are_summed_over_queries(assert_statistics: Callable[..., None]) -> None:
-    layer = sparse_layer()
+    layer = layer_of_four_heads(E)
     passes = []
     with record_attention(layer) as record:
         for batch, queries, keys in ((2, 5, 7), (3, 1, 11), (1, 13, 2)):
@@ -47,7 +44,7 @@ def test_passes_of_different_sizes_are_summed_over_queries(assert_statistics: Ca
 
 
 def test_statistics_of_one_pass_equal_the_functions() -> None:
-    layer = sparse_layer()
+    layer = layer_of_four_heads(E)
     x = torch.randn(N, L, E)
     with record_attention(layer, weights=True) as record:
         layer(x, x, x)
@@ -89,7 +86,9 @@ def visible_of(masks: dict[str, Any]) -> Tensor:
 def test_density_counts_only_pairs_that_the_masks_leave_visible(
     kind: str, masks: dict[str, Any], assert_statistics: Callable[..., None]
 ) -> None:
-    layer: nn.MultiheadAttention = sparse_layer(add_bias_kv=kind == "extra keys", add_zero_attn=kind == "extra keys")
+    layer: nn.MultiheadAttention = layer_of_four_heads(
+        E, add_bias_kv=kind == "extra keys", add_zero_attn=kind == "extra keys"
+    )
     if kind == "torch's":
         layer = nn.MultiheadAttention(E, H, batch_first=True)
     x = torch.randn(N, L, E)
@@ -103,7 +102,7 @@ def test_density_counts_only_pairs_that_the_masks_leave_visible(
 
 
 def test_is_causal_without_a_mask_also_with_cached_keys() -> None:
-    layer, cache = sparse_layer(alpha_range=(0.5, 2.0)), KVCache()
+    layer, cache = layer_of_four_heads(E, alpha_range=(0.5, 2.0)), KVCache()
     nn.init.constant_(layer.raw_alpha, 1.0)
     x = torch.randn(N, L, E)
     with record_attention(layer) as record:
@@ -114,7 +113,7 @@ def test_is_causal_without_a_mask_also_with_cached_keys() -> None:
 
 
 def test_pairs_outside_a_window_are_not_visible() -> None:
-    layer = sparse_layer(alpha_range=(0.5, 2.0), window=(1, 0), num_kv_heads=2, add_bias_kv=True)
+    layer = layer_of_four_heads(E, alpha_range=(0.5, 2.0), window=(1, 0), num_kv_heads=2, add_bias_kv=True)
     nn.init.constant_(layer.raw_alpha, 1.0)
     x, cache = torch.randn(N, L, E), KVCache()
     with record_attention(layer) as record:
@@ -126,7 +125,7 @@ def test_pairs_outside_a_window_are_not_visible() -> None:
 
 
 def test_pairs_hidden_by_a_position_bias_are_not_visible() -> None:
-    layer = sparse_layer(alpha_range=(0.5, 2.0), add_bias_kv=True)
+    layer = layer_of_four_heads(E, alpha_range=(0.5, 2.0), add_bias_kv=True)
     nn.init.constant_(layer.raw_alpha, 1.0)
     x = torch.randn(N, L, E)
     bias = torch.randn(H, L, L).masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -math.inf)
@@ -141,7 +140,7 @@ def test_pairs_hidden_by_a_position_bias_are_not_visible() -> None:
 
 @pytest.mark.parametrize("kind", ["sparse", "torch's"])
 def test_queries_without_visible_keys_do_not_count(kind: str, assert_statistics: Callable[..., None]) -> None:
-    layer = sparse_layer() if kind == "sparse" else nn.MultiheadAttention(E, H, batch_first=True)
+    layer = layer_of_four_heads(E) if kind == "sparse" else nn.MultiheadAttention(E, H, batch_first=True)
     x = torch.randn(N, L, E)
     padding = torch.zeros(N, L, dtype=torch.bool)
     padding[1] = True
@@ -155,7 +154,7 @@ def test_queries_without_visible_keys_do_not_count(kind: str, assert_statistics:
 
 
 def test_unbatched(assert_statistics: Callable[..., None]) -> None:
-    layer = sparse_layer()
+    layer = layer_of_four_heads(E)
     query, key = torch.randn(L, E), torch.randn(S, E)
     mask = torch.rand(H, L, S) < 0.3
     mask[..., 0] = False
@@ -181,7 +180,7 @@ def test_recorded_weights_are_always_batch_first(batch_first: bool) -> None:
 def test_a_layer_called_twice_in_a_pass_counts_twice_under_its_first_name(
     assert_statistics: Callable[..., None],
 ) -> None:
-    shared = sparse_layer()
+    shared = layer_of_four_heads(E)
     model = nn.ModuleDict({"a": shared, "b": shared})
     x, y = torch.randn(N, L, E), torch.randn(N, 3, E)
     with record_attention(model) as record:
@@ -193,7 +192,7 @@ def test_a_layer_called_twice_in_a_pass_counts_twice_under_its_first_name(
 
 
 def test_only_layers_that_were_called_are_in_the_record() -> None:
-    model = nn.ModuleDict({"a": sparse_layer(), "b": sparse_layer()})
+    model = nn.ModuleDict({"a": layer_of_four_heads(E), "b": layer_of_four_heads(E)})
     x = torch.randn(N, L, E)
     with record_attention(model) as record:
         assert len(record) == 0
@@ -205,7 +204,11 @@ def test_only_layers_that_were_called_are_in_the_record() -> None:
 
 def test_alpha_is_that_of_the_last_pass() -> None:
     model = nn.ModuleDict(
-        {"own": sparse_layer(), "torch's": nn.MultiheadAttention(E, H), "top": TopKMultiheadAttention(E, H, k=2)}
+        {
+            "own": layer_of_four_heads(E),
+            "torch's": nn.MultiheadAttention(E, H),
+            "top": TopKMultiheadAttention(E, H, k=2),
+        }
     )
     x = torch.randn(N, L, E)
     with record_attention(model) as record:
@@ -253,7 +256,7 @@ def test_memory_is_constant_unless_weights_are_requested() -> None:
         gc.collect()
         return sum(type(t) is Tensor and t.numel() >= N * 61 * 61 for t in gc.get_objects())
 
-    layer = sparse_layer()
+    layer = layer_of_four_heads(E)
     x = torch.randn(N, 61, E)
     before = large()  # memory that other tests still use
     for keep, expected in ((False, 0), (True, 1)):
@@ -264,7 +267,7 @@ def test_memory_is_constant_unless_weights_are_requested() -> None:
 
 
 def test_a_record_prints_as_a_table() -> None:
-    model = nn.ModuleDict({"first": sparse_layer(), "second": nn.MultiheadAttention(E, H)})
+    model = nn.ModuleDict({"first": layer_of_four_heads(E), "second": nn.MultiheadAttention(E, H)})
     x = torch.randn(N, L, E)
     with record_attention(model) as record:
         model["first"](x, x, x)
@@ -289,7 +292,7 @@ def test_a_record_prints_as_a_table() -> None:
 
 
 def test_calls_inside_a_transform_are_left_out() -> None:
-    layer, x = sparse_layer(), torch.randn(N, 3, L, E)
+    layer, x = layer_of_four_heads(E), torch.randn(N, 3, L, E)
     with record_attention(layer) as record:
         with pytest.warns(UserWarning, match="a call of '' is not recorded: RuntimeError: inside a transform of torch"):
             torch.func.vmap(lambda x: layer(x, x, x)[0])(x)

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from encoders import layer_of_four_heads
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_attn import AdaptiveSparseMultiheadAttention, SparseAttention, replace_attention
+from sparse_attn import SparseAttention, replace_attention
 from sparse_attn.analysis import record_attention
 from sparse_attn.observe import weights_are_observed
 
@@ -25,10 +26,6 @@ def traces(model: nn.Module) -> list[list[str]]:
         sorted(f"{name} {len(value)}" if isinstance(value, dict) else name for name, value in vars(module).items())
         for module in model.modules()
     ]
-
-
-def sparse_layer(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
-    return AdaptiveSparseMultiheadAttention(E, H, batch_first=True, alpha_init=[1.0, 1.25, 1.5, 2.0], **kwargs)
 
 
 @pytest.mark.parametrize("by_position", [False, True])
@@ -232,7 +229,7 @@ def test_a_copy_made_inside_is_not_recorded_and_loses_its_hooks(sparse: bool) ->
 
 
 def test_nested_contexts_record_both() -> None:
-    layer = sparse_layer()
+    layer = layer_of_four_heads(E)
     with record_attention(layer) as outer, record_attention(layer) as inner:
         assert layer(torch.randn(L, E), torch.randn(S, E), torch.randn(S, E), need_weights=False)[1] is None
     assert str(outer) == str(inner)
@@ -270,7 +267,7 @@ def test_records_of_two_threads_do_not_disturb_each_other() -> None:
             layer(x, x, x)
         rows.append(record[""].rows.tolist())
 
-    x, layer = torch.randn(N, L, E), sparse_layer()
+    x, layer = torch.randn(N, L, E), layer_of_four_heads(E)
     thread = threading.Thread(target=in_a_thread)
     with record_attention(layer) as record:
         thread.start()

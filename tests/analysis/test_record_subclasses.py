@@ -7,16 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from encoders import layer_of_four_heads
 from torch import Tensor, nn
 
-from sparse_attn import AdaptiveSparseMultiheadAttention, SparseAttention
+from sparse_attn import SparseAttention
 from sparse_attn.analysis import record_attention
 
 N, L, E, H = 2, 5, 12, 4
-
-
-def sparse_layer(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
-    return AdaptiveSparseMultiheadAttention(E, H, batch_first=True, alpha_init=[1.0, 1.25, 1.5, 2.0], **kwargs)
 
 
 class Passing(nn.MultiheadAttention):
@@ -54,7 +51,7 @@ class Containing(nn.MultiheadAttention):
 
     def __init__(self) -> None:
         super().__init__(E, H, batch_first=True)
-        self.inner = nn.ModuleList([nn.MultiheadAttention(E, H, batch_first=True), sparse_layer()])
+        self.inner = nn.ModuleList([nn.MultiheadAttention(E, H, batch_first=True), layer_of_four_heads(E)])
         self.core = SparseAttention(k=2)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -90,7 +87,7 @@ def test_attention_nested_in_a_layer_counts_once() -> None:
 
 def test_a_subclass_without_need_weights_is_not_recorded() -> None:
     layer, x = SelfAttention(E, H, batch_first=True), torch.randn(N, L, E)
-    model = nn.Sequential(layer, sparse_layer())
+    model = nn.Sequential(layer, layer_of_four_heads(E))
     with pytest.warns(UserWarning, match="'0' is not recorded: SelfAttention.forward does not take need_weights and"):
         context = record_attention(model)
     with context as record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,25 @@ def test_issue_forms_have_the_required_fields(name):
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 250
+
+
+def test_the_architecture_names_every_kernel_file_and_no_other():
+    folders = (ROOT / "ARCHITECTURE.md").read_text("utf-8").partition("## How data flows")[0]
+    named = {*re.findall(r"\b[a-z_]+\.(?:py|c|h)\b", folders)}
+    kernels = (ROOT / "sparse_attn" / "kernels").rglob("*.*")
+    assert {file.name for file in kernels if file.suffix in (".py", ".c", ".h")} - {"__init__.py"} <= named
+    parts = ("sparse_attn", "recipes", "scripts", "docs", "tests")
+    assert named <= {file.name for part in parts for file in (ROOT / part).rglob("*.*")}
+
+
+def test_the_functions_on_the_path_of_the_query_exist():
+    page = (ROOT / "ARCHITECTURE.md").read_text("utf-8").partition("*The path of `query`*")[2]
+    lines = [
+        line.split(maxsplit=1) for line in page.partition("*The path of")[0].splitlines() if line.startswith("    ")
+    ]
+    assert len(lines) == 5
+    for place, functions in lines:
+        files = [ROOT / "sparse_attn" / place] if place.endswith(".py") else (ROOT / "sparse_attn" / place).glob("*.py")
+        code = "".join(file.read_text("utf-8") for file in files)
+        for name in re.findall(r"\w+\b(?!\.)", functions.partition("(")[0]):
+            assert f"def {name}(" in code or f"import {name}\n" in code, f"{place}: {name}"

@@ -1,4 +1,4 @@
-"""torch's encoder with small layers, dense or with sparse attention."""
+"""Small layers and encoders: torch's encoder, dense or with sparse attention, and a layer with four different α."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from sparse_attn import replace_attention
+from sparse_attn import AdaptiveSparseMultiheadAttention, replace_attention
 
 
 def dense_encoder(width: int, heads: int, hidden: int, layers: int = 2, **kwargs: Any) -> nn.TransformerEncoder:
@@ -20,3 +20,8 @@ def sparse_encoder(width: int, heads: int, hidden: int, layers: int = 2, **kwarg
     model = dense_encoder(width, heads, hidden, layers)
     replace_attention(model, **kwargs)
     return model
+
+
+def layer_of_four_heads(width: int, **kwargs: Any) -> AdaptiveSparseMultiheadAttention:
+    """A layer whose heads have α from 1 to 2, batch first; further arguments are passed to the layer."""
+    return AdaptiveSparseMultiheadAttention(width, 4, batch_first=True, alpha_init=[1.0, 1.25, 1.5, 2.0], **kwargs)

@@ -150,7 +150,7 @@ def test_continuous_batching_is_refused_before_it_begins(build):
     before, changed = model(ids).logits, ids.clone()
     changed[:, 5:] = 7
     settings = transformers.GenerationConfig(max_new_tokens=2, eos_token_id=-1, pad_token_id=0)
-    with pytest.raises(ValueError, match="entmax.* is not supported") as error:
+    with pytest.raises(ValueError, match=r"entmax.* is not supported") as error:
         model.generate_batch([ids[0].tolist()], generation_config=settings)
     assert "\n" not in str(error.value)
     assert model.config._attn_implementation == "entmax"

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from memory import saved_sizes
 from old_torch import since_torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
+from sparse_attn.integrations.huggingface import register
 from sparse_attn.integrations.huggingface.packing import LazyMask
 from sparse_attn.observe import observe_weights
 
@@ -68,6 +69,22 @@ def test_packed_sequences_equal_separate_sequences(name, implementation, cache, 
         torch.testing.assert_close(gradient, wanted[key], rtol=1e-3, atol=1e-4 * largest, msg=key)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize(
+    "positions",
+    [[0, 0, 1, 1, 2, 2, 3], [0, 2, 4, 6, 8, 10, 12], [3, 4, 5, 0, 1, 2, 3], [1, 1, 1, 0, 1, 2, 3]],
+    ids=["repeated", "strided", "not from 0", "padded"],
+)
+def test_other_position_ids_are_read_as_by_eager(positions, cache, masked, build):
+    register("dense", alpha=1.0)
+    inputs = {"input_ids": torch.arange(5, 12)[None], "position_ids": torch.tensor([positions]), "use_cache": cache}
+    if masked:
+        inputs["attention_mask"] = torch.ones(1, 7, dtype=torch.long)
+    got, expected = (build("llama", name)(**inputs).logits for name in ("dense", "eager"))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_packed_sequences_equal_a_padded_batch_in_training(name, build):
     model, width = build(name, "entmax").train(), max(LENGTHS)
@@ -121,17 +138,11 @@ def test_lengths_are_combined_with_a_given_mask(build):
 
 def test_no_tensor_of_the_size_of_the_scores_is_kept(build):
     model = build("mistral", "entmax", num_hidden_layers=1, sliding_window=300)
-    length, largest = 1031, 0
-
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal largest
-        largest = max(largest, tensor.numel())
-        return tensor
-
+    length = 1031
     positions = torch.cat([torch.arange(500), torch.arange(531)])[None]
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_sizes() as sizes:
         model.model(torch.randint(3, 37, (1, length)), position_ids=positions, use_cache=False)[0].sum().backward()
-    assert largest < length * length
+    assert 0 < max(sizes) < length * length
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])

@@ -27,8 +27,14 @@ def pairs(words: tuple[str, ...]) -> str:
 
 
 @pytest.fixture
+def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures with fewer pixels, which are drawn faster."""
+    monkeypatch.setattr("recipes.report.plots.DPI", 50)
+
+
+@pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    """A run with adaptive encoder, softmax decoder and top-k cross-attention; according to its record, on six words."""
+    """A run with adaptive encoder, softmax decoder and top-k cross-attention, trained on six words (by its record)."""
     folder = tmp_path / "finished"
     (folder / "checkpoints").mkdir(parents=True)
     for split, words in {"train": WORDS, "val": WORDS[:5], "test": WORDS[2:]}.items():

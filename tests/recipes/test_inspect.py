@@ -15,6 +15,8 @@ from recipes.report.write import read_course
 from recipes.run import load_run
 from sparse_attn import alpha_per_head
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
+
 KINDS = (
     "encoder.layers.{}.self_attn",
     "decoder.layers.{}.self_attn",
@@ -22,11 +24,6 @@ KINDS = (
 )
 LAYERS = [name.format(layer) for name in KINDS for layer in range(2)]
 FILES = ["alpha.png", "alpha_course.png", "attention.png", "heads.csv", "numbers.json", "report.html", "rollout.png"]
-
-
-@pytest.fixture(autouse=True)
-def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipes.report.plots.DPI", 50)
 
 
 def page_of(run: Path) -> str:

@@ -71,7 +71,7 @@ def test_whether_processes_were_started_together(monkeypatch, environment, expec
 
 
 def srun(number: int) -> dict[str, str]:
-    """What srun sets for one of two tasks on two machines."""
+    """The environment variables that srun sets for one of two tasks on two machines."""
     variables = {
         "JOB_ID": os.getpid(),  # which chooses the port
         "JOB_NAME": "train",

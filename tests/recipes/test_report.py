@@ -27,6 +27,8 @@ from recipes.seq2seq.tokenizer import BOS, Tokenizer
 from sparse_attn import alpha_per_head
 from sparse_attn.analysis import record_attention
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
+
 SOURCES = [[4, 5, 6, 2, 0, 0], [5, 4, 5, 4, 6, 2], [6, 2, 0, 0, 0, 0]]
 TARGETS = [[BOS, 4, 5, 0, 0], [BOS, 6, 5, 4, 4], [BOS, 0, 0, 0, 0]]
 KINDS = (
@@ -34,11 +36,6 @@ KINDS = (
     "decoder.layers.{}.self_attn",
     "decoder.layers.{}.multihead_attn",
 )
-
-
-@pytest.fixture(autouse=True)
-def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipes.report.plots.DPI", 50)
 
 
 def batch(rows: slice = slice(None)) -> dict[str, Tensor]:

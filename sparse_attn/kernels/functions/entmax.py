@@ -52,8 +52,8 @@ def _largest_alone(scores: Tensor, k: int) -> Tensor:
 def widened(x: Tensor, alpha: float | Tensor) -> Tensor:
     """Scores in the dtype that :func:`entmax_rows` takes: half precision becomes float32, unless a kernel converts it.
 
-    A kernel that reads and writes half precision moves a fifth of the bytes. The backward and torch's transforms need
-    the probabilities in float32.
+    A kernel that reads and writes half precision moves a fifth of the bytes that two conversions and a float32
+    kernel move. The backward and torch's transforms need the probabilities in float32.
     """
     if dispatch.by_triton(x) and values_known(x) and forward_ad._current_level < 0:
         learnt = torch.is_grad_enabled() and (x.requires_grad or (isinstance(alpha, Tensor) and alpha.requires_grad))
