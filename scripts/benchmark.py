@@ -136,7 +136,7 @@ def losses(rounds: int) -> Iterator[str]:
 def attention(rounds: int) -> Iterator[str]:
     """Attention with one head, compared with torch's function with softmax; causal compared with causal."""
     for dtype in (torch.float32, torch.bfloat16):
-        lengths = (32, 128, 512, 2048, 8192) if dtype == torch.float32 else (32, 128, 512, 2048)
+        lengths = (32, 128, 512, 2048, 8192)
         name = f"Attention in {str(dtype).removeprefix('torch.')}, one head of size 64"
         columns = [_attention(n, 64, dtype, max(3, rounds // (1 + n // 1024))) for n in lengths]
         yield from _against_sdpa(name, [f"N {n}" for n in lengths], columns)

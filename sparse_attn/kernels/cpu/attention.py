@@ -29,7 +29,7 @@ _WRONG_ALPHA = 2
 
 
 class Layout(NamedTuple):
-    """All of a tensor but its entries."""
+    """Everything about a tensor except its entries."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -37,7 +37,7 @@ class Layout(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All of a call but its tensors; the same for all calls with tensors of these layouts."""
+    """Everything about a call except its tensors: the same for all calls with tensors of these layouts."""
 
     setting: Setting
     layouts: tuple[Layout, Layout, Layout]  # of query, key and value

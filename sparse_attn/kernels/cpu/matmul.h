@@ -117,8 +117,7 @@ static void pack_panels(const real *x, int64_t row, int64_t size, int64_t depth,
 }
 
 /* C (rows, columns from `begin` up to at least `end`) = A B', from rows of A and the result of pack_panels; `begin` is a
- * multiple of BLOCK_COLUMNS, and each row of C has room for a
- * multiple of BLOCK_COLUMNS. */
+ * multiple of BLOCK_COLUMNS, and each row of C has room for a multiple of BLOCK_COLUMNS. */
 static void panel_product(const real *a, int64_t a_row, const real *panels, int64_t depth, int64_t rows, int64_t begin,
                           int64_t end, real *c, int64_t c_row) {
     for (int64_t j = begin; j < end; j += BLOCK_COLUMNS) {
