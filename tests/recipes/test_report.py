@@ -143,7 +143,7 @@ def test_measuring_at_another_alpha_keeps_the_learnt_one_past_its_bound() -> Non
 
 
 def test_only_heads_with_a_learnt_alpha_are_measured_at_another_alpha() -> None:
-    task = small_task(attention="entmax15")
+    task = small_task(encoder_attention="entmax15", decoder_attention="entmax15", cross_attention="entmax15")
     set_alpha(task.model, 1.5)
     assert measure_at(task, [batch()], 1.0) == {}
 
