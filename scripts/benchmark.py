@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -58,7 +59,8 @@ def main(rounds: int, write: bool, threads: int, only: list[str]) -> None:
     torch.manual_seed(0)
     lines = []
     for section in (header, *(section for name, section in SECTIONS.items() if not only or name in only)):
-        for line in section(rounds):
+        _spreads.clear()
+        for line in (*section(rounds), *_spread()):
             print(line, flush=True)
             lines.append(line)
     if write:
@@ -134,7 +136,7 @@ def losses(rounds: int) -> Iterator[str]:
 def attention(rounds: int) -> Iterator[str]:
     """Attention with one head, compared with torch's function with softmax; causal compared with causal."""
     for dtype in (torch.float32, torch.bfloat16):
-        lengths = (32, 128, 512, 2048, 8192) if dtype == torch.float32 else (32, 128, 512, 2048)
+        lengths = (32, 128, 512, 2048, 8192)
         name = f"Attention in {str(dtype).removeprefix('torch.')}, one head of size 64"
         columns = [_attention(n, 64, dtype, max(3, rounds // (1 + n // 1024))) for n in lengths]
         yield from _against_sdpa(name, [f"N {n}" for n in lengths], columns)
@@ -320,19 +322,31 @@ def _interleave(runs: dict, rounds: int) -> dict:
     A short function runs several times per turn, as in a loop: its first run is slower, since the other functions have
     replaced its data in the caches.
     """
-    taken: dict = {name: math.inf for name in runs}
+    taken: dict = {name: [] for name in runs}
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for turn in range(rounds + 1):
         for name, run in runs.items():
-            spent = 0.0
+            spent, least = 0.0, math.inf
             while spent < _TURN:
                 begin = clock()
                 run()
                 seconds = clock() - begin
                 spent += seconds
-                if turn:  # the first round warms up
-                    taken[name] = min(taken[name], seconds)
-    return taken
+                least = min(least, seconds)
+            if turn:  # the first round warms up
+                taken[name].append(least)
+    _spreads.extend(statistics.median(times) / min(times) for times in taken.values())
+    return {name: min(times) for name, times in taken.items()}
+
+
+_spreads: list[float] = []  # of the functions of a section
+
+
+def _spread() -> Iterator[str]:
+    if _spreads:
+        yield ""
+        spread = statistics.median(_spreads)
+        yield f"Spread: the median round took {spread:.2f} times the smallest (median over the functions)."
 
 
 def _heading(title: str, columns: list[str]) -> Iterator[str]:

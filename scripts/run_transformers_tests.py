@@ -5,7 +5,7 @@
 
 CHECKOUT is a checkout of transformers at the tag of the installed version: neither its wheel nor its source
 distribution contains the tests of the models (`tests/models`), so this script cannot fetch them. Without CHECKOUT it
-prints the tag. The tests need the extra hf, and datasets, parameterized and Pillow.
+prints the tag. The tests need the extra hf, and datasets, parameterized, Pillow and timeout-decorator.
 
 Every model whose class supports `scaled_dot_product_attention` gets the implementation, whatever its test asks for;
 in tests with "eager" in their name, which compare with it, "eager" stays. Tests that ask whether the name is literally

@@ -21,7 +21,7 @@ int rows_forward(int variant, int threads, int rank, const int64_t *layout, int 
                  const double *a, int64_t k, double lowest, void *p);
 int rows_backward(int variant, int threads, int rank, const int64_t *layout, int type, const void *p, const void *grad,
                   const double *a, void *grad_scores, double *grad_a);
-int attention_run(int variant, int threads, int backward, const attention *call);
+int attention_run(int variant, int threads, int backward, const attention *call, const attention_data *data);
 
 enum { FLOAT32, FLOAT64, FLOAT16, BFLOAT16, TYPES };
 static const size_t BYTES[] = {4, 8, 2, 2};
@@ -57,7 +57,7 @@ static void exercise(int variant, int threads, int type, int64_t count, int64_t 
     void *p = malloc(BYTES[type] * count * size), *out = malloc(BYTES[type] * count * size);
     double *a = malloc(sizeof *a * count), *grad_a = malloc(sizeof *grad_a * count);
     const double alphas[] = {1, 1.5, 2, 1.3, 1.75, 1.0001, 0.6, 2.5, 4, 1 + 1e-13};
-    for (int64_t i = 0; i < count; i++) a[i] = alphas[i % 10] - 1;
+    for (int64_t i = 0; i < count; i++) a[i] = alphas[(i / 4 + size) % 10] - 1; /* four of each: side by side */
     for (int64_t i = 0; i < count * size * step; i++) {
         put(scores, type, i, any_score(i));
         put(grad, type, i, 4.0 * rand() / RAND_MAX - 2);
@@ -84,11 +84,12 @@ static tensor filled(int type, int64_t batch, int64_t heads, int64_t size, int64
 /* Attention forward and backward; every buffer has what the call says and no more. `kind` chooses among masks. */
 static void attend(int variant, int threads, int type, int64_t queries, int64_t keys, int64_t width, int kind) {
     const int64_t batch = 2, heads = 4, kv_heads = 2, packed[] = {0, queries / 3, queries}, packed_keys[] = {0, keys, keys};
-    const double alphas[] = {0, 0.25, 0.5, 1}, steep[] = {1e-9, 0.75, 2, 1};
+    const double alphas[] = {1, 1.25, 1.5, 2}, steep[] = {1 + 1e-9, 1.75, 3, 2};
     attention c = {.batch = batch, .heads = heads, .kv_heads = kv_heads, .queries = queries, .keys = keys};
     c.depth = width, c.width = width / 2 + 1, c.tile_rows = queries < 12 ? queries : 12, c.capacity = keys < 9 ? keys : 9;
     c.k = kind == 1 ? 3 : 0, c.left = kind == 2 ? 5 : 1 << 30, c.right = kind == 2 || kind == 3 ? 0 : 1 << 30;
-    c.scale = 1, c.dropout_p = kind == 3 ? 0.3 : 0, c.a_heads = kind % 2 ? alphas : steep, c.seed = 7;
+    attention_data d = {.seed = 7, .alpha = kind % 2 ? alphas : steep};
+    c.scale = 1, c.dropout_p = kind == 3 ? 0.3 : 0, c.alpha_type = FLOAT64, c.alpha_step = 1;
     c.query = filled(type, batch, heads, queries, width, kind == 4), c.grad = filled(type, batch, heads, queries, c.width, 0);
     c.key = filled(type, batch, kv_heads, keys, width, kind == 4), c.value = filled(type, batch, kv_heads, keys, c.width, 0);
     c.output = filled(type, batch, heads, queries, c.width, 0), c.grad_query = filled(type, batch, heads, queries, width, 0);
@@ -103,18 +104,20 @@ static void attend(int variant, int threads, int type, int64_t queries, int64_t 
         c.mask = (tensor){calloc(batch * keys, 1), BOOLEAN, {keys, 0, 0, 1}};
         for (int64_t j = 0; j < batch * keys; j++) ((uint8_t *)c.mask.data)[j] = rand() % 2;
     }
-    if (kind == 7) c.query_starts = packed, c.key_starts = packed_keys;
+    if (kind == 7) d.query_starts = packed, d.key_starts = packed_keys;
     const int64_t tiles = batch * heads * ((queries + c.tile_rows - 1) / c.tile_rows + 1);
-    c.counts = malloc(tiles * c.tile_rows * sizeof *c.counts);
-    c.places = malloc(tiles * c.tile_rows * c.capacity * sizeof *c.places);
-    c.weights = malloc(tiles * c.tile_rows * c.capacity * (wide == FLOAT64 ? 8 : 4));
+    c.kept_rows = tiles * c.tile_rows;
+    d.kept = malloc(c.kept_rows * (4 + c.capacity * (4 + (wide == FLOAT64 ? 8 : 4))));
     double grad_alpha[4];
-    c.grad_alpha = grad_alpha;
-    check(!attention_run(variant, threads, 0, &c), "attention");
-    check(!attention_run(variant, threads, 1, &c), "attention backward");
+    d.grad_alpha = grad_alpha;
+    d.query = c.query.data, d.key = c.key.data, d.value = c.value.data, d.mask = c.mask.data, d.output = c.output.data;
+    d.grad = c.grad.data, d.grad_query = c.grad_query.data, d.grad_key = c.grad_key.data;
+    d.grad_value = c.grad_value.data, d.grad_mask = c.grad_mask.data;
+    check(!attention_run(variant, threads, 0, &c, &d), "attention");
+    check(!attention_run(variant, threads, 1, &c, &d), "attention backward");
     tensor *all[] = {&c.query, &c.key, &c.value, &c.mask, &c.output, &c.grad, &c.grad_query, &c.grad_key, &c.grad_value, &c.grad_mask};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]->data);
-    free(c.counts), free(c.places), free(c.weights);
+    free(d.kept);
 }
 
 /* With an argument, only the cases with several threads run. */

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sparse_attn.checks import check_alpha, check_starts, compute_dtype
+from sparse_attn.checks import check_alpha, check_number_or_tensor, check_starts, compute_dtype
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.alpha import split_alpha
 from sparse_attn.kernels.functions.blockwise import blockwise_attention
@@ -37,7 +37,7 @@ class Call(NamedTuple):
     query: Tensor
     key: Tensor  # its number of heads is that of the query or a divisor of it
     value: Tensor
-    alpha: float | Tensor  # a number, or a tensor that broadcasts to (H, 1, 1)
+    alpha: float | Tensor  # a number, or a tensor () or (H,)
     k: int | None  # how many keys a query keeps; None: all
     mask: Tensor | None
     dropout_p: float
@@ -81,6 +81,11 @@ def attend_packed(call: Call, query_starts: Tensor, key_starts: Tensor, left: in
     setting = setting._replace(scale=1.0, offset=None if offset is None else offset + 1)
     tensors = (longer.query, longer.key, longer.value, per_head, None)
     return native_attention(*tensors, setting, starts[0], key_starts).to(q.dtype)
+
+
+def one_per_head(alpha: float | Tensor) -> float | Tensor:
+    """α of a :class:`Call` in a form that broadcasts to scores (..., H, L, S)."""
+    return alpha.view(-1, 1, 1) if isinstance(alpha, Tensor) and alpha.dim() else alpha
 
 
 def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +173,8 @@ def _in_heads(call: Call) -> _Heads:
         mask = _four_dimensions(mask, shape)
     alpha = call.alpha
     if isinstance(alpha, Tensor):
-        alpha = alpha.to(query.device).expand(heads, 1, 1).reshape(heads)
+        check_number_or_tensor(alpha, "alpha")
+        alpha = alpha.to(query.device).expand(heads)
     else:
         check_alpha(alpha)
     output = (*shape[:-1], value_sizes[-1])
@@ -221,7 +227,7 @@ def _in_blocks(call: Call) -> Tensor:
     if mask is not None:
         key, value = clear_padding(key, value, mask)
     check_alpha(call.alpha)
-    alpha, a = split_alpha(call.alpha)
+    alpha, a = split_alpha(one_per_head(call.alpha))
     if alpha is not None:
         alpha = alpha.expand(*batch, 1, 1).reshape(-1)
     query, key, value = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))

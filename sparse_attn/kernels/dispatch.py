@@ -174,13 +174,14 @@ def _triton_rows() -> ModuleType:
 
 def by_c(device: torch.device) -> bool:
     """Whether kernels in C compute with tensors of a device."""
-    return _c_computes(device.type)
+    return c_computes(device.type)
 
 
-def _c_computes(device: str) -> bool:
+def c_computes(device: str) -> bool:
+    """The same for a type of devices."""
     return device == "cpu" and _forced.get() in (None, "compiled") and rows.available()
 
 
 # The same as torch.compiler.assume_constant_result, whose import of Dynamo would take a second.
 _triton_computes._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_c_computes._dynamo_marked_constant = True  # type: ignore[attr-defined]
+c_computes._dynamo_marked_constant = True  # type: ignore[attr-defined]

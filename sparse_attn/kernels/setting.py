@@ -1,8 +1,10 @@
-"""The numbers of an attention call, in the form that every backend takes."""
+"""The numbers of an attention call, in the form that every backend takes, and the tensors of one on a CPU."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from torch import Tensor
 
 
 class Setting(NamedTuple):
@@ -14,3 +16,16 @@ class Setting(NamedTuple):
     offset: int | None  # causal: query i sees the keys up to i + offset; None: every query sees every key
     k: int | None = None  # how many keys a query keeps; None: all
     left: int | None = None  # query i sees no key before i - left; None: no limit
+
+
+class Tensors(NamedTuple):
+    """The tensors of a call of the C kernel."""
+
+    query: Tensor  # (N, H, L, D)
+    key: Tensor  # (N, Hk, S, D), Hk a divisor of H
+    value: Tensor  # (N, Hk, S, Dv)
+    alpha: Tensor | None = None  # (H,); None: the number in the setting
+    mask: Tensor | None = None  # (N or 1, H or 1, L or 1, S or 1): boolean, True = visible, or floating
+    seed: Tensor | None = None  # of the dropout
+    query_starts: Tensor | None = None  # of packed sequences, followed by L: (number of sequences + 1,); N is 1 then
+    key_starts: Tensor | None = None  # likewise, followed by S

@@ -20,7 +20,8 @@ from sparse_attn.checks import (
     compute_dtype,
     result_dtype,
 )
-from sparse_attn.kernels.choose_attention import Call, autocast_dtype, choose_attention, repeat_heads
+from sparse_attn.kernels.choose_attention import Call, autocast_dtype, choose_attention, one_per_head, repeat_heads
+from sparse_attn.kernels.direct import attend_directly
 from sparse_attn.kernels.sinks import sink_scores
 from sparse_attn.masks import apply_mask, causal_mask, check_mask, clear_padding, dense_mask, described_causal
 from sparse_attn.ops.entmax import entmax_along
@@ -28,17 +29,17 @@ from sparse_attn.ops.entmax import entmax_along
 Normalizer = Literal["softmax", "sparsemax"]
 
 
-@dataclass(frozen=True, eq=False)  # with eq, Dynamo before torch 2.13 would compute a hash before the fields exist
+@dataclass(eq=False)  # with eq, Dynamo before torch 2.13 would compute a hash before the fields exist
 class ScoreMapping:
     """Maps scores (..., H, L, S) to weights: α-entmax over the ``k`` largest scores of each query, or over all."""
 
-    alpha: float | Tensor  # a number, or a tensor that broadcasts to (H, 1, 1)
+    alpha: float | Tensor  # a number, or a tensor () or (H,)
     k: int | None = None
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Weights of the scores."""
         # Only the kernels ask whether there are more than k keys: a branch here would limit an exported length.
-        return entmax_along(scores, self.alpha, -1, self.k)
+        return entmax_along(scores, one_per_head(self.alpha), -1, self.k)
 
 
 class Options(TypedDict):
@@ -98,9 +99,16 @@ def entmax_attention(
     Reference:
         Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers".
     """
-    mapping = entmax_mapping(alpha, max(_heads(query), _heads(key)))
-    options: Options = {"scale": scale, "enable_gqa": enable_gqa, "softcap": softcap, "sinks": sinks}
-    return attend(query, key, value, mapping, attn_mask, dropout_p, is_causal, **options, need_weights=False)[0]
+    # A number needs no check here, and a call on a short sequence is noticeably faster without.
+    mapping = ScoreMapping(alpha) if type(alpha) is float else entmax_mapping(alpha, max(_heads(query), _heads(key)))
+    return attend(
+        *(query, key, value, mapping, attn_mask, dropout_p, is_causal),
+        scale=scale,
+        enable_gqa=enable_gqa,
+        softcap=softcap,
+        sinks=sinks,
+        need_weights=False,
+    )[0]
 
 
 def topk_attention(
@@ -151,8 +159,14 @@ def topk_attention(
         Zhao et al. 2019, "Explicit Sparse Transformer".
     """
     mapping = topk_mapping(k, normalizer_alpha(normalizer))
-    options: Options = {"scale": scale, "enable_gqa": enable_gqa, "softcap": softcap, "sinks": sinks}
-    return attend(query, key, value, mapping, attn_mask, dropout_p, is_causal, **options, need_weights=False)[0]
+    return attend(
+        *(query, key, value, mapping, attn_mask, dropout_p, is_causal),
+        scale=scale,
+        enable_gqa=enable_gqa,
+        softcap=softcap,
+        sinks=sinks,
+        need_weights=False,
+    )[0]
 
 
 def entmax_mapping(alpha: float | Tensor, heads: int, k: int | None = None) -> ScoreMapping:
@@ -161,7 +175,7 @@ def entmax_mapping(alpha: float | Tensor, heads: int, k: int | None = None) -> S
         return ScoreMapping(alpha, k)
     if tuple(alpha.shape) != (heads,):
         raise ValueError(f"alpha must be a number or have shape (H,) = ({heads},), got {tuple(alpha.shape)}")
-    return ScoreMapping(alpha.view(-1, 1, 1), k)
+    return ScoreMapping(alpha, k)
 
 
 def topk_mapping(k: int, alpha: float | Tensor = 1.0, heads: int = 1) -> ScoreMapping:
@@ -197,6 +211,11 @@ def attend(
     The weights (..., H, L, S) are those of the keys, without that of a sink. The other arguments are those of the
     public functions.
     """
+    known = mapping if isinstance(mapping, ScoreMapping) and not need_weights else None
+    if known and dropout_p == 0.0 and softcap is None and sinks is None and not torch.compiler.is_compiling():
+        output = attend_directly(query, key, value, known.alpha, known.k, attn_mask, is_causal, scale, enable_gqa)
+        if output is not None:
+            return output, None
     check_shapes(query, key, value, enable_gqa)
     check_dropout(dropout_p, "dropout_p")
     if is_causal and attn_mask is not None:
@@ -206,8 +225,8 @@ def attend(
     check_softcap_and_sinks(softcap, sinks, query, max(_heads(query), _heads(key)))
     query, key, value = _of_one_rank(query, key, value)
     scale = default_scale(query) if scale is None else scale
-    if not need_weights and isinstance(mapping, ScoreMapping):
-        call = Call(query, key, value, mapping.alpha, mapping.k, attn_mask, dropout_p, is_causal, scale, softcap, sinks)
+    if known:
+        call = Call(query, key, value, known.alpha, known.k, attn_mask, dropout_p, is_causal, scale, softcap, sinks)
         compute = choose_attention(call)
         output = None if compute is None else compute(call)
         if output is not None:

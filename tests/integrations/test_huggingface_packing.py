@@ -9,6 +9,7 @@ import torch
 from memory import saved_sizes
 from torch import Tensor
 
+from sparse_attn.integrations.huggingface import register
 from sparse_attn.integrations.huggingface.packing import LazyMask
 from sparse_attn.observe import observe_weights
 
@@ -65,6 +66,22 @@ def test_packed_sequences_equal_separate_sequences(name, implementation, cache, 
     largest = max(x.abs().max() for x in wanted.values()).item()
     for key, gradient in gradients(model, got).items():
         torch.testing.assert_close(gradient, wanted[key], rtol=1e-3, atol=1e-4 * largest, msg=key)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize(
+    "positions",
+    [[0, 0, 1, 1, 2, 2, 3], [0, 2, 4, 6, 8, 10, 12], [3, 4, 5, 0, 1, 2, 3], [1, 1, 1, 0, 1, 2, 3]],
+    ids=["repeated", "strided", "not from 0", "padded"],
+)
+def test_other_position_ids_are_read_as_by_eager(positions, cache, masked, build):
+    register("dense", alpha=1.0)
+    inputs = {"input_ids": torch.arange(5, 12)[None], "position_ids": torch.tensor([positions]), "use_cache": cache}
+    if masked:
+        inputs["attention_mask"] = torch.ones(1, 7, dtype=torch.long)
+    got, expected = (build("llama", name)(**inputs).logits for name in ("dense", "eager"))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

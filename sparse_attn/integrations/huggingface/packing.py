@@ -162,14 +162,19 @@ def _check_given(starts: Any, name: str, total: int) -> Tensor:
 
 
 def _starts_of_positions(position_ids: Any, query: Tensor, key: Tensor) -> Tensor | None:
-    """Starts of the sequences, if position ids (N, L) or (1, L) do not increase by 1 everywhere, as in transformers."""
+    """Starts of the sequences, if position ids (N, L) or (1, L) count 0, 1, 2, … and start again at 0.
+
+    This is for calls with a mask or a cache, where transformers itself looks at no position ids. Ids that repeat or
+    leave out numbers (several inputs of one place, strides) are places in one sequence, not packed sequences.
+    """
     length = query.shape[2]
     if torch.compiler.is_compiling() or not isinstance(position_ids, Tensor) or length < 2:
         return None
     if position_ids.dim() != 2 or position_ids.shape[1] != length or key.shape[2] != length:
         return None
     starting = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    return _starts(starting.expand(len(query), -1)) if bool(starting.any()) else None
+    from_zero = bool((position_ids[:, 0] == 0).all() and (position_ids[:, 1:][starting] == 0).all())
+    return _starts(starting.expand(len(query), -1)) if from_zero and bool(starting.any()) else None
 
 
 def _starts(starting: Tensor) -> Tensor:

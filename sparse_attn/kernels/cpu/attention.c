@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "convert.h"
 #include "random.h"
 #include "rows.h"
 #include "threads.h"
@@ -39,13 +40,33 @@ static void describe(attention_task *t) {
     for (int64_t b = 0; b < c->batch; b++) {
         sequence *of = &t->sequences[b];
         *of = (sequence){0, c->queries, 0, c->keys, 0, t->tiles, t->all_keys};
-        if (c->query_starts) {
-            of->query_start = c->query_starts[b], of->queries = c->query_starts[b + 1] - of->query_start;
-            of->key_start = c->key_starts[b], of->keys = c->key_starts[b + 1] - of->key_start;
+        if (t->data.query_starts) {
+            const int64_t *queries = t->data.query_starts + b, *keys = t->data.key_starts + b;
+            of->query_start = queries[0], of->queries = queries[1] - queries[0];
+            of->key_start = keys[0], of->keys = keys[1] - keys[0];
         }
         of->tiles = (of->queries + c->tile_rows - 1) / c->tile_rows;
         t->tiles += of->tiles * c->heads, t->all_keys += of->keys;
         if (of->keys > t->longest) t->longest = of->keys;
+    }
+}
+
+/* One number of any floating element type. */
+static double read_number(const void *x, int64_t type, int64_t i) {
+    switch (type) {
+    case FLOAT64: return ((const double *)x)[i];
+    case FLOAT16: return from_float16(((const uint16_t *)x)[i]);
+    case BFLOAT16: return from_bfloat16(((const uint16_t *)x)[i]);
+    default: return ((const float *)x)[i];
+    }
+}
+
+static void write_number(void *x, int64_t type, int64_t i, double number) {
+    switch (type) {
+    case FLOAT64: ((double *)x)[i] = number; break;
+    case FLOAT16: ((uint16_t *)x)[i] = to_float16((float)number); break;
+    case BFLOAT16: ((uint16_t *)x)[i] = to_bfloat16((float)number); break;
+    default: ((float *)x)[i] = (float)number;
     }
 }
 
@@ -88,24 +109,56 @@ static int run_backward(attention_task *t, const kernels *use, size_t bytes, int
         j.part = use->reduce, j.items = c->batch * c->kv_heads;
         if (run_job(&j, threads)) return 1;
     }
-    for (int64_t head = 0; c->grad_alpha && head < c->heads; head++) {
-        c->grad_alpha[head] = 0;
-        for (int64_t item = 0; item < items; item++) c->grad_alpha[head] += t->alpha_sums[item * c->heads + head];
+    for (int64_t head = 0; t->data.grad_alpha && head < c->heads; head++) {
+        double sum = 0;
+        for (int64_t item = 0; item < items; item++) sum += t->alpha_sums[item * c->heads + head];
+        write_number(t->data.grad_alpha, c->alpha_type, head, sum);
     }
     return 0;
 }
 
-/* The forward or the backward of one call. Returns 0, or 1 if there was not enough memory. */
-EXPORT int attention_run(int variant, int threads, int backward, const attention *call) {
-    attention_task t = {.call = *call, .backward = backward};
+/* Sets the pointers in the tensors, and those into the memory for kept weights. */
+static void set_pointers(attention_task *t, size_t bytes) {
+    attention *c = &t->call;
+    const attention_data *d = &t->data;
+    c->query.data = d->query, c->key.data = d->key, c->value.data = d->value, c->mask.data = d->mask;
+    c->output.data = d->output, c->grad.data = d->grad, c->grad_query.data = d->grad_query;
+    c->grad_key.data = d->grad_key, c->grad_value.data = d->grad_value, c->grad_mask.data = d->grad_mask;
+    if (!d->kept) return;
+    t->weights = d->kept;
+    t->counts = (int32_t *)((char *)d->kept + (size_t)(c->kept_rows * c->capacity) * bytes);
+    t->places = t->counts + c->kept_rows;
+}
+
+/* Sets α - 1 of each head; returns false if an α is not in (0, inf). */
+static int set_alpha(attention_task *t) {
+    const attention *c = &t->call;
+    for (int64_t head = 0; head < c->heads; head++) {
+        const double alpha = read_number(t->data.alpha, c->alpha_type, head * c->alpha_step);
+        if (!(alpha > 0 && alpha < INFINITY)) return 0;
+        t->a_heads[head] = alpha - 1;
+    }
+    return 1;
+}
+
+enum { NO_MEMORY = 1, WRONG_ALPHA = 2 };
+
+/* The forward or the backward of one call. Returns 0, NO_MEMORY, or WRONG_ALPHA if an α is not in (0, inf). */
+EXPORT int attention_run(int variant, int threads, int backward, const attention *call, const attention_data *data) {
+    attention_task t = {.call = *call, .data = *data, .backward = backward};
     const int wide = call->query.type == FLOAT64;
+    const size_t bytes = wide ? sizeof(double) : sizeof(float);
     const kernels *use = &variants[variant][wide];
+    int failed = NO_MEMORY;
     t.sequences = malloc((size_t)(call->batch + 1) * sizeof *t.sequences);
-    if (!t.sequences) return 1;
-    describe(&t);
-    const int failed = backward ? run_backward(&t, use, wide ? sizeof(double) : sizeof(float), threads)
-                                : run_forward(&t, use, threads);
-    free(t.sums), free(t.alpha_sums), free(t.sequences);
+    if (data->alpha) t.a_heads = malloc((size_t)call->heads * sizeof *t.a_heads);
+    if (t.sequences && (t.a_heads || !data->alpha)) {
+        set_pointers(&t, bytes);
+        describe(&t);
+        if (data->alpha && !set_alpha(&t)) failed = WRONG_ALPHA;
+        else failed = backward ? run_backward(&t, use, bytes, threads) : run_forward(&t, use, threads);
+    }
+    free(t.sums), free(t.alpha_sums), free(t.a_heads), free(t.sequences);
     return failed;
 }
 

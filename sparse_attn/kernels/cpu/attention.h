@@ -17,31 +17,34 @@ typedef struct {
 
 enum { BOOLEAN = 4 };
 
-/* One call. Every member has 8 bytes, so that other languages can pass the struct as an array of numbers. */
+/* Sizes, strides and numbers of a call, the same for all calls with tensors of these shapes. The pointers in the tensors
+ * are set by attention.c. Every member of this struct and of the next has 8 bytes, so that other languages can pass both
+ * as arrays of numbers. */
 typedef struct {
     int64_t batch, heads, kv_heads, queries, keys, depth, width; /* width: entries of a value */
     int64_t tile_rows;
-    int64_t capacity; /* how many weights are kept per row, on average over a tile, for the backward; may be 0 */
-    int64_t k;        /* only the k keys with the largest scores take part; 0: all keys */
+    int64_t capacity;  /* how many weights are kept per row, on average over a tile, for the backward; may be 0 */
+    int64_t kept_rows; /* the rows of all tiles, for which `kept` has room */
+    int64_t k;         /* only the k keys with the largest scores take part; 0: all keys */
     int64_t left, right;
-    int64_t seed;
     double scale, dropout_p;
-    double a;                                 /* α - 1 of all heads, if a_heads is NULL */
-    const double *a_heads;                    /* α - 1 of each head, or NULL */
-    const int64_t *query_starts, *key_starts; /* packed sequences: batch + 1 places in rows; else NULL */
+    double a; /* α - 1 of all heads, if there is no tensor of α */
+    int64_t alpha_type, alpha_step;
     tensor query, key, value, mask, output;
-    /* Non-zero weights of each tile, kept for the backward: their number per row (-1 in the first row: not kept), their
-     * keys, and the weights. */
-    int32_t *counts, *places;
-    void *weights;
     tensor grad, grad_query, grad_key, grad_value;
     tensor grad_mask; /* `real` of the computation; gradients are added to it; a stride is 0 where the mask is broadcast */
-    double *grad_alpha; /* one per head; NULL if it is not needed */
 } attention;
 
-static inline double a_of(const attention *c, int64_t head) {
-    return c->a_heads ? c->a_heads[head] : c->a;
-}
+/* The members that change from call to call; NULL for all that a call does not have. */
+typedef struct {
+    int64_t seed;
+    void *query, *key, *value, *mask, *output;
+    const void *alpha;                        /* one per head */
+    const int64_t *query_starts, *key_starts; /* packed sequences: batch + 1 places in rows */
+    void *kept;                               /* memory for the weights that are kept, see `attention_task` */
+    void *grad, *grad_query, *grad_key, *grad_value, *grad_mask;
+    void *grad_alpha; /* one per head, of the type of alpha */
+} attention_data;
 
 /* The parts of sequence b of the batch. */
 typedef struct {
@@ -53,7 +56,13 @@ typedef struct {
 /* A call, and the numbers that attention.c derives from it. */
 typedef struct {
     attention call;
+    attention_data data;
     int backward;
+    double *a_heads; /* α - 1 of each head, or NULL */
+    /* Non-zero weights of each tile, kept for the backward: their number per row (-1 in the first row: not kept), their
+     * keys, and the weights. All are NULL if no weights are kept. */
+    int32_t *counts, *places;
+    void *weights;
     sequence *sequences;
     int64_t tiles, longest, all_keys; /* all tiles; the keys of the longest sequence, and of all */
     /* An item of the backward is a part of the queries, for one batch entry and one head of keys. Where all batch entries
@@ -62,6 +71,10 @@ typedef struct {
     void *sums;         /* with more than one part: the gradients of keys and values by part, before they are added */
     double *alpha_sums; /* the gradient of α by item and head */
 } attention_task;
+
+static inline double a_of(const attention_task *t, int64_t head) {
+    return t->a_heads ? t->a_heads[head] : t->call.a;
+}
 
 /* The memory that a thread needs, in bytes, and the function that prepares this memory. */
 typedef size_t attention_scratch(const attention_task *t);

@@ -13,8 +13,8 @@ backward_row EXPORTED(backward), EXPORTED_IN_DOUBLE(backward);
 static void use_kept_lists(workspace *w, int64_t tile) {
     const attention *c = &w->task->call;
     const int64_t room = c->tile_rows * c->capacity;
-    const int32_t *places = c->places + tile * room, *counts = c->counts + tile * c->tile_rows;
-    const real *weights = (const real *)c->weights + tile * room;
+    const int32_t *places = w->task->places + tile * room, *counts = w->task->counts + tile * c->tile_rows;
+    const real *weights = (const real *)w->task->weights + tile * room;
     for (int64_t r = 0; r < w->count; r++) {
         w->list_places[r] = places, w->list_weights[r] = weights, w->sizes[r] = counts[r];
         places += counts[r], weights += counts[r];
@@ -24,11 +24,11 @@ static void use_kept_lists(workspace *w, int64_t tile) {
 /* Replaces the gradient of one row's weights in `grad` by the gradient of its scores. */
 static double grad_scores(workspace *w, int64_t r, real *grad) {
     const attention *c = &w->task->call;
-    const double a = a_of(c, w->head);
+    const double a = a_of(w->task, w->head);
     backward_row *backward = a > 1 ? EXPORTED_IN_DOUBLE(backward) : EXPORTED(backward);
     const vector p = {w->list_weights[r], 1, REAL_TYPE}, g = {grad, 1, REAL_TYPE};
     if (c->dropout_p > 0) drop_out(w, r, w->list_places[r], grad, w->sizes[r], grad);
-    const double grad_a = backward(p, g, w->sizes[r], a, c->grad_alpha != NULL, w->slopes, w->row_scratch);
+    const double grad_a = backward(p, g, w->sizes[r], a, w->task->data.grad_alpha != NULL, w->slopes, w->row_scratch);
     memcpy(grad, w->slopes, (size_t)w->sizes[r] * sizeof *grad);
     if (c->grad_mask.data) {
         const int64_t *step = c->grad_mask.strides;
@@ -66,8 +66,7 @@ static double by_matrices(workspace *w) {
     double grad_a = 0;
     if (!w->have_value_panels) pack_panels(w->values.data, w->values.row, w->of->keys, w->width, w->value_panels);
     w->have_value_panels = 1;
-    pack_rows(w->grads, w->width, w->count, w->width, 1, w->packed_grads);
-    packed_product(w->packed_grads, w->value_panels, w->width, w->count, start, w->end, w->second, w->row);
+    panel_product(w->grads, w->width, w->value_panels, w->width, w->count, start, w->end, w->second, w->row);
     for (int64_t r = 0; r < w->count; r++) {
         const int32_t *places = w->list_places[r];
         const int64_t count = w->sizes[r];
@@ -91,9 +90,9 @@ static double by_matrices(workspace *w) {
 static double backward_tile(workspace *w, int64_t tile) {
     const attention *c = &w->task->call;
     open_tile(w, tile);
-    const int64_t b = entry_of(c, w), first = w->of->query_start + w->first;
+    const int64_t b = entry_of(w), first = w->of->query_start + w->first;
     const int64_t number = w->of->first_tile + w->head * w->of->tiles + tile;
-    if (c->counts && c->counts[number * c->tile_rows] >= 0) use_kept_lists(w, number);
+    if (w->task->counts && w->task->counts[number * c->tile_rows] >= 0) use_kept_lists(w, number);
     else make_lists(w);
     for (int64_t r = 0; r < w->count; r++)
         copy_row(entries_of(&c->grad, b, w->head, first + r), c->width, w->width, 1, w->grads + r * w->width);
@@ -105,7 +104,7 @@ static double backward_tile(workspace *w, int64_t tile) {
 
 static void deliver_sums(const workspace *w, const real *keys, const real *values) {
     const attention *c = &w->task->call;
-    const int64_t b = entry_of(c, w);
+    const int64_t b = entry_of(w);
     for (int64_t j = 0; j < w->of->keys; j++) {
         const int64_t row = w->of->key_start + j;
         deliver_row(keys + j * w->depth, c->depth, entries_of(&c->grad_key, b, w->kv_head, row));

@@ -7,7 +7,7 @@
 /* Keeps the lists for the backward, if there is room. */
 static void keep(const workspace *w, int64_t tile) {
     const attention *c = &w->task->call;
-    int32_t *counts = c->counts + tile * c->tile_rows;
+    int32_t *counts = w->task->counts + tile * c->tile_rows;
     const int64_t room = c->tile_rows * c->capacity;
     int64_t used = 0;
     for (int64_t r = 0; r < w->count; r++) used += w->sizes[r];
@@ -15,8 +15,8 @@ static void keep(const workspace *w, int64_t tile) {
         counts[0] = -1;
         return;
     }
-    int32_t *places = c->places + tile * room;
-    real *weights = (real *)c->weights + tile * room;
+    int32_t *places = w->task->places + tile * room;
+    real *weights = (real *)w->task->weights + tile * room;
     for (int64_t r = 0; r < w->count; r++) {
         const size_t size = (size_t)w->sizes[r];
         memcpy(places, w->list_places[r], size * sizeof *places);
@@ -25,12 +25,12 @@ static void keep(const workspace *w, int64_t tile) {
     }
 }
 
-/* The output of one query from values that are read in place; the buffer of packed keys is free. */
+/* The output of one query from values that are read in place; the memory for panels of keys is free. */
 static void gather_in_place(const workspace *w, int64_t r, real *out) {
     const attention *c = &w->task->call;
     memset(out, 0, (size_t)w->width * sizeof *out);
     for (int64_t n = 0; n < w->sizes[r]; n++) {
-        const real *value = row_in_place(w, &c->value, w->list_places[r][n], c->width, w->key_pack);
+        const real *value = row_in_place(w, &c->value, w->list_places[r][n], c->width, w->key_panels);
         const lanes weight = splat(w->list_weights[r][n]);
         for (int64_t d = 0; d < w->width; d += LANES) store(out + d, load(out + d) + weight * load(value + d));
     }
@@ -56,7 +56,7 @@ static void attend(workspace *w) {
             gather_rows(w->list_places[r], w->list_weights[r], w->sizes[r], w->values, w->width, 1,
                         w->output + r * w->width);
     }
-    const int64_t b = entry_of(c, w);
+    const int64_t b = entry_of(w);
     for (int64_t r = 0; r < w->count; r++)
         deliver_row(w->output + r * w->width, c->width,
                     entries_of(&c->output, b, w->head, w->of->query_start + w->first + r));
@@ -80,7 +80,7 @@ void EXPORTED(attention_forward)(const void *task, int64_t begin, int64_t end, v
         open_head(w, of, within / of->tiles);
         open_tile(w, within % of->tiles);
         make_lists(w);
-        if (t->call.counts) keep(w, tile);
+        if (t->counts) keep(w, tile);
         attend(w);
     }
 }

@@ -9,4 +9,9 @@ static family family_of(double a) {
     return a == 1 ? SPARSEMAX : a == 0.5 ? ENTMAX15 : a == 0 ? SOFTMAX : a < 0.5 ? GENTLE : STEEP;
 }
 
+/* True if p is computed by exp and log, and all entries of a row may have to be. */
+static int needs_power(double a) {
+    return family_of(a) == GENTLE || family_of(a) == STEEP;
+}
+
 #endif

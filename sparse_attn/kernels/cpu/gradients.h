@@ -1,4 +1,5 @@
-/* Gradients for the scores and for α of one row of packed probabilities, for row.c. rows.h defines the letters. */
+/* Gradients for the scores and for α of one row of packed probabilities, and of several rows side by side, for row.c.
+ * rows.h defines the letters. */
 #ifndef SPARSE_ATTN_GRADIENTS_H
 #define SPARSE_ATTN_GRADIENTS_H
 
@@ -6,23 +7,28 @@
 #include "family.h"
 #include "lanes.h"
 #include "origin.h"
+#include "rows.h"
 #include "tally.h"
 
 typedef struct {
     double u, u_g; /* Σ u and Σ u g */
 } weighted;
 
-/* u of packed p, 0 for padding, and the sums that the gradient needs. */
+/* u of packed p, 0 for padding. */
+INLINE lanes slope_of(lanes p, const family of, real a) {
+    const lanes zero = splat(0);
+    if (of == SPARSEMAX) return select_equal(p, zero, zero, (real)0 * p + (real)1); /* NaN where p is */
+    if (of == ENTMAX15) return square_root(p);
+    if (of == SOFTMAX) return p;
+    return select_equal(p, zero, zero, power_lanes(p, 1 - a));
+}
+
+/* u, and the sums that the gradient needs. */
 INLINE weighted slopes_family(const real *p, const real *g, int64_t size, const family of, real a, real *u) {
     const lanes zero = splat(0);
     tally sum_u = {zero, zero}, sum_ug = {zero, zero};
     for (int64_t i = 0; i < size; i += LANES) {
-        const lanes x = load(p + i);
-        lanes slope;
-        if (of == SPARSEMAX) slope = select_equal(x, zero, zero, (real)0 * x + (real)1); /* NaN where p is */
-        else if (of == ENTMAX15) slope = square_root(x);
-        else if (of == SOFTMAX) slope = x;
-        else slope = select_equal(x, zero, zero, power_lanes(x, 1 - a));
+        const lanes slope = slope_of(load(p + i), of, a);
         store(u + i, slope);
         add(&sum_u, slope);
         add(&sum_ug, select_equal(slope, zero, zero, slope * load(g + i))); /* where p is 0, g has no effect, even NaN */
@@ -77,26 +83,34 @@ static overview survey(const real *p, const real *g, int64_t size) {
  */
 enum { BLOCK = 32 * LANES }; /* number of terms summed as reals before they are added in double */
 
+typedef struct {
+    lanes l, y, slope; /* log p, l² φ₂(-a l) and u */
+} alpha_terms;
+
+INLINE alpha_terms alpha_terms_of(lanes p, real a) {
+    const real per_square = 1 / (a * a), ln2 = (real)0.6931471805599453;
+    const lanes l = log_lanes(p);
+    const exponent e = split(at_most(splat(-EXP_LOWEST), -a * l));
+    /* e^x - 1 - x for x = -a l, without cancelling also where x is more than log(2) / 2 */
+    const lanes square = e.f * e.f * phi2(e.f), grown = e.scale - (real)1;
+    const lanes y = (e.scale * square + (grown * e.f + (grown - e.n * ln2))) * per_square;
+    return (alpha_terms){l, y, p * (e.scale * (square + e.f) + e.scale)};
+}
+
 static double alpha_gradient(const real *p, const real *g, int64_t size, real a, real mean, real *u, origin *delta) {
     double U = 0, UC = 0, P = 0, D = 0, H = 0, A = 0, Y = 0, B = 0;
-    const real per_square = 1 / (a * a), ln2 = (real)0.6931471805599453;
-    const lanes zero = splat(0), highest = splat(-EXP_LOWEST);
+    const lanes zero = splat(0);
     for (int64_t start = 0; start < size; start += BLOCK) {
         const int64_t end = start + BLOCK < size ? start + BLOCK : size;
         lanes sum_u = zero, sum_uc = zero, sum_p = zero, sum_pc = zero;
         lanes sum_pl = zero, sum_plc = zero, sum_py = zero, sum_pyc = zero;
         for (int64_t i = start; i < end; i += LANES) {
             const lanes q = load(p + i), c = load(g + i) - mean;
-            const lanes l = log_lanes(q);
-            const exponent e = split(at_most(highest, -a * l));
-            /* e^x - 1 - x for x = -a l, without cancelling also where x is more than log(2) / 2 */
-            const lanes square = e.f * e.f * phi2(e.f), grown = e.scale - (real)1;
-            const lanes y = (e.scale * square + (grown * e.f + (grown - e.n * ln2))) * per_square;
-            const lanes slope = q * (e.scale * (square + e.f) + e.scale);
-            const lanes ql = q * l, qy = q * y;
-            store(u + i, slope);
-            sum_u += slope;
-            sum_uc += slope * c;
+            const alpha_terms of = alpha_terms_of(q, a);
+            const lanes ql = q * of.l, qy = q * of.y;
+            store(u + i, of.slope);
+            sum_u += of.slope;
+            sum_uc += of.slope * c;
             sum_p += q;
             sum_pc += q * c;
             sum_pl += ql;
@@ -120,6 +134,152 @@ static void centre(real *u, const real *g, int64_t size, origin delta) {
         const lanes slope = load(u + i);
         store(u + i, select_equal(slope, zero, zero, slope * from(delta, load(g + i))));
     }
+}
+
+/* The gradients of rows side by side, one row per lane: entry j of all rows is the vector at j * LANES. */
+
+/* δ = Σ u g / Σ u in two parts, from compensated sums. */
+typedef struct {
+    lanes high, low;
+} origins;
+
+INLINE origins ratio_of(tally of, tally by) {
+    const lanes high = of.sum / by.sum;
+    return (origins){high, (((of.sum - high * by.sum) + of.lost) - high * by.lost) / by.sum};
+}
+
+/* u becomes u (g - δ). */
+INLINE void centre_lanes(real *u, const real *g, int64_t size, origins delta) {
+    const lanes zero = splat(0);
+    for (int64_t j = 0; j < size * LANES; j += LANES) {
+        const lanes slope = load(u + j);
+        store(u + j, select_equal(slope, zero, zero, slope * ((load(g + j) - delta.high) - delta.low)));
+    }
+}
+
+/* δ of all rows; `rest` computes Σ u (g - δ) for rows that are nearly one-hot, see centre_of. */
+#define NEARLY_ONE_HOT(sum_u) any_beyond(splat((real)1.1), sum_u)
+
+INLINE lanes low_of_one_hot(origins delta, lanes sum_u, lanes rest) {
+    return select_below(sum_u, splat((real)1.1), rest / sum_u, delta.low);
+}
+
+INLINE void gradient_lanes_family(const real *p, const real *g, int64_t size, const family of, real a, real *u) {
+    const lanes zero = splat(0);
+    tally sum_u = {zero, zero}, sum_ug = {zero, zero};
+    for (int64_t j = 0; j < size * LANES; j += LANES) {
+        const lanes slope = slope_of(load(p + j), of, a);
+        store(u + j, slope);
+        add(&sum_u, slope);
+        add(&sum_ug, select_equal(slope, zero, zero, slope * load(g + j)));
+    }
+    origins delta = ratio_of(sum_ug, sum_u);
+    if (NEARLY_ONE_HOT(sum_u.sum)) {
+        lanes rest = zero;
+        for (int64_t j = 0; j < size * LANES; j += LANES) {
+            const lanes slope = load(u + j);
+            rest += select_equal(slope, zero, zero, slope * (load(g + j) - delta.high));
+        }
+        delta.low = low_of_one_hot(delta, sum_u.sum, rest);
+    }
+    centre_lanes(u, g, size, delta);
+}
+
+/* The gradient for the scores of packed p or of all p, in u. */
+static void gradient_lanes(const real *p, const real *g, int64_t size, double a, real *u) {
+    switch (family_of(a)) {
+    case SPARSEMAX: gradient_lanes_family(p, g, size, SPARSEMAX, (real)a, u); break;
+    case ENTMAX15: gradient_lanes_family(p, g, size, ENTMAX15, (real)a, u); break;
+    case SOFTMAX: gradient_lanes_family(p, g, size, SOFTMAX, (real)a, u); break;
+    default: gradient_lanes_family(p, g, size, GENTLE, (real)a, u); /* also for STEEP */
+    }
+}
+
+/* The gradients of up to LANES rows that lie along vectors, for the families whose u is cheap; only the sums are computed
+ * side by side. Sizes are whole vectors. */
+INLINE void gradient_rows_family(const real *const *p, const real *const *g, int64_t rows, int64_t size, const family of,
+                                 real *const *u) {
+    const lanes zero = splat(0);
+    lanes sum[LANES], lost[LANES], sum_g[LANES], lost_g[LANES];
+    for (int i = 0; i < LANES; i++) {
+        tally sum_u = {zero, zero}, sum_ug = {zero, zero};
+        for (int64_t j = 0; i < rows && j < size; j += LANES) {
+            const lanes slope = slope_of(load(p[i] + j), of, 0);
+            store(u[i] + j, slope);
+            add(&sum_u, slope);
+            add(&sum_ug, select_equal(slope, zero, zero, slope * load(g[i] + j)));
+        }
+        sum[i] = sum_u.sum, lost[i] = sum_u.lost, sum_g[i] = sum_ug.sum, lost_g[i] = sum_ug.lost;
+    }
+    const tally all_u = {sums_across(sum), sums_across(lost)}, all_ug = {sums_across(sum_g), sums_across(lost_g)};
+    origins delta = ratio_of(all_ug, all_u);
+    if (NEARLY_ONE_HOT(all_u.sum)) {
+        for (int i = 0; i < LANES; i++) {
+            sum[i] = zero;
+            const lanes near = splat(delta.high[i]);
+            for (int64_t j = 0; i < rows && j < size; j += LANES) {
+                const lanes slope = load(u[i] + j);
+                sum[i] += select_equal(slope, zero, zero, slope * (load(g[i] + j) - near));
+            }
+        }
+        delta.low = low_of_one_hot(delta, all_u.sum, sums_across(sum));
+    }
+    for (int i = 0; i < rows; i++) centre(u[i], g[i], size, (origin){delta.high[i], delta.low[i]});
+}
+
+static void gradient_rows(const real *const *p, const real *const *g, int64_t rows, int64_t size, double a,
+                          real *const *u) {
+    switch (family_of(a)) {
+    case SPARSEMAX: gradient_rows_family(p, g, rows, size, SPARSEMAX, u); break;
+    case ENTMAX15: gradient_rows_family(p, g, rows, size, ENTMAX15, u); break;
+    default: gradient_rows_family(p, g, rows, size, SOFTMAX, u);
+    }
+}
+
+/* Also the gradients for α of the first `rows` rows; 1 in the result where float has too few digits for that. */
+static lanes alpha_gradient_lanes(const real *p, const real *g, int64_t size, int64_t row_size, real a, int64_t rows,
+                                  real *u, double *grad_alpha) {
+    enum { U, UC, P, D, H, A, Y, B, SUMS, PART = 16 }; /* as in alpha_gradient */
+    const real tiny = (real)1e-3 * REAL_EPS, used = a < tiny ? tiny : a; /* tiny replaces 0, with the same result */
+    const lanes zero = splat(0);
+    lanes mean = zero, most = zero;
+    for (int64_t j = 0; j < size * LANES; j += LANES) {
+        const lanes q = load(p + j);
+        most = at_least(most, q);
+        mean += q * load(g + j);
+    }
+    tally sums[SUMS] = {0};
+    for (int64_t start = 0; start < size; start += PART) {
+        const int64_t end = start + PART < size ? start + PART : size;
+        lanes part[SUMS] = {0};
+        for (int64_t j = start * LANES; j < end * LANES; j += LANES) {
+            const lanes q = load(p + j), c = load(g + j) - mean;
+            const alpha_terms of = alpha_terms_of(q, used);
+            const lanes ql = q * of.l, qy = q * of.y;
+            store(u + j, of.slope);
+            part[U] += of.slope, part[UC] += of.slope * c;
+            part[P] += q, part[D] += q * c;
+            part[H] += ql, part[A] += ql * c;
+            part[Y] += qy, part[B] += qy * c;
+        }
+        for (int i = 0; i < SUMS; i++) add(&sums[i], part[i]);
+    }
+    origins delta;
+    lanes alone = zero;
+    for (int64_t lane = 0; lane < LANES; lane++) {
+        double s[SUMS];
+        for (int i = 0; i < SUMS; i++) s[i] = (double)sums[i].sum[lane] + sums[i].lost[lane];
+        const double rest = s[UC] / s[U];
+        const origin at = origin_at(mean[lane], rest);
+        delta.high[lane] = at.high, delta.low[lane] = at.low;
+        if (lane >= rows) continue;
+        const double d = s[D] - rest * s[P], l = s[A] - rest * s[H], y = s[B] - rest * s[Y];
+        grad_alpha[lane] = most[lane] == 0 ? 0 : (s[Y] * d - y - used * (s[Y] * l - s[H] * y)) / s[U];
+        /* As in backward() of row.c. */
+        if (REAL_TYPE == FLOAT32 && (most[lane] * (real)row_size < 2 || most[lane] > (real)0.99)) alone[lane] = 1;
+    }
+    centre_lanes(u, g, size, delta);
+    return alone;
 }
 
 #endif

@@ -162,4 +162,86 @@ INLINE real maximum_of(lanes x) {
 }
 #endif
 
+#if defined(__AVX512F__) && !defined(REAL_DOUBLE)
+#define HAS_TRANSPOSE
+/* Replaces x[i][j] by x[j][i]. */
+INLINE void transpose(lanes x[LANES]) {
+    lanes y[LANES];
+    for (int i = 0; i < LANES; i += 4) { /* in each quarter of the vectors: 4 x 4 */
+        const __m512 low = _mm512_unpacklo_ps(x[i], x[i + 1]), high = _mm512_unpackhi_ps(x[i], x[i + 1]);
+        const __m512 low2 = _mm512_unpacklo_ps(x[i + 2], x[i + 3]), high2 = _mm512_unpackhi_ps(x[i + 2], x[i + 3]);
+        y[i] = _mm512_shuffle_ps(low, low2, 0x44), y[i + 1] = _mm512_shuffle_ps(low, low2, 0xee);
+        y[i + 2] = _mm512_shuffle_ps(high, high2, 0x44), y[i + 3] = _mm512_shuffle_ps(high, high2, 0xee);
+    }
+    for (int j = 0; j < 4; j++) { /* of the quarters: 4 x 4 */
+        const __m512 even = _mm512_shuffle_f32x4(y[j], y[j + 4], 0x88), odd = _mm512_shuffle_f32x4(y[j], y[j + 4], 0xdd);
+        const __m512 even2 = _mm512_shuffle_f32x4(y[j + 8], y[j + 12], 0x88);
+        const __m512 odd2 = _mm512_shuffle_f32x4(y[j + 8], y[j + 12], 0xdd);
+        x[j] = _mm512_shuffle_f32x4(even, even2, 0x88), x[j + 8] = _mm512_shuffle_f32x4(even, even2, 0xdd);
+        x[j + 4] = _mm512_shuffle_f32x4(odd, odd2, 0x88), x[j + 12] = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+    }
+}
+
+#endif
+
+/* The sum of each of LANES vectors. */
+INLINE lanes sums_across(lanes x[LANES]) {
+#ifdef HAS_TRANSPOSE
+    transpose(x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+#else
+    lanes sums = splat(0);
+    for (int i = 0; i < LANES; i++) sums[i] = sum_of(x[i]);
+    return sums;
+#endif
+}
+
+/* x / y with few digits, for numbers that only direct a search. */
+INLINE lanes rough_ratio(lanes x, lanes y) {
+#if defined(__AVX512F__)
+    return x * OP(rcp14)(y);
+#else
+    return x / y;
+#endif
+}
+
+/* Entry j of LANES rows as the vector out[j * step], for `size` entries of each row. */
+INLINE void gather_lanes(const real *const *x, int64_t size, int64_t step, real *out) {
+    int64_t j = 0;
+#ifdef HAS_TRANSPOSE
+    for (; j + LANES <= size; j += LANES) {
+        lanes block[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) block[i] = load(x[i] + j);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) store(out + (j + i) * step, block[i]);
+    }
+#endif
+    for (; j < size; j++)
+        for (int i = 0; i < LANES; i++) out[j * step + i] = x[i][j];
+}
+
+/* The inverse, for the first `rows` rows, times `scale`. */
+INLINE void scatter_lanes(const real *x, int64_t size, lanes scale, int64_t rows, real *const *out) {
+    int64_t j = 0;
+#ifdef HAS_TRANSPOSE
+    for (; j + LANES <= size; j += LANES) {
+        lanes block[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) block[i] = load(x + (j + i) * LANES) * scale;
+        transpose(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (i < rows) store(out[i] + j, block[i]);
+    }
+#endif
+    for (; j < size; j++) {
+        const lanes y = load(x + j * LANES) * scale;
+        for (int i = 0; i < rows; i++) out[i][j] = y[i];
+    }
+}
+
 #endif

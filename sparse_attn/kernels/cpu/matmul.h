@@ -85,39 +85,47 @@ static void add_product(matrix a, const real *b, int64_t b_row, int64_t depth, r
     }
 }
 
-/* Rows (rows, depth) with stride `row`, times `scale`, in blocks of block_of() rows, each transposed. */
-static void pack_rows(const real *x, int64_t row, int64_t rows, int64_t depth, real scale, real *out) {
-    for (int64_t i = 0, take; i < rows; i += take) {
-        take = block_of(rows - i);
-        for (int64_t t = 0; t < depth; t++)
-            for (int64_t r = 0; r < take; r++) *out++ = scale * x[(i + r) * row + t];
+#ifdef HAS_TRANSPOSE
+/* Columns of up to LANES rows as rows of `out` with stride BLOCK_COLUMNS, zeros after the last row. */
+INLINE void pack_lanes_of_rows(const real *x, int64_t row, int64_t size, int64_t depth, real *out) {
+    for (int64_t t = 0; t < depth; t += LANES) {
+        lanes block[LANES];
+#pragma GCC unroll 16
+        for (int r = 0; r < LANES; r++) block[r] = r < size ? load(x + r * row + t) : splat(0);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int r = 0; r < LANES; r++) store(out + (t + r) * BLOCK_COLUMNS, block[r]);
     }
 }
+#else
+INLINE void pack_lanes_of_rows(const real *x, int64_t row, int64_t size, int64_t depth, real *out) {
+    for (int64_t t = 0; t < depth; t++, out += BLOCK_COLUMNS) {
+        for (int64_t r = 0; r < size; r++) out[r] = x[r * row + t];
+        for (int64_t r = size; r < LANES; r++) out[r] = 0;
+    }
+}
+#endif
 
-/* Rows (size, depth) with stride `row` as panels of BLOCK_COLUMNS rows, each transposed; zeros after the last row. */
+/* Rows (size, depth) with stride `row` as panels of BLOCK_COLUMNS rows, each transposed; zeros after the last row. The
+ * depth is in whole vectors. */
 static void pack_panels(const real *x, int64_t row, int64_t size, int64_t depth, real *out) {
-    for (int64_t j = 0; j < size; j += BLOCK_COLUMNS) {
-        const int64_t width = size - j < BLOCK_COLUMNS ? size - j : BLOCK_COLUMNS;
-        for (int64_t t = 0; t < depth; t++, out += BLOCK_COLUMNS) {
-            for (int64_t r = 0; r < width; r++) out[r] = x[(j + r) * row + t];
-            for (int64_t r = width; r < BLOCK_COLUMNS; r++) out[r] = 0;
+    for (int64_t j = 0; j < size; j += BLOCK_COLUMNS, out += BLOCK_COLUMNS * depth)
+        for (int64_t half = 0; half < BLOCK_COLUMNS; half += LANES) {
+            const int64_t left = size - j - half, rows = left < 0 ? 0 : left < LANES ? left : LANES;
+            pack_lanes_of_rows(x + (j + half) * row, row, rows, depth, out + half);
         }
-    }
 }
 
-/* C (rows, columns from `begin` up to at least `end`) = A B', from the results of pack_rows and pack_panels; `begin` is a
+/* C (rows, columns from `begin` up to at least `end`) = A B', from rows of A and the result of pack_panels; `begin` is a
  * multiple of BLOCK_COLUMNS, and each row of C has room for a multiple of BLOCK_COLUMNS. */
-static void packed_product(const real *a, const real *panels, int64_t depth, int64_t rows, int64_t begin, int64_t end,
-                           real *c, int64_t c_row) {
+static void panel_product(const real *a, int64_t a_row, const real *panels, int64_t depth, int64_t rows, int64_t begin,
+                          int64_t end, real *c, int64_t c_row) {
     for (int64_t j = begin; j < end; j += BLOCK_COLUMNS) {
-        const real *panel = panels + j * depth, *from = a;
         for (int64_t i = 0, take; i < rows; i += take) {
             take = block_of(rows - i);
-            real *to = c + i * c_row + j;
-#define SET(n) block_product(from, 1, n, panel, BLOCK_COLUMNS, depth, to, c_row, n, 2, 0)
+#define SET(n) block_product(a + i * a_row, a_row, 1, panels + j * depth, BLOCK_COLUMNS, depth, c + i * c_row + j, c_row, n, 2, 0)
             WITH_CONSTANT_ROWS(take, SET)
 #undef SET
-            from += take * depth;
         }
     }
 }

@@ -1,4 +1,4 @@
-/* One row: its probabilities, and the gradients. Compiled for float and for double at every vector width.
+/* One row, or several short rows side by side: probabilities, and the gradients. Compiled for float and for double at every vector width.
  *
  * A row is read for its maximum, the entries that can have weight are packed together, Newton's method runs on those,
  * and the result is unpacked. See the comment in rows.h for the letters.
@@ -11,6 +11,7 @@
 #include "pack.h"
 #include "rows.h"
 #include "select.h"
+#include "short.h"
 #include "solve.h"
 #include "strands.h"
 
@@ -82,6 +83,79 @@ void EXPORTED(forward)(vector scores, int64_t size, int64_t k, double a, double 
     deliver(y, size, out, scores.type);
 }
 
+/* Up to this size, sweeps over all entries cost less than packing where a power needs no exp and log. */
+enum { PACK_FROM = 64 };
+
+/* Up to LANES rows side by side. */
+static void forward_lanes(const vector *scores, void *const *out, int64_t rows, int64_t size, int64_t k, double a,
+                          double lowest, real *scratch) {
+    const int64_t stride = padded_size(size);
+    const element type = scores[0].type;
+    real *z = scratch, *p = z + LANES * stride, *buffers = p + LANES * stride, *rest = buffers + LANES * stride;
+    const real *x[LANES];
+    for (int i = 0; i < LANES; i++) /* a lane without a row of its own repeats the last row */
+        x[i] = i < rows ? fetch(scores[i], size, buffers + i * stride) : x[rows - 1];
+    gather_lanes(x, size, LANES, z);
+
+    const lanes zero = splat(0), one = splat(1), nothing = splat(-INFINITY), floor = splat((real)lowest);
+    lanes top = nothing, alone = zero; /* rows with NaN or +inf, which are rare, and with ties are solved alone */
+    for (int64_t j = 0; j < size; j++) {
+        const lanes score = load(z + j * LANES), seen = select_below(floor, score, score, nothing);
+        alone = select_below(score, splat(INFINITY), alone, one);
+        top = at_least(seen, top);
+        store(z + j * LANES, seen);
+    }
+    const short_rows all = {z, p, LANES, size};
+    lanes cut = nothing;
+    if (k > 0 && k < size) {
+        lanes tied;
+        cut = cut_lanes(&all, k, top, rows, &tied);
+        alone = at_least(alone, tied);
+        for (int64_t j = 0; j < size; j++) {
+            const lanes score = load(z + j * LANES);
+            store(z + j * LANES, select_below(cut, score, score, nothing));
+        }
+    }
+    a = a < 1e-3 * REAL_EPS ? 0 : a;
+    real *y[LANES];
+    for (int i = 0; i < rows; i++) {
+        real *buffer = buffers + i * stride;
+        y[i] = alone[i] > 0 ? buffer : target(out[i], type, buffer);
+    }
+    if (needs_power(a) || (a > 0 && size > PACK_FROM)) { /* most entries have no weight: all others are packed */
+        const lanes sigma = start_lanes(&all, (real)a, top, needs_power(a) ? START_SWEEPS : 2);
+        lanes threshold = at_least(cut, floor);
+        for (int i = 0; i < LANES; i++) threshold[i] = weightless(top[i], a, sigma[i], threshold[i]);
+        int64_t counts[LANES], most = 0;
+        real *packed[LANES];
+        for (int i = 0; i < LANES; i++) {
+            packed[i] = rest + i * stride;
+            counts[i] = pack(x[i], threshold[i], size, packed[i]);
+            most = counts[i] > most ? counts[i] : most;
+        }
+        for (int i = 0; i < LANES; i++)
+            for (int64_t j = counts[i]; j < most; j++) packed[i][j] = -INFINITY;
+        gather_lanes((const real *const *)packed, most, LANES, z);
+        const short_rows few = {z, p, LANES, most};
+        const lanes scale = solve_lanes(&few, (real)a, top, sigma);
+        scatter_lanes(p, most, scale, rows, packed);
+        for (int i = 0; i < rows; i++) unpack(x[i], threshold[i], packed[i], 1, size, y[i]);
+    } else {
+        const lanes scale = solve_lanes(&all, (real)a, top, zero);
+        scatter_lanes(p, size, scale, rows, y);
+    }
+    for (int i = 0; i < rows; i++) {
+        if (alone[i] > 0) EXPORTED(forward)(scores[i], size, k, a, lowest, out[i], rest);
+        else deliver(y[i], size, out[i], type);
+    }
+}
+
+void EXPORTED(forward_short)(const vector *scores, void *const *out, int64_t rows, int64_t size, int64_t k, double a,
+                             double lowest, void *scratch) {
+    for (int64_t i = 0; i < rows; i += LANES)
+        forward_lanes(scores + i, out + i, rows - i < LANES ? rows - i : LANES, size, k, a, lowest, scratch);
+}
+
 int64_t EXPORTED(support)(vector scores, int64_t size, int64_t k, double a, double lowest, int32_t *places, void *out,
                           void *scratch) {
     const int64_t stride = padded_size(size);
@@ -138,4 +212,63 @@ double EXPORTED(backward)(vector p, vector grad, int64_t size, double a, int wit
     unpack(all, 0, u, 1, size, result);
     deliver(result, size, out, p.type);
     return count ? grad_alpha : 0;
+}
+
+/* Up to LANES rows side by side. */
+static void backward_lanes(const vector *p, const vector *grad, void *const *out, int64_t rows, int64_t size, double a,
+                           double *grad_alpha, real *scratch) {
+    const int64_t stride = padded_size(size), room = LANES * stride;
+    real *q = scratch, *g = q + room, *u = g + room, *buffers = u + room, *grad_buffers = buffers + room;
+    real *packed = grad_buffers + room, *packed_grad = packed + room;
+    const real *all[LANES], *all_grad[LANES];
+    real *y[LANES], *packed_rows[LANES];
+    int64_t most = size;
+    for (int i = 0; i < LANES; i++) { /* a lane without a row of its own repeats the last row */
+        all[i] = i < rows ? fetch(p[i], size, buffers + i * stride) : all[rows - 1];
+        all_grad[i] = i < rows ? fetch(grad[i], size, grad_buffers + i * stride) : all_grad[rows - 1];
+        packed_rows[i] = packed + i * stride;
+        y[i] = i < rows ? target(out[i], p[0].type, packed_rows[i]) : NULL;
+    }
+    const int packs = needs_power(a) || grad_alpha;
+    if (!packs && size % LANES == 0) {
+        gradient_rows(all, all_grad, rows, size, a, y);
+        for (int i = 0; i < rows; i++) deliver(y[i], size, out[i], p[0].type);
+        return;
+    }
+    if (packs) {
+        int64_t counts[LANES];
+        const real *places[LANES], *grad_places[LANES];
+        most = 0;
+        for (int i = 0; i < LANES; i++) {
+            counts[i] = pack_both(all[i], 0, all_grad[i], size, packed_rows[i], packed_grad + i * stride);
+            most = counts[i] > most ? counts[i] : most;
+            places[i] = packed_rows[i], grad_places[i] = packed_grad + i * stride;
+        }
+        for (int i = 0; i < LANES; i++)
+            for (int64_t j = counts[i]; j < most; j++) packed_rows[i][j] = packed_grad[i * stride + j] = 0;
+        gather_lanes(places, most, LANES, q), gather_lanes(grad_places, most, LANES, g);
+    } else {
+        gather_lanes(all, size, LANES, q), gather_lanes(all_grad, size, LANES, g);
+    }
+    lanes alone = splat(0); /* rows whose gradient for α needs double */
+    if (grad_alpha) alone = alpha_gradient_lanes(q, g, most, size, (real)a, rows, u, grad_alpha);
+    else gradient_lanes(q, g, most, a, u);
+    if (packs) {
+        scatter_lanes(u, most, splat(1), rows, packed_rows);
+        for (int i = 0; i < rows; i++) unpack(all[i], 0, packed_rows[i], 1, size, y[i]);
+    } else {
+        scatter_lanes(u, size, splat(1), rows, y);
+    }
+    for (int i = 0; i < rows; i++) {
+        if (alone[i] > 0) grad_alpha[i] = EXPORTED(backward)(p[i], grad[i], size, a, 1, out[i], packed_grad + room);
+        else deliver(y[i], size, out[i], p[0].type);
+    }
+}
+
+void EXPORTED(backward_short)(const vector *p, const vector *grad, void *const *out, int64_t rows, int64_t size, double a,
+                              double *grad_alpha, void *scratch) {
+    for (int64_t i = 0; i < rows; i += LANES) {
+        const int64_t count = rows - i < LANES ? rows - i : LANES;
+        backward_lanes(p + i, grad + i, out + i, count, size, a, grad_alpha ? grad_alpha + i : NULL, scratch);
+    }
 }

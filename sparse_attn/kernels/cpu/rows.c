@@ -5,20 +5,26 @@
 
 #include <stddef.h>
 
-enum { INTERFACE = 4, MAX_RANK = 64 };
+enum { INTERFACE = 5, MAX_RANK = 64 };
 
 #define DECLARE(variant)                                              \
     forward_row forward_float_##variant, forward_double_##variant;    \
-    backward_row backward_float_##variant, backward_double_##variant;
+    forward_rows forward_short_float_##variant, forward_short_double_##variant; \
+    backward_row backward_float_##variant, backward_double_##variant; \
+    backward_rows backward_short_float_##variant, backward_short_double_##variant;
 #define KERNELS(variant)                                             \
     {#variant,                                                       \
      {forward_float_##variant, forward_double_##variant},            \
-     {backward_float_##variant, backward_double_##variant}},
+     {forward_short_float_##variant, forward_short_double_##variant}, \
+     {backward_float_##variant, backward_double_##variant},          \
+     {backward_short_float_##variant, backward_short_double_##variant}},
 
 typedef struct {
     const char *name;
     forward_row *forward[2]; /* computed in float and in double */
+    forward_rows *forward_short[2];
     backward_row *backward[2];
+    backward_rows *backward_short[2];
 } kernels;
 
 FOR_EACH_VARIANT(DECLARE)
@@ -117,6 +123,62 @@ static void compute_rows(const void *argument, int64_t begin, int64_t end, void 
     }
 }
 
+/* Short rows are solved side by side if SHARED_BY or more of a block have one α, which may differ between heads. */
+enum { BLOCK = 256, SHARED_BY = 4 };
+
+static void compute_alone(const task *t, int64_t row, void *scratch) {
+    int64_t index[MAX_RANK];
+    first_index(t, row, index);
+    compute_row(t, row, index, scratch);
+}
+
+/* Rows with one a in [0, 1], given by their numbers. */
+static void compute_together(const task *t, const int64_t *rows, int64_t count, double a, void *scratch) {
+    vector scores[ROWS_AT_ONCE], grads[ROWS_AT_ONCE];
+    void *out[ROWS_AT_ONCE];
+    const int wide = t->scores.type == FLOAT64;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t index[MAX_RANK];
+        first_index(t, rows[i], index);
+        scores[i] = vector_of(&t->scores, index, t->rank);
+        if (t->backward) grads[i] = vector_of(&t->grad, index, t->rank);
+        out[i] = t->out + rows[i] * t->size * t->scores.bytes;
+    }
+    if (!t->backward) {
+        t->use->forward_short[wide](scores, out, count, t->size, t->k, a, t->lowest, scratch);
+        return;
+    }
+    double grad_a[ROWS_AT_ONCE];
+    t->use->backward_short[wide](scores, grads, out, count, t->size, a, t->grad_a ? grad_a : NULL, scratch);
+    for (int64_t i = 0; t->grad_a && i < count; i++) t->grad_a[rows[i]] = grad_a[i];
+}
+
+/* Blocks of rows; the blocks, and so the results, do not depend on the number of threads. */
+static void compute_blocks(const void *argument, int64_t begin, int64_t end, void *scratch) {
+    const task *t = argument;
+    int64_t index[MAX_RANK];
+    first_index(t, begin * BLOCK, index);
+    for (int64_t block = begin; block < end; block++) {
+        const int64_t first = block * BLOCK, size = t->rows - first < BLOCK ? t->rows - first : BLOCK;
+        double a[BLOCK];
+        int done[BLOCK] = {0};
+        for (int64_t i = 0; i < size; i++, next_index(t, index)) a[i] = *(const double *)row_of(&t->a, index, t->rank);
+        for (int64_t i = 0; i < size; i++) {
+            if (done[i]) continue;
+            int64_t rows[BLOCK], count = 0;
+            for (int64_t j = i; j < size; j++)
+                if (a[j] == a[i]) done[j] = 1, rows[count++] = first + j;
+            if (count < SHARED_BY || !(a[i] >= 0 && a[i] <= 1)) {
+                for (int64_t j = 0; j < count; j++) compute_alone(t, rows[j], scratch);
+                if (count == 0) compute_alone(t, first + i, scratch); /* NaN is not equal to itself */
+                continue;
+            }
+            for (int64_t j = 0; j < count; j += ROWS_AT_ONCE)
+                compute_together(t, rows + j, count - j < ROWS_AT_ONCE ? count - j : ROWS_AT_ONCE, a[i], scratch);
+        }
+    }
+}
+
 static int run_rows(task *t, int threads) {
     t->size = t->shape[t->rank - 1];
     t->rows = 1;
@@ -124,6 +186,9 @@ static int run_rows(task *t, int threads) {
     if (t->size == 0) return 0;
     job j = {.part = compute_rows, .task = t, .items = t->rows, .entries = t->rows * t->size};
     j.scratch = SCRATCH_ROWS * (size_t)padded_size(t->size) * sizeof(double);
+    if (t->size <= SHORT_ROW) {
+        j.part = compute_blocks, j.items = (t->rows + BLOCK - 1) / BLOCK, j.scratch = (size_t)short_scratch(t->size);
+    }
     return run_job(&j, threads);
 }
 

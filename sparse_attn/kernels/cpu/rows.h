@@ -20,6 +20,11 @@ typedef struct {
  * the k largest take part. `scratch` holds SCRATCH_ROWS rows of padded_size(size) numbers of 8 bytes. */
 typedef void forward_row(vector scores, int64_t size, int64_t k, double a, double lowest, void *out, void *scratch);
 
+/* The same for up to ROWS_AT_ONCE rows with one a in [0, 1], solved side by side, of up to SHORT_ROW scores; `scratch`
+ * holds short_scratch(size) bytes. The p of a row does not depend on the other rows. */
+typedef void forward_rows(const vector *scores, void *const *out, int64_t rows, int64_t size, int64_t k, double a,
+                          double lowest, void *scratch);
+
 /* The non-zero entries of the same p, in order, and their places in the row; returns their number. `places` and `out` have
  * room for padded_size(size) entries. A row with NaN or +inf has NaN in all places. */
 typedef int64_t support_row(vector scores, int64_t size, int64_t k, double a, double lowest, int32_t *places, void *out,
@@ -28,11 +33,19 @@ typedef int64_t support_row(vector scores, int64_t size, int64_t k, double a, do
 /* The gradient for the scores of one row into `out`; with `with_alpha`, the gradient for α is returned, else 0. */
 typedef double backward_row(vector p, vector grad, int64_t size, double a, int with_alpha, void *out, void *scratch);
 
-enum { PADDING = 16, SCRATCH_ROWS = 6 };
+/* The same for up to ROWS_AT_ONCE rows with one a in [0, 1], as above; `grad_alpha` is NULL if it is not needed. */
+typedef void backward_rows(const vector *p, const vector *grad, void *const *out, int64_t rows, int64_t size, double a,
+                           double *grad_alpha, void *scratch);
+
+enum { PADDING = 16, SCRATCH_ROWS = 6, SHORT_ROW = 128, ROWS_AT_ONCE = 16 };
 
 /* Buffers have room for one more vector at the end, since packed writes and reads run past the last entry. */
 static inline int64_t padded_size(int64_t size) {
     return (size + 2 * PADDING - 1) / PADDING * PADDING;
+}
+
+static inline int64_t short_scratch(int64_t size) {
+    return (4 * ROWS_AT_ONCE + SCRATCH_ROWS) * padded_size(size) * (int64_t)sizeof(double);
 }
 
 #endif

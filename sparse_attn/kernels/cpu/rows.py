@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparse_attn.kernels.cpu.build import LIBRARY
 
-_INTERFACE = 4
+_INTERFACE = 5
 ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
@@ -50,8 +50,8 @@ def _load() -> _Library | str:
     shared = (c_int, c_int, c_int, POINTER(c_int64), c_int, c_void_p, c_void_p)
     library.rows_forward.argtypes = (*shared, c_int64, c_double, c_void_p)
     library.rows_backward.argtypes = (*shared, c_void_p, c_void_p, c_void_p)
-    # variant, threads, whether backward, the members of `attention` in attention.h
-    library.attention_run.argtypes = (c_int, c_int, c_int, c_char_p)
+    # variant, threads, whether backward, the members of `attention` and of `attention_data` in attention.h
+    library.attention_run.argtypes = (c_int, c_int, c_int, c_char_p, c_char_p)
     # seed, probability, first row, rows, keys, output
     library.attention_multipliers.argtypes = (c_int64, c_double, c_int64, c_int64, c_int64, c_void_p)
     attention = (library.attention_run, library.attention_multipliers)
@@ -102,7 +102,7 @@ def entmax_forward(
     :func:`variants`.
     """
     loaded, shape = library(), scores.shape
-    p = scores if in_place and scores.is_contiguous() else torch.empty(shape, dtype=scores.dtype)
+    p = scores if in_place and scores.is_contiguous() else torch.empty(shape, dtype=scores.dtype, device="cpu")
     if scores.numel():
         rank = len(shape)
         number, address, strides = _alpha(a, rank)
@@ -124,8 +124,8 @@ def entmax_backward(
         grad_scores, grad_a = entmax_backward(p.float(), a, grad, with_alpha, variant=variant)
         return grad_scores.to(p.dtype), grad_a
     loaded, shape = library(), p.shape
-    grad_scores = torch.empty(shape, dtype=p.dtype)
-    grad_a = torch.zeros((*shape[:-1], 1), dtype=torch.float64) if with_alpha else None
+    grad_scores = torch.empty(shape, dtype=p.dtype, device="cpu")
+    grad_a = torch.zeros((*shape[:-1], 1), dtype=torch.float64, device="cpu") if with_alpha else None
     if p.numel():
         rank = len(shape)
         grad = grad.to(p.dtype)

@@ -1,7 +1,9 @@
-/* Solves Σ p = 1 in as many short rows at once as a vector has lanes, one row per lane, for the attention kernels.
+/* Solves Σ p = 1 in as many short rows at once as a vector has lanes, one row per lane, for row.c and
+ * the attention kernels.
  *
  * Sums over a row are then sums of vectors, without the delay of a sum across lanes. rows.h defines the letters. `reach`
- * is 1/a - σ, with σ counted from the largest score: entries have weight down to this distance (unused for softmax).
+ * is 1/a - σ, with σ counted from the largest score: entries have weight down to this distance (unused for softmax). It has
+ * two parts: rounded to one, it would change the weights of all entries near the edge of the support.
  */
 #ifndef SPARSE_ATTN_SHORT_H
 #define SPARSE_ATTN_SHORT_H
@@ -24,11 +26,11 @@ typedef struct {
     lanes total, slope, curve; /* Σ p, Σ u and Σ u²/p; for α < 1.5 in units of the largest p */
 } lane_sums;
 
-INLINE lane_sums evaluate_lanes(const short_rows *x, const family of, real a, lanes top, lanes reach) {
+INLINE lane_sums evaluate_lanes(const short_rows *x, const family of, real a, lanes top, lanes reach, lanes rest) {
     const lanes zero = splat(0), one = splat(1), half = splat(-0.5), nowhere = splat(-REAL_MAX / 2);
     const lanes smallest = splat(REAL_MIN);
     /* The edge of the support in two parts, exactly: see origin.h. */
-    const lanes high = top - reach, back = top - high, low = (top - (high + back)) + (back - reach);
+    const lanes high = top - reach, back = top - high, low = ((top - (high + back)) + (back - reach)) - rest;
     const real power = 1 / a - 1;
     const lanes rise = one / reach;
     tally total = {zero, zero};
@@ -53,7 +55,7 @@ INLINE lane_sums evaluate_lanes(const short_rows *x, const family of, real a, la
                 const lanes t = rise * at_least(nowhere, z - top);
                 w = select_below(t, half, not_negative(rise * ((z - high) - low)), t + (real)1);
                 u = power_of_sum(w, t, power);
-                curve += u / at_least(smallest, w);
+                curve += rough_ratio(u, at_least(smallest, w));
             }
             y = w * u;
         }
@@ -84,16 +86,61 @@ INLINE lanes lane_step(lane_sums at, const family of, real a, lanes newton_only,
     return select_below(newton_only, splat(1), select_below(step, end, step, newton), newton);
 }
 
-/* p of all rows, and 1 / Σ p of each, 0 for a row that is masked; `top` holds the largest scores, finite or -inf. */
-INLINE lanes solve_lanes_family(const short_rows *x, const family of, real a, lanes top) {
+/* Up to this exponent, a power by multiplications is much cheaper than by exp and log. */
+enum { MOST_FACTORS = 16, START_SWEEPS = 6 };
+
+/* See start_lanes; n is the exponent. */
+INLINE lanes start_lanes_power(const short_rows *x, const int n, real a, lanes top, int sweeps) {
+    const lanes zero = splat(0), one = splat(1);
+    lanes sigma = zero;
+    while (sweeps-- > 0) {
+        const lanes shift = one - a * sigma;
+        lanes total = zero, slope = zero;
+        for (int64_t j = 0; j < x->size; j++) {
+            const lanes w = at_least(zero, a * (load(x->scores + j * x->step) - top) + shift);
+            lanes u = n == 1 ? select_equal(w, zero, zero, one) : one, factor = w;
+            for (int left = n - 1; left > 0; left >>= 1, factor *= factor)
+                if (left & 1) u *= factor;
+            slope += u;
+            total += u * w;
+        }
+        const lanes root = n == 1 ? total : n == 2 ? square_root(total) : exp_lanes(log1p_lanes(total - one) / (real)n);
+        sigma += (total - rough_ratio(total, root)) / (a * slope); /* Newton's step on the n-norm, which stays below */
+        if (!any_beyond(total, splat((real)1.02))) break;
+    }
+    return sigma;
+}
+
+/* A σ at or below the root, up to rounding, counted from the largest score, for 0 < a <= 1: some steps towards the root for
+ * the least integer n >= 1/a in place of 1/a. Since w <= 1, w^n is at most w^(1/a). */
+static lanes start_lanes(const short_rows *x, real a, lanes top, int sweeps) {
+    const real n = (real)ceil((1 - 4 * REAL_EPS) / (double)a);
+    if (!(n <= MOST_FACTORS)) return splat(0);
+    const lanes masked = select_below(top, splat(-REAL_MAX), splat(1), splat(0));
+    top = select_below(splat(0), masked, splat(0), top);
+    lanes sigma;
+    switch ((int)n) { /* a constant in each copy, for the compiler */
+    case 1: sigma = start_lanes_power(x, 1, a, top, sweeps); break;
+    case 2: sigma = start_lanes_power(x, 2, a, top, sweeps); break;
+    case 3: sigma = start_lanes_power(x, 3, a, top, sweeps); break;
+    case 4: sigma = start_lanes_power(x, 4, a, top, sweeps); break;
+    default: sigma = start_lanes_power(x, (int)n, a, top, sweeps);
+    }
+    return select_below(splat(0), masked, splat(0), sigma);
+}
+
+/* p of all rows, and 1 / Σ p of each, 0 for a row that is masked; `top` holds the largest scores, finite or -inf, and σ
+ * begins at or near a lower bound. */
+INLINE lanes solve_lanes_family(const short_rows *x, const family of, real a, lanes top, lanes sigma) {
     const lanes zero = splat(0), one = splat(1), error = splat(REAL_EPS / 2), close = splat((real)1e-3);
     const lanes landing = splat(6 * REAL_EPS);
     const lanes masked = select_below(top, splat(-REAL_MAX), one, zero);
     top = select_below(zero, masked, zero, top);
-    lanes reach = splat(of == SOFTMAX ? 1 : 1 / a), sigma = zero, before = splat(INFINITY);
+    lanes reach = of == SOFTMAX ? one : of == GENTLE ? (one - a * sigma) / a : 1 / a - sigma, rest = zero;
+    lanes before = splat(INFINITY);
     lane_sums at;
     for (int sweep = 0;; sweep++) {
-        at = evaluate_lanes(x, of, a, top, reach);
+        at = evaluate_lanes(x, of, a, top, reach, rest);
         if (of == SOFTMAX) break;
         if (of == GENTLE) { /* (max p)^a = a reach */
             const lanes most = a * reach, unit = exp_lanes(log1p_lanes(-a * sigma) / a);
@@ -110,21 +157,57 @@ INLINE lanes solve_lanes_family(const short_rows *x, const family of, real a, la
         const lanes step = lane_step(at, of, a, newton_only, reach - splat((real)1e-3 / a));
         const lanes taken = select_below(zero, open, step, zero);
         sigma += taken;
-        reach = of == GENTLE ? (one - a * sigma) / a : reach - taken; /* near α = 1 the reach has lost the digits of σ */
+        if (of == GENTLE) {
+            reach = (one - a * sigma) / a; /* near α = 1 the reach has lost the digits of σ */
+        } else {
+            const lanes next = reach - taken, change = next - reach;
+            rest += (reach - (next - change)) - (taken + change);
+            reach = next;
+        }
         before = now;
     }
     if (of == GENTLE) at.total /= exp_lanes(log1p_lanes(-a * sigma) / a);
     return select_below(zero, at.total, one / at.total, zero);
 }
 
+enum { SHORT_CUTS = 24 };
+
+/* For each of the first `rows` rows, a number above which lie its k largest scores and no others, found by bisection;
+ * -inf if at most k scores are above -inf. A row with equal scores at the k-th place has no such number: `open` is 1
+ * there, else 0. */
+static lanes cut_lanes(const short_rows *x, int64_t k, lanes top, int64_t rows, lanes *open) {
+    const lanes zero = splat(0), one = splat(1), nothing = splat(-INFINITY), wanted = splat((real)k);
+    lanes low = top, seen = zero, high = top;
+    for (int64_t j = 0; j < x->size; j++) {
+        const lanes z = load(x->scores + j * x->step);
+        seen += select_below(nothing, z, one, zero);
+        low = at_most(low, select_below(nothing, z, z, top));
+    }
+    lanes cut = nothing;
+    *open = select_below(wanted, seen, one, zero);
+    for (int64_t lane = rows; lane < LANES; lane++) (*open)[lane] = 0;
+    for (int step = 0; step < SHORT_CUTS && any_beyond(*open, splat((real)0.5)); step++) {
+        const lanes middle = low * (real)0.5 + high * (real)0.5;
+        lanes count = zero;
+        for (int64_t j = 0; j < x->size; j++)
+            count += select_below(middle, load(x->scores + j * x->step), one, zero);
+        const lanes found = select_equal(count, wanted, *open, zero);
+        cut = select_equal(found, one, middle, cut);
+        *open -= found;
+        low = select_below(count, wanted, low, middle);
+        high = select_below(count, wanted, middle, high);
+    }
+    return cut;
+}
+
 /* 1 <= α <= 2. */
-static lanes solve_lanes(const short_rows *x, real a, lanes top) {
+static lanes solve_lanes(const short_rows *x, real a, lanes top, lanes sigma) {
     switch (family_of(a)) { /* a constant in each copy, for the compiler */
-    case SPARSEMAX: return solve_lanes_family(x, SPARSEMAX, a, top);
-    case ENTMAX15: return solve_lanes_family(x, ENTMAX15, a, top);
-    case SOFTMAX: return solve_lanes_family(x, SOFTMAX, a, top);
-    case GENTLE: return solve_lanes_family(x, GENTLE, a, top);
-    default: return solve_lanes_family(x, STEEP, a, top);
+    case SPARSEMAX: return solve_lanes_family(x, SPARSEMAX, a, top, sigma);
+    case ENTMAX15: return solve_lanes_family(x, ENTMAX15, a, top, sigma);
+    case SOFTMAX: return solve_lanes_family(x, SOFTMAX, a, top, sigma);
+    case GENTLE: return solve_lanes_family(x, GENTLE, a, top, sigma);
+    default: return solve_lanes_family(x, STEEP, a, top, sigma);
     }
 }
 

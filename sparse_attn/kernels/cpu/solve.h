@@ -55,7 +55,7 @@ INLINE norms evaluate(const real *scores, int64_t size, const family of, real a,
                 const lanes t = rise * at_least(nowhere, x - top);
                 w = select_below(t, half, not_negative(rise * from(edge, x)), t + (real)1);
                 u = power_of_sum(w, t, power);
-                curve += u / at_least(smallest, w);
+                curve += rough_ratio(u, at_least(smallest, w));
             }
             y = w * u;
         }

@@ -18,8 +18,8 @@ support_row EXPORTED(support), EXPORTED_IN_DOUBLE(support);
 #define DENSE_FROM 0.3
 
 /* Up to this number of keys, rows are solved side by side. The limit is lower where the mapping needs exp and log, since
- * all keys may have weight there. */
-enum { SHORT = 256, SHORT_WITH_EXP = 64 };
+ * all keys may have weight there, and where only the largest scores take part, which reads a row many times. */
+enum { SHORT = 256, SHORT_WITH_EXP = 128, SHORT_WITH_K = 64 };
 
 /* Up to this number of queries, as in decoding, keys and values are read in place without a packed copy. */
 enum { FEW = 4 };
@@ -31,10 +31,9 @@ typedef struct {
     /* Keys and values of one batch entry and head. */
     int64_t batch, kv_head;
     rows keys, values;
-    real *key_buffer, *value_buffer, *key_pack, *value_panels;
-    enum layout { NOTHING, PANELS, BLOCKS } packed_keys; /* how the keys are packed */
-    int few;                       /* no copies of keys and values have been made */
-    int have_value_panels, finite; /* finite: -1 if unknown */
+    real *key_buffer, *value_buffer, *key_panels, *value_panels;
+    int few; /* no copies of keys and values have been made */
+    int have_key_panels, have_value_panels, finite; /* finite: -1 if unknown */
     /* One tile: queries, scores and lists of rows. */
     const sequence *of;
     int64_t head, first, count; /* its queries */
@@ -50,7 +49,7 @@ typedef struct {
     real *buffer; /* room for one row */
     void *row_scratch;
     /* Used only in the forward, or only in the backward. */
-    real *output, *grads, *packed_grads, *second, *slopes, *dropped, *key_sums, *value_sums;
+    real *output, *grads, *second, *slopes, *dropped, *key_sums, *value_sums;
 } workspace;
 
 static int64_t in_vectors(int64_t size) {
@@ -85,7 +84,7 @@ static void lay_out(workspace *w, const attention_task *t, memory *m) {
     w->row = padded_size(panels);
     w->batch = w->kv_head = -1;
     w->key_buffer = take_reals(m, t->longest * w->depth), w->value_buffer = take_reals(m, t->longest * w->width);
-    w->key_pack = take_reals(m, panels * w->depth + w->width);
+    w->key_panels = take_reals(m, panels * w->depth + w->width);
     w->sizes = take(m, rows_of_tile, sizeof *w->sizes);
     w->list_places = take(m, rows_of_tile, sizeof *w->list_places);
     w->list_weights = take(m, rows_of_tile, sizeof *w->list_weights);
@@ -101,7 +100,7 @@ static void lay_out(workspace *w, const attention_task *t, memory *m) {
     w->output = take_reals(m, rows_of_tile * (w->width > w->depth ? w->width : w->depth));
     if (!t->backward) return;
     w->value_panels = take_reals(m, panels * w->width);
-    w->grads = take_reals(m, rows_of_tile * w->width), w->packed_grads = take_reals(m, rows_of_tile * w->width);
+    w->grads = take_reals(m, rows_of_tile * w->width);
     w->second = take_reals(m, rows_of_tile * w->row);
     w->slopes = take_reals(m, w->row), w->dropped = take_reals(m, w->row);
     w->key_sums = take_reals(m, t->longest * w->depth), w->value_sums = take_reals(m, t->longest * w->width);
@@ -153,8 +152,8 @@ static rows rows_of(const tensor *x, int64_t b, int64_t head, int64_t first, int
 }
 
 /* The batch entry of a tensor that holds a sequence: all packed sequences are in the first entry. */
-static int64_t entry_of(const attention *c, const workspace *w) {
-    return c->query_starts ? 0 : w->of - w->task->sequences;
+static int64_t entry_of(const workspace *w) {
+    return w->task->data.query_starts ? 0 : w->of - w->task->sequences;
 }
 
 static void open_head(workspace *w, const sequence *of, int64_t head) {
@@ -163,8 +162,8 @@ static void open_head(workspace *w, const sequence *of, int64_t head) {
     w->of = of, w->head = head;
     if (w->batch == batch && w->kv_head == kv_head) return;
     w->batch = batch, w->kv_head = kv_head;
-    w->packed_keys = NOTHING, w->have_value_panels = 0, w->finite = -1;
-    const int64_t b = entry_of(c, w);
+    w->have_key_panels = w->have_value_panels = 0, w->finite = -1;
+    const int64_t b = entry_of(w);
     w->few = !w->task->backward && of->queries <= FEW;
     if (w->few) return;
     w->keys = rows_of(&c->key, b, kv_head, of->key_start, of->keys, c->depth, w->key_buffer);
@@ -173,7 +172,7 @@ static void open_head(workspace *w, const sequence *of, int64_t head) {
 
 /* One key or value, read in place for few queries. */
 static const real *row_in_place(const workspace *w, const tensor *x, int64_t j, int64_t size, real *buffer) {
-    const vector from = entries_of(x, entry_of(&w->task->call, w), w->kv_head, w->of->key_start + j);
+    const vector from = entries_of(x, entry_of(w), w->kv_head, w->of->key_start + j);
     if (from.type == REAL_TYPE && from.stride == 1 && size % LANES == 0) return from.data;
     copy_row(from, size, in_vectors(size), 1, buffer);
     return buffer;
@@ -229,7 +228,7 @@ static void open_tile(workspace *w, int64_t tile) {
     narrow(c, w->first, &begin, &end);
     narrow(c, w->first + w->count - 1, &from, &to);
     w->begin = begin < from ? begin : from, w->end = end > to ? end : to;
-    const int64_t b = entry_of(c, w);
+    const int64_t b = entry_of(w);
     for (int64_t r = 0; r < w->count; r++) {
         const vector query = entries_of(&c->query, b, w->head, w->of->query_start + w->first + r);
         copy_row(query, c->depth, w->depth, (real)c->scale, w->queries + r * w->depth);
@@ -239,7 +238,7 @@ static void open_tile(workspace *w, int64_t tile) {
 /* The list of one row from its scores for the keys begin .. end. */
 static void solve_row(workspace *w, int64_t r, vector scores, int64_t begin, int64_t end) {
     const attention *c = &w->task->call;
-    const double a = a_of(c, w->head), lowest = -(double)REAL_MAX;
+    const double a = a_of(w->task, w->head), lowest = -(double)REAL_MAX;
     /* Beyond α = 2 float has too few digits, see rows.c. */
     support_row *solve = a > 1 ? EXPORTED_IN_DOUBLE(support) : EXPORTED(support);
     real *weights = w->weights + r * w->row;
@@ -249,18 +248,16 @@ static void solve_row(workspace *w, int64_t r, vector scores, int64_t begin, int
     for (int64_t n = 0; n < w->sizes[r]; n++) places[n] += (int32_t)begin;
 }
 
-static void pack_keys(workspace *w, enum layout wanted) {
-    if (w->packed_keys == wanted) return;
-    w->packed_keys = wanted;
-    if (wanted == BLOCKS) pack_rows(w->keys.data, w->keys.row, w->of->keys, w->depth, 1, w->key_pack);
-    else pack_panels(w->keys.data, w->keys.row, w->of->keys, w->depth, w->key_pack);
+static void pack_keys(workspace *w) {
+    if (!w->have_key_panels) pack_panels(w->keys.data, w->keys.row, w->of->keys, w->depth, w->key_panels);
+    w->have_key_panels = 1;
 }
 
-/* Scores of few queries; the buffer of packed keys is free. */
+/* Scores of few queries; the memory for panels of keys is free. */
 static void few_scores(workspace *w) {
     const attention *c = &w->task->call;
     for (int64_t j = w->begin; j < w->end; j++) {
-        const real *key = row_in_place(w, &c->key, j, c->depth, w->key_pack);
+        const real *key = row_in_place(w, &c->key, j, c->depth, w->key_panels);
         for (int64_t r = 0; r < w->count; r++) w->scores[r * w->row + j] = dot(key, w->queries + r * w->depth, w->depth);
     }
 }
@@ -271,9 +268,8 @@ static void solve_rows(workspace *w, int masked, const real *added) {
         few_scores(w);
     } else {
         const int64_t start = w->begin / BLOCK_COLUMNS * BLOCK_COLUMNS;
-        pack_keys(w, PANELS);
-        pack_rows(w->queries, w->depth, w->count, w->depth, 1, w->packed);
-        packed_product(w->packed, w->key_pack, w->depth, w->count, start, w->end, w->scores, w->row);
+        pack_keys(w);
+        panel_product(w->queries, w->depth, w->key_panels, w->depth, w->count, start, w->end, w->scores, w->row);
     }
     for (int64_t r = 0; r < w->count; r++) {
         const int64_t i = w->first + r;
@@ -291,11 +287,10 @@ static void solve_rows(workspace *w, int masked, const real *added) {
 /* True if rows can be solved side by side. */
 static int are_short(const workspace *w, int has_own_masks) {
     const attention *c = &w->task->call;
-    const double a = a_of(c, w->head);
-    const int64_t most = a == 1 || a == 0.5 ? SHORT : SHORT_WITH_EXP;
-    const int all_keys = c->k == 0 || c->k >= w->of->keys;
-    const int fits = w->end - w->begin <= most && 2 * w->count > LANES && !w->few;
-    return fits && !has_own_masks && all_keys && a >= 0 && a <= 1;
+    const double a = a_of(w->task, w->head);
+    const int64_t size = w->end - w->begin, most = a == 1 || a == 0.5 ? SHORT : SHORT_WITH_EXP;
+    const int fits = size <= (c->k > 0 && c->k < size ? SHORT_WITH_K : most) && 2 * w->count > LANES && !w->few;
+    return fits && !has_own_masks && a >= 0 && a <= 1;
 }
 
 /* Hides keys by position from the queries r, r + 1, ... in the lanes of a vector (causality, window). */
@@ -337,7 +332,26 @@ static void list_lanes(workspace *w, int64_t r, lanes scale) {
     memset(sizes, 0, LANES * sizeof *sizes);
     real *weights = w->weights + r * w->row;
     int32_t *places = w->places + r * w->row;
-    for (int64_t j = w->begin; j < w->end; j++) {
+    int64_t j = w->begin;
+#ifdef HAS_TRANSPOSE
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; j + LANES <= w->end; j += LANES) {
+        lanes block[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) block[i] = load(w->solved + (j - w->begin + i) * LANES) * scale;
+        transpose(block);
+        const __m512i keys = _mm512_add_epi32(first, _mm512_set1_epi32((int32_t)j));
+#pragma GCC unroll 16
+        for (int lane = 0; lane < LANES; lane++) {
+            const lane_mask kept = COMPARE(block[lane], splat(0), _CMP_NEQ_UQ);
+            const int64_t at = lane * w->row + sizes[lane];
+            store(weights + at, _mm512_maskz_compress_ps(kept, block[lane]));
+            _mm512_storeu_si512(places + at, _mm512_maskz_compress_epi32(kept, keys));
+            sizes[lane] += __builtin_popcount(kept);
+        }
+    }
+#endif
+    for (; j < w->end; j++) {
         const lanes x = load(w->solved + (j - w->begin) * LANES) * scale;
         for (uint32_t bits = nonzero_bits(x); bits; bits &= bits - 1) {
             const int lane = __builtin_ctz(bits);
@@ -348,18 +362,23 @@ static void list_lanes(workspace *w, int64_t r, lanes scale) {
     for (int64_t lane = 0; lane < LANES && r + lane < w->count; lane++) w->sizes[r + lane] = sizes[lane];
 }
 
+/* Solves the row in one lane alone. */
+static void solve_lane(workspace *w, int64_t r, real *scores, int64_t step) {
+    int64_t begin = w->begin, end = w->end;
+    narrow(&w->task->call, w->first + r, &begin, &end);
+    solve_row(w, r, (vector){scores + begin * step, step, REAL_TYPE}, begin, end);
+}
+
 /* Solves rows side by side: scores lie with queries along vectors. */
 static void solve_short_rows(workspace *w, const real *added) {
     const attention *c = &w->task->call;
-    const int64_t step = in_panels(w->count), start = w->begin / BLOCK_ROWS * BLOCK_ROWS;
-    const int64_t left = w->of->keys - start, whole = (w->end - start + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
-    pack_keys(w, BLOCKS);
+    const int64_t step = in_panels(w->count);
     pack_panels(w->queries, w->depth, w->count, w->depth, w->packed);
-    packed_product(w->key_pack + start * w->depth, w->packed, w->depth, whole < left ? whole : left, 0, step,
-                   w->scores, step);
-    const double a = a_of(c, w->head) < 1e-3 * REAL_EPS ? 0 : a_of(c, w->head);
+    panel_product(w->keys.data + w->begin * w->keys.row, w->keys.row, w->packed, w->depth, w->end - w->begin, 0, step,
+                  w->scores, step);
+    const double a = a_of(w->task, w->head) < 1e-3 * REAL_EPS ? 0 : a_of(w->task, w->head);
     for (int64_t r = 0; r < w->count; r += LANES) {
-        real *scores = w->scores + r - start * step; /* the score of key j is at j * step */
+        real *scores = w->scores + r - w->begin * step; /* the score of key j is at j * step */
         if (added) hide_masked(w, added, scores, step);
         hide(w, r, scores, step);
         lanes top = splat(-INFINITY);
@@ -369,18 +388,23 @@ static void solve_short_rows(workspace *w, const real *added) {
             top = at_least(x, top);
             defined &= !any_beyond(x, splat(INFINITY));
         }
+        lanes alone = splat(!defined); /* 1 for rows to be solved alone; NaN or +inf are rare */
         if (defined) {
             const short_rows rows = {scores + w->begin * step, w->solved, step, w->end - w->begin};
-            lanes scale = solve_lanes(&rows, (real)a, top);
+            if (c->k > 0 && c->k < rows.size) {
+                const lanes cut = cut_lanes(&rows, c->k, top, w->count - r, &alone);
+                for (int64_t j = w->begin; j < w->end; j++) {
+                    const lanes x = load(scores + j * step);
+                    store(scores + j * step, select_below(cut, x, x, splat(-INFINITY)));
+                }
+            }
+            const lanes sigma = needs_power(a) ? start_lanes(&rows, (real)a, top, START_SWEEPS) : splat(0);
+            lanes scale = solve_lanes(&rows, (real)a, top, sigma);
             for (int64_t lane = w->count - r; lane < LANES; lane++) scale[lane] = 0; /* lanes without a query */
             list_lanes(w, r, scale);
-        } else { /* some scores are NaN or +inf */
-            for (int64_t lane = 0; lane < LANES && r + lane < w->count; lane++) {
-                int64_t begin = w->begin, end = w->end;
-                narrow(c, w->first + r + lane, &begin, &end);
-                solve_row(w, r + lane, (vector){scores + begin * step + lane, step, REAL_TYPE}, begin, end);
-            }
         }
+        for (int64_t lane = 0; lane < LANES && r + lane < w->count; lane++)
+            if (alone[lane] > 0) solve_lane(w, r + lane, scores + lane, step);
     }
 }
 
@@ -424,8 +448,8 @@ static void expand(const workspace *w, const int32_t *places, const real *weight
 static void drop_out(const workspace *w, int64_t r, const int32_t *places, const real *weights, int64_t count,
                      real *out) {
     const attention *c = &w->task->call;
-    const int64_t before = c->query_starts ? w->of->query_start : w->batch * c->queries;
-    const uint64_t stream = stream_of(c->seed, (before + w->first + r) * c->heads + w->head);
+    const int64_t before = w->task->data.query_starts ? w->of->query_start : w->batch * c->queries;
+    const uint64_t stream = stream_of(w->task->data.seed, (before + w->first + r) * c->heads + w->head);
     for (int64_t n = 0; n < count; n++)
         out[n] = weights[n] * (real)multiplier(stream, places[n], c->dropout_p);
 }

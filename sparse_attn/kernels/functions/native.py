@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_attn.checks import check_alpha, check_starts
+from sparse_attn.checks import check_starts
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.functions.entmax import entmax_rows
-from sparse_attn.kernels.setting import Setting
+from sparse_attn.kernels.setting import Setting, Tensors
 from sparse_attn.transforms import values_known
 
 
@@ -39,99 +39,100 @@ def native_attention(
     Returns:
         (N, H, L, Dv). A query with no visible key gets zeros and zero gradients.
     """
-    seed = torch.randint(2**62, ()) if setting.dropout_p > 0.0 else None
-    tensors = _Tensors(query, key, value, alpha, mask, seed, query_starts, key_starts)
-    training = torch.is_grad_enabled() and (
+    seed = torch.randint(2**62, (), device=query.device) if setting.dropout_p > 0.0 else None
+    tensors = Tensors(query, key, value, alpha, mask, seed, query_starts, key_starts)
+    if torch.compiler.is_compiling():
+        return _attention(*tensors, *setting, _needs_gradients(query, key, value, alpha, mask))[0]
+    _check_starts(tensors)
+    plan = dispatch.native_kernels().plan_of(tensors, setting)
+    return planned_attention(*tensors, plan)
+
+
+def planned_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    query_starts: Tensor | None,
+    key_starts: Tensor | None,
+    plan: Any,
+) -> Tensor:
+    """:func:`native_attention` by a plan of the kernel, where no transform is active."""
+    if _needs_gradients(query, key, value, alpha, mask):
+        # The same as `_Attention.apply`, which would test again whether a transform is active.
+        return _apply(query, key, value, alpha, mask, seed, query_starts, key_starts, plan)
+    tensors = Tensors(query, key, value, alpha, mask, seed, query_starts, key_starts)
+    output: Tensor = dispatch.native_kernels().forward(tensors, plan, None)
+    return output
+
+
+def _needs_gradients(query: Tensor, key: Tensor, value: Tensor, alpha: Tensor | None, mask: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
         query.requires_grad
         or key.requires_grad
         or value.requires_grad
         or (alpha is not None and alpha.requires_grad)
         or (mask is not None and mask.requires_grad)
     )
-    if torch.compiler.is_compiling():
-        return _attention(*tensors, *setting, training)[0]
-    if training:
-        return _Attention.apply(*tensors, setting)
-    return _forward(tensors, setting, None)
 
 
-class _Tensors(NamedTuple):
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    alpha: Tensor | None
-    mask: Tensor | None
-    seed: Tensor | None
-    query_starts: Tensor | None
-    key_starts: Tensor | None
-
-
-def _starts(tensors: _Tensors) -> tuple[Tensor, Tensor] | None:
-    if tensors.query_starts is None or tensors.key_starts is None:
-        return None
-    return dispatch.native_kernels().Starts(tensors.query_starts, tensors.key_starts)
-
-
-def _inputs(tensors: _Tensors, setting: Setting) -> Any:
-    """The arguments of the kernel."""
-    query, key, value, alpha, mask, seed, *_ = tensors
-    a = None if alpha is None else alpha.to(torch.float64) - 1
-    number = 0 if seed is None else int(seed)
-    return dispatch.native_kernels().Inputs(query, key, value, a, mask, setting, number, _starts(tensors))
-
-
-def _forward(tensors: _Tensors, setting: Setting, kept: Tensor | None) -> Tensor:
-    if tensors.alpha is not None:
-        check_alpha(tensors.alpha)
+def _check_starts(tensors: Tensors) -> None:
     if tensors.query_starts is not None and tensors.key_starts is not None:
         check_starts(tensors.query_starts, tensors.query.shape[2], "cu_seqlens_q")
         check_starts(tensors.key_starts, tensors.key.shape[2], "cu_seqlens_k")
-    return dispatch.native_kernels().forward(_inputs(tensors, setting), kept)
-
-
-def _backward(
-    grad: Tensor, tensors: _Tensors, kept: Tensor | None, setting: Setting, with_alpha: bool, with_mask: bool
-) -> list[Tensor | None]:
-    """Gradients of the first five tensors, each in the dtype of its tensor."""
-    inputs = _inputs(tensors, setting)
-    gradients = dispatch.native_kernels().backward(grad, inputs, kept, with_alpha, with_mask)
-    pairs = zip(gradients, tensors, strict=False)
-    return [None if x is None or of is None else x.to(of.dtype) for x, of in pairs]
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        tensors, ctx.setting = _Tensors(*arguments[:-1]), arguments[-1]
-        kept = dispatch.native_kernels().room_for_kept(tensors.query, tensors.key, _starts(tensors))
-        output = _forward(tensors, ctx.setting, kept)
+        tensors, ctx.plan = arguments[:-1], arguments[-1]
+        kept = arguments[0].new_empty(ctx.plan.room, dtype=torch.int32)
+        output: Tensor = dispatch.native_kernels().forward(tensors, ctx.plan, kept)
         ctx.save_for_backward(*tensors, kept)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, kept = ctx.saved_tensors
-        tensors, needed = _Tensors(*saved), ctx.needs_input_grad
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad
+        tensors, kept = Tensors(*saved[:-1]), saved[-1]
         if torch.is_grad_enabled() or not values_known(grads[0]):
-            gradients = _plain_gradients(grads[0], tensors, needed, ctx.setting)
+            gradients = _plain_gradients(grads[0], tensors, needed, ctx.plan.setting)
         else:
-            gradients = _backward(grads[0], tensors, kept, ctx.setting, needed[3], needed[4])
-        return *(x if wanted else None for x, wanted in zip(gradients, needed, strict=False)), *[None] * 4
+            gradients = _backward(grads[0], tensors, ctx.plan, kept, needed[3], needed[4])
+        if not (needed[0] and needed[1] and needed[2]):
+            gradients = tuple(x if wanted else None for x, wanted in zip(gradients, needed, strict=False))
+        return *gradients, None, None, None, None
+
+
+_apply = super(torch.autograd.Function, _Attention).apply
+
+
+def _backward(
+    grad: Tensor, tensors: Tensors, plan: Any, kept: Tensor | None, with_alpha: bool, with_mask: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the first five tensors, each in the dtype of its tensor."""
+    gradients: tuple[Tensor | None, ...]
+    gradients = dispatch.native_kernels().backward(grad, tensors, plan, kept, with_alpha, with_mask)
+    if gradients[4] is None or tensors.mask is None:
+        return gradients
+    return *gradients[:4], gradients[4].to(tensors.mask.dtype)
 
 
 def _plain_gradients(
-    grad: Tensor, tensors: _Tensors, needed: tuple[bool, ...], setting: Setting
-) -> list[Tensor | None]:
+    grad: Tensor, tensors: Tensors, needed: tuple[bool, ...], setting: Setting
+) -> tuple[Tensor | None, ...]:
     """The gradients by plain torch, with a matrix of scores: differentiable, and ``grad`` may be batched."""
     create_graph = torch.is_grad_enabled()
     inputs = [x for x, wanted in zip(tensors, needed, strict=False) if wanted and x is not None]
     with torch.enable_grad():
         output = plain_attention(tensors, setting)
     gradients = iter(torch.autograd.grad(output, inputs, grad, create_graph=create_graph, materialize_grads=True))
-    return [next(gradients) if wanted else None for wanted in needed[:5]]
+    return tuple(next(gradients) if wanted else None for wanted in needed[:5])
 
 
-def plain_attention(tensors: _Tensors, setting: Setting) -> Tensor:
+def plain_attention(tensors: Tensors, setting: Setting) -> Tensor:
     """The kernel's result in plain torch, with a matrix of scores; dropout drops the same weights."""
     query, key, value, alpha, mask, seed, query_starts, key_starts = tensors
     a, scale, dropout_p, right, k, left = setting
@@ -140,8 +141,9 @@ def plain_attention(tensors: _Tensors, setting: Setting) -> Tensor:
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = (query.to(wide) * scale) @ key.to(wide).transpose(-2, -1)
     queries, keys = scores.shape[-2:]
-    place, key_place = torch.arange(queries)[:, None], torch.arange(keys)
-    hidden = torch.zeros((1, 1, queries, keys), dtype=torch.bool)
+    place = torch.arange(queries, device=query.device)[:, None]
+    key_place = torch.arange(keys, device=query.device)
+    hidden = torch.zeros((1, 1, queries, keys), dtype=torch.bool, device=query.device)
     if query_starts is not None and key_starts is not None:
         sequence = torch.bucketize(place, query_starts, right=True)
         hidden = hidden | (sequence != torch.bucketize(key_place, key_starts, right=True))
@@ -181,21 +183,23 @@ def _attention(
     left: int | None,
     training: bool,
 ) -> tuple[Tensor, Tensor]:
-    tensors = _Tensors(query, key, value, alpha, mask, seed, query_starts, key_starts)
-    kept, setting = _room(tensors, training), Setting(a, scale, dropout_p, offset, k, left)
-    return _forward(tensors, setting, kept if training else None), kept
+    tensors = Tensors(query, key, value, alpha, mask, seed, query_starts, key_starts)
+    _check_starts(tensors)
+    kept = _room(tensors, training)
+    plan = dispatch.native_kernels().plan_of(tensors, Setting(a, scale, dropout_p, offset, k, left))
+    return dispatch.native_kernels().forward(tensors, plan, kept if training else None), kept
 
 
-def _room(tensors: _Tensors, training: bool) -> Tensor:
+def _room(tensors: Tensors, training: bool) -> Tensor:
     """Memory for the kept weights, set to zero: two calls of the operator must agree in every entry."""
     if training:
-        return dispatch.native_kernels().room_for_kept(tensors.query, tensors.key, _starts(tensors)).zero_()
+        return dispatch.native_kernels().room_for_kept(tensors).zero_()
     return tensors.query.new_empty(0, dtype=torch.int32)
 
 
 @_attention.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    tensors = _Tensors(*arguments[:8])
+    tensors = Tensors(*arguments[:8])
     output = dispatch.native_kernels().output_like(tensors.query, tensors.value.shape[3])
     return output, _room(tensors, arguments[-1])
 
@@ -221,9 +225,9 @@ def _attention_backward(
     with_alpha: bool,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors = _Tensors(query, key, value, alpha, mask, seed, query_starts, key_starts)
-    setting = Setting(a, scale, dropout_p, offset, k, left)
-    gradients = _backward(grad, tensors, kept, setting, with_alpha, with_mask)
+    tensors = Tensors(query, key, value, alpha, mask, seed, query_starts, key_starts)
+    plan = dispatch.native_kernels().plan_of(tensors, Setting(a, scale, dropout_p, offset, k, left))
+    gradients = _backward(grad, tensors, plan, kept, with_alpha, with_mask)
     for_query, for_key, for_value, for_alpha, for_mask = (query.new_empty(0) if x is None else x for x in gradients)
     return for_query, for_key, for_value, for_alpha, for_mask
 
@@ -233,7 +237,7 @@ def _(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor | None, mask: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with_alpha, with_mask = rest[-2:]
-    for_alpha = torch.empty_like(alpha) if with_alpha and alpha is not None else query.new_empty(0)
+    for_alpha = alpha.new_empty(alpha.shape) if with_alpha and alpha is not None else query.new_empty(0)
     for_mask = mask.new_empty(mask.shape) if with_mask and mask is not None else query.new_empty(0)
     like = dispatch.native_kernels().output_like
     for_query, for_key, for_value = (like(x, x.shape[3]) for x in (query, key, value))

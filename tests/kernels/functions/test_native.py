@@ -51,7 +51,7 @@ def compare(attend, inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> li
 
 
 def plain_attention(*qkv: Tensor, setting: Setting, seed: Tensor | None = None) -> Tensor:
-    return native.plain_attention(native._Tensors(*qkv, None, None, seed, None, None), setting)
+    return native.plain_attention(native.Tensors(*qkv, None, None, seed, None, None), setting)
 
 
 def tensors(
@@ -199,17 +199,24 @@ def test_a_query_without_visible_keys_gets_zeros_and_a_nan_query_gets_nan(keys):
     assert entmax_attention(spoilt, spoilt_key, value)[0, 1, 5].isnan().all()  # a score of +inf
 
 
-def test_ties_go_to_the_first_keys():
-    query, key = torch.zeros(1, 1, 19, 5), torch.randn(1, 1, 300, 5)
-    value = torch.eye(300)[None, None]
+@pytest.mark.parametrize("keys", [29, 300])
+def test_ties_go_to_the_first_keys(keys):
+    query, key = torch.zeros(1, 1, 19, 5), torch.randn(1, 1, keys, 5)
+    value = torch.eye(keys)[None, None]
     assert (topk_attention(query, key, value, 7)[..., :7] == 1 / 7).all()
+    query = torch.randint(-1, 2, (1, 1, 19, 1)).float()  # ties in some rows, and at several places
+    key = torch.randint(-9, 10, (1, 1, keys, 1)).float()
+    with use_backend("torch"):
+        wanted = topk_attention(query, key, value, 7)
+    torch.testing.assert_close(topk_attention(query, key, value, 7), wanted)
 
 
 def test_dropout_agrees_with_the_plain_path_and_the_backward():
     inputs = [x.requires_grad_() for x in tensors(torch.float64, 31, 300)]
     seed, setting = torch.tensor(12345), Setting(0.5, 0.3, 0.4, None)
     plain = run(lambda *qkv: plain_attention(*qkv, seed=seed, setting=setting), inputs)
-    ours = run(lambda *qkv: native._Attention.apply(*qkv, None, None, seed, None, None, setting), inputs)
+    plan = attention.plan_of(native.Tensors(*inputs), setting)
+    ours = run(lambda *qkv: native.planned_attention(*qkv, None, None, seed, None, None, plan), inputs)
     for x, y in zip(ours, plain, strict=True):
         torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-10)
     query, key, _ = inputs
