@@ -22,6 +22,7 @@ from sparse_attn.analysis import (
     support_counts,
 )
 from sparse_attn.calibration import evaluating
+from sparse_attn.nn.alpha import has_learnt_alpha
 from sparse_attn.observe import observe_weights
 from sparse_attn.optim import set_alpha
 
@@ -259,5 +260,4 @@ def measure_at(task: Any, loader: Iterable[dict[str, Any]], alpha: float) -> dic
 
 
 def _learns(module: nn.Module) -> bool:
-    # A fixed α that differs between heads is a buffer.
-    return isinstance(module, AdaptiveSparseMultiheadAttention) and isinstance(module.raw_alpha, nn.Parameter)
+    return isinstance(module, AdaptiveSparseMultiheadAttention) and has_learnt_alpha(module)
