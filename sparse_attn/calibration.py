@@ -145,6 +145,11 @@ def calibrate(
     _check(batches, density, loss_increase, per, loss, alpha_max)
     loss = _loss_of_transformers if loss is None else loss
     with _in_evaluation(model), _attention(model, loss) as (heads, passing):
+        if not heads:
+            raise ValueError(
+                "model must have attention with an α, nn.MultiheadAttention or AdaptiveSparseMultiheadAttention, "
+                f"got none in {type(model).__name__}"
+            )
         call = {"density": density, "loss_increase": loss_increase, "per": per, "alpha_max": alpha_max}
         passes = _Passes(passing, batches, heads, _State(state, {**call, "heads": heads}), progress)
         search = _Search(passes, heads, per == "layer", float(alpha_max))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ def check_floating(x: Tensor, name: str) -> None:
 def check_scores(x: Tensor, dim: int, name: str = "x") -> None:
     """Raise unless ``x`` is a floating tensor that has the dimension ``dim``."""
     check_floating(x, name)
-    if not isinstance(dim, int):
+    if type(dim) is not int and (isinstance(dim, bool) or not isinstance(dim, Integral)):
         raise TypeError(f"dim must be an int, got {type(dim).__name__}")
     rank = max(x.dim(), 1)
     if not -rank <= dim < rank:
@@ -91,7 +91,8 @@ def check_row_parameter(value: Tensor, x: Tensor, dim: int, name: str) -> None:
 
 def check_k(k: int, size: int | None = None) -> None:
     """Raise unless ``k`` is an int of at least 1, and at most ``size`` when that is given."""
-    if isinstance(k, bool) or not (isinstance(k, int) or hasattr(k, "__index__")):
+    one_number = not isinstance(k, Tensor) or k.numel() == 1
+    if isinstance(k, bool) or not one_number or not (isinstance(k, int) or hasattr(k, "__index__")):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
     if k < 1 or (size is not None and k > size):
         # The text is built only when an error is raised: formatting a length makes it a constant under torch.compile.
@@ -100,8 +101,8 @@ def check_k(k: int, size: int | None = None) -> None:
 
 
 def check_int(value: int, name: str) -> None:
-    """Raise unless ``value`` is an int."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Raise unless ``value`` is an int, of Python or of NumPy."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
 
 
@@ -113,10 +114,21 @@ def check_number(value: float, name: str) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
+def check_scale(scale: float | None) -> None:
+    """Raise unless the factor of attention scores is a finite number or None. A tensor would lose its gradient."""
+    if scale is None or (torch._C._is_tracing() and isinstance(scale, Tensor)):  # a traced length is a tensor
+        return
+    check_number(scale, "scale")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, got {scale}")
+
+
 def check_bool(value: bool, name: str) -> None:
     """Raise unless ``value`` is True or False."""
     # `torch.onnx.export(dynamo=False)` passes default arguments as tensors.
-    if not isinstance(value, bool) and not (torch._C._is_tracing() and isinstance(value, Tensor)):
+    if isinstance(value, bool) or (torch._C._is_tracing() and isinstance(value, Tensor)):
+        return
+    if str(getattr(value, "dtype", "")) != "bool" or getattr(value, "shape", None) != ():  # not a bool of NumPy
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 

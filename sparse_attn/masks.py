@@ -194,20 +194,19 @@ def multihead_mask(
         The mask or None, and whether the caller must apply a causal mask too.
 
     Raises:
-        TypeError: A mask is neither boolean nor floating, or ``position_bias`` not floating.
-        ValueError: A mask or ``position_bias`` has another shape.
+        TypeError: A mask is neither boolean nor floating, or a bias not floating.
+        ValueError: A mask or a bias has another shape.
     """
     batch, heads, queries, keys = shape
     mask = merge_multihead_masks(attn_mask, key_padding_mask, batch=batch, heads=heads, queries=queries, keys=keys)
     if window is not None:
         mask = combine_masks(mask, window_mask(queries, keys, window, device, offset=offset))
-    if position_bias is not None:
-        check_floating(position_bias, "position_bias")
-        check_mask(position_bias, shape, "position_bias")
-        # The bias is expanded to all S keys, since the layer may append keys (add_bias_kv, add_zero_attn).
-        position_bias = with_infinities(position_bias).expand(*position_bias.shape[:-1], keys)
-        mask = combine_masks(mask, position_bias)
-    mask = combine_masks(mask, own_bias)
+    for name, bias in (("position_bias", position_bias), ("the bias of positions", own_bias)):
+        if bias is not None:
+            check_floating(bias, name)
+            check_mask(bias, shape, name)
+            # The bias is expanded to all S keys, since the layer may append keys (add_bias_kv, add_zero_attn).
+            mask = combine_masks(mask, with_infinities(bias).expand(*bias.shape[:-1], keys))
     if not is_causal or attn_mask is not None:
         return mask, False
     if mask is None and offset == 0 and only_causal:

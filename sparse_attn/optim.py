@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from sparse_attn.checks import check_alpha, check_filter, check_number, check_number_or_tensor
-from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_inside, fill, one_or_per_head, whole
+from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_inside, fill, has_learnt_alpha, one_or_per_head, whole
 from sparse_attn.nn.model_alpha import FilterFn, alpha_modules, of_attention
 
 __all__ = [
@@ -196,7 +196,7 @@ def linear_alpha(step: float, start: float, end: float, *, first_step: float = 0
 
     Raises:
         TypeError: An argument is not a number.
-        ValueError: An α is outside ``(0, inf)``, or ``last_step`` is not above ``first_step``.
+        ValueError: An α is outside ``(0, inf)``, a step is not finite, or ``last_step`` is not above ``first_step``.
 
     Example:
         >>> [linear_alpha(step, 1.0, 1.5, first_step=2, last_step=4) for step in range(6)]
@@ -218,7 +218,10 @@ def linear_alpha(step: float, start: float, end: float, *, first_step: float = 0
     if not last_step > first_step:
         raise ValueError(f"last_step must be above first_step, got {last_step} and {first_step}")
     share = min(max((step - first_step) / (last_step - first_step), 0.0), 1.0)
-    return (1 - share) * start + share * end
+    if math.isnan(share):
+        raise ValueError(f"step, first_step and last_step must be finite, got {step}, {first_step} and {last_step}")
+    # From the nearer end: rounding of (1 - share) * start + share * end can leave the interval from start to end.
+    return start + share * (end - start) if share < 0.5 else end - (1 - share) * (end - start)
 
 
 def project_alpha(model: nn.Module) -> None:
@@ -332,9 +335,7 @@ def _learnt(
 ) -> list[tuple[WideAlpha, nn.Parameter]]:
     """The modules whose α is a parameter, frozen or not, each with that parameter."""
     modules = _chosen(model, filter_fn).values()
-    # `_parameters` decides, not the type: torch.func.functional_call replaces parameters by plain tensors.
-    places = [(module, module._parameters.get("raw_alpha")) for module in modules]
-    found = [(module, raw_alpha) for module, raw_alpha in places if raw_alpha is not None]
+    found = [(module, cast(nn.Parameter, module.raw_alpha)) for module in modules if has_learnt_alpha(module)]
     if strict and not found:
         got = "fixed α only" if modules else "none"
         raise ValueError(f"model must hold an α that is a parameter (learn_alpha=True), got {got}")
@@ -369,6 +370,6 @@ def _fitting(name: str, module: WideAlpha, value: float | Sequence[float] | Tens
     if alpha.dim() and alpha.shape != shape:
         raise ValueError(f"{what} must be a number or one per head {tuple(shape)}, got shape {tuple(alpha.shape)}")
     check_alpha(alpha, what)
-    if module._parameters.get("raw_alpha") is not None:
+    if has_learnt_alpha(module):
         check_inside(alpha.to(current.dtype), module.alpha_range, what)  # same rounding as the bounds
     return alpha

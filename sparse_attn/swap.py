@@ -55,6 +55,9 @@ def replace_attention(
     replaced layers are kept, as are adapters (LoRA) on the out-projection or around the layer. All layers are checked
     and built before the model is changed. :func:`restore_attention` reverses the replacement.
 
+    The new layer has the parameters, the out-projection, the hooks and the training mode of the old one. Any other
+    attribute that was set on the old layer is not copied: set it on the new layer, which is in the result.
+
     Args:
         model: Any module that contains ``nn.MultiheadAttention`` layers, such as ``nn.TransformerEncoder``. The layers
             may be on different devices, including the meta device. Subclasses of ``nn.MultiheadAttention`` are not
@@ -88,6 +91,11 @@ def replace_attention(
         or layer is SparseMultiheadAttention
     ):
         raise TypeError(f"layer must be a subclass of SparseMultiheadAttention with a mapping, got {layer!r}")
+    if taken := [name for name in layer_kwargs if name in signature(nn.MultiheadAttention).parameters]:
+        raise TypeError(
+            f"layer_kwargs must not hold arguments of nn.MultiheadAttention, which are those of each replaced layer, "
+            f"got {', '.join(taken)}"
+        )
     found = _attention(model, filter_fn)
     dense = {name: module for name, module in found.items() if not isinstance(module, SparseMultiheadAttention)}
     _check(model, dense)

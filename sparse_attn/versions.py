@@ -43,12 +43,17 @@ def triton_version() -> str | None:
     return None
 
 
+def triton_before(major: int, minor: int) -> bool:
+    """Whether the installed Triton is older than a version, or missing."""
+    return _numbers(triton_version() or "0.0") < (major, minor)
+
+
 def triton_problem() -> str | None:
     """The reason why Triton cannot be used; None if it can."""
     found = triton_version()
     if found is None:
         return "Triton is not installed"
-    return f"Triton 3.4 or newer is needed, got {found}" if _numbers(found) < (3, 4) else None
+    return f"Triton 3.4 or newer is needed, got {found}" if triton_before(3, 4) else None
 
 
 # Torch before 2.8 includes an older Triton, which matters only if there is a GPU.
@@ -126,7 +131,7 @@ def tf32_allowed() -> bool:
 @functools.cache
 def mend_interpreter() -> None:
     """Repair loops in Triton's interpreter: before 3.7 it converts arrays to ints, which numpy 2.5 refuses."""
-    if _numbers(triton_version() or "0.0") >= (3, 7):
+    if not triton_before(3, 7):
         return
     from triton.runtime import interpreter  # type: ignore[import-untyped, unused-ignore]
 

@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_attn import AdaptiveSparseMultiheadAttention, calibrate, record_attention, replace_attention
+from sparse_attn import (
+    AdaptiveSparseMultiheadAttention,
+    TopKMultiheadAttention,
+    calibrate,
+    record_attention,
+    replace_attention,
+)
 
 BATCHES = [torch.randn(3, 31, 12, generator=torch.Generator().manual_seed(number)) for number in range(3)]
 LAYERS = {"layers.0.self_attn": 4, "layers.1.self_attn": 4}
@@ -23,6 +29,12 @@ def encoder(scale: float = 4.0) -> nn.TransformerEncoder:
     with torch.no_grad():
         for layer in model.layers:
             layer.self_attn.in_proj_weight.mul_(scale)
+    return model
+
+
+def only_topk() -> nn.Module:
+    model = encoder()
+    replace_attention(model, TopKMultiheadAttention, k=2)
     return model
 
 
@@ -209,6 +221,7 @@ def test_causal_layers_count_visible_keys_alone():
         ({"loss": None}, TypeError, "batches must hold mappings, the arguments of the model, got Tensor"),
         ({"loss": lambda model, batch: model(batch)}, TypeError, r"loss must return .* one number, got shape \(3, 31"),
         ({"loss": lambda model, batch: model(batch).sum() * math.nan}, ValueError, "loss must be finite, got nan in 3"),
+        ({"model": only_topk()}, ValueError, "model must have attention with an α, .* got none in TransformerEncoder"),
         ({"model": nn.Linear(3, 5)}, ValueError, "model must hold at least one nn.MultiheadAttention, got none in Lin"),
         ({"model": 3}, TypeError, "model must be a torch.nn.Module, got int"),
         ({"state": "/no/such/folder/state"}, ValueError, "state must be a file in a folder that exists"),

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from old_torch import since_torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -24,10 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
-from sparse_attn import AdaptiveSparseMultiheadAttention, Entmax, alpha_per_head
+from sparse_attn import AdaptiveSparseMultiheadAttention, Entmax, alpha_per_head, versions
 from sparse_attn.optim import alpha_param_groups, alpha_penalty, freeze_alpha, project_alpha, set_alpha
 
 pytestmark = pytest.mark.slow  # starting two processes takes long
+
+with_fsdp = since_torch(2, 8, "FSDP2 does not run on a CPU")
 
 RANKS, STEPS = 2, 4
 N, L, E = 6, 5, 14
@@ -203,6 +206,10 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+if versions.TORCH < (2, 8):
+    SCENARIOS = {name: function for name, function in SCENARIOS.items() if "fsdp" not in name}
+
+
 def process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=RANKS)
@@ -236,7 +243,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     return {name: [torch.load(folder / f"{name}.{rank}") for rank in range(RANKS)] for name in SCENARIOS}
 
 
-@pytest.mark.parametrize("name", ["ddp", "ddp_checkpointed", "fsdp", "fsdp_with_penalty", "fsdp_alpha_kept_whole"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ddp",
+        "ddp_checkpointed",
+        *(pytest.param(name, marks=with_fsdp) for name in ("fsdp", "fsdp_with_penalty", "fsdp_alpha_kept_whole")),
+    ],
+)
 def test_two_processes_take_the_same_steps_as_one(results: dict[str, list[Any]], name: str) -> None:
     alone = trained(make(), slice(None), penalty=3.0 if "penalty" in name else 0.0, clip="whole" not in name)
     for found in results[name]:
@@ -255,6 +269,7 @@ def test_the_halves_of_the_batch_disagree_on_a_head_at_its_bound() -> None:
     assert bool((signs[0] != signs[1]).any())
 
 
+@with_fsdp
 def test_alpha_of_a_sharded_model_is_complete(results: dict[str, list[Any]]) -> None:
     expected = alpha_per_head(make())
     for found in results["fsdp_alpha"]:
@@ -269,6 +284,7 @@ def test_alpha_of_a_sharded_model_is_complete(results: dict[str, list[Any]]) -> 
     assert sorted(found["mine"] for found in results["fsdp_alpha"]) == [0, 1], "one head for two processes"
 
 
+@with_fsdp
 def test_a_sharded_bfloat16_model_keeps_a_float32_alpha(results: dict[str, list[Any]]) -> None:
     first, second = results["fsdp_bfloat16"]
     assert (first["alpha"].dtype, first["weight"], first["grad"].dtype) == (
@@ -279,6 +295,7 @@ def test_a_sharded_bfloat16_model_keeps_a_float32_alpha(results: dict[str, list[
     assert torch.equal(first["grad"], second["grad"]) and bool(first["grad"].any())
 
 
+@with_fsdp
 def test_a_sharded_checkpoint(results: dict[str, list[Any]]) -> None:
     for found in results["fsdp_checkpoint"]:
         assert all(set(alpha.tolist()) == {1.625} for alpha in found["loaded"].values())

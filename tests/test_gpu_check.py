@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from sparse_attn.versions import triton_problem
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 WHERE = {"date": "today", "device": "a device", "torch": "2.11"}
@@ -88,7 +91,8 @@ def test_a_task_that_stops_its_process_is_one_line_and_is_never_repeated(gpu_che
     again = gpu_check.Record(path, WHERE | {"date": "tomorrow"})
     gpu_check.run(three, again, 1e6)
     assert path.read_text() == before and again.environment["date"] == "today"
-    assert again.results("check") == results
+    by_case = itemgetter("case")
+    assert sorted(again.results("check"), key=by_case) == sorted(results, key=by_case)
 
 
 def test_a_run_that_was_interrupted_goes_on_after_the_task_that_was_running(gpu_check, three, tmp_path):
@@ -144,7 +148,7 @@ def test_rows_at_the_edge_of_the_support_have_no_upstream_gradient(gpu_check):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--part", "3"], "argument --part: invalid choice: 3"),
+        (["--part", "3"], "argument --part: invalid choice: "),
         (["--seconds", "0"], "--seconds must be above 0, got 0"),
         (["--dry-run"], "--dry-run needs --out DIR"),
     ],
@@ -155,6 +159,7 @@ def test_wrong_arguments(arguments, message):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(triton_problem() is not None, reason=str(triton_problem()))
 def test_a_dry_run_of_everything(gpu_check, tmp_path):
     command = [sys.executable, SCRIPTS / "gpu_check.py", "--dry-run", "--out", tmp_path]
     for part in ("1", "2"):

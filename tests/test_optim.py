@@ -242,6 +242,14 @@ def test_linear_alpha() -> None:
     assert linear_alpha(10**9, 1.0, 1.3, last_step=7) == 1.3  # exactly
 
 
+def test_linear_alpha_stays_between_its_ends() -> None:
+    for last in range(2, 50):
+        assert {linear_alpha(step, 1.9, 1.9, last_step=last) for step in range(last + 1)} == {1.9}
+        for start, end in ((1.1, 1.9), (1.9, 1.1), (1.0, 1.0 + 2**-52)):
+            line = [linear_alpha(step, start, end, last_step=last) for step in range(last + 1)]
+            assert line == sorted(line, reverse=start > end) and (line[0], line[-1]) == (start, end)
+
+
 @pytest.mark.parametrize("target", ["sparse", "dense", 1.5])
 def test_the_penalty_equals_its_formula_and_is_zero_on_target(target: Any) -> None:
     model = Everything()  # α is 1.2, 1.4; 1.5, 1.5; 1.6, all with range [1, 2]
@@ -330,6 +338,10 @@ def test_a_model_without_a_learnt_alpha_is_refused(call: Callable[[nn.Module], A
         (lambda m: alpha_penalty(m, 2.5), r"target must be in alpha_range \[1, 2\], got 2.5"),
         (lambda m: linear_alpha(1, 1.0, 2.0, first_step=7, last_step=5), "last_step must be above .*, got 5 and 7"),
         (lambda m: linear_alpha(1, 1.0, 2.0, last_step=0), "last_step must be above first_step, got 0 and 0"),
+        (
+            lambda m: linear_alpha(math.nan, 1.0, 2.0, last_step=5),
+            "step, first_step and .* be finite, got nan, 0 and 5",
+        ),
         (lambda m: linear_alpha(1, 0.0, 2.0, last_step=5), r"start must be in \(0, inf\), got 0.0"),
         (lambda m: linear_alpha(1, 1.0, math.inf, last_step=5), r"end must be in \(0, inf\), got inf"),
     ],

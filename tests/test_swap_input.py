@@ -243,3 +243,12 @@ def test_the_error_for_a_checkpoint_of_another_model_names_the_parameters() -> N
     restore_attention(model)
     with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"0\.raw_alpha\""):
         model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["device", "dropout"])
+def test_arguments_of_the_replaced_layer_are_refused(name: str) -> None:
+    model = nn.Sequential(nn.MultiheadAttention(8, 2))
+    with pytest.raises(
+        TypeError, match=f"layer_kwargs must not hold arguments of .* of each replaced layer, got {name}$"
+    ):
+        replace_attention(model, **{name: 0.5})

@@ -21,6 +21,7 @@ from sparse_attn.analysis import (
     strongest_at_offset,
     support_counts,
 )
+from sparse_attn.nn.alpha import has_learnt_alpha
 from sparse_attn.observe import observe_weights
 from sparse_attn.optim import set_alpha
 
@@ -259,4 +260,4 @@ def measure_at(task: Any, loader: Iterable[dict[str, Any]], alpha: float) -> dic
 
 
 def _learns(module: nn.Module) -> bool:
-    return isinstance(module, AdaptiveSparseMultiheadAttention) and module.raw_alpha is not None
+    return isinstance(module, AdaptiveSparseMultiheadAttention) and has_learnt_alpha(module)

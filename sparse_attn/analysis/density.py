@@ -22,14 +22,16 @@ def full_visible(weights: Tensor, visible: Tensor | None) -> Tensor:
         TypeError: if `weights` is not floating point or `visible` is not bool.
         ValueError: if `weights` has another number of dimensions, or `visible` does not broadcast.
     """
-    if not weights.is_floating_point():
-        raise TypeError(f"weights must be a floating-point tensor, got {weights.dtype}")
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"weights must be a floating-point tensor, got {got}")
     if weights.dim() not in (3, 4):
         raise ValueError(f"weights must have the shape (N, H, L, S) or (H, L, S), got {tuple(weights.shape)}")
     if visible is None:
         return torch.ones_like(weights, dtype=torch.bool)
-    if visible.dtype != torch.bool:
-        raise TypeError(f"visible must be a bool tensor, got {visible.dtype}")
+    if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
+        got = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
+        raise TypeError(f"visible must be a bool tensor, got {got}")
     try:
         return visible.expand(weights.shape)
     except RuntimeError as error:

@@ -99,6 +99,8 @@ def offset_weight(weights: Tensor, offset: int, visible: Tensor | None = None) -
         Correia, Niculae & Martins 2019, "Adaptively Sparse Transformers", section 5.2.
     """
     pairs = full_visible(weights, visible)
+    if not weights.shape[-1]:
+        return weights.new_full(weights.shape[:-1], torch.nan)
     keys = torch.arange(weights.shape[-2], device=weights.device) + offset
     inside = (keys >= 0) & (keys < weights.shape[-1])
     index = keys.clamp(0, weights.shape[-1] - 1).expand(weights.shape[:-1]).unsqueeze(-1)
@@ -132,6 +134,8 @@ def strongest_at_offset(weights: Tensor, offset: int, visible: Tensor | None = N
         Voita et al. 2019, "Analyzing Multi-Head Self-Attention", section 5.1.
     """
     there = offset_weight(weights, offset, visible)
+    if not weights.shape[-1]:
+        return there
     largest = weights.masked_fill(~full_visible(weights, visible), -torch.inf).amax(dim=-1)
     return (there == largest).to(weights.dtype).masked_fill(there.isnan(), torch.nan)
 

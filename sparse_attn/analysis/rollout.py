@@ -24,6 +24,7 @@ def attention_rollout(weights: Sequence[Tensor], residual: float = 0.5) -> Tenso
         (N, L, L) or (L, L): row i holds the share of each input in position i of the last layer.
 
     Raises:
+        TypeError: if `weights` is a single tensor.
         ValueError: if there is no layer, the shapes do not fit or `residual` is out of range.
 
     Example:
@@ -34,6 +35,8 @@ def attention_rollout(weights: Sequence[Tensor], residual: float = 0.5) -> Tenso
     Reference:
         Abnar & Zuidema 2020, "Quantifying Attention Flow in Transformers", section 3.
     """
+    if isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a list of one tensor per layer, got a tensor of shape {tuple(weights.shape)}")
     if not weights:
         raise ValueError("weights must be of at least one layer, got none")
     if not 0 <= residual <= 1:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
+from sparse_attn.nn.alpha import has_learnt_alpha
 
 __all__ = ["HeadChange", "count_head_changes", "head_worth"]
 
@@ -48,6 +49,7 @@ def head_worth(
         value means that the change makes the model worse. Layers without a head that can be changed are missing.
 
     Raises:
+        TypeError: if `changes` is a string.
         ValueError: if a change is unknown, or there is no layer for any.
 
     Example:
@@ -60,6 +62,8 @@ def head_worth(
     Reference:
         Michel, Levy & Neubig 2019, "Are Sixteen Heads Really Better than One?", section 3.
     """
+    if isinstance(changes, str):
+        raise TypeError(f"changes must be a list of changes such as {[changes]!r}, got the string {changes!r}")
     if unknown := [change for change in changes if change not in get_args(HeadChange)]:
         raise ValueError(f"changes must be among {', '.join(get_args(HeadChange))}, got {unknown[0]!r}")
     found = {change: _layers(model, change) for change in changes}
@@ -96,7 +100,7 @@ def _layers(model: nn.Module, change: HeadChange) -> dict[str, nn.MultiheadAtten
     return {
         name: layer
         for name, layer in found.items()
-        if isinstance(layer, AdaptiveSparseMultiheadAttention) and layer.raw_alpha is not None
+        if isinstance(layer, AdaptiveSparseMultiheadAttention) and has_learnt_alpha(layer)
     }
 
 

@@ -78,7 +78,8 @@ def attend_packed(call: Call, query_starts: Tensor, key_starts: Tensor, left: in
         check_starts(starts[1], k.shape[2], "cu_seqlens_k")
     wide = compute_dtype(q)
     longer, key_starts = with_packed_sinks(q.to(wide), k.to(wide), v.to(wide), call.sinks, call.scale, starts[1])
-    setting = setting._replace(scale=1.0, offset=None if offset is None else offset + 1)
+    # Dynamo before torch 2.9 cannot trace `_replace`. There is no window, as tested above.
+    setting = Setting(a, 1.0, float(call.dropout_p), None if offset is None else offset + 1, call.k)
     tensors = (longer.query, longer.key, longer.value, per_head, None)
     return native_attention(*tensors, setting, starts[0], key_starts).to(q.dtype)
 
@@ -205,15 +206,14 @@ def _native(call: Call) -> Tensor:
     """Attention by the C kernel, which also supports ``k``."""
     q, k, v, alpha, mask, offset, shape = _in_heads(call)
     per_head, a = split_alpha(alpha)
-    setting = Setting(a, float(call.scale), float(call.dropout_p), offset, call.k)
+    dropout_p = float(call.dropout_p)
     if call.sinks is None:
-        output = native_attention(q, k, v, per_head, mask, setting)
+        output = native_attention(q, k, v, per_head, mask, Setting(a, float(call.scale), dropout_p, offset, call.k))
     else:
         wide, sinks = compute_dtype(q), call.sinks.expand(q.shape[1])
         longer = with_sink(q.to(wide), k.to(wide), v.to(wide), mask, offset, sinks, call.scale)
-        setting = setting._replace(scale=1.0, offset=longer.offset)
         tensors = (longer.query, longer.key, longer.value, per_head, longer.mask)
-        output = native_attention(*tensors, setting).to(q.dtype)
+        output = native_attention(*tensors, Setting(a, 1.0, dropout_p, longer.offset, call.k)).to(q.dtype)
     return output if output.shape == shape else output.reshape(shape)
 
 

@@ -82,8 +82,8 @@ class Entmax(HoldsAlpha):
 
     Args:
         alpha: A number or a tensor in ``(0, inf)``. A tensor must have size 1 along ``dim`` and broadcast against the
-            input: (H, 1, 1) for one α per head of scores (N, H, L, S). An ``nn.Parameter`` is learnt; any other tensor
-            is copied into a buffer.
+            input: (H, 1, 1) for one α per head of scores (N, H, L, S). An ``nn.Parameter`` is learnt, and becomes
+            float32 in place if it is in half precision; any other tensor is copied into a buffer.
         dim: The dimension that sums to one.
         learn_alpha: Learn α, also if it is given as a number or a plain tensor.
         alpha_range: The closed interval that a learnt α stays in. The initial α may be equal to a

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 _MARGIN = 0.02
 # Share of the range. If a checkpoint does not record its range, its α may lie this far past a bound after training.
 _CARRIED = 0.5
+# The range that a checkpoint records for a fixed α.
+_ANY = (0.0, math.inf)
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -128,8 +131,9 @@ def initial_alpha(
 def one_or_per_head(alpha: float | Sequence[float] | Tensor, name: str) -> Tensor:
     """A number, a sequence or a tensor of numbers in float64 on the CPU, without a graph."""
     try:
-        if torch.as_tensor(alpha).dtype != torch.bool:
-            return torch.as_tensor(alpha, dtype=torch.float64, device="cpu").detach()
+        given = float(alpha) if isinstance(alpha, Fraction) else alpha
+        if torch.as_tensor(given).dtype != torch.bool:
+            return torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
         pass
     raise TypeError(f"{name} must be a number or one per head, got {alpha!r}")
@@ -160,6 +164,13 @@ def fill(raw_alpha: Tensor, value: Tensor) -> None:
         raw_alpha.copy_(value)
 
 
+def _to_float32(raw_alpha: Tensor, value: Tensor, grad: Tensor | None) -> None:
+    """Give a parameter or buffer this value and gradient in float32. The tensor stays the same object."""
+    raw_alpha.grad = None  # torch refuses a gradient of another dtype
+    raw_alpha.data = value.to(raw_alpha.device, torch.float32)
+    raw_alpha.grad = None if grad is None else grad.to(raw_alpha.device, torch.float32)
+
+
 class WideAlpha(nn.Module):
     """A module with an α, learnt or fixed, that stays in float32 or wider even after ``.to`` and ``.half``.
 
@@ -182,11 +193,15 @@ class WideAlpha(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self.raw_alpha is None:
             return super()._apply(fn, recurse)
-        before = self.raw_alpha.detach()
+        before, grad = self.raw_alpha.detach(), self.raw_alpha.grad
+        grad = None if grad is None else grad.detach()  # torch converts the gradient in place
         super()._apply(fn, recurse)
         if self.raw_alpha.dtype in _HALF:
-            self.raw_alpha.data = before.to(self.raw_alpha.device, torch.float32)
+            _to_float32(self.raw_alpha, before, grad)
         return self
+
+    def _has_range(self, alpha_range: tuple[float, float]) -> bool:
+        return has_learnt_alpha(self) and tuple(alpha_range) == self.alpha_range
 
     def alpha_as_tensor(self) -> Tensor:
         """``raw_alpha``, made from the number if there is none yet."""
@@ -200,8 +215,8 @@ class WideAlpha(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Stored beside torch's own version number of the module. Other checkpoint formats may drop this metadata.
         noted = getattr(destination, "_metadata", {}).get(prefix[:-1])
-        if noted is not None and self._parameters.get("raw_alpha") is not None:
-            noted["alpha_range"] = self.alpha_range
+        if noted is not None and self.raw_alpha is not None:
+            noted["alpha_range"] = self.alpha_range if has_learnt_alpha(self) else _ANY
 
     def _load_from_state_dict(
         self,
@@ -213,14 +228,18 @@ class WideAlpha(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        key = prefix + "raw_alpha"
+        key, was_number, errors = prefix + "raw_alpha", self.raw_alpha is None, len(error_msgs)
         if key not in state_dict:
             default = self._alpha_without_checkpoint()
             if default is not None:
                 state_dict[key] = default
         elif isinstance(state_dict[key], Tensor):
-            current = self.alpha_as_tensor().detach()
-            error = self._misfit(key, state_dict[key], local_metadata.get("alpha_range"))
+            current, saved_range = self.alpha_as_tensor().detach(), local_metadata.get("alpha_range")
+            if saved_range not in (None, _ANY) and not self._has_range(saved_range):
+                # A parameter past a bound means α on the bound. With another range, or fixed, it would be another α.
+                raw = state_dict[key].detach()
+                state_dict[key] = torch.where(raw.isfinite(), raw.clamp(*saved_range), raw)
+            error = self._misfit(key, state_dict[key], saved_range)
             if error is not None:
                 error_msgs.append(error)
                 state_dict[key] = current.clone()  # keeps the current α
@@ -229,6 +248,8 @@ class WideAlpha(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if was_number and len(error_msgs) > errors:
+            self.raw_alpha = None  # a refused load adds no buffer
 
     def _alpha_without_checkpoint(self) -> Tensor | None:
         """The α to use if a state dict has none; None if the key is then missing."""
@@ -239,26 +260,33 @@ class WideAlpha(nn.Module):
         if loaded.is_meta:
             return None
         alpha = (loaded.to_local() if hasattr(loaded, "to_local") else loaded).detach().double().flatten()
-        if self._parameters.get("raw_alpha") is None:
+        if not has_learnt_alpha(self):
             wrong, allowed = ~((alpha > 0) & alpha.isfinite()), "in (0, inf)"
         else:
             low, high = self.alpha_range
             # A parameter learnt in this very range may lie anywhere: momentum and weight decay move it past a bound.
-            own = saved_range is not None and tuple(saved_range) == self.alpha_range
+            own = saved_range is not None and self._has_range(saved_range)
             slack = math.inf if own else (_CARRIED if saved_range is None else _MARGIN) * (high - low)
             wrong = ~((alpha >= low - slack) & (alpha <= high + slack) & alpha.isfinite())
             allowed = f"in the layer's alpha_range [{low:g}, {high:g}]"
         if not bool(wrong.any()):
             return None
-        trained = "" if saved_range is None else f", learnt in [{saved_range[0]:g}, {saved_range[1]:g}]"
+        trained = "" if saved_range in (None, _ANY) else f", learnt in [{saved_range[0]:g}, {saved_range[1]:g}]"
         return f"{key} must be {allowed}, got {alpha[wrong][0].item():g}{trained}"
+
+
+def has_learnt_alpha(module: nn.Module) -> bool:
+    """Whether the α of a module is a parameter, frozen or not; False for a module without α."""
+    # `_parameters` decides, not the type: torch.func.functional_call replaces parameters by plain tensors.
+    return isinstance(module, WideAlpha) and module._parameters.get("raw_alpha") is not None
 
 
 class HoldsAlpha(WideAlpha):
     """A module with one α argument: a number, a buffer, or a learnt parameter inside ``alpha_range``.
 
     Args:
-        alpha: A number or a floating tensor. A parameter is learnt, any other tensor is copied into a buffer.
+        alpha: A number or a floating tensor. A parameter is learnt, any other tensor is copied into a buffer. A
+            parameter in half precision becomes float32 in place, so that an optimizer that has it keeps it.
         learn_alpha: Learn α, also if it is given as a number or a plain tensor.
         alpha_range: The closed interval that a learnt α stays in.
     """
@@ -270,14 +298,14 @@ class HoldsAlpha(WideAlpha):
         self.alpha_range = check_alpha_range(alpha_range)
         self.learn_alpha = learn_alpha or isinstance(alpha, nn.Parameter)
         if self.learn_alpha:
-            check_inside(torch.as_tensor(alpha), self.alpha_range, "alpha")
-            if not isinstance(alpha, nn.Parameter):
-                number = alpha if isinstance(alpha, Tensor) else torch.tensor(float(alpha))  # an int becomes a float
-                alpha = nn.Parameter(number.detach().clone())
+            number = alpha if isinstance(alpha, Tensor) else torch.tensor(float(alpha))  # a fraction becomes a float
+            check_inside(number, self.alpha_range, "alpha")
+            alpha = alpha if isinstance(alpha, nn.Parameter) else nn.Parameter(number.detach().clone())
         if isinstance(alpha, Tensor):
             hold(self, "raw_alpha", alpha)
             if alpha.dtype in _HALF:
-                self.alpha_as_tensor().data = alpha.detach().float()
+                held = self.alpha_as_tensor()
+                _to_float32(held, held.detach(), held.grad)
         else:
             self.raw_alpha, self._number = None, float(alpha)
 

@@ -124,7 +124,8 @@ class EntmaxLoss(HoldsAlpha):
 
     Args:
         alpha: A number or a tensor in ``(0, inf)``. A tensor must have one element, or have size 1 along the classes
-            and broadcast against the input. An ``nn.Parameter`` is learnt; any other tensor is copied into a buffer.
+            and broadcast against the input. An ``nn.Parameter`` is learnt, and becomes float32 in place if it
+            is in half precision; any other tensor is copied into a buffer.
         weight: One weight per class, kept as a buffer.
         ignore_index: Examples with this class index are ignored.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparse_attn.checks import check_bool, check_dropout, check_floating, check_k, check_number
+from sparse_attn.checks import check_bool, check_dropout, check_floating, check_k, check_scale
 from sparse_attn.masks import visible_pairs
 from sparse_attn.nn.alpha import HoldsAlpha
 from sparse_attn.observe import report_weights, weights_are_observed
@@ -18,7 +18,8 @@ class SparseAttention(HoldsAlpha):
     Args:
         k: How many keys a query keeps, or None for all. Ties go to the lowest index.
         alpha: α of the weights, a number or a tensor (H,); 1 (softmax) by default when ``k`` is given. An
-            ``nn.Parameter`` is learnt; any other tensor is copied into a buffer.
+            ``nn.Parameter`` is learnt, and becomes float32 in place if it is in half precision; any other tensor is
+            copied into a buffer.
         scale: Factor of the scores; ``1 / sqrt(E)`` by default.
         dropout: Probability that a weight is dropped in training.
         learn_alpha: Learn α, also if ``alpha`` is a number (one α for all heads) or a plain tensor.
@@ -32,8 +33,8 @@ class SparseAttention(HoldsAlpha):
     Raises:
         TypeError: ``k`` is not an int, ``scale`` or ``dropout`` not a number, ``learn_alpha`` not a bool, or ``alpha``
             neither a number nor a floating tensor.
-        ValueError: Neither ``k`` nor ``alpha`` is given; one of them or ``dropout`` is outside its range; or a learnt α
-            is outside ``alpha_range``.
+        ValueError: Neither ``k`` nor ``alpha`` is given; one of them, ``scale`` or ``dropout`` is outside its range; or
+            a learnt α is outside ``alpha_range``.
 
     Shape:
         ``query`` (N, L, E) or (N, H, L, D), ``key`` and ``value`` (N, S, E) or (N, H, S, D); output like ``query``.
@@ -63,8 +64,7 @@ class SparseAttention(HoldsAlpha):
             raise ValueError("SparseAttention must be given k (an int of at least 1), alpha (in (0, inf)) or both")
         if k is not None:
             check_k(k)
-        if scale is not None:
-            check_number(scale, "scale")
+        check_scale(scale)
         check_dropout(dropout)
         super().__init__(1.0 if alpha is None else alpha, learn_alpha=learn_alpha, alpha_range=alpha_range)
         self.k = k

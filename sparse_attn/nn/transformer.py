@@ -35,7 +35,6 @@ class _Layer(nn.Module):
         super().__init__()
         check_dropout(dropout)
         check_bool(norm_first, "norm_first")
-        check_int(d_model, "d_model")
         width = 4 * d_model if dim_feedforward is None else dim_feedforward
         for name, size in (("d_model", d_model), ("dim_feedforward", width)):
             check_int(size, name)
@@ -168,8 +167,13 @@ class TransformerEncoderLayer(_Layer):
             arguments = (src_key_padding_mask, False, src_mask, True, is_causal)
             return self.self_attn(x, x, x, *arguments, **extra)[0]
 
-        x = self._add(src, self.norm1, attend)
-        return self._add(x, self.norm2, self._feed_forward)
+        before = _contents(cache)
+        try:
+            x = self._add(src, self.norm1, attend)
+            return self._add(x, self.norm2, self._feed_forward)
+        except Exception:
+            _set_back(before)
+            raise
 
 
 class TransformerDecoderLayer(_Layer):
@@ -252,6 +256,13 @@ class TransformerDecoderLayer(_Layer):
         self.multihead_attn = (cross_attention or attention)(d_model, nhead, **factory_of_attention, **of_cross)
         self.norm1, self.norm2, self.norm3 = (_make_norm(norm, d_model, layer_norm_eps, factory) for _ in range(3))
 
+    def _check_memory(self, memory: Tensor, tgt: Tensor) -> None:
+        check_floating(memory, "memory")
+        size = getattr(self.multihead_attn, "kdim", self.d_model)
+        if memory.dim() != tgt.dim() or memory.shape[-1] != size:
+            form = "(S, E)" if tgt.dim() == 2 else "(N, S, E)"
+            raise ValueError(f"memory must be {form} with E = {size}, like tgt, got shape {tuple(memory.shape)}")
+
     @leaf
     def forward(
         self,
@@ -288,6 +299,7 @@ class TransformerDecoderLayer(_Layer):
             (N, L, E).
         """
         self._check_input(tgt, "tgt")
+        self._check_memory(memory, tgt)
         extra = _given(rotary=rotary, position_bias=position_bias)
         of_cross = {}
         if cache is not None:
@@ -303,15 +315,25 @@ class TransformerDecoderLayer(_Layer):
             arguments = (memory_key_padding_mask, False, memory_mask, True, memory_is_causal)
             return self.multihead_attn(x, memory, memory, *arguments, **of_cross)[0]
 
-        past = None if cache is None else (cache.self_attention.key, cache.self_attention.value)
-        x = self._add(tgt, self.norm1, attend)
+        before = [] if cache is None else _contents(cache.self_attention) + _contents(cache.cross_attention)
         try:
+            x = self._add(tgt, self.norm1, attend)
             x = self._add(x, self.norm2, attend_to_memory)
+            return self._add(x, self.norm3, self._feed_forward)
         except Exception:
-            if cache is not None and past is not None:  # a call that raises leaves both caches unchanged
-                cache.self_attention.key, cache.self_attention.value = past
+            _set_back(before)
             raise
-        return self._add(x, self.norm3, self._feed_forward)
+
+
+def _contents(cache: KVCache | None) -> list[tuple[KVCache, Tensor | None, Tensor | None]]:
+    """A cache with the keys and values that it holds now; the attention checks the type."""
+    return [(cache, cache.key, cache.value)] if isinstance(cache, KVCache) else []
+
+
+def _set_back(before: list[tuple[KVCache, Tensor | None, Tensor | None]]) -> None:
+    """Undo the changes of caches after an error: otherwise a second try would attend to the same position twice."""
+    for cache, key, value in before:
+        cache.key, cache.value = key, value
 
 
 def _given(**arguments: Any) -> dict[str, Any]:

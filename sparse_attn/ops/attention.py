@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn.checks import (
+    check_bool,
     check_dropout,
     check_floating,
     check_interval,
     check_k,
     check_number,
+    check_scale,
     compute_dtype,
     result_dtype,
 )
@@ -78,7 +80,8 @@ def entmax_attention(
         attn_mask: Broadcastable to (..., H, L, S): boolean, ``True`` = visible, or floating, added to the scores.
         dropout_p: Probability that a weight is dropped; applied whenever it is above 0, as in torch's function.
         is_causal: Query ``i`` sees the keys up to ``i`` (aligned top-left). Not together with ``attn_mask``.
-        scale: Factor of the scores; ``1 / sqrt(D)`` by default.
+        scale: Factor of the scores, a finite number; ``1 / sqrt(D)`` by default. For a learnt factor, multiply the
+            query by it and pass 1.
         enable_gqa: Key and value may have fewer heads than the query; their number must divide the query's.
         softcap: Scores become ``softcap * tanh(score / softcap)`` before the mask, as in Gemma 2. Above 0.
         sinks: (H,), one more score for every query of a head, as in GPT-OSS. The sink takes part in the mapping, takes
@@ -88,8 +91,8 @@ def entmax_attention(
         (..., H, L, Dv). A query with no visible key gets zeros.
 
     Raises:
-        TypeError: A wrong dtype.
-        ValueError: Shapes do not fit; α, ``dropout_p`` or ``softcap`` is outside its range.
+        TypeError: A wrong type or dtype.
+        ValueError: Shapes do not fit; α, ``dropout_p``, ``scale`` or ``softcap`` is outside its range.
 
     Example:
         >>> query, key, value = torch.randn(3, 2, 4, 5, 8).unbind()
@@ -99,8 +102,9 @@ def entmax_attention(
     Reference:
         Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers".
     """
+    check_options(is_causal, scale, enable_gqa)
     # A number needs no check here, and a call on a short sequence is noticeably faster without.
-    mapping = ScoreMapping(alpha) if type(alpha) is float else entmax_mapping(alpha, max(_heads(query), _heads(key)))
+    mapping = ScoreMapping(alpha) if type(alpha) is float else _mapping_of(alpha, query, key)
     return attend(
         *(query, key, value, mapping, attn_mask, dropout_p, is_causal),
         scale=scale,
@@ -109,6 +113,12 @@ def entmax_attention(
         sinks=sinks,
         need_weights=False,
     )[0]
+
+
+def _mapping_of(alpha: float | Tensor, query: Tensor, key: Tensor) -> ScoreMapping:
+    check_floating(query, "query")
+    check_floating(key, "key")
+    return entmax_mapping(alpha, max(_heads(query), _heads(key)))
 
 
 def topk_attention(
@@ -147,8 +157,9 @@ def topk_attention(
         (..., H, L, Dv). A query with no visible key gets zeros.
 
     Raises:
-        TypeError: A wrong dtype, or ``k`` is not an int.
-        ValueError: Shapes do not fit, ``k`` is below 1, ``softcap`` is not above 0, or ``normalizer`` is unknown.
+        TypeError: A wrong type or dtype, or ``k`` is not an int.
+        ValueError: Shapes do not fit, ``k`` is below 1, ``softcap`` is not above 0, ``scale`` is not finite, or
+            ``normalizer`` is unknown.
 
     Example:
         >>> query, key, value = torch.randn(3, 2, 4, 5, 8).unbind()
@@ -158,6 +169,7 @@ def topk_attention(
     Reference:
         Zhao et al. 2019, "Explicit Sparse Transformer".
     """
+    check_options(is_causal, scale, enable_gqa)
     mapping = topk_mapping(k, normalizer_alpha(normalizer))
     return attend(
         *(query, key, value, mapping, attn_mask, dropout_p, is_causal),
@@ -186,7 +198,7 @@ def topk_mapping(k: int, alpha: float | Tensor = 1.0, heads: int = 1) -> ScoreMa
 
 def normalizer_alpha(normalizer: str) -> float:
     """The α of a top-k normalizer: 1 for softmax, 2 for sparsemax."""
-    if normalizer not in _ALPHA_OF:
+    if not isinstance(normalizer, str) or normalizer not in _ALPHA_OF:
         raise ValueError(f"normalizer must be one of {', '.join(_ALPHA_OF)}, got {normalizer!r}")
     return _ALPHA_OF[normalizer]
 
@@ -279,6 +291,16 @@ def _by_one_matrix(
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
     return (weights @ value).to(dtype), weights.to(dtype)
+
+
+def check_options(is_causal: bool, scale: float | None, enable_gqa: bool) -> None:
+    """Raise unless both flags are bools, and the factor of the scores is a finite number or None."""
+    if type(is_causal) is not bool:  # the usual case needs no call: it takes longer than the comparison
+        check_bool(is_causal, "is_causal")
+    if type(enable_gqa) is not bool:
+        check_bool(enable_gqa, "enable_gqa")
+    if scale is not None:
+        check_scale(scale)
 
 
 def check_softcap_and_sinks(softcap: float | None, sinks: Tensor | None, query: Tensor, heads: int) -> None:

@@ -60,8 +60,10 @@ def entmax_loss(
     support is the answer. Do not learn α by this loss alone: the loss decreases in α on any data.
 
     Args:
-        x: Scores of any floating dtype. ``-inf`` is masked, as in cross-entropy: the loss is infinite if the target is
-            such a class, and does not depend on it otherwise.
+        x: Scores of any floating dtype. ``-inf`` is masked, as in cross-entropy. With class indices and without
+            ``label_smoothing``, the loss is infinite if the target is such a class, and does not depend on it
+            otherwise. With probabilities or ``label_smoothing``, every class is part of the target: a masked class
+            makes the loss infinite, or NaN if its probability is zero.
         target: Class indices (int64 or uint8), or class probabilities.
         alpha: A number, or a tensor with size 1 along the classes that broadcasts against ``x``, in ``(0, inf)``.
             Differentiable.

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_attn.checks import check_number_or_tensor, check_scores
+from sparse_attn.checks import check_number_or_tensor, check_scores, compute_dtype, result_dtype
+from sparse_attn.masks import with_infinities
 from sparse_attn.ops.entmax import entmax
 
 
@@ -44,7 +45,8 @@ def tau(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
         dim: The dimension that sums to one.
 
     Returns:
-        A tensor of ``x``'s shape with size 1 along ``dim``; differentiable. A fully masked row gets ``inf``.
+        A tensor of ``x``'s shape with size 1 along ``dim``; differentiable. A fully masked or empty row
+        gets ``inf``. Half precision is computed in float32.
 
     Raises:
         TypeError: ``x`` or ``alpha`` is not floating.
@@ -63,6 +65,11 @@ def tau(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
     """
     check_scores(x, dim)
     check_number_or_tensor(alpha, "alpha")
+    dtype = result_dtype(x)
+    if x.dim() and not x.shape[dim]:
+        return (x.sum(dim, keepdim=True) + 0 * alpha + math.inf).to(dtype)  # as for a row of masked scores
+    if x.dtype != compute_dtype(x):
+        x = with_infinities(x).to(compute_dtype(x))
     p = entmax(x, alpha, dim)
     top = x.amax(dim, keepdim=True) if x.dim() else x
     largest = p.amax(dim, keepdim=True) if x.dim() else p
@@ -70,4 +77,4 @@ def tau(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
     a = alpha - 1
     # The largest entry is always in the support, so its probability determines τ.
     threshold = a * torch.where(empty, 0.0, top) - torch.where(empty, 1.0, largest) ** a
-    return torch.where(empty, math.inf, threshold).to(p.dtype)
+    return torch.where(empty, math.inf, threshold).to(dtype)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparse_attn.checks import check_bool, check_dropout, check_starts
+from sparse_attn.checks import check_dropout, check_starts
 from sparse_attn.kernels.choose_attention import Call, attend_packed
 from sparse_attn.masks import window_mask
 from sparse_attn.ops.attention import (
     Options,
     ScoreMapping,
     attend,
+    check_options,
     check_shapes,
     check_softcap_and_sinks,
     default_scale,
@@ -53,7 +54,7 @@ def entmax_attention_varlen(
         cu_seqlens_k: (N + 1,), int32 or int64: cumulative lengths, from 0 to total_k.
         alpha: A number or (H,), in ``(0, inf)``; 1 is softmax attention.
         is_causal: Query ``i`` of a sequence sees the keys of the sequence up to ``i`` (aligned top-left).
-        scale: Factor of the scores; ``1 / sqrt(D)`` by default.
+        scale: As in :func:`entmax_attention`.
         dropout_p: Probability that a weight is dropped; applied whenever it is above 0.
         enable_gqa: Key and value may have fewer heads than the query; their number must divide the query's.
         softcap: As in :func:`entmax_attention`.
@@ -86,7 +87,7 @@ def entmax_attention_varlen(
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have the same length N + 1, got {sizes}")
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     check_shapes(query, key, value, enable_gqa)
-    check_bool(is_causal, "is_causal")
+    check_options(is_causal, scale, enable_gqa)
     check_dropout(dropout_p, "dropout_p")
     mapping = entmax_mapping(alpha, query.shape[1])
     options: Options = {"scale": scale, "enable_gqa": enable_gqa, "softcap": softcap, "sinks": sinks}

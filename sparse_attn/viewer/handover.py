@@ -21,7 +21,8 @@ def bertviz_arguments(view: AttentionView) -> dict[str, Any]:
         ``cross_attention``, ``encoder_tokens`` and ``decoder_tokens``: a list of (1, H, L, S) per layer.
 
     Raises:
-        ValueError: if layers of one kind differ in length or number of heads, which BertViz cannot show.
+        ValueError: if layers of one kind differ in length or number of heads, or if there is self-attention outside
+            an encoder and a decoder, which BertViz cannot show.
 
     Example:
         ``bertviz.head_view(**bertviz_arguments(view))``
@@ -40,6 +41,9 @@ def bertviz_arguments(view: AttentionView) -> dict[str, Any]:
             )
         (kind,) = kinds
         return {"attention": attention[kind], "tokens": list(kinds[kind][0].maps[view.first].keys)}
+    if "decoder" in kinds and "self" in kinds:
+        given = ", ".join(repr(layer.name) for layer in kinds["self"])
+        raise ValueError(f"BertViz shows self-attention of one encoder and one decoder, got also {given}")
     cross = kinds["cross"][0].maps[view.first]
     names = {"encoder": "encoder_attention", "decoder": "decoder_attention", "self": "decoder_attention"}
     return {

@@ -59,3 +59,10 @@ def test_invalid_input_raises_an_error(
 ) -> None:
     with pytest.raises(error, match=message):
         density(weights, visible)
+
+
+def test_lists_are_refused() -> None:
+    with pytest.raises(TypeError, match="weights must be a floating-point tensor, got list"):
+        density([[1.0]])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="visible must be a bool tensor, got list"):
+        density(torch.rand(1, 2, 2), [[True]])  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_attn.analysis import (
+    attention_rollout,
     entropy,
     mean_per_head,
     monotonicity,
@@ -115,3 +116,14 @@ def test_monotonicity_is_the_correlation_with_the_mean_key_position() -> None:
 def test_mean_per_head_refuses_other_shapes() -> None:
     with pytest.raises(ValueError, match=r"\(N, H, L\) or \(H, L\), got \(5,\)"):
         mean_per_head(torch.zeros(5))
+
+
+def test_without_keys_no_position_is_seen() -> None:
+    for statistic in (offset_weight, strongest_at_offset):
+        values = statistic(torch.zeros(3, 2, 0), 0)
+        assert values.shape == (3, 2) and values.isnan().all()
+
+
+def test_a_single_tensor_is_no_list_of_layers() -> None:
+    with pytest.raises(TypeError, match=r"weights must be a list of one tensor per layer, got a tensor of shape \(2,"):
+        attention_rollout(torch.rand(2, 1, 3, 5, 5))  # type: ignore[arg-type]

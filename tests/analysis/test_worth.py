@@ -71,8 +71,19 @@ def test_layers_of_torch_can_only_be_switched_off() -> None:
     assert worth["off"].keys() == {"self_attn"} and not worth["dense"] and not worth["sparse"]
 
 
+def test_a_fixed_alpha_is_not_changed() -> None:
+    layer = nn.TransformerEncoderLayer(HEADS * SIZE, HEADS, 7, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    replace_attention(model, alpha_init=1.5, learn_alpha=False)
+    set_alpha(model, 1.25)  # the number becomes a buffer
+    with pytest.raises(ValueError, match="some with a learnt α"):
+        head_worth(model, lambda: 0.0, ["dense"])
+
+
 def test_invalid_input_raises_an_error(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="changes must be among off, dense, sparse, got 'on'"):
         head_worth(model, lambda: 0.0, ["on"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"changes must be a list of changes such as \['off'\], got the string 'off'"):
+        head_worth(model, lambda: 0.0, "off")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"model must have nn\.MultiheadAttention layers, .* got Linear without any"):
         head_worth(nn.Linear(2, 2), lambda: 0.0)

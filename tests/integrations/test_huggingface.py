@@ -256,6 +256,8 @@ def test_a_model_without_the_interface_is_refused(name, sizes):
     """Such a model would add the boolean mask to its scores, and every position would see its future."""
     config = getattr(transformers, f"{name}Config")(vocab_size=7, bos_token_id=1, eos_token_id=2, **sizes)
     model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="entmax")
+    if hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        pytest.skip(f"{name} has the interface in this version of transformers")
     with pytest.raises(ValueError, match=f"must be one that a model of {name}Config supports, .* got 'entmax'"):
         model(input_ids=torch.zeros(2, 3, dtype=torch.long))
 

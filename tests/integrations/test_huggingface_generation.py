@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from old_torch import since_torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -81,6 +82,8 @@ def test_sampling_with_a_cache_draws_the_same_tokens(name, build):
 
 @pytest.mark.parametrize("name", DRAFTED)
 def test_assisted_generation_equals_greedy_decoding(name, build):
+    if name in ("gemma2", "gemma3") and transformers.__version__.startswith("5.17."):
+        pytest.skip("transformers 5.17 makes a mask of another size, with its own attention too")
     model, prompt = build(name, "entmax"), prompts(name)[0]
     expected = written(model, prompt)
     assistant = build(name, "sparsemax")
@@ -125,7 +128,9 @@ def test_continuing_from_a_cache_gives_the_result_of_one_generation(name, masked
     how = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
     first = model.generate(**prompt, max_new_tokens=2, **how)
     more = {"attention_mask": torch.ones_like(first.sequences)} if masked else {}
-    rest = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=NEW - 2, **how, **more)
+    cache = "cache" if "cache" in first else "past_key_values"  # the name up to transformers 5.23
+    more[cache] = first[cache]
+    rest = model.generate(first.sequences, max_new_tokens=NEW - 2, **how, **more)
     assert torch.equal(rest.sequences[:, 11:], expected)
 
 
@@ -145,7 +150,7 @@ def test_continuous_batching_is_refused_before_it_begins(build):
     before, changed = model(ids).logits, ids.clone()
     changed[:, 5:] = 7
     settings = transformers.GenerationConfig(max_new_tokens=2, eos_token_id=-1, pad_token_id=0)
-    with pytest.raises(ValueError, match="Implementation entmax is not supported for continuous batching") as error:
+    with pytest.raises(ValueError, match=r"entmax.* is not supported") as error:
         model.generate_batch([ids[0].tolist()], generation_config=settings)
     assert "\n" not in str(error.value)
     assert model.config._attn_implementation == "entmax"
@@ -154,13 +159,15 @@ def test_continuous_batching_is_refused_before_it_begins(build):
 
 
 def test_a_paged_cache_is_refused(build):
-    model = build("llama", "entmax")
+    layer, (query, key, value) = build("llama", "entmax").model.layers[0].self_attn, torch.randn(3, 2, 3, 11, 8)
+    attend = transformers.AttentionInterface()["entmax"]
     with pytest.raises(ValueError, match=r"cache must be None in sparse attention, got one .* \(the paged cache"):
-        model(prompts("llama")[0]["input_ids"], cache=object())
+        attend(layer, query, key, value, None, cache=object())
 
 
 # torch's own, while it compiles an autograd function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@since_torch(2, 9, "torch 2.8 compiles a model of transformers again after calls in between; older ones refuse it")
 @pytest.mark.parametrize("name", ["llama", "qwen3"])  # with a sliding cache, each length is compiled
 def test_compiled_generation_is_compiled_once(name, build):
     model = build(name, "entmax")

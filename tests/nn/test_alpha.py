@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -251,3 +252,33 @@ def test_an_alpha_in_half_precision_is_converted_to_float32(kind: Any, dtype: to
 )
 def test_repr_on_the_meta_device(make: Any) -> None:
     assert f"alpha=<({H}," in repr(make().to("meta"))
+
+
+@pytest.mark.parametrize("convert", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.bfloat16)])
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {}])
+def test_a_gradient_stays_float32_with_its_alpha(convert: Any, options: dict[str, Any]) -> None:
+    layer, x = layer_of(), torch.randn(N, S, E)
+    layer(x, x, x)[0].square().sum().backward()
+    before, alpha = layer.raw_alpha.grad.clone(), layer.raw_alpha
+    convert(layer)
+    assert layer.raw_alpha is alpha and torch.equal(layer.raw_alpha.grad, before)
+    torch.optim.AdamW([layer.raw_alpha], lr=0.125, weight_decay=0.0, **options).step()
+    torch.testing.assert_close(layer.raw_alpha.detach(), 1.5 - 0.125 * before.sign())
+
+
+def test_a_parameter_in_half_precision_keeps_its_gradient() -> None:
+    given = nn.Parameter(torch.tensor(1.5).half())
+    given.grad = torch.tensor(0.25).half()
+    Entmax(given)
+    assert given.dtype == given.grad.dtype == torch.float32 and given.grad.item() == 0.25
+
+
+@pytest.mark.parametrize("learn_alpha", [False, True])
+def test_alpha_can_be_a_fraction(learn_alpha: bool) -> None:
+    for module in (
+        Entmax(Fraction(5, 4), learn_alpha=learn_alpha),
+        layer_of(alpha_init=Fraction(5, 4), learn_alpha=learn_alpha),
+    ):
+        assert set(torch.as_tensor(module.alpha).flatten().tolist()) == {1.25}
+        set_alpha(module, Fraction(7, 4))
+        assert set(torch.as_tensor(module.alpha).flatten().tolist()) == {1.75}

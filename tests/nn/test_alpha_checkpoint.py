@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn import AdaptiveSparseMultiheadAttention, Entmax, SparseAttention
+from sparse_attn.optim import set_alpha
 
 H, E = 3, 33
 
@@ -119,3 +120,37 @@ def test_a_checkpoint_in_half_precision_is_converted_to_float32(make: Any, assig
     module.load_state_dict({**module.state_dict(), "raw_alpha": alpha}, assign=assign)
     assert module.raw_alpha.dtype == torch.float32 and set(module.raw_alpha.flatten().tolist()) == {1.75}
     assert module.raw_alpha.requires_grad == isinstance(module, AdaptiveSparseMultiheadAttention)
+
+
+@pytest.mark.parametrize(("raw", "alpha"), [(0.985, 1.0), (2.015, 2.0), (-3.0, 1.0)])
+@pytest.mark.parametrize("kwargs", [{"learn_alpha": False}, {"alpha_range": (0.98, 3.0)}])
+@pytest.mark.parametrize("assign", [False, True])
+def test_another_layer_gets_the_alpha_that_was_in_use(
+    raw: float, alpha: float, kwargs: dict[str, Any], assign: bool
+) -> None:
+    state = state_of(raw)
+    model = nn.Sequential(layer_of(**kwargs))
+    model.load_state_dict(state, assign=assign)
+    assert model[0].alpha.tolist() == [alpha] * H
+    assert state["0.raw_alpha"].tolist() == [torch.tensor(raw).item()] * H
+
+
+def test_a_fixed_alpha_outside_the_range_of_a_learnt_one_is_refused() -> None:
+    fixed = Entmax(torch.tensor([1.5, 2.25]))
+    learnt = Entmax(torch.tensor([1.25, 1.25]), learn_alpha=True)
+    with pytest.raises(RuntimeError, match=r"alpha_range \[1, 2\], got 2.25$"):
+        learnt.load_state_dict(saved_and_loaded(fixed.state_dict()))
+    assert learnt.alpha.tolist() == [1.25, 1.25]
+
+
+@pytest.mark.parametrize("make", [lambda: layer_of(learn_alpha=False), lambda: Entmax(1.5)])
+@pytest.mark.parametrize("wrong", [torch.full((H,), -1.0), torch.ones(7, 1)])
+def test_a_refused_load_adds_no_buffer(make: Any, wrong: Tensor) -> None:
+    module = make()
+    before = list(module.state_dict())
+    with pytest.raises(RuntimeError, match="raw_alpha"):
+        module.load_state_dict({**module.state_dict(), "raw_alpha": wrong})
+    assert list(module.state_dict()) == before and module.raw_alpha is None
+    assert set(torch.as_tensor(module.alpha).flatten().tolist()) == {1.5}
+    set_alpha(module, 1.75)
+    assert set(module.alpha.flatten().tolist()) == {1.75}

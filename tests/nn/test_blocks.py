@@ -20,6 +20,7 @@ from sparse_attn import (
     KVCache,
     RotaryPositions,
     TopKMultiheadAttention,
+    versions,
 )
 from sparse_attn.nn import SparseMultiheadAttention
 
@@ -136,6 +137,7 @@ def test_the_layer_compiles_into_one_graph(options: dict[str, Any], need_weights
     torch.testing.assert_close(run(compiled), run(layer), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.skipif((2, 9) <= versions.TORCH < (2, 13), reason="torch 2.11 cannot compare two multiples of a length")
 def test_export_takes_any_length() -> None:
     class Causal(nn.Module):
         def __init__(self) -> None:

@@ -267,3 +267,39 @@ def test_rotating_twice_or_another_number_of_keys_is_refused() -> None:
     odd = AdaptiveSparseMultiheadAttention(9, 3, batch_first=True)
     with pytest.raises(ValueError, match="an even head size, D = 3"):
         odd(*[torch.randn(N, L, 9)] * 3, rotary=(torch.ones(L, 1), torch.ones(L, 1)))
+
+
+class OfGivenBias(Positions):
+    def __init__(self, given: Any) -> None:
+        super().__init__()
+        self.given = given
+
+    def bias(self, query: Tensor, key: Tensor) -> Tensor:
+        return self.given
+
+
+@pytest.mark.parametrize(
+    ("bias", "error", "message"),
+    [
+        (torch.zeros(7, 3), ValueError, r"the bias of positions must broadcast to the scores .*, got shape \(7, 3\)"),
+        (torch.zeros(5, 5, dtype=torch.bool), TypeError, "the bias of positions must have a floating dtype"),
+        ([1.0], TypeError, r"the bias of positions must be a torch\.Tensor, got list"),
+    ],
+)
+def test_a_wrong_bias_of_positions_is_refused(bias: Any, error: type[Exception], message: str) -> None:
+    layer = AdaptiveSparseMultiheadAttention(16, 2, batch_first=True, positions=OfGivenBias(bias))
+    with pytest.raises(error, match=message):
+        layer(*[torch.randn(3, 5, 16)] * 3)
+
+
+def test_the_smallest_number_in_a_bias_of_positions_masks() -> None:
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    bias = torch.zeros(5, 5).masked_fill(hidden, torch.finfo(torch.float32).min)
+    options: dict[str, Any] = {"batch_first": True, "length_scaling": True}
+    layer = AdaptiveSparseMultiheadAttention(16, 2, **options, positions=OfGivenBias(bias))
+    torch.nn.init.ones_(layer.length_scaling.gamma_bias)  # the factor now depends on the number of visible keys
+    x = torch.randn(3, 5, 16)
+    given = layer(x, x, x)[0]
+    layer.positions = None
+    expected = layer(x, x, x, attn_mask=hidden)[0]
+    torch.testing.assert_close(given, expected)

@@ -392,3 +392,37 @@ def test_a_language_model_of_our_layers_learns_and_generates() -> None:
             new = logits[:, -1:].argmax(-1)
             ids = torch.cat([ids, new], 1)
     assert (ids[:, half:] == start).double().mean() > 0.95
+
+
+def test_an_error_in_the_feed_forward_block_leaves_the_caches_unchanged() -> None:
+    def fail(x: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    x, memory = torch.randn(N, 3, E), torch.randn(N, S, E)
+    for layer, cache, inputs, causal in (
+        (TransformerEncoderLayer(E, H).eval(), KVCache(), (), {"is_causal": True}),
+        (TransformerDecoderLayer(E, H).eval(), DecoderCache(), (memory,), {"tgt_is_causal": True}),
+    ):
+        expected = layer(x, *inputs, **causal)
+        layer.activation = fail
+        with pytest.raises(RuntimeError, match="out of memory"):
+            layer(x[:, :1], *inputs, **causal, cache=cache)
+        assert len(cache) == 0 and len(getattr(cache, "cross_attention", cache)) == 0
+        layer.activation = F.gelu
+        steps = [layer(x[:, :2], *inputs, **causal, cache=cache)]
+        layer.activation = fail
+        with pytest.raises(RuntimeError, match="out of memory"):
+            layer(x[:, 2:], *inputs, **causal, cache=cache)
+        assert len(cache) == 2
+        layer.activation = F.gelu
+        steps.append(layer(x[:, 2:], *inputs, **causal, cache=cache))
+        torch.testing.assert_close(torch.cat(steps, 1), expected)
+
+
+def test_a_wrong_memory_is_named() -> None:
+    layer, x = TransformerDecoderLayer(E, H), torch.randn(N, L, E)
+    with pytest.raises(TypeError, match=r"memory must be a torch\.Tensor, got list"):
+        layer(x, [1])
+    for wrong in (torch.randn(N, S, 7), torch.randn(S, E)):
+        with pytest.raises(ValueError, match=r"memory must be \(N, S, E\) with E = 24, like tgt, got shape"):
+            layer(x, wrong)

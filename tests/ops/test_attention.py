@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,14 @@ from entmax import entmax_bisect
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from sparse_attn import entmax_attention, topk_attention, use_backend
+from sparse_attn import (
+    AdaptiveSparseMultiheadAttention,
+    SparseAttention,
+    entmax_attention,
+    sparsemax,
+    topk_attention,
+    use_backend,
+)
 
 N, H, L, S, D, DV = 2, 3, 5, 7, 11, 13
 
@@ -347,3 +356,47 @@ def test_one_query_head_against_many_key_heads() -> None:
     for head in range(4):
         alone = entmax_attention(query, key[:, [head]], value[:, [head]], alpha[head])
         torch.testing.assert_close(together[:, [head]], alone)
+
+
+Q = torch.randn(2, 3, 5, 8)
+
+
+@pytest.mark.parametrize("attention", [partial(entmax_attention, alpha=1.5), partial(topk_attention, k=2)])
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"query": [1]}, TypeError, r"query must be a torch\.Tensor, got list"),
+        ({"key": Q.numpy()}, TypeError, r"key must be a torch\.Tensor, got ndarray"),
+        ({"is_causal": "no"}, TypeError, "is_causal must be True or False, got 'no'"),
+        ({"enable_gqa": "no"}, TypeError, "enable_gqa must be True or False, got 'no'"),
+        ({"scale": math.nan}, ValueError, "scale must be finite, got nan"),
+        ({"scale": -math.inf}, ValueError, "scale must be finite, got -inf"),
+        ({"scale": True}, TypeError, "scale must be a number, got True"),
+        ({"scale": "x"}, TypeError, "scale must be a number, got 'x'"),
+        ({"scale": torch.tensor(0.25, requires_grad=True)}, TypeError, "scale must be a number, got tensor"),
+    ],
+)
+def test_wrong_options_are_named(attention: Any, kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        attention(**{"query": Q, "key": Q, "value": Q, **kwargs})
+
+
+def test_a_list_of_k_or_of_normalizers_is_named() -> None:
+    with pytest.raises(TypeError, match="k must be an int, got Tensor"):
+        topk_attention(Q, Q, Q, torch.tensor([2, 3]))
+    with pytest.raises(ValueError, match=r"normalizer must be one of softmax, sparsemax, got \['softmax'\]"):
+        topk_attention(Q, Q, Q, 2, normalizer=["softmax"])
+    with pytest.raises(ValueError, match="scale must be finite, got nan"):
+        SparseAttention(k=2, scale=math.nan)
+
+
+def test_numbers_and_flags_of_numpy_are_accepted() -> None:
+    options = {"is_causal": numpy.bool_(True), "scale": numpy.float32(0.5)}
+    torch.testing.assert_close(
+        topk_attention(Q, Q, Q, numpy.int64(2), **options), topk_attention(Q, Q, Q, 2, is_causal=True, scale=0.5)
+    )
+    assert torch.equal(sparsemax(Q, dim=numpy.int64(1)), sparsemax(Q, dim=1))
+    with pytest.raises(TypeError, match="dim must be an int, got bool"):
+        sparsemax(Q, dim=True)
+    layer = AdaptiveSparseMultiheadAttention(numpy.int64(16), numpy.int32(2))
+    assert type(layer.embed_dim) is int and type(layer.num_heads) is int

@@ -56,7 +56,8 @@ def formula(
 def called(tensors: dict[str, Tensor], options: dict[str, Any], k: int | None = None, **more: Any) -> Tensor:
     """The output of the tested function."""
     options = options | more | {"enable_gqa": True}
-    options |= {"sinks": tensors["sinks"]} if "sinks" in options else {}
+    if "sinks" in options:
+        options["sinks"] = tensors["sinks"]
     qkv = [tensors[name] for name in ("query", "key", "value")]
     return entmax_attention(*qkv, tensors["alpha"], **options) if k is None else topk_attention(*qkv, k, **options)
 

@@ -42,3 +42,21 @@ def test_support_size_counts_along_any_dim():
         support_size(p > 0)
     with pytest.raises(TypeError, match="alpha must be a number"):
         tau(p, "2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("alpha", [0.5, 1.5, 2.0, 3.0])
+def test_half_precision_is_rounded_once(dtype, alpha):
+    x = torch.randn(5, 1000).to(dtype)
+    assert torch.equal(tau(x, alpha), tau(x.float(), alpha).to(dtype))
+    x[0], x[1, 7:] = torch.finfo(dtype).min, torch.finfo(dtype).min
+    assert tau(x, alpha)[0].item() == math.inf
+    assert torch.equal(tau(x, alpha)[1], tau(x[1, :7].float(), alpha).to(dtype))
+
+
+def test_an_empty_row_has_an_infinite_threshold():
+    alpha = torch.tensor([[1.5], [2.0], [1.25]], requires_grad=True)
+    threshold = tau(torch.randn(3, 0), alpha)
+    assert threshold.tolist() == [[math.inf]] * 3
+    threshold.sum().backward()
+    assert alpha.grad.tolist() == [[0.0]] * 3

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -162,7 +163,7 @@ def test_ctrl_c_leaves_no_empty_run_folder(tmp_path, capsys):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize(("spec", "prefix"), [(None, ["train"]), ("a module", [])])
+@pytest.mark.parametrize(("spec", "prefix"), [(None, ["train"]), (ModuleSpec("recipes.train", None), [])])
 def test_the_task_sees_the_command_line_that_starts_it_again(spec, prefix, monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     monkeypatch.setattr(sys, "argv", ["/bin/sparse-attn", "seed=3"])

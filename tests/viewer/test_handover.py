@@ -75,3 +75,12 @@ def test_circuitsvis_accepts_the_arguments(encoder_record: Records) -> None:
     attention = imported("circuitsvis").attention
     arguments = circuitsvis_arguments(attention_view(encoder_record(5), QUERIES), 0)
     assert "q0" in str(attention.attention_heads(**arguments))
+
+
+def test_no_layer_is_lost() -> None:
+    record = AttentionRecord(keep_weights=True)
+    for name in ("encoder.0.self_attn", "decoder.0.self_attn", "head.attn"):
+        record.add(name, torch.rand(1, 2, 5, 5).softmax(-1))
+    record.add("decoder.0.cross_attn", torch.rand(1, 2, 5, 5).softmax(-1))
+    with pytest.raises(ValueError, match=r"one encoder and one decoder, got also 'head\.attn'"):
+        bertviz_arguments(attention_view(record, QUERIES, QUERIES))

@@ -60,7 +60,7 @@ def register(name: str | None = None, *, alpha: float | None = None, k: int | No
     build no mask, and a decoder would see future positions.
 
     Models that do not use transformers' attention interface accept the name. A call of such a model raises a ValueError
-    if the model asks transformers for its mask (BLOOM and CodeGen, for example); others ignore the name (DeBERTa).
+    if the model asks transformers for its mask (BLOOM, for example); others ignore the name (DeBERTa).
 
     Args:
         name: A new name, which must be a Python identifier.
@@ -257,10 +257,10 @@ def _no_mask_is_causal(config: Any) -> bool:
 
     In other models (Pegasus-X, NLLB-MoE) the decoder's ``is_causal`` is False, and the decoder needs its mask.
     """
-    from transformers import MODEL_MAPPING
-
     if torch.compiler.is_compiling():  # the compiler cannot trace the table, and False is always correct
         return False
+    from transformers import MODEL_MAPPING
+
     model = MODEL_MAPPING.get(type(config), None)
     models = model if isinstance(model, tuple) else (model,)
     return all(kind is not None and kind._supports_sdpa for kind in models)

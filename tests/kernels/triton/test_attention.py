@@ -9,7 +9,7 @@ import torch
 from fused import ALPHAS, compare, expected, tensors
 from padding import assert_padding_is_ignored
 
-from sparse_attn import entmax_attention
+from sparse_attn import entmax_attention, versions
 from sparse_attn.kernels.functions.fused import fused_attention
 from sparse_attn.kernels.triton.attention import decode, forward, plan
 from sparse_attn.kernels.triton.attention.dropout import multipliers
@@ -87,7 +87,7 @@ def test_the_gradient_of_alpha_is_exact_where_the_output_is_rounded(length, devi
     )
     # Each head by itself: the derivatives of rows in the sum differ in sign, so their size is the bound's unit.
     size = torch.stack([x.abs().max() for x in wanted.split(1)]).clamp(min=1.0)
-    assert ((got - wanted).abs() / size).max() <= 2e-5
+    assert ((got - wanted).abs() / size).max() <= (1e-3 if versions.triton_before(3, 7) else 2e-5)
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0])

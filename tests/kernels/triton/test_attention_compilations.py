@@ -14,6 +14,7 @@ from sparse_attn.kernels.functions.fused import fused_attention
 from sparse_attn.kernels.triton.attention import backward as attention_backward
 from sparse_attn.kernels.triton.attention import decode, plan
 from sparse_attn.kernels.triton.attention import forward as attention
+from sparse_attn.versions import triton_before
 
 
 @pytest.fixture
@@ -43,6 +44,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
     return found
 
 
+@pytest.mark.skipif(triton_before(3, 6), reason="the interpreter of Triton 3.4 does not show its compilations")
 def test_new_values_of_alpha_compile_nothing(device, compiled):
     inputs = tensors(device)
 
@@ -65,6 +67,7 @@ def test_new_values_of_alpha_compile_nothing(device, compiled):
     assert len(compiled) == 1
 
 
+@pytest.mark.skipif(triton_before(3, 6), reason="the interpreter of Triton 3.4 does not show its compilations")
 def test_new_lengths_compile_only_where_16_divides_the_keys(device, compiled, monkeypatch):
     monkeypatch.setattr(plan, "SHORT_IN_FLOAT32", 0)  # its kernel is made for the number of tiles
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from fused import ALPHAS, compare, expected, tensors
+from old_torch import since_torch
 from torch import Tensor
 
 from sparse_attn.kernels.functions import fused as operator
@@ -80,6 +81,7 @@ def test_rows_far_apart_are_read_where_they_are(device, tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
+@since_torch(2, 9, "there is only one setting")
 def test_both_settings_of_torch_allow_tf32(device):
     inputs = tensors(device)
     setting = Setting(0.5, 0.3, 0.0, None)

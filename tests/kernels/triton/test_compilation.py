@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sparse_attn.versions import triton_before
+
 SCRIPT = Path(__file__).parents[3] / "scripts" / "compile_kernels.py"
 KERNELS = {
     *("forward_long", "forward_short", "backward_queries", "backward_keys", "_list_tiles", "_scores", "_outputs"),
@@ -23,18 +25,22 @@ def compiled(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(triton_before(3, 7), reason="Triton before 3.7 cannot compile every variant")
 def test_one_of_each_compiles_for_every_capability_that_is_not_refused():
     run = compiled("few", "--for", "80", "86", "89", "90", "100", "120")
     assert run.returncode == 0, run.stdout[-3000:]
     parts = re.split(r"^kernel, for (\d+) .*$", run.stdout, flags=re.M)
     for capability, lines in zip(parts[1::2], parts[2::2], strict=True):
-        if capability == "100":
+        if capability == "100" and "FAILED" in lines:  # Triton 3.9 compiles the kernels for it
             assert "FAILED for 100, refused by sparse_attn: " in lines
         else:
             assert set(re.findall(r"^(\w+) ", lines, flags=re.M)) == KERNELS, capability
 
 
 def test_wrong_arguments():
-    for arguments, message in ((("all",), "a part must be one of"), (("few", "--for", "75"), "invalid choice: 75")):
+    for arguments, message in (
+        (("all",), "a part must be one of"),
+        (("few", "--for", "75"), "--for: invalid choice: "),
+    ):
         run = compiled(*arguments)
         assert run.returncode == 2 and message in run.stderr

@@ -1,0 +1,12 @@
+"""Skips tests of what an old torch cannot do; `docs/versions.md` lists these limits."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparse_attn import versions
+
+
+def since_torch(major: int, minor: int, reason: str) -> pytest.MarkDecorator:
+    """Skip a test with torch before this version."""
+    return pytest.mark.skipif((major, minor) > versions.TORCH, reason=f"needs torch {major}.{minor} or newer: {reason}")
