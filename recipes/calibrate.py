@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from sparse_attn import calibrate as find_alpha
 from .folders import write_text
 from .launch import run_hydra
 from .report import alpha_table
-from .report.huggingface import load_model, model_folder, quiet
+from .report.huggingface import load_model, longest_input, model_folder, quiet
 from .run import short_path
 
-_CHARACTERS_PER_TOKEN = 12  # more than in nearly all texts
+_CHARACTERS_PER_TOKEN = 12  # more than in nearly all texts; doubled until a part of the text is long enough
 _MASKED = 0.15  # share of the tokens that are masked for a masked language model, as in BERT
 
 
@@ -96,9 +95,9 @@ def _batches(
         raise ValueError(f"model must be a causal or a masked language model, got {kind}")
     if masked and tokenizer.mask_token_id is None:
         raise ValueError(f"model must have a mask token in its tokenizer, got {kind} without")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    length = min(tokens, longest) if isinstance(longest, int) else tokens
-    blocks = list(_blocks(tokenizer, text, length, batches * batch_size))
+    longest = longest_input(model)
+    length = tokens if longest is None else min(tokens, longest)
+    blocks = read_blocks(tokenizer, text, length, batches * batch_size)
     generator = torch.Generator().manual_seed(0)
     found = []
     for ids in torch.tensor(blocks).split(batch_size):
@@ -111,23 +110,31 @@ def _batches(
     return found
 
 
-def _blocks(tokenizer: Any, text: str, length: int, number: int) -> Iterator[list[int]]:
-    """At most ``number`` blocks of ``length`` tokens, evenly over the text; a short text gives one shorter block."""
+def read_blocks(tokenizer: Any, text: str, length: int, number: int) -> list[list[int]]:
+    """At most ``number`` blocks of ``length`` tokens, evenly over the text; a short text gives one shorter block.
+
+    Raises:
+        ValueError: If the text has fewer than 2 tokens.
+    """
+
+    def ids_of(part: str) -> list[int]:
+        ids: list[int] = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
     width = _CHARACTERS_PER_TOKEN * length
-    if len(text) <= width * number:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) < 2:
-            raise ValueError(f"text must hold at least 2 tokens, got {len(ids)}")
-        whole = [ids[start : start + length] for start in range(0, len(ids), length)]
-        complete = [block for block in whole if len(block) == length] or whole[:1]
-        step = max(len(complete) / number, 1)
-        yield from (complete[int(index * step)] for index in range(min(number, len(complete))))
-        return
-    for index in range(number):
-        start = index * (len(text) - width) // max(number - 1, 1)
-        ids = tokenizer(text[start : start + width], add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) >= length:
-            yield ids[:length]
+    while len(text) > width * number:  # a long text is not tokenised as a whole
+        starts = (index * (len(text) - width) // max(number - 1, 1) for index in range(number))
+        parts = (ids_of(text[start : start + width]) for start in starts)
+        if blocks := [ids[:length] for ids in parts if len(ids) >= length]:
+            return blocks
+        width *= 2
+    ids = ids_of(text)
+    if len(ids) < 2:
+        raise ValueError(f"text must hold at least 2 tokens, got {len(ids)}")
+    whole = [ids[start : start + length] for start in range(0, len(ids), length)]
+    complete = [block for block in whole if len(block) == length] or whole[:1]
+    step = max(len(complete) / number, 1)
+    return [complete[int(index * step)] for index in range(min(number, len(complete)))]
 
 
 def _save(model: Any, tokenizer: Any, found: dict[str, list[float]], alpha_max: float, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def _inspect_run(cfg: DictConfig) -> dict[str, list[float]]:
     given = given_words(_plain(cfg.words), cfg.word, cfg.input, task.source_tokenizer.fields)
     crossing = sum(layer_kind(name) == "cross" for name, _ in task.model.named_modules() if name.endswith("_attn"))
     check_alignment(cfg.align.heads, cfg.align.layer, crossing)
-    if not isinstance(cfg.worth_words, int) or cfg.worth_words < 1:
+    if type(cfg.worth_words) is not int or cfg.worth_words < 1:
         raise ValueError(f"worth_words must be a whole number of at least 1, got {cfg.worth_words!r}")
     section = data_section(run, given_data(cfg), ("val",))
     data = evaluation_data(section, task)
@@ -97,8 +96,7 @@ def _inspect_run(cfg: DictConfig) -> dict[str, list[float]]:
     worth = {}
     if cfg.worth:
         console.print()
-        batches = itertools.islice(data.full_val_dataloader(), -(-cfg.worth_words // section["eval_batch_size"]))
-        worth = measure_worth(task, _cut(batches, cfg.worth_words), console)
+        worth = measure_worth(task, data.full_val_dataloader(cfg.worth_words), console)
         console.print(worth_table(worth))
     report = Report(
         run=run,
@@ -144,12 +142,6 @@ def _some(words: list[str]) -> list[str]:
     """The word to draw, and others at equal distances in the data."""
     step = max(1, len(words) // SHOWN_BY_DEFAULT)
     return list(dict.fromkeys([choose_word(words), *words[::step]]))[:SHOWN_BY_DEFAULT]
-
-
-def _cut(batches: Any, words: int) -> Any:
-    for batch in batches:
-        yield {name: values[:words] for name, values in batch.items()}
-        words -= len(batch["source"])
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -44,11 +44,20 @@ def headline(folder: Path, data: Seq2SeqData, task: Seq2SeqTask, trainer: L.Trai
 
 def early_stop(trainer: L.Trainer) -> str | None:
     """The reason why a callback ended a training early; None if no callback did."""
+    if not trainer.should_stop:  # a resumed callback still has the reason of its earlier stop
+        return None
     for callback in trainer.early_stopping_callbacks:
-        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
-            waited = f"{callback.patience} epoch{'s' * (callback.patience != 1)}"
-            last = callback.stopped_epoch + 1
-            return f"stopped early after epoch {last}: {callback.monitor} has not improved for {waited}"
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
+            # Patience counts validations, which may be fewer or more than the epochs.
+            waited = f"{callback.patience} validation{'s' * (callback.patience != 1)}"
+            goal, limit = callback.stopping_threshold, callback.divergence_threshold
+            reason = {
+                EarlyStoppingReason.PATIENCE_EXHAUSTED: f"has not improved for {waited}",
+                EarlyStoppingReason.STOPPING_THRESHOLD: f"has reached the stopping_threshold of {goal}",
+                EarlyStoppingReason.DIVERGENCE_THRESHOLD: f"has passed the divergence_threshold of {limit}",
+                EarlyStoppingReason.NON_FINITE_METRIC: "is not a finite number",
+            }[callback.stopping_reason]
+            return f"stopped early after epoch {callback.stopped_epoch + 1}: {callback.monitor} {reason}"
     return None
 
 

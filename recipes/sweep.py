@@ -91,7 +91,7 @@ def run_of_sweep(cfg: DictConfig) -> float:
                 cfg.resume = str(folder)
             (folder / FAILURE).unlink(missing_ok=True)
             results = train(cfg)
-        return _objective(folder, results)
+        return objective(folder, results)
     except KeyboardInterrupt:
         from .run import short_path
 
@@ -145,13 +145,20 @@ def read_outcomes(folder: Path) -> list[tuple[list[str], dict[str, float] | str]
     return outcomes
 
 
-def _objective(folder: Path, results: Mapping[str, float]) -> float:
+def objective(folder: Path, results: Mapping[str, float]) -> float:
+    """The monitored score of a finished run, negated if higher is better.
+
+    Args:
+        folder: The run folder, whose record names the score, such as ``val/wer`` or ``val/wer/hun``.
+        results: The results of the run.
+    """
     from .run import CONFIG
     from .seq2seq.metrics import METRICS
 
-    name = str(OmegaConf.load(folder / CONFIG).monitor).split("/")[1]
+    monitor = str(OmegaConf.load(folder / CONFIG).monitor)
+    name = monitor.split("/")[1]
     higher_is_better = name in METRICS and METRICS[name].higher_is_better
-    return (-1 if higher_is_better else 1) * results[f"val/{name}"]
+    return (-1 if higher_is_better else 1) * results[monitor]
 
 
 def _finished(folder: Path, changes: Sequence[str]) -> dict[str, float] | None:

@@ -144,7 +144,7 @@ def calibrate(
     check_module(model)
     _check(batches, density, loss_increase, per, loss, alpha_max)
     loss = _loss_of_transformers if loss is None else loss
-    with _in_evaluation(model), _attention(model, loss) as (heads, passing):
+    with evaluating(model), _attention(model, loss) as (heads, passing):
         if not heads:
             raise ValueError(
                 "model must have attention with an α, nn.MultiheadAttention or AdaptiveSparseMultiheadAttention, "
@@ -309,13 +309,15 @@ def _float64(values: list[Any]) -> Tensor:
 
 
 @contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode; at the end, every module has its earlier mode again."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
     try:
         yield
     finally:
-        for module, mode in training.items():
+        for module, mode in modes.items():
             module.training = mode
 
 

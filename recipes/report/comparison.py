@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,9 +18,13 @@ if TYPE_CHECKING:
 
 FORMATS = ("text", "markdown", "latex", "csv")
 _LATEX = {
+    **{character: f"\\{character}" for character in "&%#_{}$"},
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "|": r"\textbar{}",
+    "<": "$<$",
+    ">": "$>$",
     "±": r"$\pm$",
     "Δ": r"$\Delta$",
 }
@@ -87,7 +90,7 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], notes: Seque
 
 def _latex(header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
     def line(cells: Sequence[str]) -> str:
-        return " & ".join(map(_escaped, cells)) + r" \\"
+        return " & ".join(map(escaped, cells)) + r" \\"
 
     return "\n".join(
         [
@@ -103,10 +106,9 @@ def _latex(header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence
     )
 
 
-def _escaped(text: str) -> str:
-    text = re.sub(r"[\\~^±Δ]", lambda found: _LATEX[found[0]], text)
-    text = re.sub(r"(?<![\\$])([&%#_])", r"\\\1", text)
-    return text.replace("<", "$<$")
+def escaped(text: str) -> str:
+    """A text as LaTeX that prints it."""
+    return "".join(_LATEX.get(character, character) for character in text)
 
 
 def _csv(settings: Sequence[Setting], metrics: Sequence[str]) -> str:

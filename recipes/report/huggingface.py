@@ -146,6 +146,22 @@ def load_model(folder: Path, attention: str | None) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+def longest_input(model: Any) -> int | None:
+    """The largest number of tokens that a model of transformers reads; None if its config has no limit.
+
+    RoBERTa and similar models count positions from the id of the padding plus one, so that their table of positions has
+    that many entries which no token uses.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        return None
+    for module in model.modules():
+        table, padding = getattr(module, "position_embeddings", None), getattr(module, "padding_idx", None)
+        if isinstance(table, torch.nn.Embedding) and isinstance(padding, int):
+            longest = min(longest, table.num_embeddings - padding - 1)
+    return longest
+
+
 @torch.no_grad()
 def _run(
     model: Any, tokenizer: Any, text: str, target: str | None
@@ -153,10 +169,10 @@ def _run(
     """One pass over a text: the record, the tokens of the queries, and, beside a decoder, those of the encoder."""
     inputs = tokenizer(text, return_tensors="pt")
     read = inputs["input_ids"]
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = longest_input(model)
     if not read.shape[1]:
         raise ValueError(f"text must hold at least one token, got none in {text!r}")
-    if isinstance(longest, int) and read.shape[1] > longest:
+    if longest is not None and read.shape[1] > longest:
         raise ValueError(f"text must have at most the {longest} tokens that the model reads, got {read.shape[1]}")
     if target is not None and not model.config.is_encoder_decoder:
         raise ValueError(f"target is for encoder-decoder models, got {type(model).__name__}")

@@ -21,6 +21,7 @@ from sparse_attn.analysis import (
     strongest_at_offset,
     support_counts,
 )
+from sparse_attn.calibration import evaluating
 from sparse_attn.nn.alpha import has_learnt_alpha
 from sparse_attn.observe import observe_weights
 from sparse_attn.optim import set_alpha
@@ -192,17 +193,13 @@ def _kind_by_kind(layers: Iterable[str]) -> list[str]:
 def _observe_all(model: nn.Module, loader: Iterable[dict[str, Any]], take: Callable[[RecordedLayer], None]) -> None:
     """:func:`observe_layers` over the batches of a loader; a batch of long texts is split into parts."""
     device = next(model.parameters()).device
-    was_training = model.training
     empty = True
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in loader:
             empty = False
             source, target = batch["source"], batch["target_in"]
             for part in parts([max(source.shape[1], target.shape[1])] * len(source)):
                 observe_layers(model, source[part].to(device), target[part].to(device), take)
-    finally:
-        model.train(was_training)
     if empty:
         raise ValueError("loader must have at least one batch, got none")
 
@@ -251,12 +248,15 @@ def measure_at(task: Any, loader: Iterable[dict[str, Any]], alpha: float) -> dic
     learnt = {name: module for name, module in task.model.named_modules() if _learns(module)}
     if not learnt or not all(low <= alpha <= high for low, high in (module.alpha_range for module in learnt.values())):
         return {}
-    before = {name: module.alpha.detach().clone() for name, module in learnt.items()}
+    # A parameter may lie past the bound at which its α is clamped; `module.alpha` would lose this.
+    before = {module: module.raw_alpha.detach().clone() for module in learnt.values()}
     try:
         set_alpha(task.model, dict.fromkeys(learnt, alpha))
         return measure_heads(task, loader)
     finally:
-        set_alpha(task.model, before)
+        with torch.no_grad():
+            for module, raw_alpha in before.items():
+                module.raw_alpha.copy_(raw_alpha)
 
 
 def _learns(module: nn.Module) -> bool:

@@ -10,7 +10,8 @@ from sparse_attn.nn import SparseMultiheadAttention
 
 ATTENTION_KINDS = ("softmax", "entmax15", "sparsemax", "entmax", "adaptive", "topk")
 
-_NAMED_ALPHA = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0}
+#: α of the kinds of attention or output that have a name of their own.
+NAMED_ALPHA = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0}
 
 
 def attention_factory(
@@ -38,7 +39,7 @@ def attention_factory(
         return partial(TopKMultiheadAttention, k=k, length_scaling=length_scaling)
     return partial(
         AdaptiveSparseMultiheadAttention,
-        alpha_init=_NAMED_ALPHA.get(kind, alpha),
+        alpha_init=NAMED_ALPHA.get(kind, alpha),
         learn_alpha=kind == "adaptive",
         length_scaling=length_scaling,
     )

@@ -9,12 +9,11 @@ from torch import Tensor
 from sparse_attn import entmax, entmax15_loss, entmax_loss, sparsemax_loss
 from sparse_attn.checks import check_alpha
 
+from .attention import NAMED_ALPHA
 from .tokenizer import BOS, PAD, UNK
 
 OUTPUT_KINDS = ("softmax", "sparsemax", "entmax15", "entmax")
 NEVER_WRITTEN = (PAD, BOS, UNK)
-
-_NAMED_ALPHA = {"softmax": 1.0, "sparsemax": 2.0, "entmax15": 1.5}
 
 
 def output_alpha(kind: str, alpha: float) -> float:
@@ -30,7 +29,7 @@ def output_alpha(kind: str, alpha: float) -> float:
     if kind not in OUTPUT_KINDS:
         raise ValueError(f"output must be one of {', '.join(OUTPUT_KINDS)}, got {kind!r}")
     check_alpha(alpha, "output_alpha")
-    return _NAMED_ALPHA.get(kind, float(alpha))
+    return NAMED_ALPHA.get(kind, float(alpha))
 
 
 def next_token_log_probabilities(logits: Tensor, alpha: float) -> Tensor:

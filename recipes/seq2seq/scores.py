@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from sparse_attn.calibration import evaluating
+
 from .metrics import EDIT_METRICS, TEXT_METRICS, by_group, computed, edit_scores, text_scores
 
 if TYPE_CHECKING:
@@ -79,14 +81,10 @@ def score(
         decode: A function from source ids (N, S) to the target ids of each row; greedy decoding if not given.
         losses: Whether to compute loss and support, which an ensemble does not have.
     """
-    training = task.training
-    task.eval()
     scores = task.new_scores()
-    try:
+    with evaluating(task):
         for batch in loader:
             tensors = ("source", "target_in", "target_out")
             batch = {**batch, **{name: batch[name].to(task.device) for name in tensors}}
             task.score_batch(batch, scores, decode, losses=losses)
-    finally:
-        task.train(training)
     return scores

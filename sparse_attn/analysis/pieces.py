@@ -47,7 +47,7 @@ def word_groups(tokens: Sequence[str]) -> list[int]:
         if rule == "continues":
             joined = token.startswith("##") and len(token) > 2
         elif rule == "continued":
-            joined = before.endswith("@@")
+            joined = before.endswith("@@") and len(before) > 2
         elif rule == "ends":
             joined = not before.endswith("</w>")
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,14 +149,16 @@ def attention_view(
             opens with this one.
         courses: curves of α over training, for one run or several, as rows (step, layer, head, α); layers have the same
             names as in the record.
-        numbers: further statistics of the heads, by which the page can sort: name -> layer -> (H,).
+        numbers: further statistics of the heads, by which the page can sort: name -> layer -> (H,). A name must not be
+            that of a statistic which the view has from the record, such as ``"density"``.
 
     Returns:
         A view with ``html()`` and ``save(path)``; a notebook displays it.
 
     Raises:
         TypeError: if an argument has a wrong type.
-        ValueError: if the record contains no weights, weights are not finite, or the number of tokens does not match.
+        ValueError: if the record contains no weights, weights are not finite, the number of tokens does not match, or
+            ``numbers`` or ``courses`` do not fit the record.
 
     Example:
         >>> import torch
@@ -219,6 +221,11 @@ def _add_numbers(layers: list[Layer], numbers: Mapping[str, Mapping[str, Tensor]
             raise ValueError(f"numbers[{name!r}] must contain only layers of the record, got {unknown[0]!r}")
         for layer in layers:
             if layer.name in by_layer:
+                if name in layer.numbers:
+                    raise ValueError(
+                        f"numbers must not contain {name!r} for layer {layer.name!r}, "
+                        "since the view has it from the record"
+                    )
                 values = by_layer[layer.name]
                 heads = len(layer.roles)
                 if tuple(values.shape) != (heads,):
@@ -253,16 +260,14 @@ def _checked_courses(courses: Mapping[str, Iterable[tuple[int, str, int, float]]
 
 def _replace(path: Path, content: bytes) -> None:
     """Write a temporary file and rename it, so that no half-written file exists at ``path``."""
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # `tempfile` makes files that only their owner can read; `open` gives the usual mode.
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with draft.open("xb") as file:
             file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(draft, 0o666 & ~umask)
         os.replace(draft, path)
     except BaseException:
-        Path(draft).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         raise
 
 

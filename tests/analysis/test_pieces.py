@@ -13,6 +13,7 @@ from sparse_attn.analysis import merge_pieces, word_groups
         (["un@@", "believ@@", "able", "story"], [0, 0, 0, 1]),
         (["un", "believable</w>", "story</w>", "."], [0, 0, 1, 2]),
         (["a", "b", "##"], [0, 1, 2]),
+        (["a@@", "b", "@@", "c"], [0, 0, 1, 2]),
         ([], []),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.calibrate import calibrate
+from recipes.calibrate import calibrate, read_blocks
 from recipes.launch import run_hydra
 
 transformers = pytest.importorskip("transformers")
@@ -35,6 +35,9 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
         if kind == "causal":
             config = transformers.GPT2Config(**sizes, n_positions=31, initializer_range=0.5)
             model = transformers.GPT2LMHeadModel(config)
+        elif kind == "offset":
+            config = transformers.RobertaConfig(**sizes, intermediate_size=13, max_position_embeddings=31)
+            model = transformers.RobertaForMaskedLM(config)
         else:
             config = transformers.BertConfig(**sizes, intermediate_size=13, max_position_embeddings=31)
             config.initializer_range = 0.5
@@ -113,3 +116,33 @@ def test_a_model_without_a_language_model_head_and_an_empty_text(folder, capsys)
     with pytest.raises(SystemExit, match="2"):
         run(model, "density=0.2")
     assert "text must be a file with text" in capsys.readouterr().err
+
+
+def test_blocks_fit_a_model_that_counts_positions_from_the_padding(folder, capsys):
+    model = folder("offset")
+    run(model, "density=0.5", "tokens=100", "batches=2", "batch_size=2")
+    # Positions 0 and 1 are not used by tokens: 29 of 31 remain.
+    assert f"on {2 * 2 * 29} tokens" in capsys.readouterr().out
+
+
+class Words:
+    """A tokenizer with one token per word."""
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [1] * len(text.split())}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("internationalization " * 500, [[1] * 8] * 4),  # longer words than 12 characters
+        (" " * 2000 + "a bc def", [[1, 1, 1]]),
+    ],
+)
+def test_a_text_of_long_words_or_gaps_gives_blocks(text, expected):
+    assert read_blocks(Words(), text, length=8, number=4) == expected
+
+
+def test_a_long_text_without_tokens_raises_an_error():
+    with pytest.raises(ValueError, match="text must hold at least 2 tokens, got 1"):
+        read_blocks(Words(), "a" + " " * 5000, length=8, number=4)

@@ -20,6 +20,7 @@ from recipes.bootstrap import paired_bootstrap
 from recipes.bootstrap import statistics as statistics_of
 from recipes.launch import run_hydra
 from recipes.predictions import PREDICTIONS, Prediction
+from recipes.report.comparison import escaped
 
 WORDS = 40
 
@@ -136,6 +137,12 @@ def test_markdown_and_latex(sweep, capsys, tmp_path):
     ]
     assert latex[7].startswith(r"model.attention=adaptive & 2 & 3.75 $\pm$ 1.77 & -43.75 [")
     assert latex[7].endswith(r" & $<$0.001 \\")
+
+
+def test_latex_prints_the_characters_of_a_setting():
+    assert escaped(r"x_{language}.tsv a$b ~^ 5% #&|<> \_") == (
+        r"x\_\{language\}.tsv a\$b \textasciitilde{}\textasciicircum{} 5\% \#\&\textbar{}$<$$>$ \textbackslash{}\_"
+    )
 
 
 def test_the_table_can_be_written_to_a_file(sweep, tmp_path, capsys):

@@ -3,14 +3,18 @@ import html
 import json
 import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
 
 from recipes.inspect import inspect
 from recipes.launch import run_hydra
 from recipes.report.words import read_batch
+from recipes.report.worth import measure_worth
 from recipes.report.write import read_course
 from recipes.run import load_run
 from sparse_attn import alpha_per_head
@@ -197,6 +201,24 @@ def test_the_effect_of_each_head_on_the_loss(run_folder: Path, capsys: pytest.Ca
     assert all(isinstance(head["loss when switched off"], float) for head in heads)
     assert [head["loss when made dense (α = 1)"] is None for head in heads] == [False] * 6 + [True] * 12
     assert "Effect of each head on the loss" in page_of(run_folder)
+
+
+def test_the_effect_is_measured_on_words_of_all_lengths(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words: list[str] = []
+
+    def recorded(task: Any, batches: Iterable[dict[str, Any]], console: Console) -> Any:
+        kept = list(batches)
+        words.extend(word for batch in kept for word in batch["sources"])
+        return measure_worth(task, kept, console)
+
+    monkeypatch.setattr("recipes.inspect.measure_worth", recorded)
+    # Every word is longer than the limit, so that each is a batch of its own. The batches are in order of length.
+    config = OmegaConf.load(run_folder / "config.yaml")
+    config.data.eval_batch_tokens = 3
+    OmegaConf.save(config, run_folder / "config.yaml")
+    run_inspect(f"run={run_folder}", "worth=true", "worth_words=3", "baselines=false")
+    assert len(set(words)) == len(words) == 3
+    assert max(map(len, words)) == 6  # the three shortest of the five words have up to four letters
 
 
 def test_measurements_with_other_alphas(run_folder: Path) -> None:

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
+from lightning.pytorch.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
 
 from recipes.callbacks.checkpoints import BestAndLast
 from recipes.curves import read_rows
 from recipes.plan import FEWEST_EPOCHS, FEWEST_UPDATES, Plan, plan_training
 from recipes.predictions import read_predictions
 from recipes.run import load_run
+from recipes.summary import early_stop
 from recipes.train import train
 
 
@@ -87,7 +92,47 @@ def test_a_training_that_stops_early_prints_the_reason(tiny_config, tmp_path, ca
     stopping = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1"]
     train(tiny_config(*stopping, "trainer.max_epochs=50", "optimizer.learning_rate=1e-12"))
     out = capsys.readouterr().out
-    assert "stopped early after epoch 2: val/per has not improved for 1 epoch" in out
+    assert "stopped early after epoch 2: val/per has not improved for 1 validation" in out
+
+
+@pytest.mark.parametrize(
+    ("stopping", "reason"),
+    [
+        ({"stopping_threshold": 1e9}, "val/per has reached the stopping_threshold of 1000000000.0"),
+        ({"divergence_threshold": 1e-9}, "val/per has passed the divergence_threshold of 1e-09"),
+    ],
+)
+def test_a_training_that_a_threshold_stops_prints_this_reason(tiny_config, tmp_path, capsys, stopping, reason):
+    given = [f"callbacks.early_stopping.{name}={value}" for name, value in stopping.items()]
+    train(tiny_config("callbacks=early_stopping", *(f"+{each}" for each in given), "trainer.max_epochs=3"))
+    assert f"stopped early after epoch 1: {reason}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("score", "reason"),
+    [
+        (float("nan"), "stopped early after epoch 1: val/per is not a finite number"),
+        (3.0, None),
+    ],
+)
+def test_the_reason_of_an_early_stop(score, reason):
+    stopping = EarlyStopping("val/per", patience=1)
+    trainer = SimpleNamespace(
+        should_stop=False,
+        early_stopping_callbacks=[stopping],
+        callback_metrics={"val/per": torch.tensor(score)},
+        fast_dev_run=False,
+        current_epoch=0,
+        strategy=SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision),
+    )
+    stopping._run_early_stopping_check(trainer)
+    assert early_stop(trainer) == reason
+
+
+def test_a_resumed_training_that_did_not_stop_early_has_no_reason():
+    stopping = EarlyStopping("val/per", patience=1)
+    stopping.stopped_epoch, stopping.stopping_reason = 3, EarlyStoppingReason.PATIENCE_EXHAUSTED
+    assert early_stop(SimpleNamespace(should_stop=False, early_stopping_callbacks=[stopping])) is None
 
 
 def test_predictions_of_the_test_words_are_kept(tiny_config, tmp_path):

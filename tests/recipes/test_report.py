@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from recipes.report import alpha_table, attention_density, html, measure_heads, roles_table
+from recipes.report import alpha_table, attention_density, html, measure_at, measure_heads, roles_table
 from recipes.report import measure as measurements
 from recipes.report.maps import attention_figure, choose_word, rollout_figure, word_maps
 from recipes.report.measure import LayerHeads, top_k_per_layer
@@ -26,6 +26,7 @@ from recipes.seq2seq.task import Seq2SeqTask
 from recipes.seq2seq.tokenizer import BOS, Tokenizer
 from sparse_attn import alpha_per_head
 from sparse_attn.analysis import record_attention
+from sparse_attn.optim import set_alpha
 
 pytestmark = pytest.mark.usefixtures("coarse_pictures")
 
@@ -120,6 +121,31 @@ def test_measuring_does_not_change_the_model(training: bool) -> None:
     first, second = (attention_density(task, [batch()]) for _ in range(2))
     assert task.model.training is training
     assert all(torch.equal(first[name], second[name]) for name in first)  # no dropout while measuring
+
+
+def test_measuring_keeps_the_mode_of_each_module() -> None:
+    task = small_task()
+    task.model.train()
+    task.model.encoder.eval()  # a frozen encoder without dropout
+    before = [module.training for module in task.model.modules()]
+    attention_density(task, [batch()])
+    assert [module.training for module in task.model.modules()] == before
+
+
+def test_measuring_at_another_alpha_keeps_the_learnt_one_past_its_bound() -> None:
+    task = small_task()
+    layer = task.model.encoder.layers[0].self_attn
+    with torch.no_grad():
+        layer.raw_alpha.copy_(torch.tensor([2.015, 0.99, 1.25]))
+    before = layer.raw_alpha.clone()
+    assert measure_at(task, [batch()], 1.0)
+    assert torch.equal(layer.raw_alpha, before)
+
+
+def test_only_heads_with_a_learnt_alpha_are_measured_at_another_alpha() -> None:
+    task = small_task(encoder_attention="entmax15", decoder_attention="entmax15", cross_attention="entmax15")
+    set_alpha(task.model, 1.5)
+    assert measure_at(task, [batch()], 1.0) == {}
 
 
 def test_a_loader_without_batches_raises_an_error() -> None:

@@ -9,7 +9,7 @@ from recipes import cli
 from recipes.folders import claimed
 from recipes.run import RESULTS
 from recipes.seq2seq.task import Seq2SeqTask
-from recipes.sweep import SWEEP, read_outcomes
+from recipes.sweep import SWEEP, objective, read_outcomes
 
 
 @pytest.fixture
@@ -108,3 +108,22 @@ def test_a_damaged_sweep_or_other_arguments_give_a_one_line_error(run, tmp_path,
     (tmp_path / "s" / SWEEP).write_text(content)
     status, _, error = run("resume=s", *more, alone=True)
     assert (status, error.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "expected"),
+    [
+        ("val/wer", 40.0),
+        ("val/wer/hun", 10.0),
+        ("val/wer/hun/old", 20.0),
+        ("val/accuracy/jpn", -30.0),
+        ("val/loss", 1.5),
+    ],
+)
+def test_a_sweeper_minimises_the_monitored_score(tmp_path, monitor, expected):
+    (tmp_path / "config.yaml").write_text(f"monitor: {monitor}\n", encoding="utf-8")
+    scores = {"wer": 40.0, "wer/hun": 10.0, "wer/hun/old": 20.0, "accuracy": 60.0, "accuracy/jpn": 30.0, "loss": 1.5}
+    results = {
+        f"{split}/{name}": value + (split == "test") for split in ("val", "test") for name, value in scores.items()
+    }
+    assert objective(tmp_path, results) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,12 @@ def batches_of_two_sizes() -> AttentionRecord:
             {"numbers": {"n": {"x": torch.ones(3)}}},
             ValueError,
             "numbers.'n'. must contain only layers of the record, got 'x'",
+        ),
+        (
+            lambda make: make(5),
+            {"numbers": {"density": {"layers.0.self_attn": torch.ones(HEADS)}}},
+            ValueError,
+            "numbers must not contain 'density' for layer 'layers.0.self_attn', since the view has it from the record",
         ),
         (
             lambda _: AttentionRecord(keep_weights=True),
@@ -171,6 +178,16 @@ def test_a_failed_save_keeps_the_existing_file(
     with pytest.raises(OSError, match="disk full"):
         view.save(file)
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_saved_file_has_the_mode_of_a_new_file_and_the_umask_never_changes(
+    encoder_record: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The umask belongs to the process: during a change, files of other threads would get wrong modes.
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("the umask was changed"))
+    file = attention_view(encoder_record(5)).save(tmp_path / "a.html")
+    (tmp_path / "new").touch()
+    assert file.stat().st_mode == (tmp_path / "new").stat().st_mode
 
 
 def test_a_saved_page_opens_at_the_given_layer_and_head(

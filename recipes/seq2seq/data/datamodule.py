@@ -26,7 +26,7 @@ NAMES = ("cmudict", "tsv", "parallel", "synthetic")
 COLUMNS = ("source", "target")
 METRICS_OF_WORDS = ("per", "wer")
 # An output may be longer than the longest training target by this number of tokens.
-EXTRA_LENGTH = 8
+EXTRA_LENGTH = 9
 
 
 class Seq2SeqData(L.LightningDataModule):
@@ -68,7 +68,7 @@ class Seq2SeqData(L.LightningDataModule):
         eval_limit: Number of words in ``val_dataloader()``, for quick checks during training, drawn with a fixed seed;
             ``full_val_dataloader()`` always has all words.
         max_length: Maximum number of tokens of each side: a longer training pair is left out, a longer input is cut.
-        output_length: Maximum number of tokens of an output; None: 8 more than the longest training target.
+        output_length: Maximum number of tokens of an output; None: 9 more than the longest training target.
         cache: A folder for encoded training data, in files named after their content.
         metrics: The metrics, the most important first; see ``recipes.seq2seq.metrics.METRICS``.
         bleu_tokenize: How sacrebleu splits texts into words: ``"13a"``, or ``"none"`` for texts that are split.
@@ -190,19 +190,19 @@ class Seq2SeqData(L.LightningDataModule):
         """The validation words, at most ``eval_limit``."""
         return self._eval_loader(subset(self._eval_rows("val"), self.eval_limit))
 
-    def full_val_dataloader(self) -> DataLoader[Row]:
-        """All validation words."""
-        return self._eval_loader(self._eval_rows("val"))
+    def full_val_dataloader(self, count: int | None = None) -> DataLoader[Row]:
+        """All validation words, or ``count`` of them, drawn with a fixed seed."""
+        return self._eval_loader(subset(self._eval_rows("val"), count))
 
     def test_dataloader(self) -> DataLoader[Row]:
         """All test words."""
         return self._eval_loader(self._eval_rows("test"))
 
     def longest_output(self) -> int:
-        """The largest number of tokens of an output."""
+        """The largest number of tokens of an output, without the end-of-sequence token."""
         if self.output_length is not None:
             return self.output_length
-        return max(len(row.target_ids) for row in self._train_rows()) + EXTRA_LENGTH
+        return max(len(row.target_ids) - 1 for row in self._train_rows()) + EXTRA_LENGTH
 
     def notes(self) -> list[str]:
         """Messages for the user before training: pairs left out, inputs cut off, symbols never seen."""

@@ -59,7 +59,8 @@ def make_sequences(
     """Random sequences with the answer to a simple task, longer in the test split than in training.
 
     Training and validation sequences have lengths from 1 to ``length``. The test split holds, for every factor,
-    ``test`` sequences of exactly ``factor * length`` tokens; their group is ``x`` and the factor.
+    ``test`` sequences of exactly ``factor * length`` tokens; their group is ``x`` and the factor. A length n is that of
+    the input; for ``"retrieval"``, the input has ``max(1, n // 2)`` pairs and one more key: n + 1 tokens if n is even.
 
     Args:
         task: ``"copy"``, ``"reverse"``, ``"sort"``, or ``"retrieval"`` (pairs of a key and a value, then a key,

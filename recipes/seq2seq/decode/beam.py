@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from sparse_attn.calibration import evaluating
+
 from ..tokenizer import BOS, EOS
-from .prefixes import Hypothesis, Models, Prefixes, as_models, evaluating
+from .prefixes import Hypothesis, Models, Prefixes, as_models
 
 
 def beam_search(
@@ -63,7 +65,7 @@ def beam_search(
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty must be a finite number, got {length_penalty}")
     models = as_models(model)
-    with evaluating(models):
+    with evaluating(*models), torch.no_grad():
         return _search(Prefixes(models, source), beam_size, max_length, length_penalty, n_best)
 
 

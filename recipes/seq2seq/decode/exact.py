@@ -8,10 +8,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from sparse_attn.calibration import evaluating
+
 from ..tokenizer import EOS
-from .prefixes import Hypothesis, Models, Sources, as_models, evaluating
+from .prefixes import Hypothesis, Models, Sources, as_models
 
 # Limits of memory: words that are searched at the same time, and positions (prefixes × tokens) of one model call.
 WORDS, POSITIONS = 64, 8192
@@ -76,7 +79,7 @@ def exact_search(model: Models, source: Tensor, *, budget: int, max_length: int)
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
     models = as_models(model)
-    with evaluating(models):
+    with evaluating(*models), torch.no_grad():
         sources = Sources(models, source)
         searches = [_Search(budget, max_length) for _ in range(len(source))]
         waiting = deque(range(len(source)))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_attn.calibration import evaluating
+
 from ..tokenizer import BOS, EOS
-from .prefixes import Models, Prefixes, as_models, evaluating
+from .prefixes import Models, Prefixes, as_models
 
 
 def greedy_decode(model: Models, source: Tensor, *, max_length: int) -> list[list[int]]:
@@ -33,7 +35,7 @@ def greedy_decode(model: Models, source: Tensor, *, max_length: int) -> list[lis
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
     models = as_models(model)
-    with evaluating(models):
+    with evaluating(*models), torch.no_grad():
         prefixes = Prefixes(models, source)
         rows = torch.arange(len(source), device=source.device)  # the unfinished rows
         token = torch.full((len(source),), BOS, device=source.device)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -50,20 +49,6 @@ def as_models(models: Models) -> list[Seq2SeqTransformer]:
             got = ", ".join(map(str, sorted(sizes)))
             raise ValueError(f"models of an ensemble must have the same {side} vocabulary, got sizes {got}")
     return members
-
-
-@contextmanager
-def evaluating(models: Sequence[Seq2SeqTransformer]) -> Iterator[None]:
-    """Evaluation mode without gradients; at the end, every module has its earlier mode again."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 class Prefixes:

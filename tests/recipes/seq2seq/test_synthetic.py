@@ -26,6 +26,13 @@ def test_answers_of_copy_reverse_and_sort(task, answer):
         assert example.references[0].split() == answer(example.source.split())
 
 
+def test_a_retrieval_input_of_even_length_has_one_token_more():
+    splits = make_sequences("retrieval", **SIZES | {"length": 8})
+    lengths = {group: {len(e.source.split()) for e in splits.test if e.group == group} for group in ("x1", "x3")}
+    assert lengths == {"x1": {9}, "x3": {25}}
+    assert {len(example.source.split()) for example in splits.train} == {3, 5, 7, 9}
+
+
 def test_the_answer_to_a_key_is_its_value():
     for example in make_sequences("retrieval", **SIZES).test:
         *pairs, asked = example.source.split()
