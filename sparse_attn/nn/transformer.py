@@ -35,6 +35,7 @@ class _Layer(nn.Module):
         super().__init__()
         check_dropout(dropout)
         check_bool(norm_first, "norm_first")
+        check_int(d_model, "d_model")
         width = 4 * d_model if dim_feedforward is None else dim_feedforward
         for name, size in (("d_model", d_model), ("dim_feedforward", width)):
             check_int(size, name)

@@ -53,7 +53,6 @@ def taken(monkeypatch) -> list[bool]:
         {"attn_mask": torch.rand(1, 6, 11, 13) > 0.3, "enable_gqa": True, "alpha": "per head"},
         {"attn_mask": torch.randn(1, 6, 1, 13), "alpha": 1.0},
     ],
-    ids=str,
 )
 def test_both_ways_agree(options, dtype, taken, monkeypatch):
     inputs = tensors(kv_heads=2 if "enable_gqa" in options else 6, dtype=dtype)
@@ -121,7 +120,6 @@ def test_other_calls_go_the_ordinary_way(taken):
         ({"dropout_p": 2.0}, ValueError),
         ({"dropout_p": "0"}, TypeError),
     ],
-    ids=str,
 )
 def test_wrong_arguments_raise_after_right_ones(changed, error):
     arguments = dict(zip(("query", "key", "value"), tensors(), strict=True))
