@@ -56,7 +56,7 @@ def write_predictions(file: Path, scores: Scores, fields: Sequence[str]) -> None
 
 
 def read_predictions(file: Path) -> list[Prediction]:
-    """Reads the file of :func:`write_predictions`; the result is in the order of the inputs, not of the lines.
+    """Reads the file of :func:`write_predictions`; the result is sorted by input and reference.
 
     Raises:
         FileNotFoundError: If the file is missing.

@@ -53,7 +53,7 @@ def _bisect(z: Tensor, a: float | Tensor, masked: Tensor) -> Tensor:
         z, masked = _as_rows(z), _as_rows(masked)
         a = _as_rows(a.expand(shape)) if isinstance(a, Tensor) else a
     if isinstance(a, Tensor):
-        a = torch.where(a.abs() < 1e-9, 1e-9, a)  # equal to 0 within float64 rounding
+        a = torch.where(a.abs() < 1e-9, 1e-9, a)  # avoids a division by 0; the Newton steps use the given a
     log_count = (~masked).sum(-1, keepdim=True).clamp(min=1).to(z.dtype).log()
     low = torch.zeros_like(log_count)
     high = (1 - torch.exp(-a * log_count)) / a * (1 + 1e-6)  # 1e-6 covers the rounding error of the difference

@@ -108,7 +108,7 @@ def test_masked_keys_have_no_weight_for_any_score(alpha):
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("a", [0.0, 0.5, 1.0])
-def test_the_largest_entry_of_a_row(a, ties):
+def test_topk_equals_the_reference_with_and_without_ties(a, ties):
     x = rows(31).round() if ties else rows(31)
     expected = reference.topk_entmax_forward(x, 5, a, LOWEST)
     got = torch_rows.topk_entmax_forward(x, 5, a, LOWEST)
