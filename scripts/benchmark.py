@@ -75,8 +75,9 @@ def header(rounds: int) -> Iterator[str]:
     yield f"Made by `OMP_WAIT_POLICY=passive python scripts/benchmark.py {rounds} --write` on {date.today()}."
     yield f"{_processor()}, threads: {torch.get_num_threads()}; Python {platform.python_version()}, {versions}."
     yield f"Kernels: {backends()['compiled']}."
-    yield "Where a table names no other unit, a number is a time divided by that of torch with softmax in the same run, for"
-    yield f"forward / forward + backward (one number: see the column); below 1 is faster than softmax. A time is the smallest of {rounds} rounds. In each round, all"
+    yield "Where a table names no other unit, a number is a time divided by that of torch with softmax in the same"
+    yield "run, for forward / forward + backward (one number: see the column); below 1 is faster than softmax. A time"
+    yield f"is the smallest of {rounds} rounds. In each round, all"
     yield "functions run in turn, for 2 ms or at least one call. `torch` marks plain torch, which is used without a C"
     yield "compiler."
 
