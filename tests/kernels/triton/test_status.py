@@ -46,7 +46,7 @@ def failing(monkeypatch):
     names: set[str] = set()
     monkeypatch.setattr(triton, "_failure", None)
     monkeypatch.setattr(dispatch, "_triton_computes", lambda device: triton.status()[0])
-    monkeypatch.setattr(dispatch, "by_c", lambda device: False)
+    monkeypatch.setattr(dispatch, "c_computes", lambda device: False)
     dispatch._warn_once.cache_clear()
 
     def start(kernel, *arguments, **options):
