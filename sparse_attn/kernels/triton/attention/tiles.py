@@ -75,7 +75,7 @@ def keys_of(inputs, lengths, n, CAUSAL: tl.constexpr):
 
 @triton.jit
 def keys_seen(inputs, n, h, j, limit):
-    """Which of the keys ``j`` some query of a head may see: before the limit, and not hidden from all by a mask.
+    """Whether each key ``j`` is visible to at least one query: it is below the limit, and no mask hides it from all.
 
     Other keys are not read. Their weight is 0, but padding may hold NaN, and 0 · NaN is NaN.
     """
