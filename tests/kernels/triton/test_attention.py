@@ -9,7 +9,7 @@ import torch
 from fused import ALPHAS, compare, expected, tensors
 from padding import assert_padding_is_ignored
 
-from sparse_attn import entmax_attention, versions
+from sparse_attn import entmax_attention
 from sparse_attn.kernels.functions.fused import fused_attention
 from sparse_attn.kernels.triton.attention import decode, forward, plan
 from sparse_attn.kernels.triton.attention.dropout import multipliers
@@ -79,7 +79,7 @@ def test_the_gradient_of_alpha_is_exact_where_the_output_is_rounded(length, devi
     alpha = torch.tensor(alphas, device=device, requires_grad=True)
     query, key, value = (torch.randn(1, len(alphas), n, 16, device=device).half() for n in (67, 131, 131))
     output = fused_attention(query, key, value, alpha, scale=0.3)
-    upstream = torch.randn_like(output)
+    upstream = torch.randn(output.shape, device=device).half()  # `randn_like` of float16 depends on torch's version
     (got,) = torch.autograd.grad(output, alpha, upstream)
     wide = alpha.detach().double().requires_grad_()
     (wanted,) = torch.autograd.grad(
@@ -87,7 +87,10 @@ def test_the_gradient_of_alpha_is_exact_where_the_output_is_rounded(length, devi
     )
     # Each head has its own bound. The derivatives of its rows differ in sign, so the unit is at least 1.
     size = torch.stack([x.abs().max() for x in wanted.split(1)]).clamp(min=1.0)
-    assert ((got - wanted).abs() / size).max() <= (1e-3 if versions.triton_before(3, 7) else 2e-5)
+    # For α above 2 the weights rise infinitely steeply at the edge of the support: rounding the scores to float32
+    # changes this gradient by up to 2e-4, depending on the data.
+    bound = torch.tensor([2e-5 if alpha <= 2 else 5e-4 for alpha in alphas], device=device)
+    assert ((got - wanted).abs() <= bound * size).all(), (got - wanted).abs() / size
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0])

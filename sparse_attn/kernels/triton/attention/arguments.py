@@ -32,26 +32,37 @@ class Operand(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """A mask that broadcasts to the scores, or its gradient; a stride is 0 where the mask has size 1."""
+    """A mask that broadcasts to the scores, or its gradient; a stride is 0 where the mask has size 1.
 
-    start: Any
-    n: int
-    h: int
-    query: int | None  # None: all queries share one row, which a kernel loads once for all of them
-    key: int
+    Without a mask all fields are None. Kernels ask whether ``start`` is None: Triton 3.6 cannot compare a tuple with
+    None if one of its fields is known at compile time, as None and 1 are.
+    """
+
+    start: Any = None
+    n: int | None = None
+    h: int | None = None
+    query: int | None = None  # None: all queries share one row, which a kernel loads once for all of them
+    key: int | None = None
 
     @staticmethod
-    def of(x: Tensor, *, shared: bool = True) -> Mask:
+    def of(x: Tensor | None, *, shared: bool = True) -> Mask:
         """The mask of a tensor; without ``shared`` the stride of its queries is 0 instead of None."""
+        if x is None:
+            return Mask()
         n, h, query, key = (0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
         return Mask(x, n, h, (query or None) if shared else query, key)
 
 
 class PerHead(NamedTuple):
-    """One number per head, and its stride."""
+    """One number per head, and its stride; both are None if there is none."""
 
-    start: Any
-    h: int
+    start: Any = None
+    h: int | None = None
+
+    @staticmethod
+    def of(x: Tensor | None) -> PerHead:
+        """The numbers of a tensor (H,)."""
+        return PerHead() if x is None else PerHead(x, x.stride(0))
 
 
 class Inputs(NamedTuple):
@@ -60,8 +71,8 @@ class Inputs(NamedTuple):
     query: Operand
     key: Operand
     value: Operand
-    alpha: PerHead | None  # None: ``a`` holds for all heads
-    mask: Mask | None
+    alpha: PerHead  # without it, ``a`` is that of all heads
+    mask: Mask
     key_lengths: Tensor | None
     seed: Tensor | None  # of the dropout; None: no dropout
     a: float  # α - 1
@@ -116,8 +127,8 @@ def arguments_of(
         query=Operand.of(query),
         key=Operand.of(key),
         value=Operand.of(value),
-        alpha=None if alpha is None else PerHead(alpha, alpha.stride(0)),
-        mask=None if mask is None else Mask.of(mask),
+        alpha=PerHead.of(alpha),
+        mask=Mask.of(mask),
         key_lengths=key_lengths,
         seed=seed,
         a=setting.a,

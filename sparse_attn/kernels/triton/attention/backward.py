@@ -79,9 +79,9 @@ def backward(
     gradients = Gradients(
         grad_query,
         grad_alpha if with_alpha else None,
-        Mask.of(grad_mask, shared=False) if with_mask and mask is not None else None,
+        Mask.of(grad_mask if with_mask and mask is not None else None, shared=False),
     )
-    one_row, one_column = (gradients.mask is not None and grad_mask.shape[dim] == 1 for dim in (2, 3))
+    one_row, one_column = (gradients.mask.start is not None and grad_mask.shape[dim] == 1 for dim in (2, 3))
     kept = Kept(grad, delta, statistics, *_lists(flags))
     compiled_queries = (*compiled, one_row, one_column)
     launch(

@@ -76,7 +76,7 @@ def _keys_sweep(
         placed = load_rows(kept.statistics, row, inside, lengths.rows, MODE)
         p, u, _ = weights(z, placed, a, inputs.scale, MODE, FINE, EXACT, True)
         dp = dot(do, v.T, UPCAST, PRECISION)
-        if inputs.mask is not None:
+        if inputs.mask.start is not None:
             dp = tl.where(z == float("-inf"), 0.0, dp)  # a hidden value may be NaN
         if inputs.seed is not None:
             factor = dropout(inputs, head, i, first, queries, BLOCK_N)
@@ -136,7 +136,7 @@ def _keys_of_member(
     listed = kept.lists + line * tiles_m
     count = tl.load(kept.counts + line)
     begin, stop = count * 0, count * 0
-    if inputs.mask is None and not EXACT:
+    if inputs.mask.start is None and not EXACT:
         # The tiles from `begin` to `stop` see all of these keys. The others are the first under a causal mask, and the
         # last if it has fewer queries than the others.
         seen = queries * 0

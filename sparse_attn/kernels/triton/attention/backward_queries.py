@@ -50,11 +50,11 @@ from sparse_attn.kernels.triton.pairs import (
 
 
 class Gradients(NamedTuple):
-    """Tensors that the pass over the queries writes; None if no gradient is wanted."""
+    """Tensors that the pass over the queries writes; those of α and of a mask are None if they are not wanted."""
 
     query: Tensor
     alpha: Tensor | None
-    mask: Mask | None
+    mask: Mask
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def _queries_sweep(
                     sums[5],
                     sums[6],
                 )
-        if gradients.mask is not None:
+        if gradients.mask.start is not None:
             place = of_mask(gradients.mask, n, h)
             if ONE_COLUMN:
                 column += tl.sum(ds, 1)
@@ -218,7 +218,7 @@ def _backward_rows(
     column = tl.zeros([BLOCK_M], tl.float32)
     count = tl.load(kept.counts + line)
     split = count * 0
-    if inputs.mask is None and not EXACT:
+    if inputs.mask.start is None and not EXACT:
         # The list is in order, so the tiles that some query does not see as a whole are at its end.
         whole = whole_tiles(inputs, lengths, limit, tile_m * BLOCK_M, BLOCK_N, CAUSAL, EXACT)
         split = count
@@ -261,7 +261,7 @@ def _backward_rows(
             da = alpha_gradient_of_sums(slope, sums[1], sums[2], sums[3], sums[4], each)
         seen = placed[0] == placed[0]
         tl.store(gradients.alpha + row, tl.where(seen, da, float("nan")), mask=inside)
-    if gradients.mask is not None and ONE_COLUMN:
+    if gradients.mask.start is not None and ONE_COLUMN:
         place = of_mask(gradients.mask, n, h) + i.to(tl.int64) * gradients.mask.query
         tl.atomic_add(place, column, mask=inside)
 

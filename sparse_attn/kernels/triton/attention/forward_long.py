@@ -244,7 +244,7 @@ def _forward_rows(
         *(q, k_start, listed, whole, count, lanes, largest, i, end, limit, inputs, n, h),
         *(UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, True),
     )
-    if inputs.mask is None and not EXACT:
+    if inputs.mask.start is None and not EXACT:
         lanes, largest = _largest_sweep(
             *(q, k_start, listed, 0, whole, lanes, largest, i, end, limit, inputs, n, h),
             *(UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, False),
@@ -280,7 +280,7 @@ def _forward_rows(
             totals = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             slopes = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         kept = 0
-        if inputs.mask is None and not EXACT:
+        if inputs.mask.start is None and not EXACT:
             totals, slopes, kept = _newton_sweep(
                 *(q, k_start, listed, 0, whole, kept, row, totals, slopes, a, i, end, limit, inputs, n, h),
                 *(MODE, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, FINE, EXACT, False),
@@ -311,7 +311,7 @@ def _forward_rows(
     flags = None
     if results.flags is not None:
         flags = results.flags + line
-    if inputs.mask is None and not EXACT:
+    if inputs.mask.start is None and not EXACT:
         acc, acc2, total, slope = _output_sweep(
             *(q, k_start, v_start, flags, listed, 0, whole, row, acc, acc2, total, slope, a),
             *(i, end, limit, inputs, lengths, head, n, h),

@@ -54,7 +54,7 @@ def of_mask(mask, n, h):
 @triton.jit
 def head_a(inputs, h):
     """``a = α - 1`` of a head, subtracted in float64 and never exactly 0."""
-    if inputs.alpha is None:
+    if inputs.alpha.start is None:
         a = inputs.a + tl.zeros([1], tl.float32)
     else:
         alpha = tl.load(inputs.alpha.start + h * inputs.alpha.h + tl.arange(0, 1))
@@ -80,10 +80,9 @@ def keys_seen(inputs, n, h, j, limit):
     Other keys are not read. Their weight is 0, but padding may hold NaN, and 0 · NaN is NaN.
     """
     seen = j < limit
-    if inputs.mask is not None:  # noqa: SIM102, Triton has no fields of None
-        if inputs.mask.query is None:
-            mask = tl.load(of_mask(inputs.mask, n, h) + j.to(tl.int64) * inputs.mask.key, mask=seen, other=0)
-            seen = seen & _shown(mask, inputs.lowest)
+    if inputs.mask.start is not None and inputs.mask.query is None:
+        mask = tl.load(of_mask(inputs.mask, n, h) + j.to(tl.int64) * inputs.mask.key, mask=seen, other=0)
+        seen = seen & _shown(mask, inputs.lowest)
     return seen
 
 
@@ -119,7 +118,7 @@ def hide(product, i, j, end, inputs, n, h):
     all.
     """
     seen = j < end
-    if inputs.mask is not None:
+    if inputs.mask.start is not None:
         place = of_mask(inputs.mask, n, h) + j.to(tl.int64) * inputs.mask.key
         if inputs.mask.query is None:
             mask = tl.load(place, mask=j < inputs.keys, other=0)
@@ -167,7 +166,7 @@ def whole_tiles(inputs, lengths, limit, first, BLOCK_N: tl.constexpr, CAUSAL: tl
 
     0 under a mask and with ``EXACT``: separate loops for these tiles would gain little there and take long to compile.
     """
-    if inputs.mask is not None or EXACT:
+    if inputs.mask.start is not None or EXACT:
         return limit * 0
     else:
         if CAUSAL:
