@@ -60,7 +60,8 @@ def _keys_sweep(
     """Add the gradients of a tile of keys and values from listed tiles of queries, except ``skip`` in the middle."""
     queries = lengths.queries
     j = first + tl.arange(0, BLOCK_N)
-    for t in range(begin, stop - skip):
+    for position in range(0, stop - skip - begin):  # from 0: see `_newton_sweep`
+        t = begin + position
         tile = tl.load(listed + tl.where(t < skip_from, t, t + skip))
         i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = i < queries

@@ -102,8 +102,8 @@ def _queries_sweep(
     With ``PARTS`` each tile is computed in so many parts, to need fewer registers.
     """
     SIZE: tl.constexpr = BLOCK_N // PARTS
-    for t in range(begin * PARTS, stop * PARTS):
-        first = tl.load(listed + t // PARTS) * BLOCK_N + t % PARTS * SIZE
+    for t in range(0, (stop - begin) * PARTS):  # from 0: see `_newton_sweep`
+        first = tl.load(listed + begin + t // PARTS) * BLOCK_N + t % PARTS * SIZE
         j = first + tl.arange(0, SIZE)
         inside = j < limit
         if EDGE:

@@ -120,8 +120,8 @@ def _newton_sweep(
 
     The accumulators (M, N) are summed after the sweep; with ``EXACT`` they are sums (M,), as pairs.
     """
-    for t in range(begin, stop):
-        tile = tl.load(listed + t)
+    for t in range(0, stop - begin):  # Triton 3.4 does not compile a `for` loop that starts at the result of a `while`
+        tile = tl.load(listed + begin + t)
         first = tile * BLOCK_N
         inside = first + tl.arange(0, BLOCK_N) < limit
         _, z = products(q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, EDGE)
@@ -178,8 +178,8 @@ def _output_sweep(
 ):
     """Add the outputs of listed tiles, and mark those that have weight. For ``PARTS`` see ``_queries_sweep``."""
     SIZE: tl.constexpr = BLOCK_N // PARTS
-    for t in range(begin * PARTS, stop * PARTS):
-        tile = tl.load(listed + t // PARTS)
+    for t in range(0, (stop - begin) * PARTS):  # from 0: see `_newton_sweep`
+        tile = tl.load(listed + begin + t // PARTS)
         first = tile * BLOCK_N + t % PARTS * SIZE
         j = first + tl.arange(0, SIZE)
         inside = j < limit
