@@ -20,6 +20,7 @@ from sparse_attn.kernels.triton import interpreted
 INTERPRETED = tl.constexpr(interpreted())  # the interpreter has no inline assembly, and rounds twice in `tl.fma`
 
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E, LOG2E_REST = tl.constexpr(1.4426950216293335), tl.constexpr(1.925963e-08)  # log2 e, as a pair
 
 
 @triton.jit

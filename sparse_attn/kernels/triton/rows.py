@@ -17,17 +17,24 @@ from torch import Tensor
 
 from sparse_attn.kernels.triton.family import (
     GENERAL,
+    LOOSE,
     MODES,
+    NEARLY,
+    SOFTMAX,
+    all_gentle,
     along,
     alpha_gradient,
     away_from_zero,
     bound_from_lanes,
     deviation_of_y,
+    fast_weights,
     log2,
     log2_of_scores,
+    open_after,
     place_rows,
     power,
     reference_of,
+    softmax_weights,
     solve_on_chip,
     start_of,
     step,
@@ -35,7 +42,7 @@ from sparse_attn.kernels.triton.family import (
     weigh,
 )
 from sparse_attn.kernels.triton.launch import launch
-from sparse_attn.kernels.triton.pairs import LN2, fast_exp2, inverse, zero
+from sparse_attn.kernels.triton.pairs import LN2, difference, fast_exp2, inverse, zero
 
 _ON_CHIP = 2**14
 _CHUNK = 2**13
@@ -107,7 +114,7 @@ def entmax_backward(
     x, g = p.reshape(-1, size), grad.reshape(-1, size)
     per_row, number, mode = _parameter(a, p)
     arguments = (x, g, per_row, result, grad_a, number, len(x), size, *x.stride(), *g.stride())
-    mode = GENERAL if with_alpha else mode
+    mode = GENERAL if with_alpha or mode == SOFTMAX else mode
     if size <= (_ON_CHIP // 2 if with_alpha else _ON_CHIP):  # a program holds several tensors
         tile = Tile.of(size)
         warps = min(2 * tile.warps, 16)
@@ -120,7 +127,7 @@ def entmax_backward(
 def _parameter(a: float | Tensor, x: Tensor) -> tuple[Tensor | None, float, int]:
     """``a`` per row, or as a number, and the mode of the kernels."""
     if not isinstance(a, Tensor):
-        return None, a, MODES.get(a, GENERAL)
+        return None, a, SOFTMAX if a == 0.0 else MODES.get(a, GENERAL)
     return a.expand(*x.shape[:-1], 1).reshape(-1).contiguous(), 0.0, GENERAL
 
 
@@ -149,29 +156,55 @@ def _largest(z):
 
 @triton.jit
 def _count_rows(condition):
-    """How many entries of each row fulfil a condition."""
-    return tl.sum(tl.sum(condition.to(tl.int32), 0), 1)
+    """How many entries of each row (R, B) or (C, R, B) fulfil a condition."""
+    return sum_of_row(condition.to(tl.int32))
+
+
+@triton.jit
+def _order(z):
+    """Unsigned integers in the order of scores."""
+    bits = tl.where(z == 0.0, 0.0, z).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0, so that both have the same bits
+    return tl.where(bits < 0, ~bits, bits | -(2**31)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _largest_bound(order, k, bound, bit):
+    """A bound that at least ``k`` entries of each row reach, and ``k`` where exactly ``k`` do, or more.
+
+    The largest bound is found bit by bit, from ``bit`` on; ``bound`` has the bits before. Where a bound is found that
+    exactly ``k`` entries reach, the search ends before the last bit.
+    """
+    found = tl.zeros([order.shape[-2]], tl.int32) + (k + 1)
+    n = 0
+    go = True
+    while go:
+        tried = bound | (bit >> n)
+        count = _count_rows(order >= along(tried, order))
+        fits = (count >= k) & (found != k)
+        bound, found = tl.where(fits, tried, bound), tl.where(fits, count, found)
+        n += 1
+        go = (n < 32) & (tl.max(((found != k) & ((bit >> n) > 0)).to(tl.int32), 0) > 0)
+    return bound, found
 
 
 @triton.jit
 def _only_largest(z, k):
     """The ``k`` largest scores of each row (ties go to the lowest index); the others become ``-inf``."""
-    bits = tl.where(z == 0.0, 0.0, z).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0, so that both have the same bits
-    order = tl.where(bits < 0, ~bits, bits | -(2**31)).to(tl.uint32, bitcast=True)  # same order as scores
-    bound = tl.zeros([z.shape[1]], tl.uint32)  # the k-th largest, bit by bit, until k scores are not below the bound
+    order = _order(z)
+    bound = tl.zeros([z.shape[1]], tl.uint32)
     bit = tl.full([z.shape[1]], 0x80000000, tl.uint32)
-    found = tl.zeros([z.shape[1]], tl.int32) + z.shape[0] * z.shape[2]
-    n = 0
-    go = True
-    while go:
-        tried = bound + (bit >> n)
-        count = _count_rows(order >= along(tried, z))
-        fits = (count >= k) & (found != k)
-        bound, found = tl.where(fits, tried, bound), tl.where(fits, count, found)
-        n += 1
-        go = (n < 32) & (tl.max((found != k).to(tl.int32), 0) > 0)
+    if z.shape[2] >= 64:
+        # The k-th largest maximum of a lane is a lower bound. The bits in which it equals the largest score are known.
+        lanes = tl.max(order, 0)
+        low, _ = _largest_bound(lanes, k, bound, bit)
+        differ = low ^ tl.max(lanes, 1)
+        # The conversion may round up to the next power of two, which is one bit too many.
+        exponent = (differ.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+        bit = tl.full([z.shape[1]], 1, tl.uint32) << tl.minimum(tl.maximum(exponent, 0), 31).to(tl.uint32)
+        bound = low - (low & (bit | (bit - 1)))  # the interpreter has no ~ of unsigned integers
+    bound, found = _largest_bound(order, k, bound, bit)
     kept = order >= along(bound, z)
-    if tl.max(found, 0) > k:  # some row has equal scores at its bound
+    if tl.max((found != k).to(tl.int32), 0) > 0:  # some row has equal scores at its bound
         tied = order == along(bound, z)
         room = k - _count_rows(order > along(bound, z))
         of_lane = tl.sum(tied.to(tl.int32), 2)
@@ -215,11 +248,15 @@ def _forward_on_chip(
         z = _only_largest(z, k)
     empty = top == float("-inf")
     x = z - along(tl.where(empty, 0.0, top), z)
-    by_a = inverse(a)
-    start = zero(a, True)
-    if LANES >= 64:
-        start = bound_from_lanes(tl.max(x, 0), size, a, by_a, empty, MODE)
-    p, total, _ = solve_on_chip(x, start, size, a, by_a, empty, _TOLERANCE, MODE)
+    if MODE == 3:
+        p = softmax_weights(x)
+        total = tl.where(empty, 1.0, sum_of_row(p))
+    else:
+        by_a = inverse(a)
+        start = zero(a, True)
+        if LANES >= 64:
+            start = bound_from_lanes(tl.max(x, 0), size, a, by_a, empty, MODE)
+        p, total = solve_on_chip(x, start, size, a, by_a, empty, _TOLERANCE, MODE)
     p = p * along(1.0 / total, p)
     tl.store(P + _places(row, entry, size, 1), p.to(P.dtype.element_ty), mask=inside)
 
@@ -248,28 +285,65 @@ def _forward_in_chunks(
     empty = top == float("-inf")
     shown = tl.where(empty, 0.0, top)[:, None]
     by_a = inverse(a)
-    low = bound_from_lanes(lanes - shown, size, a, by_a, empty, MODE)
-    high, error = start_of(low, size, a)
-    sigma = low
-    placed = place_rows(sigma, a, by_a, MODE)
+    sigma = zero(a, True)
+    placed = place_rows(sigma, a, by_a, MODE if MODE != 3 else 2)
     total = 0.0 * a
-    sweeps = 0
-    go = True
-    while go:
-        placed = place_rows(sigma, a, by_a, MODE)
+    if MODE == 3:
         totals = tl.zeros([1, CHUNK], tl.float32)
-        slopes = tl.zeros([1, CHUNK], tl.float32)
         for first in range(0, size, CHUNK):
-            p, u, _ = weigh(_chunk(start, first, entry, size, stride_entry, lowest) - shown, placed, MODE)
-            totals += p
-            slopes += u
-        total, slope = tl.where(empty, 1.0, tl.sum(totals, 1)), tl.sum(slopes, 1)
-        sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, _TOLERANCE, MODE)
-        sweeps += 1
-        go = (sweeps < 100) & (tl.max(still_open.to(tl.int32), 0) > 0)
+            totals += softmax_weights(_chunk(start, first, entry, size, stride_entry, lowest) - shown)
+        total = tl.where(empty, 1.0, tl.sum(totals, 1))
+    else:
+        low = bound_from_lanes(lanes - shown, size, a, by_a, empty, MODE)
+        high, error = start_of(low, size, a)
+        sigma = low
+        if MODE == 0:  # see `approach`
+            upper = high
+            lower = low
+            error_before = error
+            sweeps = 0
+            go = all_gentle(a)
+            while go:
+                totals = tl.zeros([1, CHUNK], tl.float32)
+                slopes = tl.zeros([1, CHUNK], tl.float32)
+                for first in range(0, size, CHUNK):
+                    x = _chunk(start, first, entry, size, stride_entry, lowest) - shown
+                    p, u = fast_weights(x, sigma, a)
+                    totals += p
+                    slopes += u
+                total, slope = tl.where(empty, 1.0, tl.sum(totals, 1)), tl.sum(slopes, 1)
+                sigma, lower, upper, error_before, still_open = step(
+                    sigma, lower, upper, error_before, total, slope, a, NEARLY, MODE
+                )
+                sweeps += 1
+                go = (sweeps < 100) & (tl.max((still_open & (error_before > LOOSE)).to(tl.int32), 0) > 0)
+        sweeps = 0
+        go = True
+        while go:
+            before = sigma
+            placed = place_rows(sigma, a, by_a, MODE)
+            totals = tl.zeros([1, CHUNK], tl.float32)
+            slopes = tl.zeros([1, CHUNK], tl.float32)
+            for first in range(0, size, CHUNK):
+                p, u, _ = weigh(_chunk(start, first, entry, size, stride_entry, lowest) - shown, placed, MODE)
+                totals += p
+                slopes += u
+            total, slope = tl.where(empty, 1.0, tl.sum(totals, 1)), tl.sum(slopes, 1)
+            sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, _TOLERANCE, MODE)
+            if MODE == 0:
+                still_open, nearly = open_after(error, still_open, total, a)
+                # The pass for the output computes the weights at the new σ.
+                placed = place_rows(sigma, a, by_a, MODE)
+                total = total - tl.where(nearly, difference(sigma, before), 0.0) * slope
+            sweeps += 1
+            go = (sweeps < 100) & (tl.max(still_open.to(tl.int32), 0) > 0)
     factor = (1.0 / total)[:, None]
     for first in range(0, size, CHUNK):
-        p, _, _ = weigh(_chunk(start, first, entry, size, stride_entry, lowest) - shown, placed, MODE)
+        x = _chunk(start, first, entry, size, stride_entry, lowest) - shown
+        if MODE == 3:
+            p = softmax_weights(x)
+        else:
+            p, _, _ = weigh(x, placed, MODE)
         tl.store(
             P + row[:, None] * size + first + entry, (p * factor).to(P.dtype.element_ty), mask=first + entry < size
         )
