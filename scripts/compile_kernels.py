@@ -115,7 +115,8 @@ def compile_rows(sizes: tuple[int, ...] = (61, 1024, 16384, 50257)) -> None:
             rows.launch = compile_instead(f"{size} α {name}")
             rows.entmax_forward(x, a, -1e38)
             rows.entmax_backward(x, a, x, with_alpha=name == "per row")
-        rows.launch = compile_instead(f"{size} top-k")
+        rows.launch = compile_instead(f"{size} softmax, top-k")
+        rows.entmax_forward(x, 0.0, -1e38)
         rows.entmax_forward(x, 0.0, -1e38, 3)
 
 

@@ -17,11 +17,11 @@ import sass
 import torch
 from torch import Tensor
 
-from sparse_attn.kernels.triton import rows
+from sparse_attn.kernels.triton import family, rows
 
 WIDTHS = (128, 1024, 8192, 32768)
 K = 32
-_CHUNK = 2**13
+_CHUNK, _TOLERANCE = 2**13, 2.4e-7
 _ENTRIES = 2**22  # of the tensors for which programs are counted
 
 
@@ -106,60 +106,116 @@ def executed(code: list[sass.Instruction], trips: Trips) -> tuple[float, float, 
     return total, wide, special
 
 
+class Sweeps(NamedTuple):
+    """How often a program runs the loops of Newton's method, for rows of `torch.randn`.
+
+    The first passes for any α use the hardware's logarithm; a program repeats a loop until all of its rows are done.
+    """
+
+    of_lanes: float  # for the largest scores of lanes
+    fast: float
+    exact: float
+
+
 def on_chip(kernel: str, mapping: str, width: int) -> Trips:
-    """The loops of a kernel that holds rows on the chip: over bits, over Newton's method for lanes and for rows."""
-    sweeps, of_lanes = newton_sweeps(mapping, width)
-    known = [*([bits_until_k(width)] if mapping == "top-32" else []), *([of_lanes] if width >= 512 else []), sweeps]
-    return lambda spans: known[len(known) - len(spans) :]  # the compiler may unroll the first; a backward has none
+    """The loops of a kernel that holds rows on the chip."""
+    starts = width >= 512  # from the largest scores of lanes
+    if "backward" in kernel:
+        known = []
+    elif mapping == "top-32":
+        known = [bits for bits in bits_until_k(width) if bits]
+    else:
+        sweeps = newton_sweeps(mapping, width)
+        if mapping in ("sparsemax", "1.5-entmax"):
+            known = [*([sweeps.of_lanes] if starts else []), sweeps.exact]
+        else:  # with the hardware's logarithm, without it
+            known = [*([sweeps.of_lanes, 0.0] if starts else []), sweeps.fast, sweeps.exact]
+    return lambda spans: known[len(known) - len(spans) :]  # the compiler may unroll the first
 
 
 def chunks(kernel: str, mapping: str, width: int) -> Trips:
     """The loops of a kernel that reads rows in chunks: one encloses another only in Newton's method."""
-    sweeps, of_lanes = newton_sweeps(mapping, width)
+    sweeps = newton_sweeps(mapping, width)
     number = float(math.ceil(width / _CHUNK))
+    both = mapping not in ("sparsemax", "1.5-entmax")
+    of_lanes = [sweeps.of_lanes, 0.0] if both else [sweeps.of_lanes]
+    of_rows = [sweeps.fast, sweeps.exact] if both else [sweeps.exact]
 
     def trips(spans: list[sass.Span]) -> list[float]:
+        enclosing = iter(of_rows)
         found = []
         for position, span in enumerate(spans):
             if any(span.contains(other) for other in spans):
-                found.append(sweeps)
+                found.append(next(enclosing))
+            elif "forward" in kernel and 0 < position <= len(of_lanes):
+                found.append(of_lanes[position - 1])
             else:
-                found.append(of_lanes if "forward" in kernel and position == 1 else number)
+                found.append(number)
         return found
 
     return trips
 
 
-def newton_sweeps(mapping: str, width: int) -> tuple[float, float]:
-    """How often Newton's method computes the weights of rows of `torch.randn`, and of the largest scores of lanes."""
-    a = {"sparsemax": 1.0, "1.5-entmax": 0.5, "top-32": 1e-6}.get(mapping, 0.3)
+def newton_sweeps(mapping: str, width: int) -> Sweeps:
+    """How often Newton's method computes the weights of rows."""
+    a = {"sparsemax": 1.0, "1.5-entmax": 0.5}.get(mapping, 0.3)
     x = torch.randn(64, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x -= x.amax(-1, keepdim=True)
-    start, of_lanes = torch.zeros(64, 1, dtype=torch.float64), 0.0
+    sigma, of_lanes, fast = torch.zeros(64, 1, dtype=torch.float64), 0.0, 0.0
+    lanes, rows_of_program = min(width // 8, _CHUNK), rows.Tile.of(width).rows
+    general = a == 0.3
     if width >= 512:
-        start, of_lanes = _newton(x.view(64, 8, -1).amax(1), start, a, 1e-2)
-    if mapping == "top-32":
-        x = x.topk(K).values
-    return _newton(x, start, a, 2.4e-7)[1], of_lanes
+        loose = family.LOOSE.value if general else 1e-2
+        sigma, of_lanes = _newton(x.view(64, -1, lanes).amax(1), sigma, a, loose, rows_of_program, general)
+    if general:
+        sigma, fast = _newton(x, sigma, a, family.LOOSE.value, rows_of_program, True)
+    exact = _newton(x, sigma, a, family.NEARLY.value if general else _TOLERANCE, rows_of_program, general)[1]
+    return Sweeps(of_lanes, fast, exact)
 
 
-def _newton(x: Tensor, sigma: Tensor, a: float, tolerance: float) -> tuple[Tensor, float]:
-    """σ, and the mean number of sweeps."""
+def _newton(
+    x: Tensor, sigma: Tensor, a: float, enough: float, rows_of_program: int, last_step: bool
+) -> tuple[Tensor, float]:
+    """σ, and the mean number of sweeps of a program, until the sums of its rows are within ``enough`` of 1.
+
+    With ``last_step`` a Newton step follows the last sweep.
+    """
     sweeps = torch.ones_like(sigma)
     while True:
         u = (1 + a * (x - sigma)).clamp(min=0).pow(1 / a - 1) if a != 1.0 else (1 + x - sigma > 0).double()
         p = u * (1 + a * (x - sigma)).clamp(min=0)
         total = p.sum(-1, keepdim=True)
-        still_open = (total - 1).abs() > tolerance
-        if not bool(still_open.any()):
-            return sigma, float(sweeps.mean())
+        error = (total - 1).abs()
+        still_open = error > enough
         step = -total * torch.expm1(-a * total.log()) / a / u.sum(-1, keepdim=True)
-        sigma = sigma + step * still_open
+        sigma = sigma + step * ((error > _TOLERANCE) if last_step else still_open)
+        if not bool(still_open.any()):
+            return sigma, float(sweeps.view(-1, rows_of_program).amax(1).mean())
         sweeps += still_open
 
 
-def bits_until_k(width: int) -> float:
-    """How many bits of the scores differ at the earliest between the k-th largest and the next, for `torch.randn`."""
+def bits_until_k(width: int) -> tuple[float, float]:
+    """How many bits of the scores are tried to find the k-th largest, for rows of `torch.randn`.
+
+    A search ends with the first bit in which the k-th largest differs from the next. The first number is for the
+    largest scores of lanes. Their result starts the search in a row after the bits that it shares with the largest.
+    """
     x = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
-    kth, following = x.topk(K + 1).values[:, -2:].view(torch.int32).unbind(1)  # both positive: ordered as integers
-    return float((32 - (kth ^ following).clamp(min=1).log2().floor()).mean())
+    tile = rows.Tile.of(width)
+
+    def search(x: Tensor) -> tuple[Tensor, Tensor]:
+        """The k-th largest of each row, up to the last bit that is tried, and the number of that bit."""
+        kth, following = x.topk(K + 1).values[:, -2:].view(torch.int32).unbind(1)  # positive: ordered as integers
+        last = (kth ^ following).clamp(min=1).log2().floor().int()
+        return kth >> last << last, last
+
+    def mean(bits: Tensor) -> float:
+        """The mean over programs of the most bits of their rows."""
+        return float(bits.view(-1, tile.rows).amax(1).float().mean())
+
+    last = search(x)[1]
+    if tile.lanes < 1024:
+        return 0.0, mean(32 - last)
+    low, last_of_lanes = search(x.view(64, -1, tile.lanes).amax(1))
+    first = (low ^ x.amax(1).view(torch.int32)).clamp(min=1).log2().floor().int()
+    return mean(32 - last_of_lanes), mean((first - last + 1).clamp(min=1))

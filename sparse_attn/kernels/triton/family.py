@@ -415,27 +415,27 @@ def solve_on_chip(x, start, size, a, by_a, empty, tolerance, MODE: tl.constexpr)
         sigma = approach(x, start, size, a, empty, all_gentle(a))
     low = start
     high, error = start_of(start, size, a)
-    before = sigma
     p = tl.zeros(x.shape, tl.float32)
-    u = p
-    total, slope = 0.0 * a, 0.0 * a
-    nearly = empty
+    total = 0.0 * a
+    if MODE == 0:
+        last_sigma, last_u, last_slope, nearly = sigma, p, total, empty
     sweeps = 0
     go = True
     while go:
-        before = sigma
         p, u, _ = weigh(x, place_rows(sigma, a, by_a, MODE), MODE)
         total, slope = sum_of_row(p), sum_of_row(u)
         total = tl.where(empty, 1.0, total)  # a row without scores is solved
+        if MODE == 0:
+            last_sigma, last_u, last_slope = sigma, u, slope
         sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, tolerance, MODE)
         if MODE == 0:
             still_open, nearly = open_after(error, still_open, total, a)
         sweeps += 1
         go = (sweeps < 100) & (tl.max(still_open.to(tl.int32), 0) > 0)
     if MODE == 0:
-        rise = tl.where(nearly, difference(sigma, before), 0.0)
-        p = tl.maximum(p - u * along(rise, p), 0.0, propagate_nan=tl.PropagateNan.ALL)
-        total = total - rise * slope
+        rise = tl.where(nearly, difference(sigma, last_sigma), 0.0)
+        p = tl.maximum(p - last_u * along(rise, p), 0.0, propagate_nan=tl.PropagateNan.ALL)
+        total = total - rise * last_slope
     return p, total
 
 

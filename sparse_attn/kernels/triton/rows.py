@@ -193,7 +193,7 @@ def _only_largest(z, k):
     order = _order(z)
     bound = tl.zeros([z.shape[1]], tl.uint32)
     bit = tl.full([z.shape[1]], 0x80000000, tl.uint32)
-    if z.shape[2] >= 64:
+    if z.shape[2] >= 1024:  # with fewer lanes this costs more than it saves
         # The k-th largest maximum of a lane is a lower bound. The bits in which it equals the largest score are known.
         lanes = tl.max(order, 0)
         low, _ = _largest_bound(lanes, k, bound, bit)
@@ -285,8 +285,6 @@ def _forward_in_chunks(
     empty = top == float("-inf")
     shown = tl.where(empty, 0.0, top)[:, None]
     by_a = inverse(a)
-    sigma = zero(a, True)
-    placed = place_rows(sigma, a, by_a, MODE if MODE != 3 else 2)
     total = 0.0 * a
     if MODE == 3:
         totals = tl.zeros([1, CHUNK], tl.float32)
@@ -297,6 +295,7 @@ def _forward_in_chunks(
         low = bound_from_lanes(lanes - shown, size, a, by_a, empty, MODE)
         high, error = start_of(low, size, a)
         sigma = low
+        placed = place_rows(sigma, a, by_a, MODE)
         if MODE == 0:  # see `approach`
             upper = high
             lower = low
