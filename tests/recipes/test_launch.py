@@ -178,7 +178,7 @@ def test_cli_keeps_the_program_of_the_command_line(monkeypatch, capsys):
     assert sys.argv == ["/bin/sparse-attn", "foo=1"]
 
 
-def test_ctrl_c_while_a_command_is_imported(monkeypatch, capsys):
+def test_ctrl_c_during_the_import_of_a_command_prints_one_line(monkeypatch, capsys):
     def import_module(name: str) -> None:
         raise KeyboardInterrupt
 
@@ -187,7 +187,7 @@ def test_ctrl_c_while_a_command_is_imported(monkeypatch, capsys):
     assert refused(capsys, cli.main, status=130) == "sparse-attn predict: stopped\n"
 
 
-def test_help_on_a_terminal_whose_encoding_lacks_alpha():
+def test_help_is_printed_on_a_terminal_whose_encoding_lacks_alpha():
     done = subprocess.run(
         [sys.executable, "-c", "from recipes.cli import main; main()", "-h"],
         cwd=ROOT,

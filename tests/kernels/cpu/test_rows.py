@@ -107,7 +107,7 @@ def test_small_probabilities_keep_their_digits(alpha, variant):
     for size in (7, 64, 515, 4099):
         x = torch.randn(5, size)
         p, expected = forward(x, a, variant=variant), exact(x, a)
-        # A rounding error of a score changes p = w^(1/a), w = 1 + a (z - σ), by 1 / w times as much, relative to p.
+        # A rounding error e of a score z changes p = w^(1/a), with w = 1 + a (z - σ), by a relative error of e / w.
         w, shown = expected.pow(a), expected > 1e-30
         roundings = x.abs().amax() / w + expected.clamp(min=1e-30).log().abs() + 1
         error = (p - expected).abs() / expected
