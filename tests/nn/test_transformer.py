@@ -300,6 +300,61 @@ def test_invalid_input_raises_an_error(kind: Any, name: str, norm_first: bool) -
             layer(wrong, **given)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_an_error_names_the_mask_that_the_user_gave(batch_first: bool) -> None:
+    options = {"batch_first": batch_first}
+    encoder, decoder = TransformerEncoderLayer(E, H, **options), TransformerDecoderLayer(E, H, **options)
+    x, memory = torch.randn(N, L, E), torch.randn(N, S, E)
+    if not batch_first:
+        x, memory = x.transpose(0, 1), memory.transpose(0, 1)
+    bad = torch.zeros(3, 3, dtype=torch.bool)
+    for layer, inputs, names in (
+        (encoder, (x,), {"src": L}),
+        (decoder, (x, memory), {"tgt": L, "memory": S}),
+        (encoder, (torch.randn(L, E),), {"src": L}),
+        (decoder, (torch.randn(L, E), torch.randn(S, E)), {"tgt": L, "memory": S}),
+    ):
+        batch, padding_form = (N, rf"\(N, S\) = \({N}, ") if inputs[0].dim() == 3 else (1, r"\(S,\) = \(")
+        for name, keys in names.items():
+            message = rf"^{name}_mask must have shape \(L, S\) = \({L}, {keys}\) or .* = \({batch * H}, {L}, {keys}\), "
+            with pytest.raises(ValueError, match=message + r"got \(3, 3\)$"):
+                layer(*inputs, **{f"{name}_mask": bad})
+            message = rf"^{name}_key_padding_mask must have shape {padding_form}{keys},?\), got \(3, 3\)$"
+            with pytest.raises(ValueError, match=message):
+                layer(*inputs, **{f"{name}_key_padding_mask": bad})
+            for mask in (f"{name}_mask", f"{name}_key_padding_mask"):
+                with pytest.raises(TypeError, match=f"^{mask} must be boolean or floating, got torch.int64$"):
+                    layer(*inputs, **{mask: bad.long()})
+
+
+def test_errors_of_masks_count_the_positions_in_a_cache() -> None:
+    encoder, decoder = TransformerEncoderLayer(E, H), TransformerDecoderLayer(E, H)
+    x, memory = torch.randn(N, L, E), torch.randn(N, S, E)
+    bad = torch.zeros(3, 3, dtype=torch.bool)
+    cache, decoder_cache = KVCache(), DecoderCache()
+    encoder(x, cache=cache)
+    decoder(x, memory, cache=decoder_cache)
+    with pytest.raises(ValueError, match=rf"^src_mask must have shape \(L, S\) = \(1, {L + 1}\) or "):
+        encoder(x[:, :1], bad, cache=cache)
+    with pytest.raises(ValueError, match=rf"^tgt_mask must have shape \(L, S\) = \(1, {L + 1}\) or "):
+        decoder(x[:, :1], memory, bad, cache=decoder_cache)
+    with pytest.raises(ValueError, match=rf"^memory_mask must have shape \(L, S\) = \(1, {S}\) or "):
+        decoder(x[:, :1], memory[:, :1], memory_mask=bad, cache=decoder_cache)
+    with pytest.raises(ValueError, match=r"^memory_is_causal must be False with a cache: "):
+        decoder(x[:, :1], memory, memory_is_causal=True, cache=decoder_cache)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_memory_of_another_batch_size_raises_an_error(batch_first: bool) -> None:
+    layer = TransformerDecoderLayer(E, H, batch_first=batch_first)
+    x, memory = torch.randn(N, L, E), torch.randn(N + 1, S, E)
+    if not batch_first:
+        x, memory = x.transpose(0, 1), memory.transpose(0, 1)
+    axis = 0 if batch_first else 1
+    with pytest.raises(ValueError, match=rf"^memory must have the batch size of tgt, {N}, in axis {axis}, got shape"):
+        layer(x, memory)
+
+
 def test_a_refused_step_does_not_change_the_caches() -> None:
     layer = TransformerDecoderLayer(E, H).double().eval()
     x, memory = torch.randn(N, 3, E, dtype=torch.double), torch.randn(N, 5, E, dtype=torch.double)
