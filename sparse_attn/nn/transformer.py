@@ -23,7 +23,7 @@ NormKind = Literal["layer", "rms"]
 
 
 class _Layer(nn.Module):
-    """A residual branch of attention or feed-forward, normalised before (pre-norm) or after it (post-norm)."""
+    """Base class of the layers: the feed-forward block, and residual branches with a norm before or after each."""
 
     def __init__(
         self,
@@ -302,7 +302,7 @@ class TransformerDecoderLayer(_Layer):
             tgt_key_padding_mask: (N, T): True = ignore this key.
             memory_key_padding_mask: (N, S): True = ignore this key.
             tgt_is_causal: Without ``tgt_mask``, position ``i`` sees positions up to ``i``.
-            memory_is_causal: Without ``memory_mask``, position ``i`` sees the memory up to ``i``.
+            memory_is_causal: Without ``memory_mask``, position ``i`` sees the memory up to ``i``. Not with a cache.
             cache: Past keys and values, extended in place.
             rotary: For the self-attention, as in :meth:`SparseMultiheadAttention.forward`.
             position_bias: For the self-attention, as in :meth:`SparseMultiheadAttention.forward`.
