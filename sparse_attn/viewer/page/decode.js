@@ -21,7 +21,7 @@ async function inflate(text) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-// Reads whole numbers: one byte each; after 255 the next byte is added to the number.
+// Reads whole numbers of one byte each; if the byte is 255, the next byte is added to the number.
 function wholeNumbers(bytes, begin, end) {
   const numbers = [];
   let number = 0;
