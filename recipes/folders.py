@@ -51,7 +51,7 @@ def claimed(folder: Path, *, fixed: bool = True) -> Iterator[Path]:
             used: one that is not locked and has no file.
 
     Yields:
-        The folder. It is removed at the end if nothing was written into it.
+        The folder, which is removed at the end if nothing was written into it.
 
     Raises:
         Busy: If another process has locked the folder, and ``fixed`` is true.

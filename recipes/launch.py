@@ -87,7 +87,7 @@ def run_hydra(
     Args:
         name: The command; ``configs/{name}.yaml`` is its configuration.
         task: The function that is called with the composed configuration.
-        arguments: The command line after the command; that of this process if not given.
+        arguments: The command line after the command; by default the command line of this process.
         config: Another YAML file to compose from, such as the one in a run folder.
 
     Raises:

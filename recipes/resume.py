@@ -21,8 +21,8 @@ _TRAINING_STATE = ("epoch", "global_step", "callbacks", "optimizer_states", "lr_
 def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """The command line to compose from, and the config file of the run that is continued.
 
-    Without ``resume=DIR`` nothing changes. With ``resume=DIR``, the run's own ``config.yaml`` replaces that of the
-    command, and the other arguments override the values with which the run was started.
+    Without ``resume=DIR`` nothing changes. With ``resume=DIR``, the run's own ``config.yaml`` replaces the
+    configuration of the command, and the other arguments override the values with which the run was started.
 
     Raises:
         FileNotFoundError: If ``DIR`` is not a run folder or has no last checkpoint.

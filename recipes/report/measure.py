@@ -104,7 +104,7 @@ def parts(lengths: Sequence[int], pairs: int = PAIRS_AT_ONCE) -> Iterator[slice]
 def observe_layers(model: nn.Module, source: Tensor, target: Tensor, take: Callable[[RecordedLayer], None]) -> None:
     """Run the model once with teacher forcing, and call ``take`` with the weights of each layer when they are computed.
 
-    Only real queries and keys are visible, never padding; in the decoder, only positions up to that of the query.
+    Only real queries and keys are visible, never padding; in the decoder, only keys up to the position of the query.
 
     Args:
         model: a `Seq2SeqTransformer`, in evaluation mode.

@@ -150,7 +150,7 @@ def _triton_computes(device: str) -> bool:
 
 @contextmanager
 def kernels_may_fail() -> Iterator[None]:
-    """If a Triton kernel in the block does not compile or start, warn, continue after the block, and use none again.
+    """If a Triton kernel in the block does not compile or start, warn, continue after the block, and use Triton no more.
 
     If the backend "triton" is forced, the error is raised.
     """

@@ -142,7 +142,7 @@ def attention_view(
         record: from ``record_attention(model, weights=True)``. The view shows the weights of each layer's last call,
             and α, density and entropy over all calls.
         tokens: the tokens that the model read, one string per position; for a batch, one such list per example, the
-            longest as long as the batch. None: position numbers are shown.
+            longest with the padded length of the batch. None: position numbers are shown.
         memory_tokens: the tokens of the keys of cross-attention, in the same form.
         title: title of the page.
         example: the example of the batch that is shown; with one list per example, the page contains all examples and

@@ -71,7 +71,7 @@ def make_sequences(
         train: Number of training sequences.
         val: Number of validation sequences.
         test: Number of test sequences of each length.
-        seed: Seed of the sequences. It is not the seed of the run: runs with different seeds use the same data.
+        seed: Seed of the sequences, not of the run: runs with different seeds use the same data.
 
     Raises:
         TypeError: If a number is not an integer.

@@ -152,7 +152,7 @@ function hasPieces(map) {
   return last(map.words.queries) < map.rows || last(map.words.keys) < map.columns;
 }
 
-// Attention between words: summed over the subwords of a key, averaged over those of a query.
+// Attention between words: summed over the subwords of a key, averaged over the subwords of a query.
 function mergeWords(map) {
   const members = (words) => {
     const groups = [];
