@@ -251,6 +251,44 @@ def test_invalid_input_raises_an_error(kind: Any, name: str, norm_first: bool) -
             layer(wrong, **given)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_an_error_names_the_mask_that_the_user_gave(batch_first: bool) -> None:
+    options = {"batch_first": batch_first}
+    encoder, decoder = TransformerEncoderLayer(E, H, **options), TransformerDecoderLayer(E, H, **options)
+    x, memory = torch.randn(N, L, E), torch.randn(N, S, E)
+    if not batch_first:
+        x, memory = x.transpose(0, 1), memory.transpose(0, 1)
+    bad = torch.zeros(3, 3, dtype=torch.bool)
+    for layer, inputs, names in (
+        (encoder, (x,), {"src": L}),
+        (decoder, (x, memory), {"tgt": L, "memory": S}),
+        (encoder, (torch.randn(L, E),), {"src": L}),
+        (decoder, (torch.randn(L, E), torch.randn(S, E)), {"tgt": L, "memory": S}),
+    ):
+        batch, padding_form = (N, rf"\(N, S\) = \({N}, ") if inputs[0].dim() == 3 else (1, r"\(S,\) = \(")
+        for name, keys in names.items():
+            message = rf"^{name}_mask must have shape \(L, S\) = \({L}, {keys}\) or .* = \({batch * H}, {L}, {keys}\), "
+            with pytest.raises(ValueError, match=message + r"got \(3, 3\)$"):
+                layer(*inputs, **{f"{name}_mask": bad})
+            message = rf"^{name}_key_padding_mask must have shape {padding_form}{keys},?\), got \(3, 3\)$"
+            with pytest.raises(ValueError, match=message):
+                layer(*inputs, **{f"{name}_key_padding_mask": bad})
+            for mask in (f"{name}_mask", f"{name}_key_padding_mask"):
+                with pytest.raises(TypeError, match=f"^{mask} must be boolean or floating, got torch.int64$"):
+                    layer(*inputs, **{mask: bad.long()})
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_memory_of_another_batch_size_raises_an_error(batch_first: bool) -> None:
+    layer = TransformerDecoderLayer(E, H, batch_first=batch_first)
+    x, memory = torch.randn(N, L, E), torch.randn(N + 1, S, E)
+    if not batch_first:
+        x, memory = x.transpose(0, 1), memory.transpose(0, 1)
+    axis = 0 if batch_first else 1
+    with pytest.raises(ValueError, match=rf"^memory must have the batch size of tgt, {N}, in axis {axis}, got shape"):
+        layer(x, memory)
+
+
 def test_attention_can_be_any_factory() -> None:
     made = []
 

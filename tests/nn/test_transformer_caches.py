@@ -54,6 +54,23 @@ def test_a_decoder_layer_by_steps_equals_the_full_pass(options: dict[str, Any]) 
     torch.testing.assert_close(again, full[[1, 1], 3:], rtol=1e-9, atol=1e-10)
 
 
+def test_errors_of_masks_count_the_positions_in_a_cache() -> None:
+    encoder, decoder = TransformerEncoderLayer(E, H), TransformerDecoderLayer(E, H)
+    x, memory = torch.randn(N, L, E), torch.randn(N, S, E)
+    bad = torch.zeros(3, 3, dtype=torch.bool)
+    cache, decoder_cache = KVCache(), DecoderCache()
+    encoder(x, cache=cache)
+    decoder(x, memory, cache=decoder_cache)
+    with pytest.raises(ValueError, match=rf"^src_mask must have shape \(L, S\) = \(1, {L + 1}\) or "):
+        encoder(x[:, :1], bad, cache=cache)
+    with pytest.raises(ValueError, match=rf"^tgt_mask must have shape \(L, S\) = \(1, {L + 1}\) or "):
+        decoder(x[:, :1], memory, bad, cache=decoder_cache)
+    with pytest.raises(ValueError, match=rf"^memory_mask must have shape \(L, S\) = \(1, {S}\) or "):
+        decoder(x[:, :1], memory[:, :1], memory_mask=bad, cache=decoder_cache)
+    with pytest.raises(ValueError, match=r"^memory_is_causal must be False with a cache: "):
+        decoder(x[:, :1], memory, memory_is_causal=True, cache=decoder_cache)
+
+
 def test_a_refused_step_does_not_change_the_caches() -> None:
     layer = TransformerDecoderLayer(E, H).double().eval()
     x, memory = torch.randn(N, 3, E, dtype=torch.double), torch.randn(N, 5, E, dtype=torch.double)
