@@ -4,7 +4,7 @@
 
 The probabilities ``p`` that attain the maximum are an input. Since ``p`` is optimal, the value does not depend on it to
 first order (the envelope theorem), so ``∂Ω*/∂z = p`` and ``∂Ω*/∂α = ∂H/∂α`` at fixed ``p``. Both are functions of
-``p``, which is part of the graph, so second derivatives follow from those of the mapping.
+``p``, which is part of the graph, so second derivatives follow from the derivatives of the mapping.
 
 Reference: Blondel, Martins & Niculae 2020 (JMLR), "Learning with Fenchel-Young Losses".
 """
@@ -49,7 +49,7 @@ def _conjugate(scores: Tensor, p: Tensor, a: float | Tensor, index: Tensor | Non
     of the other probabilities, since the difference ``1 - max p`` would lose the digits of a small ``q``.
     """
     top, largest = scores.amax(-1, keepdim=True), p.amax(-1, keepdim=True)
-    shift = top.detach()  # the caller sees a constant
+    shift = top.detach()  # no gradient: the largest score counts as 0 for the caller
     picked = () if index is None else (scores.gather(-1, index) - shift,)
     p, scores = _where_there_is_weight(p, scores)
     above_half = largest > 0.5
@@ -67,9 +67,8 @@ def _mean_score(p: Tensor, scores: Tensor, top: Tensor) -> Tensor:
     lowest = torch.finfo(p.dtype).min
     if needs_plain_operations():
         return (p * (scores - top).clamp(min=lowest)).sum(-1, keepdim=True)
-    return (
-        (scores - top).clamp_(min=lowest).mul_(p).sum(-1, keepdim=True)
-    )  # in place: allocating takes longer than arithmetic
+    # In place, since allocation takes longer than arithmetic.
+    return (scores - top).clamp_(min=lowest).mul_(p).sum(-1, keepdim=True)
 
 
 def _entropy_slope(p: Tensor, a: Tensor) -> Tensor:
@@ -88,8 +87,8 @@ def _entropy_slope(p: Tensor, a: Tensor) -> Tensor:
 
 def _entropy_slope_in_blocks(p: Tensor, a: Tensor) -> Tensor:
     """:func:`_entropy_slope`, a few rows at a time: it needs ten temporaries, each as large as its input."""
-    # No blocks with gradients, since autograd would save the temporaries of all blocks, or when compiling, since the
-    # compiler fuses the operations.
+    # Blocks are not used if gradients are needed, since autograd would save the temporaries of all blocks, or when
+    # compiling, since the compiler fuses the operations.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _entropy_slope(p, a)
     shape, size = p.shape[:-1], p.shape[-1]
@@ -100,7 +99,7 @@ def _entropy_slope_in_blocks(p: Tensor, a: Tensor) -> Tensor:
 
 
 def _where_there_is_weight(p: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """The arguments without columns in which ``p`` is 0 in every row: with a vocabulary, nearly all columns."""
+    """The arguments without the columns in which ``p`` is 0 in every row: in a vocabulary, these are nearly all."""
     # Reading values would break a trace, or make the host wait for a device.
     if p.device.type != "cpu" or not values_known(p):
         return p, *others
