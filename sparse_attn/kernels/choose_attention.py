@@ -131,13 +131,15 @@ def _is_native(call: Call) -> bool:
 
 
 def _can_block(call: Call) -> bool:
-    """Whether a call has many scores, no transform is active, and the mask needs no gradient of the scores' size."""
+    """Whether a call has many scores and no empty tensor, no transform is active, and the mask needs no gradient."""
     if not values_known(call.query) or torch.is_autocast_enabled(call.query.device.type):
         return False
     # Torch 2.6 gives no attribute of a `CausalBias`, which `described_causal` recognises.
     if call.mask is not None and described_causal(call.mask) is None and call.mask.requires_grad:
         return False
     if call.softcap is not None and call.sinks is not None:  # blocks would cap the sinks, too
+        return False
+    if not (call.query.numel() and call.key.numel() and call.value.numel()):
         return False
     return call.query.shape[-2] * call.key.shape[-2] >= _LARGE
 

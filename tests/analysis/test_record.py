@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_attn import KVCache, TopKMultiheadAttention, replace_attention
-from sparse_attn.analysis import density, entropy, record_attention
+from sparse_attn.analysis import AttentionRecord, density, entropy, record_attention
 
 N, L, S, E, H = 2, 5, 7, 12, 4
 
@@ -298,3 +298,11 @@ def test_calls_inside_a_transform_are_left_out() -> None:
             torch.func.vmap(lambda x: layer(x, x, x)[0])(x)
         layer(x[0], x[0], x[0])
     assert record[""].rows.tolist() == [3 * L] * H
+
+
+def test_a_call_without_keys_has_no_rows() -> None:
+    record = AttentionRecord()
+    record.add("cross", torch.zeros(2, 3, 5, 0))
+    assert record["cross"].rows.tolist() == [0, 0, 0]
+    record.add("cross", torch.full((2, 3, 5, 4), 0.25))
+    assert record["cross"].rows.tolist() == [10, 10, 10] and record["cross"].max_weight.tolist() == [0.25] * 3

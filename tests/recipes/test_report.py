@@ -15,7 +15,7 @@ from torch import Tensor
 
 from recipes.report import alpha_table, attention_density, html, measure_at, measure_heads, roles_table
 from recipes.report import measure as measurements
-from recipes.report.maps import attention_figure, choose_word, rollout_figure, word_maps
+from recipes.report.maps import AttentionMap, WordMaps, attention_figure, choose_word, rollout_figure, word_maps
 from recipes.report.measure import LayerHeads, top_k_per_layer
 from recipes.report.plots import alpha_course, drawn, heat_map
 from recipes.report.tables import percent
@@ -173,6 +173,8 @@ def test_a_compared_run_has_its_own_line() -> None:
     other = {name: torch.full((4,), 0.75) for name in layer_names(1)}
     shown = lines(alpha_table({}, density, compared={"dense": other}))
     assert [line.split() for line in shown if "dense" in line] == [["dense", *["75%"] * 4]] * 3
+    # Brackets in the name of a folder are not markup.
+    assert any("run[small]" in line for line in lines(alpha_table({}, density, compared={"run[small]": other})))
     with pytest.raises(ValueError, match="has 4 heads here and 0 in dense"):
         alpha_table({}, density, compared={"dense": dict(list(other.items())[:2])})
     with pytest.raises(ValueError, match="has 4 heads here and 2 in dense"):
@@ -263,6 +265,12 @@ def test_characters_missing_in_the_font_are_drawn_without_a_warning(tmp_path: Pa
         # 5 heads: a second row with one panel
         draw(attention_figure(sample, alpha_per_head(task.model), {}), tmp_path / "map.png")
         draw(rollout_figure(read_batch(task, [word])), tmp_path / "rollout.png")
+
+
+def test_dollars_in_tokens_are_not_mathematics() -> None:
+    tokens = ["$$", "$_$", "a"]
+    layer = AttentionMap("encoder.l", "encoder", torch.rand(2, 3, 3), torch.ones(3, 3).bool(), tokens, tokens)
+    drawn(attention_figure(WordMaps("$_$", "$$", [layer]), {}, {}))
 
 
 def test_the_word_to_draw_is_long_but_fits() -> None:

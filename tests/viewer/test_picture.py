@@ -81,3 +81,9 @@ def test_error_without_matplotlib_contains_the_pip_command(
 )
 def test_printable(text: str, shown: str) -> None:
     assert picture_module.printable(text) == shown
+
+
+def test_dollars_in_the_name_of_a_layer_are_not_mathematics(tmp_path: Path) -> None:
+    record = AttentionRecord(keep_weights=True)
+    record.add("a$x_$", torch.rand(1, 2, 3, 3).softmax(-1))
+    assert attention_view(record).save(tmp_path / "a.png", layer=0, head=0).stat().st_size > 0
