@@ -40,7 +40,7 @@ def head_worth(
     Args:
         model: a model with `nn.MultiheadAttention` layers of this library or of torch; "dense" and "sparse" need one of
             this library with a learnt α. Put it in `eval()`: the noise of dropout would hide the effect of one head.
-        evaluate: a function that returns the loss of the model; without a change, always the same value.
+        evaluate: a function that returns the loss of the model, always the same for an unchanged model.
         changes: the changes that are made to each head.
         progress: a function that is called after each evaluation.
 
@@ -50,8 +50,8 @@ def head_worth(
 
     Raises:
         TypeError: if `changes` is a string.
-        ValueError: if a change is unknown, there is no layer for any, or "off" meets an output projection whose weight
-            is not a plain parameter (an adapter, a parametrization, pruning).
+        ValueError: if a change is unknown, no change applies to any layer of the model, or the weight of an output
+            projection is not a parameter but computed (adapters, parametrizations, pruning) and "off" would have no effect.
 
     Example:
         >>> model = nn.TransformerEncoderLayer(8, 2, batch_first=True).eval()
@@ -71,7 +71,7 @@ def head_worth(
     if not any(found.values()):
         raise ValueError(
             "model must have nn.MultiheadAttention layers, and for 'dense' and 'sparse' some with a learnt α, "
-            f"got {type(model).__name__} without any for {', '.join(changes) or 'no change'}"
+            f"got {type(model).__name__} without such layers for {', '.join(changes) or 'no change'}"
         )
     for name, layer in found.get("off", {}).items():
         if not isinstance(layer.out_proj, nn.Linear) or not isinstance(layer.out_proj.weight, nn.Parameter):

@@ -1,4 +1,4 @@
-"""A parameter with all compiled variants of the C kernels, with which every test runs."""
+"""Tests with an argument ``variant`` run with every compiled variant of the C kernels."""
 
 from __future__ import annotations
 
