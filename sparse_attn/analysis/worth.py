@@ -51,7 +51,7 @@ def head_worth(
     Raises:
         TypeError: if `changes` is a string.
         ValueError: if a change is unknown, no change applies to any layer of the model, or the weight of an output
-            projection is not a parameter but computed (adapters, parametrizations, pruning) and "off" would have no effect.
+            projection is not a parameter (adapters, parametrizations, pruning), so that "off" would have no effect.
 
     Example:
         >>> model = nn.TransformerEncoderLayer(8, 2, batch_first=True).eval()
