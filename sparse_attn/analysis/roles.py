@@ -181,7 +181,7 @@ def monotonicity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
 
     dx, dy = deviation(query_positions.expand_as(centre)), deviation(centre)
     # Smaller changes of the mean position are rounding errors and count as no movement.
-    moves: Tensor = dy.abs().amax(dim=-1, keepdim=True) > 1e-4
+    moves: Tensor = (dy.abs() > 1e-4).any(dim=-1, keepdim=True)
     spread = (dx.norm(dim=-1, keepdim=True) * dy.norm(dim=-1, keepdim=True)).where(moves, 1.0)
     correlation: Tensor = ((dx * dy).sum(dim=-1, keepdim=True) / spread).where(moves, 0.0)
     return correlation.masked_fill(count < 2, torch.nan).to(weights.dtype)

@@ -143,3 +143,7 @@ def test_statistics_do_not_change_under_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             inside = statistic()
         torch.testing.assert_close(inside, statistic())
+
+
+def test_without_queries_there_is_no_movement() -> None:
+    assert monotonicity(torch.rand(N, H, 0, S)).isnan().tolist() == [[[True]] * H] * N

@@ -218,3 +218,10 @@ def test_the_weight_on_subwords_of_the_own_word_is_measured(encoder_record: Reco
     assert numbers["weight on own word"] == pytest.approx(expected.tolist(), rel=1e-4)
     numbers = read_page(attention_view(record, list("abcde")).html()).data["layers"][0]["numbers"]
     assert "weight on own word" not in numbers
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 0, 3), (1, 2, 3, 0)])
+def test_a_record_without_queries_or_keys_has_an_empty_map(read_page: Reader, shape: tuple[int, ...]) -> None:
+    record = AttentionRecord(keep_weights=True)
+    record.add("cross", torch.zeros(shape), torch.zeros(shape[-2:], dtype=torch.bool))
+    assert read_page(attention_view(record).html()).data["layers"][0]["maps"][0]["entries"] == 0
