@@ -30,7 +30,7 @@ _TEXTS = [
 ]
 # Keys among them that also take a list.
 _LISTED = ("run", "words")
-# Hydra reads the name of a config group as a choice among its files, in every command.
+# Keys with another name in the config: `model` is also a config group, and Hydra would look for one of its files.
 _OTHER_NAMES = {"inspect": {"model": "hf_model"}, "calibrate": {"model": "hf_model"}}
 _QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 _SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)")

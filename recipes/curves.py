@@ -12,7 +12,7 @@ from .folders import write_text
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
-    """The complete rows of a CSV file, none if there is no such file; a kill or a full disk may cut the last row."""
+    """The complete rows of a CSV file, none if there is no file. A kill or a full disk may have cut the last row."""
     if not file.exists():
         return []
     text = file.read_text(encoding="utf-8", errors="replace")

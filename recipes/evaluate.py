@@ -47,15 +47,15 @@ FROM_FILES = ("tsv", "parallel")
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
-    """Scores a checkpoint of a run, prints phone and word error rates and keeps them in the run folder.
+    """Scores a checkpoint of a run, prints the metrics of the data and writes them into the run folder.
 
     Args:
         cfg: ``configs/evaluate.yaml`` as composed by Hydra.
 
     Returns:
-        ``val/loss``, ``val/support``, ``val/per``, ``val/wer``, ``val/words`` and the same for ``test``, as far as
-        ``split`` includes them. An ensemble has no loss and no support. With ``decoding=exact`` also the values of
-        ``SearchSpace.summary``.
+        ``val/loss``, ``val/support``, ``val/per``, ``val/wer``, ``val/words`` and the same for ``test``, if ``split``
+        includes them. An ensemble has no loss and no support. With ``decoding=exact``, the values of
+        ``SearchSpace.summary`` are added.
 
     Raises:
         FileNotFoundError: If a run, its checkpoint or a data file is missing.
@@ -134,8 +134,8 @@ def given_data(cfg: DictConfig) -> dict[str, Any]:
 def data_section(run: Run, given: dict[str, Any], splits: tuple[str, ...]) -> dict[str, Any]:
     """The data section to evaluate with: that of the run, with the given keys replaced.
 
-    A given file is read completely unless a limit is given too, for any training data. Only files of requested splits
-    must exist.
+    A given file is read completely unless a limit is given too; the limit of the training does not apply. Only files
+    of requested splits must exist.
 
     Args:
         run: The run.

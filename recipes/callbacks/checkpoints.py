@@ -74,7 +74,7 @@ class BestAndLast(Checkpoint):
             with replacing(self.folder / name) as unfinished:
                 trainer.save_checkpoint(unfinished, weights_only)
         else:
-            trainer.save_checkpoint(self.folder / name, weights_only)  # takes part in it; the first process writes
+            trainer.save_checkpoint(self.folder / name, weights_only)  # every process must call; the first one writes
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far, and how long the training took over all its sessions."""

@@ -13,7 +13,7 @@ __all__ = ["attention_rollout"]
 def attention_rollout(weights: Sequence[Tensor], residual: float = 0.5) -> Tensor:
     """Product of the attention matrices of all layers, each mixed with the identity for the residual connection.
 
-    R_l = (r I + (1 - r) mean_h A_l) R_{l-1}, R_0 = I. Rows sum to one if those of the weights do. With exact zeros in
+    R_l = (r I + (1 - r) mean_h A_l) R_{l-1}, R_0 = I. Rows sum to one if the rows of A_l do. With exact zeros in
     the weights, an input without a path to a position has a share of exactly zero in that position.
 
     Args:

@@ -35,7 +35,7 @@ class Call(NamedTuple):
     """The arguments of an attention call; shapes and meanings as in :func:`sparse_attn.entmax_attention`."""
 
     query: Tensor
-    key: Tensor  # its number of heads is that of the query or a divisor of it
+    key: Tensor  # its number of heads divides that of the query
     value: Tensor
     alpha: float | Tensor  # a number, or a tensor () or (H,)
     k: int | None  # how many keys a query keeps; None: all

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from sparse_attn.viewer.view import AttentionView
 
-# A vector file with more squares opens slowly; beyond this number, pixels are drawn instead.
+# A vector file with many squares opens slowly: beyond this number of squares, pixels are drawn instead.
 MOST_SQUARES = 20_000
 MOST_PIXELS = 1024
 MOST_NAMED = 80
@@ -159,7 +159,7 @@ def _scale() -> Any:
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     colours = LinearSegmentedColormap.from_list("weights", _COLOURS)
-    # The colour is proportional to the square root of the weight, as in the page.
+    # The colour is proportional to the square root of the weight, as in the HTML page of the view.
     return ScalarMappable(PowerNorm(0.5, vmin=0.0, vmax=1.0), colours)
 
 
@@ -183,7 +183,7 @@ def printable(text: str) -> str:
 
 
 def printable_text(text: str) -> str:
-    """A text in which each word, between spaces, is :func:`printable`."""
+    """The text with :func:`printable` applied to each word; spaces stay."""
     return " ".join(printable(word) if word else "" for word in text.split(" "))
 
 

@@ -142,8 +142,8 @@ def attention_view(
     Args:
         record: from ``record_attention(model, weights=True)``. The view shows the weights of each layer's last call,
             and α, density and entropy over all calls.
-        tokens: the tokens that the model read, one string per position; for a batch, one such list per example, of
-            which the longest has the length of the batch. None: position numbers are shown.
+        tokens: the tokens that the model read, one string per position; for a batch, one such list per example, the
+            longest with the padded length of the batch. None: position numbers are shown.
         memory_tokens: the tokens of the keys of cross-attention, in the same form.
         title: title of the page.
         example: the example of the batch that is shown; with one list per example, the page contains all examples and
@@ -274,7 +274,7 @@ def _checked_courses(courses: Mapping[str, Iterable[tuple[int, str, int, float]]
 
 def _replace(path: Path, content: bytes) -> None:
     """Write a temporary file and rename it, so that no half-written file exists at ``path``."""
-    # `tempfile` makes files that only their owner can read; `open` gives the usual mode.
+    # `tempfile` makes files that only their owner can read; `open` gives a file the usual permissions.
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with draft.open("xb") as file:

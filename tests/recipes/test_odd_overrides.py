@@ -44,7 +44,7 @@ ROOT = Path(__file__).parents[2]
             "optimizer.warmup_steps=1000000000000",
             "optimizer.warmup_steps must be from 0 to 1,000,000 or null, got 1,000,000,000,000",
         ),
-        ("model.dropout=1.0", r"model.dropout must lie in \[0, 0.99\], since nothing is learnt beyond; got 1.0"),
+        ("model.dropout=1.0", r"model.dropout must lie in \[0, 0.99\], since nothing is learnt above; got 1.0"),
         ("loss.label_smoothing=0.999999", r"label_smoothing must lie in \[0, 0.9\], since .* got 0.999999"),
     ],
 )

@@ -192,7 +192,7 @@ def test_a_logger_without_its_package_is_refused_before_files_are_written(
         (["optimizer.learning_rate=0"], "learning_rate must be above 0, got 0"),
         (["optimizer.max_steps=0"], "max_steps must be at least 1 or null, got 0"),
         (["optimizer.weight_decay=-1"], "weight_decay must be at least 0, got -1"),
-        (["loss.label_smoothing=1"], r"label_smoothing must lie in \[0, 0.9\], since nothing is learnt beyond; got 1"),
+        (["loss.label_smoothing=1"], r"label_smoothing must lie in \[0, 0.9\], since nothing is learnt above; got 1"),
         (["trainer.max_epochs=many"], "trainer.max_epochs must be a whole number or null, got 'many'"),
         (["trainer.max_epochs=0"], "trainer.max_epochs must be above 0 or null, got 0"),
         (["+trainer.min_epoch=1"], "unknown key 'trainer.min_epoch', did you mean 'min_epochs'"),

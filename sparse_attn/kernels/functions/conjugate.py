@@ -4,7 +4,7 @@
 
 The probabilities ``p`` that attain the maximum are an input. Since ``p`` is optimal, the value does not depend on it to
 first order (the envelope theorem), so ``∂Ω*/∂z = p`` and ``∂Ω*/∂α = ∂H/∂α`` at fixed ``p``. Both are functions of
-``p``, which is part of the graph, so second derivatives follow from those of the mapping.
+``p``, which is part of the graph, so second derivatives follow from the derivatives of the mapping.
 
 Reference: Blondel, Martins & Niculae 2020 (JMLR), "Learning with Fenchel-Young Losses".
 """

@@ -1,4 +1,4 @@
-// Every head on the axis from softmax to sparsemax, and curves of α over training; two runs are shown side by side.
+// Shows every head on the axis from softmax to sparsemax, and curves of α over training, for one run or two.
 
 const HEAD_COLOURS = ["--c0", "--c1", "--c2", "--c3", "--c4", "--c5", "--c6"];
 const DASHES = ["", "6 3", "2 3"];

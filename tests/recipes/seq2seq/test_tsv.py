@@ -50,12 +50,12 @@ def test_line_separators_inside_a_text_do_not_end_the_line(write):
         (
             "a\tA\n\nb B\n",
             3,
-            "a line must be source<TAB>target, got 0 tabs in 'b B'; data.columns says which columns there are",
+            "a line must be source<TAB>target, got 0 tabs in 'b B'; data.columns lists the columns",
         ),
         (
             "a\tA\tB\n",
             1,
-            "a line must be source<TAB>target, got 2 tabs in 'a\\tA\\tB'; data.columns says which columns there are",
+            "a line must be source<TAB>target, got 2 tabs in 'a\\tA\\tB'; data.columns lists the columns",
         ),
         ("a\tA\n\tA\n", 2, "the source must not be empty, got '\\tA'"),
         ("a\tA\nb\t \n", 2, "the target must not be empty, got 'b\\t '"),
@@ -82,7 +82,7 @@ def test_a_line_with_another_number_of_columns_raises_an_error(write):
         read_examples(path, ["source", "target", "features"])
     assert str(error.value) == (
         f"{path}:2: a line must be source<TAB>target<TAB>features, got 1 tabs in 'sehen\\tsah'; "
-        "data.columns says which columns there are"
+        "data.columns lists the columns"
     )
 
 
@@ -125,7 +125,7 @@ def test_error_for_a_language_without_a_file_names_the_language(write, tmp_path)
     with pytest.raises(FileNotFoundError) as error:
         load_tsv(pattern, pattern, pattern, languages=["hun", "xyz"])
     assert str(error.value) == (
-        f"languages must have a file each, got 'xyz' without {tmp_path / 'xyz_train.tsv'}; files there are for: hun"
+        f"languages must have a file each, got 'xyz' without {tmp_path / 'xyz_train.tsv'}; there are files for: hun"
     )
 
 
