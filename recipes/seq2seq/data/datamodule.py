@@ -344,7 +344,7 @@ def _check_names(key: str, names: Any, fewest: int) -> None:
         raise ValueError(f"{key} must hold {wanted}, got [{', '.join(map(str, names))}]")
     for name in names:
         if not isinstance(name, str) or not name or any(character in name for character in "\t/{}"):
-            raise ValueError(f"{key} must hold names as they stand in file names, got {name!r}")
+            raise ValueError(f"{key} must hold names as they occur in file names, got {name!r}")
         if key == "languages" and name in ("pad", "bos", "eos", "unk"):
             raise ValueError(f"languages must not be one of pad, bos, eos, unk, got {name!r}")
 

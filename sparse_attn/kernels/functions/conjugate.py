@@ -67,9 +67,8 @@ def _mean_score(p: Tensor, scores: Tensor, top: Tensor) -> Tensor:
     lowest = torch.finfo(p.dtype).min
     if needs_plain_operations():
         return (p * (scores - top).clamp(min=lowest)).sum(-1, keepdim=True)
-    return (
-        (scores - top).clamp_(min=lowest).mul_(p).sum(-1, keepdim=True)
-    )  # in place: allocating takes longer than arithmetic
+    # In place, since allocation takes longer than arithmetic.
+    return (scores - top).clamp_(min=lowest).mul_(p).sum(-1, keepdim=True)
 
 
 def _entropy_slope(p: Tensor, a: Tensor) -> Tensor:

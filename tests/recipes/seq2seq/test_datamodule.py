@@ -343,7 +343,7 @@ def test_a_cache_does_not_change_the_data(files, tmp_path, monkeypatch):
         ({"languages": "all"}, "train must hold {language} in its path, which languages fills in, got 'x'"),
         ({"name": "parallel"}, "train must hold {side} in its path, which sides fills in, got 'x'"),
         ({"languages": []}, "languages must hold at least one language, and each once, got []"),
-        ({"languages": ["a/b"]}, "languages must hold names as they stand in file names, got 'a/b'"),
+        ({"languages": ["a/b"]}, "languages must hold names as they occur in file names, got 'a/b'"),
         ({"languages": ["unk"]}, "languages must not be one of pad, bos, eos, unk, got 'unk'"),
         ({"name": "parallel", "sides": ["en"]}, "sides must hold two different names, got [en]"),
         ({"feature_split": ""}, "feature_split must hold at least one character, got ''"),
