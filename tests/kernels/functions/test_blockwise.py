@@ -92,7 +92,7 @@ def test_derivatives_of_first_and_second_order(monkeypatch):
         assert torch.autograd.gradcheck(attend, (*qkv, alpha)) and torch.autograd.gradgradcheck(attend, (*qkv, alpha))
 
 
-def test_dropout_drops_its_share_and_scales_the_rest(monkeypatch):
+def test_dropout_changes_the_weights_and_keeps_their_mean(monkeypatch):
     monkeypatch.setattr(ops, "_LARGE", 1)
     query, key, _ = tensors(37, 200, torch.float64)
     ones = torch.ones(2, 3, 200, 1, dtype=torch.float64)
