@@ -83,7 +83,7 @@ def test_a_head_gets_the_role_that_exceeds_its_threshold_most() -> None:
 
 
 @pytest.mark.parametrize(("shares", "got"), [({}, "none"), ({"first": torch.ones(H)}, "first")])
-def test_shares_without_a_threshold_raise_an_error(shares: dict[str, torch.Tensor], got: str) -> None:
+def test_empty_shares_and_a_role_without_a_threshold_raise_an_error(shares: dict[str, torch.Tensor], got: str) -> None:
     with pytest.raises(ValueError, match=f"previous, self, next, monotone, diffuse, got {got}"):
         name_roles(shares)
 

@@ -1,4 +1,4 @@
-"""Skips tests of what an old torch cannot do; `docs/versions.md` lists these limits."""
+"""Skips tests that need a newer torch; `docs/versions.md` lists the limits of old versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of runs, for run folders written by hand with known numbers."""
+"""The table of runs, for run folders written by hand with known numbers; and the paired bootstrap."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_invalid_input_raises_an_error(sweep, tmp_path, capsys):
 @pytest.mark.parametrize(
     "program", [["-m", "recipes.compare"], ["-c", "from recipes.cli import main; main()", "compare"]]
 )
-def test_folders_are_given_without_a_key(sweep, tmp_path, program):
+def test_folders_can_be_given_without_a_key(sweep, tmp_path, program):
     done = subprocess.run(
         [sys.executable, *program, "sweep/0", "sweep/10", "metrics=[wer]"],
         cwd=tmp_path,

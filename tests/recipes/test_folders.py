@@ -37,7 +37,7 @@ def holder(tmp_path):
         process.communicate()
 
 
-def test_a_folder_locked_by_another_process_is_refused_until_it_is_killed(tmp_path, holder):
+def test_a_folder_locked_by_another_process_is_refused_until_that_process_is_killed(tmp_path, holder):
     process, folder = holder("fixed")
     with pytest.raises(Busy, match=r"another process uses .*run"), claimed(tmp_path / "run"):
         pass
@@ -58,7 +58,7 @@ def test_the_folder_of_a_finished_run_is_not_reused(tmp_path):
             (folder / "mine").touch()
 
 
-def test_a_locked_folder_without_files_is_removed(tmp_path):
+def test_a_folder_without_files_is_removed_when_its_lock_ends(tmp_path):
     with pytest.raises(ZeroDivisionError), claimed(tmp_path / "run"):
         raise ZeroDivisionError
     assert not (tmp_path / "run").exists()

@@ -88,7 +88,7 @@ def test_the_word_to_draw_can_be_chosen(run_folder: Path) -> None:
     assert "Attention for one word: acacia →" in page_of(run_folder)
 
 
-def test_only_the_validation_words_are_needed(run_folder: Path) -> None:
+def test_only_the_validation_words_and_the_checkpoint_are_needed(run_folder: Path) -> None:
     for split in ("train", "test"):
         (run_folder.parent / f"{split}.tsv").unlink()
     (run_folder / "alpha.csv").unlink()
@@ -207,7 +207,7 @@ def test_words_are_taken_literally(run_folder: Path) -> None:
     assert [entry["word"] for entry in numbers_of(run_folder)["words"]] == ["12"]
 
 
-def test_the_page_is_interactive(run_folder: Path) -> None:
+def test_the_page_contains_the_data_of_the_interactive_view(run_folder: Path) -> None:
     run_inspect(f"run={run_folder}", "words=[cab,bacca]")
     page = (run_folder / "report" / "report.html").read_text(encoding="ascii")
     data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
@@ -245,7 +245,7 @@ def test_alignments_are_the_pairs_to_which_heads_give_weight(run_folder: Path, t
 def test_the_effect_of_each_head_on_the_loss(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_inspect(f"run={run_folder}", "worth=true", "worth_words=3")
     out = capsys.readouterr().out
-    # 18 heads switched off, and 6 with a learnt α made dense and sparse.
+    # Once unchanged, 18 heads switched off, and 6 heads with a learnt α made dense and sparse: 1 + 18 + 2 · 6.
     assert "change of the loss for each head: 31 times 3 words, about" in out and "made dense" in out
     heads = numbers_of(run_folder)["heads"]
     assert all(isinstance(head["loss when switched off"], float) for head in heads)
