@@ -61,8 +61,8 @@ def test_compiled_attention_takes_new_lengths_and_drops_weights(device):
     *others, value = inputs[0], inputs[1], torch.ones_like(inputs[2]).requires_grad_()
     output = attend(*others, value, alpha, dropout_p=0.5)
     assert output.std() > 0.1
-    # With values of 1, output and gradient both sum the weights that dropout kept. The totals agree if the backward pass
-    # drops the same weights as the forward pass.
+    # With values of 1, output and gradient both sum the weights that dropout kept. The totals agree if the backward
+    # pass drops the same weights as the forward pass.
     (grad,) = torch.autograd.grad(output, value, torch.ones_like(output))
     torch.testing.assert_close(grad.sum(), output.sum())
 
