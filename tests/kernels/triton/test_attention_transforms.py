@@ -12,7 +12,7 @@ from sparse_attn.kernels.functions import fused as operator
 from sparse_attn.kernels.functions.fused import fused_attention
 
 
-@pytest.mark.filterwarnings("ignore")  # warnings of torch during its check
+@pytest.mark.filterwarnings("ignore")  # warnings of torch's check itself
 def test_the_custom_operator_passes_opcheck(device):
     inputs = tensors(device, queries=5, keys=7)
     alpha = torch.tensor([1.3, 2.0], device=device, requires_grad=True)
