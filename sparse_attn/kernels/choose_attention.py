@@ -138,7 +138,8 @@ def _is_native(call: Call) -> bool:
 def _can_block(call: Call) -> bool:
     """Whether a call has many scores and is computed in blocks.
 
-    This needs a call without transforms and autocast, a mask without gradient, and no soft-cap together with sinks.
+    This needs a call without transforms, autocast and empty tensors, a mask without gradient, and no soft-cap together
+    with sinks.
     """
     if not values_known(call.query) or torch.is_autocast_enabled(call.query.device.type):
         return False
@@ -146,6 +147,8 @@ def _can_block(call: Call) -> bool:
     if call.mask is not None and described_causal(call.mask) is None and call.mask.requires_grad:
         return False
     if call.softcap is not None and call.sinks is not None:  # blocks would cap the sinks, too
+        return False
+    if not (call.query.numel() and call.key.numel() and call.value.numel()):
         return False
     return call.query.shape[-2] * call.key.shape[-2] >= _LARGE
 
