@@ -83,7 +83,7 @@ def compare(cfg: DictConfig) -> list[Setting]:
         ValueError: If a format, metric or baseline is not allowed, or a run cannot be read.
     """
     check_choice("format", cfg.format, FORMATS)
-    if not isinstance(cfg.samples, int) or cfg.samples < 1:
+    if type(cfg.samples) is not int or cfg.samples < 1:
         raise ValueError(f"samples must be a whole number of at least 1, got {cfg.samples!r}")
     folders = [str(folder) for folder in (cfg.sweep if isinstance(cfg.sweep, ListConfig) else [cfg.sweep])]
     runs, unfinished = find_runs(folders)
@@ -179,7 +179,7 @@ def _value(run: FinishedRun, key: str) -> str:
     """The value of a key in a run, from its config, or from its overrides if the key is the choice of a group."""
     value = OmegaConf.select(run.config, key) if "/" not in key else None
     if value is None or isinstance(value, DictConfig):
-        return run.overrides.get(key, "null" if value is None and key not in run.config else "-")
+        return run.overrides.get(key, "null" if value is None else "-")
     return f"[{','.join(map(str, value))}]" if isinstance(value, ListConfig) else str(value)
 
 

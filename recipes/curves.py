@@ -18,7 +18,7 @@ def read_rows(file: Path) -> list[dict[str, str]]:
     text = file.read_text(encoding="utf-8", errors="replace")
     whole = io.StringIO(text[: text.rfind("\n") + 1], newline="")
     rows = csv.DictReader(whole)
-    return [row for row in rows if None not in row and None not in row.values() and row["step"].isdecimal()]
+    return [row for row in rows if None not in row and None not in row.values() and row.get("step", "").isdecimal()]
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from .bind import check_arguments
 from .build import build_decoding
 from .ensemble import load_ensemble
 from .launch import run_hydra
@@ -174,7 +175,12 @@ def evaluation_data(section: dict[str, Any], task: Seq2SeqTask) -> Seq2SeqData:
     Args:
         section: Arguments of ``Seq2SeqData``, from ``data_section``.
         task: The trained model.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a key is unknown, or the data cannot be read.
     """
+    check_arguments(Seq2SeqData, "data", section)
     data = Seq2SeqData(**section)
     data.use_tokenizers(task.source_tokenizer, task.target_tokenizer)
     data.setup()

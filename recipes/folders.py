@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,7 +97,8 @@ def replacing(file: Path) -> Iterator[Path]:
         yield file
         return
     place = file.resolve()
-    unfinished = place.with_name(f"{place.name}.tmp")
+    # Not a fixed name: this could be a file of the user, or another process could be writing the same file.
+    unfinished = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield unfinished
         with unfinished.open("rb") as written:

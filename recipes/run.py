@@ -124,7 +124,8 @@ def checkpoint_file(folder: Path, name: str) -> Path:
 
 def epoch_checkpoints(folder: Path) -> list[Path]:
     """The files with the weights after the last epochs of a run, in order."""
-    return sorted((folder / CHECKPOINTS).glob("epoch_*.ckpt"))
+    # By length first: from epoch 10,000 on, the number has more digits.
+    return sorted((folder / CHECKPOINTS).glob("epoch_*.ckpt"), key=lambda file: (len(file.name), file.name))
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:

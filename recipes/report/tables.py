@@ -87,7 +87,7 @@ def alpha_table(
             table.add_row("  density", *(percent(float(values[head])) for head in heads))
             for name, other in compared.items():
                 shares = (percent(float(other[layer][head])) for head in heads)
-                table.add_row(f"  {name}"[:LONGEST_NAME], *shares, style="dim")
+                table.add_row(Text(f"  {name}"[:LONGEST_NAME]), *shares, style="dim")
     table.add_row("softmax, for comparison", *["1.00"] * columns, style="dim")
     table.add_row("  density", *["100%"] * columns, style="dim")
     return table

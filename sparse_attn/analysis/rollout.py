@@ -50,6 +50,7 @@ def attention_rollout(weights: Sequence[Tensor], residual: float = 0.5) -> Tenso
             raise ValueError(f"weights must all be (N, H, L, L) or (H, L, L) with the same N and L, got {shapes}")
         identity = torch.eye(layer.shape[-1], dtype=layer.dtype, device=layer.device)
         mixed = residual * identity + (1 - residual) * layer.mean(-3)
-        rolled = mixed if rolled is None else mixed @ rolled
+        with torch.autocast(layer.device.type, enabled=False):  # rows of a product in bfloat16 do not sum to one
+            rolled = mixed if rolled is None else mixed @ rolled
     assert rolled is not None
     return rolled

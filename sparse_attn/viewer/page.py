@@ -119,6 +119,7 @@ def _data(view: AttentionView) -> tuple[dict[str, Any], dict[str, str]]:
         "masks": list(masks),
         "layers": layers,
         "thresholds": ROLE_THRESHOLDS,
+        "runs": list(view.courses),  # JavaScript does not keep the order of keys that are numbers
         "courses": {
             run: {name: {str(head): points for head, points in heads.items()} for name, heads in by_layer.items()}
             for run, by_layer in view.courses.items()

@@ -67,9 +67,8 @@ def _one_head(layer: Layer, shown: Map, head: int, figure_class: Any) -> Any:
     axes = figure.subplots()
     drawn = _draw_map(axes, shown, head, MOST_PIXELS)
     note = "" if drawn == (queries, keys) else f"\n{queries:,} × {keys:,}; a pixel is the largest weight it covers"
-    axes.set_title(
-        printable_text(f"{layer.name or 'attention'} · head {head}{_numbers(layer, head)}") + note, fontsize=9
-    )
+    title = printable_text(f"{layer.name or 'attention'} · head {head}{_numbers(layer, head)}") + note
+    axes.set_title(title, fontsize=9, parse_math=False)
     if named:
         small = {"fontsize": 8, "parse_math": False}
         axes.set_xticks(range(keys), [printable(token) for token in shown.keys], rotation=90, **small)

@@ -1,6 +1,7 @@
 """Attention over blocks of queries. The backward recomputes the weights, so memory is linear in the length.
 
-The scores of a block stay in the processor's cache. Used for tensors that no kernel accepts.
+Second derivatives keep all weights. A block has few queries, so that the scores can stay in the processor's cache. This
+function is used for calls with many scores that no kernel accepts.
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ def _scores(
     softcap: float | None,
     buffer: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores (queries, keys) of a block, in the buffer if there is one, and their hyperbolic tangents if capped."""
+    """Scores (queries, keys) of a block, and ``tanh(score / softcap)`` before the mask if there is a soft-cap.
+
+    Products of queries and keys are written into the buffer, if there is one.
+    """
     queries, keys = query[block.row, block.queries] * setting.scale, key[block.row, block.keys]
     if buffer is None:
         scores = queries @ keys.T
@@ -100,14 +104,14 @@ def _scores(
 
 
 def _buffer(query: Tensor, key: Tensor) -> Tensor | None:
-    """Memory for the scores of one block, reused by all blocks; None if gradients flow through the scores."""
+    """Memory for the scores of one block, reused by all blocks; None if gradients are enabled."""
     if torch.is_grad_enabled():
         return None
     return query.new_empty(min(_QUERIES, query.shape[1]) * key.shape[1])
 
 
 def _weights(scores: Tensor, alpha: Tensor | None, setting: Setting) -> Tensor:
-    """The weights for scores; the scores are overwritten if no gradient flows through them."""
+    """The weights for scores; the scores may be overwritten unless gradients are enabled."""
     k = None if setting.k is None or setting.k >= scores.shape[-1] else setting.k
     lowest = torch.finfo(scores.dtype).min
     if torch.is_grad_enabled():
@@ -147,9 +151,9 @@ class _Blockwise(torch.autograd.Function):
         setting: Setting,
         softcap: float | None,
     ) -> Tensor:
-        ctx.mask, ctx.setting, ctx.softcap = mask, setting, softcap
+        ctx.setting, ctx.softcap = setting, softcap
         ctx.seed = int(torch.randint(2**62, ())) if setting.dropout_p > 0 else 0
-        ctx.save_for_backward(query, key, value, alpha)
+        ctx.save_for_backward(query, key, value, alpha, mask)  # a mask that changed in between raises an error
         output = value.new_empty(*query.shape[:2], value.shape[-1])
         blocks = _blocks(query, key, setting.offset)
         parts = _attend(query, key, value, alpha, mask, setting, softcap, ctx.seed)
@@ -159,7 +163,7 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, alpha = ctx.saved_tensors
+        query, key, value, alpha, mask = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _backward_once_more(ctx, grads[0])
         setting: Setting = ctx.setting
@@ -170,7 +174,7 @@ class _Blockwise(torch.autograd.Function):
         for block in _blocks(query, key, setting.offset):
             row, queries, keys = block
             one_alpha = None if alpha is None else alpha[row].view(1, 1)
-            scores, tanh = _scores(query, key, ctx.mask, block, setting, ctx.softcap, buffer)
+            scores, tanh = _scores(query, key, mask, block, setting, ctx.softcap, buffer)
             weights = _weights(scores, one_alpha, setting)
             grad_output, values, its_keys = grad[row, queries], value[row, keys], key[row, keys]
             grad_weights = grad_output @ values.T
@@ -193,9 +197,9 @@ class _Blockwise(torch.autograd.Function):
 
 def _backward_once_more(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiable gradients, by autograd through the same blocks."""
-    query, key, value, alpha = ctx.saved_tensors
+    query, key, value, alpha, mask = ctx.saved_tensors
     inputs = [x for x in (query, key, value, alpha) if x is not None and x.requires_grad]
-    blocks = _attend(query, key, value, alpha, ctx.mask, ctx.setting, ctx.softcap, ctx.seed)
+    blocks = _attend(query, key, value, alpha, mask, ctx.setting, ctx.softcap, ctx.seed)
     output = torch.cat(list(blocks)).view(grad.shape)
     gradients = iter(torch.autograd.grad(output, inputs, grad, create_graph=True, materialize_grads=True))
     return *(next(gradients) if needed else None for needed in ctx.needs_input_grad[:4]), None, None, None
