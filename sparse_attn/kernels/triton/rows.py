@@ -162,17 +162,17 @@ def _count_rows(condition):
 
 @triton.jit
 def _order(z):
-    """Unsigned integers in the order of scores."""
+    """Unsigned integers that are ordered like the scores."""
     bits = tl.where(z == 0.0, 0.0, z).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0, so that both have the same bits
     return tl.where(bits < 0, ~bits, bits | -(2**31)).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _largest_bound(order, k, bound, bit):
-    """A bound that at least ``k`` entries of each row reach, and ``k`` where exactly ``k`` do, or more.
+    """For each row, a bound that at least ``k`` entries reach, and a count.
 
-    The largest bound is found bit by bit, from ``bit`` on; ``bound`` has the bits before. Where a bound is found that
-    exactly ``k`` entries reach, the search ends before the last bit.
+    The count is ``k`` if exactly ``k`` entries reach the bound; otherwise it is more than ``k``, and the bound is the
+    largest. The bound is found bit by bit, beginning with ``bit``; ``bound`` has the higher bits.
     """
     found = tl.zeros([order.shape[-2]], tl.int32) + (k + 1)
     n = 0
@@ -296,7 +296,7 @@ def _forward_in_chunks(
         high, error = start_of(low, size, a)
         sigma = low
         placed = place_rows(sigma, a, by_a, MODE)
-        if MODE == 0:  # see `approach`
+        if MODE == 0:  # as in `approach`
             upper = high
             lower = low
             error_before = error

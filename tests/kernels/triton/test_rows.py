@@ -71,7 +71,7 @@ def test_equal_scores_get_equal_weights_at_large_alpha(size, device):
         assert (rows.entmax_forward(x, alpha - 1, LOWEST) * size - 1).abs().max() <= 1e-6, alpha
 
 
-@pytest.mark.parametrize("size", [61, 16411])
+@pytest.mark.parametrize("size", [61, 8191, 16411])
 def test_top_k_takes_the_first_of_ties(size, device):
     x = torch.randint(-3, 4, (5, size), device=device).float()
     x[1] *= -0.0
