@@ -37,12 +37,12 @@ def check_window(window: Window) -> tuple[int | None, int | None]:
     """A sliding window as (left, right): how many keys a query sees before and after its own position.
 
     Raises:
-        TypeError: ``window`` is neither an int nor a pair of ints or None.
+        TypeError: ``window`` is neither an int nor a pair whose sides are ints or None.
         ValueError: An int is below 1, or a side of a pair below 0.
     """
     pair = isinstance(window, (tuple, list)) and len(window) == 2
     sides: Any = tuple(window) if pair else (window, window)  # type: ignore[arg-type]
-    meaning = "window must be an int of at least 1, or a pair (left, right) of ints of at least 0 or None"
+    meaning = "window must be an int of at least 1, or a pair (left, right), each None or an int of at least 0"
     if not all((pair and side is None) or (isinstance(side, int) and not isinstance(side, bool)) for side in sides):
         raise TypeError(f"{meaning}, got {window!r}")
     if any(side is not None and side < (0 if pair else 1) for side in sides):
@@ -109,7 +109,7 @@ def apply_mask(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
 def clear_padding(key: Tensor, value: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Key and value (..., S, D) with zeros where an internal-form mask (..., 1, S) hides a key from all queries.
 
-    The weight of a hidden key is 0, but 0 · NaN is NaN. Padding may be memory that was never written to.
+    The weight of a hidden key is 0, but 0 · NaN is NaN, and padding can be memory that was never written to.
     """
     if attn_mask is None or (attn_mask.dim() > 1 and attn_mask.shape[-2] != 1):
         return key, value
@@ -195,7 +195,7 @@ def multihead_mask(
 
     Raises:
         TypeError: A mask is neither boolean nor floating, or a bias not floating.
-        ValueError: A mask or a bias has another shape.
+        ValueError: A mask or a bias has a wrong shape.
     """
     batch, heads, queries, keys = shape
     mask = merge_multihead_masks(attn_mask, key_padding_mask, batch=batch, heads=heads, queries=queries, keys=keys)
@@ -238,7 +238,7 @@ def merge_multihead_masks(
 
     Raises:
         TypeError: A mask is neither boolean nor floating.
-        ValueError: A mask has another shape.
+        ValueError: A mask has a wrong shape.
     """
     check_multihead_masks(attn_mask, key_padding_mask, batch=batch, heads=heads, queries=queries, keys=keys)
     merged: Tensor | None = None
@@ -295,5 +295,8 @@ def _to_internal(mask: Tensor) -> Tensor:
 
 
 def with_infinities(mask: Tensor) -> Tensor:
-    """A float mask with -inf in place of its dtype's smallest number, which in a wider dtype would not mask a score."""
+    """A float mask, or scores, with -inf in place of the smallest finite number of the dtype.
+
+    In a wider dtype that number would not mask a score.
+    """
     return mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -math.inf)
