@@ -1,4 +1,4 @@
-"""The content of a record: statistics of every head, over any number of passes."""
+"""The content of a record: statistics of every head over all passes, α and weights of the last pass."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_other_dtypes_are_summed_in_float32_or_wider(dtype: torch.dtype) -> None
     assert record[""].support_size.tolist() == [101.0] * H
 
 
-def test_passes_under_autocast_and_inference_mode_are_recorded_with_later_ones() -> None:
+def test_passes_in_inference_mode_under_autocast_and_in_training_are_added_up() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, 17, batch_first=True), 2).eval()
     replace_attention(model, alpha_init=2.0)
     x = torch.randn(N, L, E)
@@ -252,7 +252,7 @@ def test_passes_under_autocast_and_inference_mode_are_recorded_with_later_ones()
         assert not heads.density.is_inference()
 
 
-def test_memory_is_constant_unless_weights_are_requested() -> None:
+def test_a_record_keeps_the_weights_of_one_pass_or_none() -> None:
     def large() -> int:
         gc.collect()
         return sum(type(t) is Tensor and t.numel() >= N * 61 * 61 for t in gc.get_objects())

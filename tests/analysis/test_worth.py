@@ -71,7 +71,7 @@ def test_layers_of_torch_can_only_be_switched_off() -> None:
     assert worth["off"].keys() == {"self_attn"} and not worth["dense"] and not worth["sparse"]
 
 
-def test_a_fixed_alpha_is_not_changed() -> None:
+def test_a_change_of_alpha_is_refused_if_every_alpha_is_fixed() -> None:
     layer = nn.TransformerEncoderLayer(HEADS * SIZE, HEADS, 7, batch_first=True)
     model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
     replace_attention(model, alpha_init=1.5, learn_alpha=False)

@@ -81,7 +81,7 @@ def test_a_query_keeps_k_keys_or_all_that_it_sees() -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(N, H, L).double())
 
 
-def test_ties_go_to_the_first_keys_and_never_more_than_k() -> None:
+def test_ties_go_to_the_first_keys_so_that_k_keys_are_kept() -> None:
     layer = layer_of(k=2)
     query, memory = inputs()
     memory = torch.zeros_like(memory)  # equal keys other than zero would differ in their last bits after the projection
@@ -97,7 +97,7 @@ def test_extra_keys_count_among_the_k_largest() -> None:
     far = torch.full((L, S), -1e3, dtype=torch.float64)
     weights = layer(query, memory, memory, attn_mask=far, average_attn_weights=False)[1]
     assert weights.shape == (N, H, L, S + 2)
-    assert weights[..., S].unique().tolist() == [1.0]  # its score equals that of the zero key, which comes later
+    assert weights[..., S].unique().tolist() == [1.0]  # the zero key has the same score, but comes later
 
 
 @pytest.mark.parametrize("normalizer", ["softmax", "sparsemax"])

@@ -18,7 +18,7 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
 def spread(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values with scores so large that 16-bit numbers keep few of their fractional bits."""
+    """Queries, keys and values whose scores are so large that a 16-bit number keeps few fractional bits."""
     query, key, value = torch.randn(3, 1, 2, length, 64)
     return (6 * query).to(dtype), key.to(dtype), value.to(dtype)
 
@@ -82,11 +82,12 @@ def test_top_k_keeps_the_keys_with_the_largest_exact_scores() -> None:
 
 
 @pytest.mark.parametrize("length", [23, 521])
-def test_autocast_rounds_only_the_inputs(length: int) -> None:
+def test_autocast_rounds_only_inputs_and_output(length: int) -> None:
     inputs = [x.float().requires_grad_() for x in spread(length, torch.float32)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = entmax_attention(*inputs, 1.5)
-        gradients = torch.autograd.grad(got.float().square().sum(), inputs)  # also inside autocast
+        # The backward pass also runs inside autocast.
+        gradients = torch.autograd.grad(got.float().square().sum(), inputs)
     rounded = [x.detach().bfloat16().double().requires_grad_() for x in inputs]
     expected = entmax_attention(*rounded, 1.5)
     assert got.dtype == torch.bfloat16

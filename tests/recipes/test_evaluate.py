@@ -56,7 +56,7 @@ def test_one_split_needs_only_its_own_file(run_folder: Path, capsys: pytest.Capt
     assert written["test/words"] == 4
 
 
-def test_a_given_file_replaces_that_of_the_run(run_folder: Path, tmp_path: Path) -> None:
+def test_a_given_file_replaces_the_file_of_the_run(run_folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.tsv"
     other.write_text("cab\tC A B\nxylo\tX Y\n", encoding="utf-8")
     run_evaluate(f"run={run_folder}", f"data.test={other}", "data.eval_batch_size=1")

@@ -88,7 +88,7 @@ def test_the_word_to_draw_can_be_chosen(run_folder: Path) -> None:
     assert "Attention for one word: acacia →" in page_of(run_folder)
 
 
-def test_only_the_validation_words_are_needed(run_folder: Path) -> None:
+def test_only_the_validation_words_and_the_checkpoint_are_needed(run_folder: Path) -> None:
     for split in ("train", "test"):
         (run_folder.parent / f"{split}.tsv").unlink()
     (run_folder / "alpha.csv").unlink()
@@ -160,7 +160,7 @@ def test_a_run_is_compared_with_a_run_of_the_same_name(run_folder: Path) -> None
     assert first == {"ours/0": pytest.approx(1.5, abs=0.05), "theirs/0": pytest.approx(1.7, abs=0.05)}
 
 
-def test_the_course_of_another_run_is_not_shown_as_its_own(run_folder: Path) -> None:
+def test_the_course_of_a_compared_run_is_not_drawn_for_the_inspected_run(run_folder: Path) -> None:
     other = run_folder.parent / "other"
     shutil.copytree(run_folder, other)
     (run_folder / "alpha.csv").unlink()
@@ -177,7 +177,7 @@ def test_the_course_of_another_run_is_not_shown_as_its_own(run_folder: Path) -> 
         ('{"val/per": 3}', "3.00"),
     ],
 )
-def test_a_run_with_damaged_records_is_reported(run_folder: Path, results: str, shown: str) -> None:
+def test_a_report_is_written_despite_damaged_records(run_folder: Path, results: str, shown: str) -> None:
     (run_folder / "alpha.csv").write_text("foo,bar\n1,2\n", encoding="utf-8")
     (run_folder / "results.json").write_text(results, encoding="utf-8")
     run_inspect(f"run={run_folder}", "baselines=false")
@@ -207,7 +207,7 @@ def test_words_are_taken_literally(run_folder: Path) -> None:
     assert [entry["word"] for entry in numbers_of(run_folder)["words"]] == ["12"]
 
 
-def test_the_page_is_interactive(run_folder: Path) -> None:
+def test_the_page_contains_the_data_of_the_interactive_view(run_folder: Path) -> None:
     run_inspect(f"run={run_folder}", "words=[cab,bacca]")
     page = (run_folder / "report" / "report.html").read_text(encoding="ascii")
     data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
@@ -245,7 +245,7 @@ def test_alignments_are_the_pairs_to_which_heads_give_weight(run_folder: Path, t
 def test_the_effect_of_each_head_on_the_loss(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_inspect(f"run={run_folder}", "worth=true", "worth_words=3")
     out = capsys.readouterr().out
-    # 18 heads switched off, and 6 with a learnt α made dense and sparse.
+    # Once unchanged, 18 heads switched off, and 6 heads with a learnt α made dense and sparse: 1 + 18 + 2 · 6.
     assert "change of the loss for each head: 31 times 3 words, about" in out and "made dense" in out
     heads = numbers_of(run_folder)["heads"]
     assert all(isinstance(head["loss when switched off"], float) for head in heads)

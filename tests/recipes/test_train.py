@@ -15,7 +15,6 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError
 
-from recipes import run as run_module
 from recipes.curves import read_rows
 from recipes.launch import check_groups
 from recipes.run import Run, load_run, read_checkpoint
@@ -120,7 +119,7 @@ def test_the_same_seed_gives_the_same_numbers(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["softmax", "topk"])
-def test_every_kind_of_attention_trains_and_one_layer_kind_can_be_set_alone(tiny_config, tmp_path, kind):
+def test_attention_is_set_for_all_layers_or_for_one_kind_of_layer(tiny_config, tmp_path, kind):
     train(tiny_config(f"model.attention={kind}", "model.decoder_attention=sparsemax", "trainer.max_epochs=1"))
     config = load_run(tmp_path / "run").config.model
     assert (config.encoder_attention, config.decoder_attention) == (kind, "sparsemax")
@@ -242,11 +241,7 @@ def test_training_is_quiet_and_restores_the_warning_filters(tiny_config, capsys)
     assert warnings.filters == before
 
 
-def test_versions_contain_the_commit_only_in_a_checkout(tmp_path):
-    assert run_module.git_commit(tmp_path) is None
-
-
-def test_an_empty_group_is_allowed():
+def test_null_is_allowed_for_a_value_and_refused_for_a_group():
     check_groups("train", ["logger=csv", "resume=null", "optimizer.max_steps=null"])
     with pytest.raises(ValueError, match="logger must be one of csv, default, mlflow, wandb, got null"):
         check_groups("train", ["logger=null"])
@@ -274,7 +269,7 @@ def test_three_files_need_no_folder(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
-def test_every_precision_trains(tiny_config, precision):
+def test_mixed_and_full_precision_train(tiny_config, precision):
     train(tiny_config(f"trainer.precision={precision}", "trainer.max_epochs=1"))
 
 
@@ -311,7 +306,7 @@ def test_bar_and_lines_fit_a_terminal_of_80_columns(tiny_arguments):
     child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=theirs, stderr=theirs, stdin=theirs)
     os.close(theirs)
     shown = b""
-    with contextlib.suppress(OSError):  # the end of a pseudo-terminal
+    with contextlib.suppress(OSError):  # raised at the end of a pseudo-terminal
         while part := os.read(ours, 65536):
             shown += part
     os.close(ours)

@@ -103,7 +103,7 @@ def test_only_the_largest_weights_are_kept_on_a_large_page(read_page: Reader, mo
 
 
 class Scripts(HTMLParser):
-    """Collects every element of a page, as a browser would parse it."""
+    """Collects the tags of a page, and the values of `src` and `href`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ def test_hostile_tokens_are_shown_as_text(encoder_record: Records, read_page: Re
     assert "<img" not in view._repr_html_() and "<script" not in view._repr_html_()
 
 
-def test_a_page_sends_no_request(encoder_record: Records) -> None:
+def test_a_page_refers_to_no_other_file(encoder_record: Records) -> None:
     html = attention_view(encoder_record(3)).html()
     found = Scripts()
     found.feed(html)

@@ -1,4 +1,4 @@
-"""Pictures for papers."""
+"""Pictures of the view as SVG, PDF and PNG files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_hostile_tokens_are_drawn(hostile: list[str], encoder_record: Records, t
         ElementTree.parse(file)
 
 
-def test_a_large_matrix_is_drawn_as_pixels_with_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_matrix_is_drawn_as_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picture_module, "MOST_SQUARES", 10)
     monkeypatch.setattr(picture_module, "MOST_PIXELS", 16)
     visible = torch.ones(83, 83, dtype=torch.bool).tril()

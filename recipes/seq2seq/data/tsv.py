@@ -61,7 +61,7 @@ def read_examples(
         if line.strip(" ")
     ]
     if not examples:
-        raise ValueError(f"{path} must hold at least one {'<TAB>'.join(columns)} line, got an empty file")
+        raise ValueError(f"{path} must hold at least one {'<TAB>'.join(columns)} line, got an empty or blank file")
     return examples
 
 

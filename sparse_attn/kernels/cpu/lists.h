@@ -6,7 +6,7 @@
 
 #include "lanes.h"
 
-/* Rows of whole vectors, `row` numbers apart. */
+/* Rows of whole vectors; consecutive rows begin `row` numbers apart. */
 typedef struct {
     const real *data;
     int64_t row;

@@ -1,4 +1,4 @@
-"""Tests with an argument ``variant`` run with every compiled variant of the C kernels."""
+"""Tests with an argument ``variant`` run with each variant of the C kernels that this processor supports."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def test_derivatives_of_first_and_second_order(monkeypatch):
         assert torch.autograd.gradcheck(attend, (*qkv, alpha)) and torch.autograd.gradgradcheck(attend, (*qkv, alpha))
 
 
-def test_dropout_drops_its_share_and_scales_the_rest(monkeypatch):
+def test_dropout_changes_the_weights_and_keeps_their_mean(monkeypatch):
     monkeypatch.setattr(ops, "_LARGE", 1)
     query, key, _ = tensors(37, 200, torch.float64)
     ones = torch.ones(2, 3, 200, 1, dtype=torch.float64)
@@ -149,7 +149,7 @@ def test_a_mask_that_changed_before_the_backward_raises_an_error(monkeypatch):
     query, key, value = (x.requires_grad_() for x in tensors(13, 17, torch.float64))
     mask = torch.rand(13, 17) > 0.3
     output = entmax_attention(query, key, value, 1.5, mask)
-    mask.fill_(True)  # as a buffer that is used again for the next batch
+    mask.fill_(True)  # as if the mask were filled again for the next batch
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
 

@@ -41,7 +41,7 @@ def test_the_answer_to_a_key_is_its_value():
         assert example.references == (values[asked],)
 
 
-def test_training_knows_every_key_of_the_longest_test():
+def test_training_sequences_contain_every_token_of_the_test_sequences():
     splits = make_sequences("retrieval", **SIZES)
     known = {token for example in splits.train for token in example.source.split()}
     assert {token for example in splits.test for token in example.source.split()} <= known
@@ -57,7 +57,7 @@ def test_sequences_are_a_function_of_the_seed():
     [
         ({"task": "add"}, ValueError, "generate.task must be one of copy, reverse, sort, retrieval, got 'add'"),
         ({"task": "copy", "length": 0}, ValueError, "generate.length must be at least 1, got 0"),
-        ({"task": "copy", "factors": [1, 0.5]}, TypeError, "generate.factors must be a whole number, got 0.5"),
+        ({"task": "copy", "factors": [1, 0.5]}, TypeError, "generate.factors[1] must be a whole number, got 0.5"),
         ({"task": "copy", "factors": []}, ValueError, "generate.factors must hold at least one factor, got none"),
     ],
 )

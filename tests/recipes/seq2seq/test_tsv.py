@@ -31,7 +31,7 @@ def test_lines_become_examples(write):
     ],
     ids=["plain", "no last line end", "CRLF", "byte order mark", "CR", "blank lines and outer spaces"],
 )
-def test_line_ends_and_byte_order_marks_do_not_change_the_examples(write, content):
+def test_line_ends_blank_lines_and_byte_order_marks_do_not_change_the_examples(write, content):
     assert read_examples(write(content)) == [Example("a", ("A",)), Example("b", ("B B",))]
 
 
@@ -136,11 +136,11 @@ def test_a_long_malformed_line_is_not_printed_whole(write):
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", b"\xef\xbb\xbf"])
-def test_an_empty_file_is_refused(write, content):
+def test_an_empty_or_blank_file_is_refused(write, content):
     path = write(content)
     with pytest.raises(ValueError) as error:
         read_examples(path)
-    assert str(error.value) == f"{path} must hold at least one source<TAB>target line, got an empty file"
+    assert str(error.value) == f"{path} must hold at least one source<TAB>target line, got an empty or blank file"
 
 
 def test_error_for_a_missing_file_contains_its_name(tmp_path):
