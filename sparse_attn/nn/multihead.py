@@ -46,7 +46,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         positions: Position encoding: ``RotaryPositions``, ``ALiBi``, ``NAPE`` or another subclass of
             :class:`Positions`. The extra keys of ``add_bias_kv`` and ``add_zero_attn`` have no position: no rotary
             turn, bias or window applies to them.
-        length_scaling: Multiply queries by a learnt factor that grows with the number of visible keys, see
+        length_scaling: Multiply queries by a learnt function of the number of visible keys, see
             :class:`LengthScaling` (its parameters are ``length_scaling.beta_weight``, ``beta_bias``, ``gamma_weight``
             and ``gamma_bias``).
     """
@@ -185,8 +185,8 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
 
         Raises:
             TypeError: An input is nested or not floating; a mask is neither boolean nor floating.
-            ValueError: Shapes do not fit; ``is_causal``, positions or a window are used with a static cache, for which
-                queries have no position; ``rotary`` is given although the layer's ``positions`` rotate.
+            ValueError: Shapes do not fit; ``is_causal``, ``rotary``, positions or a window is used with a static cache,
+                for which queries have no position; ``rotary`` is given although the layer's ``positions`` rotate.
         """
         batched = self._check_inputs(query, key, value)
         if not batched:
@@ -275,7 +275,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         cache: KVCache | None,
         rotary: Rotary | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (N, heads, length, D), normalised and rotated; cached keys and values come first."""
+        """Queries, keys, values (N, heads, length, D): queries and keys normalised and rotated, cached ones first."""
         sizes = [self.embed_dim] + 2 * [self.num_kv_heads * self.head_dim]
         if self.in_proj_weight is None:
             weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]

@@ -159,7 +159,7 @@ def topk_attention(
 
     Raises:
         TypeError: An argument has a wrong type or dtype, or ``k`` is not an int.
-        ValueError: Shapes do not fit, ``k`` is below 1, ``softcap`` is not above 0, ``scale`` is not finite, or
+        ValueError: Shapes do not fit, ``k``, ``dropout_p``, ``softcap`` or ``scale`` is outside its range, or
             ``normalizer`` is unknown.
 
     Example:
@@ -219,7 +219,7 @@ def attend(
     sinks: Tensor | None = None,
     need_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output of attention with any mapping, and the weights (after dropout) if ``need_weights``.
+    """The output of attention with any mapping, and the weights (after dropout), or None unless ``need_weights``.
 
     The weights (..., H, L, S) are those of the keys, without the weight of a sink. The other arguments are those of the
     public functions.
@@ -334,7 +334,7 @@ def _heads(x: Tensor) -> int:
 
 
 def check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    """Raise unless query, key and value have the same dtype, the same device and shapes that fit."""
+    """Raise unless query, key and value have one dtype (except under autocast), one device and shapes that fit."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_floating(x, name)
     if not (query.dtype == key.dtype == value.dtype or torch.is_autocast_enabled(query.device.type)):
@@ -358,7 +358,7 @@ def _wrong_sizes(query: torch.Size, key: torch.Size, value: torch.Size, enable_g
     if key[-2] != value[-2]:
         return "key and value must have the same length S"
     if enable_gqa and (least < 3 or not key[-3] or query[-3] % key[-3] or key[-3] != value[-3]):
-        return "key and value must have the same number of heads, a divisor of the query's"
+        return "key and value must have the same number of heads (dimension -3), a divisor of the query's"
     axes = -3 if enable_gqa else -2
     if not query[:axes] == key[:axes] == value[:axes]:
         try:

@@ -66,6 +66,7 @@ def entmax_attention_varlen(
     Raises:
         TypeError: An argument has a wrong type or dtype.
         ValueError: Shapes do not fit; cumulative lengths decrease, do not begin with 0 or do not end with the total.
+        RuntimeError: ``torch.jit.trace`` traces the call.
 
     Example:
         >>> query, key, value = torch.randn(3, 7, 4, 8).unbind()

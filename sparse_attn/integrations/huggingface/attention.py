@@ -1,4 +1,4 @@
-"""Attention functions that transformers' models select by ``attn_implementation``."""
+"""Attention and mask functions that transformers' models select by ``attn_implementation``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _BUILT_IN: dict[str, ScoreMapping | None] = {
 MappingOf = Callable[[nn.Module, int, Tensor | None], Callable[[Tensor], Tensor]]
 _registered: dict[str, ScoreMapping | None] = {}
 
-# Arguments that change the weights and are not supported, each with the models that pass it.
+# Arguments that change the weights and are not supported, each with its meaning.
 _REFUSED = {
     "sinks": "a sink for each query, as in Inkling 2",
     "indices": "keys chosen by an indexer, as in DeepSeek V3.2",
@@ -63,14 +63,15 @@ def register(name: str | None = None, *, alpha: float | None = None, k: int | No
 
     Args:
         name: A new name, which must be a Python identifier.
-        alpha: A fixed α. By default 1 if ``k`` is given, otherwise learnt as in ``"entmax"``.
+        alpha: A fixed α. By default 1 if ``k`` is given. Without both, one of the four names keeps its mapping, and α
+            is learnt as in ``"entmax"`` for any other name.
         k: How many keys a query keeps; all by default.
 
     Raises:
         ImportError: transformers is not installed.
-        TypeError: An argument of another type.
-        ValueError: transformers uses ``name`` itself; ``alpha`` or ``k`` is outside its range, or given without
-            ``name``.
+        TypeError: An argument has a wrong type.
+        ValueError: ``name`` is no identifier, contains a reserved word or is used by transformers; ``alpha`` or ``k``
+            is outside its range, or given without ``name``.
 
     Example:
         >>> register()
@@ -207,7 +208,7 @@ def _attend_packed(
     dropout_p: float,
     options: Options,
 ) -> Tensor:
-    """The output (N, L, H, Dv) of packed sequences in a batch (N, H, L, D), of which there is usually one."""
+    """The output (N, L, H, Dv) of packed sequences in a batch (N, H, L, D), where N is usually 1."""
     batch, length = len(query), query.shape[2]
     query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
     starts = (packing.query_starts, packing.key_starts)
