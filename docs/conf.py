@@ -50,7 +50,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # waiting threads do not occupy cores
 # A build runs the tutorials. Results are cached by their code, so that a second build is fast.
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE / "_build" / "notebooks")
-nb_execution_show_tb = True  # an error is a warning with the name of the page, which ends the build
+nb_execution_show_tb = True  # an error in a tutorial becomes a warning that names the page and ends the build
 nb_execution_timeout = 300
 nb_execution_in_temp = True  # files that a tutorial writes are removed with this folder
 nb_merge_streams = True

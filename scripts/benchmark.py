@@ -1,9 +1,10 @@
-"""Compare the time of operators, losses, attention and layers with softmax and the entmax package, interleaved.
+"""Compare the time of operators, losses, attention and layers with that of softmax and of the entmax package.
 
 OMP_WAIT_POLICY=passive python scripts/benchmark.py [ROUNDS] [--write] [--threads N ...] [--only SECTION ...]
 
-Prints times relative to torch's softmax (forward / forward + backward): all sections on one thread, and attention,
-padding and decoding on two; ``--write`` also writes them to benchmarks/cpu.md. TIME_NOTE
+All functions run in turn in one process. Prints times relative to torch's softmax (forward / forward + backward): all
+sections on one thread, and attention, padding and decoding on two. ``--write`` also writes them to benchmarks/cpu.md.
+TIME_NOTE
 """
 
 from __future__ import annotations
@@ -79,11 +80,13 @@ def header(rounds: int) -> Iterator[str]:
     yield f"Made by `OMP_WAIT_POLICY=passive python scripts/benchmark.py {rounds} --write` on {date.today()}."
     yield f"{_processor()}, threads: {torch.get_num_threads()}; Python {platform.python_version()}, {versions}."
     yield f"Kernels: {backends()['compiled']}."
-    yield "Where a table names no other unit, a number is a time divided by that of torch with softmax in the same"
-    yield "run, for forward / forward + backward (one number: see the column); below 1 is faster than softmax. A time"
-    yield f"is the smallest of {rounds} rounds. In each round, all"
-    yield "functions run in turn, for 2 ms or at least one call. `torch` marks plain torch, which is used without a C"
-    yield "compiler."
+    yield "Except for memory, a number is a time divided by the time of the same computation with torch's softmax in"
+    yield "the same run (for losses: of cross-entropy); below 1 is faster. a / b: a is for forward, b for forward +"
+    yield "backward. A single number is for the pass that the column names, or else for forward. A time is the smallest"
+    clock = "processor time of the thread" if torch.get_num_threads() == 1 else "wall-clock time"
+    yield f"of {rounds} rounds, in {clock}. In each round, all functions run in turn, for 2 ms or at least one call."
+    yield "`torch` marks plain torch, which is used where the C kernels were not compiled. k: the entmax package first"
+    yield "sorts only the k largest scores. `explicit` marks attention written as two matrix products and a mapping."
 
 
 def _more_threads(rounds: int) -> Iterator[str]:
@@ -147,7 +150,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def attention(rounds: int) -> Iterator[str]:
-    """Attention with one head of size 64, compared with torch's function with softmax; causal compared with causal."""
+    """Attention with one head, compared with torch's function; causal attention with torch's causal attention."""
     for name, dtype in _DTYPES.items():
         columns = [_attention(n, 64, dtype, _fewer(rounds, n)) for n in _LENGTHS]
         yield from _against_sdpa(f"Attention in {name}, one head of size 64", columns)
@@ -265,7 +268,8 @@ def memory(rounds: int) -> Iterator[str]:
     """Peak memory of forward and backward with (1, 8, 4096, 64), each function in a separate process; on Linux."""
     if sys.platform != "linux":
         return
-    yield from _heading("Peak memory over the inputs, N 4096, 8 heads of size 64, forward + backward", ["MiB"])
+    title = "Peak memory in addition to the inputs, N 4096, 8 heads of size 64, forward + backward"
+    yield from _heading(title, ["MiB"])
     for name in MEMORY:
         done = subprocess.run([sys.executable, __file__, "--peak", name], check=True, capture_output=True, text=True)
         yield _row(name, [done.stdout.strip()])
@@ -284,7 +288,7 @@ MEMORY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 def peak(name: str) -> None:
     """Print the increase of the resident memory of this process."""
     torch.set_num_threads(1)
-    for n in (64, 4096):  # a small one first, so that one-time allocations are not counted
+    for n in (64, 4096):  # a small length first, so that one-time allocations are not counted
         inputs = [torch.randn(1, 8, n, 64, requires_grad=True) for _ in range(3)]
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which the imports have raised
         before = _resident("VmRSS")
@@ -293,7 +297,7 @@ def peak(name: str) -> None:
 
 
 def _resident(field: str) -> int:
-    """A field of /proc/self/status, in KiB."""
+    """The value of a field of /proc/self/status, in KiB."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(field)))
 
@@ -312,7 +316,7 @@ def layers(rounds: int) -> Iterator[str]:
         steps[name] = lambda layer=layer: layer(x).sum().backward()
     times = _interleave(steps, max(3, rounds // 3))
     for name in swapped:
-        label = f"nn.TransformerEncoderLayer (512/2048, 8 heads, N 256, batch 8), {name}"
+        label = f"nn.TransformerEncoderLayer (size 512, feed-forward 2048, 8 heads, N 256, batch 8), {name}"
         yield _row(label, [f"{times[name] / times['dense']:.2f}"])
     source, target = torch.randint(4, 30, (64, 9)), torch.randint(4, 40, (64, 9))
     steps = {}
@@ -343,7 +347,7 @@ def _on(backend: str, make: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def _both(makes: dict[str, Run], upstream: Tensor | None, rounds: int) -> dict[str, list[float]]:
-    """Seconds of the forward, and of forward and backward."""
+    """Seconds of each function: of forward, and of forward + backward."""
     runs: dict[tuple[str, int], Run] = {}
     for name, make in makes.items():
         backend = getattr(make, "backend", "")
@@ -380,14 +384,14 @@ def _interleave(runs: dict, rounds: int) -> dict:
     return {name: min(times) for name, times in taken.items()}
 
 
-_spreads: list[float] = []  # of the functions of a section
+_spreads: list[float] = []  # for each function of a section, the median time divided by the smallest
 
 
 def _spread() -> Iterator[str]:
     if _spreads:
         yield ""
         spread = statistics.median(_spreads)
-        yield f"Spread: the median round took {spread:.2f} times the smallest (median over the functions)."
+        yield f"Spread: the median round took {spread:.2f} times as long as the fastest (median over the functions)."
 
 
 def _heading(title: str, columns: list[str]) -> Iterator[str]:

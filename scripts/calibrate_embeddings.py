@@ -1,4 +1,4 @@
-"""Measure how much sentence embeddings change when attention gets sparser: a table of docs/howto/calibrate.md.
+"""Measure how much sentence embeddings change when attention gets sparser (a table of docs/howto/calibrate.md).
 
     python scripts/calibrate_embeddings.py DIR
 
@@ -32,7 +32,7 @@ def embedding(model: Any, ids: Tensor) -> Tensor:
 
 
 def distance(dense: dict[int, Tensor], model: Any, batch: tuple[int, Tensor]) -> Tensor:
-    """One minus the cosine similarity to the dense embeddings, the mean of a batch."""
+    """One minus the cosine similarity to the embeddings of the dense model; a mean over the batch."""
     number, ids = batch
     return 1 - cosine_similarity(embedding(model, ids), dense[number], dim=-1).mean()
 

@@ -17,11 +17,12 @@ from recipes.seq2seq.model import Seq2SeqTransformer
 from sparse_attn.kernels import dropout as module
 from sparse_attn.nn import dropout as layer
 
+# Name: width of the model, width of the feed-forward block, number of encoder layers and of decoder layers.
 SIZES = {"128/256, 2+2 layers": (128, 256, 2), "256/1024, 4+4 layers": (256, 1024, 4)}
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, one after the other in every round."""
+    """Median seconds of each call; in every round, all calls run one after the other."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()

@@ -2,8 +2,8 @@
 
 Each override changes one key of a tiny training on random data. Two outcomes are allowed: a one-line error with status
 2, and a training that ends with finite numbers. A traceback, a longer message, another status, a result that is not
-finite or a training of more than --seconds is a fault: it is printed, and the script has exit status 1. Everything runs
-in one process, since the import of torch would take most of the time.
+finite or a training of more than --seconds is a fault. The script prints each fault, and then has exit status 1.
+Everything runs in one process, since the import of torch would take most of the time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VALUES = [
     *("null", "true", "''", "x", "ü", "-1", "0", "1", "2.5", "1e-30", "1e30", "inf", "-inf", "nan"),
     *("99999999999999999999", "[1,2]", "{a:1}", "${x}", "???"),
 ]
-# Keys that Lightning's trainer takes besides those of the configuration.
+# Arguments of Lightning's trainer for which the configuration has no key.
 ADDED = [
     *("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval", "limit_val_batches", "max_steps"),
     *("min_epochs", "max_time", "strategy", "num_nodes", "num_sanity_val_steps", "gradient_clip_algorithm"),
@@ -44,7 +44,7 @@ ADDED = [
 TINY = [
     *("data=tsv", "data.batch_size=8", "logger=csv", "model.dim=8", "model.num_heads=2"),
     *("model.ff_dim=16", "model.encoder_layers=1", "model.decoder_layers=1", "trainer.max_epochs=1"),
-    *("trainer.accelerator=cpu", "++trainer.max_steps=9"),  # 9 ends every training soon
+    *("trainer.accelerator=cpu", "++trainer.max_steps=9"),  # every training ends after at most nine updates
 ]
 
 
@@ -106,7 +106,7 @@ def outcome(override: str, folder: Path, seconds: int) -> str:
 
 
 def write_data(folder: Path) -> None:
-    """Writes data files in which the target of a five-letter word is the word in capitals."""
+    """Writes data files of made-up words; the target of a word is the same word in capitals."""
     letters = random.Random(0)
     for split, count in {"train": 40, "val": 7, "test": 11}.items():
         words = ("".join(letters.choices("abcde", k=letters.randint(2, 7))) for _ in range(count))

@@ -54,7 +54,7 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
 
 
 def _module(path: Path) -> ModuleType:
-    """Import a module from its path; importing the package would need torch, which is not installed in a build."""
+    """Import a module from its path. The package cannot be imported in a build, where torch is not installed."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

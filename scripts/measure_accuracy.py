@@ -1,4 +1,4 @@
-"""Measure the errors of the mappings and their gradients, and those of the entmax package.
+"""Measure the errors of the mappings and of their gradients, for this library and for the entmax package.
 
 OMP_WAIT_POLICY=passive python scripts/measure_accuracy.py [--write]
 
@@ -64,9 +64,9 @@ Made by `python scripts/measure_accuracy.py --write`, the same numbers every tim
 {versions}, CPU ({platform.machine()}), one thread.
 
 Rows have {", ".join(map(str, SIZES))} scores, normally distributed with standard deviation {scales}; every number
-is the maximum over all rows. Exact values are computed by bisection in float64, for the scores and the α that the
-mapping gets after rounding to its dtype. Errors are computed without the rows that contain a NaN; (n NaN)
-gives the number of these rows.
+is the maximum over all rows. Exact values are computed by bisection in float64, from the scores and the α after
+rounding to the dtype in which the mapping receives them. Errors are computed without the rows that contain a NaN;
+(n NaN) gives the number of these rows.
 "Peer" is the entmax package: `entmax_bisect`, and for α = 1.5 and 2 also its exact `entmax15` and `sparsemax`."""
 
 
@@ -90,7 +90,7 @@ def bisect(total: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tens
 
 
 def exact_entmax(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """``p = [1 + a (z - σ)]_+^(1/a)``, and ``z - σ``."""
+    """``p = [1 + a (z - σ)]_+^(1/a)`` with ``a = α - 1`` and ``z = x - max x``, and ``z - σ``."""
     z, a = x.double() - x.double().amax(-1, keepdim=True), alpha - 1
     if a == 0:
         return torch.softmax(z, -1), torch.log_softmax(z, -1)
@@ -99,13 +99,13 @@ def exact_entmax(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         return torch.exp(torch.log1p((a * (z - sigma)).clamp(min=-1)) / a)
 
     low = torch.zeros_like(z[..., :1])
-    # a flat row has the largest σ
+    # a row of equal scores has the largest σ
     sigma = bisect(lambda s: p(s).sum(-1, keepdim=True) - 1, low, low - math.expm1(-a * math.log(z.shape[-1])) / a)
     return p(sigma) / p(sigma).sum(-1, keepdim=True), z - sigma
 
 
 def exact_gradients(x: Tensor, alpha: float, upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients for the scores and for α per row, from ``log p = log1p(a v) / a``, ``v = z - σ``, and ``Σ dp = 0``."""
+    """Gradients for the scores and for α per row, where ``log p = log1p(a v) / a``, ``v = z - σ`` and ``Σ dp = 0``."""
     p, v = exact_entmax(x, alpha)
     a, inside = alpha - 1, p > 0
     v = torch.where(inside, v, 0.0)
@@ -118,7 +118,7 @@ def exact_gradients(x: Tensor, alpha: float, upstream: Tensor) -> tuple[Tensor, 
 
 
 def exact_normmax(x: Tensor, alpha: float) -> Tensor:
-    """``q = [z - τ]_+^(1/(α-1))`` with ``Σ q^α = 1``, normalised."""
+    """``q = [z - τ]_+^(1/(α-1))`` divided by its sum, where τ makes ``Σ q^α = 1``; ``z = x - max x``."""
     z = x.double() - x.double().amax(-1, keepdim=True)
 
     def q(tau: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def exact_normmax(x: Tensor, alpha: float) -> Tensor:
 
 
 def exact_budget(x: Tensor, budget: float) -> Tensor:
-    """``clip(z - τ, 0, 1)`` that sums to the budget."""
+    """``clip(z - τ, 0, 1)`` with the τ at which it sums to the budget; ``z = x - max x``."""
     z = x.double() - x.double().amax(-1, keepdim=True)
     low = z.amin(-1, keepdim=True) - 1
     tau = bisect(lambda t: (z - t).clamp(0, 1).sum(-1, keepdim=True) - budget, low, torch.zeros_like(low))
@@ -239,7 +239,8 @@ def other_mappings(worse: list[str]) -> str:
             where = f"{name_of(dtype)}, {name} {value:g}"
             compare(worse, where, one.error, {theirs.__name__: (two.error, two.nan)})
             lines.append([where, *(w.show(w.error) for w in (one, two)), *(w.show(w.sum) for w in (one, two))])
-    text = "## Normmax and budget\n\nAs above, for rows of 7 scores and more.\n\n"
+    text = "## Normmax and budget\n\nAs above, for rows of at least 7 scores. "
+    text += "The sum of budget probabilities is compared with the budget instead of 1.\n\n"
     return text + table("map | error: ours | peer | sum: ours | peer", lines)
 
 

@@ -2,7 +2,7 @@
 
 python scripts/plot_operators.py [FOLDER]
 
-The same in dark colours goes to the same folder, as NAME_dark.png.
+The same pictures in dark colours are written to the same folder as NAME_dark.png.
 
 Left: the probability of a score t beside two scores 0. Right: the probabilities of eight scores.
 """
@@ -32,7 +32,7 @@ import matplotlib.pyplot as plt  # after the backend is chosen
 
 SCORES = torch.tensor([1.9, 1.4, 1.3, 0.8, 0.4, 0.0, -0.5, -1.1])
 
-# picture -> legend -> mapping; softmax is drawn dotted behind all of them
+# picture -> legend -> mapping; every picture also has softmax as a dotted line
 PICTURES: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
     "entmax": {f"α = {alpha}": lambda x, alpha=alpha: entmax(x, alpha) for alpha in (0.75, 1.25, 1.5, 2.0, 4.0)},
     "entmax15": {"1.5-entmax": entmax15},

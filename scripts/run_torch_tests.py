@@ -7,10 +7,11 @@ Both need expecttest. For samples, outputs and gradients are compared with those
 Samples with dropout cannot agree, since our functions draw other random numbers: they are counted separately. Every
 other difference gives the exit status 1.
 
-Files are those of the installed version of torch, for example ``test/nn/test_multihead_attention.py``,
+FILE is a file of the installed version of torch, for example ``test/nn/test_multihead_attention.py``,
 ``test/test_transformers.py``, and ``test/test_nn.py`` with ``-k "softmax or cross_entropy"``, which selects tests as in
-pytest. Each file runs twice: with torch's functions, and with ours under the same names. Tests that fail only with ours
-are printed. They do not change the exit status, since our functions may raise other exceptions and lack the fast path.
+pytest. Each file runs twice: with torch's functions, and with ours under the names of torch's. Tests that fail only
+with ours are printed. They do not change the exit status, since our functions may raise other
+exceptions and lack the fast path.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ _DROPOUT = "dropout draws other random numbers"
 
 
 def softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """``torch.softmax``, whose ``dtype`` casts the scores first."""
+    """Our function in place of ``torch.softmax``, whose ``dtype`` casts the scores first."""
     return entmax(x if dtype is None else x.to(dtype), 1.0, dim)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """``scaled_dot_product_attention``."""
+    """Our function in place of ``scaled_dot_product_attention``."""
     return entmax_attention(query, key, value, 1.0, *args, **kwargs)
 
 
 def cross_entropy(x: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
-    """``torch.nn.functional.cross_entropy``."""
+    """Our function in place of ``torch.nn.functional.cross_entropy``."""
     return entmax_loss(x, target, 1.0, **kwargs)
 
 
@@ -96,14 +97,14 @@ def compare_samples() -> bool:
 
 
 class MultiheadAttention(AdaptiveSparseMultiheadAttention):
-    """``nn.MultiheadAttention``."""
+    """Our layer in place of ``nn.MultiheadAttention``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, alpha_init=1.0, learn_alpha=False, **kwargs)
 
 
 def softmax_of_nn(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
-    """``torch.nn.functional.softmax``."""
+    """Our function in place of ``torch.nn.functional.softmax``."""
     return softmax(x, F._get_softmax_dim("softmax", x.dim(), _stacklevel) if dim is None else dim, dtype)
 
 
@@ -120,7 +121,7 @@ class Outcomes:
     """A plugin for pytest that stores the outcome of every test."""
 
     def __init__(self) -> None:
-        self.failures: dict[str, str | None] = {}  # the message of a test that failed, None of one that passed
+        self.failures: dict[str, str | None] = {}  # test -> its message if it failed, None if it passed
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Stores the outcome of a phase of a test."""

@@ -7,9 +7,9 @@ CHECKOUT is a checkout of transformers at the tag of the installed version: neit
 distribution contains the tests of the models (`tests/models`), so this script cannot fetch them. Without CHECKOUT it
 prints the tag. The tests need the extra hf, and datasets, parameterized, Pillow and timeout-decorator.
 
-Every model whose class supports `scaled_dot_product_attention` gets the implementation, whatever its test asks for;
-in tests with "eager" in their name, which compare with it, "eager" stays. Tests that ask whether the name is literally
-"sdpa" therefore fail with ours.
+Every model whose class supports `scaled_dot_product_attention` gets the implementation, whatever its test asks for. A
+test with "eager" in its name compares with the implementation "eager", so models that ask for "eager" keep it there.
+Tests that check that the name is "sdpa" therefore fail with ours.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Replaced:
         transformers.PreTrainedModel.get_correct_attn_implementation = replaced
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Tests that compare with "eager" keep it."""
+        """Notes whether the test compares with the implementation "eager", which models then keep."""
         self.keeps_eager = "eager" in item.name
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -71,7 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def outcomes(checkout: Path, family: str, name: str, options: list[str]) -> dict[str, str]:
-    """The outcome of every test of a family with an implementation."""
+    """The outcome of every test of a family of models, run with the implementation ``name``."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "outcomes.json")
         paths = [str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -104,7 +104,7 @@ def outcomes(checkout: Path, family: str, name: str, options: list[str]) -> dict
 
 
 def checked(checkout: Path | None, families: list[str]) -> Path:
-    """The checkout, if it has the tests of the installed version; otherwise the program ends with what is missing."""
+    """The checkout, if it has the tests of the installed version; otherwise ends with a message on what is missing."""
     version = transformers.__version__
     how = f"clone github.com/huggingface/transformers at the tag v{version} and give its folder"
     if checkout is None:
@@ -119,7 +119,7 @@ def checked(checkout: Path | None, families: list[str]) -> Path:
 
 
 def main() -> int:
-    """Runs every family twice and prints a line for each; 1 if a test fails with ours alone."""
+    """Runs every family twice and prints a line for each; the exit status is 1 if a test fails with ours alone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", nargs="?", type=Path)
     parser.add_argument("families", nargs="*", default=list(FAMILIES))

@@ -50,14 +50,14 @@ static double any_score(int64_t i) {
     return rand() % 4 ? 6.0 * rand() / RAND_MAX - 3 : rand() % 3;
 }
 
-/* Buffers of exactly the size that is promised; the last dimension has a stride of `step`. */
+/* Runs the row kernels on buffers of exactly the required size; the last dimension has a stride of `step`. */
 static void exercise(int variant, int threads, int type, int64_t count, int64_t size, int64_t step) {
     const int64_t layout[] = {count, size, size * step, step, size * step, step, 1, 0};
     void *scores = malloc(BYTES[type] * count * size * step), *grad = malloc(BYTES[type] * count * size * step);
     void *p = malloc(BYTES[type] * count * size), *out = malloc(BYTES[type] * count * size);
     double *a = malloc(sizeof *a * count), *grad_a = malloc(sizeof *grad_a * count);
     const double alphas[] = {1, 1.5, 2, 1.3, 1.75, 1.0001, 0.6, 2.5, 4, 1 + 1e-13};
-    for (int64_t i = 0; i < count; i++) a[i] = alphas[(i / 4 + size) % 10] - 1; /* four of each: side by side */
+    for (int64_t i = 0; i < count; i++) a[i] = alphas[(i / 4 + size) % 10] - 1; /* four rows of each α are solved side by side */
     for (int64_t i = 0; i < count * size * step; i++) {
         put(scores, type, i, any_score(i));
         put(grad, type, i, 4.0 * rand() / RAND_MAX - 2);
@@ -69,7 +69,7 @@ static void exercise(int variant, int threads, int type, int64_t count, int64_t 
         check(!rows_backward(variant, threads, 2, backward, type, p, grad, a, out, NULL), "backward");
         check(!rows_backward(variant, threads, 2, backward, type, p, grad, a, out, grad_a), "backward with alpha");
     }
-    /* The forward never returns such p, but a caller may pass any tensor. */
+    /* The forward never returns such a p, but a caller may pass any tensor to the backward. */
     check(!rows_backward(variant, threads, 2, layout, type, scores, grad, a, out, grad_a), "backward of anything");
     free(scores), free(grad), free(p), free(out), free(a), free(grad_a);
 }
@@ -81,7 +81,7 @@ static tensor filled(int type, int64_t batch, int64_t heads, int64_t size, int64
     return x;
 }
 
-/* Attention forward and backward; every buffer has what the call says and no more. `kind` chooses among masks. */
+/* Runs attention forward and backward; every buffer has exactly the size that the call states. `kind` chooses the mask. */
 static void attend(int variant, int threads, int type, int64_t queries, int64_t keys, int64_t width, int kind) {
     const int64_t batch = 2, heads = 4, kv_heads = 2, packed[] = {0, queries / 3, queries}, packed_keys[] = {0, keys, keys};
     const double alphas[] = {1, 1.25, 1.5, 2}, steep[] = {1 + 1e-9, 1.75, 3, 2};

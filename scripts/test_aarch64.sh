@@ -28,7 +28,7 @@ if [ ! -d "$root/site/torch" ]; then
         --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 $PACKAGES
 fi
 
-# The library of this machine is not replaced.
+# A copy of the tree, so that the compiled library of this machine is not replaced.
 tree=$(mktemp -d)
 trap 'rm -rf "$tree"' EXIT
 cp -r sparse_attn tests pyproject.toml README.md "$tree"

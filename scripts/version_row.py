@@ -1,6 +1,7 @@
 """Print a row for docs/versions.md, from the versions of this environment and a JUnit file of pytest.
 
-Usage: python scripts/version_row.py RESULTS.xml "what was run"
+Usage: python scripts/version_row.py RESULTS.xml PART
+PART says which tests were run, for example "whole suite".
 """
 
 from __future__ import annotations

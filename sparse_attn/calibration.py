@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_attn.checks import check_interval, check_module, check_number
-from sparse_attn.ops.entmax import entmax_along
-from sparse_attn.swap import replaced_for_a_while
+from sparse_attn.evaluation import (
+    Alpha,
+    Candidates,
+    Loss,
+    Passes,
+    Result,
+    SavedPasses,
+    evaluating,
+    loss_of_transformers,
+    measured_attention,
+)
 
 __all__ = ["Calibration", "calibrate"]
 
-Loss = Callable[[nn.Module, Any], Tensor]
-
 _CANDIDATES = 9  # values of α tried in one pass over the batches
-# Distances of a pass's candidates from the α in use, as shares of the range: α changes when other layers get sparser.
+# The largest distance of the candidates from the α in use, as a share of the range of α, one entry per pass. The passes
+# are repeated because the best α of a layer changes when other layers get sparser.
 _SPREADS = (0.25, 0.08, 0.025)
-_SMALLEST = 0.01  # the lowest density for a bounded loss
+_LOWEST = 0.01  # the lowest density that is tried for a bounded loss
 _HALVINGS = 6  # number of bisection steps on the logarithm of the density
 
 
@@ -36,48 +39,12 @@ class Calibration(dict[str, list[float]]):
     Attributes:
         density: ``{layer name: density of each head}`` with these α: the share of visible keys that have weight.
         loss_before: Mean loss of the batches in the dense model.
-        loss_after: The same with these α.
+        loss_after: Mean loss of the batches with these α.
     """
 
     density: dict[str, list[float]]
     loss_before: float
     loss_after: float
-
-
-@dataclass(frozen=True)
-class _Result:
-    """The measurements of one pass over the batches with given α."""
-
-    loss: float
-    density: dict[str, list[float]]
-    tried: dict[str, list[list[float]]]  # density with each candidate of each head
-
-
-class _Probe:
-    """Maps scores with the α in use, and counts the keys that would have non-zero weight with each candidate."""
-
-    def __init__(self, alpha: Tensor, candidates: Tensor) -> None:
-        self.alpha, self.candidates = alpha, candidates  # (H,) and (C, H), float64
-        self.used = torch.zeros(len(candidates) + 1, len(alpha), dtype=torch.float64)
-        self.visible = torch.zeros(len(alpha), dtype=torch.float64)
-
-    def __call__(self, scores: Tensor, sinks: int = 0) -> Tensor:
-        detached = scores.detach()
-        dims = [dim for dim in range(scores.dim()) if dim != scores.dim() - 3]
-        self.visible += (detached[..., sinks:] > -math.inf).sum(dims).cpu()
-        for used, alpha in zip(self.used[1:], self.candidates, strict=True):
-            used += (self._map(detached, alpha)[..., sinks:] > 0).sum(dims).cpu()
-        weights = self._map(scores, self.alpha)
-        self.used[0] += (weights.detach()[..., sinks:] > 0).sum(dims).cpu()
-        return weights
-
-    def densities(self) -> list[list[float]]:
-        """The density with the α in use and with each candidate, per head."""
-        return (self.used / self.visible.clamp(min=1)).tolist()
-
-    @staticmethod
-    def _map(scores: Tensor, alpha: Tensor) -> Tensor:
-        return entmax_along(scores, alpha.to(scores.device, scores.dtype).view(-1, 1, 1), -1, None)
 
 
 def calibrate(
@@ -99,9 +66,9 @@ def calibrate(
     heads, at which the loss exceeds that of the dense model by at most this amount. All heads are made sparse at the
     same time, since a sparse layer changes the scores of later layers.
 
-    The function makes 8 passes over the batches for a density; for ``loss_increase``, 4 for each of up to 7 densities
-    and one more. Memory does not grow with the number of batches. A head that would need a larger α than ``alpha_max``
-    gets ``alpha_max``.
+    The function makes 8 passes over the batches for ``density``, and for ``loss_increase`` one pass plus 4 for each of
+    up to 7 densities. Memory does not grow with the number of batches. A head that would need a larger α than
+    ``alpha_max`` gets ``alpha_max``.
 
     Args:
         model: A ``transformers.PreTrainedModel``, or any module with ``nn.MultiheadAttention`` layers. It computes in
@@ -143,15 +110,15 @@ def calibrate(
     """
     check_module(model)
     _check(batches, density, loss_increase, per, loss, alpha_max)
-    loss = _loss_of_transformers if loss is None else loss
-    with evaluating(model), _attention(model, loss) as (heads, passing):
+    loss = loss_of_transformers if loss is None else loss
+    with evaluating(model), measured_attention(model, loss) as (heads, run_pass):
         if not heads:
             raise ValueError(
                 "model must have attention with an α, nn.MultiheadAttention or AdaptiveSparseMultiheadAttention, "
                 f"got none in {type(model).__name__}"
             )
         call = {"density": density, "loss_increase": loss_increase, "per": per, "alpha_max": alpha_max}
-        passes = _Passes(passing, batches, heads, _State(state, {**call, "heads": heads}), progress)
+        passes = Passes(run_pass, batches, heads, SavedPasses(state, {**call, "heads": heads}), progress)
         search = _Search(passes, heads, per == "layer", float(alpha_max))
         dense = {name: [1.0] * number for name, number in heads.items()}
         start = search.around(dense, 1.0)
@@ -166,11 +133,12 @@ def calibrate(
     return result
 
 
-def _for_loss(
-    search: _Search, dense: _Alpha, before: _Result, start: _Candidates, bound: float
-) -> tuple[_Alpha, _Result]:
-    """The lowest density whose loss is within the bound, by bisection of its logarithm, or the dense model."""
-    best, low, high = (dense, before), math.log(_SMALLEST), 0.0
+def _for_loss(search: _Search, dense: Alpha, before: Result, start: Candidates, bound: float) -> tuple[Alpha, Result]:
+    """α and result of the lowest density whose loss is within the bound, by bisection of the density's logarithm.
+
+    If no density is within the bound, the dense model.
+    """
+    best, low, high = (dense, before), math.log(_LOWEST), 0.0
     wanted = low  # if the lowest density is within the bound, no search is needed
     for _ in range(1 + _HALVINGS):
         found = search.for_density(math.exp(wanted), search.solve(start, before, math.exp(wanted)))
@@ -184,25 +152,21 @@ def _for_loss(
     return best
 
 
-_Alpha = dict[str, list[float]]
-_Candidates = dict[str, list[list[float]]]  # ascending, (C, H)
-
-
 class _Search:
     """Finds α for a density from the densities measured in passes."""
 
-    def __init__(self, passes: _Passes, heads: dict[str, int], by_layer: bool, most: float) -> None:
+    def __init__(self, passes: Passes, heads: dict[str, int], by_layer: bool, most: float) -> None:
         self.passes, self.heads, self.by_layer, self.most = passes, heads, by_layer, most
 
-    def for_density(self, density: float, alpha: _Alpha, *, twice: bool = False) -> tuple[_Alpha, _Result]:
-        """α with the target density, searched near the given α, and the result of a pass with it."""
+    def for_density(self, density: float, alpha: Alpha, *, twice: bool = False) -> tuple[Alpha, Result]:
+        """α with the target density, searched near the given α, and the result of a pass with the α that was found."""
         for spread in _SPREADS * (1 + twice):
             candidates = self.around(alpha, spread)
             alpha = self.solve(candidates, self.passes(alpha, candidates), density)
         return alpha, self.passes(alpha, {name: [] for name in alpha})
 
-    def around(self, alpha: _Alpha, spread: float) -> _Candidates:
-        """Candidates below and above each α, at distances that are shares of the range of α, inside the range."""
+    def around(self, alpha: Alpha, spread: float) -> Candidates:
+        """Candidates around each α, inside its range; ``spread`` is the largest distance, in widths of the range."""
         low, high = 1.0, self.most
         width = spread * (high - low)
         centre = torch.tensor([value for values in alpha.values() for value in values], dtype=torch.float64)
@@ -211,7 +175,7 @@ class _Search:
         split = (first + steps * (last - first)).split(list(self.heads.values()), 1)
         return {name: part.tolist() for name, part in zip(self.heads, split, strict=True)}
 
-    def solve(self, candidates: _Candidates, measured: _Result, density: float) -> _Alpha:
+    def solve(self, candidates: Candidates, measured: Result, density: float) -> Alpha:
         """The α that gives the target density, according to the measurements."""
         alpha = {}
         for name, tried in candidates.items():
@@ -224,7 +188,7 @@ class _Search:
 
 
 def _crossing(values: Sequence[float], densities: Sequence[float], density: float) -> float:
-    """The value at which a decreasing density reaches the target; its logarithm is interpolated linearly."""
+    """The α at which a density that decreases with α reaches the target, by linear interpolation of its logarithm."""
     if densities[0] <= density:
         return values[0]
     for (first, above), (second, below) in zip(
@@ -238,140 +202,6 @@ def _crossing(values: Sequence[float], densities: Sequence[float], density: floa
 
 def _pairs(values: Sequence[float], densities: Sequence[float]) -> Iterator[tuple[float, float]]:
     return zip(values, densities, strict=True)
-
-
-class _State:
-    """The passes of a call in a file, which is replaced by a complete new file after each pass."""
-
-    def __init__(self, file: str | Path | None, call: dict[str, Any]) -> None:
-        self.file, self.call = None if file is None else Path(file), call
-        self.passes: list[dict[str, Any]] = []
-        if self.file is not None and not self.file.parent.is_dir():
-            raise ValueError(f"state must be a file in a folder that exists, got {str(file)!r}")
-        if self.file is not None and self.file.exists():
-            try:
-                saved = json.loads(self.file.read_text(encoding="utf-8"))
-                earlier, self.passes = saved["call"], saved["passes"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"state must be a file that calibrate wrote, got {str(file)!r}") from None
-            if earlier != call:
-                differs = next(key for key in call if earlier.get(key) != call[key])
-                raise ValueError(
-                    f"state must be of a call with the same {differs}, {call[differs]}, got {earlier.get(differs)} in "
-                    f"{str(file)!r}; delete the file to begin again"
-                )
-
-    def add(self, result: _Result) -> None:
-        self.passes.append(vars(result))
-        if self.file is not None:
-            unfinished = self.file.with_name(self.file.name + ".unfinished")
-            unfinished.write_text(json.dumps({"call": self.call, "passes": self.passes}), encoding="utf-8")
-            os.replace(unfinished, self.file)
-
-
-Passing = Callable[[Iterable[Any], Mapping[str, _Probe]], tuple[float, int]]
-
-
-class _Passes:
-    """Passes over the batches; passes of an earlier, interrupted call are read from its state."""
-
-    def __init__(
-        self, passing: Passing, batches: Iterable[Any], heads: dict[str, int], state: _State, progress: bool
-    ) -> None:
-        self.passing, self.batches, self.heads, self.state, self.progress = passing, batches, heads, state, progress
-        self.made = 0
-
-    def __call__(self, alpha: _Alpha, candidates: _Candidates) -> _Result:
-        self.made += 1
-        if self.made <= len(self.state.passes):
-            return _Result(**self.state.passes[self.made - 1])
-        probes = {
-            name: _Probe(_float64(alpha[name]), _float64(candidates[name]).view(-1, n))
-            for name, n in self.heads.items()
-        }
-        total, count = self.passing(self.batches, probes)
-        if not count:
-            raise ValueError("batches must hold at least one batch, got none")
-        if not math.isfinite(total):
-            raise ValueError(f"loss must be finite, got {total} in {count} batches")
-        found = {name: probe.densities() for name, probe in probes.items()}
-        in_use = {name: densities[0] for name, densities in found.items()}
-        result = _Result(total / count, in_use, {name: densities[1:] for name, densities in found.items()})
-        self.state.add(result)
-        if self.progress:
-            mean = sum(map(sum, in_use.values())) / sum(map(len, in_use.values()))
-            print(f"calibrate: pass {self.made}, density {mean:.3f}, loss {result.loss:.4f}", file=sys.stderr)
-        return result
-
-
-def _float64(values: list[Any]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode; at the end, every module has its earlier mode again."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def _attention(model: nn.Module, loss: Loss) -> Iterator[tuple[dict[str, int], Passing]]:
-    """The attention layers with their numbers of heads, and a function that runs a pass with a probe in each layer."""
-    if _is_of_transformers(model):
-        from sparse_attn.integrations.huggingface import probe
-
-        def passing(batches: Iterable[Any], probes: Mapping[str, _Probe]) -> tuple[float, int]:
-            with probe.probed(model, probes):  # type: ignore[arg-type]
-                return _losses(model, batches, loss)
-
-        yield probe.probed_heads(model), passing  # type: ignore[arg-type]
-        return
-    with replaced_for_a_while(model, None) as layers:
-
-        def passing(batches: Iterable[Any], probes: Mapping[str, _Probe]) -> tuple[float, int]:
-            try:
-                for name, one in probes.items():
-                    layers[name].mapping = lambda one=one: one  # type: ignore[method-assign, misc]
-                return _losses(model, batches, loss)
-            finally:
-                for layer in layers.values():
-                    vars(layer).pop("mapping", None)
-
-        yield {name: layer.num_heads for name, layer in layers.items()}, passing
-
-
-@torch.no_grad()
-def _losses(model: nn.Module, batches: Iterable[Any], loss: Loss) -> tuple[float, int]:
-    """The sum of the losses of all batches, and their number."""
-    total, count = 0.0, 0
-    for batch in batches:
-        value = loss(model, batch)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"loss must return a tensor with one number, got {got}")
-        total, count = total + float(value), count + 1
-    return total, count
-
-
-def _is_of_transformers(model: nn.Module) -> bool:
-    transformers = sys.modules.get("transformers")
-    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
-
-
-def _loss_of_transformers(model: nn.Module, batch: Any) -> Tensor:
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"batches must hold mappings, the arguments of the model, got {type(batch).__name__}")
-    found = getattr(model(**batch), "loss", None)
-    if not isinstance(found, Tensor):
-        raise ValueError(f"batches must hold labels, or loss must be given: {type(model).__name__} returned no loss")
-    return found
 
 
 def _check(

@@ -52,8 +52,8 @@ def check_window(window: Window) -> tuple[int | None, int | None]:
     """A sliding window as (left, right): how many keys a query sees before and after its own position.
 
     Raises:
-        TypeError: Neither an int nor a pair of ints or None.
-        ValueError: An int below 1, or a side below 0.
+        TypeError: ``window`` is neither an int nor a pair of ints or None.
+        ValueError: An int is below 1, or a side of a pair below 0.
     """
     pair = isinstance(window, (tuple, list)) and len(window) == 2
     sides: Any = tuple(window) if pair else (window, window)  # type: ignore[arg-type]
@@ -108,7 +108,7 @@ def _visible_within(bounds: Bounds, queries: int, keys: int, device: torch.devic
 
 
 def combine_masks(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """Two internal-form masks as one: a pair is visible if it is visible in both; float masks are summed."""
+    """Two internal-form masks as one: a key is visible if both masks show it; float masks are summed."""
     if first is None or second is None:
         return second if first is None else first
     if first.dtype == torch.bool:
@@ -119,7 +119,7 @@ def combine_masks(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 
 def visible_keys(attn_mask: Tensor | None, keys: int, device: torch.device) -> Tensor:
-    """How many keys each query sees under an internal-form mask; broadcastable to (N, H, L), (1,) without a mask."""
+    """How many keys each query sees under an internal-form mask: broadcastable to (N, H, L), or (1,) without a mask."""
     if attn_mask is None:
         return torch.full((1,), keys, device=device)
     visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf
@@ -169,7 +169,7 @@ def visible_pairs(attn_mask: Tensor | None, is_causal: bool, weights: Tensor) ->
 
 
 def dense_mask(attn_mask: Tensor, device: torch.device) -> Tensor:
-    """A causal mask of ``torch.nn.attention.bias``, which holds only sizes, as a tensor; other masks unchanged."""
+    """A causal mask of ``torch.nn.attention.bias``, which stores only sizes, as a tensor; other masks unchanged."""
     described = described_causal(attn_mask)
     if described is None:
         return attn_mask
@@ -181,7 +181,7 @@ def described_causal(attn_mask: Tensor | None) -> tuple[int, int, int] | None:
     """Queries, keys and offset of a causal mask from ``torch.nn.attention.bias``; None for any other mask."""
     if attn_mask is None or type(attn_mask) in (Tensor, torch.nn.Parameter):
         return None
-    # The import loads Dynamo, which takes a second. Plain tensors return above, so they never pay for the import.
+    # The import loads Dynamo, which takes a second. Calls with plain tensors return above, before the import.
     from torch.nn.attention.bias import CausalBias, CausalVariant
 
     if not isinstance(attn_mask, CausalBias):
@@ -191,9 +191,9 @@ def described_causal(attn_mask: Tensor | None) -> tuple[int, int, int] | None:
 
 
 def check_mask(attn_mask: Tensor, shape: Sequence[int], name: str = "attn_mask") -> None:
-    """Raise unless a mask is boolean or floating and broadcasts to scores of that shape."""
+    """Raise unless a mask is boolean or floating and broadcasts to scores of shape ``shape``."""
     check_mask_dtype(attn_mask, name)
-    # In lists of one length: Dynamo before torch 2.9 traces neither ``any`` of a generator nor a shorter ``zip``.
+    # Lists of equal length: Dynamo before torch 2.9 traces neither ``any`` of a generator nor ``zip`` of two lengths.
     last = list(shape)[max(len(shape) - attn_mask.dim(), 0) :]
     if attn_mask.dim() > len(shape) or False in [a in (1, b) for a, b in zip(attn_mask.shape, last, strict=True)]:
         raise ValueError(f"{name} must broadcast to the scores {tuple(shape)}, got shape {tuple(attn_mask.shape)}")
@@ -224,7 +224,8 @@ def multihead_mask(
         shape: (N, H, L, S).
         offset: How many keys come before the key of the first query.
         device: The device of the mask.
-        with_bounds_apart: The caller applies the window and causality, so that these need no mask of (L, S) entries.
+        with_bounds_apart: Whether the caller applies the window and causality itself, so that no mask of (L, S)
+            entries is needed for these.
 
     Returns:
         The mask or None, and the bounds that the caller must apply too.
@@ -273,27 +274,46 @@ def merge_multihead_masks(
         TypeError: A mask is neither boolean nor floating.
         ValueError: A mask has another shape.
     """
+    check_multihead_masks(attn_mask, key_padding_mask, batch=batch, heads=heads, queries=queries, keys=keys)
     merged: Tensor | None = None
     if attn_mask is not None:
-        check_mask_dtype(attn_mask, "attn_mask")
-        shapes = ((queries, keys), (batch * heads, queries, keys))
-        if tuple(attn_mask.shape) not in shapes:
-            raise ValueError(
-                f"attn_mask must have shape (L, S) = {shapes[0]} or (N * num_heads, L, S) = {shapes[1]}, "
-                f"got {tuple(attn_mask.shape)}"
-            )
         merged = _to_internal(attn_mask)
         if merged.dim() == 3:
             merged = merged.view(batch, heads, queries, keys)
     if key_padding_mask is not None:
-        check_mask_dtype(key_padding_mask, "key_padding_mask")
-        if tuple(key_padding_mask.shape) != (batch, keys):
-            raise ValueError(
-                f"key_padding_mask must have shape (N, S) = {(batch, keys)}, got {tuple(key_padding_mask.shape)}"
-            )
         padding = _to_internal(key_padding_mask).view(batch, 1, 1, keys)
         merged = combine_masks(merged, padding)
     return merged
+
+
+def check_multihead_masks(
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    *,
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    batched: bool = True,
+    names: tuple[str, str] = ("attn_mask", "key_padding_mask"),
+) -> None:
+    """Raise unless both masks have a dtype and a shape that ``nn.MultiheadAttention`` accepts.
+
+    ``names`` are the names of the masks in errors. Without ``batched``, ``key_padding_mask`` is (S,).
+    """
+    if attn_mask is not None:
+        check_mask_dtype(attn_mask, names[0])
+        shapes = ((queries, keys), (batch * heads, queries, keys))
+        if tuple(attn_mask.shape) not in shapes:
+            raise ValueError(
+                f"{names[0]} must have shape (L, S) = {shapes[0]} or (N * num_heads, L, S) = {shapes[1]}, "
+                f"got {tuple(attn_mask.shape)}"
+            )
+    if key_padding_mask is not None:
+        check_mask_dtype(key_padding_mask, names[1])
+        shape, form = ((batch, keys), "(N, S)") if batched else ((keys,), "(S,)")
+        if tuple(key_padding_mask.shape) != shape:
+            raise ValueError(f"{names[1]} must have shape {form} = {shape}, got {tuple(key_padding_mask.shape)}")
 
 
 def check_mask_dtype(mask: Tensor, name: str) -> None:
@@ -309,5 +329,5 @@ def _to_internal(mask: Tensor) -> Tensor:
 
 
 def with_infinities(mask: Tensor) -> Tensor:
-    """The mask with -inf for its dtype's smallest number, which would not be small enough to mask wider scores."""
+    """A float mask with -inf in place of its dtype's smallest number, which in a wider dtype would not mask a score."""
     return mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -math.inf)

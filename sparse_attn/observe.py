@@ -66,7 +66,8 @@ def report_weights(
         module: The module that attends.
         weights: (N, H, L, S), before or after dropout as the module multiplies them with its values.
         visible: True where a query may see a key; broadcasts against ``weights``. None: every query sees every key.
-        alpha: α that made the weights, a number or one per head; None: ``module.alpha``, if there is one.
+        alpha: The α with which the weights were computed, a number or one per head; None: ``module.alpha``, if the
+            module has this attribute.
     """
     for observer in tuple(_observers) if weights_are_observed() else ():
         observer(module, weights, visible, alpha)

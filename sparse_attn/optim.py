@@ -75,7 +75,7 @@ def alpha_param_groups(
 
 
 def freeze_alpha(model: nn.Module) -> None:
-    """Stop training α. An optimizer that has α as a parameter skips it, even if it has momentum for α.
+    """Stop training α. Optimizers that have α as a parameter then skip α, even if they hold momentum for α.
 
     Args:
         model: The model. Wrap it for distributed training after this call, not before.

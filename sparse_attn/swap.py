@@ -20,6 +20,7 @@ from sparse_attn.nn.multihead import SparseMultiheadAttention
 FilterFn = Callable[[str, nn.MultiheadAttention], bool]
 Layer = TypeVar("Layer", bound=nn.MultiheadAttention)
 
+# Attributes of nn.Module that hold hooks.
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -90,11 +91,14 @@ def replace_attention(
         not (isinstance(layer, type) and issubclass(layer, SparseMultiheadAttention))
         or layer is SparseMultiheadAttention
     ):
-        raise TypeError(f"layer must be a subclass of SparseMultiheadAttention with a mapping, got {layer!r}")
+        raise TypeError(
+            "layer must be a subclass of SparseMultiheadAttention, such as AdaptiveSparseMultiheadAttention, "
+            f"and not that class itself, got {layer!r}"
+        )
     if taken := [name for name in layer_kwargs if name in signature(nn.MultiheadAttention).parameters]:
         raise TypeError(
-            f"layer_kwargs must not hold arguments of nn.MultiheadAttention, which are those of each replaced layer, "
-            f"got {', '.join(taken)}"
+            "layer_kwargs must not hold arguments of nn.MultiheadAttention, which are copied from each replaced "
+            f"layer, got {', '.join(taken)}"
         )
     found = _attention(model, filter_fn)
     dense = {name: module for name, module in found.items() if not isinstance(module, SparseMultiheadAttention)}
@@ -155,7 +159,7 @@ def restore_attention(model: nn.Module, *, filter_fn: FilterFn | None = None) ->
     _check(model, sparse)
     for name, old in sparse.items():
         # peft's wrapper of a whole layer, also called MultiheadAttention, merges the adapter into the weights that
-        # torch's layer reads.
+        # torch's layer reads. Such a layer is therefore accepted.
         wrapped = type(model.get_submodule(name.rpartition(".")[0])).__name__ == "MultiheadAttention"
         if not isinstance(old.out_proj, nn.Linear) and not wrapped:
             raise ValueError(
@@ -209,7 +213,10 @@ def _attention(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.Mul
     }
     if not found:
         where = "" if filter_fn is None else " that filter_fn accepts"
-        got = f"only {', '.join(map(repr, layers))}, which are refused or of a subclass" if layers else "none"
+        reason = (
+            "whose class is a subclass" if filter_fn is None else "which filter_fn rejects or whose class is a subclass"
+        )
+        got = f"only {', '.join(map(repr, layers))}, {reason}," if layers else "none"
         raise ValueError(
             f"model must hold at least one nn.MultiheadAttention{where}, got {got} in {type(model).__name__}"
         )
@@ -238,8 +245,8 @@ def _check(model: nn.Module, layers: Mapping[str, nn.MultiheadAttention]) -> Non
         kind = type(layer)
         if kind is not nn.MultiheadAttention and _made_by_torch(layer):
             raise ValueError(
-                f"layer {name!r} must be swapped before it is parametrised, quantised or sharded, or left out by "
-                f"filter_fn; got a {kind.__module__}.{kind.__qualname__}"
+                f"layer {name!r} must be swapped before it is parametrised, quantised or sharded, got a "
+                f"{kind.__module__}.{kind.__qualname__}; swap earlier, or leave it out by filter_fn"
             )
         if "forward" in vars(layer):
             raise ValueError(
@@ -256,7 +263,7 @@ def _check_tensors(name: str, layer: nn.MultiheadAttention) -> None:
     special = {key: p for key, p in parameters.items() if type(p) is not nn.Parameter or not p.is_floating_point()}
     if special or not projection:
         kinds = [f"{key} of {p.dtype if type(p) is nn.Parameter else type(p).__name__}" for key, p in special.items()]
-        got = ", ".join(kinds) or f"an out_proj of {type(layer.out_proj).__module__} without any"
+        got = ", ".join(kinds) or f"an out_proj of {type(layer.out_proj).__module__} without parameters"
         raise ValueError(
             f"layer {name!r} must have ordinary floating-point parameters, got {got}; swap before quantising or "
             "sharding, or leave it out by filter_fn"
@@ -266,7 +273,7 @@ def _check_tensors(name: str, layer: nn.MultiheadAttention) -> None:
     if wanted != found:
         raise ValueError(
             f"layer {name!r} must have the parameters {_listed(wanted)} of nn.MultiheadAttention, got "
-            f"{_listed(found)}; take pruning or weight norm off first, unmerge adapters"
+            f"{_listed(found)}; remove pruning or weight norm and unmerge adapters first"
         )
     devices = sorted({str(p.device) for p in parameters.values()})
     if len(devices) > 1:
@@ -274,7 +281,10 @@ def _check_tensors(name: str, layer: nn.MultiheadAttention) -> None:
 
 
 def _check_expressible(name: str, layer: nn.MultiheadAttention) -> None:
-    """Raise if a layer has features beyond torch's layer and the mapping: the exchange would lose them."""
+    """Raise if a layer has features beyond those of torch's layer and its mapping from scores to weights.
+
+    The exchange would lose them.
+    """
     more = []
     if isinstance(layer, SparseMultiheadAttention):
         plain = SparseMultiheadAttention(**_arguments(layer), device="meta")
@@ -301,7 +311,7 @@ def _arguments(layer: nn.MultiheadAttention) -> dict[str, Any]:
         "kdim": layer.kdim,
         "vdim": layer.vdim,
         "batch_first": layer.batch_first,
-        "dtype": next(layer.parameters()).dtype,  # not that of out_proj: a user's out_proj may have no weight
+        "dtype": next(layer.parameters()).dtype,  # not the dtype of out_proj: a user's out_proj may have no weight
     }
 
 

@@ -66,7 +66,8 @@ def needs_plain_operations() -> bool:
 
     True in four cases: in a trace, whose graph should run without this library; for ``torch.func`` inside a compiled
     function, where custom operators have no forward mode; for forward mode over forward mode, where an autograd
-    function that saves its inputs loses the outer tangent; and in ``functionalize``, which has no rule for them.
+    function that saves its inputs loses the outer tangent; and in ``functionalize``, which has no rule for autograd
+    functions and custom operators.
     """
     if is_exporting():
         return True
@@ -84,7 +85,7 @@ def batch_in_front(tensor: Tensor, dim: int | None, size: int, rank: int) -> Ten
     """A tensor that ``vmap`` batches along ``dim`` (None: not batched), with the batch as its first dimension.
 
     The kernels compute each row independently, so the batch is one more dimension of rows. The result has
-    ``rank + 1`` dimensions: dimensions of size 1 are inserted after the batch where the tensor has fewer.
+    ``rank + 1`` dimensions: if the tensor has fewer, dimensions of size 1 are inserted after the batch.
     """
     tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return tensor.reshape(len(tensor), *[1] * (rank + 1 - tensor.dim()), *tensor.shape[1:])

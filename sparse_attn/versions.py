@@ -88,7 +88,10 @@ def _dynamo_is_exporting() -> bool:
 
 
 def fx_traces() -> bool:
-    """Whether ``torch.fx`` or ``make_fx`` is tracing. The public function warns; the flag exists up to torch 2.13."""
+    """Whether ``torch.fx`` or ``make_fx`` is tracing, without the warning of torch's public function.
+
+    The flag exists up to torch 2.13.
+    """
     if TORCH >= (2, 14):
         return torch.fx._symbolic_trace._get_is_fx_tracing()  # type: ignore[attr-defined, unused-ignore]
     return torch.fx._symbolic_trace._is_fx_tracing_flag
@@ -109,7 +112,7 @@ def autocast_enabled(device: torch.device) -> bool:
 
 
 def _autocast_available(device_type: str) -> bool:
-    """Torch's function. Dynamo before torch 2.13 cannot trace torch's own, but calls this one, marked below."""
+    """Calls torch's function. Dynamo before 2.13 cannot trace that, but calls this one as a constant (marked below)."""
     return torch.amp.is_autocast_available(device_type)
 
 

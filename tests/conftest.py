@@ -16,8 +16,8 @@ from torch import Tensor
 # Tests are small and run in several processes: further threads in each process would only wait for one another.
 torch.set_num_threads(1)
 
-# torch lists once the constructors that use a default device. The list must contain the real `torch.empty`, not the one
-# below: otherwise a model on the meta device would be allocated, however large it is.
+# torch makes a list of the constructors that use a default device only once. The list must contain the real
+# `torch.empty`, not the one below: otherwise a model on the meta device would be allocated, however large it is.
 with torch.device("meta"):
     torch.empty(0)
 

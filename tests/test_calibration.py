@@ -1,4 +1,4 @@
-"""calibrate: α for a density or for a loss, in models of torch; the model is as before afterwards."""
+"""`calibrate` finds α for a density or a loss in models of torch and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def only_topk() -> nn.Module:
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
-    """How far the output is from that of the dense model."""
+    """The mean squared difference between the output and that of the dense model."""
     return (model(batch) - dense_output(batch)).square().mean()
 
 
@@ -48,7 +48,7 @@ def dense_output(batch: Tensor) -> Tensor:
 
 
 def measured(alpha: dict[str, list[float]]) -> tuple[dict[str, list[float]], float]:
-    """Density of every head and loss with some α, by the functions that a user has."""
+    """Density of every head and mean loss with these α, measured with public functions."""
     model = encoder().eval()
     replace_attention(model, alpha_init=alpha)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_a_density_out_of_reach_gives_the_largest_alpha():
     assert dense.loss_after == pytest.approx(0, abs=1e-10)
 
 
-def test_the_sparsest_with_a_bounded_loss():
+def test_a_bound_on_the_loss_gives_the_lowest_density_that_keeps_it():
     results = [
         calibrate(encoder(), BATCHES, loss_increase=bound, loss=loss, progress=False) for bound in (0.0, 0.02, 0.1, 1e9)
     ]
@@ -111,7 +111,7 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("stop", [None, KeyboardInterrupt, RuntimeError])
-def test_the_model_is_as_before(stop):
+def test_calibrate_leaves_the_model_unchanged(stop):
     model = encoder()
     model.layers[0].eval()
     before, values, calls = state_of(model), [p.clone() for p in model.parameters()], []
@@ -182,7 +182,9 @@ def test_the_result_is_plain_and_fits_the_swap(tmp_path):
         replace_attention(encoder(), alpha_init={"layers.0.self_attn": 1.5})
 
 
-class Unlike(nn.Module):
+class CausalModel(nn.Module):
+    """One causal attention layer."""
+
     def __init__(self) -> None:
         super().__init__()
         self.attention = AdaptiveSparseMultiheadAttention(12, 4, batch_first=True)
@@ -194,7 +196,7 @@ class Unlike(nn.Module):
 def test_causal_layers_count_visible_keys_alone():
     torch.manual_seed(1)
     found = calibrate(
-        Unlike(), [4 * batch for batch in BATCHES], density=0.5, loss=lambda m, x: m(x).sum(), progress=False
+        CausalModel(), [4 * batch for batch in BATCHES], density=0.5, loss=lambda m, x: m(x).sum(), progress=False
     )
     assert found.density["attention"] == pytest.approx([0.5] * 4, abs=0.01)
 
@@ -227,7 +229,7 @@ def test_causal_layers_count_visible_keys_alone():
         ({"state": "/no/such/folder/state"}, ValueError, "state must be a file in a folder that exists"),
     ],
 )
-def test_wrong_input(change, error, message):
+def test_wrong_input_raises_an_error(change, error, message):
     arguments = {"model": encoder(), "batches": BATCHES, "density": 0.3, "loss": loss} | change
     before = state_of(arguments["model"]) if isinstance(arguments["model"], nn.Module) else None
     with pytest.raises(error, match=message):

@@ -260,7 +260,7 @@ def test_two_processes_take_the_same_steps_as_one(results: dict[str, list[Any]],
     assert int((moved != start).sum()) >= 6, "α has learnt, also off its bounds"
 
 
-def test_the_halves_of_the_batch_disagree_on_a_head_at_its_bound() -> None:
+def test_gradients_of_a_head_at_its_bound_differ_in_sign_between_the_processes() -> None:
     """Otherwise the test above could not detect a projection of gradients before their sum."""
     signs = []
     for rows in (slice(0, N // 2), slice(N // 2, None)):
@@ -281,7 +281,7 @@ def test_alpha_of_a_sharded_model_is_complete(results: dict[str, list[Any]]) -> 
         assert numbers == [pytest.approx([1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7]), pytest.approx([1.9])]
         assert found["frozen"] == [True] * 3
         torch.testing.assert_close(found["reset"]["blocks.0.attention"], expected["blocks.0.attention"])
-    assert sorted(found["mine"] for found in results["fsdp_alpha"]) == [0, 1], "one head for two processes"
+    assert sorted(found["mine"] for found in results["fsdp_alpha"]) == [0, 1], "one process must hold no head"
 
 
 @with_fsdp

@@ -69,7 +69,7 @@ def test_one_compiled_graph_serves_every_length(make: Callable[[], nn.Module]) -
     assert counter.frame_count == 1
 
 
-def test_the_gradient_of_a_query_that_sees_nothing_is_zero_in_a_program() -> None:
+def test_a_query_without_visible_keys_has_a_gradient_of_zero_in_an_exported_program() -> None:
     mask = torch.tensor([[True, False], [False, False]])
     program = torch.export.export(
         Attends(lambda x: entmax_attention(x, x, x, 1.0, mask)), (torch.randn(2, 3),)

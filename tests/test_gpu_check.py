@@ -153,7 +153,7 @@ def test_rows_at_the_edge_of_the_support_have_no_upstream_gradient(gpu_check):
         (["--dry-run"], "--dry-run needs --out DIR"),
     ],
 )
-def test_wrong_arguments(arguments, message):
+def test_wrong_arguments_are_refused(arguments, message):
     run = subprocess.run([sys.executable, SCRIPTS / "gpu_check.py", *arguments], capture_output=True, text=True)
     assert run.returncode == 2 and message in run.stderr
 

@@ -156,7 +156,7 @@ def test_inactive_copies_of_modules_in_peft_are_left_out(saved: list[str]) -> No
 
 
 def test_lora_on_a_whole_attention_is_refused_by_peft() -> None:
-    # peft's wrapper of nn.MultiheadAttention reads the attribute that our layers set to False.
+    # peft's wrapper of nn.MultiheadAttention reads `_qkv_same_embed_dim`, which our layers set to False.
     peft = pytest.importorskip("peft")
     with pytest.raises(ValueError, match="Only same embed for query/key/value is supported"):
         peft.get_peft_model(encoder(), peft.LoraConfig(r=2, target_modules=["self_attn"]))

@@ -78,7 +78,7 @@ def test_without_masks_everything_is_visible() -> None:
     assert visible_keys(None, S, mask.device).tolist() == [S]
 
 
-def test_no_mask_changes_nothing() -> None:
+def test_scores_without_a_mask_are_returned_unchanged() -> None:
     scores = torch.randn(N, H, L, S)
     assert apply_mask(scores, None) is scores
 

@@ -57,7 +57,7 @@ def arguments(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
 
 
 class Contract:
-    """The signatures of the contract, written as signatures."""
+    """A method for each public name, with the signature that is promised for it."""
 
     def sparsemax(self, x, dim=-1): ...
     def entmax15(self, x, dim=-1): ...

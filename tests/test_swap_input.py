@@ -132,11 +132,11 @@ def test_a_model_without_layers_to_exchange_is_refused(way: str) -> None:
     swap = BACK_AND_FORTH[way]
     with pytest.raises(ValueError, match=r"model must hold at least one nn\.MultiheadAttention, got none in Linear"):
         swap(nn.Linear(2, 3))
-    with pytest.raises(ValueError, match="got only '0', which are refused or of a subclass in Sequential"):
+    with pytest.raises(ValueError, match="got only '0', whose class is a subclass, in Sequential"):
         swap(nn.Sequential(Other(E, H)))
     model = nn.Sequential(layer_for(way))
     before = everything(model)
-    with pytest.raises(ValueError, match="that filter_fn accepts, got only '0', which are refused"):
+    with pytest.raises(ValueError, match="that filter_fn accepts, got only '0', which filter_fn rejects or"):
         swap(model, filter_fn=lambda name, _: False)
     with pytest.raises(TypeError, match="filter_fn must be a function of name and module, or None, got '0'"):
         swap(model, filter_fn="0")  # type: ignore[arg-type]
@@ -249,6 +249,6 @@ def test_the_error_for_a_checkpoint_of_another_model_names_the_parameters() -> N
 def test_arguments_of_the_replaced_layer_are_refused(name: str) -> None:
     model = nn.Sequential(nn.MultiheadAttention(8, 2))
     with pytest.raises(
-        TypeError, match=f"layer_kwargs must not hold arguments of .* of each replaced layer, got {name}$"
+        TypeError, match=f"layer_kwargs must not hold arguments of .* from each replaced layer, got {name}$"
     ):
         replace_attention(model, **{name: 0.5})

@@ -89,7 +89,7 @@ def test_a_device_without_autocast_has_none_enabled():
         assert versions.autocast_enabled(torch.device("cpu"))
 
 
-def test_autocast_is_asked_for_in_compiled_code():
+def test_compiled_code_finds_out_whether_autocast_is_enabled():
     torch._dynamo.reset()
     ask = torch.compile(lambda x: x + versions.autocast_enabled(x.device), backend="eager", fullgraph=True)
     assert ask(torch.zeros(1)).item() == 0

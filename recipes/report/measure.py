@@ -21,7 +21,7 @@ from sparse_attn.analysis import (
     strongest_at_offset,
     support_counts,
 )
-from sparse_attn.calibration import evaluating
+from sparse_attn.evaluation import evaluating
 from sparse_attn.nn.alpha import has_learnt_alpha
 from sparse_attn.observe import observe_weights
 from sparse_attn.optim import set_alpha

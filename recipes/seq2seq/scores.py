@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from sparse_attn.calibration import evaluating
+from sparse_attn.evaluation import evaluating
 
 from .metrics import EDIT_METRICS, TEXT_METRICS, by_group, computed, edit_scores, text_scores
 

@@ -18,7 +18,7 @@ def word_groups(tokens: Sequence[str]) -> list[int]:
 
     Supported marks: ``##`` before a piece that continues a word (WordPiece), ``@@`` after a piece whose word continues
     (subword-nmt), ``</w>`` after the last piece of a word (CLIP, GPT-1), and ``▁`` or ``Ġ`` before the first piece of a
-    word (SentencePiece, byte-level BPE). With the last two, a special token such as ``<s>`` or ``[CLS]`` is a word.
+    word (SentencePiece, byte-level BPE). With ``▁`` or ``Ġ``, a special token such as ``<s>`` or ``[CLS]`` is a word.
 
     Args:
         tokens: the tokens of one text. The most frequent kind of mark is used for all tokens.

@@ -115,7 +115,7 @@ def _recording(
         if module in names and not _recomputing():
             with _warning_of_errors(names[module]):
                 if torch._C._are_functorch_transforms_active():
-                    raise RuntimeError("inside a transform of torch.func weights have no values to sum up")
+                    raise RuntimeError("inside a transform of torch.func, weights have no values to sum up")
                 alpha = getattr(module, "alpha", None) if alpha is None else alpha
                 record.add(names[module], weights, visible, alpha)
 
@@ -124,7 +124,7 @@ def _recording(
         stack.enter_context(observe_weights(count))
         for layer, positional in asked.items():
             hook = _Ask(layer, names[layer], positional, count)
-            # Before hooks that free the parameters, such as those of sharded layers.
+            # Prepended, to run before hooks that free the parameters, such as those of sharded layers.
             stack.callback(layer.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
         yield record
 
@@ -141,8 +141,8 @@ def _plain_process() -> Iterator[None]:
     with _opening:
         if not _open_records:
             _switches.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-            # Hooks alone make the encoder layer take the slow path, but nn.TransformerEncoder would still hand it
-            # nested tensors, for which no weights can be given.
+            # Hooks alone make the encoder layer take the slow path, but nn.TransformerEncoder would still pass nested
+            # tensors to the layer, for which attention returns no weights.
             torch.backends.mha.set_fastpath_enabled(False)
             _switches.enter_context(torch.compiler.set_stance("force_eager"))
         _open_records += 1
@@ -215,7 +215,7 @@ class _Ask:
             else:
                 named[argument] = wanted
         devices = {x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.device.type != "cpu"}
-        kind = next(iter(devices)).type if devices else "cuda"  # the default; torch before 2.12 needs its name
+        kind = next(iter(devices)).type if devices else "cuda"  # fork_rng's default, which torch before 2.12 requires
         with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind), pause_observers():
             answer = self.layer.forward(*positional, **named)
         weights = answer[1] if isinstance(answer, tuple) and len(answer) == 2 else None

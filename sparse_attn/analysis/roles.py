@@ -23,7 +23,7 @@ __all__ = [
     "strongest_at_offset",
 ]
 
-#: The share from which a head has a role, for each role of :func:`name_roles`.
+#: For each role of :func:`name_roles`, the smallest share with which a head has the role.
 ROLE_THRESHOLDS = {"previous": 0.5, "self": 0.5, "next": 0.5, "monotone": 0.8, "diffuse": 0.9}
 
 
@@ -152,7 +152,7 @@ def monotonicity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
         visible: True where a query may see a key; broadcasts against `weights`. None: everywhere.
 
     Returns:
-        (N, H, 1) or (H, 1), one value per sequence, -1 to 1; 0 when the centre never moves; NaN with fewer
+        (N, H, 1) or (H, 1), one value per sequence, -1 to 1; 0 if the mean position never moves; NaN with fewer
         than two queries that see a key.
 
     Raises:
@@ -201,7 +201,7 @@ def name_roles(shares: Mapping[str, Tensor], thresholds: Mapping[str, float] = R
         the largest factor; if none does, "mixed".
 
     Raises:
-        ValueError: if there is no share at all, or no threshold for one.
+        ValueError: if there is no share at all, or a role has no threshold.
 
     Example:
         >>> name_roles({"previous": torch.tensor([0.97, 0.1]), "next": torch.tensor([0.01, 0.4])})

@@ -14,7 +14,7 @@ def attention_rollout(weights: Sequence[Tensor], residual: float = 0.5) -> Tenso
     """Product of the attention matrices of all layers, each mixed with the identity for the residual connection.
 
     R_l = (r I + (1 - r) mean_h A_l) R_{l-1}, R_0 = I. Rows sum to one if those of the weights do. With exact zeros in
-    the weights, an input without a path to a position has exactly zero there.
+    the weights, an input without a path to a position has a share of exactly zero in that position.
 
     Args:
         weights: the weights of each self-attention layer in order, (N, H, L, L) or (H, L, L); only H may differ.

@@ -44,10 +44,10 @@ class HeadStatistics:
 
 @dataclass
 class _Sums:
-    """Sums per head: of queries, pairs with weight and visible pairs (3, H); of entropy and largest weight (2, H)."""
+    """Sums over the calls of a layer, per head, and the α, weights and visible pairs of the last call."""
 
-    counts: Tensor
-    totals: Tensor
+    counts: Tensor  # (3, H): queries, pairs with a non-zero weight, visible pairs
+    totals: Tensor  # (2, H): sums over queries of the entropy and of the largest weight
     alpha: Tensor | None
     weights: Tensor | None
     visible: Tensor | None
@@ -117,7 +117,7 @@ class AttentionRecord(Mapping[str, HeadStatistics]):
         return "\n".join(lines)
 
 
-# Outside inference mode: later passes could not update sums that are inference tensors.
+# Computed outside inference mode, since later passes could not update sums that are inference tensors.
 @torch.inference_mode(False)
 @torch.no_grad()
 def _sums_of(weights: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ def head_worth(
     Args:
         model: a model with `nn.MultiheadAttention` layers of this library or of torch; "dense" and "sparse" need one of
             this library with a learnt α. Put it in `eval()`: the noise of dropout would hide the effect of one head.
-        evaluate: a function that returns the loss of the model; without a change, always the same value.
+        evaluate: a function that returns the loss of the model, always the same for an unchanged model.
         changes: the changes that are made to each head.
         progress: a function that is called after each evaluation.
 
@@ -50,7 +50,7 @@ def head_worth(
 
     Raises:
         TypeError: if `changes` is a string.
-        ValueError: if a change is unknown, or there is no layer for any.
+        ValueError: if a change is unknown, or no change applies to any layer of the model.
 
     Example:
         >>> model = nn.TransformerEncoderLayer(8, 2, batch_first=True).eval()
@@ -70,7 +70,7 @@ def head_worth(
     if not any(found.values()):
         raise ValueError(
             "model must have nn.MultiheadAttention layers, and for 'dense' and 'sparse' some with a learnt α, "
-            f"got {type(model).__name__} without any for {', '.join(changes) or 'no change'}"
+            f"got {type(model).__name__} without such layers for {', '.join(changes) or 'no change'}"
         )
 
     def measured() -> float:

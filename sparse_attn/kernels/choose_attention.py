@@ -71,8 +71,8 @@ def choose_attention(call: Call) -> Callable[[Call], Tensor | None] | None:
 def attend_packed(call: Call, query_starts: Tensor, key_starts: Tensor) -> Tensor | None:
     """The output of packed sequences in one call of the C kernel; None if it cannot compute them.
 
-    The call has query (1, H, L, D), key (1, Hk, S, D), value (1, Hk, S, Dv) and no mask; lengths are checked. Its
-    bounds count positions within each sequence.
+    The call has query (1, H, L, D), key (1, Hk, S, D), value (1, Hk, S, Dv) and no mask; the caller has checked the
+    lengths. Its bounds count positions within each sequence.
     """
     left, offset = call.bounds
     # A sink, as the first key, would be outside the window.
@@ -144,7 +144,7 @@ def _can_block(call: Call) -> bool:
     """Whether a call has many scores, no transform is active, and the mask needs no gradient of the scores' size."""
     if not values_known(call.query) or torch.is_autocast_enabled(call.query.device.type):
         return False
-    # Torch 2.6 gives no attribute of a `CausalBias`, which `described_causal` recognises.
+    # In torch 2.6, reading an attribute of a `CausalBias` fails, so `described_causal` recognises such a mask first.
     if call.mask is not None and described_causal(call.mask) is None and call.mask.requires_grad:
         return False
     if call.softcap is not None and call.sinks is not None:  # blocks would cap the sinks, too
@@ -307,7 +307,7 @@ def _softmax(
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast converts the inputs of ``scaled_dot_product_attention``; None: no conversion."""
-    # The meta device has no autocast, for which torch raises an error.
+    # Torch raises an error if it is asked about autocast on the meta device, which has none.
     if x.is_meta or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(x.device.type)

@@ -114,12 +114,12 @@ def entmax_backward(
 
 
 def fused_kernels() -> ModuleType:
-    """The module of fused attention, for tensors with a true :func:`by_triton`. The first call imports Triton."""
+    """The module of fused attention, for tensors that :func:`by_triton` accepts. The first call imports Triton."""
     return importlib.import_module("sparse_attn.kernels.triton.attention.entry")
 
 
 def native_kernels() -> ModuleType:
-    """The module of attention in C, for tensors on a device with a true :func:`by_c`."""
+    """The module of attention in C, for tensors on a device that :func:`by_c` accepts."""
     return native_attention
 
 
@@ -137,7 +137,7 @@ def by_triton(x: Tensor, dtype: torch.dtype | None = None) -> bool:
 
 
 def _triton_computes(device: str) -> bool:
-    """Constant in compiled code, which keeps the backend that was chosen at compilation."""
+    """Whether kernels in Triton compute on a type of device. Compiled code keeps the result of its compilation."""
     if device == "cpu":  # only in the interpreter, see use_backend
         return _forced.get() == "triton" and triton.interpreted()
     if device != "cuda" or _forced.get() not in (None, "triton"):
@@ -150,7 +150,7 @@ def _triton_computes(device: str) -> bool:
 
 @contextmanager
 def kernels_may_fail() -> Iterator[None]:
-    """If a Triton kernel in the block does not compile or start, warn, go on after the block, and use no more of them.
+    """If a Triton kernel in the block does not compile or start, warn, continue after the block, and use none again.
 
     If the backend "triton" is forced, the error is raised.
     """
@@ -178,7 +178,7 @@ def by_c(device: torch.device) -> bool:
 
 
 def c_computes(device: str) -> bool:
-    """The same for a type of devices."""
+    """As :func:`by_c`, for the type of a device, such as "cpu"."""
     return device == "cpu" and _forced.get() in (None, "compiled") and rows.available()
 
 

@@ -18,13 +18,13 @@ _LEVELS = 2**16
 def dropout(x: Tensor, p: float) -> Tensor:
     """``torch.nn.functional.dropout(x, p)`` in training, with another mask of the same distribution.
 
-    The mask is a function of torch's random state, so seeds and activation checkpointing work as they do there. Torch's
-    own function runs on other devices, under ``torch.compile`` (which fuses it) and under every transform.
+    The mask is a function of torch's random state, so seeds and activation checkpointing work as with torch's function.
+    That function runs on other devices, under ``torch.compile`` (which fuses it) and under every transform.
 
     Args:
         x: Of any shape and floating dtype.
-        p: Probability of a zero, in [0, 1]; between 0 and 1 it is rounded to a multiple of 1/65536, and so is the
-            scale, so that the mean is kept.
+        p: Probability of a zero, in [0, 1]. It is rounded to a multiple of 1/65536; the other entries are multiplied
+            by ``1 / (1 - p)`` with the rounded ``p``, so that the mean is kept.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -45,6 +45,6 @@ def dropout_noise(like: Tensor, p: float, generator: torch.Generator | None = No
         return noise.div_(1 - p) if p < 1 else noise
     draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
     levels = draws.view(torch.int16)[: like.numel()].view(like.shape)
-    # Written as numbers at once: a comparison into a bool tensor and its conversion take three times as long.
+    # The comparison writes numbers at once: a bool tensor and its conversion would take three times as long.
     torch.ge(levels, dropped - _LEVELS // 2, out=noise)
     return noise.mul_(_LEVELS / (_LEVELS - dropped))

@@ -1,4 +1,4 @@
-"""The numbers of an attention call, in the form that every backend takes, and the tensors of one on a CPU."""
+"""The numbers of an attention call, in the form that every backend takes, and the tensors that the C kernel takes."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ class Tensors(NamedTuple):
     alpha: Tensor | None = None  # (H,); None: the number in the setting
     mask: Tensor | None = None  # (N or 1, H or 1, L or 1, S or 1): boolean, True = visible, or floating
     seed: Tensor | None = None  # of the dropout
-    query_starts: Tensor | None = None  # of packed sequences, followed by L: (number of sequences + 1,); N is 1 then
-    key_starts: Tensor | None = None  # likewise, followed by S
+    query_starts: Tensor | None = None  # starts of packed sequences, then L: (number of sequences + 1,); N is 1 then
+    key_starts: Tensor | None = None  # the same for keys, then S

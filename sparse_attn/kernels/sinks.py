@@ -1,7 +1,7 @@
 """Attention sinks as one more key in front of the others, so that every kernel computes them.
 
-A sink is one more score of each query: it takes weight and gives no value. One more entry of queries and keys gives the
-new key the score of the sink; its value is zero.
+A sink is one more score of each query, which takes weight and gives no value. Queries and keys get one more entry, so
+that the product of a query and the new key is the score of the sink; the value of the new key is zero.
 """
 
 from __future__ import annotations

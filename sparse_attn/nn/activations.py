@@ -91,7 +91,7 @@ class Entmax(HoldsAlpha):
 
     Attributes:
         alpha: The current α, a number or a tensor.
-        raw_alpha: The parameter or buffer behind it, or None.
+        raw_alpha: The parameter or buffer behind ``alpha``; None if α is a number.
 
     Raises:
         TypeError: ``alpha`` is neither a number nor a floating tensor.

@@ -54,10 +54,10 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
 
     Attributes:
         alpha: (H,) the current α per head, differentiable when learnt.
-        raw_alpha: (H,) the parameter behind it. A state dict without it (a dense checkpoint) loads and keeps the
-            current α. Give it no weight decay, which would decrease α to its lower bound and keep it there:
-            :func:`sparse_attn.optim.alpha_param_groups` makes such parameter groups. If α is not learnt: None, or a
-            buffer after a call of :func:`sparse_attn.optim.set_alpha`.
+        raw_alpha: (H,) the parameter behind ``alpha``. A state dict without this parameter (a dense checkpoint) loads
+            and keeps the current α. Give it no weight decay, which would decrease α to its lower bound and keep α
+            there: :func:`sparse_attn.optim.alpha_param_groups` makes such parameter groups. If α is not learnt: None,
+            or a buffer after a call of :func:`sparse_attn.optim.set_alpha`.
 
     Raises:
         ValueError: ``embed_dim`` is not a multiple of ``num_heads``; ``alpha_init`` is outside ``alpha_range``, or
@@ -131,7 +131,7 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
             self.register_parameter("raw_alpha", None)
 
     def _initial_raw_alpha(self) -> Tensor:
-        weight = next(self.parameters())  # not that of out_proj: a user's out_proj may have no weight
+        weight = next(self.parameters())  # not the weight of out_proj: a user's out_proj may have none
         return torch.tensor(self.alpha_init, dtype=torch.promote_types(weight.dtype, torch.float32), device="cpu")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

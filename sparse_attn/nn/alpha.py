@@ -32,9 +32,10 @@ from sparse_attn.transforms import needs_plain_operations
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Share of the range. Several optimizer steps wide, so that noise does not cross it; narrow, so that α returns soon.
+# The margin as a share of the range: several optimizer steps, so that noise does not cross it, but narrow, so that α
+# returns soon.
 _MARGIN = 0.02
-# Share of the range. If a checkpoint does not record its range, its α may lie this far past a bound after training.
+# A share of the range: how far past a bound a loaded α may lie if the checkpoint does not record the range.
 _CARRIED = 0.5
 # The range that a checkpoint records for a fixed α.
 _ANY = (0.0, math.inf)
@@ -70,7 +71,8 @@ class _Bounded(_BoundedInGraphs):
 def bounded_alpha(raw: Tensor, alpha_range: tuple[float, float]) -> Tensor:
     """``raw`` clamped to the range, with the gradient of the identity up to 2 % of the range past a bound.
 
-    Beyond that margin the part of the gradient that points outwards is zero. In forward mode the tangent always passes.
+    Beyond that margin the part of the gradient that points outwards is zero. In forward mode the tangent is never
+    changed.
 
     Example:
         >>> raw = torch.tensor([0.5, 1.0, 1.0, 1.5], requires_grad=True)
@@ -153,7 +155,7 @@ def whole(alpha: Tensor) -> Tensor:
 
 
 def fill(raw_alpha: Tensor, value: Tensor) -> None:
-    """Write in place. If the tensor is sharded, every process has to call this."""
+    """Write a value into ``raw_alpha`` in place. If the tensor is sharded, every process has to call this."""
     value = value.to(raw_alpha.device, raw_alpha.dtype).expand(raw_alpha.shape).contiguous()
     if hasattr(raw_alpha, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
@@ -204,7 +206,7 @@ class WideAlpha(nn.Module):
         return has_learnt_alpha(self) and tuple(alpha_range) == self.alpha_range
 
     def alpha_as_tensor(self) -> Tensor:
-        """``raw_alpha``, made from the number if there is none yet."""
+        """``raw_alpha``. If α is a number, this method first turns it into a buffer."""
         if self.raw_alpha is None:
             alpha = torch.as_tensor(self.alpha)
             del self.raw_alpha
@@ -213,7 +215,8 @@ class WideAlpha(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Stored beside torch's own version number of the module. Other checkpoint formats may drop this metadata.
+        # The range is stored in the metadata of the state dict, beside torch's version number of the module. Other
+        # checkpoint formats may drop this metadata.
         noted = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if noted is not None and self.raw_alpha is not None:
             noted["alpha_range"] = self.alpha_range if has_learnt_alpha(self) else _ANY
@@ -236,7 +239,8 @@ class WideAlpha(nn.Module):
         elif isinstance(state_dict[key], Tensor):
             current, saved_range = self.alpha_as_tensor().detach(), local_metadata.get("alpha_range")
             if saved_range not in (None, _ANY) and not self._has_range(saved_range):
-                # A parameter past a bound means α on the bound. With another range, or fixed, it would be another α.
+                # A parameter past a bound stands for α on the bound. Unclamped, the number would be another α in a
+                # module with another range or with a fixed α.
                 raw = state_dict[key].detach()
                 state_dict[key] = torch.where(raw.isfinite(), raw.clamp(*saved_range), raw)
             error = self._misfit(key, state_dict[key], saved_range)
@@ -286,7 +290,7 @@ class HoldsAlpha(WideAlpha):
 
     Args:
         alpha: A number or a floating tensor. A parameter is learnt, any other tensor is copied into a buffer. A
-            parameter in half precision becomes float32 in place, so that an optimizer that has it keeps it.
+            parameter in half precision becomes float32 in place, so that an optimizer still has the same parameter.
         learn_alpha: Learn α, also if it is given as a number or a plain tensor.
         alpha_range: The closed interval that a learnt α stays in.
     """

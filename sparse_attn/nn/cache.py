@@ -54,7 +54,7 @@ class KVCache:
             fits = x.dim() == 4 and x.shape[:3] == key.shape[:3]
             if not fits or (before is not None and (*x.shape[:2], x.shape[3]) != (*before.shape[:2], before.shape[3])):
                 held = "" if before is None else f" to continue {tuple(before.shape)}"
-                raise ValueError(f"{name} must be (N, H, L, D){held}, of one N, H, L for both, got {tuple(x.shape)}")
+                raise ValueError(f"{name} must be (N, H, L, D){held}, with the N, H and L of key, got {tuple(x.shape)}")
         self.key, self.value = self.joined(key, value)
         return self.key, self.value
 

@@ -136,7 +136,7 @@ class EntmaxLoss(HoldsAlpha):
 
     Attributes:
         alpha: The current α, a number or a tensor.
-        raw_alpha: The parameter or buffer behind it, or None.
+        raw_alpha: The parameter or buffer behind ``alpha``; None if α is a number.
 
     Raises:
         TypeError: ``alpha`` is neither a number nor a floating tensor, ``weight`` is not floating, ``ignore_index`` not

@@ -13,7 +13,7 @@ from sparse_attn.transforms import leaf
 
 
 class SparseAttention(HoldsAlpha):
-    """Attention to the ``k`` keys with the largest scores, with α-entmax over all keys, or with both.
+    """Attention to the ``k`` keys with the largest scores, by α-entmax to all keys, or by α-entmax to the ``k`` keys.
 
     Args:
         k: How many keys a query keeps, or None for all. Ties go to the lowest index.

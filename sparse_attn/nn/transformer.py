@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_attn.checks import check_bool, check_dropout, check_floating, check_int, check_number
+from sparse_attn.masks import check_multihead_masks
 from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
 from sparse_attn.nn.cache import DecoderCache, KVCache
 from sparse_attn.nn.dropout import Dropout
+from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.nn.positions import Rotary
 from sparse_attn.transforms import leaf
 
@@ -21,7 +23,7 @@ NormKind = Literal["layer", "rms"]
 
 
 class _Layer(nn.Module):
-    """A residual branch of attention or feed-forward, normalised before (pre-norm) or after it (post-norm)."""
+    """Base class of the layers: the feed-forward block, and residual branches with a norm before or after each."""
 
     def __init__(
         self,
@@ -162,6 +164,8 @@ class TransformerEncoderLayer(_Layer):
             (N, L, E).
         """
         self._check_input(src, "src")
+        names = ("src_mask", "src_key_padding_mask")
+        _check_masks(self.self_attn, src, src, cache, src_mask, src_key_padding_mask, names)
         extra = _given(cache=cache, rotary=rotary, position_bias=position_bias)
 
         def attend(x: Tensor) -> Tensor:
@@ -263,6 +267,13 @@ class TransformerDecoderLayer(_Layer):
         if memory.dim() != tgt.dim() or memory.shape[-1] != size:
             form = "(S, E)" if tgt.dim() == 2 else "(N, S, E)"
             raise ValueError(f"memory must be {form} with E = {size}, like tgt, got shape {tuple(memory.shape)}")
+        if tgt.dim() == 3 and isinstance(self.multihead_attn, SparseMultiheadAttention):
+            axis = 0 if self.multihead_attn.batch_first else 1
+            if memory.shape[axis] != tgt.shape[axis]:
+                raise ValueError(
+                    f"memory must have the batch size of tgt, {tgt.shape[axis]}, in axis {axis}, "
+                    f"got shape {tuple(memory.shape)}"
+                )
 
     @leaf
     def forward(
@@ -291,7 +302,7 @@ class TransformerDecoderLayer(_Layer):
             tgt_key_padding_mask: (N, T): True = ignore this key.
             memory_key_padding_mask: (N, S): True = ignore this key.
             tgt_is_causal: Without ``tgt_mask``, position ``i`` sees positions up to ``i``.
-            memory_is_causal: Without ``memory_mask``, position ``i`` sees the memory up to ``i``.
+            memory_is_causal: Without ``memory_mask``, position ``i`` sees the memory up to ``i``. Not with a cache.
             cache: Past keys and values, extended in place.
             rotary: For the self-attention, as in :meth:`SparseMultiheadAttention.forward`.
             position_bias: For the self-attention, as in :meth:`SparseMultiheadAttention.forward`.
@@ -307,6 +318,15 @@ class TransformerDecoderLayer(_Layer):
             if not isinstance(cache, DecoderCache):
                 raise TypeError(f"cache must be a sparse_attn.DecoderCache, got {type(cache).__name__}")
             extra["cache"], of_cross["cache"] = cache.self_attention, cache.cross_attention
+            if memory_is_causal:
+                raise ValueError(
+                    "memory_is_causal must be False with a cache: positions of tgt do not correspond to those of memory"
+                )
+        names = ("tgt_mask", "tgt_key_padding_mask")
+        _check_masks(self.self_attn, tgt, tgt, extra.get("cache"), tgt_mask, tgt_key_padding_mask, names)
+        names = ("memory_mask", "memory_key_padding_mask")
+        of_memory = (memory_mask, memory_key_padding_mask)
+        _check_masks(self.multihead_attn, tgt, memory, of_cross.get("cache"), *of_memory, names)
 
         def attend(x: Tensor) -> Tensor:
             arguments = (tgt_key_padding_mask, False, tgt_mask, True, tgt_is_causal)
@@ -335,6 +355,35 @@ def _set_back(before: list[tuple[KVCache, Tensor | None, Tensor | None]]) -> Non
     """Undo the changes of caches after an error: otherwise a second try would attend to the same position twice."""
     for cache, key, value in before:
         cache.key, cache.value = key, value
+
+
+def _check_masks(
+    attention: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    cache: KVCache | None,
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    names: tuple[str, str],
+) -> None:
+    """Raise unless the masks fit, with the names that the user gave; the attention's errors have its own names."""
+    if (mask is None and key_padding_mask is None) or not isinstance(attention, SparseMultiheadAttention):
+        return
+    batched = query.dim() == 3
+    length = 1 if batched and attention.batch_first else 0  # the axis of the length
+    keys = key.shape[length]
+    if isinstance(cache, KVCache):
+        keys = len(cache) if cache.complete else len(cache) + keys
+    check_multihead_masks(
+        mask,
+        key_padding_mask,
+        batch=query.shape[1 - length] if batched else 1,
+        heads=attention.num_heads,
+        queries=query.shape[length],
+        keys=keys,
+        batched=batched,
+        names=names,
+    )
 
 
 def _given(**arguments: Any) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class ScoreMapping:
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Weights of the scores."""
-        # Only the kernels ask whether there are more than k keys: a branch here would limit an exported length.
+        # Only the kernels test whether there are more than k keys: a branch here would restrict the lengths that an
+        # exported program accepts.
         return entmax_along(scores, one_per_head(self.alpha), -1, self.k)
 
 
@@ -92,7 +93,7 @@ def entmax_attention(
         is_causal: Query ``i`` sees the keys up to ``i`` (aligned top-left). Not together with ``attn_mask``.
         scale: Factor of the scores, a finite number; ``1 / sqrt(D)`` by default. For a learnt factor, multiply the
             query by it and pass 1.
-        enable_gqa: Key and value may have fewer heads than the query; their number must divide the query's.
+        enable_gqa: Key and value may have fewer heads than the query; the number must divide that of the query.
         softcap: Scores become ``softcap * tanh(score / softcap)`` before the mask, as in Gemma 2. Above 0.
         sinks: (H,), one more score for every query of a head, as in GPT-OSS. The sink takes part in the mapping, takes
             weight and gives no value. Neither ``softcap`` nor a mask applies to it.
@@ -101,7 +102,7 @@ def entmax_attention(
         (..., H, L, Dv). A query with no visible key gets zeros.
 
     Raises:
-        TypeError: A wrong type or dtype.
+        TypeError: An argument has a wrong type or dtype.
         ValueError: Shapes do not fit; α, ``dropout_p``, ``scale`` or ``softcap`` is outside its range.
 
     Example:
@@ -113,7 +114,7 @@ def entmax_attention(
         Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers".
     """
     check_options(is_causal, scale, enable_gqa)
-    # A number needs no check here, and a call on a short sequence is noticeably faster without.
+    # A number needs no check here, and without the check a call on a short sequence is noticeably faster.
     mapping = ScoreMapping(alpha) if type(alpha) is float else _mapping_of(alpha, query, key)
     return attend(
         *(query, key, value, mapping, attn_mask, dropout_p, is_causal),
@@ -167,7 +168,7 @@ def topk_attention(
         (..., H, L, Dv). A query with no visible key gets zeros.
 
     Raises:
-        TypeError: A wrong type or dtype, or ``k`` is not an int.
+        TypeError: An argument has a wrong type or dtype, or ``k`` is not an int.
         ValueError: Shapes do not fit, ``k`` is below 1, ``softcap`` is not above 0, ``scale`` is not finite, or
             ``normalizer`` is unknown.
 
@@ -231,8 +232,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """The output of attention with any mapping, and the weights (after dropout) if ``need_weights``.
 
-    The weights (..., H, L, S) are those of the keys, without that of a sink. ``bounds`` hide keys in addition to a
-    mask. The other arguments are those of the public functions.
+    The weights (..., H, L, S) are those of the keys, without the weight of a sink. ``bounds`` hide keys in addition to
+    a mask. The other arguments are those of the public functions.
     """
     known = mapping if isinstance(mapping, ScoreMapping) and not need_weights else None
     if is_causal and attn_mask is None:
@@ -309,7 +310,7 @@ def _by_one_matrix(
 
 def check_options(is_causal: bool, scale: float | None, enable_gqa: bool) -> None:
     """Raise unless both flags are bools, and the factor of the scores is a finite number or None."""
-    if type(is_causal) is not bool:  # the usual case needs no call: it takes longer than the comparison
+    if type(is_causal) is not bool:  # a comparison first, since the call takes longer
         check_bool(is_causal, "is_causal")
     if type(enable_gqa) is not bool:
         check_bool(enable_gqa, "enable_gqa")

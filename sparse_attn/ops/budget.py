@@ -65,7 +65,7 @@ def spend(x: Tensor, budget: float | Tensor, dim: int = -1) -> Tensor:
     masked = scores <= torch.finfo(x.dtype).min
     if isinstance(budget, Tensor):
         budget = rows_last(double_noticing_changes(budget), x, dim)
-    # Counted from the front: ``torch.onnx.export(dynamo=False)`` writes negative ones into the graph as they are.
+    # Dimensions are counted from the front: ``torch.onnx.export(dynamo=False)`` writes negative ones unchanged.
     last, dim = scores.dim() - 1, dim % scores.dim()
     scores, masked = scores.movedim(dim, last), masked.movedim(dim, last)
     budget = torch.as_tensor(budget, dtype=torch.float64, device=x.device)
@@ -86,7 +86,8 @@ def spend(x: Tensor, budget: float | Tensor, dim: int = -1) -> Tensor:
 
 def _threshold(z: Tensor, masked: Tensor, budget: Tensor) -> Tensor:
     """τ with ``Σ clip(z - τ, 0, 1) = budget``: piecewise linear in τ, with kinks at every ``z`` and ``z - 1``."""
-    # As τ decreases, an entry grows between τ = z and τ = z - 1: one more grows below z, one fewer below z - 1.
+    # As τ decreases, an entry grows while τ is between z and z - 1. So the number of growing entries rises by one at
+    # each z, and falls by one at each z - 1.
     turns = torch.where(masked, 0, 1)
     kinks, order = torch.cat([z, z - 1], -1).sort(-1, descending=True)
     growing = torch.cat([turns, -turns], -1).gather(-1, order).cumsum(-1)

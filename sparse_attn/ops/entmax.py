@@ -115,7 +115,7 @@ def entmax_along(x: Tensor, alpha: float | Tensor, dim: int, k: int | None = Non
     if dim in (-1, x.dim() - 1):  # the usual case: skips two views, which autograd would record
         p = entmax_rows(scores, alpha, lowest, k)
     else:
-        # Counted from the front: ``torch.onnx.export(dynamo=False)`` writes negative ones into the graph as they are.
+        # Dimensions are counted from the front: ``torch.onnx.export(dynamo=False)`` writes negative ones unchanged.
         last, dim = x.dim() - 1, dim % x.dim()
         p = entmax_rows(scores.movedim(dim, last), alpha, lowest, k).movedim(last, dim)
     return p.to(result_dtype(x)).contiguous()

@@ -5,7 +5,8 @@ Which loss to use:
 - **Cross-entropy** (α = 1) when the probabilities matter: likelihood, perplexity, calibration, sampling, distillation.
   No class gets probability zero, and every example keeps a gradient.
 - **The 1.5-entmax loss** for decisions among many classes, such as the words of a vocabulary. Almost all classes get
-  exactly zero, so a search can enumerate the others. An example whose target leads by 2 has loss zero and no gradient.
+  exactly zero, so a search can enumerate the others. An example whose target leads by 2 (its score is at least 2 above
+  all others) has loss zero and no gradient.
 - **The sparsemax loss** (α = 2) when the support is the answer: which labels apply, which few continuations are
   possible. A lead of 1 is enough for loss zero, and wrong classes outside the support get no gradient. For sequences,
   published results are better with 1.5.
@@ -61,9 +62,9 @@ def entmax_loss(
 
     Args:
         x: Scores of any floating dtype. ``-inf`` is masked, as in cross-entropy. With class indices and without
-            ``label_smoothing``, the loss is infinite if the target is such a class, and does not depend on it
-            otherwise. With probabilities or ``label_smoothing``, every class is part of the target: a masked class
-            makes the loss infinite, or NaN if its probability is zero.
+            ``label_smoothing``, the loss is infinite if the target is a masked class, and does not depend on masked
+            classes otherwise. With probabilities or ``label_smoothing``, every class is part of the target: a masked
+            class makes the loss infinite, or NaN if its probability is zero.
         target: Class indices (int64 or uint8), or class probabilities.
         alpha: A number, or a tensor with size 1 along the classes that broadcasts against ``x``, in ``(0, inf)``.
             Differentiable.
@@ -301,7 +302,7 @@ def check_loss_arguments(weight: Tensor | None, ignore_index: int, reduction: st
 
 
 def check_target(x: Tensor, target: Tensor, ignore_index: int) -> None:
-    """Raise unless the target has class indices in range or probabilities; indices are read where values are known."""
+    """Raise unless the target has class indices in range, or probabilities. In a trace the range is not checked."""
     check_floating(x, "x")
     if not x.dim():
         raise ValueError("x must have shape (C), (N, C) or (N, C, d1, ...), got shape ()")

@@ -56,15 +56,15 @@ def entmax_attention_varlen(
         is_causal: Query ``i`` of a sequence sees the keys of the sequence up to ``i`` (aligned top-left).
         scale: As in :func:`entmax_attention`.
         dropout_p: Probability that a weight is dropped; applied whenever it is above 0.
-        enable_gqa: Key and value may have fewer heads than the query; their number must divide the query's.
+        enable_gqa: Key and value may have fewer heads than the query; the number must divide that of the query.
         softcap: As in :func:`entmax_attention`.
-        sinks: As in :func:`entmax_attention`; each sequence has the sinks.
+        sinks: As in :func:`entmax_attention`, for every query of every sequence.
 
     Returns:
         (total_q, H, Dv). A query with no visible key gets zeros.
 
     Raises:
-        TypeError: A wrong dtype.
+        TypeError: An argument has a wrong type or dtype.
         ValueError: Shapes do not fit; cumulative lengths decrease, do not begin with 0 or do not end with the total.
 
     Example:
@@ -109,7 +109,7 @@ def attend_varlen(
 ) -> Tensor:
     """The output (1, H, L, Dv) of packed sequences; the tensors have a batch dimension of 1 and fit each other.
 
-    ``left`` limits a query to the keys of that many positions before its own.
+    A query sees no key more than ``left`` positions before its own.
     """
     check_softcap_and_sinks(options["softcap"], options["sinks"], query, query.shape[1])
     scale = default_scale(query) if options["scale"] is None else options["scale"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# As bits of float16.
+# The smallest number above 0, and 1/8, as bits of float16.
 _SMALLEST = 1
 _EIGHTH = 0x3000
 

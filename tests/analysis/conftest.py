@@ -39,5 +39,5 @@ def assert_statistics(heads: HeadStatistics, passes: list[tuple[Tensor, Tensor]]
 
 @pytest.fixture(name="assert_statistics")
 def of_passes() -> Callable[[HeadStatistics, list[tuple[Tensor, Tensor]]], None]:
-    """Compares the record with the weights and visible pairs of all passes."""
+    """Compares head statistics with those computed from the weights and visible pairs of all passes."""
     return assert_statistics

@@ -19,7 +19,7 @@ def test_counts_only_visible_pairs() -> None:
     torch.testing.assert_close(density(weights, visible), torch.tensor([1 / 30, 1.0, 0.0]))
 
 
-def test_softmax_has_density_one_and_one_hot_has_one_over_keys() -> None:
+def test_density_of_softmax_and_of_one_hot_weights() -> None:
     dense = torch.randn(N, H, L, S).softmax(-1)
     assert density(dense).tolist() == [1.0] * H
     one_hot = torch.nn.functional.one_hot(torch.randint(S, (N, H, L)), S).float()

@@ -17,7 +17,7 @@ from sparse_attn.analysis import merge_pieces, word_groups
         ([], []),
     ],
 )
-def test_the_marks_of_tokenizers(tokens: list[str], groups: list[int]) -> None:
+def test_word_groups_follow_the_marks_of_tokenizers(tokens: list[str], groups: list[int]) -> None:
     assert word_groups(tokens) == groups
 
 

@@ -43,7 +43,7 @@ def test_passes_of_different_sizes_are_summed_over_queries(assert_statistics: Ca
     assert heads.weights is None
 
 
-def test_statistics_of_one_pass_equal_the_functions() -> None:
+def test_statistics_of_one_pass_equal_density_and_entropy_of_the_weights() -> None:
     layer = layer_of_four_heads(E)
     x = torch.randn(N, L, E)
     with record_attention(layer, weights=True) as record:
@@ -101,7 +101,7 @@ def test_density_counts_only_pairs_that_the_masks_leave_visible(
     assert record[""].density[0] == 1.0  # softmax
 
 
-def test_is_causal_without_a_mask_also_with_cached_keys() -> None:
+def test_is_causal_without_a_mask_hides_pairs_also_with_cached_keys() -> None:
     layer, cache = layer_of_four_heads(E, alpha_range=(0.5, 2.0)), KVCache()
     nn.init.constant_(layer.raw_alpha, 1.0)
     x = torch.randn(N, L, E)
@@ -121,7 +121,8 @@ def test_pairs_outside_a_window_are_not_visible() -> None:
         layer(x[:, :2], x[:, :2], x[:, :2], cache=cache)
         layer(x[:, 2:], x[:, 2:], x[:, 2:], cache=cache)
     assert record[""].density.tolist() == [1.0] * H
-    assert record[""].support_size.tolist() == pytest.approx([1 + (1 + 4 * 2) / 5] * H)  # with the key of the layer
+    # The key of add_bias_kv is always visible.
+    assert record[""].support_size.tolist() == pytest.approx([1 + (1 + 4 * 2) / 5] * H)
 
 
 def test_pairs_hidden_by_a_position_bias_are_not_visible() -> None:
@@ -153,7 +154,7 @@ def test_queries_without_visible_keys_do_not_count(kind: str, assert_statistics:
     assert record[""].rows.tolist() == [0] * H and bool(record[""].density.isnan().all())
 
 
-def test_unbatched(assert_statistics: Callable[..., None]) -> None:
+def test_statistics_of_unbatched_input(assert_statistics: Callable[..., None]) -> None:
     layer = layer_of_four_heads(E)
     query, key = torch.randn(L, E), torch.randn(S, E)
     mask = torch.rand(H, L, S) < 0.3
@@ -202,7 +203,7 @@ def test_only_layers_that_were_called_are_in_the_record() -> None:
         record["a"]
 
 
-def test_alpha_is_that_of_the_last_pass() -> None:
+def test_recorded_alpha_is_the_alpha_of_the_last_pass() -> None:
     model = nn.ModuleDict(
         {
             "own": layer_of_four_heads(E),
@@ -236,7 +237,7 @@ def test_other_dtypes_are_summed_in_float32_or_wider(dtype: torch.dtype) -> None
     assert record[""].support_size.tolist() == [101.0] * H
 
 
-def test_autocast_and_inference_mode_and_passes_after_them() -> None:
+def test_passes_under_autocast_and_inference_mode_are_recorded_with_later_ones() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, 17, batch_first=True), 2).eval()
     replace_attention(model, alpha_init=2.0)
     x = torch.randn(N, L, E)

@@ -79,7 +79,8 @@ def test_a_layer_of_torch_gives_the_same_output_with_a_record(
 ) -> None:
     layer = nn.MultiheadAttention(E, H, dropout=0.3, batch_first=True).train(training)
     x, padding = torch.randn(N, L, E), torch.zeros(N, L, dtype=torch.bool)
-    padding[0], padding[1, 3:] = not need_weights, True  # a row that sees nothing is NaN in torch where weights are
+    # torch returns NaN for a query without visible keys if it returns weights.
+    padding[0], padding[1, 3:] = not need_weights, True
 
     def run() -> list[Tensor]:
         torch.manual_seed(11)
@@ -122,7 +123,7 @@ def test_a_recomputed_layer_counts_once(use_reentrant: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # a warning of the compiler
 @pytest.mark.parametrize("sparse", [False, True], ids=["torch's", "sparse"])
-def test_a_compiled_model_runs_uncompiled_inside(sparse: bool) -> None:
+def test_a_compiled_model_runs_uncompiled_inside_a_record(sparse: bool) -> None:
     model = nn.TransformerEncoderLayer(E, H, 17, dropout=0.0, batch_first=True).eval()
     if sparse:
         replace_attention(model)
@@ -144,7 +145,7 @@ def test_a_compiled_model_runs_uncompiled_inside(sparse: bool) -> None:
     for whole in (model, compiled):
         with record_attention(whole) as record:
             torch.testing.assert_close(compiled(x), expected)
-        assert len(graphs) == count  # neither compiled nor run as compiled
+        assert len(graphs) == count  # the graph is neither compiled nor run
         (heads,) = record.values()
         assert heads.rows.tolist() == [N * L] * H
     compiled(x)
@@ -153,7 +154,7 @@ def test_a_compiled_model_runs_uncompiled_inside(sparse: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # torch's own encoder warns
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_fused_encoder_path_is_off_only_inside(padded: bool) -> None:
+def test_the_fused_encoder_path_is_off_only_inside_a_record(padded: bool) -> None:
     layer = nn.TransformerEncoderLayer(E, H, dim_feedforward=16, batch_first=True)
     encoder = nn.TransformerEncoder(layer, num_layers=2).eval()
     source = torch.randn(N, L, E)
@@ -213,7 +214,7 @@ def test_a_user_hook_gets_the_results_that_the_caller_requested() -> None:
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["torch's", "sparse"])
-def test_a_copy_made_inside_is_not_recorded_and_loses_its_hooks(sparse: bool) -> None:
+def test_a_copy_made_inside_a_record_is_not_recorded_and_loses_its_hooks(sparse: bool) -> None:
     model = nn.TransformerEncoderLayer(E, H, 17, batch_first=True).eval()
     if sparse:
         replace_attention(model)
@@ -228,7 +229,7 @@ def test_a_copy_made_inside_is_not_recorded_and_loses_its_hooks(sparse: bool) ->
     assert record["self_attn"].rows.tolist() == [N * L] * H
 
 
-def test_nested_contexts_record_both() -> None:
+def test_nested_records_both_contain_the_call() -> None:
     layer = layer_of_four_heads(E)
     with record_attention(layer) as outer, record_attention(layer) as inner:
         assert layer(torch.randn(L, E), torch.randn(S, E), torch.randn(S, E), need_weights=False)[1] is None
@@ -248,7 +249,7 @@ def test_records_may_close_in_any_order() -> None:
     assert [record[""].rows.tolist() for record in records] == [[N * L] * H, [2 * N * L] * H]
     assert torch.backends.mha.get_fastpath_enabled() and not weights_are_observed() and traces(layer) == before
     torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(graph) or graph.forward)(x)
-    assert len(graphs) == 1  # compiled code is compiled again
+    assert len(graphs) == 1  # after all records are closed, torch.compile compiles again
 
 
 def test_records_of_two_threads_do_not_disturb_each_other() -> None:
@@ -256,7 +257,7 @@ def test_records_of_two_threads_do_not_disturb_each_other() -> None:
 
     class Waiting(nn.MultiheadAttention):
         def forward(self, *args: Any, average_attn_weights: bool = True, **kwargs: Any) -> Any:
-            if not average_attn_weights:  # run a second time, for a record
+            if not average_attn_weights:  # the call is repeated for a record
                 asked.set()
                 assert go_on.wait(timeout=60)
             return super().forward(*args, average_attn_weights=average_attn_weights, **kwargs)

@@ -30,7 +30,7 @@ def test_a_positional_head_is_found_at_its_offset(offset: int) -> None:
     weights = shifted(offset)
     for other in (-1, 0, 1):
         share = mean_per_head(strongest_at_offset(weights, other))
-        # the clamped end of the word is the query's own position
+        # at one end of the word, `shifted` clamps the position to the query's own
         assert share.item() == pytest.approx(1.0 if other == offset else (1 / L if other == 0 else 0.0))
     assert mean_per_head(offset_weight(weights, offset)).item() == pytest.approx(
         0.75 + 0.25 / (L - abs(offset)) * (offset <= 0)
@@ -118,7 +118,7 @@ def test_mean_per_head_refuses_other_shapes() -> None:
         mean_per_head(torch.zeros(5))
 
 
-def test_without_keys_no_position_is_seen() -> None:
+def test_offset_statistics_without_keys_are_nan() -> None:
     for statistic in (offset_weight, strongest_at_offset):
         values = statistic(torch.zeros(3, 2, 0), 0)
         assert values.shape == (3, 2) and values.isnan().all()

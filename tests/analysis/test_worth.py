@@ -85,5 +85,5 @@ def test_invalid_input_raises_an_error(model: nn.Module) -> None:
         head_worth(model, lambda: 0.0, ["on"])  # type: ignore[list-item]
     with pytest.raises(TypeError, match=r"changes must be a list of changes such as \['off'\], got the string 'off'"):
         head_worth(model, lambda: 0.0, "off")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"model must have nn\.MultiheadAttention layers, .* got Linear without any"):
+    with pytest.raises(ValueError, match=r"model must have nn\.MultiheadAttention layers, .* got Linear without such"):
         head_worth(nn.Linear(2, 2), lambda: 0.0)

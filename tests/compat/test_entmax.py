@@ -26,7 +26,7 @@ def public(module: ModuleType) -> set[str]:
 
 NAMES = sorted(public(peer))
 LOSSES = sorted(name for name in NAMES if name.endswith("Loss"))
-# The development version of the package has one more argument here, the last.
+# In the development version of the package, these functions have one more argument, at the end.
 GROWN = {"sparsemax", "entmax15", "Sparsemax", "Entmax15"}
 
 
@@ -213,7 +213,8 @@ def test_normmax_is_one_hot_if_the_norm_is_not_convex(alpha):
 
 
 def test_normmax_passes_gradcheck_for_every_alpha_of_the_package():
-    # As in its `test_budget_grad_multiple_k`, which is flaky: for α below 1 the package returns noise.
+    # The inputs are those of the package's `test_budget_grad_multiple_k`, which is flaky: for α below 1 the package
+    # returns noise.
     def passes(function, seed):
         torch.manual_seed(seed)
         x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)

@@ -29,7 +29,7 @@ PERFORMANCE = {
     "α learnt and at 1.25, 512 keys": (ATTENTION, "entmax_attention, α learnt, at 1.25", "N 512"),
     "a layer of `nn.TransformerEncoder`, 256 tokens, α learnt": (
         STEP,
-        "nn.TransformerEncoderLayer (512/2048, 8 heads, N 256, batch 8), α learnt",
+        "nn.TransformerEncoderLayer (size 512, feed-forward 2048, 8 heads, N 256, batch 8), α learnt",
         "forward + backward",
     ),
     "`entmax15_loss`, 32,000 words": (
@@ -86,7 +86,7 @@ def test_the_table_of_the_performance_page(name: str) -> None:
 
 def test_memory_on_the_performance_page() -> None:
     text = (ROOT / "docs/performance.md").read_text("utf-8")
-    measured = MEASURED["Peak memory over the inputs, N 4096, 8 heads of size 64, forward + backward"]
+    measured = MEASURED["Peak memory in addition to the inputs, N 4096, 8 heads of size 64, forward + backward"]
     for row in ("entmax_attention, α = 1.5", "explicit softmax", "explicit, entmax package, k=32"):
         assert f"{int(measured[row]['MiB']):,} MiB" in text.replace("\n", " ")
 

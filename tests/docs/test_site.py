@@ -85,7 +85,7 @@ def test_every_page_of_a_folder_is_listed_in_its_index(folder):
         assert page.stem == "index" or (f"]({page.name})" in index and f"\n{page.stem}\n" in index), page.name
 
 
-def test_a_picture_gets_its_dark_copy(tmp_path):
+def test_every_picture_has_a_dark_copy(tmp_path):
     dark_pictures = pytest.importorskip("dark_pictures", reason="Sphinx is not installed")
     rc = (DOCS / "tutorials" / "matplotlibrc").read_text("utf-8")
     assert rc.count(dark_pictures.INK) == 5

@@ -12,7 +12,7 @@ from sparse_attn.analysis import AttentionRecord
 from sparse_attn.viewer import AttentionView
 
 HEADS, QUERIES, KEYS = 3, 5, 7
-HALF = 2**-11
+HALF = 2**-11  # relative rounding error of float16, in which a page stores weights
 TOKENS = ["▁un", "believ", "ably", "▁old", "▁cats"]
 MEMORY = ["▁vi", "eux", "▁cha", "ts", "▁in", "croy", "ables"]
 ARROWS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Enter": 13, "Escape": 27}

@@ -60,7 +60,7 @@ def bisect_budget(x: Tensor, budget: float | Tensor) -> Tensor:
     visible = z > -math.inf
     low = z.masked_fill(~visible, 0.0).amin(-1, keepdim=True) - 1
     high = torch.zeros_like(low)
-    for _ in range(100):
+    for _ in range(100):  # more steps than `_HALVINGS`: the bracket is as wide as the scores
         tau = (low + high) / 2
         too_much = (z - tau).clamp(0, 1).sum(-1, keepdim=True) >= budget
         low, high = torch.where(too_much, tau, low), torch.where(too_much, high, tau)

@@ -29,7 +29,7 @@ def assert_padding_is_ignored(
     groups: int = 1,
     fill: float = math.nan,
 ) -> None:
-    """Output and gradients, with and without recording them, are the same whether padding holds zeros or ``fill``."""
+    """The output (with and without gradients) and the gradients are the same if padding holds zeros or ``fill``."""
     for side, kind in (("right", "boolean"), ("left", "float")):
         mask = padding_mask(keys, side, kind, device)
         hidden = ~(mask == (kind == "boolean")).transpose(-2, -1)

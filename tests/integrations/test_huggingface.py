@@ -58,7 +58,7 @@ def test_alpha_one_equals_eager_attention_with_gradients(name, build, batch):
 
 
 @pytest.mark.parametrize("name", ["pegasus_x", "nllb_moe", "splinter"])
-def test_causality_does_not_depend_on_modules_without_is_causal(name, build, batch):
+def test_models_without_an_is_causal_attribute_equal_eager_attention(name, build, batch):
     inputs = {
         key: ids for key, ids in batch(name).items() if key != "attention_mask"
     }  # without padding, no mask is needed
@@ -262,7 +262,7 @@ def test_a_model_without_the_interface_is_refused(name, sizes):
         model(input_ids=torch.zeros(2, 3, dtype=torch.long))
 
 
-def test_other_changes_of_scores_are_refused(build, batch):
+def test_sinks_passed_to_a_model_without_sinks_are_refused(build, batch):
     model = build("llama", "entmax")
     with pytest.raises(ValueError, match=r"sinks must be None in sparse attention, got one from LlamaAttention"):
         model(batch("llama")["input_ids"], sinks=torch.zeros(2, 6, 11, 1))

@@ -84,7 +84,8 @@ def test_alpha_one_keeps_a_dense_model_and_can_leave_the_bound(build, batch):
     output = model(**inputs).logits
     torch.testing.assert_close(output, dense(**inputs).logits, rtol=1e-5, atol=2e-5)
     optimizer = torch.optim.SGD([alpha.raw_alpha for alpha in alphas.values()], lr=1e-2)
-    for sign in (1, -1):  # with one of the two signs, the loss of each head decreases with α
+    # For each head, one of the two signs makes the loss fall as α rises, so that α leaves its bound.
+    for sign in (1, -1):
         optimizer.zero_grad()
         (sign * model(**inputs).logits.square().sum()).backward()
         optimizer.step()
@@ -124,7 +125,7 @@ def test_removal_restores_the_model(build, batch, with_alpha):
     assert list(model.state_dict()) == keys
     assert model.config.to_dict() == config
     assert torch.equal(model(**inputs).logits, before)
-    with pytest.raises(ValueError, match="model must have learnt α from add_alpha, got BertForMaskedLM without"):
+    with pytest.raises(ValueError, match="model must have a learnt α from add_alpha, got BertForMaskedLM without"):
         remove_alpha(model)
 
 
@@ -242,7 +243,7 @@ def test_fine_tuning_on_real_text_moves_alpha(tmp_path):
     def level(losses: list[float]) -> float:
         return sum(losses) / len(losses)
 
-    assert level(after[:5]) < level(before[-20:]) + 0.3  # it continues from the loss of the dense model
+    assert level(after[:5]) < level(before[-20:]) + 0.3  # training continues from the loss of the dense model
     assert level(after[-20:]) < level(before[-20:]) - 0.1
     values = torch.cat(list(alpha_per_head(model).values()))
     assert ((values >= 1) & (values <= 2)).all()
@@ -338,7 +339,7 @@ def test_a_model_on_the_meta_device_is_refused(build):
 def test_quantised_projections_are_refused(build, batch):
     model = torch.ao.quantization.quantize_dynamic(build("bert", "entmax"), {torch.nn.Linear}, dtype=torch.qint8)
     expected = model(**batch("bert")).logits
-    message = r"weights in parameters, got 'bert.encoder.layer.0.attention.self' of BertSelfAttention without; quantise"
+    message = r"weights in parameters, got 'bert.encoder.layer.0.attention.self' of BertSelfAttention without para"
     with pytest.raises(ValueError, match=message):
         add_alpha(model)
     assert not alpha_per_head(model)

@@ -1,4 +1,4 @@
-"""calibrate with models of transformers: the density of the calibrated model; calibrate itself changes no model."""
+"""`calibrate` with models of transformers: the calibrated model has the density; `calibrate` changes no model."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_mapping_of_another_model_is_refused(build):
     assert not any("sparse_alpha" in key for key, _ in model.named_parameters())
 
 
-def test_models_that_ignore_the_name_and_batches_without_labels():
+def test_models_that_ignore_the_name_and_batches_without_labels_are_refused():
     config = transformers.BloomConfig(vocab_size=37, hidden_size=24, n_layer=1, n_head=3)
     with pytest.raises(ValueError, match="model must attend through transformers' attention interface, got no such"):
         calibrate(transformers.BloomForCausalLM(config), batches("bloom"), density=0.5)

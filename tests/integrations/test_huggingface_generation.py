@@ -1,4 +1,4 @@
-"""Generation in ten families of models: each kind of cache, search and padding gives the result of one prompt alone."""
+"""Generation in eleven families of models: caches, searches and padding give the result of a single prompt."""
 
 from __future__ import annotations
 
@@ -139,7 +139,8 @@ def test_text_attends_to_the_image_with_the_mapping(build):
     seen: list[Tensor] = []
     with observe_weights(lambda module, weights, *_: seen.append(weights)):
         logits = model(**prompt).logits
-    assert sum(bool((weights == 0).any()) for weights in seen) == len(seen) == 6  # 3 of the text, 3 of the image
+    # The text model has 3 layers, and the image model too.
+    assert sum(bool((weights == 0).any()) for weights in seen) == len(seen) == 6
     prompt["pixel_values"] = prompt["pixel_values"].flip(-1)
     assert not torch.allclose(model(**prompt).logits, logits, atol=1e-3)
 
@@ -165,7 +166,7 @@ def test_a_paged_cache_is_refused(build):
         attend(layer, query, key, value, None, cache=object())
 
 
-# torch's own, while it compiles an autograd function.
+# torch itself causes this warning while it compiles an autograd function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @since_torch(2, 9, "torch 2.8 compiles a model of transformers again after calls in between; older ones refuse it")
 @pytest.mark.parametrize("name", ["llama", "qwen3"])  # with a sliding cache, each length is compiled
@@ -184,7 +185,7 @@ def test_compiled_generation_is_compiled_once(name, build):
     torch.compiler.reset()
     counters.clear()
     for length in (8, 8, 6, 4):
-        with observe_weights(lambda *_: None):  # eager calls in between leave no trace
+        with observe_weights(lambda *_: None):  # eager calls in between must not cause a compilation
             expected = written(model, {key: x[:, -length:] for key, x in both.items()}, max_new_tokens=12 - length)
         assert torch.equal(compiled(length), expected)
         assert counters["stats"]["unique_graphs"] == 1, length

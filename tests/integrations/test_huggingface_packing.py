@@ -117,7 +117,7 @@ def test_returned_weights_are_within_sequences(name, build):
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
 
 
-def test_lengths_without_position_ids_and_in_encoders(build):
+def test_cu_seq_lens_separate_sequences_without_position_ids_also_in_encoders(build):
     for name in ("bert", "gpt2"):
         model, ids = build(name, "entmax"), torch.cat(sequences())[None]
         lengths = {key: value for key, value in packed(cumulative=True).items() if "seq_lens" in key}

@@ -77,7 +77,7 @@ def test_the_trainer_learns_alpha_and_packs_sequences(build, tmp_path):
     assert ((alphas[0] - 1.3).abs() > 1e-3).all()
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads this attribute
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_lora_with_activation_checkpointing(reentrant, build):

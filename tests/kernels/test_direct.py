@@ -1,4 +1,4 @@
-"""The short way to the C kernel gives the results of the ordinary one, and accepts no other calls."""
+"""Direct calls of the C kernel give the results of ordinary calls; unsupported calls take the ordinary path."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def results(attend: Callable[[], Tensor], inputs: list[Tensor]) -> list[Tensor]:
 
 @pytest.fixture
 def taken(monkeypatch) -> list[bool]:
-    """For each call of attention, whether it went the short way."""
+    """For each call of attention, whether it went directly to the C kernel."""
     seen: list[bool] = []
     attend_directly = attention.attend_directly
 
@@ -54,7 +54,7 @@ def taken(monkeypatch) -> list[bool]:
         {"attn_mask": torch.randn(1, 6, 1, 13), "alpha": 1.0},
     ],
 )
-def test_both_ways_agree(options, dtype, taken, monkeypatch):
+def test_direct_and_ordinary_calls_agree(options, dtype, taken, monkeypatch):
     inputs = tensors(kv_heads=2 if "enable_gqa" in options else 6, dtype=dtype)
     options = dict(options)
     if options.get("alpha") == "per head":
@@ -78,7 +78,7 @@ class Subclass(Tensor):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own use, in torch.func.jvp
-def test_other_calls_go_the_ordinary_way(taken):
+def test_unsupported_calls_are_not_direct(taken):
     query, key, value = (x.detach() for x in tensors())
     output = entmax_attention(query, key, value)
     assert taken.pop()
@@ -121,7 +121,7 @@ def test_other_calls_go_the_ordinary_way(taken):
         ({"dropout_p": "0"}, TypeError),
     ],
 )
-def test_wrong_arguments_raise_after_right_ones(changed, error):
+def test_wrong_arguments_raise_an_error_after_a_valid_call(changed, error):
     arguments = dict(zip(("query", "key", "value"), tensors(), strict=True))
     entmax_attention(**arguments)
     with pytest.raises(error):

@@ -94,7 +94,7 @@ def test_activation_checkpointing_draws_the_same_mask_again(use_reentrant):
     assert torch.equal(plain[1], checkpointed[1])
 
 
-def test_compiled_without_a_break():
+def test_compiles_without_a_graph_break():
     compiled = torch.compile(Dropout(0.5), fullgraph=True, backend="aot_eager")
     y = compiled(torch.ones(101, 103, requires_grad=True))
     assert abs((y == 0).double().mean().item() - 0.5) < 0.05

@@ -185,7 +185,7 @@ def test_alpha_in_float64_keeps_all_digits() -> None:
 
 
 @pytest.mark.parametrize("learn_alpha", [True, False])
-def test_a_layer_can_be_built_on_a_device_without_memory(learn_alpha: bool) -> None:
+def test_a_layer_can_be_built_on_the_meta_device_and_loaded(learn_alpha: bool) -> None:
     layer = layer_of(alpha_init=1.25, learn_alpha=learn_alpha, device="meta")
     assert {parameter.device.type for parameter in layer.parameters()} == {"meta"}
     trained = layer_of(alpha_init=1.75)

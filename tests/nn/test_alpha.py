@@ -38,7 +38,7 @@ def layer_of(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
         (2.0, 2.0, (-1.0, 1.0)),
         (0.985, 1.0, (-1.0, 1.0)),  # in the margin, both signs pass
         (2.015, 2.0, (-1.0, 1.0)),
-        (0.975, 1.0, (-1.0, 0.0)),  # beyond it, only the sign passes whose descent step leads back
+        (0.975, 1.0, (-1.0, 0.0)),  # beyond the margin, only the gradient passes whose step moves α back
         (2.025, 2.0, (0.0, 1.0)),
         (-7.0, 1.0, (-1.0, 0.0)),
         (9.0, 2.0, (0.0, 1.0)),
@@ -78,7 +78,7 @@ def test_gradients_of_micro_batches_sum_to_that_of_the_joined_batch(start: float
         (grad,) = torch.autograd.grad(loss(slice(n, n + 1)), [layer.raw_alpha])
         apart.append(grad)
     signs = torch.stack(apart).sign()
-    assert bool((signs.min(0).values != signs.max(0).values).any()), "a head whose examples disagree"
+    assert bool((signs.min(0).values != signs.max(0).values).any()), "no gradients differ in sign"
     (together,) = torch.autograd.grad(loss(slice(None)), [layer.raw_alpha])
     torch.testing.assert_close(sum(apart), together)
 
@@ -100,10 +100,10 @@ def test_alpha_leaves_a_bound_soon_after_a_long_stay(make_optimizer: type[torch.
                 steps.append(step)
                 break
             optimizer.step()
-    assert steps and steps[0] <= 15, "the margin is 4 steps wide, and Adam's memory some more"
+    assert steps and steps[0] <= 15, "the margin is 4 steps wide, and Adam's momentum takes a few more"
 
 
-def test_noise_in_micro_batches_does_not_lift_a_head_off_its_bound() -> None:
+def test_noise_in_micro_batches_does_not_move_alpha_off_its_bound() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(300, 8, generator=generator) + 0.5  # gradients of both signs whose mean points outwards
     raw = nn.Parameter(torch.tensor([1.0]))

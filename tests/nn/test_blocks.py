@@ -215,7 +215,7 @@ def test_a_query_outside_every_window_sees_no_key() -> None:
     torch.testing.assert_close(output[:, -1], layer.out_proj.bias.expand(N, E), rtol=0, atol=0)
 
 
-def test_unbatched_input_and_length_first() -> None:
+def test_unbatched_and_length_first_input_give_the_same_output() -> None:
     layer = layer_of(TOGETHER)
     x = torch.randn(N, T, E, dtype=torch.float64)
     expected = layer(x, x, x, is_causal=True)[0]

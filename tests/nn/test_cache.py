@@ -61,7 +61,7 @@ def test_self_attention_by_steps_equals_the_full_pass(
 
 
 def test_gradients_by_steps_equal_those_of_the_full_pass() -> None:
-    # Inside the range: on a bound the gradient in α is projected once per call.
+    # α is inside its range: past a bound, its gradient is projected once per call.
     layer = AdaptiveSparseMultiheadAttention(E, H, alpha_init=(1.3, 1.8), **F64)
     x = torch.randn(N, T, E, dtype=torch.float64)
     upstream = torch.randn(N, T, E, dtype=torch.float64)
@@ -144,7 +144,7 @@ def test_a_batch_of_another_size_than_the_cache_is_refused(batch_first: bool, st
         layer(more, more, more, cache=cache)
 
 
-def test_the_masks_of_a_step_span_all_keys() -> None:
+def test_a_mask_of_a_step_must_cover_all_cached_keys() -> None:
     layer = LAYERS["adaptive"]()
     cache = KVCache()
     x = torch.randn(N, 1, E, dtype=torch.float64)

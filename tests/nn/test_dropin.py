@@ -39,7 +39,7 @@ def layer_of(kind: str, **kwargs: Any) -> SparseMultiheadAttention:
     return layer(E, H, **{"batch_first": True, "dtype": torch.float64, **own, **kwargs})
 
 
-# Trap 1: in eval mode with grad off, nn.TransformerEncoderLayer calls a fused softmax kernel instead of our forward.
+# In eval mode with grad off, nn.TransformerEncoderLayer calls a fused softmax kernel instead of our forward.
 
 
 def no_grad(module: nn.Module) -> AbstractContextManager[None]:
@@ -63,7 +63,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 @pytest.mark.parametrize("grad_off", [no_grad, inference_mode, all_frozen])
-def test_trap_1_torch_uses_its_fused_kernel_under_the_tested_conditions(
+def test_torch_uses_its_fused_kernel_under_the_tested_conditions(
     grad_off: Callable[[nn.Module], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nn.MultiheadAttention, "forward", None)  # never called
@@ -76,7 +76,7 @@ def test_trap_1_torch_uses_its_fused_kernel_under_the_tested_conditions(
 @pytest.mark.parametrize("grad_off", [no_grad, inference_mode, all_frozen])
 @pytest.mark.parametrize("built", ["swapped in", "set by hand", "rebuilt"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_trap_1_eval_mode_computes_the_same_function_as_training(
+def test_eval_mode_computes_the_same_function_as_training(
     kind: str, built: str, grad_off: Callable[[nn.Module], AbstractContextManager[None]], copied: str
 ) -> None:
     block = encoder_layer()
@@ -98,15 +98,13 @@ def test_trap_1_eval_mode_computes_the_same_function_as_training(
         torch.testing.assert_close(block(x), trained)
 
 
-# Trap 2: nn.TransformerEncoder decides in its constructor to convert padded batches to nested tensors.
+# nn.TransformerEncoder decides in its constructor to convert padded batches to nested tensors.
 
 
 @pytest.mark.parametrize("which", ["every layer", "the first layer", "the last layer"])
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_trap_2_a_padded_batch_in_eval_mode_computes_the_same_function_as_training(
-    kind: str, copied: str, which: str
-) -> None:
+def test_a_padded_batch_in_eval_mode_computes_the_same_function_as_training(kind: str, copied: str, which: str) -> None:
     encoder = nn.TransformerEncoder(encoder_layer(), num_layers=2, enable_nested_tensor=True)
     assert encoder.use_nested_tensor
     chosen = {"the first layer": "0", "the last layer": "1"}.get(which, "")
@@ -123,10 +121,10 @@ def test_trap_2_a_padded_batch_in_eval_mode_computes_the_same_function_as_traini
     torch.testing.assert_close(output[~padding], trained[~padding])
 
 
-# Trap 3: nn.Transformer gives every parameter with more than one dimension random values.
+# nn.Transformer gives every parameter with more than one dimension random values.
 
 
-def test_trap_3_nn_transformer_does_not_initialise_alpha() -> None:
+def test_nn_transformer_does_not_initialise_alpha() -> None:
     encoder = nn.TransformerEncoder(encoder_layer(), 1, enable_nested_tensor=False)
     decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, 17, batch_first=True), 1)
     for stack in (encoder, decoder):
@@ -139,7 +137,7 @@ def test_trap_3_nn_transformer_does_not_initialise_alpha() -> None:
     assert all(alpha.tolist() == [1.25, 1.75] for alpha in alphas.values())
 
 
-# Trap 4: torch deep-copies layers, which fails if a module stores a tensor with a graph.
+# Torch deep-copies layers, which fails if a module stores a tensor with a graph.
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -158,7 +156,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("copied", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_trap_4_a_layer_that_has_run_can_be_copied(kind: str, copied: str, backward: bool) -> None:
+def test_a_layer_that_has_run_can_be_copied(kind: str, copied: str, backward: bool) -> None:
     layer = layer_of(kind)
     x = torch.randn(N, S, E, dtype=torch.float64, requires_grad=True)
     output, weights = layer(x, x, x, is_causal=True, cache=KVCache())
@@ -172,12 +170,12 @@ def test_trap_4_a_layer_that_has_run_can_be_copied(kind: str, copied: str, backw
     assert not {id(p) for p in other.parameters()} & {id(p) for p in layer.parameters()}
 
 
-# Trap 5: torch's encoder turns boolean masks into float ones and passes them with is_causal=True.
+# Torch's encoder turns boolean masks into float ones and passes them with is_causal=True.
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_trap_5_a_float_mask_is_applied_for_any_is_causal(kind: str, need_weights: bool) -> None:
+def test_a_float_mask_is_applied_for_any_is_causal(kind: str, need_weights: bool) -> None:
     layer = layer_of(kind)
     x = torch.randn(N, S, E, dtype=torch.float64)
     hidden = torch.ones(S, S, dtype=torch.bool).tril(-1)  # the reverse of causal: earlier keys are hidden
@@ -189,7 +187,7 @@ def test_trap_5_a_float_mask_is_applied_for_any_is_causal(kind: str, need_weight
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("padded", [False, True])
-def test_trap_5_a_mask_is_applied_inside_torchs_encoder(padded: bool, train: bool) -> None:
+def test_a_mask_is_applied_inside_torchs_encoder(padded: bool, train: bool) -> None:
     dense = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=False).double()
     sparse = copy.deepcopy(dense)
     replace_attention(sparse, alpha_init=1.0)
@@ -208,7 +206,7 @@ def test_trap_5_a_mask_is_applied_inside_torchs_encoder(padded: bool, train: boo
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("extra", ["no more keys", "add_bias_kv", "add_zero_attn"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_trap_5_is_causal_without_a_mask_builds_the_causal_mask(
+def test_is_causal_without_a_mask_builds_the_causal_mask(
     kind: str, extra: str, need_weights: bool, padding: str
 ) -> None:
     layer = layer_of(kind, **({extra: True} if extra.startswith("add") else {}))
@@ -220,7 +218,7 @@ def test_trap_5_is_causal_without_a_mask_builds_the_causal_mask(
     torch.testing.assert_close(layer(x, x, x, is_causal=True, **kwargs), expected, rtol=1e-9, atol=1e-12)
 
 
-# Trap 6: a query without visible keys gets zero weights; its output is the out-projection's bias.
+# A query without visible keys gets zero weights; its output is the out-projection's bias.
 
 
 def blind_masks() -> dict[str, dict[str, Tensor]]:
@@ -254,9 +252,7 @@ def blind_masks() -> dict[str, dict[str, Tensor]]:
     [("adaptive", {"alpha_init": alpha}) for alpha in (1.0, 1.5, 2.0)]
     + [("adaptive", {"alpha_init": 1.0, "learn_alpha": False}), ("topk", {})],
 )
-def test_trap_6_a_query_without_visible_keys_gets_the_bias(
-    kind: str, kwargs: dict[str, Any], bias: bool, masked: str
-) -> None:
+def test_a_query_without_visible_keys_gets_the_bias(kind: str, kwargs: dict[str, Any], bias: bool, masked: str) -> None:
     layer = layer_of(kind, bias=bias, **kwargs)
     if bias:
         nn.init.normal_(layer.out_proj.bias)
@@ -276,12 +272,12 @@ def test_trap_6_a_query_without_visible_keys_gets_the_bias(
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in (x, *layer.parameters()))
 
 
-# Trap 7: the out-projection is called as a module.
+# The out-projection is called as a module.
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_trap_7_hooks_of_the_out_projection_run(kind: str, need_weights: bool) -> None:
+def test_hooks_of_the_out_projection_run(kind: str, need_weights: bool) -> None:
     layer = layer_of(kind)
     x = torch.randn(N, S, E, dtype=torch.float64)
     expected = layer(x, x, x)[0]
@@ -305,7 +301,7 @@ class LowRank(nn.Module):
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"alpha_init": (1.0, 1.5), "learn_alpha": False}], ids=["learnt", "fixed"])
-def test_trap_7_an_adapter_that_replaces_the_out_projection_is_used(kwargs: dict[str, Any]) -> None:
+def test_an_adapter_that_replaces_the_out_projection_is_used(kwargs: dict[str, Any]) -> None:
     layer = layer_of("adaptive", **kwargs)
     merged = copy.deepcopy(layer)
     adapter = LowRank(layer.out_proj)

@@ -36,7 +36,7 @@ INPUTS = {
     "kdim": (KDIM, None),
     "vdim": (None, VDIM),
     "kdim and vdim": (KDIM, VDIM),
-    "kdim as it is": (E, E),
+    "kdim = embed_dim": (E, E),
 }
 MASKS = ("none", "bool", "float", "bool 3-D", "float 3-D", "causal bool", "causal float", "hint bool", "hint float")
 CONSTRUCTION: dict[str, tuple[Any, ...]] = {
@@ -171,7 +171,7 @@ def test_the_cases_have_every_argument_of_torch() -> None:
 
 @pytest.mark.parametrize("layer", [AdaptiveSparseMultiheadAttention, TopKMultiheadAttention])
 @pytest.mark.parametrize("method", ["__init__", "forward"])
-def test_arguments_have_torchs_order_and_defaults_and_ours_go_by_name(layer: type, method: str) -> None:
+def test_arguments_have_torchs_order_and_defaults_and_our_own_are_keyword_only(layer: type, method: str) -> None:
     theirs = signature(getattr(nn.MultiheadAttention, method)).parameters.values()
     ours = list(signature(getattr(layer, method)).parameters.values())
     assert [(p.name, p.kind, p.default) for p in theirs] == [(p.name, p.kind, p.default) for p in ours[: len(theirs)]]
@@ -199,7 +199,7 @@ def test_every_argument_in_every_way_of_running(way: str, all_pairs: Callable[..
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("way", ["no_grad", "inference_mode", "frozen, eval"])
 @pytest.mark.parametrize("mask", ["none", "bool", "bool 3-D", "causal bool", "hint bool"])
-def test_calls_that_torch_computes_with_its_fused_kernel(
+def test_calls_that_torch_computes_with_its_fused_kernel_agree(
     layer: str, way: str, mask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -282,7 +282,7 @@ def test_calls_raise_for_the_same_inputs_as_torch_and_agree_for_others(layer: st
                 expected = dense(**arguments)
             except (ValueError, TypeError, AssertionError, RuntimeError):
                 with pytest.raises((ValueError, TypeError)):
-                    pytest.fail(f"{what} was taken: {sparse(**arguments)[0].shape}")
+                    pytest.fail(f"{what} was accepted: {sparse(**arguments)[0].shape}")
                 refused += 1
             else:
                 if not expected[0].isfinite().all():
@@ -305,7 +305,7 @@ COMPILED: list[dict[str, Any]] = [
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # a warning of the compiler
 @pytest.mark.parametrize("changed", COMPILED, ids=str)
-def test_compiled_in_one_graph(changed: dict[str, Any]) -> None:
+def test_a_compiled_layer_equals_torchs(changed: dict[str, Any]) -> None:
     torch._dynamo.reset()
     case = {name: values[0] for name, values in {**CONSTRUCTION, **CALL}.items()}
     case |= changed
@@ -322,7 +322,7 @@ def test_compiled_in_one_graph(changed: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("changed", COMPILED, ids=str)
-def test_exported(changed: dict[str, Any]) -> None:
+def test_an_exported_layer_equals_torchs(changed: dict[str, Any]) -> None:
     case = {name: values[0] for name, values in {**CONSTRUCTION, **CALL}.items()}
     case |= changed
     dense, sparse = (module.eval() for module in twins(case, torch.float64))

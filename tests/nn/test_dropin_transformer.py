@@ -227,7 +227,7 @@ def test_every_argument_in_every_way_of_running(kind: str, all_pairs: Callable[.
 @pytest.mark.parametrize("swap", SWAPS)
 @pytest.mark.parametrize("kind", ["TransformerEncoderLayer", "TransformerEncoder", "Transformer"])
 @pytest.mark.parametrize("way", ["no_grad", "inference_mode", "frozen, eval"])
-def test_calls_that_torch_computes_with_its_fused_kernel(
+def test_calls_that_torch_computes_with_its_fused_kernel_agree(
     way: str, kind: str, swap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -279,7 +279,7 @@ def test_calls_raise_for_the_same_inputs_as_torch_and_agree_for_others(kind: str
             expected = dense(**arguments)
         except errors:
             with pytest.raises(errors):
-                pytest.fail(f"{what} was taken: {sparse(**arguments).shape}")
+                pytest.fail(f"{what} was accepted: {sparse(**arguments).shape}")
             refused += 1
         else:
             if expected.isfinite().all():  # torch returns NaN for a query without visible keys, our layer does not
@@ -316,7 +316,7 @@ def test_one_graph_serves_every_length(swap: dict[str, Any]) -> None:
     graphs = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=graphs, dynamic=True)
     parameters = list(model.parameters())
-    for length in (S - 3, S, S - 1):  # all below the k of "top", and above that of the other
+    for length in (S - 3, S, S - 1):  # all are below the k of "top" and above the k = 3 of the last case
         x = torch.randn(N, length, E, dtype=torch.float64)
         actual, expected = compiled(x), model(x)
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)

@@ -71,7 +71,7 @@ def assert_same_results(
     assert list(actual) == list(expected)
     for name, tensor in expected.items():
         assert actual[name].shape == tensor.shape, (name, kwargs)
-        # torch.testing.assert_close, called thousands of times, would take half of the time.
+        # torch.testing.assert_close, called thousands of times, would take half of the test's time.
         assert torch.allclose(actual[name], tensor, rtol=1e-9, atol=1e-11), (name, kwargs)
 
 

@@ -270,6 +270,8 @@ def test_rotating_twice_or_another_number_of_keys_is_refused() -> None:
 
 
 class OfGivenBias(Positions):
+    """Positions whose bias is a given tensor."""
+
     def __init__(self, given: Any) -> None:
         super().__init__()
         self.given = given
@@ -292,7 +294,7 @@ def test_a_wrong_bias_of_positions_is_refused(bias: Any, error: type[Exception],
         layer(*[torch.randn(3, 5, 16)] * 3)
 
 
-def test_the_smallest_number_in_a_bias_of_positions_masks() -> None:
+def test_the_smallest_number_in_a_bias_of_positions_masks_its_key() -> None:
     hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
     bias = torch.zeros(5, 5).masked_fill(hidden, torch.finfo(torch.float32).min)
     options: dict[str, Any] = {"batch_first": True, "length_scaling": True}

@@ -129,7 +129,7 @@ def test_a_layer_multiplies_its_queries(nape: bool, batch_first: bool) -> None:
         for h in range(H):
             for i in range(L):
                 scaled = plain(factor[n, h, i] * x[n, i, None], memory[n], memory[n], average_attn_weights=False)[1]
-                if nape:  # the query has position i here, and position 0 alone
+                if nape:  # in the layer the query has position i, but alone it has position 0
                     bias = plain.positions.bias(torch.tensor([i]).double(), torch.arange(S).double())
                     zero = plain.positions.bias(torch.tensor([0]).double(), torch.arange(S).double())
                     args = (factor[n, h, i] * x[n, i, None], memory[n], memory[n])

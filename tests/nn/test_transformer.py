@@ -1,4 +1,4 @@
-"""Encoder and decoder layers: equal to torch's at α = 1, step by step, and inside torch's stacks."""
+"""Encoder and decoder layers: equal to torch's at α = 1, and usable inside torch's stacks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformer_layers import F64, E, H, L, N, S, padding, randn, short
 
 from sparse_attn import (
     NAPE,
     AdaptiveSparseMultiheadAttention,
-    DecoderCache,
-    KVCache,
     RotaryPositions,
     TopKMultiheadAttention,
     TransformerDecoderLayer,
@@ -26,32 +25,10 @@ from sparse_attn import (
 )
 from sparse_attn.analysis import record_attention
 
-N, L, S, H, E, FF = 2, 5, 7, 4, 24, 13
-F64: dict[str, Any] = {"dtype": torch.float64, "dropout": 0.0, "dim_feedforward": FF}
 CLASSIC = [
     {"norm_first": first, "activation": activation, "bias": bias, "batch_first": batch_first}
     for first, activation, bias, batch_first in product((False, True), (F.relu, F.gelu), (True, False), (True, False))
 ]
-BLOCKS: list[dict[str, Any]] = [
-    {},
-    {"num_kv_heads": 2, "positions": RotaryPositions(E // H), "norm": "rms", "qk_norm": True, "bias": False},
-    {"num_kv_heads": 1, "positions": NAPE(H), "length_scaling": True, "window": (3, 0)},
-    {"attention": TopKMultiheadAttention, "k": 2, "norm_first": False},
-]
-
-
-def short(options: dict[str, Any]) -> str:
-    return " ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in options.items())
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64)
-
-
-def padding(length: int) -> Tensor:
-    mask = torch.zeros(N, length, dtype=torch.bool)
-    mask[1, -2:] = True
-    return mask
 
 
 def results(layer: nn.Module, inputs: tuple[Tensor, ...], **kwargs: Any) -> dict[str, Tensor]:
@@ -137,32 +114,6 @@ def test_layers_are_as_sparse_in_eval_as_in_training() -> None:
         encoder(x)
     assert list(record) == ["layers.0.self_attn", "layers.1.self_attn"]
     assert all(bool((heads.density < 1).all()) for heads in record.values())
-
-
-@pytest.mark.parametrize("options", BLOCKS, ids=short)
-def test_an_encoder_layer_by_steps_equals_the_full_pass(options: dict[str, Any]) -> None:
-    layer = TransformerEncoderLayer(E, H, **F64, **options)
-    x = randn(N, L, E)
-    full = layer(x, is_causal=True)
-    cache = KVCache()
-    steps = [layer(step, is_causal=True, cache=cache) for step in x.split([2, 1, 1, 1], 1)]
-    torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("options", BLOCKS, ids=short)
-def test_a_decoder_layer_by_steps_equals_the_full_pass(options: dict[str, Any]) -> None:
-    layer = TransformerDecoderLayer(E, H, **F64, **options)
-    x, memory = randn(N, L, E), randn(N, S, E)
-    masks = {"memory_key_padding_mask": padding(S), "tgt_is_causal": True}
-    full = layer(x, memory, **masks)
-    cache = DecoderCache()
-    steps = [layer(step, memory, cache=cache, **masks) for step in x.split([2, 1, 1, 1], 1)]
-    torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-9, atol=1e-10)
-    cache.crop(3)
-    cache.select(torch.tensor([1, 1]))
-    masks["memory_key_padding_mask"] = padding(S)[[1, 1]]
-    again = layer(x[[1, 1], 3:], memory[[1, 1]], cache=cache, **masks)
-    torch.testing.assert_close(again, full[[1, 1], 3:], rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", [TransformerEncoderLayer, TransformerDecoderLayer])
@@ -300,29 +251,42 @@ def test_invalid_input_raises_an_error(kind: Any, name: str, norm_first: bool) -
             layer(wrong, **given)
 
 
-def test_a_refused_step_does_not_change_the_caches() -> None:
-    layer = TransformerDecoderLayer(E, H).double().eval()
-    x, memory = torch.randn(N, 3, E, dtype=torch.double), torch.randn(N, 5, E, dtype=torch.double)
-    cache = DecoderCache()
-    steps = [layer(x[:, :2], memory, tgt_is_causal=True, cache=cache)]
-    with pytest.raises(ValueError, match="key_padding_mask must have shape"):
-        padding = torch.zeros(N, 4, dtype=torch.bool)
-        layer(x[:, 2:], memory, tgt_is_causal=True, memory_key_padding_mask=padding, cache=cache)
-    assert len(cache) == 2
-    cache.cross_attention = KVCache(static=True)
-    with pytest.raises(RuntimeError, match="dtype"):  # an error of torch itself
-        layer(x[:, 2:], memory.float(), tgt_is_causal=True, cache=cache)
-    assert len(cache) == 2 and len(cache.cross_attention) == 0
-    steps.append(layer(x[:, 2:], memory, tgt_is_causal=True, cache=cache))
-    torch.testing.assert_close(torch.cat(steps, 1), layer(x, memory, tgt_is_causal=True))
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_an_error_names_the_mask_that_the_user_gave(batch_first: bool) -> None:
+    options = {"batch_first": batch_first}
+    encoder, decoder = TransformerEncoderLayer(E, H, **options), TransformerDecoderLayer(E, H, **options)
+    x, memory = torch.randn(N, L, E), torch.randn(N, S, E)
+    if not batch_first:
+        x, memory = x.transpose(0, 1), memory.transpose(0, 1)
+    bad = torch.zeros(3, 3, dtype=torch.bool)
+    for layer, inputs, names in (
+        (encoder, (x,), {"src": L}),
+        (decoder, (x, memory), {"tgt": L, "memory": S}),
+        (encoder, (torch.randn(L, E),), {"src": L}),
+        (decoder, (torch.randn(L, E), torch.randn(S, E)), {"tgt": L, "memory": S}),
+    ):
+        batch, padding_form = (N, rf"\(N, S\) = \({N}, ") if inputs[0].dim() == 3 else (1, r"\(S,\) = \(")
+        for name, keys in names.items():
+            message = rf"^{name}_mask must have shape \(L, S\) = \({L}, {keys}\) or .* = \({batch * H}, {L}, {keys}\), "
+            with pytest.raises(ValueError, match=message + r"got \(3, 3\)$"):
+                layer(*inputs, **{f"{name}_mask": bad})
+            message = rf"^{name}_key_padding_mask must have shape {padding_form}{keys},?\), got \(3, 3\)$"
+            with pytest.raises(ValueError, match=message):
+                layer(*inputs, **{f"{name}_key_padding_mask": bad})
+            for mask in (f"{name}_mask", f"{name}_key_padding_mask"):
+                with pytest.raises(TypeError, match=f"^{mask} must be boolean or floating, got torch.int64$"):
+                    layer(*inputs, **{mask: bad.long()})
 
 
-def test_a_cache_of_another_kind_raises_an_error() -> None:
-    x = torch.randn(N, L, E)
-    with pytest.raises(TypeError, match=r"cache must be a sparse_attn\.KVCache, got DecoderCache"):
-        TransformerEncoderLayer(E, H)(x, cache=DecoderCache())
-    with pytest.raises(TypeError, match=r"cache must be a sparse_attn\.DecoderCache, got KVCache"):
-        TransformerDecoderLayer(E, H)(x, x, cache=KVCache())
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_memory_of_another_batch_size_raises_an_error(batch_first: bool) -> None:
+    layer = TransformerDecoderLayer(E, H, batch_first=batch_first)
+    x, memory = torch.randn(N, L, E), torch.randn(N + 1, S, E)
+    if not batch_first:
+        x, memory = x.transpose(0, 1), memory.transpose(0, 1)
+    axis = 0 if batch_first else 1
+    with pytest.raises(ValueError, match=rf"^memory must have the batch size of tgt, {N}, in axis {axis}, got shape"):
+        layer(x, memory)
 
 
 def test_attention_can_be_any_factory() -> None:
@@ -352,71 +316,6 @@ def test_cross_attention_can_be_of_another_kind() -> None:
     assert record["multihead_attn"].support_size.tolist() == [2.0] * H
     with pytest.raises(TypeError, match=r"cross_attention must be a class or a function .*, got str"):
         TransformerDecoderLayer(E, H, cross_attention="topk")  # type: ignore[arg-type]
-
-
-class LanguageModel(nn.Module):
-    def __init__(self, size: int, **options: Any) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(size, E)
-        self.layers = nn.ModuleList(TransformerEncoderLayer(E, H, dropout=0.0, **options) for _ in range(2))
-        self.output = nn.Linear(E, size)
-
-    def forward(self, ids: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        x = self.embedding(ids)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, is_causal=True, cache=None if caches is None else caches[i])
-        return self.output(x)
-
-
-def test_a_language_model_of_our_layers_learns_and_generates() -> None:
-    """The second half of a sequence repeats the first: a head must attend to a fixed number of positions back."""
-    size, half = 7, 5
-    options = {"num_kv_heads": 2, "norm": "rms", "qk_norm": True, "length_scaling": True, "alpha_init": 1.5}
-    model = LanguageModel(size, positions=RotaryPositions(E // H), **options)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    for _ in range(100):
-        start = torch.randint(size, (32, half))
-        ids = torch.cat([start, start], 1)
-        loss = F.cross_entropy(model(ids[:, :-1])[:, half - 1 :].flatten(0, 1), start.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.1
-    start = torch.randint(size, (13, half))
-    caches = [KVCache() for _ in model.layers]
-    with torch.no_grad():
-        ids, new = start, start
-        for _ in range(half):
-            logits = model(new, caches)
-            torch.testing.assert_close(logits[:, -1], model(ids)[:, -1], rtol=1e-4, atol=1e-4)
-            new = logits[:, -1:].argmax(-1)
-            ids = torch.cat([ids, new], 1)
-    assert (ids[:, half:] == start).double().mean() > 0.95
-
-
-def test_an_error_in_the_feed_forward_block_leaves_the_caches_unchanged() -> None:
-    def fail(x: Tensor) -> Tensor:
-        raise RuntimeError("out of memory")
-
-    x, memory = torch.randn(N, 3, E), torch.randn(N, S, E)
-    for layer, cache, inputs, causal in (
-        (TransformerEncoderLayer(E, H).eval(), KVCache(), (), {"is_causal": True}),
-        (TransformerDecoderLayer(E, H).eval(), DecoderCache(), (memory,), {"tgt_is_causal": True}),
-    ):
-        expected = layer(x, *inputs, **causal)
-        layer.activation = fail
-        with pytest.raises(RuntimeError, match="out of memory"):
-            layer(x[:, :1], *inputs, **causal, cache=cache)
-        assert len(cache) == 0 and len(getattr(cache, "cross_attention", cache)) == 0
-        layer.activation = F.gelu
-        steps = [layer(x[:, :2], *inputs, **causal, cache=cache)]
-        layer.activation = fail
-        with pytest.raises(RuntimeError, match="out of memory"):
-            layer(x[:, 2:], *inputs, **causal, cache=cache)
-        assert len(cache) == 2
-        layer.activation = F.gelu
-        steps.append(layer(x[:, 2:], *inputs, **causal, cache=cache))
-        torch.testing.assert_close(torch.cat(steps, 1), expected)
 
 
 def test_a_wrong_memory_is_named() -> None:

@@ -17,7 +17,7 @@ ALPHAS = [1.0, 1.0001, 1.001, 1.01, 1.1, 1.25, 1.5, 1.75, 2.0]
 STEEP = [2.5, 3.0, 4.0]
 GRID = [1.0, 1 + 2**-23, 1.000001, 1.00001, 1.0001, 1.0003, 1.001, 1.003, 1.01, 1.03, 1.1, 1.2, 1.25, 1.3, 1.4, 1.5]
 GRID += [1.55, 1.6, 1.65, 1.7, 1.75, 1.8, 1.85, 1.9, 1.95, 1.99, 1.999, 1.9999, 1.99999, 2 - 1e-6, 2.0]
-# Scores are rounded, and the relative error of p is this error times log p: smaller p are not compared.
+# A rounding error of the scores changes p by a relative error that grows with -log p: smaller p are not compared.
 FLOOR = 1e-20
 
 by_each_backend = pytest.mark.usefixtures("backend")
@@ -29,7 +29,7 @@ def in_float32(alpha: float) -> float:
 
 
 def hard_rows(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows (n, size) of every scale: random, ties, a slope, one large score, offsets of 1e6, masked entries, rows."""
+    """Rows (n, size) of every scale: random, ties, a slope, one large score, offset by 1e6, masked entries and rows."""
     repeats = {1: 1, 2: 20, 7: 20, 128: 5, 1024: 2}.get(size, 1)
     rows = []
     for scale, _ in itertools.product(SCALES, range(repeats)):
@@ -138,10 +138,11 @@ def test_float32_gradients_agree_with_float64(alpha):
         x, upstream = torch.randn(rows, size) * scale, torch.randn(rows, size)
         (scores, per_row), exact = (gradients(x, alpha, upstream, dtype) for dtype in (torch.float32, torch.float64))
         # float32 loses the digits of the tiny gradient of an entry on the edge of the support. This matters if rows
-        # have few non-zero entries: for the error of a batch from scale 10 on, for that of a single row from scale 1.
+        # have few non-zero entries: in a batch from scale 10 on, in a single row from scale 1 on.
         lost = 2e-7 * upstream.abs().amax()
         edge = [lost if alpha > 1.001 and scale >= least else FLOOR for least in (10, 1)]
-        # Close to α = 2 the gradient is almost discontinuous where an entry enters the support; rounding of p decides.
+        # Close to α = 2 the gradient is almost discontinuous where an entry enters the support: there, the rounding of
+        # p decides the gradient.
         slopes = [torch.where(p > 0, p.double().clamp(min=1e-300) ** (2 - alpha), 0.0) for p in both_maps(x, alpha)]
         jumps = (slopes[0] - slopes[1]).abs().sum(-1) * upstream.abs().amax() if alpha > 1.5 else torch.zeros(rows)
         edge = [edge[0] + jumps.max(), edge[1] + jumps]

@@ -241,7 +241,7 @@ def test_half_precision_keeps_its_dtype(dtype: torch.dtype) -> None:
     assert [x.grad.dtype for x in (*tensors, alpha)] == [dtype] * 3 + [torch.float32]
 
 
-SHAPES = ((N, H, L, D), (N, H, S, D), (N, H, S, DV))
+FITTING = ((N, H, L, D), (N, H, S, D), (N, H, S, DV))
 WRONG_SHAPES = [
     (((D,), (D,), (DV,)), {}, r"at least 2 dimensions; got query \(11,\)"),
     (((N, H, L, D), (N, H, S, DV), (N, H, S, DV)), {}, r"same last size D; .* \(2, 3, 5, 11\), key \(2, 3, 7, 13\)"),
@@ -256,11 +256,11 @@ WRONG_SHAPES = [
         {"enable_gqa": True},
         r"a divisor of the query's; got .* \(2, 2, 7, 11\)",
     ),
-    (SHAPES, {"attn_mask": torch.ones(S, L).bool()}, r"broadcast to the scores \(2, 3, 5, 7\), got shape \(7, 5\)"),
-    (SHAPES, {"attn_mask": torch.ones(1, N, H, L, S).bool()}, r"broadcast .* got shape \(1, 2, 3, 5, 7\)"),
-    (SHAPES, {"attn_mask": causal_lower_right(3, S)}, r"scores \(2, 3, 5, 7\), got shape \(3, 7\)"),
-    (SHAPES, {"attn_mask": torch.ones(L, S).bool(), "is_causal": True}, "None when is_causal=True, got both"),
-    (SHAPES, {"dropout_p": 1.5}, r"dropout_p must be in \[0, 1\], got 1.5"),
+    (FITTING, {"attn_mask": torch.ones(S, L).bool()}, r"broadcast to the scores \(2, 3, 5, 7\), got shape \(7, 5\)"),
+    (FITTING, {"attn_mask": torch.ones(1, N, H, L, S).bool()}, r"broadcast .* got shape \(1, 2, 3, 5, 7\)"),
+    (FITTING, {"attn_mask": causal_lower_right(3, S)}, r"scores \(2, 3, 5, 7\), got shape \(3, 7\)"),
+    (FITTING, {"attn_mask": torch.ones(L, S).bool(), "is_causal": True}, "None when is_causal=True, got both"),
+    (FITTING, {"dropout_p": 1.5}, r"dropout_p must be in \[0, 1\], got 1.5"),
 ]
 
 
@@ -315,7 +315,7 @@ def test_a_wrong_k_or_normalizer_raises_an_error(kwargs: dict[str, Any], error: 
 @pytest.mark.parametrize("mask_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
-def test_the_smallest_number_of_the_masks_own_dtype_masks(
+def test_the_smallest_number_of_the_dtype_of_a_mask_hides_keys(
     alpha: float, dtype: torch.dtype, mask_dtype: torch.dtype
 ) -> None:
     query, key, value = torch.full((1, 2, 3, 8), 10.0), torch.ones(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
@@ -376,12 +376,14 @@ Q = torch.randn(2, 3, 5, 8)
         ({"scale": torch.tensor(0.25, requires_grad=True)}, TypeError, "scale must be a number, got tensor"),
     ],
 )
-def test_wrong_options_are_named(attention: Any, kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_errors_name_wrong_options(
+    attention: Any, kwargs: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         attention(**{"query": Q, "key": Q, "value": Q, **kwargs})
 
 
-def test_a_list_of_k_or_of_normalizers_is_named() -> None:
+def test_errors_name_a_wrong_k_normalizer_or_scale() -> None:
     with pytest.raises(TypeError, match="k must be an int, got Tensor"):
         topk_attention(Q, Q, Q, torch.tensor([2, 3]))
     with pytest.raises(ValueError, match=r"normalizer must be one of softmax, sparsemax, got \['softmax'\]"):

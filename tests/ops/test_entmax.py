@@ -29,13 +29,13 @@ def test_documented_examples():
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.9, *ALPHAS, *STEEP])
-def test_float32_stays_at_rounding_of_a_float64_oracle(alpha, oracle):
+def test_float32_stays_within_rounding_of_a_float64_oracle(alpha, oracle):
     bound = 4e-7 if alpha < 1 else 2e-7
     for size, scale in itertools.product([1, 2, 7, 128, 1021], [0.01, 1, 10, 100, 1e4]):
         x = torch.randn(5, size) * scale
         x[0] = x[0, 0]  # a row of ties
         for given in (alpha, torch.full((5, 1), alpha)):
-            # The tensor's α is rounded to float32 before we see it.
+            # A tensor holds α rounded to float32.
             exact = alpha if given is alpha else float(given[0])
             p = entmax(x, given).double()
             assert (p - oracle(x, exact)).abs().max() <= bound, (size, scale, given is alpha)
@@ -218,7 +218,7 @@ def test_the_error_shows_every_axis_that_alpha_could_belong_to():
         entmax(torch.randn(4, 4, 5, 5), torch.full((4,), 1.5))
 
 
-def test_an_empty_batch_leaves_alpha_a_gradient_of_zero():
+def test_an_empty_batch_gives_alpha_a_gradient_of_zero():
     alpha = torch.tensor(1.5, requires_grad=True)
     y = entmax(torch.empty(0, 3, dtype=torch.bfloat16), alpha)
     assert y.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""The losses: equal to cross-entropy at α = 1, to their definition at other α, and their memory."""
+"""Losses equal cross-entropy at α = 1 and their definition at other α; their memory is bounded."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_losses_equal_their_definition(alpha, kind, shape, oracle):
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_no_other_distribution_has_a_larger_value(alpha):
+def test_loss_attains_the_maximum_over_all_distributions(alpha):
     x, p = torch.randn(N, 1, C, dtype=torch.float64), torch.rand(1, 1009, C, dtype=torch.float64).pow(3)
     p = p / p.sum(-1, keepdim=True)
     entropy = -torch.xlogy(p, p).sum(-1) if alpha == 1 else (1 - (p**alpha).sum(-1)) / (alpha * (alpha - 1))
@@ -141,7 +141,7 @@ def test_named_losses_equal_the_general_loss():
 
 @pytest.mark.parametrize("alpha", [1.0, 1.0001, 1.01, 1.25, 1.5, 2.0, 3.0])
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_float32_keeps_its_digits_also_of_small_losses(alpha, as_tensor):
+def test_relative_error_of_small_losses_in_float32(alpha, as_tensor):
     # At α = 3 the error of the mapping dominates.
     relative = 1e-4 if alpha <= 2 else 2e-3
     for size, scale in itertools.product([1, 2, 7, 1021], [0.01, 1.0, 10.0, 100.0, 1e4]):
@@ -166,7 +166,7 @@ def test_losses_over_large_vocabularies(alpha, oracle):
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_never_negative_and_zero_only_if_the_target_has_probability_one(alpha):
     x = torch.randn(4001, C) * torch.logspace(-2, 3, 4001).unsqueeze(1)
-    x[::3] = x[::3].round()  # ties, and margins exactly on the edge
+    x[::3] = x[::3].round()  # equal scores, and differences of exactly 1 / (α - 1), from which the loss is zero
     for target in (x.argmax(1), torch.randint(C, (4001,))):
         loss = entmax_loss(x, target, alpha, reduction="none")
         of_target = entmax(x, alpha).gather(1, target.unsqueeze(1)).squeeze(1)
@@ -181,7 +181,10 @@ def test_never_negative_and_zero_only_if_the_target_has_probability_one(alpha):
 
 
 def on_the_edge_of_the_support(alpha: float) -> Tensor:
-    """Rows whose other scores are just inside the support: rounding could make some losses negative."""
+    """Rows in which all scores except that of class 0, the target, are just inside the support.
+
+    Rounding could make some of their losses negative.
+    """
     x = torch.zeros(4001, 7)
     x[:, 1:] = (torch.rand(4001, 6) * torch.logspace(-7, 0, 4001).unsqueeze(1) - 1) / (alpha - 1)
     return x
@@ -229,7 +232,7 @@ def test_minus_infinity_and_ignored_examples_as_cross_entropy_treats_them(smooth
     x = torch.randn(5, C)
     same_as_cross_entropy(x, torch.full((5,), -100), **keywords)
     masked = x.clone()
-    masked[0, 4] = masked[1, 1] = masked[3, 0] = -torch.inf  # beside the target, on it, in an ignored example
+    masked[0, 4] = masked[1, 1] = masked[3, 0] = -torch.inf  # beside the target, at it, and in an ignored example
     masked[2, [0, 1, 3, 4]] = -torch.inf  # only the target is visible
     same_as_cross_entropy(masked, target, **keywords)
     same_as_cross_entropy(masked, F.one_hot(target.clamp(min=0), C).float(), **keywords)

@@ -1,4 +1,4 @@
-"""The losses differentiated: in both modes, to the second order, and under every transform that torch has."""
+"""Derivatives of the losses: forward and reverse mode, first and second order, and torch's transforms."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_a_compiled_graph_without_breaks_trains_like_eager_code(name):
         torch.testing.assert_close(compiled(*inputs), loss(*inputs))
 
 
-def test_inductor_compiles_the_layer():
+def test_inductor_compiles_the_loss():
     torch._dynamo.reset()
     x = torch.randn(N, C, requires_grad=True)
     loss = partial(entmax15_loss, target=INDICES, weight=WEIGHT.float(), label_smoothing=0.1)

@@ -86,6 +86,6 @@ def test_invalid_input_raises_an_error():
         normmax(x, dim=2)
 
 
-def test_a_wrong_alpha_gives_nan_if_its_value_cannot_be_read():
+def test_a_wrong_alpha_under_vmap_raises_an_error():
     with pytest.raises(ValueError, match=r"alpha must be in \(0, inf\), got nan"):
         torch.func.vmap(normmax)(torch.randn(2, 3), torch.tensor([2.0, 0.9]))

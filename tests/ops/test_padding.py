@@ -28,14 +28,14 @@ def test_nan_in_padding_changes_nothing(alpha, sizes):
     assert_padding_is_ignored(lambda q, k, v, mask: entmax_attention(q, k, v, alpha, mask), *sizes, CPU)
 
 
-def test_infinity_and_grouped_heads():
+def test_infinity_in_padding_with_grouped_heads_changes_nothing():
     def grouped(q, k, v, mask):
         return entmax_attention(q, k, v, 1.3, mask, enable_gqa=True)
 
     assert_padding_is_ignored(grouped, 7, 31, CPU, heads=6, groups=3, fill=math.inf)
 
 
-def test_top_k_and_weights():
+def test_nan_in_padding_changes_neither_top_k_nor_returned_weights():
     assert_padding_is_ignored(lambda q, k, v, mask: topk_attention(q, k, v, 5, mask), 7, 31, CPU)
     assert_padding_is_ignored(lambda q, k, v, mask: attend(q, k, v, entmax_mapping(1.5, 3), mask)[0], 7, 31, CPU)
 

@@ -151,7 +151,7 @@ def test_torch_func_inside_a_compiled_function(mapping, transform):
     torch.testing.assert_close(compiled(x), transform(mapping)(x))
 
 
-def test_inductor_compiles_the_layer():
+def test_inductor_compiles_the_mapping():
     torch._dynamo.reset()
     inputs = require((torch.randn(6, 5), torch.tensor(ALPHAS)))
     compiled = torch.compile(lambda x, alpha: entmax(x * 2, alpha).square(), fullgraph=True)

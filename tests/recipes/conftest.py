@@ -34,7 +34,7 @@ def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    """A run with adaptive encoder, softmax decoder and top-k cross-attention, trained on six words (by its record)."""
+    """A run with adaptive encoder, softmax decoder and top-k cross-attention; its files name six training words."""
     folder = tmp_path / "finished"
     (folder / "checkpoints").mkdir(parents=True)
     for split, words in {"train": WORDS, "val": WORDS[:5], "test": WORDS[2:]}.items():
@@ -127,7 +127,7 @@ def tiny_arguments(tmp_path: Path) -> Callable[..., list[str]]:
 
 @pytest.fixture
 def tiny_config(tiny_arguments: Callable[..., list[str]]) -> Callable[..., DictConfig]:
-    """The configuration of that training."""
+    """The configuration of the training of ``tiny_arguments``."""
 
     def config(*more: str) -> DictConfig:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):

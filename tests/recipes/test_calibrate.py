@@ -55,7 +55,7 @@ def run(folder: Path, *arguments: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
-def test_prints_the_table_and_writes_files(kind, folder, capsys, tmp_path):
+def test_calibrate_prints_a_table_and_writes_files(kind, folder, capsys, tmp_path):
     model, files = folder(kind), (tmp_path / "alpha.json", tmp_path / "sparse")
     run(model, "density=0.3", "batches=2", f"output={files[0]}", f"save={files[1]}")
     out, err = capsys.readouterr()
@@ -75,7 +75,7 @@ def test_prints_the_table_and_writes_files(kind, folder, capsys, tmp_path):
     }
 
 
-def test_continues_after_an_interruption(folder, capsys, tmp_path):
+def test_an_interrupted_calibration_continues(folder, capsys, tmp_path):
     model, state = folder("causal"), tmp_path / "state.json"
     run(model, "loss_increase=0.1", "per=layer", f"state={state}")
     first = capsys.readouterr()
@@ -98,16 +98,16 @@ def test_continues_after_an_interruption(folder, capsys, tmp_path):
     ],
     ids=str,
 )
-def test_wrong_input_is_one_line(arguments, message, folder, capsys):
+def test_wrong_input_gives_a_one_line_error(arguments, message, folder, capsys):
     model = folder("causal")
-    capsys.readouterr()  # the bar of `save_pretrained`
+    capsys.readouterr()  # discards the progress bar of `save_pretrained`
     with pytest.raises(SystemExit, match="2"):
         run(model, *arguments)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("sparse-attn calibrate: ") and message in err
 
 
-def test_a_model_without_a_language_model_head_and_an_empty_text(folder, capsys):
+def test_a_model_without_a_language_model_head_and_an_empty_text_are_refused(folder, capsys):
     model = folder("plain")
     with pytest.raises(SystemExit, match="2"):
         run(model, "density=0.2")
@@ -135,11 +135,12 @@ class Words:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("internationalization " * 500, [[1] * 8] * 4),  # longer words than 12 characters
+        ("internationalization " * 500, [[1] * 8] * 4),
         (" " * 2000 + "a bc def", [[1, 1, 1]]),
     ],
 )
 def test_a_text_of_long_words_or_gaps_gives_blocks(text, expected):
+    """At first, 12 characters are read for each token that is needed; here, a token needs more."""
     assert read_blocks(Words(), text, length=8, number=4) == expected
 
 

@@ -104,7 +104,7 @@ def test_optimizer_and_loss_have_the_same_defaults_in_config_and_python():
 
 
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-def test_attention_sets_all_three_and_each_can_differ(kind):
+def test_one_key_sets_all_three_kinds_of_attention_and_each_can_differ(kind):
     model = composed("train", f"model.attention={kind}", "model.cross_attention=softmax").model
     assert (model.encoder_attention, model.decoder_attention, model.cross_attention) == (kind, kind, "softmax")
 

@@ -77,7 +77,7 @@ def test_quotes_and_null_keep_their_meaning():
     assert (cfg.run, cfg.word, cfg.compare) == ("a b", "7", None)
 
 
-def test_other_commands_and_keys():
+def test_numbers_are_texts_in_the_keys_that_hold_paths_and_words():
     (cfg,) = composed("predict", "run=0", "input=wörter.txt", "output=5")
     assert (cfg.run, cfg.input, cfg.output) == ("0", "wörter.txt", "5")
     (cfg,) = composed("evaluate", "run=7", "data.test=5", "data.val=ü", "data.limit=5")
@@ -132,7 +132,7 @@ def test_only_several_runs_need_a_temporary_folder(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("other", [["--cfg", "job"], ["--info"], ["--run"]])
-def test_flags_that_exclude_each_other(other, capsys):
+def test_two_flags_that_exclude_each_other_are_refused(other, capsys):
     error = refused(capsys, lambda: composed("train", "-m", *other, "seed=1,2"))
     assert "at most one of --multirun, -m, --run, -r, --cfg, " in error
     assert error.endswith(f" can be given, got -m {other[0]}\n")
@@ -178,7 +178,7 @@ def test_cli_keeps_the_program_of_the_command_line(monkeypatch, capsys):
     assert sys.argv == ["/bin/sparse-attn", "foo=1"]
 
 
-def test_ctrl_c_while_a_command_is_imported(monkeypatch, capsys):
+def test_ctrl_c_during_the_import_of_a_command_prints_one_line(monkeypatch, capsys):
     def import_module(name: str) -> None:
         raise KeyboardInterrupt
 
@@ -187,7 +187,7 @@ def test_ctrl_c_while_a_command_is_imported(monkeypatch, capsys):
     assert refused(capsys, cli.main, status=130) == "sparse-attn predict: stopped\n"
 
 
-def test_help_on_a_terminal_whose_encoding_lacks_alpha():
+def test_help_is_printed_on_a_terminal_whose_encoding_lacks_alpha():
     done = subprocess.run(
         [sys.executable, "-c", "from recipes.cli import main; main()", "-h"],
         cwd=ROOT,

@@ -137,7 +137,8 @@ def test_at_a_terminal_each_line_is_answered_at_once(
     monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": Terminal(b"cab\nabba\n")})())
     monkeypatch.setattr("recipes.predict.print", lambda *args, **_: answered.append(len(args)), raising=False)
     run_predict(f"run={run_folder}")
-    assert answered == [1, 0, 1, 1]  # the hint, then the number of answers before each line
+    # One hint, then the number of new answers before line 1, before line 2 and at the end.
+    assert answered == [1, 0, 1, 1]
 
 
 def test_a_closed_pipe_is_not_an_error(run_folder: Path, tmp_path: Path) -> None:

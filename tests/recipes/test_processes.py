@@ -62,7 +62,7 @@ def test_the_number_of_a_process(monkeypatch, environment, expected):
         ({"RANK": "1"}, True),
     ],
 )
-def test_whether_processes_were_started_together(monkeypatch, environment, expected):
+def test_a_process_knows_whether_others_were_started_with_it(monkeypatch, environment, expected):
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

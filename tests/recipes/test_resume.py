@@ -47,7 +47,7 @@ def test_interrupted_and_resumed_equals_never_interrupted(tiny_config, tmp_path,
         with pytest.raises(Interrupted) as stop:
             train(tiny_config(*epochs))
         patch.undo()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "a second Ctrl-C is heard"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "a second Ctrl-C must work"
     folder = tmp_path / "run"
     assert str(stop.value).endswith(f"to continue: sparse-attn train resume={folder}")
     assert read_checkpoint(folder / "checkpoints/last.ckpt")["global_step"] == 5
@@ -189,11 +189,11 @@ def test_results_include_all_sessions(tiny_config, tmp_path, interrupt):
     interrupt(7)
     with pytest.raises(Interrupted):
         train(resumed_config(folder, "trainer.max_epochs=3"))
-    assert (folder / "results.json").exists(), "they are those of the first epoch, as the checkpoint is"
+    assert (folder / "results.json").exists(), "results and checkpoint are of the first epoch"
     interrupt(12)
     with pytest.raises(Interrupted):
         train(resumed_config(folder))
-    assert not (folder / "results.json").exists(), "they were those of the first epoch"
+    assert not (folder / "results.json").exists(), "the results of the first epoch must be removed"
     interrupt(-1)
     assert 1000 < train(resumed_config(folder))["seconds"] < 1060
 

@@ -95,7 +95,7 @@ def test_results_are_from_the_best_checkpoint_on_all_words(tiny_config, tmp_path
             assert results[f"{split}/{name}"] == value
 
 
-def test_best_is_the_epoch_with_the_lowest_error(tiny_config, tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_of_the_epoch_with_the_lowest_error(tiny_config, tmp_path, monkeypatch):
     rates = iter([30.0, 20.0, 25.0])
     monkeypatch.setattr("recipes.seq2seq.scores.edit_scores", lambda *_: {"per": next(rates, 1.0), "wer": 50.0})
     results = train(tiny_config("trainer.max_epochs=3"))

@@ -77,7 +77,7 @@ def test_circuitsvis_accepts_the_arguments(encoder_record: Records) -> None:
     assert "q0" in str(attention.attention_heads(**arguments))
 
 
-def test_no_layer_is_lost() -> None:
+def test_a_layer_that_bertviz_cannot_show_is_refused() -> None:
     record = AttentionRecord(keep_weights=True)
     for name in ("encoder.0.self_attn", "decoder.0.self_attn", "head.attn"):
         record.add(name, torch.rand(1, 2, 5, 5).softmax(-1))

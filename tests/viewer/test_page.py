@@ -42,7 +42,7 @@ def test_a_page_contains_the_weights_of_every_layer(encoder_record: Records, rea
         assert page.data["layers"][index]["numbers"]["alpha"] == [1.5] * HEADS
 
 
-def test_columns_far_apart_and_dense_rows(read_page: Reader) -> None:
+def test_a_page_holds_weights_in_columns_far_apart_and_in_dense_rows(read_page: Reader) -> None:
     weights = torch.zeros(2, 3, 1201)
     weights[0, 0, [0, 254, 255, 256, 766, 1200]] = torch.tensor([0.1, 0.2, 0.3, 0.1, 0.2, 0.1])
     weights[1, 1] = 1 / 1201

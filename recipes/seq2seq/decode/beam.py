@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_attn.calibration import evaluating
+from sparse_attn.evaluation import evaluating
 
 from ..tokenizer import BOS, EOS
 from .prefixes import Hypothesis, Models, Prefixes, as_models

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_attn.calibration import evaluating
+from sparse_attn.evaluation import evaluating
 
 from ..tokenizer import EOS
 from .prefixes import Hypothesis, Models, Sources, as_models

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_attn.calibration import evaluating
+from sparse_attn.evaluation import evaluating
 
 from ..tokenizer import BOS, EOS
 from .prefixes import Models, Prefixes, as_models

@@ -162,7 +162,8 @@ def _normmax_loss(
 def _norm_loss(scores: Tensor, p: Tensor, alpha: float | Tensor, index: Tensor) -> Tensor:
     """``⟨p - e_y, x⟩ + 1 - ‖p‖_α`` of each row.
 
-    ``p`` maximises the value, so its own first derivative is zero: ``p`` contributes to second derivatives only.
+    ``p`` maximises the value, so the first derivative through ``p`` is zero: ``p`` contributes to second derivatives
+    only.
     """
     inside = p > 0
     shift, largest = scores.detach().amax(-1, keepdim=True), p.detach().amax(-1, keepdim=True)
@@ -174,7 +175,7 @@ def _norm_loss(scores: Tensor, p: Tensor, alpha: float | Tensor, index: Tensor) 
 
 
 class _Loss(nn.Module):
-    """Base of the loss modules: the ignored targets and the reduction."""
+    """Base class of the loss modules, which leaves out ignored targets and reduces."""
 
     def __init__(self, ignore_index: int, reduction: str) -> None:
         super().__init__()
@@ -198,7 +199,7 @@ class SparsemaxLoss(_Loss):
 
     Raises:
         TypeError: ``k`` or ``ignore_index`` is not an int.
-        ValueError: An unknown ``reduction``, or ``k`` is below 1.
+        ValueError: ``reduction`` is unknown, or ``k`` is below 1.
 
     Example:
         >>> SparsemaxLoss()(torch.tensor([[-2, 0, 0.5], [1, 0, 0]]), torch.tensor([1, -100]))

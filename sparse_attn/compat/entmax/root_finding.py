@@ -125,7 +125,8 @@ def budget_bisect(X: Tensor, budget: float | Tensor = 2, dim: int = -1, n_iter: 
 
     Args:
         X: Scores, as in :func:`entmax_bisect`.
-        budget: The sum of each row, in ``[0, d]``: a number or a tensor, as α in :func:`entmax_bisect`. Differentiable.
+        budget: The sum of each row, in ``[0, d]`` with d the size of ``dim``: a number or a tensor, as α in
+            :func:`entmax_bisect`. Differentiable.
         dim: The dimension that sums to the budget.
         n_iter: No effect.
 

@@ -85,7 +85,7 @@ def remove_alpha(model: PreTrainedModel) -> None:
     _check_model(model)
     owners = [module for module in model.modules() if head_alpha(module) is not None]
     if not owners:
-        raise ValueError(f"model must have learnt α from add_alpha, got {type(model).__name__} without α")
+        raise ValueError(f"model must have a learnt α from add_alpha, got {type(model).__name__} without α")
     for module in owners:
         del module.sparse_alpha
     if hasattr(model.config, RANGE_KEY):
@@ -158,7 +158,7 @@ def num_heads(name: str, module: nn.Module) -> int:
                 return heads
     raise ValueError(
         f"model must have attention modules with a known number of heads, got {name!r} of {type(module).__name__} "
-        "without; filter_fn can exclude it"
+        "without one; filter_fn can exclude it"
     )
 
 
@@ -167,8 +167,8 @@ def _device(name: str, module: nn.Module) -> torch.device:
     weight = next(module.parameters(), None)
     if weight is None:
         raise ValueError(
-            f"model must have its weights in parameters, got {name!r} of {type(module).__name__} without; quantise "
-            "after add_alpha, or exclude it by filter_fn"
+            f"model must have its weights in parameters, got {name!r} of {type(module).__name__} without parameters; "
+            "quantise after add_alpha, or exclude it by filter_fn"
         )
     if not weight.is_meta:
         return weight.device

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from sparse_attn.checks import check_alpha
 from sparse_attn.integrations.huggingface.packing import LazyMask, Packing, lazy_mask, packing_of, with_packing
-from sparse_attn.masks import NO_BOUNDS, Bounds, causal_mask, visible_pairs
+from sparse_attn.masks import NO_BOUNDS, Bounds, causal_mask, combine_masks, visible_pairs
 from sparse_attn.nn.alpha import head_alpha
 from sparse_attn.observe import register_reporter, report_weights, weights_are_observed
 from sparse_attn.ops.attention import Options, ScoreMapping, attend, entmax_mapping, topk_mapping
@@ -154,8 +153,8 @@ def attention_function(mapping_of: MappingOf) -> Callable[..., tuple[Tensor, Ten
             is_causal = getattr(module, "is_causal", None)
         if is_causal is None:
             is_causal = _no_mask_is_causal(getattr(module, "config", None))
-        # Same rule as transformers' function for `scaled_dot_product_attention`: a causal module with more than one
-        # query and no mask attends causally.
+        # The rule is that of transformers' function for `scaled_dot_product_attention`: a causal module with more than
+        # one query and no mask attends causally.
         if isinstance(attention_mask, LazyMask) and attention_mask.shape != (
             len(query),
             1,
@@ -190,8 +189,9 @@ def attention_function(mapping_of: MappingOf) -> Callable[..., tuple[Tensor, Ten
             else:
                 attention_mask, is_causal, bounds = None, False, Bounds(attention_mask.left, 0)
         if position_bias is not None:
-            attention_mask = _with_bias(attention_mask, position_bias, is_causal, query, key)
-            is_causal = False
+            if is_causal:
+                attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
+            attention_mask, is_causal = combine_masks(attention_mask, position_bias), False
         arguments = (query, key, value, mapping, attention_mask, dropout_p, is_causal)
         output, weights = attend(*arguments, **options, bounds=bounds, need_weights=need_weights)
         if weights is not None and weights_are_observed():
@@ -286,17 +286,6 @@ def _mapping_of(mapping: ScoreMapping | None) -> MappingOf:
         return entmax_mapping(_DEFAULT_ALPHA if learnt is None else learnt.alpha, heads)
 
     return mapping_of
-
-
-def _with_bias(mask: Tensor | None, bias: Tensor, is_causal: bool, query: Tensor, key: Tensor) -> Tensor:
-    """A bias of the scores combined with the mask, or with the causal mask."""
-    if is_causal:
-        mask = causal_mask(query.shape[2], key.shape[2], query.device)
-    if mask is None:
-        return bias
-    if mask.is_floating_point():
-        return bias + mask
-    return bias.masked_fill(~mask, -math.inf)
 
 
 def _fixed_mapping(alpha: float | None, k: int | None) -> ScoreMapping:

@@ -62,7 +62,7 @@ def load_alpha(model: PreTrainedModel, path: str | Path) -> dict[str, HeadAlpha]
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], tuple[float, float]]:
-    """The α of a checkpoint by their keys there, and their range."""
+    """The α tensors of a checkpoint by their keys in the files, and the range of α."""
     from safetensors import safe_open
     from transformers import PreTrainedConfig
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME

@@ -80,7 +80,7 @@ def lazy_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> LazyMask | None:
-    """The mask for the arguments of transformers' mask functions; None for a mask with padding, or not causal."""
+    """The mask for the arguments of transformers' mask functions; None for one with padding, or one not causal."""
     if torch.compiler.is_compiling() or torch._C._is_tracing() or use_vmap or not 1 < q_length == kv_length:
         return None
     if mask_function is None or isinstance(q_offset, Tensor) or q_offset or kv_offset:
@@ -98,7 +98,7 @@ def lazy_mask(
 def _described(mask_function: Callable[..., Any]) -> tuple[int | None, Tensor | None] | None:
     """Window and sequence numbers (N, L) of a causal mask function of transformers; None for another function.
 
-    The functions are closures of `transformers.masking_utils`, known by their names and by the variables they hold.
+    The functions are closures of `transformers.masking_utils`, recognised by their names and the variables they hold.
     """
     from transformers.masking_utils import causal_mask_function
 
@@ -164,8 +164,8 @@ def _check_given(starts: Any, name: str, total: int) -> Tensor:
 def _starts_of_positions(position_ids: Any, query: Tensor, key: Tensor) -> Tensor | None:
     """Starts of the sequences, if position ids (N, L) or (1, L) count 0, 1, 2, … and start again at 0.
 
-    This is for calls with a mask or a cache, where transformers itself looks at no position ids. Ids that repeat or
-    leave out numbers (several inputs of one place, strides) are places in one sequence, not packed sequences.
+    This is for calls with a mask or a cache, in which transformers itself does not read position ids. Ids that repeat
+    or leave out numbers (several inputs at one position, strides) belong to one sequence, not to packed sequences.
     """
     length = query.shape[2]
     if torch.compiler.is_compiling() or not isinstance(position_ids, Tensor) or length < 2:
@@ -184,7 +184,7 @@ def _starts(starting: Tensor) -> Tensor:
 
 
 def with_packing(mask: Tensor | None, packing: Packing, is_causal: bool, query: Tensor, key: Tensor) -> Tensor:
-    """A mask (N, 1, L, S) in which queries see only keys of their own sequence, besides what the given mask hides."""
+    """A mask (N, 1, L, S) in which queries see only those keys of their own sequence that ``mask`` shows."""
     shape = (len(query), 1, query.shape[2], key.shape[2])
     places = [torch.arange(len(query) * length, device=query.device) for length in shape[2:]]
     owners = [

@@ -65,7 +65,7 @@ def build(target_dir: str | Path, extra_flags: tuple[str, ...] = ()) -> Path:
                 for source in ("row", "attention_forward", "attention_backward"):
                     defines = [f"-DVARIANT={variant}", f"-DREAL_{real}"]
                     compile_source(source, f"{source}_{real}_{variant}", [*flags, *defines])
-        # Written under another name and renamed: a process that has loaded the old library keeps it.
+        # Written under another name and then renamed, so that a process that has loaded the old library keeps it.
         fresh = os.path.join(folder, LIBRARY)
         _run([*common, "-shared", *objects, "-o", fresh, "-lm", "-pthread"])
         beside = target.with_name(f"{target.name}.{os.getpid()}")

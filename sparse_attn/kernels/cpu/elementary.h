@@ -59,7 +59,7 @@ INLINE exponent split(lanes x) {
     return e;
 }
 
-/* e^x for x <= log(REAL_MAX); 0 where it would not be a normal number. */
+/* e^x for x <= log(REAL_MAX); 0 where e^x would not be a normal number. */
 INLINE lanes exp_lanes(lanes x) {
     exponent e = split(x);
     lanes y = e.scale * (e.f * e.f * phi2(e.f) + e.f) + e.scale;
@@ -117,14 +117,14 @@ INLINE lanes log_lanes(lanes w) {
 }
 
 /* w^power for w = 1 + t >= 0, where a small t has more digits than w. The power of 0 is 0 for exponents of 1 or more, and
- * some finite number for others. In float by logarithms to base 2, whose whole part is exact. */
+ * some finite number for others. In float, logarithms to base 2 are used, whose whole part is exact. */
 INLINE lanes power_of_sum(lanes w, lanes t, real power) {
     const words biased = biased_exponent(w);
     const lanes scale = (lanes)(((word)(2 * BIAS) - biased) << MANTISSA), e = unbiased(biased);
     const lanes r = select_equal(e, splat(0), t, scale * w - (real)1);
 #ifdef REAL_DOUBLE
     return exp_lanes(log_parts(r, e) * power);
-#else /* log2(1 + r) / r on [√½ - 1, √2 - 1] and 2^f on [-½, ½], to 2.6e-8 and 2e-9 */
+#else /* log2(1 + r) / r on [√½ - 1, √2 - 1] and 2^f on [-½, ½], with errors up to 2.6e-8 and 2e-9 */
     lanes y = r * -0.109949491918087f + 0.1861749291419983f;
     y = y * r - 0.19106276333332062f;
     y = y * r + 0.20460063219070435f;

@@ -1,15 +1,15 @@
-/* The cases of α that have code of their own. solve.h and gradients.h choose their functions by them. */
+/* The cases of α that have code of their own. solve.h and gradients.h choose their functions by these cases. */
 #ifndef SPARSE_ATTN_FAMILY_H
 #define SPARSE_ATTN_FAMILY_H
 
-/* α = 2, 1.5 and 1 have their own code, the first two without exp and log; the others lie below or above 1.5. */
+/* α = 2, 1.5 and 1, of which the first two need neither exp nor log; any other α below 1.5, and above. */
 typedef enum { SPARSEMAX, ENTMAX15, SOFTMAX, GENTLE, STEEP } family;
 
 static family family_of(double a) {
     return a == 1 ? SPARSEMAX : a == 0.5 ? ENTMAX15 : a == 0 ? SOFTMAX : a < 0.5 ? GENTLE : STEEP;
 }
 
-/* True if p is computed by exp and log, and all entries of a row may have to be. */
+/* True if p is computed by exp and log, possibly for all entries of a row. */
 static int needs_power(double a) {
     return family_of(a) == GENTLE || family_of(a) == STEEP;
 }

@@ -1,6 +1,6 @@
 // Binds to the oldest versions of the C library's functions, so that a library built on a new system loads on an old one.
-// The build includes this file before every source. A function that the kernels begin to use and that has a newer version
-// belongs into the list; tests/test_packaging.py compares.
+// The build includes this file before every source. If the kernels begin to use a function that has a newer version, add
+// the function to the list; tests/test_packaging.py checks the library.
 #pragma once
 #if defined(__linux__)
 #include <features.h>

@@ -1,5 +1,5 @@
 /* Gradients for the scores and for α of one row of packed probabilities, and of several rows side by side, for row.c.
- * rows.h defines the letters. */
+ * The notation is defined in rows.h. */
 #ifndef SPARSE_ATTN_GRADIENTS_H
 #define SPARSE_ATTN_GRADIENTS_H
 
@@ -31,7 +31,7 @@ INLINE weighted slopes_family(const real *p, const real *g, int64_t size, const 
         const lanes slope = slope_of(load(p + i), of, a);
         store(u + i, slope);
         add(&sum_u, slope);
-        add(&sum_ug, select_equal(slope, zero, zero, slope * load(g + i))); /* where p is 0, g has no effect, even NaN */
+        add(&sum_ug, select_equal(slope, zero, zero, slope * load(g + i))); /* where p is 0, g has no effect, not even NaN */
     }
     return (weighted){total_of(sum_u), total_of(sum_ug)};
 }
@@ -59,9 +59,9 @@ static origin centre_of(const real *u, const real *g, int64_t size, weighted sum
     return origin_at((real)delta, sum_of(rest) / sums.u);
 }
 
-/* The mean by which the gradient for α is centred, and whether float has enough digits for it. */
+/* The mean by which the gradient for α is centred, and the largest p, which shows whether float has enough digits. */
 typedef struct {
-    real most;
+    real most; /* max p */
     double mean; /* Σ p g */
 } overview;
 
@@ -75,7 +75,7 @@ static overview survey(const real *p, const real *g, int64_t size) {
     return (overview){maximum_of(most), sum_of(sum)};
 }
 
-/* The gradient for α of packed p, with u left behind and δ = Σ u g / Σ u in `*delta`.
+/* Returns the gradient for α of packed p; writes u into `u`, and δ = Σ u g / Σ u into `*delta`.
  *
  * With l = log p, y = l² φ₂(-a l) and c = g - mean: [Y D - B - a (Y A - H B)] / U, where D = Σ p (g - δ),
  * A = Σ p l (g - δ), B = Σ p y (g - δ), H = Σ p l, Y = Σ p y and U = Σ u. A constant added to g changes only its
@@ -157,7 +157,7 @@ INLINE void centre_lanes(real *u, const real *g, int64_t size, origins delta) {
     }
 }
 
-/* δ of all rows; `rest` computes Σ u (g - δ) for rows that are nearly one-hot, see centre_of. */
+/* For nearly one-hot rows, the low part of δ is computed from `rest` = Σ u (g - δ), see centre_of. */
 #define NEARLY_ONE_HOT(sum_u) any_beyond(splat((real)1.1), sum_u)
 
 INLINE lanes low_of_one_hot(origins delta, lanes sum_u, lanes rest) {
@@ -195,8 +195,8 @@ static void gradient_lanes(const real *p, const real *g, int64_t size, double a,
     }
 }
 
-/* The gradients of up to LANES rows that lie along vectors, for the families whose u is cheap; only the sums are computed
- * side by side. Sizes are whole vectors. */
+/* The gradients of up to LANES rows, for the families whose u is cheap. A vector holds entries of one row; only the sums
+ * across vectors are computed side by side. Sizes are multiples of LANES. */
 INLINE void gradient_rows_family(const real *const *p, const real *const *g, int64_t rows, int64_t size, const family of,
                                  real *const *u) {
     const lanes zero = splat(0);
@@ -236,7 +236,8 @@ static void gradient_rows(const real *const *p, const real *const *g, int64_t ro
     }
 }
 
-/* Also the gradients for α of the first `rows` rows; 1 in the result where float has too few digits for that. */
+/* Like gradient_lanes, and writes the gradients for α of the first `rows` rows. Returns 1 for a row for whose gradient float
+ * has too few digits, else 0. */
 static lanes alpha_gradient_lanes(const real *p, const real *g, int64_t size, int64_t row_size, real a, int64_t rows,
                                   real *u, double *grad_alpha) {
     enum { U, UC, P, D, H, A, Y, B, SUMS, PART = 16 }; /* as in alpha_gradient */

@@ -1,4 +1,4 @@
-/* Vectors for all kernels: `real` is float or double, `lanes` is a vector of as many as the processor computes at once.
+/* Vectors for all kernels: `real` is float or double, `lanes` a vector of as many reals as the processor computes at once.
  *
  * GNU C's vector extension serves every processor; x86 intrinsics are used where it compiles to slow code.
  */
@@ -167,13 +167,13 @@ INLINE real maximum_of(lanes x) {
 /* Replaces x[i][j] by x[j][i]. */
 INLINE void transpose(lanes x[LANES]) {
     lanes y[LANES];
-    for (int i = 0; i < LANES; i += 4) { /* in each quarter of the vectors: 4 x 4 */
+    for (int i = 0; i < LANES; i += 4) { /* transposes 4 x 4 numbers in each quarter of the vectors */
         const __m512 low = _mm512_unpacklo_ps(x[i], x[i + 1]), high = _mm512_unpackhi_ps(x[i], x[i + 1]);
         const __m512 low2 = _mm512_unpacklo_ps(x[i + 2], x[i + 3]), high2 = _mm512_unpackhi_ps(x[i + 2], x[i + 3]);
         y[i] = _mm512_shuffle_ps(low, low2, 0x44), y[i + 1] = _mm512_shuffle_ps(low, low2, 0xee);
         y[i + 2] = _mm512_shuffle_ps(high, high2, 0x44), y[i + 3] = _mm512_shuffle_ps(high, high2, 0xee);
     }
-    for (int j = 0; j < 4; j++) { /* of the quarters: 4 x 4 */
+    for (int j = 0; j < 4; j++) { /* transposes the 4 x 4 quarters */
         const __m512 even = _mm512_shuffle_f32x4(y[j], y[j + 4], 0x88), odd = _mm512_shuffle_f32x4(y[j], y[j + 4], 0xdd);
         const __m512 even2 = _mm512_shuffle_f32x4(y[j + 8], y[j + 12], 0x88);
         const __m512 odd2 = _mm512_shuffle_f32x4(y[j + 8], y[j + 12], 0xdd);

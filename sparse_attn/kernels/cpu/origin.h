@@ -4,8 +4,8 @@
 
 #include "lanes.h"
 
-/* The origin of all differences, in two parts. In one part, its rounding error would shift all entries, which in a row of
- * many equal scores is as much as their weight. */
+/* The origin of all differences, as the sum of two numbers. The rounding error of a single number would shift all entries;
+ * in a row of many equal scores, this shift can be as large as their weight. */
 typedef struct {
     real high, low;
 } origin;

@@ -1,7 +1,7 @@
 /* One row, or several short rows side by side: probabilities, and the gradients. Compiled for float and for double at every vector width.
  *
  * A row is read for its maximum, the entries that can have weight are packed together, Newton's method runs on those,
- * and the result is unpacked. See the comment in rows.h for the letters.
+ * and the result is unpacked. The notation is defined in rows.h.
  */
 #include "convert.h"
 #include "exported.h"
@@ -29,7 +29,7 @@ static int has_nan(const real *x, int64_t size) {
     return found;
 }
 
-/* A number just below max z - 1 / a + σ in terms of the scores: entries up to it have no weight. */
+/* A number just below the edge of the support, top - 1 / a + σ: scores up to this number have no weight. */
 static real weightless(real top, double a, double sigma, real lowest) {
     double reach = 1 / a - sigma;
     real threshold = (real)(top - reach - 2 * REAL_EPS * (fabs((double)top) + reach));
@@ -38,12 +38,12 @@ static real weightless(real top, double a, double sigma, real lowest) {
 
 /* The state of a row. If SOLVED, p is `scale` times the packed numbers, and their scores lie above `threshold`. */
 typedef struct {
-    enum { MASKED, UNDEFINED, SOLVED } state; /* all of it masked; NaN or +inf among the scores; neither */
+    enum { MASKED, UNDEFINED, SOLVED } state; /* all scores are masked; a score is NaN or +inf; neither */
     int64_t count;
     real threshold, scale;
 } solution;
 
-/* Solves contiguous scores; `z` and `p` have room for padded_size(size) numbers each, and p is left in the latter. */
+/* Solves contiguous scores and writes p; `z` and `p` have room for padded_size(size) numbers each. */
 static solution solve_row(const real *x, int64_t size, int64_t k, double a, double lowest, real *z, real *p) {
     if (fabs(a) < 1e-3 * REAL_EPS) a = 0; /* log1p(a t) / a is t to the last bit */
     real maxima[MAX_STRANDS];
@@ -59,7 +59,7 @@ static solution solve_row(const real *x, int64_t size, int64_t k, double a, doub
     if (k > 0) {
         count = pack_largest(x, size, k, (real)lowest, maxima, strands, top, z, &threshold);
     } else {
-        if (a > 0 && a <= 1 && size >= 256) { /* a part of the row has its root at or below that of the whole */
+        if (a > 0 && a <= 1 && size >= 256) { /* the root for a part is at or below that for the row */
             climb(maxima, strands, a, top, &sigma, 1e-2, 1, p);
         }
         if (a > 0) threshold = weightless(top, a, sigma, lowest);
@@ -83,7 +83,7 @@ void EXPORTED(forward)(vector scores, int64_t size, int64_t k, double a, double 
     deliver(y, size, out, scores.type);
 }
 
-/* Up to this size, sweeps over all entries cost less than packing where a power needs no exp and log. */
+/* Up to this size, sweeps over all entries cost less than packing, if a power needs no exp and log. */
 enum { PACK_FROM = 64 };
 
 /* Up to LANES rows side by side. */
@@ -98,7 +98,7 @@ static void forward_lanes(const vector *scores, void *const *out, int64_t rows, 
     gather_lanes(x, size, LANES, z);
 
     const lanes zero = splat(0), one = splat(1), nothing = splat(-INFINITY), floor = splat((real)lowest);
-    lanes top = nothing, alone = zero; /* rows with NaN or +inf, which are rare, and with ties are solved alone */
+    lanes top = nothing, alone = zero; /* alone: 1 for rows with NaN or +inf (rare) or ties, which are solved one by one */
     for (int64_t j = 0; j < size; j++) {
         const lanes score = load(z + j * LANES), seen = select_below(floor, score, score, nothing);
         alone = select_below(score, splat(INFINITY), alone, one);
@@ -122,7 +122,7 @@ static void forward_lanes(const vector *scores, void *const *out, int64_t rows, 
         real *buffer = buffers + i * stride;
         y[i] = alone[i] > 0 ? buffer : target(out[i], type, buffer);
     }
-    if (needs_power(a) || (a > 0 && size > PACK_FROM)) { /* most entries have no weight: all others are packed */
+    if (needs_power(a) || (a > 0 && size > PACK_FROM)) { /* most entries have no weight; the others are packed */
         const lanes sigma = start_lanes(&all, (real)a, top, needs_power(a) ? START_SWEEPS : 2);
         lanes threshold = at_least(cut, floor);
         for (int i = 0; i < LANES; i++) threshold[i] = weightless(top[i], a, sigma[i], threshold[i]);

@@ -1,4 +1,4 @@
-/* The exported functions: all rows of a tensor, at the vector width of the processor, split over threads. */
+/* The exported functions compute all rows of a tensor, at the vector width of the processor, split over threads. */
 #include "rows.h"
 #include "threads.h"
 #include "variants.h"
@@ -37,7 +37,7 @@ EXPORT int rows_interface(void) {
     return INTERFACE;
 }
 
-/* The name of a variant, wider ones last; NULL after the last one and for one that the processor cannot run. */
+/* The name of a variant; wider variants come last. NULL after the last, and for a variant that the processor cannot run. */
 EXPORT const char *rows_variant(int index) {
     if (index < 0 || index >= VARIANTS) return NULL;
 #ifdef WITH_X86_VARIANTS
@@ -126,7 +126,7 @@ static void compute_rows(const void *argument, int64_t begin, int64_t end, void 
     }
 }
 
-/* Short rows are solved side by side if SHARED_BY or more of a block have one α, which may differ between heads. */
+/* Short rows are solved side by side if at least SHARED_BY rows of a block have the same α: heads may have different ones. */
 enum { BLOCK = 256, SHARED_BY = 4 };
 
 static void compute_alone(const task *t, int64_t row, void *scratch) {
@@ -195,7 +195,7 @@ static int run_rows(task *t, int threads) {
     return run_job(&j, threads);
 }
 
-/* p of each row along the last dimension; `layout` holds the shape, the strides of the scores and those of a. With
+/* p of each row along the last dimension; `layout` holds the shape, the strides of the scores and the strides of a. With
  * k > 0 only the k largest scores take part. Returns 0, or 1 if there was not enough memory. */
 EXPORT int rows_forward(int variant, int threads, int rank, const int64_t *layout, int type, const void *scores,
                         const double *a, int64_t k, double lowest, void *p) {

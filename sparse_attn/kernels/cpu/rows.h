@@ -1,6 +1,7 @@
 /* The interface between rows.c and the kernels in row.c, compiled once per element type and variant.
  *
- * Notation: z scores, p probabilities, a = α - 1, p_i = [1 + a (z_i - σ)]_+^(1/a), u = p^(1 - a).
+ * Notation: z scores, p probabilities, a = α - 1, p_i = [1 + a (z_i - σ)]_+^(1/a), u = p^(1 - a). The root is the σ with
+ * Σ p = 1.
  */
 #ifndef SPARSE_ATTN_ROWS_H
 #define SPARSE_ATTN_ROWS_H
@@ -20,8 +21,8 @@ typedef struct {
  * the k largest take part. `scratch` holds SCRATCH_ROWS rows of padded_size(size) numbers of 8 bytes. */
 typedef void forward_row(vector scores, int64_t size, int64_t k, double a, double lowest, void *out, void *scratch);
 
-/* The same for up to ROWS_AT_ONCE rows with one a in [0, 1], solved side by side, of up to SHORT_ROW scores; `scratch`
- * holds short_scratch(size) bytes. The p of a row does not depend on the other rows. */
+/* The same for up to ROWS_AT_ONCE rows of up to SHORT_ROW scores that share one a in [0, 1] and are solved side by side.
+ * `scratch` holds short_scratch(size) bytes. The p of a row does not depend on the other rows. */
 typedef void forward_rows(const vector *scores, void *const *out, int64_t rows, int64_t size, int64_t k, double a,
                           double lowest, void *scratch);
 

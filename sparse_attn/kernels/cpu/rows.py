@@ -60,7 +60,7 @@ def _load() -> _Library | str:
 
 
 def library() -> _Library:
-    """The library; a RuntimeError says why there is none."""
+    """The library; raises a RuntimeError with the reason if there is none."""
     loaded = _load()
     if isinstance(loaded, str):
         raise RuntimeError(loaded)

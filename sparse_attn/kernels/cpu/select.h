@@ -1,4 +1,4 @@
-/* The k largest scores of a row, for row.c: a threshold from below first, then an exact choice. */
+/* The k largest scores of a row, for row.c: first a threshold below them, then an exact choice. */
 #ifndef SPARSE_ATTN_SELECT_H
 #define SPARSE_ATTN_SELECT_H
 
@@ -6,7 +6,7 @@
 #include "pack.h"
 #include "strands.h"
 
-/* Counts the padded x above a cut. */
+/* Counts the entries of a padded x above a cut. */
 static int64_t count_above(const real *x, int64_t size, real cut) {
     words count = {0};
     for (int64_t i = 0; i < size; i += LANES) count -= (words)(load(x + i) > cut); /* true is -1 */
@@ -68,7 +68,7 @@ enum { ROUGH_CUTS = 6, EXACT_CUTS = 24 };
 static int64_t pack_largest(const real *x, int64_t size, int64_t k, real lowest, const real *maxima, int strands,
                             real top, real *packed, real *threshold) {
     *threshold = lowest;
-    if (2 * k <= strands) { /* the k-th largest of a part of the row bounds that of the row */
+    if (2 * k <= strands) { /* the k-th largest of some entries is at most that of the row */
         real bound = maxima[0];
         for (int i = 1; i < strands; i++) bound = maxima[i] < bound ? maxima[i] : bound;
         bound = just_below(bound);

@@ -1,9 +1,10 @@
 /* Solves Σ p = 1 in as many short rows at once as a vector has lanes, one row per lane, for row.c and
  * the attention kernels.
  *
- * Sums over a row are then sums of vectors, without the delay of a sum across lanes. rows.h defines the letters. `reach`
- * is 1/a - σ, with σ counted from the largest score: entries have weight down to this distance (unused for softmax). It has
- * two parts: rounded to one, it would change the weights of all entries near the edge of the support.
+ * Sums over a row are then sums of vectors, without the delay of a sum across lanes. The notation is defined in rows.h.
+ * `reach` is 1/a - σ, with σ counted from the largest score: an entry has weight if its distance from the largest score is
+ * smaller (unused for softmax). The distance is stored as the sum of two numbers, `reach` and `rest`: the rounding error of
+ * a single number would change the weights of all entries near the edge of the support.
  */
 #ifndef SPARSE_ATTN_SHORT_H
 #define SPARSE_ATTN_SHORT_H
@@ -29,7 +30,7 @@ typedef struct {
 INLINE lane_sums evaluate_lanes(const short_rows *x, const family of, real a, lanes top, lanes reach, lanes rest) {
     const lanes zero = splat(0), one = splat(1), half = splat(-0.5), nowhere = splat(-REAL_MAX / 2);
     const lanes smallest = splat(REAL_MIN);
-    /* The edge of the support in two parts, exactly: see origin.h. */
+    /* The edge of the support, as the exact sum of two numbers: see origin.h. */
     const lanes high = top - reach, back = top - high, low = ((top - (high + back)) + (back - reach)) - rest;
     const real power = 1 / a - 1;
     const lanes rise = one / reach;
@@ -105,21 +106,22 @@ INLINE lanes start_lanes_power(const short_rows *x, const int n, real a, lanes t
             total += u * w;
         }
         const lanes root = n == 1 ? total : n == 2 ? square_root(total) : exp_lanes(log1p_lanes(total - one) / (real)n);
-        sigma += (total - rough_ratio(total, root)) / (a * slope); /* Newton's step on the n-norm, which stays below */
+        sigma += (total - rough_ratio(total, root)) / (a * slope); /* a Newton step on the n-norm does not pass the root */
         if (!any_beyond(total, splat((real)1.02))) break;
     }
     return sigma;
 }
 
-/* A σ at or below the root, up to rounding, counted from the largest score, for 0 < a <= 1: some steps towards the root for
- * the least integer n >= 1/a in place of 1/a. Since w <= 1, w^n is at most w^(1/a). */
+/* Returns a lower bound of σ (up to rounding), counted from the largest score, for 0 < a <= 1. Takes Newton steps on
+ * Σ w^n = 1 with w = [1 + a (z - σ)]_+ and the least integer n >= 1/a. Since w <= 1, w^n <= w^(1/a), so the root of this
+ * equation is at most σ. */
 static lanes start_lanes(const short_rows *x, real a, lanes top, int sweeps) {
     const real n = (real)ceil((1 - 4 * REAL_EPS) / (double)a);
     if (!(n <= MOST_FACTORS)) return splat(0);
     const lanes masked = select_below(top, splat(-REAL_MAX), splat(1), splat(0));
     top = select_below(splat(0), masked, splat(0), top);
     lanes sigma;
-    switch ((int)n) { /* a constant in each copy, for the compiler */
+    switch ((int)n) { /* n is a compile-time constant in each copy of the function */
     case 1: sigma = start_lanes_power(x, 1, a, top, sweeps); break;
     case 2: sigma = start_lanes_power(x, 2, a, top, sweeps); break;
     case 3: sigma = start_lanes_power(x, 3, a, top, sweeps); break;
@@ -129,8 +131,8 @@ static lanes start_lanes(const short_rows *x, real a, lanes top, int sweeps) {
     return select_below(splat(0), masked, splat(0), sigma);
 }
 
-/* p of all rows, and 1 / Σ p of each, 0 for a row that is masked; `top` holds the largest scores, finite or -inf, and σ
- * begins at or near a lower bound. */
+/* Writes p of all rows, not yet divided by its sum, and returns 1 / Σ p of each row, or 0 for a masked row. `top` holds the
+ * largest scores, finite or -inf; `sigma` is the start value, at or near a lower bound of σ. */
 INLINE lanes solve_lanes_family(const short_rows *x, const family of, real a, lanes top, lanes sigma) {
     const lanes zero = splat(0), one = splat(1), error = splat(REAL_EPS / 2), close = splat((real)1e-3);
     const lanes landing = splat(6 * REAL_EPS);
@@ -158,7 +160,7 @@ INLINE lanes solve_lanes_family(const short_rows *x, const family of, real a, la
         const lanes taken = select_below(zero, open, step, zero);
         sigma += taken;
         if (of == GENTLE) {
-            reach = (one - a * sigma) / a; /* near α = 1 the reach has lost the digits of σ */
+            reach = (one - a * sigma) / a; /* computed anew: near α = 1, updates of `reach` would lose the digits of σ */
         } else {
             const lanes next = reach - taken, change = next - reach;
             rest += (reach - (next - change)) - (taken + change);
@@ -173,8 +175,8 @@ INLINE lanes solve_lanes_family(const short_rows *x, const family of, real a, la
 enum { SHORT_CUTS = 24 };
 
 /* For each of the first `rows` rows, a number above which lie its k largest scores and no others, found by bisection;
- * -inf if at most k scores are above -inf. A row with equal scores at the k-th place has no such number: `open` is 1
- * there, else 0. */
+ * -inf if at most k scores are above -inf. `open` is 1 if no such number was found, in particular for equal scores at the
+ * k-th place, else 0. */
 static lanes cut_lanes(const short_rows *x, int64_t k, lanes top, int64_t rows, lanes *open) {
     const lanes zero = splat(0), one = splat(1), nothing = splat(-INFINITY), wanted = splat((real)k);
     lanes low = top, seen = zero, high = top;
@@ -202,7 +204,7 @@ static lanes cut_lanes(const short_rows *x, int64_t k, lanes top, int64_t rows, 
 
 /* 1 <= α <= 2. */
 static lanes solve_lanes(const short_rows *x, real a, lanes top, lanes sigma) {
-    switch (family_of(a)) { /* a constant in each copy, for the compiler */
+    switch (family_of(a)) { /* the family is a compile-time constant in each copy of the function */
     case SPARSEMAX: return solve_lanes_family(x, SPARSEMAX, a, top, sigma);
     case ENTMAX15: return solve_lanes_family(x, ENTMAX15, a, top, sigma);
     case SOFTMAX: return solve_lanes_family(x, SOFTMAX, a, top, sigma);

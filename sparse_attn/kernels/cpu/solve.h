@@ -1,6 +1,6 @@
 /* Solves Σ p = 1 for σ in one row of packed scores, for row.c; p is not yet divided by its sum.
  *
- * rows.h defines the letters.
+ * The notation is defined in rows.h.
  */
 #ifndef SPARSE_ATTN_SOLVE_H
 #define SPARSE_ATTN_SOLVE_H
@@ -22,7 +22,7 @@ typedef struct {
     double unit;                /* the p that is stored as 1 */
 } norms;
 
-/* p at a given σ, counted from the largest score `top`, for padded scores. With z = x - top, an entry is a power of
+/* Computes p of padded scores at a given σ, counted from the largest score `top`. With z = x - top, an entry is a power of
  * a z + 1 - a σ = a (z - σ + 1 / a), which keeps its digits near zero if z is counted from σ - 1 / a. For α < 1.5 the
  * stored value is p / max p, a power of 1 + a z / (1 - a σ): in a long flat row p is small, and its logarithm would have
  * fewer correct digits than the logarithm of a number close to 1. */
@@ -47,7 +47,7 @@ INLINE norms evaluate(const real *scores, int64_t size, const family of, real a,
         } else if (of == SOFTMAX) {
             y = u = exp_lanes(at_least(nowhere, from(middle, x)));
         } else {
-            /* u = w^(1/a - 1), which has fewer digits to lose than p */
+            /* u = w^(1/a - 1) has a smaller exponent than p = w^(1/a), so fewer digits are lost */
             if (of == STEEP) {
                 w = not_negative(a * from(edge, x));
                 u = select_equal(w, zero, zero, power_lanes(w, power));
@@ -103,7 +103,7 @@ INLINE double halley_step(norms at, const family of, double a, double newton, do
     return step < end ? step : newton;
 }
 
-/* p at σ + step from the stored p at σ, for 1 < α < 1.5 and a step that is small compared with 1 + a (z - σ) of most
+/* Computes p at σ + step from the stored p at σ, for 1 < α < 1.5 and a step that is small compared with 1 + a (z - σ) of most
  * entries. Their p changes by the factor (1 - a r)^(1/a), r = step / (1 + a (z - σ)), which a short series gives. Other
  * entries are computed anew. */
 #ifdef REAL_DOUBLE
@@ -145,8 +145,8 @@ INLINE double climb_family(const real *x, int64_t size, const family of, real a,
     for (int sweep = 0;; sweep++) {
         const norms at = evaluate(x, size, of, a, top, *sigma, p);
         const double now = fabs(at.total - 1);
-        /* From a σ close to the root, one step reaches it; for α = 2, every step with the right support does. The rest of
-         * the error of Σ p is rounding. */
+        /* From a σ close to the root, one step reaches the root; for α = 2, every step that begins with the right support
+         * does. The remaining error of Σ p is rounding. */
         const int landed = now < rounding && (before < 1e-3 || of == SPARSEMAX);
         /* for softmax, the division by Σ p gives the result */
         if (of == SOFTMAX || landed || !(now > error && (now < before || now > 1e-3)) || sweep == MAX_SWEEPS)
@@ -180,7 +180,7 @@ static double sampled_step(const real *x, int64_t size, double a, real top, doub
 }
 
 static double climb(const real *x, int64_t size, double a, real top, double *sigma, double error, int below, real *p) {
-    switch (family_of(a)) { /* a constant in each copy, for the compiler */
+    switch (family_of(a)) { /* the family is a compile-time constant in each copy of the function */
     case SPARSEMAX: return climb_family(x, size, SPARSEMAX, (real)a, top, sigma, error, below, p);
     case ENTMAX15: return climb_family(x, size, ENTMAX15, (real)a, top, sigma, error, below, p);
     case SOFTMAX: return climb_family(x, size, SOFTMAX, (real)a, top, sigma, error, below, p);
@@ -211,7 +211,7 @@ static double bracket(const real *x, int64_t size, double a, real top, real *p) 
 }
 #endif
 
-/* Packed scores to p, not yet divided by Σ p, which is returned; σ is a lower bound of the root. */
+/* Computes p of packed scores, not yet divided by Σ p, and returns Σ p. `sigma` is a lower bound of the root. */
 static double solve(const real *x, int64_t size, double a, real top, double sigma, real *p) {
 #ifdef REAL_DOUBLE
     if (a > 1) return bracket(x, size, a, top, p);

@@ -1,4 +1,5 @@
-/* Maxima of the strands of a row (every n-th entry), for row.c and select.h: lower bounds from one sweep. */
+/* Maxima of the strands of a row, for row.c and select.h. With n strands, a strand is every n-th entry of the row. The maxima
+ * give lower bounds in one pass over the row. */
 #ifndef SPARSE_ATTN_STRANDS_H
 #define SPARSE_ATTN_STRANDS_H
 
@@ -23,7 +24,7 @@ INLINE real strided_maxima(const real *x, int64_t size, const int strands, real 
 
 /* The maximum of x[j], x[j + strands], x[j + 2 strands] ... for each j, and of all. NaN is ignored. */
 static real strand_maxima(const real *x, int64_t size, int strands, real *maxima) {
-    switch (strands) { /* a constant in each copy, for the compiler */
+    switch (strands) { /* the number is a compile-time constant in each copy of the function */
     case 1024: return strided_maxima(x, size, 1024, maxima);
     case 256: return strided_maxima(x, size, 256, maxima);
     case 64: return strided_maxima(x, size, 64, maxima);

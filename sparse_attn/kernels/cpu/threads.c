@@ -24,7 +24,7 @@ static void *work(void *argument) {
         atomic_store(&all->failed, 1);
         return NULL;
     }
-    void *scratch = memory + (ALIGNMENT - (uintptr_t)memory % ALIGNMENT); /* only for speed */
+    void *scratch = memory + (ALIGNMENT - (uintptr_t)memory % ALIGNMENT); /* aligned only for speed */
     if (j->open) j->open(j->task, scratch);
     for (;;) {
         int64_t begin = atomic_fetch_add(&all->next, all->chunk), end = begin + all->chunk;

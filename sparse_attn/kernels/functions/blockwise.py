@@ -39,7 +39,7 @@ def blockwise_attention(
         alpha: (R,), or None for the number in ``setting``.
         mask: (..., L, S) in the internal form, without gradient. The product of its first dimensions is R.
         setting: The other arguments.
-        softcap: Scores become ``softcap * tanh(score / softcap)`` before the mask; None: they stay.
+        softcap: Scores become ``softcap * tanh(score / softcap)`` before the mask; None: scores are not changed.
 
     Returns:
         (R, L, Dv).
@@ -48,7 +48,7 @@ def blockwise_attention(
 
 
 class _Block(NamedTuple):
-    row: int
+    row: int  # the pair of a batch entry and a head
     queries: slice
     keys: slice
 
@@ -119,7 +119,7 @@ def _buffer(query: Tensor, key: Tensor) -> Tensor | None:
 
 
 def _weights(scores: Tensor, alpha: Tensor | None, setting: Setting) -> Tensor:
-    """Weights; they overwrite the scores where no gradient flows through these."""
+    """The weights for scores; the scores are overwritten if no gradient flows through them."""
     k = None if setting.k is None or setting.k >= scores.shape[-1] else setting.k
     lowest = torch.finfo(scores.dtype).min
     if torch.is_grad_enabled():

@@ -49,7 +49,7 @@ def _conjugate(scores: Tensor, p: Tensor, a: float | Tensor, index: Tensor | Non
     of the other probabilities, since the difference ``1 - max p`` would lose the digits of a small ``q``.
     """
     top, largest = scores.amax(-1, keepdim=True), p.amax(-1, keepdim=True)
-    shift = top.detach()  # the caller sees a constant
+    shift = top.detach()  # no gradient: the largest score counts as 0 for the caller
     picked = () if index is None else (scores.gather(-1, index) - shift,)
     p, scores = _where_there_is_weight(p, scores)
     above_half = largest > 0.5
@@ -88,8 +88,8 @@ def _entropy_slope(p: Tensor, a: Tensor) -> Tensor:
 
 def _entropy_slope_in_blocks(p: Tensor, a: Tensor) -> Tensor:
     """:func:`_entropy_slope`, a few rows at a time: it needs ten temporaries, each as large as its input."""
-    # No blocks with gradients, since autograd would save the temporaries of all blocks, or when compiling, since the
-    # compiler fuses the operations.
+    # Blocks are not used if gradients are needed, since autograd would save the temporaries of all blocks, or when
+    # compiling, since the compiler fuses the operations.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _entropy_slope(p, a)
     shape, size = p.shape[:-1], p.shape[-1]
@@ -100,7 +100,7 @@ def _entropy_slope_in_blocks(p: Tensor, a: Tensor) -> Tensor:
 
 
 def _where_there_is_weight(p: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """The arguments without columns in which ``p`` is 0 in every row: with a vocabulary, nearly all columns."""
+    """The arguments without the columns in which ``p`` is 0 in every row: in a vocabulary, these are nearly all."""
     # Reading values would break a trace, or make the host wait for a device.
     if p.device.type != "cpu" or not values_known(p):
         return p, *others

@@ -43,7 +43,10 @@ def entmax_rows(scores: Tensor, alpha: float | Tensor, lowest: float, k: int | N
 
 
 def _largest_alone(scores: Tensor, k: int) -> Tensor:
-    """The scores with ``-inf`` for all but the k largest: a slice of the sorted ones would limit an exported length."""
+    """The scores with ``-inf`` for all but the k largest.
+
+    A slice of the k first sorted scores would restrict the lengths that an exported program accepts.
+    """
     index = largest_first(scores.detach())
     places = torch.arange(scores.shape[-1], device=scores.device).expand_as(index)
     return scores.masked_fill(torch.zeros_like(index).scatter(-1, index, places) >= k, -math.inf)
@@ -148,7 +151,7 @@ def _rows_in_front(
 
 @torch.library.custom_op("sparse_attn::entmax", mutates_args=())
 def _entmax(scores: Tensor, per_row: Tensor | None, number: float, lowest: float, k: int | None = None) -> Tensor:
-    return _forward(scores, per_row, number, lowest, k).contiguous()  # the strides of the fake function's result
+    return _forward(scores, per_row, number, lowest, k).contiguous()  # as the fake function below returns it
 
 
 @_entmax.register_fake

@@ -2,8 +2,10 @@
 
 On a CPU, an operation of plain torch costs its call, a pass over the data and, most of all, new memory. A pass with a
 selection (``where``, ``masked_fill``), with a logarithm of 0 or in float64 takes ten times as long as arithmetic. So
-rows are computed in blocks that reuse a few buffers, and statistics of rows for all rows at once. Masked scores need no
-special treatment: scores far below the largest have weight zero.
+the entries are computed in blocks of rows that reuse a few buffers; numbers of which there is one per row (σ, Σ p) are
+computed for all rows at once. Masked scores need no special treatment: scores far below the largest have weight zero.
+
+The notation is that of ``kernels.reference.entmax``.
 
 Not differentiable. α is between 1 and 2; any other α is passed on to the reference.
 """
@@ -22,7 +24,7 @@ from sparse_attn.kernels.reference import entmax as reference
 from sparse_attn.kernels.reference.entmax import away_from_zero, norm_step
 
 _MAX_SWEEPS = 100
-_SHORT, _LANES = 256, 16  # rows of 256 or more start at the root of the largest of every 16 entries
+_SHORT, _LANES = 256, 16  # for rows of 256 entries or more, Newton starts at the root for the largest of every 16
 _FIRST_SWEEPS = 5  # Newton steps on these largest entries, without a check for convergence
 _NEAR = 1e-4  # if |Σ p - 1| is smaller, one Newton step reaches the root
 _LONG, _FEW = 4096, 4  # rows of 4096 or more are shortened if at most one entry in 4 may have weight
@@ -45,7 +47,8 @@ def topk_entmax_forward(scores: Tensor, k: int, a: float | Tensor, lowest: float
     largest, index = scores.topk(k, -1)
     last = largest[..., -1:]
     p = torch.ge(scores, last, out=torch.empty_like(scores))  # as numbers: booleans take five times as long
-    if bool(((p.sum(-1, keepdim=True) > k) & (last > lowest)).any()):  # torch.topk takes any of tied scores
+    # Among tied scores, torch.topk may choose others than the reference.
+    if bool(((p.sum(-1, keepdim=True) > k) & (last > lowest)).any()):
         return reference.topk_entmax_forward(scores, k, a, lowest)
     return p.zero_().scatter_(-1, index, entmax_forward(largest, a, lowest))
 
@@ -90,7 +93,10 @@ def _probabilities(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
 
 
 def _maxima(scores: Tensor) -> Tensor:
-    """The largest of every sixteen entries, whose root is a lower bound for the row; a short row itself."""
+    """The largest of every sixteen entries of each row; short rows are returned unchanged.
+
+    The root of Σ p = 1 over these entries is a lower bound of the root for the whole row.
+    """
     size = scores.shape[-1]
     if size < _SHORT:
         return scores
@@ -102,9 +108,10 @@ def _maxima(scores: Tensor) -> Tensor:
 def _where_there_may_be_weight(
     scores: Tensor, maxima: Tensor, top: Tensor, a: float | Tensor, at: Tensor
 ) -> Tensor | None:
-    """Indices (n, m) of the entries that may be in the support, given a lower bound of the root and the lanes' maxima.
+    """Indices (n, m) of the entries that may be in the support, from the maxima of :func:`_maxima`.
 
-    None if there are too many such entries, or if a row has no largest score.
+    ``at`` is a lower bound of the root. None if there are too many such entries, or if the largest score of a row is
+    not finite.
     """
     size = scores.shape[-1]
     if size < _LONG:
@@ -123,7 +130,7 @@ def _where_there_may_be_weight(
 
 
 def _climb(scores: Tensor, top: Tensor, a: float | Tensor, at: Tensor, buffers: list[Tensor]) -> Tensor:
-    """The root in float64, from a lower bound, relative to the origin of :func:`_sums`.
+    """``σ - _lift(a)`` in float64, relative to the largest score, by Newton's method from the lower bound ``at``.
 
     Converged rows are skipped if it is faster to select the others than to pass over all rows.
     """
@@ -187,9 +194,9 @@ def _write(
 ) -> tuple[Tensor, Tensor]:
     """Write ``p`` at σ, divided by its sum, into some rows or all; returns the sum and the largest before the division.
 
-    ``1 + a (z - σ)`` is computed as ``a (z - (σ - 1/a))``, with the inner bracket as two numbers, so that small results
-    keep their digits. Relative to the largest score, many equal scores would all have the same rounding error, which
-    can be as large as their weight.
+    ``1 + a (z - σ)`` is computed as ``a (z - (σ - 1/a))``, with ``σ - 1/a`` as the sum of two numbers, so that small
+    results keep their digits. If ``σ - 1/a`` were rounded to one number, many equal scores would all have the same
+    rounding error, which can be as large as their weight.
     """
     if rows is not None:
         top, a, sigma = top[rows], _of(a, rows), sigma[rows]
@@ -229,8 +236,8 @@ def _exact(
         if a == 0.5:
             p.mul_(0.5).square_()
     else:
-        # (p / max p)^a in two forms: near the largest score, 1 minus a distance is more exact; near the edge of the
-        # support, the value w itself.
+        # log w, with w = (p / max p)^a, in two forms: near the largest score, log1p of the scaled distance to that
+        # score is more exact; near the edge of the support, log(w) is.
         torch.sub(scores, high, out=w).sub_(low).mul_(rise).clamp_(min=tiny)
         torch.sub(scores, top, out=p).mul_(rise).clamp_(min=torch.finfo(p.dtype).eps - 1).log1p_()
         torch.lerp(torch.log(w, out=log_w), p, w, out=p)
@@ -270,13 +277,13 @@ def _gradient(p: Tensor, a: float | Tensor, grad: Tensor, out: Tensor, c: Tensor
 def _gradients(p: Tensor, a: Tensor, grad: Tensor, out: Tensor, c: Tensor, s: Tensor) -> Tensor:
     """As :func:`_gradient`; returns the gradient for α.
 
-    The reference's formula also holds with ``ℓ`` relative to ``m = log max p``, where float32 can distinguish
-    entries that are nearly equal:
+    The formula of the reference (with ``ℓ = log p`` and φ₂ of ``kernels.reference.series``) also holds for
+    ``λ = log(p / max p) = ℓ - m``, ``m = log max p``. In float32, λ distinguishes large entries that are nearly equal:
 
-        dα = [(1 - a m) (S D - B) - m (A - L D) - a (A S - B L)] / Σ p e^(-a λ),    λ = log(p / max p)
+        dα = [(1 - a m) (S D - B) - m (A - L D) - a (A S - B L)] / Σ p e^(-a λ)
 
     with ``s = λ² φ₂(-a λ)``, the sums ``D = Σ p c, A = Σ p λ c, B = Σ p s c, L = Σ p λ, S = Σ p s``, and the centred
-    gradient ``c``. ``u`` is ``p e^(-a λ)`` times ``(max p)^(-a)``. In float64 φ₂ needs no series.
+    gradient ``c``. ``u`` is ``p e^(-a λ)`` times ``(max p)^(-a)``. φ₂ is computed in float64, where it needs no series.
     """
     tiny = torch.finfo(p.dtype).tiny
     largest = p.amax(-1, keepdim=True).clamp_(min=tiny)
@@ -325,9 +332,10 @@ def _step(buffers: list[Tensor], rows: Tensor) -> int:
 
 
 def _blocks(buffers: list[Tensor], x: Tensor, rows: Tensor | None, *per_row: Any) -> Iterator[tuple[Any, ...]]:
-    """Blocks of the given rows of ``x``, or of all: buffers of the block's shape, its rows, its part of ``per_row``.
+    """Blocks of the rows of ``x`` with the numbers ``rows``, or of all rows.
 
-    Selected rows are copied into the last buffer.
+    Yields for each block the buffers in the shape of the block, the rows of ``x`` in the block, and the matching part
+    of every value in ``per_row``. Selected rows are copied into the last buffer.
     """
     step, picked = _step(buffers, x), x if rows is None else rows
     parts: Iterable[Any] = [(picked, *per_row)]

@@ -4,7 +4,7 @@ Everything is written in ``a = α - 1`` and in the form
 
     p_i = [1 + a (z_i - σ)]_+^(1/a),    Σ p_i = 1,
 
-which tends to ``exp(z_i - σ)`` as ``a -> 0`` without cancelling. ``u = p^(1 - a)`` is ``-dp/dσ`` on the support.
+which tends to ``exp(z_i - σ)`` as ``a -> 0`` without cancellation. ``u = p^(1 - a)`` is ``-dp/dσ`` on the support.
 Inputs are float32 or float64; ``a`` is a number or a tensor that broadcasts with size 1 in the last dimension.
 
 Reference: Peters, Niculae & Martins 2019 (ACL) for the mapping and its Jacobian; Correia, Niculae &
@@ -135,8 +135,9 @@ def _solve_bracketed(scores: Tensor, top: Tensor, a: float | Tensor) -> Tensor:
 def _power(scores: Tensor, top: Tensor, sigma: Tensor, a: float | Tensor) -> tuple[Tensor, Tensor]:
     """``p`` and ``u`` at a given σ; α = 2 and 1.5 need neither exp nor log.
 
-    ``1 + a (z - σ)`` is computed as ``a (z - (σ - 1/a))``, so that small results keep their digits. Relative to the
-    largest score, many equal scores would all have the same rounding error, which can be as large as their weight.
+    ``1 + a (z - σ)`` is computed as ``a (z - (σ - 1/a))``, so that small results keep their digits. If ``σ - 1/a`` were
+    rounded to one number, many equal scores would all have the same rounding error, which can be as large as their
+    weight.
     """
     from_edge = _count_from(scores, top, sigma - 1 / a)
     if isinstance(a, float) and a == 1.0:
@@ -213,12 +214,13 @@ def entmax_backward(
     ``A = Σ p ℓ g``, ``B = Σ p y g``, ``H = Σ p ℓ``, ``Y = Σ p y``, ``ℓ = log p`` and ``y = ℓ² φ₂(-a ℓ)``.
     """
     if with_alpha and p.dtype == torch.float32:
-        # Logarithms of nearly equal entries differ only in their last digits.
+        # In float32, logarithms of nearly equal entries would differ only in their last digits.
         wide = a.double() if isinstance(a, Tensor) else a
         grad_scores, grad_alpha = entmax_backward(p.double(), wide, grad.double(), with_alpha=True)
         return grad_scores.to(p.dtype), None if grad_alpha is None else grad_alpha.to(p.dtype)
     log_p, u, total = _support(p, a)
-    # Relative to the upstream gradient of the largest entry, a constant common to the row does not cost digits.
+    # A constant in the upstream gradient has no effect. The gradient of the largest entry is subtracted, so that a
+    # large constant does not cost digits.
     grad = grad - grad.gather(-1, p.argmax(-1, keepdim=True))
     centred = grad - (u * grad).sum(-1, keepdim=True) / total
     grad_scores = u * centred

@@ -2,7 +2,7 @@
 
 Slower than ``reference.entmax``, which reads the data to decide when to stop. Bisection finds σ of
 
-    p_i = [1 + a (z_i - σ)]_+^(1/a),    Σ p_i = 1,
+    p_i = [1 + a (z_i - σ)]_+^(1/a),    Σ p_i = 1,    a = α - 1,
 
 up to rounding errors, without gradient. Two Newton steps follow, which do not change the value; autograd through these
 steps gives the first and second derivatives.
@@ -30,7 +30,8 @@ def entmax_unrolled(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
     top = scores.amax(-1, keepdim=True)
     empty = top <= lowest
     if not isinstance(a, Tensor) and a == 0:
-        # The scores must be replaced before as well: the gradient of a row of NaN would be NaN.
+        # The scores of an empty row are replaced before softmax, and its result afterwards: softmax of -inf alone is
+        # NaN, and its gradient would be NaN even if the result were replaced.
         return torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0).to(dtype)
     # A masked entry gets a finite score, and its weight is set to 0 afterwards: -inf times a zero gradient is NaN.
     z = torch.where(masked, 0.0, scores - torch.where(empty, 0.0, top))
@@ -46,14 +47,14 @@ def entmax_unrolled(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
 
 
 def _bisect(z: Tensor, a: float | Tensor, masked: Tensor) -> Tensor:
-    """σ by bisection between 0, the root of a row with one entry, and ``(1 - d^(-a)) / a``, that of a flat row."""
+    """σ by bisection between 0, the root of a row with one entry, and ``(1 - d^(-a)) / a``, that of d equal scores."""
     shape = (*z.shape[:-1], 1)
     in_loop = is_exporting() and loops_export()
     if in_loop:  # With leading dimensions, a loop computes strides from symbolic lengths, which ONNX cannot do.
         z, masked = _as_rows(z), _as_rows(masked)
         a = _as_rows(a.expand(shape)) if isinstance(a, Tensor) else a
     if isinstance(a, Tensor):
-        a = torch.where(a.abs() < 1e-9, 1e-9, a)  # avoids a division by 0; the Newton steps use the given a
+        a = torch.where(a.abs() < 1e-9, 1e-9, a)  # avoids a division by 0; Newton steps with the given a correct σ
     log_count = (~masked).sum(-1, keepdim=True).clamp(min=1).to(z.dtype).log()
     low = torch.zeros_like(log_count)
     high = (1 - torch.exp(-a * log_count)) / a * (1 + 1e-6)  # 1e-6 covers the rounding error of the difference
@@ -77,8 +78,8 @@ def _bisect(z: Tensor, a: float | Tensor, masked: Tensor) -> Tensor:
 def _as_rows(x: Tensor) -> Tensor:
     """(..., n) as (rows, n).
 
-    A copy: the strides of a view of symbolic lengths contain a minimum of products, which limits an export to lengths
-    for which torch can compare them.
+    Returns a copy. The strides of a view would be computed as the minimum of two products of symbolic lengths, and
+    torch would export only for lengths for which it can decide which product is smaller.
     """
     return torch.view_copy(x.contiguous(), (math.prod(x.shape[:-1]), x.shape[-1]))
 

@@ -1,4 +1,4 @@
-"""A parameter with all compiled variants of the row kernels in C, with which every test runs."""
+"""Tests with an argument ``variant`` run with every compiled variant of the row kernels in C."""
 
 from __future__ import annotations
 

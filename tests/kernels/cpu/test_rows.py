@@ -16,7 +16,7 @@ ALPHAS = [0.5, 0.9, 1.0, 1.0001, 1.001, 1.01, 1.1, 1.25, 1.5, 1.75, 1.99, 2.0, 2
 def test_probabilities_equal_the_reference(alpha, variant):
     a = alpha - 1
     bound, double_bound = (4e-7 if alpha < 1 else 2e-7), 1e-13
-    if alpha > 2:  # near the edge of the support, p = w^(1/a), where w has an error of the last bit of 1
+    if alpha > 2:  # near the edge of the support, p = w^(1/a), and w has the rounding error of a number near 1
         double_bound = 2 * torch.finfo(torch.float64).eps ** (1 / a)
         bound += double_bound
     for size, scale in itertools.product(SIZES, [0.01, 1.0, 10.0, 100.0]):
@@ -107,7 +107,7 @@ def test_small_probabilities_keep_their_digits(alpha, variant):
     for size in (7, 64, 515, 4099):
         x = torch.randn(5, size)
         p, expected = forward(x, a, variant=variant), exact(x, a)
-        # A rounding error of a score changes p = w^(1/a), w = 1 + a (z - σ), by 1 / w times as much, relative to p.
+        # A rounding error e of a score z changes p = w^(1/a), with w = 1 + a (z - σ), by a relative error of e / w.
         w, shown = expected.pow(a), expected > 1e-30
         roundings = x.abs().amax() / w + expected.clamp(min=1e-30).log().abs() + 1
         error = (p - expected).abs() / expected

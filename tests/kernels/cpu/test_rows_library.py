@@ -34,7 +34,7 @@ def test_results_do_not_depend_on_threads():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_a_fork_after_a_call_with_threads():
+def test_kernels_work_in_a_fork_after_a_call_with_threads():
     script = """
         import os, torch
         from sparse_attn.kernels.cpu import rows

@@ -123,7 +123,7 @@ def test_a_causal_bias_of_torch_is_not_converted_to_a_tensor(bias, queries, keys
     assert seen[0][4] is None and seen[0][5].offset == (keys - queries if bias is causal_lower_right else 0)
 
 
-def test_gradients_of_a_learnt_mask_and_under_transforms(monkeypatch):
+def test_a_learnt_mask_gets_a_gradient_and_vmap_works(monkeypatch):
     monkeypatch.setattr(ops, "_LARGE", 1)
     query, key, value = tensors(13, 17, torch.float64)
     mask = torch.zeros(13, 17, dtype=torch.float64, requires_grad=True)

@@ -97,7 +97,7 @@ def test_one_undefined_row_does_not_change_the_others(alpha):
 
 
 @pytest.mark.parametrize("alpha", [1.0001, 1.3, 1.5, 2.0])
-def test_masked_keys_have_no_weight_for_any_score(alpha):
+def test_masked_entries_have_no_weight_if_the_other_scores_are_low(alpha):
     x = torch.randn(5, 300).sub_(1000.0)
     x[:, ::3] = -1003.0
     got = torch_rows.entmax_forward(x, alpha - 1, lowest=-1003.0)

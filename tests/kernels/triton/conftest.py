@@ -30,7 +30,7 @@ def device() -> torch.device:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The interpreter computes both sides of a choice, also the one that is not taken.
+    # The interpreter computes both branches of a choice; the one that is not used may cause a warning of NumPy.
     for item in items:
         if "kernels/triton" in item.path.as_posix():
             item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"))

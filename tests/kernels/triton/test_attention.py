@@ -17,7 +17,7 @@ from sparse_attn.kernels.triton.attention.dropout import multipliers
 
 @pytest.fixture(params=["short", "long"])
 def length(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run with the scores of all keys on the chip (short), or with the other kernel at the same small sizes (long)."""
+    """Run the kernel that keeps the scores of all keys on the chip (short), or the kernel for many keys (long)."""
     for name in ("SHORT", "SHORT_IN_FLOAT32"):
         monkeypatch.setattr(plan, name, 1024 if request.param == "short" else 0)
     return request.param
@@ -33,7 +33,7 @@ def test_alpha_per_head_grouped_heads_an_offset_and_a_learnt_mask(length, device
 
 
 @pytest.mark.parametrize("alpha", [1.0001, 1.5, 2.0])
-def test_one_alpha_lengths_and_a_boolean_mask(alpha, length, device):
+def test_one_alpha_with_key_lengths_and_a_boolean_mask(alpha, length, device):
     mask = torch.rand(1, 2, 37, 53, device=device) < 0.7
     mask[:, 0, 5] = False
     lengths = torch.tensor([53, 11], device=device)
@@ -72,8 +72,8 @@ def test_half_precision(dtype, length, device):
     assert [x.dtype for x in got] == [dtype] * 4 + [torch.float32]
 
 
-def test_the_gradient_of_alpha_is_exact_where_the_output_is_rounded(length, device, monkeypatch):
-    """In half precision α from 1.1 uses the hardware's logarithm, five sums, and a δ rounded to half precision."""
+def test_the_gradient_of_alpha_keeps_its_digits_in_half_precision(length, device, monkeypatch):
+    """In half precision, from α = 1.1 on, it is computed with the hardware's logarithm, five sums and a rounded δ."""
     monkeypatch.setattr(forward, "_LOOSE", forward._EXACT)
     alphas = (1.02, 1.05, 1.1, 1.3, 1.5, 1.9, 2.0, 2.6)
     alpha = torch.tensor(alphas, device=device, requires_grad=True)
@@ -85,7 +85,7 @@ def test_the_gradient_of_alpha_is_exact_where_the_output_is_rounded(length, devi
     (wanted,) = torch.autograd.grad(
         expected(query.double(), key.double(), value.double(), wide), wide, upstream.double()
     )
-    # Each head has its own bound. The derivatives of its rows differ in sign, so the unit is at least 1.
+    # Errors are relative to the gradient of the head, or absolute if this is below 1: the derivatives of rows cancel.
     size = torch.stack([x.abs().max() for x in wanted.split(1)]).clamp(min=1.0)
     assert ((got - wanted).abs() / size).max() <= (1e-3 if versions.triton_before(3, 7) else 2e-5)
 
@@ -174,7 +174,7 @@ def test_nan_in_the_padding_of_a_cache_changes_nothing(device, monkeypatch):
     seen[251:] = seen[:7] = False
     output = entmax_attention(query, key, value, 1.5, seen.view(1, 1, 1, -1))
     torch.testing.assert_close(output, entmax_attention(query, key[:, :, 7:251], value[:, :, 7:251], 1.5))
-    # The causal offset of a query block also ends the keys that are read.
+    # A causal offset also limits the keys that the kernel reads.
     causal = fused_attention(query, key[:, :, 7:], value[:, :, 7:], 1.5, offset=243, scale=11**-0.5)
     torch.testing.assert_close(causal, output)
 

@@ -19,7 +19,10 @@ from sparse_attn.versions import triton_before
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
-    """Collects one key per kernel that would be compiled: constants, types, and integers that are 1 or 16 divides."""
+    """Collects a tuple per kernel that would be compiled.
+
+    It has the constants, the types, and for each integer whether it is 1 and whether 16 divides it.
+    """
     found: set[Any] = set()
 
     def record(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
@@ -58,7 +61,7 @@ def test_new_values_of_alpha_compile_nothing(device, compiled):
     learnt = [
         torch.tensor(values, device=device, requires_grad=True) for values in ((1.0, 2.0), (1.3, 1.5), (2.5, 3.0))
     ]
-    assert count(learnt[0]) == count(*learnt) == 5  # forward, two lists, two backwards
+    assert count(learnt[0]) == count(*learnt) == 5  # forward, two lists of tiles, two backward kernels
     assert count(1.2) == count(1.2, 1.3, 1.0001) == 5
     assert count(1.2, 1.5, 2.0) == 11  # the kernel that lists tiles is shared by all
     compiled.clear()
@@ -68,8 +71,8 @@ def test_new_values_of_alpha_compile_nothing(device, compiled):
 
 
 @pytest.mark.skipif(triton_before(3, 6), reason="the interpreter of Triton 3.4 does not show its compilations")
-def test_new_lengths_compile_only_where_16_divides_the_keys(device, compiled, monkeypatch):
-    monkeypatch.setattr(plan, "SHORT_IN_FLOAT32", 0)  # the kernel for few keys is compiled for a number of tiles
+def test_new_lengths_compile_only_if_16_divides_the_number_of_keys(device, compiled, monkeypatch):
+    monkeypatch.setattr(plan, "SHORT_IN_FLOAT32", 0)  # the kernel for few keys is compiled for each number of tiles
 
     def count(*lengths: tuple[int, int]) -> int:
         compiled.clear()

@@ -22,7 +22,7 @@ def test_tiles_without_weight_are_skipped(device):
     with torch.no_grad():
         query[..., 0] = 20.0
         key[..., 0] = -1.0
-        key[:, :, 40:50, 0] = 1.0  # the only keys with weight: of ten tiles, one
+        key[:, :, 40:50, 0] = 1.0  # the only keys with weight lie in one of ten tiles
     compare((query, key, value), 1.5)
     sizes = plan.Plan.of(query, value)
     setting = Setting(0.5, 0.3, 0.0, None)
@@ -33,7 +33,7 @@ def test_tiles_without_weight_are_skipped(device):
 
 
 @pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0, "per head"])
-def test_few_queries_to_many_keys(alpha, device, monkeypatch):
+def test_the_decoding_kernels_are_used_for_few_queries_and_many_keys(alpha, device, monkeypatch):
     monkeypatch.setattr(decode, "_MANY", 100)
     monkeypatch.setattr(decode, "_SPLITS", 2)
     calls = []
@@ -61,8 +61,8 @@ def test_entries_that_are_not_contiguous_are_copied(device, monkeypatch):
     torch.testing.assert_close(output, fused_attention(*(x.contiguous() for x in inputs), 1.5, scale=0.3))
 
 
-def test_rows_far_apart_are_read_where_they_are(device, tmp_path):
-    """As in sequence-first tensors of more than 2³¹ entries. Pages of the file that are not written take no memory."""
+def test_rows_at_offsets_beyond_32_bits_are_read_correctly(device, tmp_path):
+    """Large sequence-first tensors have such offsets. The tensor is a sparse file: unwritten pages take no memory."""
     if device.type != "cpu":
         pytest.skip("scripts/gpu_check.py has this check for a device")
     stride, rows = 2**27, 37
@@ -95,7 +95,7 @@ def test_both_settings_of_torch_allow_tf32(device):
         torch.set_float32_matmul_precision("high")
         assert precision() == "tf32"
         torch.set_float32_matmul_precision("highest")
-        torch.backends.cuda.matmul.fp32_precision = "tf32"  # after which torch refuses to tell the older setting
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # from now on, torch refuses to return the older setting
         assert precision() == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")

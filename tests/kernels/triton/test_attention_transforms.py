@@ -24,7 +24,7 @@ def test_the_custom_operator_passes_opcheck(device):
 
 
 @pytest.mark.filterwarnings("ignore")  # warnings of torch during compilation
-def test_under_compile(device):
+def test_compiled_attention_equals_eager_attention(device):
     inputs = tensors(device, queries=13, keys=17)
     alpha = torch.tensor([1.3, 2.0], device=device, requires_grad=True)
     mask = torch.randn(1, 1, 13, 17, device=device, requires_grad=True)
@@ -44,7 +44,7 @@ def test_under_compile(device):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_under_compile_lengths_may_vary_and_weights_are_dropped(device):
+def test_compiled_attention_takes_new_lengths_and_drops_weights(device):
     compiles = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=compiles, dynamic=True)
@@ -88,7 +88,7 @@ def test_second_derivatives_are_those_of_the_same_function(device):
         torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-5)
 
 
-def test_batched_gradients_equal_single_ones(device):
+def test_batched_gradients_equal_separate_gradients(device):
     inputs = tensors(device, queries=3, keys=7)
     output = fused_attention(*inputs, 1.5, scale=0.3)
     upstream = torch.randn(2, *output.shape, device=device)
@@ -112,7 +112,7 @@ def test_activation_checkpointing_drops_the_same_weights(device):
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs are of CUDA")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_in_a_cuda_graph(device):
     inputs = [x.detach() for x in tensors(device)]
     alpha = torch.tensor([1.3, 2.0], device=device)

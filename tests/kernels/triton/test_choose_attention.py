@@ -1,4 +1,4 @@
-"""The attention function finds the fused kernels, and what they cannot do finds another way."""
+"""Attention calls that the fused kernels support use them; other calls use another path."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_broadcast_batches_heads_and_alpha(device, calls):
 
 
 @pytest.mark.parametrize("bias", [causal_lower_right, causal_upper_left])
-def test_causal_biases_are_an_offset(bias, device, calls):
+def test_causal_biases_are_passed_as_an_offset(bias, device, calls):
     inputs = tensors(device, 2, 3)
     output = entmax_attention(*inputs, 1.5, attn_mask=bias(5, 7))
     seen = torch.ones(5, 7, dtype=torch.bool, device=device).tril(2 if bias is causal_lower_right else 0)
@@ -84,7 +84,7 @@ def test_causal_biases_are_an_offset(bias, device, calls):
         entmax_attention(*inputs, 1.5, attn_mask=bias(4, 7))
 
 
-def test_padding_is_where_keys_end(device, calls):
+def test_a_padding_mask_gives_the_number_of_keys_to_read(device, calls):
     inputs = tensors(device, 2, 3)
     seen = torch.tensor([[1, 1, 0, 1, 0, 0, 0], [0] * 7], dtype=torch.bool, device=device)[:, None, None]
     added = torch.zeros(1, 1, 1, 7, device=device).masked_fill(~seen[:1], torch.finfo(torch.float32).min)
@@ -95,7 +95,7 @@ def test_padding_is_where_keys_end(device, calls):
     assert calls[-1][1]["key_lengths"] is None
 
 
-def test_layers_write_no_mask_of_all_pairs_down(device, calls):
+def test_layers_make_no_mask_of_all_pairs(device, calls):
     layer = AdaptiveSparseMultiheadAttention(22, 2, batch_first=True, device=device)
     x = torch.randn(2, 7, 22, device=device)
     how = {"need_weights": False}
@@ -107,7 +107,7 @@ def test_layers_write_no_mask_of_all_pairs_down(device, calls):
 
 
 @pytest.mark.filterwarnings("ignore")  # warnings of torch
-def test_in_ddp(device, calls, tmp_path):
+def test_gradients_under_ddp(device, calls, tmp_path):
     layer = AdaptiveSparseMultiheadAttention(22, 2, batch_first=True, device=device)
     x = torch.randn(2, 5, 22, device=device)
     layer(x, x, x, need_weights=False)[0].square().sum().backward()
@@ -123,7 +123,7 @@ def test_in_ddp(device, calls, tmp_path):
         torch.testing.assert_close(parameter.grad, expected[name])
 
 
-def test_softmax_attention_is_torchs(device, calls):
+def test_attention_at_alpha_one_is_computed_by_torch(device, calls):
     inputs = tensors(device, 2, 3)
     mask = torch.zeros(5, 7, device=device)
     mask[:, 2:5] = torch.finfo(torch.float32).min
@@ -180,6 +180,6 @@ def test_wrong_input_has_the_same_errors_as_without_the_kernels(device, calls):
     assert not calls
 
 
-def test_the_dispatcher_knows_the_backend():
+def test_backends_reports_the_forced_backend():
     assert backends()["triton"].startswith(("CUDA tensors: ", "any tensors, slowly"))
     assert backends()["compiled"] == "not used: another is forced"

@@ -26,7 +26,7 @@ def compiled(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(triton_before(3, 7), reason="Triton before 3.7 cannot compile every variant")
-def test_one_of_each_compiles_for_every_capability_that_is_not_refused():
+def test_one_variant_of_each_kernel_compiles_for_every_capability_that_is_not_refused():
     run = compiled("few", "--for", "80", "86", "89", "90", "100", "120")
     assert run.returncode == 0, run.stdout[-3000:]
     parts = re.split(r"^kernel, for (\d+) .*$", run.stdout, flags=re.M)
@@ -37,7 +37,7 @@ def test_one_of_each_compiles_for_every_capability_that_is_not_refused():
             assert set(re.findall(r"^(\w+) ", lines, flags=re.M)) == KERNELS, capability
 
 
-def test_wrong_arguments():
+def test_wrong_arguments_of_the_script_are_refused():
     for arguments, message in (
         (("all",), "a part must be one of"),
         (("few", "--for", "75"), "--for: invalid choice: "),

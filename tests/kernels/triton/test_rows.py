@@ -1,4 +1,4 @@
-"""Row kernels in Triton: values and gradients are the reference's in float64, for every α and kind of row."""
+"""Row kernels in Triton: values and gradients equal those of the reference in float64, for every α and kind of row."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def assert_close(got: Tensor, expected: Tensor, bound: float = 2e-6, floor: floa
 
 
 def rows_of(size: int, device: torch.device) -> Tensor:
-    """A row for each α: plain, with masked entries, steep, nearly flat and far from zero, one above many equals."""
+    """A row for each α: normal, with masked entries, steep, nearly flat, far from zero, one large above equal ones."""
     x = torch.randn(9, size, device=device) * 2
     x[1, ::3] = -math.inf
     x[2, 1::2] = LOWEST
@@ -57,7 +57,7 @@ def test_values_and_gradients_are_the_reference(size, alpha, device):
     with_alpha = alpha in ("per row", 1.3)
     got = rows.entmax_backward(p, a, upstream, with_alpha)
     wanted = reference.entmax_backward(p.double(), wide, upstream.double(), with_alpha=with_alpha)
-    assert_close(got[0], wanted[0], 3e-6, floor=1e-4)  # a row of one entry has no gradient but rounding
+    assert_close(got[0], wanted[0], 3e-6, floor=1e-4)  # the gradient of a row of one entry is zero up to rounding
     assert (got[1] is None) is not with_alpha
     if with_alpha and size > 2:
         largest = float(wanted[1].abs().max())
@@ -100,7 +100,7 @@ def test_half_precision_is_read_without_conversion_if_no_gradient_is_needed(dtyp
     seen = []
     launch = rows.launch
     monkeypatch.setattr(rows, "launch", lambda *args, **how: seen.append(args[2].dtype) or launch(*args, **how))
-    rounding = 2**-7 if dtype == torch.bfloat16 else 0.0  # the interpreter cuts bfloat16 off
+    rounding = 2**-7 if dtype == torch.bfloat16 else 0.0  # the interpreter truncates bfloat16 instead of rounding
     x = torch.randn(9, 61, device=device).to(dtype)
     for alpha in (1.5, ALPHAS[:, None].to(device)):
         learnt = x.clone().requires_grad_()
@@ -152,7 +152,7 @@ def test_operators_call_the_kernels(device, monkeypatch):
     expected = entmax_loss(wide, target, 1.5) + entmax(wide, wide_alpha[:, None]).square().sum()
     expected = expected + topk_softmax(wide, 3).square().sum()
     expected.backward()
-    assert len(calls) == 5  # three mappings, two backwards: the loss has its probabilities
+    assert len(calls) == 5  # 3 forward and 2 backward calls: the backward of the loss reuses its probabilities
     assert_close(x.grad, wide.grad)
     assert_close(alpha.grad, wide_alpha.grad)
     assert not dispatch.by_triton(wide)
@@ -167,7 +167,7 @@ def test_second_derivatives_take_the_torch_path(device):
     assert_close(second, torch.autograd.grad(grad.square().sum(), wide)[0], 1e-5)
 
 
-def test_under_compile(device):
+def test_compiled_operators_equal_eager_operators(device):
     x = torch.randn(2, 61, device=device, requires_grad=True)
 
     def function(x: Tensor) -> Tensor:

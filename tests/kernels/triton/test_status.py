@@ -1,4 +1,4 @@
-"""A device, a Triton or a torch that cannot run the kernels is refused with a reason, and torch computes instead."""
+"""A device, a Triton or a torch that cannot run the kernels is refused with a reason; plain torch computes instead."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def results(device, function):
 
 
 @pytest.mark.parametrize("name", ["forward_short", "backward_queries", "backward_keys"])
-def test_attention_goes_on_in_torch_with_one_warning(name, device, failing):
+def test_if_a_kernel_fails_attention_is_computed_by_torch_with_one_warning(name, device, failing):
     failing.add(name)
     said = results(device, lambda *x: entmax_attention(*x, 1.3))
     assert len(said) == 1 and f"the kernel {name} failed" in said[0]
@@ -88,13 +88,13 @@ def test_attention_goes_on_in_torch_with_one_warning(name, device, failing):
 
 
 @pytest.mark.parametrize("name", ["_forward_on_chip", "_backward_on_chip"])
-def test_operators_go_on_in_torch_with_one_warning(name, device, failing):
+def test_if_a_kernel_fails_operators_are_computed_by_torch_with_one_warning(name, device, failing):
     failing.add(name)
     said = results(device, lambda x, *rest: entmax(x, 1.3))
     assert len(said) == 1 and f"the kernel {name} failed" in said[0]
 
 
-def test_a_forced_backend_raises(device, failing):
+def test_a_forced_backend_raises_the_error_of_a_kernel(device, failing):
     failing.add("forward_short")
     token = dispatch._forced.set("triton")
     try:

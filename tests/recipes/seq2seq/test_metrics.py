@@ -28,7 +28,7 @@ def test_correct_predictions_have_no_errors():
     assert error_rates(words, [[word] for word in words]) == {"wer": 0.0, "per": 0.0}
 
 
-def test_closed_form_of_the_last_token_wrong():
+def test_per_if_the_last_token_of_each_word_is_wrong():
     """Word i has i tokens, of which only the last is wrong: PER is 100 n / (n (n + 1) / 2)."""
     n = 13
     references = [[[str(place) for place in range(length)]] for length in range(1, n + 1)]

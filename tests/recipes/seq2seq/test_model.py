@@ -67,7 +67,7 @@ def test_every_kind_in_every_place_builds_and_learns(kind: str, place: str) -> N
     assert len(others) == 4
     assert (
         sum(id(m) in others and getattr(m, "raw_alpha", None) is not None for m in model.modules()) == 4
-    )  # the default
+    )  # adaptive attention is the default
 
 
 def test_attention_modules_have_the_names_that_reports_rely_on() -> None:

@@ -152,7 +152,8 @@ def test_a_beam_of_size_one_equals_greedy_decoding(output: str) -> None:
         for row, [hypothesis] in zip(source, found, strict=True):
             tokens = [*hypothesis.tokens, *([EOS] if hypothesis.finished else [])]
             assert hypothesis.log_probability == pytest.approx(total_of(steps_of([model], row), tokens), abs=1e-6)
-    assert finished == ({True} if output == "softmax" else {True, False})  # some sparse models cannot end there
+    # Some sparse models give the end probability zero.
+    assert finished == ({True} if output == "softmax" else {True, False})
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -182,8 +183,8 @@ def test_exact_search_prunes_prefixes_that_cannot_win() -> None:
     found = exact_search(model, source, budget=10**6, max_length=5)
     assert all(one.proved for one in found)
     for row, one in zip(source, found, strict=True):
-        # The search expands prefixes that are more probable than the best hypothesis, and those of greedy decoding. The
-        # number that it expands at once is one in 16 of the earlier expansions.
+        # The search expands prefixes that are more probable than the best hypothesis, and those of greedy decoding. At
+        # each step it expands at once as many prefixes as one in 16 of the expansions so far.
         after, needed, level = steps_of([model], row), 0, [((), 0.0)]
         while level:
             needed += len(level)

@@ -6,7 +6,7 @@ import pytest
 from recipes.seq2seq.tokenizer import BOS, EOS, PAD, SPECIALS, UNK, Tokenizer
 
 
-def test_ids_follow_the_four_special_ones_in_sorted_order():
+def test_symbols_get_sorted_ids_after_the_four_special_tokens():
     tokenizer = Tokenizer.fit(["cab", "bad"], split="characters", normalization="NFC")
     assert tokenizer.symbols == ["a", "b", "c", "d"]
     assert len(tokenizer) == 8

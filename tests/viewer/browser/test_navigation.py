@@ -82,7 +82,7 @@ def test_a_url_restores_the_state_of_the_page(page: Page, view: AttentionView) -
         "#%E0%A4%A",
     ],
 )
-def test_invalid_urls_do_no_harm(page: Page, view: AttentionView, address: str) -> None:
+def test_an_invalid_url_shows_a_view(page: Page, view: AttentionView, address: str) -> None:
     page.open(view, address)
     assert page.shown("#view-heads") or page.shown("#view-head")
     page.press("2")
