@@ -13,6 +13,7 @@ _TEXTS = [
     "input",
     "output",
     "word",
+    "words",
     "hf_model",
     "text",
     "target",
@@ -27,7 +28,9 @@ _TEXTS = [
     "hydra.run.dir",
     "hydra.sweep.dir",
 ]
-# Hydra reads the name of a config group as a choice among its files, in every command.
+# Keys among them that also take a list.
+_LISTED = ("run", "words")
+# Keys with another name in the config: `model` is also a config group, and Hydra would look for one of its files.
 _OTHER_NAMES = {"inspect": {"model": "hf_model"}, "calibrate": {"model": "hf_model"}}
 _QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 _SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)")
@@ -138,10 +141,10 @@ def read_as_text(override: str, *, sweep: bool) -> str:
     key, equals, value = override.partition("=")
     if not equals or key.lstrip("+") not in _TEXTS or (sweep and _SWEEP_FUNCTION.fullmatch(value)):
         return override
-    listed = re.fullmatch(r"\[(.*)\]", value) if key == "run" else None
-    if listed:  # several run folders are one value
-        folders = _separated(listed[1]) if listed[1].strip() else []
-        return f"run=[{','.join(map(_as_text, folders))}]"
+    listed = re.fullmatch(r"\[(.*)\]", value) if key in _LISTED else None
+    if listed:  # one value, a list
+        items = _separated(listed[1]) if listed[1].strip() else []
+        return f"{key}=[{','.join(_literal(item.strip()) for item in items)}]"
     values = _separated(value) if sweep else [value]
     return f"{key}={','.join(_as_text(single) for single in values)}"
 
@@ -152,4 +155,8 @@ def _separated(values: str) -> list[str]:
 
 
 def _as_text(value: str) -> str:
-    return value if value == "null" or re.fullmatch(_QUOTED, value, re.DOTALL) else quoted(value)
+    return value if value == "null" else _literal(value)
+
+
+def _literal(value: str) -> str:
+    return value if re.fullmatch(_QUOTED, value, re.DOTALL) else quoted(value)

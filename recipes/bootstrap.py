@@ -13,7 +13,7 @@ from .predictions import Prediction
 Array: TypeAlias = NDArray[np.float64]
 # Statistics of each input (n, k), and the function from their sums (..., k) to the score.
 Statistics: TypeAlias = tuple[Array, Callable[[Array], Array]]
-_CHUNK = 500
+_CHUNK = 500  # samples that are drawn at a time
 
 
 class Difference(NamedTuple):
@@ -115,7 +115,8 @@ def paired_bootstrap(
         return np.asarray(total)
 
     mean = float(difference(lambda size: np.ones((1, size)))[0])
-    # How often each input was drawn, a chunk of samples at a time: all at once would need gigabytes.
+    # A row of `drawn` counts how often each input was drawn. Samples are drawn in chunks: all at once, they would need
+    # gigabytes.
     chunks = [min(_CHUNK, samples - done) for done in range(0, samples, _CHUNK)]
     drawn = np.concatenate(
         [

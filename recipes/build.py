@@ -47,7 +47,7 @@ SECTIONS = (
     "monitor",
 )
 _PLAIN = ("seed", "resume", "threads", "monitor", "keep_checkpoints")
-# Keys that runs of older versions lack.
+# Keys that may be missing, as in runs of older versions.
 _NEW = ("callbacks", "decoding", "keep_checkpoints", "monitor", "schedule")
 _INSTANTIATED = ("callbacks", "logger")
 # Keys of the config that are used only in the values of other keys.
@@ -178,7 +178,7 @@ def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
     for key, most in (("model.dropout", 0.99), ("loss.label_smoothing", 0.9)):
         section, name = key.split(".")
         if not 0 <= (value := settings[section].get(name, 0.0)) <= most:
-            raise ValueError(f"{key} must lie in [0, {most}], since nothing is learnt beyond; got {value}")
+            raise ValueError(f"{key} must lie in [0, {most}], since nothing is learnt above; got {value}")
     warmup = settings["optimizer"].get("warmup_steps")
     if warmup is not None and not 0 <= warmup <= _LONGEST_WARMUP:
         raise ValueError(f"optimizer.warmup_steps must be from 0 to {_LONGEST_WARMUP:,} or null, got {warmup:,}")
@@ -198,7 +198,7 @@ def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
 
 
 def build_decoding(section: dict[str, Any] | None) -> Decoding:
-    """The decoding of a config section; greedy for a run of an earlier version, which has none."""
+    """The decoding of a config section; greedy if there is none, as in a run of an earlier version."""
     check_arguments(Decoding, "decoding", section or {})
     return Decoding(**(section or {}))
 
@@ -251,8 +251,8 @@ def monitored(monitor: Any, data: Seq2SeqData) -> tuple[str, bool]:
     """The metric that chooses the best checkpoint, and whether higher is better.
 
     Args:
-        monitor: ``val/`` and the name of a metric, and perhaps a group such as ``val/wer/hun``; the first of
-            ``data.metrics`` if None.
+        monitor: ``val/METRIC``, or ``val/METRIC/GROUP`` for one group of the data, such as ``val/wer/hun``; the first
+            of ``data.metrics`` if None.
         data: The data, with the metrics that are computed on them.
 
     Raises:
@@ -333,7 +333,7 @@ def build_trainer(
         LearningRate(),
         AlphaCourse(folder),
         BestAndLast(folder, monitor, higher_is_better=higher_is_better, keep=keep_checkpoints),
-    ]  # last, since these write the results of the others
+    ]  # after the other callbacks, whose results these write
     try:
         return L.Trainer(
             **{**defaults, **section}, default_root_dir=folder, logger=loggers, callbacks=[shown, *callbacks, *own]

@@ -19,7 +19,7 @@ from .report import alpha_table
 from .report.huggingface import load_model, longest_input, model_folder, quiet
 from .run import short_path
 
-_CHARACTERS_PER_TOKEN = 12  # more than in nearly all texts; doubled until a part of the text is long enough
+_CHARACTERS_PER_TOKEN = 12  # more than in nearly all texts; doubled until the parts have enough tokens
 _MASKED = 0.15  # share of the tokens that are masked for a masked language model, as in BERT
 
 
@@ -94,7 +94,7 @@ def _batches(
     if not masked and kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise ValueError(f"model must be a causal or a masked language model, got {kind}")
     if masked and tokenizer.mask_token_id is None:
-        raise ValueError(f"model must have a mask token in its tokenizer, got {kind} without")
+        raise ValueError(f"model must have a mask token in its tokenizer, got {kind} without one")
     longest = longest_input(model)
     length = tokens if longest is None else min(tokens, longest)
     blocks = read_blocks(tokenizer, text, length, batches * batch_size)
@@ -111,7 +111,7 @@ def _batches(
 
 
 def read_blocks(tokenizer: Any, text: str, length: int, number: int) -> list[list[int]]:
-    """At most ``number`` blocks of ``length`` tokens, evenly over the text; a short text gives one shorter block.
+    """At most ``number`` blocks of ``length`` tokens at equal distances; a shorter text gives one shorter block.
 
     Raises:
         ValueError: If the text has fewer than 2 tokens.

@@ -49,7 +49,8 @@ def main() -> None:
         SystemExit: Always, unless the command succeeds.
     """
     if os.name == "posix" and sys.getfilesystemencoding() == "ascii" and not sys.flags.utf8_mode:
-        # With LC_ALL=C and PYTHONUTF8=0, words and paths of the command line could not be decoded as text.
+        # With LC_ALL=C and PYTHONUTF8=0, words and paths of the command line could not be decoded as text. The process
+        # starts again in UTF-8 mode.
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     if hasattr(sys.stdout, "reconfigure"):
         # The encoding of a terminal may lack α. Standard error replaces such characters by default.
@@ -61,7 +62,7 @@ def main() -> None:
     try:
         _start(*arguments)
     except KeyboardInterrupt:
-        # Ctrl-C during the import of torch, which takes seconds; afterwards the command handles the interruption.
+        # Ctrl-C came during the import of torch, which takes seconds. Later, the command handles the interruption.
         if os.environ.get("SPARSE_ATTN_TRACEBACK") == "1":
             raise
         _refuse(f"sparse-attn {arguments[0]}: stopped", status=130)

@@ -83,7 +83,7 @@ def compare(cfg: DictConfig) -> list[Setting]:
         ValueError: If a format, metric or baseline is not allowed, or a run cannot be read.
     """
     check_choice("format", cfg.format, FORMATS)
-    if not isinstance(cfg.samples, int) or cfg.samples < 1:
+    if type(cfg.samples) is not int or cfg.samples < 1:
         raise ValueError(f"samples must be a whole number of at least 1, got {cfg.samples!r}")
     folders = [str(folder) for folder in (cfg.sweep if isinstance(cfg.sweep, ListConfig) else [cfg.sweep])]
     runs, unfinished = find_runs(folders)
@@ -176,10 +176,10 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[Setting]:
 
 
 def _value(run: FinishedRun, key: str) -> str:
-    """The value of a key in a run, from its overrides or its config; the choice of a group is only in the overrides."""
+    """The value of a key in a run, from its config, or from its overrides if the key is the choice of a group."""
     value = OmegaConf.select(run.config, key) if "/" not in key else None
     if value is None or isinstance(value, DictConfig):
-        return run.overrides.get(key, "null" if value is None and key not in run.config else "-")
+        return run.overrides.get(key, "null" if value is None else "-")
     return f"[{','.join(map(str, value))}]" if isinstance(value, ListConfig) else str(value)
 
 
@@ -203,7 +203,7 @@ def add_differences(settings: Sequence[Setting], baseline: str, metrics: Sequenc
     if not all(value in known.get(key, ()) for key, value in wanted.items()):
         allowed = "; ".join(f"{key}={'|'.join(values)}" for key, values in known.items())
         raise ValueError(
-            f"baseline must be of {allowed or 'nothing: the runs differ in their seeds alone'}, got {baseline!r}"
+            f"baseline must be of {allowed or 'nothing: the runs differ only in their seeds'}, got {baseline!r}"
         )
     notes = []
     for setting in settings:

@@ -12,13 +12,13 @@ from .folders import write_text
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
-    """The complete rows of a CSV file, none if there is no such file; a kill or a full disk may cut the last row."""
+    """The complete rows of a CSV file, none if there is no file. A kill or a full disk may have cut the last row."""
     if not file.exists():
         return []
     text = file.read_text(encoding="utf-8", errors="replace")
     whole = io.StringIO(text[: text.rfind("\n") + 1], newline="")
     rows = csv.DictReader(whole)
-    return [row for row in rows if None not in row and None not in row.values() and row["step"].isdecimal()]
+    return [row for row in rows if None not in row and None not in row.values() and row.get("step", "").isdecimal()]
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:

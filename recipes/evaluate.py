@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from .bind import check_arguments
 from .build import build_decoding
 from .ensemble import load_ensemble
 from .launch import run_hydra
@@ -46,15 +47,15 @@ FROM_FILES = ("tsv", "parallel")
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
-    """Scores a checkpoint of a run, prints phone and word error rates and keeps them in the run folder.
+    """Scores a checkpoint of a run, prints the metrics of the data and writes them into the run folder.
 
     Args:
         cfg: ``configs/evaluate.yaml`` as composed by Hydra.
 
     Returns:
-        ``val/loss``, ``val/support``, ``val/per``, ``val/wer``, ``val/words`` and the same for ``test``, as far as
-        ``split`` includes them. An ensemble has no loss and no support. With ``decoding=exact`` also the values of
-        ``SearchSpace.summary``.
+        ``val/loss``, ``val/support``, ``val/per``, ``val/wer``, ``val/words`` and the same for ``test``, if ``split``
+        includes them. An ensemble has no loss and no support. With ``decoding=exact``, the values of
+        ``SearchSpace.summary`` are added.
 
     Raises:
         FileNotFoundError: If a run, its checkpoint or a data file is missing.
@@ -133,8 +134,8 @@ def given_data(cfg: DictConfig) -> dict[str, Any]:
 def data_section(run: Run, given: dict[str, Any], splits: tuple[str, ...]) -> dict[str, Any]:
     """The data section to evaluate with: that of the run, with the given keys replaced.
 
-    A given file is read completely unless a limit is given too, for any training data. Only files of requested splits
-    must exist.
+    A given file is read completely unless a limit is given too; the limit of the training does not apply. Only files
+    of requested splits must exist.
 
     Args:
         run: The run.
@@ -174,7 +175,12 @@ def evaluation_data(section: dict[str, Any], task: Seq2SeqTask) -> Seq2SeqData:
     Args:
         section: Arguments of ``Seq2SeqData``, from ``data_section``.
         task: The trained model.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a key is unknown, or the data cannot be read.
     """
+    check_arguments(Seq2SeqData, "data", section)
     data = Seq2SeqData(**section)
     data.use_tokenizers(task.source_tokenizer, task.target_tokenizer)
     data.setup()

@@ -26,7 +26,7 @@ def fit(trainer: L.Trainer, task: Seq2SeqTask, data: Seq2SeqData, checkpoint: Pa
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as error:
-        # On Ctrl-C and SIGTERM Lightning ends the process; on SIGTERM with exit status 0.
+        # On Ctrl-C and SIGTERM, Lightning ends the process, on SIGTERM even with exit status 0.
         if trainer.interrupted:
             raise KeyboardInterrupt from error
         raise
@@ -60,7 +60,7 @@ def quiet() -> Iterator[None]:
                 r".*available but not used",  # trainer.accelerator=cpu was a choice
                 r".*smaller than the logging interval",
                 r".*recommended to use `self.log.*sync_dist=True",  # every process scores all words
-                r".*LeafSpec.* is deprecated",  # Lightning calling torch
+                r".*LeafSpec.* is deprecated",  # a call of torch by Lightning
             ):
                 warnings.filterwarnings("ignore", message=message)
             yield

@@ -1,4 +1,4 @@
-"""Locks on folders that several processes may use, and writing of files that is complete or has no effect."""
+"""Locks on folders that several processes may use, and files that are replaced by complete new files or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def claimed(folder: Path, *, fixed: bool = True) -> Iterator[Path]:
             used: one that is not locked and has no file.
 
     Yields:
-        The folder. It is removed at the end if nothing was written into it.
+        The folder, which is removed at the end if nothing was written into it.
 
     Raises:
         Busy: If another process has locked the folder, and ``fixed`` is true.
@@ -96,7 +97,8 @@ def replacing(file: Path) -> Iterator[Path]:
         yield file
         return
     place = file.resolve()
-    unfinished = place.with_name(f"{place.name}.tmp")
+    # Not a fixed name: this could be a file of the user, or another process could be writing the same file.
+    unfinished = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield unfinished
         with unfinished.open("rb") as written:
@@ -111,7 +113,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes UTF-8 text by way of :func:`replacing`."""
+    """Writes UTF-8 text with :func:`replacing`."""
     with replacing(file) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as stream:
         stream.write(text)
 

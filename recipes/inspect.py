@@ -38,11 +38,15 @@ def inspect(cfg: DictConfig) -> dict[str, list[float]]:
 
     Raises:
         FileNotFoundError: If a run, its checkpoint or a data file is missing.
+        TypeError: If a setting has the wrong type.
         ValueError: If a value is not allowed, the data or a checkpoint cannot be read, or the two runs differ in
             layers or heads.
     """
     if cfg.figures not in FIGURES:
         raise ValueError(f"figures must be one of {', '.join(FIGURES)}, got {cfg.figures!r}")
+    for name in ("worth", "baselines"):
+        if not isinstance(cfg[name], bool):
+            raise TypeError(f"{name} must be true or false, got {cfg[name]!r}")
     if cfg.run is None and cfg.hf_model is None:
         raise ValueError(
             "run has no value; give it as run=DIR, the run folder of a training, or give model=DIR, the folder of a "
@@ -72,15 +76,16 @@ def _inspect_run(cfg: DictConfig) -> dict[str, list[float]]:
     section = data_section(run, given_data(cfg), ("val",))
     data = evaluation_data(section, task)
     console = Console(highlight=False)
-    compared, courses = {}, {run.folder.name: read_course(run.folder / ALPHA)}
+    ours, theirs = _names(run.folder, run.folder if other is None else other.folder)
+    compared, courses = {}, {ours: read_course(run.folder / ALPHA)}
     baselines = {}
     with console.status("measuring attention on the validation words"):
         heads = measure_heads(task, data.full_val_dataloader())
         if other is not None:
             # The same words, encoded with the vocabulary of the other run.
             words = evaluation_data(section, other.task).full_val_dataloader()
-            compared[other.folder.name] = attention_density(other.task, words)
-            courses[other.folder.name] = read_course(other.folder / ALPHA)
+            compared[theirs] = attention_density(other.task, words)
+            courses[theirs] = read_course(other.folder / ALPHA)
         if cfg.baselines:
             for name, fixed in {ENTMAX15: 1.5, SOFTMAX: 1.0}.items():
                 if measured := measure_at(task, data.full_val_dataloader(), fixed):
@@ -107,7 +112,7 @@ def _inspect_run(cfg: DictConfig) -> dict[str, list[float]]:
         sample=word_maps(task, shown[0]),
         read=read_batch(task, shown[:MOST_SHOWN]),
         compared=compared,
-        courses={name: rows for name, rows in courses.items() if rows},
+        courses=courses if any(courses.values()) else {},
         baselines=baselines,
         worth=worth,
     )
@@ -136,6 +141,15 @@ def _write_alignments(cfg: DictConfig, task: Any, words: list[str], longest: int
         markup=False,
         soft_wrap=True,
     )
+
+
+def _names(folder: Path, other: Path) -> tuple[str, str]:
+    """The shortest ends of two paths that differ: the runs of all sweeps are called 0, 1, 2, ..."""
+    for count in range(1, len(folder.parts)):
+        names = ("/".join(path.parts[-count:]) for path in (folder, other))
+        if (ours := next(names)) != (theirs := next(names)):
+            return ours, theirs
+    return folder.name, other.name
 
 
 def _some(words: list[str]) -> list[str]:

@@ -40,7 +40,7 @@ from .folders import remove_if_empty
 WRONG_INPUT, INTERRUPTED = 2, 130
 _OURS = ("recipes", "sparse_attn", "__main__")
 
-# Groups whose options may come from further packages.
+# Groups to which other packages can add options.
 _PLUGGED = ("hydra/launcher", "hydra/sweeper")
 
 _NO_EXPERIMENT = ("experiment", "null")
@@ -87,7 +87,7 @@ def run_hydra(
     Args:
         name: The command; ``configs/{name}.yaml`` is its configuration.
         task: The function that is called with the composed configuration.
-        arguments: The command line after the command; that of this process if not given.
+        arguments: The command line after the command; by default the command line of this process.
         config: Another YAML file to compose from, such as the one in a run folder.
 
     Raises:
@@ -125,7 +125,7 @@ def run_hydra(
 
 
 def check_groups(command: str, overrides: Sequence[str], *, sweep: bool = False) -> None:
-    """Raises for an option that no group can have, such as ``GROUP=null`` or a number, on which Hydra itself fails.
+    """Raises for an option that no group has, such as ``GROUP=null`` or a number: Hydra itself fails on these.
 
     Args:
         command: The command, whose configuration says which groups are chosen as a whole.
@@ -200,7 +200,7 @@ class _TaskError(BaseException):
 
 
 def _through_hydra(task: Callable[[DictConfig], Any], program: list[str], typed: list[str]) -> Callable[..., Any]:
-    """The task as Hydra calls it. While it runs, ``sys.argv`` is the command line for starting further processes."""
+    """The task as Hydra calls it. During the task, ``sys.argv`` is the command line that starts further processes."""
 
     @functools.wraps(task)
     def carried(cfg: DictConfig) -> Any:

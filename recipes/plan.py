@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-# Minimum length of a training without a given number of epochs: enough for a data set of a few hundred words.
+# The shortest training if no number of epochs is given: long enough for a data set of a few hundred words.
 FEWEST_EPOCHS, FEWEST_UPDATES = 5, 1500
 
 

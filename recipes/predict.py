@@ -36,7 +36,7 @@ def predict(cfg: DictConfig) -> dict[str, int]:
         cfg: ``configs/predict.yaml`` as composed by Hydra.
 
     Returns:
-        ``lines``: number of lines read; ``unknown``: number of these with a character that was not seen in training.
+        ``lines``: number of lines read; ``unknown``: number of lines with a character that was not seen in training.
 
     Raises:
         FileNotFoundError: If the run, its checkpoint, the input or the folder of the output is missing.
@@ -59,7 +59,7 @@ def predict(cfg: DictConfig) -> dict[str, int]:
         if cfg.input is not None:
             # Errors in a file are reported before the first line is printed.
             lines = iter(list(lines))
-        # At a terminal, each line is answered at once.
+        # At a terminal, the output of a line is printed before the next line is read.
         size = BATCH_LINES
         if source.isatty():
             size = 1

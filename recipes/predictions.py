@@ -56,11 +56,11 @@ def write_predictions(file: Path, scores: Scores, fields: Sequence[str]) -> None
 
 
 def read_predictions(file: Path) -> list[Prediction]:
-    """Reads the file of :func:`write_predictions`; the result is sorted by input and reference.
+    """Reads the file of :func:`write_predictions`; the result is sorted by input, group and reference.
 
     Raises:
         FileNotFoundError: If the file is missing.
-        ValueError: If a line cannot be read.
+        ValueError: If a line cannot be read, or there is none.
     """
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
@@ -68,8 +68,11 @@ def read_predictions(file: Path) -> list[Prediction]:
         raise FileNotFoundError(f"cannot read {file}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{file} must be UTF-8 text, got other bytes") from None
+    header = lines[0].split("\t")
+    if tuple(header[-len(_COLUMNS) :]) != _COLUMNS:
+        raise ValueError(f"{file}:1: the last columns must be {', '.join(_COLUMNS)}, got {lines[0]!r}")
     found = []
-    width = len(lines[0].split("\t"))
+    width = len(header)
     for number, line in enumerate(lines[1:], start=2):
         if not line:
             continue
@@ -78,4 +81,7 @@ def read_predictions(file: Path) -> list[Prediction]:
         if not (distance.isdecimal() and length.isdecimal()):
             raise ValueError(f"{file}:{number}: a line must have the columns {lines[0].split()}, got {line!r}")
         found.append(Prediction("\t".join(source), prediction, reference, int(distance), int(length), group))
-    return sorted(found, key=lambda one: (one.source, one.reference))
+    if not found:
+        raise ValueError(f"{file} must hold at least one prediction, got only the names of the columns")
+    # Of an input with several references, runs may have different closest ones. The group distinguishes equal inputs.
+    return sorted(found, key=lambda one: (one.source, one.group, one.reference))

@@ -53,8 +53,8 @@ def share_of_batch(batch: dict[str, Any], rank: int, count: int, padding: int) -
         padding: The id in ``target_out`` that is not counted.
 
     Returns:
-        The rows ``rank``, ``rank + count``, ...; and the weight with which the mean over the processes of their mean
-        losses is the mean loss of the whole batch. A process without a row gets the first, with weight 0.
+        The rows ``rank``, ``rank + count``, ..., and a weight. The mean over the processes of the weight times the mean
+        loss of the rows is the mean loss of the whole batch. A process without a row gets the first row, with weight 0.
     """
     tensors = {name: batch[name] for name in ("source", "target_in", "target_out")}
     rows = len(batch["target_out"])

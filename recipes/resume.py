@@ -21,13 +21,13 @@ _TRAINING_STATE = ("epoch", "global_step", "callbacks", "optimizer_states", "lr_
 def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """The command line to compose from, and the config file of the run that is continued.
 
-    Without ``resume=DIR`` nothing changes. With it the run's own ``config.yaml`` replaces the one of the
-    command, so that the other arguments override what the run was started with.
+    Without ``resume=DIR`` nothing changes. With ``resume=DIR``, the run's own ``config.yaml`` replaces the
+    configuration of the command, and the other arguments override the values with which the run was started.
 
     Raises:
         FileNotFoundError: If ``DIR`` is not a run folder or has no last checkpoint.
-        ValueError: If several runs are asked for, something else than the trainer, the loggers or the data files
-            is changed, or the checkpoint is damaged.
+        ValueError: If several runs are requested, a key is changed that is not one of the trainer, the loggers, the
+            decoding or the data files, or the checkpoint is damaged.
     """
     runs = [argument.partition("=")[2] for argument in arguments if argument.startswith("resume=")]
     if not runs or runs[-1] in ("", "null"):
@@ -42,7 +42,7 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
         raise ValueError("resume continues one run; it cannot be combined with -m")
     for argument in others:
         if argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
-            continue  # a flag of Hydra, or the value of one
+            continue  # a flag of Hydra, or the value of a flag
         key = argument.partition("=")[0].lstrip("+~")
         if not key.startswith(_ALLOWED) and key not in (*_FILES, *_MACHINE):
             wrong = "chooses a group" if _is_group(key) else "would change what has been learnt"

@@ -124,7 +124,8 @@ def checkpoint_file(folder: Path, name: str) -> Path:
 
 def epoch_checkpoints(folder: Path) -> list[Path]:
     """The files with the weights after the last epochs of a run, in order."""
-    return sorted((folder / CHECKPOINTS).glob("epoch_*.ckpt"))
+    # By length first: from epoch 10,000 on, the number has more digits.
+    return sorted((folder / CHECKPOINTS).glob("epoch_*.ckpt"), key=lambda file: (len(file.name), file.name))
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
@@ -158,7 +159,7 @@ def start_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> Non
     A run that was stopped before its first checkpoint cannot be resumed, so a new run in its folder replaces it.
 
     Raises:
-        FileExistsError: If the folder already has a run with a checkpoint, or another kind of ``config.yaml``.
+        FileExistsError: If the folder already has a run with a checkpoint, or a ``config.yaml`` that is not of a run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     refuse_taken(folder)
@@ -176,7 +177,7 @@ def refuse_taken(folder: Path) -> None:
     """Raises if a new run would overwrite an existing one.
 
     Raises:
-        FileExistsError: If the folder has a run with a checkpoint, or another kind of ``config.yaml``.
+        FileExistsError: If the folder has a run with a checkpoint, or a ``config.yaml`` that is not of a run.
     """
     ours = (folder / VERSIONS).is_file()
     if run := (folder / CHECKPOINTS / "last.ckpt").exists() or (ours and (folder / RESULTS).exists()):

@@ -104,7 +104,9 @@ def conclude(
     console.print()
     print_scores(console, scores)
     place = shlex.quote(short_path(folder))
-    console.print(Text(f"\n{results['seconds']:.0f} s; look into it: sparse-attn inspect run={place}"), soft_wrap=True)
+    console.print(
+        Text(f"\n{results['seconds']:.0f} s; to inspect the run: sparse-attn inspect run={place}"), soft_wrap=True
+    )
     return results
 
 

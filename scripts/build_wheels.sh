@@ -4,10 +4,12 @@
 # There is one wheel for this machine's C compiler, one for each installed cross compiler for Linux, and one in pure
 # Python. pip chooses the best wheel that fits.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 
-python=$(realpath --no-symlinks "$1")
-folder=${2:-dist}
+python=$(command -v "${1-}") || { echo "PYTHON must be an interpreter, got ${1-nothing}" >&2; exit 2; }
+python=$(realpath --no-symlinks "$python")
+folder=${2:+$(realpath --canonicalize-missing "$2")}
+cd "$(dirname "$0")/.."
+folder=${folder:-dist}
 
 "$python" -m build --outdir "$folder" .
 for compiler in x86_64-linux-gnu-gcc aarch64-linux-gnu-gcc; do

@@ -214,7 +214,7 @@ def _check(
 ) -> None:
     """Raise unless the arguments are allowed."""
     if (density is None) == (loss_increase is None):
-        raise ValueError(f"one of density and loss_increase must be given, got {density} and {loss_increase}")
+        raise ValueError(f"exactly one of density and loss_increase must be given, got {density} and {loss_increase}")
     if density is not None:
         check_number(density, "density")
         check_interval(density, "density", above=0.0, below=1.0, closed=True)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
-if sys.version_info < (3, 10):  # noqa: UP036  a checkout can be imported where pip would have refused
+if sys.version_info < (3, 10):  # noqa: UP036  pip checks this, but a checkout can be imported without pip
     raise ImportError(f"sparse_attn needs Python 3.10 or newer, got {sys.version.split()[0]}")
 
 import torch

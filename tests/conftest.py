@@ -1,4 +1,6 @@
-"""The initial state of every test: one thread, a working Ctrl-C, a fixed seed, `torch.empty` filled with NaN."""
+"""The initial state of every test: one thread, Triton's interpreter without a GPU, a working Ctrl-C, a fixed seed, and
+`torch.empty` filled with NaN.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,13 @@ from torch import Tensor
 # Tests are small and run in several processes: further threads in each process would only wait for one another.
 torch.set_num_threads(1)
 
-# torch makes a list of the constructors that use a default device only once. The list must contain the real
+# At the first use of a default device, torch lists the constructors that use it, once. The list must contain the real
 # `torch.empty`, not the one below: otherwise a model on the meta device would be allocated, however large it is.
 with torch.device("meta"):
     torch.empty(0)
 
-# Without a GPU, kernels in Triton run in its interpreter. Triton reads this variable at import, which torch may cause.
+# Without a GPU, kernels in Triton run in its interpreter. Triton reads this variable when it is imported, and torch can
+# import Triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -38,7 +41,7 @@ def fixed_seed() -> None:
 
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill floating tensors of `torch.empty` with NaN, so that unwritten values fail a test."""
+    """Fill floating tensors of `torch.empty` and `torch.empty_like` with NaN, so that unwritten values fail a test."""
 
     def filled(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(create)

@@ -1,4 +1,4 @@
-"""Training steps of α: compiled, checkpointed, accumulated, averaged, with every optimizer and with mixed dtypes."""
+"""Training steps of α: compiled, checkpointed, accumulated, averaged, with AdamW and SGD, and with mixed dtypes."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_an_averaged_model_follows_an_annealed_alpha() -> None:
 
 @pytest.mark.parametrize("how", [{"foreach": True}, {"foreach": False}, {"fused": True}])
 @pytest.mark.parametrize("make_optimizer", [torch.optim.AdamW, torch.optim.SGD])
-def test_every_optimizer_can_train_a_bfloat16_model_with_a_float32_alpha(
+def test_adamw_and_sgd_can_train_a_bfloat16_model_with_a_float32_alpha(
     make_optimizer: type[torch.optim.Optimizer], how: dict[str, bool]
 ) -> None:
     model = encoder(alpha_init=1.5).bfloat16()

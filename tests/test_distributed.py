@@ -1,6 +1,6 @@
 """DDP and FSDP2 over gloo on the CPU: two processes take the same steps as one process with the joined batch.
 
-Run as a program, this file is one of the two processes; the tests read the results that both write to a folder.
+The tests run this file as a program, once for each process, and read the results that both processes write to a folder.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A layer with seven heads, some on a bound; a layer with one head; and an α without dimensions."""
+    """A layer with seven heads, some on a bound; a layer with one head; and a mapping with one α."""
 
     def __init__(self, checkpointed: bool = False) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def named(model: nn.Module) -> nn.Module:
 
 
 def trained(model: nn.Module, rows: slice, *, penalty: float = 0.0, clip: bool = True) -> dict[str, Any]:
-    """The gradients of the first step, and the parameters after the last."""
+    """The gradients of the first step, and the parameters after the last step."""
     optimizer = torch.optim.AdamW(alpha_param_groups(model, lr=1e-2, weight_decay=0.1, alpha_lr=2e-2))
     optimizer.register_step_post_hook(lambda *_: project_alpha(model))
     grads = {}
@@ -149,7 +149,7 @@ def fsdp_alpha_kept_whole(folder: Path) -> Any:
 
 
 def fsdp_bfloat16(folder: Path) -> Any:
-    """The α that a layer uses in its forward, and whether the gradients of α agree in both processes."""
+    """α and the dtype of a weight in the forward of a layer, and the gradient of α."""
     model, seen = kept_whole(torch.bfloat16), {}
     attention = model.blocks[0].attention
     attention.register_forward_hook(
@@ -177,7 +177,7 @@ def fsdp_alpha(folder: Path) -> Any:
 
 
 def fsdp_checkpoint(folder: Path) -> Any:
-    """Saves and loads the sharded state; the full state must equal that of a model without sharding."""
+    """Saves and loads the sharded state; returns α of the loaded model, and the full state."""
     import torch.distributed.checkpoint as dcp
 
     model = sharded()
@@ -222,7 +222,7 @@ def process(rank: int, folder: Path) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """The results of both processes, by scenario."""
     folder = tmp_path_factory.mktemp("processes")
-    # The processes import the package from the same place as this one.
+    # The processes import the package from the same place as this process.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     pair = [
         subprocess.Popen(
@@ -257,7 +257,7 @@ def test_two_processes_take_the_same_steps_as_one(results: dict[str, list[Any]],
         torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-9)
     moved = torch.cat([p for name, p in alone["parameters"].items() if name.endswith("raw_alpha")])
     start = torch.cat([p.detach() for name, p in make().named_parameters() if name.endswith("raw_alpha")])
-    assert int((moved != start).sum()) >= 6, "α has learnt, also off its bounds"
+    assert int((moved != start).sum()) >= 6, "α has been learnt, also by heads that began on a bound"
 
 
 def test_gradients_of_a_head_at_its_bound_differ_in_sign_between_the_processes() -> None:
@@ -296,7 +296,7 @@ def test_a_sharded_bfloat16_model_keeps_a_float32_alpha(results: dict[str, list[
 
 
 @with_fsdp
-def test_a_sharded_checkpoint(results: dict[str, list[Any]]) -> None:
+def test_a_sharded_checkpoint_is_loaded_with_and_without_sharding(results: dict[str, list[Any]]) -> None:
     for found in results["fsdp_checkpoint"]:
         assert all(set(alpha.tolist()) == {1.625} for alpha in found["loaded"].values())
     plain = copy.deepcopy(make())

@@ -121,7 +121,7 @@ def test_without_time_no_task_starts_and_the_next_call_runs_all_of_them(gpu_chec
     assert not gpu_check.Record(path, WHERE).results("check")
 
 
-def test_results_of_another_device_are_not_mixed_in(gpu_check, tmp_path):
+def test_results_of_another_torch_and_other_files_are_refused(gpu_check, tmp_path):
     path = tmp_path / "results.jsonl"
     gpu_check.Record(path, WHERE)
     with pytest.raises(ValueError, match=r"results of torch 2\.11 and now 2\.13; give another folder"):

@@ -1,4 +1,4 @@
-"""α in layers whose projections have adapters: torch's parametrisations and those of peft."""
+"""α in layers whose projections have adapters: torch's parametrisations and peft's adapters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ encoder = partial(sparse_encoder, E, H, F)
 
 
 class LowRank(nn.Module):
-    """A weight with a learnt change of rank 2."""
+    """Adds a learnt matrix of rank 2 to a weight."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def test_a_parametrised_in_projection() -> None:
 
 
 class Block(nn.Module):
-    """A user's block, which calls its attention and reads none of its attributes."""
+    """A user's block, which calls an attention layer and reads no attribute of this layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,9 @@ class Block(nn.Module):
     ],
     ids=["encoder", "block", "block with in_proj_weight"],
 )
-def test_lora(make: Callable[[], nn.Module], targets: dict[str, Any]) -> None:
+def test_lora_trains_adapters_and_alpha_and_can_be_merged(
+    make: Callable[[], nn.Module], targets: dict[str, Any]
+) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(make(), peft.LoraConfig(r=2, init_lora_weights=False, **targets))
     assert not any(module.raw_alpha.requires_grad for module in model.modules() if isinstance(module, WideAlpha))
@@ -102,7 +104,7 @@ def test_lora(make: Callable[[], nn.Module], targets: dict[str, Any]) -> None:
 
 
 class Projected(nn.Module):
-    """A projection for adapters, an attention layer of this library, and another one with a learnt α."""
+    """A projection for adapters, an attention layer of this library, and a module that holds a `HeadAlpha`."""
 
     def __init__(self) -> None:
         super().__init__()

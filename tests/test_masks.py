@@ -153,7 +153,7 @@ def test_two_masks_are_merged_into_one(attn: str, padding: str) -> None:
     torch.testing.assert_close(apply_mask(scores, merged), scores + expected, rtol=0, atol=1e-6)
 
 
-def test_masks_of_two_float_dtypes_are_merged_in_the_wider_one() -> None:
+def test_masks_of_two_float_dtypes_are_merged_in_the_wider_dtype() -> None:
     merged = merge(torch.zeros(L, S, dtype=torch.float64), torch.zeros(N, S))
     assert merged is not None and merged.dtype == torch.float64
 

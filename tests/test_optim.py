@@ -39,7 +39,7 @@ encoder = partial(sparse_encoder, E, H, F)
 
 
 class Everything(nn.Module):
-    """A model with α in a layer, a mapping and a loss, with a fixed α and with parameters of every kind."""
+    """A model with α in a layer, a mapping and a loss, a fixed α, matrices, biases, and a module under two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
     assert settings == [(0.25, 0.5), (0.25, 0.0), (2.0, 0.0)]
 
 
-def test_groups_without_a_learning_alpha_are_left_out() -> None:
+def test_groups_without_parameters_are_left_out() -> None:
     model = encoder()
     assert alpha_param_groups(model, lr=0.25)[2]["lr"] == 0.25
     freeze_alpha(model)
@@ -145,7 +145,7 @@ def test_set_alpha_accepts_the_result_of_alpha_per_head() -> None:
     set_alpha(model, kept)
     assert all(torch.equal(alpha, kept[name]) for name, alpha in alpha_per_head(model).items())
     mapping = Entmax(torch.full((H, 1, 1), 1.5))
-    set_alpha(mapping, torch.tensor([1.0, 3.0]))  # a fixed α may have any value in (0, inf)
+    set_alpha(mapping, torch.tensor([1.0, 3.0]))  # a fixed α can have any value in (0, inf)
     assert mapping.raw_alpha.tolist() == [[[1.0]], [[3.0]]]
 
 
@@ -269,7 +269,7 @@ def test_the_penalty_equals_its_formula_and_is_zero_on_target(target: Any) -> No
     assert abs(alpha_penalty(model, target).item()) < 1e-6
 
 
-def test_a_penalty_uses_each_range() -> None:
+def test_a_penalty_uses_the_range_of_each_module() -> None:
     model = nn.ModuleList(Entmax(alpha, learn_alpha=True, alpha_range=(1.0, high)) for alpha, high in [(2, 5), (2, 3)])
     assert alpha_penalty(model, "dense").item() == pytest.approx((0.25 + 0.5) / 2)
 

@@ -14,7 +14,7 @@ import recipes
 import sparse_attn
 from recipes.cli import COMMANDS
 
-# Imports every module of a package, then prints the top-level names of all loaded modules.
+# Imports every module of the given packages, then prints the top-level names of all loaded modules.
 LOAD = """
 import importlib, pkgutil, sys
 for name in sys.argv[1:]:
@@ -30,7 +30,7 @@ def loaded_by(*names: str) -> set[str]:
     return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
 
 
-def test_core_loads_no_framework():
+def test_core_loads_no_package_of_the_extras():
     loaded = loaded_by("sparse_attn")
     assert {"sparse_attn", "torch"} <= loaded
     assert not loaded & {"lightning", "hydra", "omegaconf", "transformers", "matplotlib", "rich", "recipes"}
@@ -43,7 +43,7 @@ def modules_after(code: str, *arguments: str) -> set[str]:
     return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1].split())
 
 
-def test_import_loads_neither_dynamo_nor_sympy():
+def test_import_loads_neither_dynamo_nor_sympy_nor_triton():
     loaded = modules_after("import sparse_attn; sparse_attn.sparsemax")
     assert "sparse_attn.ops.entmax" in loaded
     assert not loaded & {"torch._dynamo", "sympy", "triton"}

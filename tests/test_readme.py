@@ -1,4 +1,4 @@
-"""The Python code of README and docs runs from top to bottom, with the results that its comments show."""
+"""The Python code of README, three pages and the how-to guides runs; shown values, commands and links are right."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ pytestmark = [
 
 
 class OwnBlock(nn.Module):
-    """A block with cross-attention of other sizes and with extra keys."""
+    """A block with cross-attention whose keys and values have other sizes than the queries, and with extra keys."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,10 @@ def trained(model: nn.Module) -> nn.Module:
 
 
 def everything(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
-    """Every attribute of every module: objects by identity, those of attention layers by value."""
+    """Attributes of every module: parameters, buffers and submodules by identity, other values by value.
+
+    An attention layer is exchanged: the layer and the modules in it are compared by name.
+    """
     for name, module in model.named_modules():
         attention = isinstance(module, nn.MultiheadAttention)
         yield name, "type", type(module)

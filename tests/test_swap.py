@@ -1,4 +1,4 @@
-"""Replacement of attention in a model: it keeps the parameters, and a call replaces all layers or none."""
+"""Replacement of attention in a model: the parameters are kept, and a refused call replaces no layer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def decoder(layers: int = 2, **kwargs: Any) -> nn.TransformerDecoder:
 
 
 def snapshot(model: nn.Module) -> tuple[list[tuple[str, int]], list[tuple[str, int]], list[bool]]:
-    """All modules and parameters by identity, and their modes."""
+    """All modules and parameters by identity, and the modes of the modules."""
     modules = [(name, id(module)) for name, module in model.named_modules(remove_duplicate=False)]
     parameters = [(name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)]
     return modules, parameters, [module.training for module in model.modules()]
@@ -219,7 +219,7 @@ def test_an_error_does_not_change_the_use_of_nested_tensors() -> None:
     assert not model.use_nested_tensor
 
 
-def test_subclasses_of_other_packages_are_not_replaced() -> None:
+def test_subclasses_of_torchs_layer_are_not_replaced() -> None:
     class Other(nn.MultiheadAttention):
         pass
 

@@ -1,4 +1,4 @@
-"""Models that replace_attention and restore_attention refuse before any change."""
+"""Models and arguments that replace_attention and restore_attention refuse before any change."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def everything(model: nn.Module) -> list[Any]:
 
 
 class Wrapped(torch.Tensor):
-    """A tensor subclass, as torchao's quantised and torch's sharded ones are."""
+    """A subclass of torch.Tensor; torchao's quantised and torch's sharded tensors are such subclasses."""
 
 
 def pruned(layer: nn.MultiheadAttention) -> None:
@@ -73,7 +73,7 @@ def patched(layer: nn.MultiheadAttention) -> None:
 def one_weight_less(layer: nn.MultiheadAttention) -> None:
     weight = layer.in_proj_weight.detach()
     del layer.in_proj_weight
-    layer.in_proj_weight = weight  # the result of merging an adapter
+    layer.in_proj_weight = weight  # merging an adapter leaves such a tensor
 
 
 def with_a_buffer(layer: nn.MultiheadAttention) -> None:

@@ -1,4 +1,4 @@
-"""Graphs from each of torch's tracers compute the same values as eager code, also for other input."""
+"""Graphs from jit, ONNX, make_fx, functorch and symbolic tracing compute the values of eager code for other input."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_graph_computes_the_same_values_for_other_input(case: str, way: str) -
 
 @each_backend("torch", "compiled", "triton")
 @pytest.mark.parametrize("way", ["jit", "onnx", "make_fx", "make_fx, pre-dispatch", "functionalize"])
-def test_with_a_forced_backend_a_graph_is_complete(backend: str, way: str) -> None:
+def test_with_a_forced_backend_a_graph_computes_the_same_values(backend: str, way: str) -> None:
     def several(x: Tensor, q: Tensor) -> Tensor:
         mapped = torch.cat([sparsemax(x), topk_softmax(x, 2), entmax_attention(q, q, q)])
         return mapped.cumsum(0)

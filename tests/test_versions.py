@@ -40,7 +40,7 @@ def test_an_old_python_gives_a_one_line_error():
 @pytest.mark.parametrize(
     ("found", "problem"), [("3.3.1", "Triton 3.4 or newer is needed, got 3.3.1"), ("3.11.0", None)]
 )
-def test_an_old_triton_is_not_used_after_a_warning(tmp_path, found, problem):
+def test_an_old_triton_gives_a_warning_and_a_new_one_none(tmp_path, found, problem):
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").touch()
     (tmp_path / f"triton-{found}.dist-info").mkdir()

@@ -60,7 +60,7 @@ class AlphaCourse(L.Callback):
         curves = {f"alpha/{layer}/head{head}": value for layer, of in alpha.items() for head, value in enumerate(of)}
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCsv) or not curves:
-                continue  # alpha.csv already contains these values; metrics.csv would get a column for each head
+                continue  # alpha.csv contains these values; in metrics.csv they would take a column for each head
             logger.log_metrics(curves, step)
             if isinstance(logger, TensorBoardLogger):
                 for layer, of_layer in alpha.items():
@@ -70,6 +70,6 @@ class AlphaCourse(L.Callback):
             csv.writer(rows, lineterminator="\n").writerows(
                 (step, layer, head, f"{value:.6f}") for head, value in enumerate(of_layer)
             )
-        # All rows of a step in one write, so that a killed process leaves either all of them or none.
+        # All rows of a step are written at once, so that a killed process leaves either all of them or none.
         with self.file.open("a", encoding="utf-8", newline="") as file:
             file.write(rows.getvalue())

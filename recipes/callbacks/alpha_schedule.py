@@ -48,7 +48,7 @@ class AlphaSchedule(L.Callback):
         return linear_alpha(step, self.start, self.end, first_step=self.first_step, last_step=self.last_step)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Sets the first value; a fixed number becomes a buffer before anything is compiled or loaded."""
+        """Sets the first value; an α that is a number becomes a buffer before anything is compiled or loaded."""
         if stage == "fit" and not is_overridden("configure_model", pl_module):  # configure_model builds the model later
             self._begin(trainer, pl_module)
 

@@ -40,6 +40,12 @@ class BestAndLast(Checkpoint):
         self.earlier = 0.0
         self._begin = time.monotonic()
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Removes incomplete checkpoints, which a killed training has left."""
+        if trainer.is_global_zero:
+            for unfinished in self.folder.glob(".*.tmp"):
+                unfinished.unlink()
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the checkpoints. Lightning calls this after every other callback, with all metrics of the epoch.
 
@@ -68,7 +74,7 @@ class BestAndLast(Checkpoint):
             with replacing(self.folder / name) as unfinished:
                 trainer.save_checkpoint(unfinished, weights_only)
         else:
-            trainer.save_checkpoint(self.folder / name, weights_only)  # takes part in it; the first process writes
+            trainer.save_checkpoint(self.folder / name, weights_only)  # every process must call; the first one writes
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far, and how long the training took over all its sessions."""

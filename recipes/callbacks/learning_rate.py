@@ -1,4 +1,4 @@
-"""The learning rate beside the losses."""
+"""Logging of the learning rate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ KEY = "train/learning_rate"
 
 
 class LearningRate(L.Callback):
-    """Logs ``train/learning_rate``: that of the weights (the first group of the optimizer), with which a step is taken.
+    """Logs ``train/learning_rate``: the rate of the weights (first group of the optimizer) with which a step is taken.
 
     A training that is resumed with another length has another schedule. Its first step uses the rate of the new
     schedule, and a message reports the change.
@@ -34,7 +34,7 @@ class LearningRate(L.Callback):
                     group["lr"] = rate
                 if trainer.is_global_zero:
                     print(
-                        "the schedule ends at another step than before: the learning rate goes on at "
+                        "the schedule ends at another step than before: the learning rate continues at "
                         f"{now[0]:.2e}, after {before[0]:.2e}",
                         flush=True,
                     )

@@ -30,12 +30,12 @@ class MetricsCsv(Logger):
 
     @property
     def name(self) -> str:
-        """No subfolder."""
+        """Empty: the table is directly in ``save_dir``."""
         return ""
 
     @property
     def version(self) -> str:
-        """No subfolder."""
+        """Empty: the table is directly in ``save_dir``."""
         return ""
 
     @property

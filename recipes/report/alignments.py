@@ -36,7 +36,9 @@ def check_alignment(rule: Any, layer: Any, layers: int) -> None:
 
 
 def alignment_lines(task: Any, words: list[str], rule: AlignmentRule, layer: int | str, longest: int) -> Iterable[str]:
-    """A line ``0-0 1-2 ...`` for each word, source token - output token; a blank line for an empty word.
+    """A line ``0-0 1-2 ...`` for each word: pairs of a source token and an output token, both counted from 0.
+
+    An empty word gives a blank line.
 
     Args:
         task: a `Seq2SeqTask` in evaluation mode.

@@ -60,7 +60,7 @@ def inspect_model(cfg: DictConfig) -> dict[str, list[float]]:
     crossing = [layer for layer in view.layers if layer.kind == "cross"]
     if cfg.alignments is not None:
         if not crossing:
-            raise ValueError(f"alignments need cross-attention, got {type(model).__name__} without")
+            raise ValueError(f"alignments need cross-attention, got {type(model).__name__} without cross-attention")
         check_alignment(cfg.align.heads, cfg.align.layer, len(crossing))
     console = Console(highlight=False)
     density = {name: heads.density for name, heads in record.items()}
@@ -96,11 +96,11 @@ def model_folder(given: str) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"no model folder {str(given)!r}; give one that save_pretrained has written")
     if not (folder / "config.json").is_file():
-        raise ValueError(f"model must be a folder with config.json, got {str(given)!r} without")
+        raise ValueError(f"model must be a folder with config.json, got {str(given)!r} without this file")
     if not any(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
-        raise ValueError(f"model must be a folder with weights (model.safetensors), got {str(given)!r} without")
+        raise ValueError(f"model must be a folder with weights (model.safetensors), got {str(given)!r} without weights")
     if not any(file for pattern in _TOKENIZER for file in folder.glob(pattern)):
-        raise ValueError(f"model must be a folder with a tokenizer (tokenizer.json), got {str(given)!r} without")
+        raise ValueError(f"model must be a folder with a tokenizer (tokenizer.json), got {str(given)!r} without one")
     return folder.resolve()
 
 
@@ -109,7 +109,7 @@ def load_model(folder: Path, attention: str | None) -> tuple[Any, Any]:
 
     Args:
         folder: As :func:`model_folder` returns it.
-        attention: The attn_implementation, or None for the model's learnt α, softmax if it has none.
+        attention: The attn_implementation; None for the model's learnt α, or for softmax if the model has none.
 
     Raises:
         ValueError: If they cannot be loaded.
@@ -149,8 +149,8 @@ def load_model(folder: Path, attention: str | None) -> tuple[Any, Any]:
 def longest_input(model: Any) -> int | None:
     """The largest number of tokens that a model of transformers reads; None if its config has no limit.
 
-    RoBERTa and similar models count positions from the id of the padding plus one, so that their table of positions has
-    that many entries which no token uses.
+    RoBERTa and similar models count positions from the id of the padding plus one, so that no token uses the first
+    entries of their table of positions.
     """
     longest = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(longest, int):
@@ -166,7 +166,7 @@ def longest_input(model: Any) -> int | None:
 def _run(
     model: Any, tokenizer: Any, text: str, target: str | None
 ) -> tuple[AttentionRecord, list[str], list[str] | None]:
-    """One pass over a text: the record, the tokens of the queries, and, beside a decoder, those of the encoder."""
+    """One pass over a text: the record, the tokens of the queries, and those of the encoder if there is a decoder."""
     inputs = tokenizer(text, return_tensors="pt")
     read = inputs["input_ids"]
     longest = longest_input(model)

@@ -113,7 +113,8 @@ def attention_figure(sample: WordMaps, alpha: Mapping[str, Tensor], top_k: Mappi
     bar = figure.colorbar(image, ax=panels, label="attention weight", shrink=0.5, aspect=30)
     bar.ax.tick_params(labelsize=8)
     written = " ".join(map(printable, sample.prediction.split(" ")))
-    figure.suptitle(f"{printable(sample.word)} → {written}\nwhite: exactly 0, grey: never visible", fontsize=10)
+    title = f"{printable(sample.word)} → {written}\nwhite: exactly 0, grey: never visible"
+    figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
 
 
@@ -125,8 +126,10 @@ def _draw_head(panel: Axes, layer: AttentionMap, head: int, sparsity: str) -> An
     zeros = 100 * (weights == 0)[visible].mean()
     sparsity = sparsity if sparsity.startswith("k") else f"α {sparsity}"
     panel.set_title(f"head {head} · {sparsity} · {zeros:.0f}% zero", fontsize=8)
-    panel.set_xticks(range(len(layer.keys)), [printable(key) for key in layer.keys], fontsize=7)
-    panel.set_yticks(range(len(layer.queries)), [printable(query) for query in layer.queries], fontsize=7)
+    panel.set_xticks(range(len(layer.keys)), [printable(key) for key in layer.keys], fontsize=7, parse_math=False)
+    panel.set_yticks(
+        range(len(layer.queries)), [printable(query) for query in layer.queries], fontsize=7, parse_math=False
+    )
     for label in panel.get_xticklabels():
         label.set_rotation(0 if len(label.get_text()) <= 2 else 90)
     panel.tick_params(length=0)

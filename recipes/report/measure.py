@@ -31,8 +31,8 @@ from ..seq2seq.tokenizer import PAD
 Kind = Literal["encoder", "decoder", "cross"]
 KINDS: tuple[Kind, ...] = ("encoder", "decoder", "cross")
 OFFSETS = {"previous": -1, "self": 0, "next": 1}
-# Number of pairs of a query and a key in one pass, over all of its rows. Weights and their statistics need memory for
-# every pair and head, so a batch of long texts is measured in parts.
+# The largest number of pairs of a query and a key in one pass, over all rows of the pass. Weights and their statistics
+# need memory for every pair and head, so a batch of long texts is measured in parts.
 PAIRS_AT_ONCE = 2**20
 
 
@@ -83,7 +83,9 @@ def top_k_per_layer(model: nn.Module) -> dict[str, int]:
 
 
 def parts(lengths: Sequence[int], pairs: int = PAIRS_AT_ONCE) -> Iterator[slice]:
-    """Consecutive rows whose number times the square of the longest is at most ``pairs``, and at least one row.
+    """Slices of consecutive rows: their number times the square of the longest length is at most ``pairs``.
+
+    A slice has at least one row.
 
     Example:
         >>> list(parts([2, 2, 2, 5, 1], 8))
@@ -102,7 +104,7 @@ def parts(lengths: Sequence[int], pairs: int = PAIRS_AT_ONCE) -> Iterator[slice]
 def observe_layers(model: nn.Module, source: Tensor, target: Tensor, take: Callable[[RecordedLayer], None]) -> None:
     """Run the model once with teacher forcing, and call ``take`` with the weights of each layer when they are computed.
 
-    Only real queries and keys are visible, never padding; in the decoder, only positions up to that of the query.
+    Only real queries and keys are visible, never padding; in the decoder, only keys up to the position of the query.
 
     Args:
         model: a `Seq2SeqTransformer`, in evaluation mode.
@@ -243,7 +245,7 @@ def measure_at(task: Any, loader: Iterable[dict[str, Any]], alpha: float) -> dic
     """:func:`measure_heads` with the same α in every head with a learnt α; afterwards the model is as before.
 
     Returns:
-        An empty dict if no head has a learnt α, or ``alpha`` is outside its range.
+        As in :func:`measure_heads`; an empty dict if no head has a learnt α, or ``alpha`` is outside a range of α.
     """
     learnt = {name: module for name, module in task.model.named_modules() if _learns(module)}
     if not learnt or not all(low <= alpha <= high for low, high in (module.alpha_range for module in learnt.values())):

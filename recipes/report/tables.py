@@ -56,7 +56,7 @@ def alpha_table(
 
     Args:
         alpha: layer name -> (H,), learnt or fixed.
-        density: layer name -> (H,), shares between 0 and 1; its order is that of the table.
+        density: layer name -> (H,), shares between 0 and 1; the table has the layers in this order.
         top_k: layer name -> k of layers without α.
         compared: name -> density of the same layers in another run, on one more line per layer.
 
@@ -87,7 +87,7 @@ def alpha_table(
             table.add_row("  density", *(percent(float(values[head])) for head in heads))
             for name, other in compared.items():
                 shares = (percent(float(other[layer][head])) for head in heads)
-                table.add_row(f"  {name}"[:LONGEST_NAME], *shares, style="dim")
+                table.add_row(Text(f"  {name}"[:LONGEST_NAME]), *shares, style="dim")
     table.add_row("softmax, for comparison", *["1.00"] * columns, style="dim")
     table.add_row("  density", *["100%"] * columns, style="dim")
     return table
@@ -120,8 +120,8 @@ def rates_table(
     """Metrics, loss and mean support of each split.
 
     Args:
-        rates: "val" or "test" -> the metrics by name; "loss" per token in the unit of the model's output and
-            "support", the mean number of possible next tokens, both missing for an ensemble.
+        rates: "val" or "test" -> the metrics by name, with "loss" (per token, of the output mapping) and "support" (the
+            mean number of possible next tokens), which an ensemble does not have.
         words: number of words in each split.
         metrics: the metrics to show.
     """
@@ -140,7 +140,7 @@ def groups_table(parts: Mapping[str, Mapping[str, Mapping[str, float]]], metrics
     """Metrics of every group, such as a language, with one line per group; `rates_table` has their means.
 
     Args:
-        parts: "val" or "test" -> group -> the metrics by name; without groups if a split has no parts.
+        parts: "val" or "test" -> group -> the metrics by name; empty for a split without groups.
         metrics: the metrics to show.
     """
     shown = [(split, name) for split, found in parts.items() if found for name in metrics]

@@ -53,7 +53,7 @@ def read_batch(task: Any, words: Sequence[str], longest: int = LONGEST_SHOWN) ->
         longest: maximum number of tokens of an input and of an output; a longer input is cut.
 
     Raises:
-        ValueError: if there is no word, or one is empty.
+        ValueError: if there is no word, or a word is empty.
     """
     if not words or not all(words):
         raise ValueError(f"words must hold at least one, none of them empty, got {list(words)!r}")

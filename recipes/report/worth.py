@@ -27,7 +27,7 @@ CHANGES: dict[HeadChange, str] = {
 def measure_worth(
     task: Any, batches: Iterable[Mapping[str, Any]], console: Console
 ) -> dict[HeadChange, dict[str, Tensor]]:
-    """The change of the loss of a token, in the unit of the output's loss, for every head and every change.
+    """The change of the loss per token for every head and every change; the loss is that of the output mapping.
 
     Args:
         task: a `Seq2SeqTask` in evaluation mode.

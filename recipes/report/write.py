@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +46,7 @@ class Report:
         sample: the attention of one word.
         read: the words whose attention the page shows.
         compared: name -> density of the same layers in another run.
-        courses: run -> its α over training.
+        courses: run -> its α over training, beginning with this run; a run that recorded none has no rows.
         baselines: α -> the same measurements with this α in every head that learns α.
         worth: change -> layer name -> change of the loss with one head changed.
     """
@@ -154,13 +155,14 @@ def _diversities(heads: Mapping[str, LayerHeads]) -> dict[str, float]:
 def read_course(file: Path) -> list[tuple[int, str, int, float]]:
     """The rows (step, layer, head, α) of a run's alpha.csv; none if there is no such file.
 
-    Rows that cannot be read are left out: a training that was killed may have cut one short.
+    Rows that cannot be read are left out: a training that was killed may have cut one short. So are rows without a
+    finite α: a training may diverge after its best checkpoint.
     """
     rows = []
     for row in read_rows(file):
         with contextlib.suppress(KeyError, ValueError):
             rows.append((int(row["step"]), row["layer"], int(row["head"]), float(row["alpha"])))
-    return rows
+    return [row for row in rows if math.isfinite(row[-1])]
 
 
 def _sections(report: Report, pictures: Mapping[str, bytes]) -> list[tuple[str, str]]:
@@ -275,13 +277,22 @@ def _results(file: Path, metrics: Sequence[str]) -> str:
     """The final metrics of the training."""
     if not file.is_file():
         return html.paragraph("None: the training was stopped before its end.")
-    content: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        return html.paragraph(f"None: {file.name} cannot be read, it is cut short or damaged.")
+
+    def number(key: str, digits: int) -> str:
+        return f"{content[key]:.{digits}f}" if isinstance(content.get(key), int | float) else "-"
+
     rows = [
         {
-            "words": name,
-            **{METRICS[name].label: f"{content[f'{split}/{name}']:.2f}" for name in metrics},
-            "loss per token": f"{content[f'{split}/loss']:.3f}",
+            "words": words,
+            **{METRICS[name].label: number(f"{split}/{name}", 2) for name in metrics if name in METRICS},
+            "loss per token": number(f"{split}/loss", 3),
         }
-        for split, name in SPLIT_NAMES.items()
+        for split, words in SPLIT_NAMES.items()
     ]
-    return html.table(rows) + html.paragraph(f"The run took {content['seconds']:.0f} seconds.")
+    return html.table(rows) + html.paragraph(f"The run took {number('seconds', 0)} seconds.")

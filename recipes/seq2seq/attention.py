@@ -27,7 +27,7 @@ def attention_factory(
         length_scaling: Whether scores grow with the number of visible keys, by a learnt factor.
 
     Raises:
-        ValueError: An unknown kind.
+        ValueError: ``kind`` is unknown.
 
     Example:
         >>> attention_factory("entmax15")(16, 4).alpha

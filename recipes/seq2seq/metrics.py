@@ -144,7 +144,7 @@ def text_scores(
     Args:
         predictions: One text per input.
         references: One or more accepted texts per input, in the same order.
-        bleu_tokenize: How sacrebleu splits texts into words: ``"13a"``, or ``"none"`` for texts that are split.
+        bleu_tokenize: How sacrebleu splits texts into words: ``"13a"``, or ``"none"`` for texts that are already split.
 
     Returns:
         ``{"bleu": ..., "chrf": ...}``, and sacrebleu's signature of each, which describes the computation.

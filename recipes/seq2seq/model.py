@@ -47,8 +47,8 @@ class Seq2SeqTransformer(nn.Module):
         cross_attention: Kind of the decoder's attention to the encoder's output.
         alpha: The fixed α of "entmax", or the initial α of "adaptive".
         k: Number of keys that "topk" keeps.
-        language_dim: The part of ``dim`` that embeds the language, given by the first token, in every source embedding;
-            0: none.
+        language_dim: How many of the ``dim`` entries of every source embedding embed the language, which is the first
+            token; 0: none.
         positions: Position encoding: "sinusoidal" (added to the embeddings), or only in self-attention "rotary",
             "alibi" or "nape".
         length_scaling: Whether attention scores grow with the number of visible keys, by a learnt factor.

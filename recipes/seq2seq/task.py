@@ -42,7 +42,7 @@ class Seq2SeqTask(L.LightningModule):
         alpha_learning_rate: Highest learning rate of α.
         weight_decay: Decay of the weight matrices; biases, norms and α have none.
         warmup_steps: Number of steps in which the rate rises; None: the share ``warmup`` of all steps.
-        max_steps: Number of steps of the whole schedule; None: those of the trainer.
+        max_steps: Number of steps of the whole schedule; None: the number of steps of the trainer.
         label_smoothing: ε of the loss: the share of each training target that is spread evenly over all tokens.
         max_length: Longest output in tokens.
         seed: Determines the dropout of every epoch, independently of earlier random numbers.

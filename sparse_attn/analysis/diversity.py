@@ -35,8 +35,11 @@ def head_diversity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
         Correia, Niculae & Martins 2019, "Adaptively Sparse Transformers", section 5.1.
     """
     used = weights.masked_fill(~full_visible(weights, visible), 0.0)
+    # In float32: the difference of two entropies is small beside their rounding errors in half precision.
+    used = used.to(torch.promote_types(weights.dtype, torch.float32))
     entropy_of_mean = torch.special.entr(used.mean(-3)).sum(-1)
     mean_of_entropies = torch.special.entr(used).sum(-1).mean(-2)
     attends: Tensor = (used != 0).any(-1).all(-2)
     # Rounding may give a negative value for equal heads.
-    return (entropy_of_mean - mean_of_entropies).clamp(min=0.0).masked_fill(~attends, torch.nan)
+    divergence = (entropy_of_mean - mean_of_entropies).clamp(min=0.0).masked_fill(~attends, torch.nan)
+    return divergence.to(weights.dtype)

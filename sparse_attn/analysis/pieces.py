@@ -88,7 +88,8 @@ def merge_pieces(weights: Tensor, query_groups: Sequence[int], key_groups: Seque
                 f"{name} must have one number for each of the {side} of weights {shape}, got {len(groups)}"
             )
     rows, columns = _membership(query_groups, weights), _membership(key_groups, weights)
-    return (rows / rows.sum(-1, keepdim=True)) @ weights @ columns.mT
+    with torch.autocast(weights.device.type, enabled=False):  # rows of a product in bfloat16 do not sum to one
+        return (rows / rows.sum(-1, keepdim=True)) @ weights @ columns.mT
 
 
 def own_word_weight(weights: Tensor, groups: Sequence[int]) -> Tensor:

@@ -42,7 +42,9 @@ def mean_per_head(values: Tensor) -> Tensor:
     """
     if values.dim() not in (2, 3):
         raise ValueError(f"values must have the shape (N, H, L) or (H, L), got {tuple(values.shape)}")
-    return values.nanmean(dim=[dim for dim in range(values.dim()) if dim != values.dim() - 2])
+    # In float32: float16 cannot hold the sum over many queries.
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    return wide.nanmean(dim=[dim for dim in range(values.dim()) if dim != values.dim() - 2]).to(values.dtype)
 
 
 def entropy(weights: Tensor, visible: Tensor | None = None, *, relative: bool = False) -> Tensor:
@@ -170,7 +172,8 @@ def monotonicity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
     mass = used.sum(dim=-1)
     real = mass > 0
     count = real.sum(dim=-1, keepdim=True)
-    centre = (used @ key_positions) / mass.where(real, 1.0)
+    with torch.autocast(used.device.type, enabled=False):  # bfloat16 has no positions between 256 and 258
+        centre = (used @ key_positions) / mass.where(real, 1.0)
 
     def deviation(x: Tensor) -> Tensor:
         mean = (x * real).sum(dim=-1, keepdim=True) / count.clamp(min=1)
@@ -178,7 +181,7 @@ def monotonicity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
 
     dx, dy = deviation(query_positions.expand_as(centre)), deviation(centre)
     # Smaller changes of the mean position are rounding errors and count as no movement.
-    moves: Tensor = dy.abs().amax(dim=-1, keepdim=True) > 1e-4
+    moves: Tensor = (dy.abs() > 1e-4).any(dim=-1, keepdim=True)
     spread = (dx.norm(dim=-1, keepdim=True) * dy.norm(dim=-1, keepdim=True)).where(moves, 1.0)
     correlation: Tensor = ((dx * dy).sum(dim=-1, keepdim=True) / spread).where(moves, 0.0)
     return correlation.masked_fill(count < 2, torch.nan).to(weights.dtype)

@@ -13,7 +13,7 @@ __all__ = ["attention_rollout"]
 def attention_rollout(weights: Sequence[Tensor], residual: float = 0.5) -> Tensor:
     """Product of the attention matrices of all layers, each mixed with the identity for the residual connection.
 
-    R_l = (r I + (1 - r) mean_h A_l) R_{l-1}, R_0 = I. Rows sum to one if those of the weights do. With exact zeros in
+    R_l = (r I + (1 - r) mean_h A_l) R_{l-1}, R_0 = I. Rows sum to one if the rows of A_l do. With exact zeros in
     the weights, an input without a path to a position has a share of exactly zero in that position.
 
     Args:
@@ -50,6 +50,7 @@ def attention_rollout(weights: Sequence[Tensor], residual: float = 0.5) -> Tenso
             raise ValueError(f"weights must all be (N, H, L, L) or (H, L, L) with the same N and L, got {shapes}")
         identity = torch.eye(layer.shape[-1], dtype=layer.dtype, device=layer.device)
         mixed = residual * identity + (1 - residual) * layer.mean(-3)
-        rolled = mixed if rolled is None else mixed @ rolled
+        with torch.autocast(layer.device.type, enabled=False):  # rows of a product in bfloat16 do not sum to one
+            rolled = mixed if rolled is None else mixed @ rolled
     assert rolled is not None
     return rolled

@@ -126,7 +126,9 @@ def _sums_of(weights: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
     counted = (weights != 0).any(-1)
     over = [dim for dim in range(counted.dim()) if dim != counted.dim() - 2]
     counts = torch.stack([counted.sum(over), *support_counts(weights, pairs & counted.unsqueeze(-1))])
-    totals = torch.stack([entropy(weights).sum(over), weights.amax(-1).sum(over)])
+    # Without keys there is no maximum, and no query counts.
+    per_query = (entropy(weights), weights.amax(-1)) if weights.shape[-1] else (weights.sum(-1),) * 2
+    totals = torch.stack([values.sum(over) for values in per_query])
     return counts.cpu(), totals.cpu().double()
 
 

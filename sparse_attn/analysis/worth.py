@@ -50,7 +50,8 @@ def head_worth(
 
     Raises:
         TypeError: if `changes` is a string.
-        ValueError: if a change is unknown, or no change applies to any layer of the model.
+        ValueError: if a change is unknown, no change applies to any layer of the model, or the weight of an output
+            projection is not a parameter (adapters, parametrizations, pruning), so that "off" would have no effect.
 
     Example:
         >>> model = nn.TransformerEncoderLayer(8, 2, batch_first=True).eval()
@@ -72,6 +73,12 @@ def head_worth(
             "model must have nn.MultiheadAttention layers, and for 'dense' and 'sparse' some with a learnt α, "
             f"got {type(model).__name__} without such layers for {', '.join(changes) or 'no change'}"
         )
+    for name, layer in found.get("off", {}).items():
+        if not isinstance(layer.out_proj, nn.Linear) or not isinstance(layer.out_proj.weight, nn.Parameter):
+            raise ValueError(
+                f"out_proj of {name!r} must be a linear layer with a plain weight to switch a head off, got "
+                f"{type(layer.out_proj).__name__}; merge adapters, parametrizations and pruning first"
+            )
 
     def measured() -> float:
         with torch.no_grad():

@@ -44,7 +44,7 @@ class Call(NamedTuple):
     """The arguments of an attention call; shapes and meanings as in :func:`sparse_attn.entmax_attention`."""
 
     query: Tensor
-    key: Tensor  # its number of heads is that of the query or a divisor of it
+    key: Tensor  # its number of heads divides that of the query
     value: Tensor
     alpha: float | Tensor  # a number, or a tensor () or (H,)
     k: int | None  # how many keys a query keeps; None: all
@@ -141,13 +141,15 @@ def _is_native(call: Call) -> bool:
 
 
 def _can_block(call: Call) -> bool:
-    """Whether a call has many scores, no transform is active, and the mask needs no gradient of the scores' size."""
+    """Whether a call has many scores and no empty tensor, no transform is active, and the mask needs no gradient."""
     if not values_known(call.query) or torch.is_autocast_enabled(call.query.device.type):
         return False
     # In torch 2.6, reading an attribute of a `CausalBias` fails, so `described_causal` recognises such a mask first.
     if call.mask is not None and described_causal(call.mask) is None and call.mask.requires_grad:
         return False
     if call.softcap is not None and call.sinks is not None:  # blocks would cap the sinks, too
+        return False
+    if not (call.query.numel() and call.key.numel() and call.value.numel()):
         return False
     return call.query.shape[-2] * call.key.shape[-2] >= _LARGE
 

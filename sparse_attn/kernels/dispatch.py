@@ -150,9 +150,9 @@ def _triton_computes(device: str) -> bool:
 
 @contextmanager
 def kernels_may_fail() -> Iterator[None]:
-    """If a Triton kernel in the block does not compile or start, warn, continue after the block, and use none again.
+    """If a Triton kernel in the block does not compile or start, warn and continue after the block, without Triton.
 
-    If the backend "triton" is forced, the error is raised.
+    Later calls do not use Triton either. If the backend "triton" is forced, the error is raised.
     """
     try:
         yield

@@ -23,8 +23,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     Args:
         x: Of any shape and floating dtype.
-        p: Probability of a zero, in [0, 1]. It is rounded to a multiple of 1/65536; the other entries are multiplied
-            by ``1 / (1 - p)`` with the rounded ``p``, so that the mean is kept.
+        p: Probability of a zero, in [0, 1], which is rounded to a multiple of 1/65536. The other entries are
+            multiplied by ``1 / (1 - p)`` with the rounded ``p``, so that the mean is kept.
 
     Example:
         >>> _ = torch.manual_seed(0)

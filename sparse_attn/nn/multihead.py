@@ -82,7 +82,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, count in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
             check_int(count, name)
-        embed_dim, num_heads, num_kv_heads = int(embed_dim), int(num_heads), int(num_kv_heads)  # ints of NumPy, too
+        embed_dim, num_heads, num_kv_heads = int(embed_dim), int(num_heads), int(num_kv_heads)  # also NumPy's ints
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
             raise ValueError(
                 "embed_dim must be a positive multiple of num_heads, "

@@ -338,7 +338,7 @@ def default_scale(query: Tensor) -> float:
 
 
 def _of_one_rank(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors with leading dimensions of size 1 where others have more."""
+    """The tensors with the same number of dimensions: leading dimensions of size 1 are added."""
     rank = max(x.dim() for x in tensors)
     return tuple(x if x.dim() == rank else x[(None,) * (rank - x.dim())] for x in tensors)
 

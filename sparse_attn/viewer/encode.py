@@ -76,7 +76,7 @@ def encode_mask(visible: Tensor) -> str:
     changes = (flat[1:] != flat[:-1]).nonzero().flatten() + 1
     ends = torch.cat([changes, torch.tensor([len(flat)])])
     lengths = torch.diff(ends, prepend=torch.tensor([0]))
-    if bool(flat[0]):
+    if len(flat) and bool(flat[0]):
         lengths = torch.cat([torch.tensor([0]), lengths])
     return _packed(_code(lengths))
 

@@ -35,7 +35,7 @@ class Map:
 
 @dataclass(frozen=True)
 class Names:
-    """The tokens of one example, and the length of the longest in its batch, to which the others were padded."""
+    """The tokens of one example, and the length of the longest example in its batch, to which all were padded."""
 
     tokens: Sequence[str]
     longest: int
@@ -93,7 +93,7 @@ def read_layers(record: AttentionRecord, tokens: Texts, memory_tokens: Texts, ex
         maps = []
         for place, example in enumerate(examples):
             memory = None if memory_tokens is None else Names.of(memory_tokens, place)
-            # Encoder layers read the tokens that are the keys of cross-attention; without cross-attention, ``tokens``.
+            # The tokens of encoder layers are the keys of cross-attention; without cross-attention they are ``tokens``.
             reads_memory = kinds[name] == "encoder" and (memory is not None or "cross" in kinds.values())
             own = memory if reads_memory else (None if tokens is None else Names.of(tokens, place))
             seen = None if visible is None else visible[example].any(0)

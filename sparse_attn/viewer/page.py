@@ -47,7 +47,7 @@ def page(view: AttentionView, *, layer: int | None = None, head: int | None = No
     Args:
         view: the view.
         layer: the layer with which the page opens; None: the overview.
-        head: the head of this layer.
+        head: the head of this layer with which the page opens.
     """
     data, maps = _data(view)
     if layer is not None:
@@ -119,6 +119,7 @@ def _data(view: AttentionView) -> tuple[dict[str, Any], dict[str, str]]:
         "masks": list(masks),
         "layers": layers,
         "thresholds": ROLE_THRESHOLDS,
+        "runs": list(view.courses),  # JavaScript does not keep the order of keys that are numbers
         "courses": {
             run: {name: {str(head): points for head, points in heads.items()} for name, heads in by_layer.items()}
             for run, by_layer in view.courses.items()
@@ -160,7 +161,7 @@ def _asset(name: str) -> str:
 
 @cache
 def _asset_program() -> str:
-    """All of the program as one function, in ASCII: other characters are escaped in its strings."""
+    """All of the program as one function, in ASCII: other characters are written as escapes of JavaScript."""
     source = "\n".join(_asset(name) for name in _PROGRAM)
     escaped = "".join(char if ord(char) < 128 else f"\\u{ord(char):04x}" for char in source)
     return f'"use strict";\n(() => {{\n{escaped}\n}})();\n'

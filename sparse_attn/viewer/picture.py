@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from sparse_attn.viewer.view import AttentionView
 
-# A vector file with more squares opens slowly; beyond this number, pixels are drawn instead.
+# A vector file with many squares opens slowly: beyond this number of squares, pixels are drawn instead.
 MOST_SQUARES = 20_000
 MOST_PIXELS = 1024
 MOST_NAMED = 80
@@ -67,9 +67,8 @@ def _one_head(layer: Layer, shown: Map, head: int, figure_class: Any) -> Any:
     axes = figure.subplots()
     drawn = _draw_map(axes, shown, head, MOST_PIXELS)
     note = "" if drawn == (queries, keys) else f"\n{queries:,} × {keys:,}; a pixel is the largest weight it covers"
-    axes.set_title(
-        printable_text(f"{layer.name or 'attention'} · head {head}{_numbers(layer, head)}") + note, fontsize=9
-    )
+    title = printable_text(f"{layer.name or 'attention'} · head {head}{_numbers(layer, head)}") + note
+    axes.set_title(title, fontsize=9, parse_math=False)
     if named:
         small = {"fontsize": 8, "parse_math": False}
         axes.set_xticks(range(keys), [printable(token) for token in shown.keys], rotation=90, **small)
@@ -160,7 +159,7 @@ def _scale() -> Any:
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     colours = LinearSegmentedColormap.from_list("weights", _COLOURS)
-    # The colour is proportional to the square root of the weight, as in the page.
+    # The colour is proportional to the square root of the weight, as in the HTML page of the view.
     return ScalarMappable(PowerNorm(0.5, vmin=0.0, vmax=1.0), colours)
 
 
@@ -184,7 +183,7 @@ def printable(text: str) -> str:
 
 
 def printable_text(text: str) -> str:
-    """A text in which each word, between spaces, is :func:`printable`."""
+    """The text with :func:`printable` applied to each word; spaces stay."""
     return " ".join(printable(word) if word else "" for word in text.split(" "))
 
 

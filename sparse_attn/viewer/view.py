@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sparse_attn.analysis.statistics import AttentionRecord
+from sparse_attn.checks import check_int, check_number
 from sparse_attn.viewer.layers import Layer, Texts, batch_of_weights, read_layers
 from sparse_attn.viewer.page import Courses, page
 
@@ -141,8 +142,8 @@ def attention_view(
     Args:
         record: from ``record_attention(model, weights=True)``. The view shows the weights of each layer's last call,
             and α, density and entropy over all calls.
-        tokens: the tokens that the model read, one string per position; for a batch, one such list per example, of
-            which the longest has the length of the batch. None: position numbers are shown.
+        tokens: the tokens that the model read, one string per position; for a batch, one such list per example, the
+            longest with the padded length of the batch. None: position numbers are shown.
         memory_tokens: the tokens of the keys of cross-attention, in the same form.
         title: title of the page.
         example: the example of the batch that is shown; with one list per example, the page contains all examples and
@@ -216,7 +217,11 @@ def _texts(name: str, given: object, count: int, example: int) -> tuple[Texts, b
 
 
 def _add_numbers(layers: list[Layer], numbers: Mapping[str, Mapping[str, Tensor]]) -> None:
+    if not isinstance(numbers, Mapping):
+        raise TypeError(f"numbers must be a dict, got {type(numbers).__name__}")
     for name, by_layer in numbers.items():
+        if not isinstance(by_layer, Mapping):
+            raise TypeError(f"numbers[{name!r}] must be a dict from layers to tensors, got {type(by_layer).__name__}")
         if unknown := [layer for layer in by_layer if layer not in {each.name for each in layers}]:
             raise ValueError(f"numbers[{name!r}] must contain only layers of the record, got {unknown[0]!r}")
         for layer in layers:
@@ -228,6 +233,10 @@ def _add_numbers(layers: list[Layer], numbers: Mapping[str, Mapping[str, Tensor]
                     )
                 values = by_layer[layer.name]
                 heads = len(layer.roles)
+                if not isinstance(values, Tensor):
+                    raise TypeError(
+                        f"numbers[{name!r}][{layer.name!r}] must be a torch.Tensor, got {type(values).__name__}"
+                    )
                 if tuple(values.shape) != (heads,):
                     raise ValueError(
                         f"numbers[{name!r}][{layer.name!r}] must have a value for each of {heads} heads, "
@@ -237,11 +246,16 @@ def _add_numbers(layers: list[Layer], numbers: Mapping[str, Mapping[str, Tensor]
 
 
 def _checked_courses(courses: Mapping[str, Iterable[tuple[int, str, int, float]]], layers: list[Layer]) -> Courses:
+    if not isinstance(courses, Mapping):
+        raise TypeError(f"courses must be a dict from runs to rows, got {type(courses).__name__}")
     heads = {layer.name: len(layer.roles) for layer in layers}
     checked: Courses = {}
     for run, rows in courses.items():
         points: dict[str, dict[int, list[tuple[int, float]]]] = {}
         for step, layer, head, alpha in rows:
+            check_int(step, f"the step in courses[{run!r}]")
+            check_int(head, f"the head in courses[{run!r}]")
+            check_number(alpha, f"α in courses[{run!r}]")
             if not 0 <= head < heads.get(layer, 0):
                 raise ValueError(
                     f"courses[{run!r}] must contain only layers and heads of the record, got {layer!r}, {head}"
@@ -250,7 +264,7 @@ def _checked_courses(courses: Mapping[str, Iterable[tuple[int, str, int, float]]
                 raise ValueError(
                     f"courses[{run!r}] must contain finite α, got {alpha} at step {step} of {layer!r}, {head}"
                 )
-            points.setdefault(layer, {}).setdefault(head, []).append((step, alpha))
+            points.setdefault(layer, {}).setdefault(int(head), []).append((int(step), float(alpha)))
         checked[run] = {
             layer: {head: sorted(of_head) for head, of_head in sorted(of_layer.items())}
             for layer, of_layer in points.items()
@@ -260,7 +274,7 @@ def _checked_courses(courses: Mapping[str, Iterable[tuple[int, str, int, float]]
 
 def _replace(path: Path, content: bytes) -> None:
     """Write a temporary file and rename it, so that no half-written file exists at ``path``."""
-    # `tempfile` makes files that only their owner can read; `open` gives the usual mode.
+    # `tempfile` makes files that only their owner can read; `open` gives a file the usual permissions.
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with draft.open("xb") as file:

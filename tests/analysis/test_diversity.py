@@ -66,3 +66,10 @@ def test_own_word_weight() -> None:
     assert found[..., 3:].isnan().all()
     with pytest.raises(ValueError, match=r"groups must have one number for each position .* got 4 for \(2, 3, 5, 5\)"):
         own_word_weight(weights, [0, 0, 1, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_diversity_in_half_precision_has_the_error_of_its_result(dtype: torch.dtype) -> None:
+    weights = torch.randn(8, 64, 512).softmax(-1).to(dtype)
+    expected = head_diversity(weights.double()).to(dtype)
+    torch.testing.assert_close(head_diversity(weights), expected, rtol=2 * torch.finfo(dtype).eps, atol=0)

@@ -48,3 +48,11 @@ def test_wrong_numbers_of_groups_raise_an_error() -> None:
         merge_pieces(torch.rand(3, 4), [0, 1], [0, 1, 2, 3])
     with pytest.raises(ValueError, match=r"key_groups must have one number for each of the keys of .* got 5"):
         merge_pieces(torch.rand(3, 4), [0, 1, 2], [0, 1, 2, 3, 4])
+
+
+def test_merging_does_not_change_under_autocast() -> None:
+    weights = torch.rand(3, 5, 7).softmax(-1)
+    groups = [0, 0, 1, 2, 2], [0, 1, 1, 1, 2, 2, 3]
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = merge_pieces(weights, *groups)
+    torch.testing.assert_close(inside, merge_pieces(weights, *groups))

@@ -1,4 +1,4 @@
-"""The content of a record: statistics of every head, over any number of passes."""
+"""The content of a record: statistics of every head over all passes, α and weights of the last pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_attn import KVCache, TopKMultiheadAttention, replace_attention
-from sparse_attn.analysis import density, entropy, record_attention
+from sparse_attn.analysis import AttentionRecord, density, entropy, record_attention
 
 N, L, S, E, H = 2, 5, 7, 12, 4
 
@@ -237,7 +237,7 @@ def test_other_dtypes_are_summed_in_float32_or_wider(dtype: torch.dtype) -> None
     assert record[""].support_size.tolist() == [101.0] * H
 
 
-def test_passes_under_autocast_and_inference_mode_are_recorded_with_later_ones() -> None:
+def test_passes_in_inference_mode_under_autocast_and_in_training_are_added_up() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, 17, batch_first=True), 2).eval()
     replace_attention(model, alpha_init=2.0)
     x = torch.randn(N, L, E)
@@ -252,7 +252,7 @@ def test_passes_under_autocast_and_inference_mode_are_recorded_with_later_ones()
         assert not heads.density.is_inference()
 
 
-def test_memory_is_constant_unless_weights_are_requested() -> None:
+def test_a_record_keeps_the_weights_of_one_pass_or_none() -> None:
     def large() -> int:
         gc.collect()
         return sum(type(t) is Tensor and t.numel() >= N * 61 * 61 for t in gc.get_objects())
@@ -299,3 +299,11 @@ def test_calls_inside_a_transform_are_left_out() -> None:
             torch.func.vmap(lambda x: layer(x, x, x)[0])(x)
         layer(x[0], x[0], x[0])
     assert record[""].rows.tolist() == [3 * L] * H
+
+
+def test_a_call_without_keys_has_no_rows() -> None:
+    record = AttentionRecord()
+    record.add("cross", torch.zeros(2, 3, 5, 0))
+    assert record["cross"].rows.tolist() == [0, 0, 0]
+    record.add("cross", torch.full((2, 3, 5, 4), 0.25))
+    assert record["cross"].rows.tolist() == [10, 10, 10] and record["cross"].max_weight.tolist() == [0.25] * 3

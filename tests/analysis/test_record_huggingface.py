@@ -1,4 +1,4 @@
-"""Recording of Hugging Face models with an attention implementation of this library."""
+"""Recording of Hugging Face models: with an attention implementation of this library; others are refused."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ def build(kind: str, implementation: str) -> nn.Module:
     return transformers.AutoModel.from_config(config, attn_implementation=implementation).eval()
 
 
+def traces(model: nn.Module) -> list[list[tuple[str, int]]]:
+    """The names of the attributes of every module, and the sizes of the dictionaries among them, such as of hooks."""
+    return [
+        sorted((name, len(value) if isinstance(value, dict) else 0) for name, value in vars(module).items())
+        for module in model.modules()
+    ]
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_density_counts_only_visible_pairs_of_a_huggingface_model(kind: str) -> None:
     model = build(kind, "entmax")
@@ -49,10 +57,10 @@ def test_no_hooks_remain_and_outputs_are_equal() -> None:
     model = build("bert", "sparsemax")
     tokens = torch.randint(23, (N, L))
     expected = model(tokens).last_hidden_state
-    before = [sorted(vars(module)) for module in model.modules()]
+    before = traces(model)
     with record_attention(model) as record:
         torch.testing.assert_close(model(tokens).last_hidden_state, expected)
-    assert [sorted(vars(module)) for module in model.modules()] == before
+    assert traces(model) == before
     assert [heads.rows.tolist() for heads in record.values()] == [[N * L] * H] * 2
 
 
@@ -62,7 +70,7 @@ def test_no_hooks_remain_and_outputs_are_equal() -> None:
 @pytest.mark.parametrize("learnt", [False, True])
 def test_recorded_alpha_is_the_alpha_in_use(implementation: str, alpha: float, learnt: bool) -> None:
     model = build("bert", implementation)
-    if learnt:  # with another implementation, α has no effect
+    if learnt:  # a learnt α has an effect only in the implementation "entmax"
         model.set_attn_implementation("entmax")
         add_alpha(model, alpha_init=[1.25, 1.75])
         model.set_attn_implementation(implementation)

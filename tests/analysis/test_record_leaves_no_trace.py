@@ -1,4 +1,4 @@
-"""A record changes neither the results of a model nor the model itself."""
+"""`record_attention` changes neither the results of a model nor the model, and refuses what it cannot record."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ N, L, S, E, H = 2, 5, 7, 12, 4
 
 
 def traces(model: nn.Module) -> list[list[str]]:
-    """Every attribute of every module, and the number of its hooks."""
+    """The names of the attributes of every module; for a dictionary, such as that of the hooks, also its size."""
     return [
         sorted(f"{name} {len(value)}" if isinstance(value, dict) else name for name, value in vars(module).items())
         for module in model.modules()
@@ -236,7 +236,7 @@ def test_nested_records_both_contain_the_call() -> None:
     assert str(outer) == str(inner)
 
 
-def test_records_may_close_in_any_order() -> None:
+def test_records_can_close_in_any_order() -> None:
     layer, graphs = nn.MultiheadAttention(E, H, batch_first=True), list[Any]()
     before, x = traces(layer), torch.randn(N, L, E)
     first, second = record_attention(layer), record_attention(layer)
@@ -289,7 +289,7 @@ def test_a_model_without_attention_is_refused() -> None:
 
 
 @pytest.mark.parametrize("model", [None, "model", nn.Linear, [nn.MultiheadAttention(E, H)]])
-def test_an_argument_that_is_not_a_module_is_refused_before_the_context_opens(model: Any) -> None:
+def test_arguments_of_a_wrong_type_are_refused_before_the_context_opens(model: Any) -> None:
     with pytest.raises(TypeError, match=rf"model must be a torch\.nn\.Module, got {type(model).__name__}"):
         record_attention(model)
     with pytest.raises(TypeError, match="weights must be a bool, got str"):

@@ -1,4 +1,4 @@
-"""Recording of subclasses of `nn.MultiheadAttention`, which may not return weights as torch's layer does."""
+"""Recording of subclasses of `nn.MultiheadAttention`; some of them do not return weights as torch's layer does."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_subclass_without_need_weights_is_not_recorded() -> None:
         record_attention(layer)
 
 
-def test_a_call_without_weights_is_not_recorded_and_the_model_runs() -> None:
+def test_a_call_that_returns_no_weights_is_not_recorded_and_the_model_runs() -> None:
     layer, x = Unhelpful(E, H, batch_first=True), torch.randn(N, L, E)
     expected = layer(x)
     with record_attention(layer) as record:

@@ -83,7 +83,7 @@ def test_a_head_gets_the_role_that_exceeds_its_threshold_most() -> None:
 
 
 @pytest.mark.parametrize(("shares", "got"), [({}, "none"), ({"first": torch.ones(H)}, "first")])
-def test_shares_without_a_threshold_raise_an_error(shares: dict[str, torch.Tensor], got: str) -> None:
+def test_empty_shares_and_a_role_without_a_threshold_raise_an_error(shares: dict[str, torch.Tensor], got: str) -> None:
     with pytest.raises(ValueError, match=f"previous, self, next, monotone, diffuse, got {got}"):
         name_roles(shares)
 
@@ -127,3 +127,23 @@ def test_offset_statistics_without_keys_are_nan() -> None:
 def test_a_single_tensor_is_no_list_of_layers() -> None:
     with pytest.raises(TypeError, match=r"weights must be a list of one tensor per layer, got a tensor of shape \(2,"):
         attention_rollout(torch.rand(2, 1, 3, 5, 5))  # type: ignore[arg-type]
+
+
+def test_the_mean_of_many_queries_in_half_precision() -> None:
+    for dtype in (torch.float16, torch.bfloat16):  # the sum is above the largest float16
+        values = torch.full((64, H, 512), 6.1).to(dtype)
+        assert mean_per_head(values).tolist() == [float(values[0, 0, 0])] * H
+
+
+def test_statistics_do_not_change_under_autocast() -> None:
+    weights = torch.zeros(1, 40, 1000)
+    weights[0, torch.arange(40), 960 + torch.arange(40) % 5] = 1.0  # bfloat16 cannot distinguish these positions
+    square = torch.rand(H, L, L).softmax(-1)
+    for statistic in (lambda: monotonicity(weights), lambda: attention_rollout([square, square])):
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = statistic()
+        torch.testing.assert_close(inside, statistic())
+
+
+def test_without_queries_there_is_no_movement() -> None:
+    assert monotonicity(torch.rand(N, H, 0, S)).isnan().tolist() == [[[True]] * H] * N

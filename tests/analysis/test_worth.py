@@ -71,7 +71,7 @@ def test_layers_of_torch_can_only_be_switched_off() -> None:
     assert worth["off"].keys() == {"self_attn"} and not worth["dense"] and not worth["sparse"]
 
 
-def test_a_fixed_alpha_is_not_changed() -> None:
+def test_a_change_of_alpha_is_refused_if_every_alpha_is_fixed() -> None:
     layer = nn.TransformerEncoderLayer(HEADS * SIZE, HEADS, 7, batch_first=True)
     model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
     replace_attention(model, alpha_init=1.5, learn_alpha=False)
@@ -87,3 +87,11 @@ def test_invalid_input_raises_an_error(model: nn.Module) -> None:
         head_worth(model, lambda: 0.0, "off")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"model must have nn\.MultiheadAttention layers, .* got Linear without such"):
         head_worth(nn.Linear(2, 2), lambda: 0.0)
+
+
+def test_a_weight_that_is_computed_anew_in_each_call_cannot_be_switched_off(model: nn.Module) -> None:
+    # A change of such a weight has no effect: every head would seem to be worth nothing.
+    nn.utils.parametrizations.weight_norm(model.layers[1].self_attn.out_proj)
+    with pytest.raises(ValueError, match=r"out_proj of .layers\.1\.self_attn. must be a linear layer"):
+        head_worth(model, lambda: 0.0, ["off"])
+    assert head_worth(model, lambda: 0.0, ["dense"])["dense"].keys() == {"layers.0.self_attn", "layers.1.self_attn"}

@@ -1,4 +1,4 @@
-"""Figures in README and docs/performance.md are those of benchmarks/cpu.md, which a script writes."""
+"""Figures in README and docs/performance.md are the rounded figures of benchmarks/cpu.md, which a script writes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PERFORMANCE = {
 
 
 def tables(page: str) -> list[tuple[str, dict[str, dict[str, str]]]]:
-    """The tables of a page: the heading above each, and its cells by row and column."""
+    """The tables of a page: for each table, the section heading above it and the cells by row and column."""
     found: list[tuple[str, dict[str, dict[str, str]]]] = []
     heading, columns = "", None
     for line in (ROOT / page).read_text("utf-8").splitlines():
@@ -91,7 +91,7 @@ def test_memory_on_the_performance_page() -> None:
         assert f"{int(measured[row]['MiB']):,} MiB" in text.replace("\n", " ")
 
 
-def test_every_table_of_figures_is_checked() -> None:
+def test_every_row_of_the_speed_tables_is_checked() -> None:
     assert {*tables("docs/performance.md")[0][1]} == {*PERFORMANCE}
     speed = [rows for heading, rows in tables("README.md") if heading == "Speed"]
     assert {name for rows in speed for name in rows} == {*README}

@@ -72,7 +72,7 @@ def test_links_and_own_files_are_not_foreign_sources(tmp_path):
     assert list(check_site.foreign_sources(tmp_path)) == []
 
 
-def test_a_missing_site_gives_a_one_line_error(tmp_path, monkeypatch):
+def test_error_for_a_missing_site_contains_the_command_that_builds_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["check_site.py", str(tmp_path)])
     with pytest.raises(SystemExit, match="make docs builds it"):
         check_site.main()

@@ -1,4 +1,4 @@
-"""One backend after another, without those that this machine or an old version cannot use."""
+"""Tests that run with one backend after another; a backend that is not available here is skipped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sparse_attn import backends
 
 
 def each_backend(*names: str) -> pytest.MarkDecorator:
-    """Run a test with each of these backends as its argument ``backend``; skip those that are not available."""
+    """Run a test with each of these backends as its argument ``backend``; skip a backend that is not available."""
     states = backends()
     parameters = [
         pytest.param(name, marks=pytest.mark.skipif(states[name].startswith("not available"), reason=states[name]))

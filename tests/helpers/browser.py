@@ -19,7 +19,7 @@ ARROWS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "En
 
 
 class Page:
-    """One window of a browser, with functions to read its content."""
+    """A page in the window of a browser, with functions that use the page and read its content."""
 
     def __init__(self, driver: Any, folder: Path) -> None:
         self.driver, self.folder = driver, folder
@@ -40,7 +40,7 @@ class Page:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
     def settle(self) -> None:
-        """Wait until weights are read and drawn."""
+        """Wait for six frames and 60 ms, which is enough for the page to read and draw the weights."""
         self.driver.execute_async_script(
             "const done = arguments[0]; const frame = () => new Promise(requestAnimationFrame);"
             "(async () => { for (let i = 0; i < 4; i++) await frame(); await new Promise(r => setTimeout(r, 60));"

@@ -53,7 +53,7 @@ def expected(
 
 
 def compare(inputs: tuple[Tensor, ...], alpha: float | Tensor, bound: float = 2e-6, **how: Any) -> list[Tensor]:
-    """Compare output and gradients with float64, relative to the largest entry; returns the result of the kernels."""
+    """Compare output and gradients with float64, relative to the largest entry; return those of the kernels."""
     mask = how.pop("mask", None)
     multiplier = how.pop("multiplier", None)
     scale = how.setdefault("scale", 0.3)

@@ -1,4 +1,4 @@
-"""The tensors that a forward pass saves for its backward."""
+"""The sizes of the tensors that a forward pass saves for the backward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 @contextmanager
 def saved_sizes() -> Iterator[list[int]]:
-    """A list of the numbers of entries of all tensors that are saved within the context."""
+    """The `numel` of every tensor that is saved within the context."""
     sizes: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:

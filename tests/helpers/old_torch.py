@@ -1,4 +1,4 @@
-"""Skips tests of what an old torch cannot do; `docs/versions.md` lists these limits."""
+"""Skips tests that need a newer torch; `docs/versions.md` lists the limits of old versions."""
 
 from __future__ import annotations
 
@@ -8,5 +8,7 @@ from sparse_attn import versions
 
 
 def since_torch(major: int, minor: int, reason: str) -> pytest.MarkDecorator:
-    """Skip a test with torch before this version."""
-    return pytest.mark.skipif((major, minor) > versions.TORCH, reason=f"needs torch {major}.{minor} or newer: {reason}")
+    """Skip a test with torch before this version; the reason says what such a torch does or lacks."""
+    return pytest.mark.skipif(
+        (major, minor) > versions.TORCH, reason=f"needs torch {major}.{minor} or newer: before, {reason}"
+    )

@@ -1,7 +1,7 @@
 """Mappings by bisection in float64, in the form of the papers, without code of this library.
 
-Each takes scores of any floating dtype along the last dimension. The result is exact for the numbers given: rounding of
-scores or α to another dtype before the call is not undone. ``-inf`` and the smallest finite number are masked.
+Each takes scores of any floating dtype along the last dimension. Scores and α are taken as given: an earlier rounding
+to another dtype is not undone. Scores of ``-inf`` and of the lowest finite number of their dtype are masked.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-_HALVINGS = 64  # number of bisection steps; the bracket is at most 1 wide
+_HALVINGS = 64  # number of bisection steps; for α > 1 the bracket is at most 1 wide
 
 
 def _shifted(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def bisect_normmax(x: Tensor, alpha: float) -> Tensor:
 
 
 def bisect_budget(x: Tensor, budget: float | Tensor) -> Tensor:
-    """Budget sparsemax: ``clip(z - tau, 0, 1)``, or all ones if at most ``budget`` entries are visible."""
+    """Budget sparsemax: ``clip(z - tau, 0, 1)``, or 1 at all visible entries if there are at most ``budget``."""
     z, _ = _shifted(x)
     visible = z > -math.inf
     low = z.masked_fill(~visible, 0.0).amin(-1, keepdim=True) - 1

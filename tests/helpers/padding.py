@@ -1,4 +1,4 @@
-"""Comparison of attention with padding of NaN and with padding of zeros."""
+"""Comparison of attention with padding of zeros and with padding of another number, NaN by default."""
 
 from __future__ import annotations
 

@@ -95,8 +95,8 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "suppress_tokens": None}
         | {"begin_suppress_tokens": None},
     ),
-    # These models support only the "eager" implementation: their modules have no attribute that says whether attention
-    # is causal, so this is known only from the mask.
+    # Of transformers' own implementations, the next three models support only "eager". Their modules have no attribute
+    # that says whether attention is causal, so only the mask shows this.
     "pegasus_x": ("PegasusXForConditionalGeneration", "PegasusXConfig", {**ENCODER_DECODER, "block_size": 8}),
     "nllb_moe": (
         "NllbMoeForConditionalGeneration",
@@ -138,7 +138,7 @@ def build() -> Callable[..., Any]:
 
 @pytest.fixture
 def batch() -> Callable[[str], dict[str, torch.Tensor]]:
-    """The inputs of a model: two sequences, the second padded at its end."""
+    """The inputs of a model: two sequences, the second padded at the end; images and sounds have no padding."""
 
     def batch(name: str) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(5)
@@ -159,7 +159,7 @@ def batch() -> Callable[[str], dict[str, torch.Tensor]]:
 
 @pytest.fixture
 def with_alpha() -> Callable[..., Any]:
-    """``with_alpha(model, <arguments of add_alpha>)`` adds random values of α, some of them outside ``alpha_range``."""
+    """``with_alpha(model, <arguments of add_alpha>)`` adds α with random parameters, which can be past a bound."""
 
     def with_alpha(model: Any, **arguments: Any) -> Any:
         for alpha in add_alpha(model, **arguments).values():

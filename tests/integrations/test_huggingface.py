@@ -1,4 +1,4 @@
-"""Transformers models with our attention functions: weights, masks, caches, gradients."""
+"""Transformers models with our attention functions: weights, gradients, masks, caches; ``register`` and errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def result(output) -> Tensor:
 
 
 def real(inputs: dict[str, Tensor], output: Tensor) -> Tensor:
-    """The positions of an output that are not padding."""
+    """Which positions of an output are not padding."""
     mask = inputs.get("attention_mask")
     return (
         torch.ones(output.shape[:-1], dtype=torch.bool) if mask is None or "decoder_input_ids" in inputs else mask > 0
@@ -188,7 +188,7 @@ def test_weights_are_returned_if_requested(name, build, batch):
     kinds = [key for key in asked if "attentions" in key and asked[key]]
     assert kinds == [key for key in kinds if silent.get(key) is None] != []
     for weights in (layer for kind in kinds for layer in asked[kind]):
-        seen = weights.sum(-1) > 0  # a query at padding may have no visible key
+        seen = weights.sum(-1) > 0  # a query at padding can be without a visible key
         if name == "gpt_oss":  # the sink has the remaining weight
             assert weights.sum(-1).max() <= 1 + 1e-5 and weights.sum(-1)[seen].min() < 0.9
         else:
@@ -226,7 +226,7 @@ def test_half_precision(build, batch):
     got = build("llama", "entmax").bfloat16()(**inputs).logits
     assert got.dtype == torch.bfloat16
     kept = real(inputs, expected)
-    # bfloat16 has eight bits of mantissa, and the model has two layers.
+    # A number in bfloat16 has eight significant bits, and the model has two layers.
     assert (got[kept] - expected[kept]).norm() < 0.05 * expected[kept].norm()
 
 
@@ -275,7 +275,7 @@ def test_sinks_of_a_wrong_shape_raise_an_error(build, batch):
         model(batch("gpt_oss")["input_ids"])
 
 
-def test_registering_a_name_does_not_change_other_names():
+def test_one_of_our_names_can_be_registered_alone_and_other_names_do_not_change_it():
     register("sparsemax")
     torch.manual_seed(0)
     config = transformers.BertConfig(vocab_size=37, hidden_size=24, num_hidden_layers=1, num_attention_heads=3)

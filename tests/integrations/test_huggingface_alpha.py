@@ -1,4 +1,4 @@
-"""A learnt α per head in transformers models: adding, training and removing it."""
+"""A learnt α per head in transformers models: α is added, trained and removed; models and arguments are refused."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_activation_checkpointing_gives_the_same_gradients(build, batch, with_al
             if name.endswith("raw_alpha"):
                 torch.nn.init.uniform_(parameter, 1.1, 1.9)
         if checkpointed:
-            renamed = hasattr(model, "activation_checkpointing_enable")  # in transformers 5.23
+            renamed = hasattr(model, "activation_checkpointing_enable")  # as in transformers 5.23
             model.activation_checkpointing_enable() if renamed else model.gradient_checkpointing_enable()
         model(**inputs).logits.square().sum().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
@@ -169,7 +169,7 @@ def test_activation_checkpointing_gives_the_same_gradients(build, batch, with_al
 
 # A warning of torch itself while it compiles an autograd function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@since_torch(2, 8, "its compiler refuses the models of transformers, dense ones too")
+@since_torch(2, 8, "the compiler refuses the models of transformers, dense ones too")
 def test_compiled_models_have_gradients_for_alpha(build, batch):
     model, inputs = build("gpt2", "entmax", n_layer=1), {"input_ids": batch("gpt2")["input_ids"], "use_cache": False}
     (alpha,) = add_alpha(model).values()
@@ -180,7 +180,7 @@ def test_compiled_models_have_gradients_for_alpha(build, batch):
     torch.testing.assert_close(torch.autograd.grad(got.square().sum(), alpha.raw_alpha)[0], wanted)
 
 
-def test_models_offloaded_by_accelerate(build, batch):
+def test_models_offloaded_by_accelerate_can_have_alpha(build, batch):
     accelerate = pytest.importorskip("accelerate")
     expected = build("llama", "entmax")(**batch("llama")).logits
     model = accelerate.cpu_offload(build("llama", "entmax"), execution_device="cpu")

@@ -1,4 +1,4 @@
-"""`calibrate` with models of transformers: the calibrated model has the density; `calibrate` changes no model."""
+"""`calibrate` with models of transformers: its α give the requested density or loss; `calibrate` changes no model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def batches(name: str) -> list[dict[str, Tensor]]:
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "gemma2", "gpt_oss", "t5"])
 @pytest.mark.parametrize("before", ["sdpa", "eager", "entmax"])
-def test_the_calibrated_model_has_the_density(name, before, build):
+def test_the_calibrated_model_has_the_requested_density(name, before, build):
     if before == "sdpa" and name in ("gemma2", "gpt_oss"):
         pytest.skip("transformers has no sdpa for this model")
     model = build(name, before)
@@ -47,11 +47,11 @@ def test_the_calibrated_model_has_the_density(name, before, build):
     for layer, heads in record.items():
         assert heads.density.tolist() == pytest.approx(found.density[layer], abs=exact)
         for alpha, density in zip(found[layer], found.density[layer], strict=True):
-            # Capped scores are so near each other that not even α = 2 leaves enough keys out.
+            # Capped scores can be so near each other that even with α = 2 too many keys have weight.
             assert density == pytest.approx(0.3, abs=near) or (name == "gemma2" and alpha == 2 and density > 0.3)
 
 
-def test_the_dense_loss_is_that_of_the_model(build):
+def test_the_dense_loss_is_the_loss_of_the_model_and_the_increase_is_limited(build):
     model = build("llama", "sdpa")
     with torch.no_grad():
         expected = sum(float(model(**batch).loss) for batch in batches("llama")) / 2
@@ -68,7 +68,7 @@ def test_a_mapping_of_another_model_is_refused(build):
     assert not any("sparse_alpha" in key for key, _ in model.named_parameters())
 
 
-def test_models_that_ignore_the_name_and_batches_without_labels_are_refused():
+def test_models_without_the_interface_and_batches_without_labels_are_refused():
     config = transformers.BloomConfig(vocab_size=37, hidden_size=24, n_layer=1, n_head=3)
     with pytest.raises(ValueError, match="model must attend through transformers' attention interface, got no such"):
         calibrate(transformers.BloomForCausalLM(config), batches("bloom"), density=0.5)

@@ -70,7 +70,7 @@ def test_dense_checkpoint_gets_alpha(build, batch, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads this attribute
-def test_lora_on_the_projections(build, batch, tmp_path):
+def test_alpha_is_saved_and_merged_with_lora_on_the_projections(build, batch, tmp_path):
     peft = pytest.importorskip("peft")
     inputs = batch("llama")
     model = build("llama", "entmax")
@@ -108,7 +108,7 @@ def test_a_checkpoint_with_a_nan_alpha_is_refused(build, tmp_path, with_alpha):
     assert not alpha_per_head(fresh)
 
 
-def test_checkpoints_of_another_model_are_refused(build, tmp_path, with_alpha):
+def test_checkpoints_of_another_model_and_empty_folders_are_refused(build, tmp_path, with_alpha):
     with_alpha(build("gpt2", "entmax")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"got α of shape \(3,\) for 'transformer.h.0.attn' with 4 heads"):
         load_alpha(build("gpt2", "entmax", n_head=4), tmp_path)

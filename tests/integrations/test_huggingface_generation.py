@@ -1,4 +1,4 @@
-"""Generation in eleven families of models: caches, searches and padding give the result of a single prompt."""
+"""Generation: caches, padding, drafts and compilation do not change the tokens (quantized caches: as with eager)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ transformers = pytest.importorskip("transformers")
 
 FAMILIES = ["gpt2", "llama", "mistral", "gemma2", "gemma3", "gpt_oss", "mixtral", "qwen3_5", "mllama", "t5", "bart"]
 ENCODED = ["t5", "bart"]
-# A linear layer of a hybrid model keeps a state, which cannot be restored when a draft is rejected.
+# Drafts: a linear layer of a hybrid model keeps a state, which cannot be restored if a draft is rejected; for mllama,
+# transformers itself makes a mask of another size.
 DRAFTED = [name for name in FAMILIES if name not in ("qwen3_5", "mllama")]
 DECODERS = [name for name in FAMILIES if name not in (*ENCODED, "mllama")]
 QUANTIZED = ["gpt2", "llama", "qwen3", "mixtral", "opt"]  # transformers quantizes the cache of full attention only
@@ -57,7 +58,7 @@ def batch(name: str) -> dict[str, Tensor]:
 
 
 def written(model: Any, inputs: dict[str, Tensor], **how: Any) -> Tensor:
-    """The new tokens."""
+    """The generated tokens, for an encoder-decoder with the start token."""
     settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | how
     tokens = model.generate(**inputs, **settings)
     return tokens if model.config.is_encoder_decoder else tokens[:, inputs["input_ids"].shape[1] :]
@@ -87,7 +88,7 @@ def test_assisted_generation_equals_greedy_decoding(name, build):
     model, prompt = build(name, "entmax"), prompts(name)[0]
     expected = written(model, prompt)
     assistant = build(name, "sparsemax")
-    with torch.no_grad():  # often right, not always
+    with torch.no_grad():  # noise, so that the drafts of the assistant are often right, but not always
         for parameter in assistant.parameters():
             parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
     assert torch.equal(written(model, prompt, assistant_model=assistant), expected)
@@ -96,9 +97,9 @@ def test_assisted_generation_equals_greedy_decoding(name, build):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_static_cache_gives_the_result_of_a_dynamic_one(name, build):
+def test_a_static_cache_gives_the_result_of_a_dynamic_cache(name, build):
     if name == "mllama":
-        pytest.skip("the class has no static cache")
+        pytest.skip("mllama has no static cache")
     model, both = build(name, "entmax"), batch(name)
     static = written(model, both, cache_implementation="static", disable_compile=True)
     assert torch.equal(static, written(model, both))
@@ -115,7 +116,7 @@ def test_a_quantized_cache_is_read_as_by_eager(name, backend, build):
     cache = {"cache_implementation": "quantized", "cache_config": {"backend": backend, **QUANTIZED_BY[backend]}}
     model, both = build(name, "entmax"), batch(name)
     fast = written(model, both, **cache)
-    with observe_weights(lambda *_: None):  # the weights as one matrix, and torch's own operations
+    with observe_weights(lambda *_: None):  # for an observer, torch's own operations compute the weights as one matrix
         assert torch.equal(fast, written(model, both, **cache))
     assert torch.equal(written(build(name, "dense"), both, **cache), written(build(name, "eager"), both, **cache))
 
@@ -128,7 +129,7 @@ def test_continuing_from_a_cache_gives_the_result_of_one_generation(name, masked
     how = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
     first = model.generate(**prompt, max_new_tokens=2, **how)
     more = {"attention_mask": torch.ones_like(first.sequences)} if masked else {}
-    cache = "cache" if "cache" in first else "past_key_values"  # the name up to transformers 5.23
+    cache = "cache" if "cache" in first else "past_key_values"  # the second name is used up to transformers 5.23
     more[cache] = first[cache]
     rest = model.generate(first.sequences, max_new_tokens=NEW - 2, **how, **more)
     assert torch.equal(rest.sequences[:, 11:], expected)
@@ -168,8 +169,10 @@ def test_a_paged_cache_is_refused(build):
 
 # torch itself causes this warning while it compiles an autograd function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@since_torch(2, 9, "torch 2.8 compiles a model of transformers again after calls in between; older ones refuse it")
-@pytest.mark.parametrize("name", ["llama", "qwen3"])  # with a sliding cache, each length is compiled
+@since_torch(
+    2, 9, "a model of transformers is compiled again after eager calls (torch 2.8), or is refused (older ones)"
+)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # no sliding cache: for such a cache, each length is compiled
 def test_compiled_generation_is_compiled_once(name, build):
     model = build(name, "entmax")
     alphas = add_alpha(model, alpha_init=1.3)

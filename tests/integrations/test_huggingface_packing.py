@@ -147,14 +147,15 @@ def test_no_tensor_of_the_size_of_the_scores_is_kept(build):
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
 def test_models_can_use_a_lazy_mask_as_an_ordinary_mask(name, build, masks_computed):
-    # Modules that read the mask get its entries.
+    # Modules that read a lazy mask get the entries of an ordinary mask.
     from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
     model = build(name, "entmax")
     embedded = torch.randn(2, 11, 24)
     for create in (create_causal_mask, create_sliding_window_causal_mask):
         for positions in (None, torch.cat([torch.arange(4), torch.arange(7)])[None]):
-            arguments = (model.config, embedded, None, None, positions)  # by place: transformers 5.24 has other names
+            # Given by position: transformers 5.24 has other names.
+            arguments = (model.config, embedded, None, None, positions)
             mask = create(*arguments)
             model.config._attn_implementation = "eager"
             expected = create(*arguments) == 0
@@ -180,7 +181,7 @@ def test_compiled_layers_take_a_lazy_mask(build):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@since_torch(2, 8, "its compiler refuses the models of transformers, dense ones too")
+@since_torch(2, 8, "the compiler refuses the models of transformers, dense ones too")
 def test_a_compiled_model_separates_packed_sequences(build):
     model, inputs = build("mistral", "entmax"), packed()
     expected = one_by_one(model)

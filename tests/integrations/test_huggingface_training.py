@@ -31,7 +31,7 @@ def examples() -> list[dict[str, list[int]]]:
 
 
 def padded(parts: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """A batch with padding, whose tokens have no label."""
+    """A padded batch; the padding tokens have no label."""
     width = max(len(part["input_ids"]) for part in parts)
     ids = torch.tensor([part["input_ids"] + [0] * (width - len(part["input_ids"])) for part in parts])
     seen = torch.tensor([[i < len(part["input_ids"]) for i in range(width)] for part in parts])
@@ -39,7 +39,7 @@ def padded(parts: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 def trained(model: Any, folder: Path, collator: Any) -> list[float]:
-    """The losses of four steps of the Trainer."""
+    """The losses of four steps of the Trainer, which must give α no weight decay."""
     arguments = transformers.TrainingArguments(
         str(folder),
         per_device_train_batch_size=3,
@@ -80,7 +80,7 @@ def test_the_trainer_learns_alpha_and_packs_sequences(build, tmp_path):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads this attribute
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_lora_with_activation_checkpointing(reentrant, build):
+def test_gradients_of_lora_and_alpha_are_the_same_with_activation_checkpointing(reentrant, build):
     peft = pytest.importorskip("peft")
     gradients = []
     for checkpointed in (False, True):

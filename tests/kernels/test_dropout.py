@@ -62,14 +62,14 @@ def test_gradients_in_both_modes_and_of_second_order():
     assert torch.autograd.gradgradcheck(seeded, x)
 
 
-def test_gradients_are_nonzero_only_where_the_output_is():
+def test_the_gradient_has_the_mask_and_scale_of_the_output():
     x = torch.ones(7, 11, requires_grad=True)
     y = dropout(x, 0.4)
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())
 
 
-def test_a_seed_repeats_the_mask_and_the_state_moves_on():
+def test_a_seed_repeats_the_mask_and_a_second_call_draws_another():
     torch.manual_seed(3)
     first, second = dropout(torch.ones(1009), 0.5), dropout(torch.ones(1009), 0.5)
     torch.manual_seed(3)
@@ -109,7 +109,7 @@ def test_vmap_of_dropout_needs_a_randomness_mode_as_in_torch():
     assert not torch.equal(rows[0], rows[1])
 
 
-def test_the_module_is_a_subclass_of_torchs_dropout():
+def test_the_module_is_torchs_dropout_also_in_eval_mode_and_in_place():
     layer = Dropout(0.25)
     x = torch.ones(11)
     assert isinstance(layer, torch.nn.Dropout)

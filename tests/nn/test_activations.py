@@ -43,7 +43,7 @@ def test_a_tensor_becomes_a_buffer_and_a_parameter_is_learnt(kind, name):
     x = torch.randn(3, 5)
     values = torch.tensor([[1.2], [1.5], [1.9]])
     fixed = kind(values)
-    values += 0.05  # the module has a copy
+    values += 0.05  # changes only the given tensor: the module has a copy
     assert list(fixed.state_dict()) == [name] and not list(fixed.parameters())
     learnt = kind(nn.Parameter(values))
     assert [key for key, _ in learnt.named_parameters()] == [name]
@@ -57,7 +57,7 @@ def test_a_tensor_becomes_a_buffer_and_a_parameter_is_learnt(kind, name):
         kind(nn.Parameter(values) * 1.0)
 
 
-def test_a_learnt_alpha_stays_in_its_range_and_may_leave_a_bound():
+def test_a_learnt_alpha_can_leave_its_lower_bound_but_not_cross_it():
     layer = Entmax(1.0, learn_alpha=True)
     x = torch.randn(64, 11)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)

@@ -1,4 +1,4 @@
-"""α per head: its effect on the weights, its training, its storage and its report."""
+"""α per head: the effect on the weights, training, checkpoints, dtypes, and errors for wrong values."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_gradients_equal_finite_differences(alphas: tuple[float, ...]) -> None:
 
     assert layer.raw_alpha is not None and layer.in_proj_weight is not None
     leaves = (query.requires_grad_(), layer.raw_alpha, layer.in_proj_weight)
-    # Only along one random direction: a full Jacobian of about 3000 parameters would take a minute.
+    # `fast_mode` checks one random direction: the full Jacobian, for about 3600 numbers, would take a minute.
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
@@ -123,7 +123,7 @@ def test_initial_alpha_per_head(alpha_init: Sequence[float] | Tensor, learn_alph
     assert layer_of(alpha_init=alpha_init, learn_alpha=learn_alpha).alpha.tolist() == [1.0, 1.5, 2.0]
 
 
-def test_a_fixed_alpha_may_lie_outside_the_range_and_has_torchs_state_dict() -> None:
+def test_a_fixed_alpha_can_lie_outside_the_range_and_is_not_in_the_state_dict() -> None:
     layer = layer_of(alpha_init=3.0, learn_alpha=False)
     assert layer.alpha.tolist() == [3.0] * H
     assert layer.raw_alpha is None
@@ -159,7 +159,7 @@ def test_the_state_dict_contains_alpha() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_alpha_stays_float32_and_learns(dtype: torch.dtype) -> None:
+def test_in_half_precision_alpha_stays_float32_and_gets_a_gradient(dtype: torch.dtype) -> None:
     layer = layer_of(dtype=dtype)
     assert layer.raw_alpha is not None
     assert (layer.in_proj_weight.dtype, layer.raw_alpha.dtype, layer.alpha.dtype) == (dtype, *[torch.float32] * 2)
@@ -196,7 +196,7 @@ def test_a_layer_can_be_built_on_the_meta_device_and_loaded(learn_alpha: bool) -
     assert layer.alpha.tolist() == ([1.75] * H if learn_alpha else [1.25] * H)
 
 
-def test_alpha_per_head_names_every_entmax_layer() -> None:
+def test_alpha_per_head_names_every_adaptive_layer() -> None:
     model = nn.ModuleDict(
         {
             "learnt": layer_of(alpha_init=(1.1, 1.2, 1.3)),
@@ -228,7 +228,7 @@ def test_alpha_per_head_names_every_entmax_layer() -> None:
         ({"alpha_range": (1.0, math.inf)}, r"0 < low < high < inf, got \(1.0, inf\)"),
     ],
 )
-def test_an_alpha_outside_its_range_raises_an_error(kwargs: dict[str, Any], message: str) -> None:
+def test_a_wrong_alpha_init_or_alpha_range_raises_an_error(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer_of(**kwargs)
 
@@ -285,7 +285,7 @@ def test_reset_parameters_resets_alpha() -> None:
         ({"num_heads": 2.0}, "num_heads must be an int, got 2.0"),
     ],
 )
-def test_arguments_of_a_wrong_type_are_refused(kwargs: dict[str, object], message: str) -> None:
+def test_arguments_of_a_wrong_type_or_length_are_refused(kwargs: dict[str, object], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         AdaptiveSparseMultiheadAttention(**{"embed_dim": 8, "num_heads": 2, **kwargs})
 

@@ -1,4 +1,4 @@
-"""The bounded parameter: its gradient at the bounds, in every mode of differentiation; fixed α that changes later."""
+"""α as a bounded parameter: gradients at and past the bounds in every mode; a fixed α that is set later; dtypes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def layer_of(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
         (2.0, 2.0, (-1.0, 1.0)),
         (0.985, 1.0, (-1.0, 1.0)),  # in the margin, both signs pass
         (2.015, 2.0, (-1.0, 1.0)),
-        (0.975, 1.0, (-1.0, 0.0)),  # beyond the margin, only the gradient passes whose step moves α back
+        (0.975, 1.0, (-1.0, 0.0)),  # beyond the margin, only a gradient whose step moves α back passes
         (2.025, 2.0, (0.0, 1.0)),
         (-7.0, 1.0, (-1.0, 0.0)),
         (9.0, 2.0, (0.0, 1.0)),
@@ -65,7 +65,7 @@ def test_the_margin_is_a_share_of_the_range() -> None:
 
 
 @pytest.mark.parametrize("start", [1.0, 1.01, 2.0])
-def test_gradients_of_micro_batches_sum_to_that_of_the_joined_batch(start: float) -> None:
+def test_gradients_of_micro_batches_sum_to_the_gradient_of_the_joined_batch(start: float) -> None:
     layer = layer_of(alpha_init=start, dtype=torch.float64)
     x = 3 * torch.randn(5, S, E, dtype=torch.float64)
     target = torch.randn(5, S, E, dtype=torch.float64)
@@ -113,9 +113,8 @@ def test_noise_in_micro_batches_does_not_move_alpha_off_its_bound() -> None:
         for micro in batch:
             (micro * bounded_alpha(raw, RANGE)).sum().backward()
         optimizer.step()
-        assert (
-            bounded_alpha(raw, RANGE).item() == 1.0
-        )  # with projection of each micro-batch, α would leave the bound in every fourth step
+        # If the gradient of each micro-batch were projected, α would be above the bound after about every fourth step.
+        assert bounded_alpha(raw, RANGE).item() == 1.0
 
 
 def test_projection_after_each_step_is_projected_gradient_descent() -> None:
@@ -139,7 +138,7 @@ def test_projection_after_each_step_is_projected_gradient_descent() -> None:
 
 
 @pytest.mark.parametrize("raw", [0.9, 1.0, 1.5, 2.0, 2.1])
-def test_the_forward_mode_tangent_is_never_projected(raw: float) -> None:
+def test_the_forward_mode_tangent_is_not_projected(raw: float) -> None:
     x, tangent = torch.tensor([raw]), torch.tensor([3.0])
     value, out = torch.func.jvp(lambda r: bounded_alpha(r, RANGE), (x,), (tangent,))
     assert value.item() == min(max(x.item(), 1.0), 2.0) and out.tolist() == [3.0]

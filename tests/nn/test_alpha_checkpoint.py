@@ -1,4 +1,4 @@
-"""α in a checkpoint: values from a training are loaded, other values refused, half precision converted to float32."""
+"""α in a checkpoint: a value that fits the module is loaded, another one is refused; half precision becomes float32."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def saved_and_loaded(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def state_of(alpha: float, **kwargs: Any) -> dict[str, Tensor]:
-    """The state after a training, in which the parameter may be past a bound."""
+    """A saved and loaded state in which the parameter has the given value, as after a training also past a bound."""
     model = nn.Sequential(layer_of(**kwargs))
     with torch.no_grad():
         model[0].raw_alpha.fill_(alpha)
@@ -80,13 +80,13 @@ def test_an_invalid_fixed_alpha_is_refused(wrong: float) -> None:
     [
         (state_of(1.8, **WIDE), 1.8),
         (state_of(2.01, **WIDE), 2.01),
-        (state_of(2.3), 2.3),  # momentum after a long time on the bound: a resumed training continues from here
+        (state_of(2.3), 2.3),  # momentum can move the parameter past the bound 2: a resumed training continues from 2.3
         (state_of(-0.25), -0.25),
-        (dict(state_of(0.7)), 0.7),
+        (dict(state_of(0.7)), 0.7),  # `dict` drops the range in which α was learnt
         (nn.Sequential(nn.MultiheadAttention(E, H)).state_dict(), 1.5),
     ],
 )
-def test_states_of_a_training_with_the_same_range_are_loaded(state: Any, alpha: float) -> None:
+def test_states_that_fit_the_layer_are_loaded(state: Any, alpha: float) -> None:
     model = nn.Sequential(layer_of())
     model.load_state_dict(state)
     torch.testing.assert_close(model[0].raw_alpha.detach(), torch.full((H,), alpha))
@@ -99,7 +99,9 @@ def test_states_of_a_training_with_the_same_range_are_loaded(state: Any, alpha: 
         lambda alphas: torch.optim.AdamW(alphas, lr=0.1, weight_decay=1.0),
     ],
 )
-def test_alpha_after_any_optimizer_is_loaded(optimize: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
+def test_alpha_that_momentum_or_weight_decay_moved_past_a_bound_is_loaded(
+    optimize: Callable[[list[Tensor]], torch.optim.Optimizer],
+) -> None:
     layer, again = layer_of(alpha_init=1.0), layer_of()
     optimizer = optimize([layer.raw_alpha])
     for _ in range(20):
@@ -125,7 +127,7 @@ def test_a_checkpoint_in_half_precision_is_converted_to_float32(make: Any, assig
 @pytest.mark.parametrize(("raw", "alpha"), [(0.985, 1.0), (2.015, 2.0), (-3.0, 1.0)])
 @pytest.mark.parametrize("kwargs", [{"learn_alpha": False}, {"alpha_range": (0.98, 3.0)}])
 @pytest.mark.parametrize("assign", [False, True])
-def test_another_layer_gets_the_alpha_that_was_in_use(
+def test_a_layer_with_fixed_alpha_or_another_range_gets_the_clamped_alpha(
     raw: float, alpha: float, kwargs: dict[str, Any], assign: bool
 ) -> None:
     state = state_of(raw)

@@ -1,4 +1,4 @@
-"""Grouped heads, windows, norms, positions and scaling, alone and combined, compared with loops, in every mode."""
+"""Grouped heads, windows, norms, positions and scaling, alone and combined: compared with loops, compiled, copied."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sparse_attn.nn import SparseMultiheadAttention
 
 
 def by_hand(layer: SparseMultiheadAttention, query: Tensor, memory: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and weights for α = 1.5, by loops over heads and queries; visible (N, L, S) excludes the window."""
+    """Output and weights for α = 1.5, by loops over heads and queries; `visible` (N, L, S) is without the window."""
     groups, positions = layer.num_heads // layer.num_kv_heads, layer.positions
     state = {name: value.detach() for name, value in layer.state_dict().items()}
     if "in_proj_weight" in state:
@@ -104,7 +104,7 @@ def test_gradients_equal_finite_differences(options: dict[str, Any]) -> None:
 
     query = torch.randn(1, 3, E, dtype=torch.float64)
     leaves = (query.requires_grad_(), memory.requires_grad_(), *parameters.values())
-    # Only along one random direction: a full Jacobian of about 15000 parameters would take minutes.
+    # `fast_mode` checks one random direction: the full Jacobian, for about 15000 numbers, would take minutes.
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
@@ -137,8 +137,10 @@ def test_the_layer_compiles_into_one_graph(options: dict[str, Any], need_weights
     torch.testing.assert_close(run(compiled), run(layer), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.skipif((2, 9) <= versions.TORCH < (2, 13), reason="torch 2.11 cannot compare two multiples of a length")
-def test_export_takes_any_length() -> None:
+@pytest.mark.skipif(
+    (2, 9) <= versions.TORCH < (2, 13), reason="torch 2.9 to 2.12 cannot compare two multiples of a length"
+)
+def test_an_exported_layer_takes_another_length() -> None:
     class Causal(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -191,7 +193,9 @@ def test_copies_and_pickles_are_the_same_layer(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [*ALONE, TOGETHER, {**TOGETHER, "positions": "rotary"}], ids=short)
-def test_half_precision_is_close_to_float32_and_keeps_its_dtype(options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_half_precision_and_autocast_are_close_to_float64_and_keep_their_dtype(
+    options: dict[str, Any], dtype: torch.dtype
+) -> None:
     layer = layer_of(options)
     x = torch.randn(N, T, E, dtype=torch.float64)
     expected = layer(x, x, x, is_causal=True)[0]
@@ -207,7 +211,7 @@ def test_half_precision_is_close_to_float32_and_keeps_its_dtype(options: dict[st
     assert (output.double() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_a_query_outside_every_window_sees_no_key() -> None:
+def test_a_query_whose_window_contains_no_key_gets_zero_weights() -> None:
     layer = layer_of({"window": (1, 0), "length_scaling": True})
     query, memory = torch.randn(N, T, E, dtype=torch.float64), torch.randn(N, S, E, dtype=torch.float64)
     output, weights = layer(query, memory, memory)
@@ -238,7 +242,7 @@ def test_extra_keys_of_the_layer_have_no_position() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (H, 1, 1), (T, 1), (T,), (N, 1, T, T)], ids=str)
-def test_a_bias_shared_by_keys_is_expanded(shape: tuple[int, ...]) -> None:
+def test_a_bias_is_broadcast_to_the_scores(shape: tuple[int, ...]) -> None:
     layer = layer_of({"length_scaling": True}, add_bias_kv=True, add_zero_attn=True)
     x, bias = torch.randn(N, T, E, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
     full = bias.expand(N, H, T, T).contiguous()

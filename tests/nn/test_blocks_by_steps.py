@@ -1,4 +1,4 @@
-"""Decoding step by step with a cache, for all combinations of grouped heads, windows, norms, positions and scaling."""
+"""Decoding step by step with a cache, with grouped heads, windows, norms, positions and scaling."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_cache_rows_are_reordered_and_steps_undone(options: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     "options", [{"num_kv_heads": 2}, {"qk_norm": True}, {"num_kv_heads": 3, "qk_norm": True, "length_scaling": True}]
 )
-def test_a_static_cache_is_used_in_every_step(options: dict[str, Any]) -> None:
+def test_steps_with_a_static_cache_equal_the_full_pass(options: dict[str, Any]) -> None:
     layer = layer_of(options)
     x, memory = torch.randn(N, T, E, dtype=torch.float64), torch.randn(N, S, E, dtype=torch.float64)
     cache = KVCache(static=True)
@@ -113,7 +113,7 @@ def test_rotary_and_bias_tensors_by_steps_equal_the_full_pass() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_steps_compile_into_one_graph() -> None:
+def test_each_step_compiles_into_one_graph() -> None:
     layer = layer_of({**TOGETHER, "window": (3, 0)})
     x = torch.randn(N, T, E, dtype=torch.float64)
 
@@ -127,7 +127,7 @@ def test_steps_compile_into_one_graph() -> None:
         torch.testing.assert_close(output, layer(x, x, x, is_causal=True)[0], rtol=1e-9, atol=1e-11)
 
 
-def test_a_cache_with_other_heads_is_refused_and_not_changed() -> None:
+def test_a_cache_with_another_number_of_heads_is_refused_and_not_changed() -> None:
     cache, x = KVCache(), torch.randn(N, 1, E, dtype=torch.float64)
     layer_of({"num_kv_heads": 3})(x, x, x, cache=cache)
     with pytest.raises(ValueError, match=r"\(N, H, D\) = \(2, 2, 10\), got \(2, 3, 10\); give each layer its own"):

@@ -1,4 +1,4 @@
-"""Decoding step by step with cached keys and values equals the full pass."""
+"""Caches of keys and values: decoding by steps equals the full pass; selected rows, cropping, and errors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_self_attention_by_steps_equals_the_full_pass(
 
 
 def test_gradients_by_steps_equal_those_of_the_full_pass() -> None:
-    # α is inside its range: past a bound, its gradient is projected once per call.
+    # α is inside its range: far past a bound, the gradient is projected in each call, and the sums would differ.
     layer = AdaptiveSparseMultiheadAttention(E, H, alpha_init=(1.3, 1.8), **F64)
     x = torch.randn(N, T, E, dtype=torch.float64)
     upstream = torch.randn(N, T, E, dtype=torch.float64)
@@ -103,7 +103,7 @@ def test_static_cross_attention_by_steps_equals_the_full_pass(kind: str, batch_f
     torch.testing.assert_close(torch.cat(steps, length), full, rtol=1e-9, atol=1e-12)
 
 
-def test_a_filled_static_cache_ignores_the_key_argument() -> None:
+def test_a_filled_static_cache_ignores_key_and_value() -> None:
     layer = LAYERS["adaptive"]()
     memory, x = torch.randn(N, S, E, dtype=torch.float64), torch.randn(N, 1, E, dtype=torch.float64)
     cache = KVCache(static=True)
@@ -162,7 +162,7 @@ def test_a_refused_call_does_not_change_the_cache() -> None:
     assert len(cache) == 1
 
 
-def test_a_static_cache_is_not_causal_and_a_cache_belongs_to_one_layer() -> None:
+def test_is_causal_with_a_static_cache_and_the_cache_of_another_layer_are_refused() -> None:
     layer = AdaptiveSparseMultiheadAttention(8, 2, batch_first=True)
     x = torch.randn(2, 3, 8)
     with pytest.raises(ValueError, match="is_causal must be False with a static cache"):
@@ -241,7 +241,7 @@ def test_a_call_that_fails_late_does_not_change_the_cache():
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 4, 1, 9), (1, 4, 1, 8)])
-def test_keys_that_do_not_continue_the_cache_raise_an_error(shape):
+def test_keys_or_values_that_do_not_continue_the_cache_raise_an_error(shape):
     cache = KVCache()
     cache.append(torch.randn(2, 4, 1, 8), torch.randn(2, 4, 1, 8))
     with pytest.raises(ValueError, match=r"key must be \(N, H, L, D\) to continue \(2, 4, 1, 8\)"):

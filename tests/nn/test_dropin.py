@@ -39,7 +39,7 @@ def layer_of(kind: str, **kwargs: Any) -> SparseMultiheadAttention:
     return layer(E, H, **{"batch_first": True, "dtype": torch.float64, **own, **kwargs})
 
 
-# In eval mode with grad off, nn.TransformerEncoderLayer calls a fused softmax kernel instead of our forward.
+# In eval mode with grad off, nn.TransformerEncoderLayer would call a fused softmax kernel instead of our forward.
 
 
 def no_grad(module: nn.Module) -> AbstractContextManager[None]:
@@ -66,7 +66,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 def test_torch_uses_its_fused_kernel_under_the_tested_conditions(
     grad_off: Callable[[nn.Module], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nn.MultiheadAttention, "forward", None)  # never called
+    monkeypatch.setattr(nn.MultiheadAttention, "forward", None)  # the fused kernel does not call it
     block = encoder_layer().eval()
     with grad_off(block):
         block(torch.randn(N, S, E))
@@ -88,7 +88,7 @@ def test_eval_mode_computes_the_same_function_as_training(
         block.self_attn = layer(E, H, batch_first=True, **kwargs)
         dense.self_attn.load_state_dict({k: v for k, v in block.self_attn.state_dict().items() if k != "raw_alpha"})
     if built == "rebuilt":
-        block.self_attn._reset_parameters()  # reads the attribute that prevents the fused kernel
+        block.self_attn._reset_parameters()  # this method reads the attribute that prevents the fused kernel
         dense.self_attn.load_state_dict({k: v for k, v in block.self_attn.state_dict().items() if k != "raw_alpha"})
     x = 3 * torch.randn(N, S, E)
     trained, softmax = block.train()(x), dense.train()(x)
@@ -98,7 +98,7 @@ def test_eval_mode_computes_the_same_function_as_training(
         torch.testing.assert_close(block(x), trained)
 
 
-# nn.TransformerEncoder decides in its constructor to convert padded batches to nested tensors.
+# nn.TransformerEncoder decides in its constructor whether it converts padded batches to nested tensors.
 
 
 @pytest.mark.parametrize("which", ["every layer", "the first layer", "the last layer"])
@@ -131,13 +131,13 @@ def test_nn_transformer_does_not_initialise_alpha() -> None:
         replace_attention(stack, alpha_init=(1.25, 1.75))
     weight = encoder.layers[0].self_attn.in_proj_weight.detach().clone()
     model = nn.Transformer(E, H, custom_encoder=encoder, custom_decoder=decoder, batch_first=True)
-    assert not torch.equal(encoder.layers[0].self_attn.in_proj_weight, weight)  # nn.Transformer has initialised it
+    assert not torch.equal(encoder.layers[0].self_attn.in_proj_weight, weight)  # the weight is initialised again
     alphas = alpha_per_head(model)
     assert len(alphas) == 3
     assert all(alpha.tolist() == [1.25, 1.75] for alpha in alphas.values())
 
 
-# Torch deep-copies layers, which fails if a module stores a tensor with a graph.
+# torch deep-copies layers, which fails if a module stores a tensor with a graph.
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -170,12 +170,12 @@ def test_a_layer_that_has_run_can_be_copied(kind: str, copied: str, backward: bo
     assert not {id(p) for p in other.parameters()} & {id(p) for p in layer.parameters()}
 
 
-# Torch's encoder turns boolean masks into float ones and passes them with is_causal=True.
+# torch's encoder turns boolean masks into float masks, and passes is_causal=True with a causal mask.
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_float_mask_is_applied_for_any_is_causal(kind: str, need_weights: bool) -> None:
+def test_a_float_mask_is_applied_although_is_causal_is_true(kind: str, need_weights: bool) -> None:
     layer = layer_of(kind)
     x = torch.randn(N, S, E, dtype=torch.float64)
     hidden = torch.ones(S, S, dtype=torch.bool).tril(-1)  # the reverse of causal: earlier keys are hidden
@@ -288,7 +288,7 @@ def test_hooks_of_the_out_projection_run(kind: str, need_weights: bool) -> None:
 
 
 class LowRank(nn.Module):
-    """A LoRA adapter around a linear layer; it has no `weight` of its own."""
+    """A LoRA adapter around a linear layer; the adapter has no `weight` of its own."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Every argument of `nn.MultiheadAttention` in every execution mode: at α = 1 results and gradients equal torch's.
+"""All arguments of `nn.MultiheadAttention` in several modes: at α = 1 or with all keys kept, results equal torch's.
 
-`test_multihead.py` tests the product of all arguments in one mode; here, in each mode, the cases contain every pair of
-values of any two factors.
+`test_multihead.py` tests the product of most arguments in one mode; here, in each mode, the cases contain every pair
+of values of any two factors. Gradients are compared where they exist.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ N, L, S, H, E, KDIM, VDIM = 3, 5, 7, 2, 26, 11, 17
 LAYERS: dict[str, Callable[..., nn.MultiheadAttention]] = {
     "learnt": lambda **kwargs: AdaptiveSparseMultiheadAttention(**kwargs, alpha_init=1.0),
     "fixed": lambda **kwargs: AdaptiveSparseMultiheadAttention(**kwargs, alpha_init=1.0, learn_alpha=False),
-    "top": lambda **kwargs: TopKMultiheadAttention(**kwargs, k=S + 2),  # all keys
+    "top": lambda **kwargs: TopKMultiheadAttention(**kwargs, k=S + 2),  # keeps all keys
 }
 # Sizes of keys and values. torch's projection depends on whether query, key and value are one, two or three tensors.
 INPUTS = {
@@ -136,7 +136,7 @@ def twins(case: dict[str, Any], dtype: torch.dtype) -> tuple[nn.MultiheadAttenti
 
 
 def results(layer: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """Output, weights, and every gradient that there is."""
+    """Output, weights if they are returned, and all gradients except the gradient of α."""
     tensors = {id(arguments[name]): name for name in ("query", "key", "value")}
     leaves = {name: arguments[name].detach() for name in tensors.values()}
     if torch.is_grad_enabled():
@@ -255,7 +255,7 @@ def test_constructors_raise_for_the_same_arguments_as_torch(layer: str, wrong: d
 
 
 def spoilt(arguments: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The arguments with one axis of one tensor a little longer or shorter, left out or added, or of another dtype."""
+    """The arguments with one wrong tensor: an axis longer or shorter by 1, removed, added, moved, or another dtype."""
     for name, tensor in arguments.items():
         if not isinstance(tensor, Tensor):
             continue

@@ -1,4 +1,4 @@
-"""torch's transformers with sparse attention at α = 1, compared with the originals: every argument in every mode."""
+"""torch's transformers with our attention at α = 1, or with all keys kept, equal the originals in several modes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PADDING = ("none", "bool", "float")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),  # torch's own encoder warns
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),  # from torch's own encoder
     # torch's layer warns for a boolean padding mask with a float mask; our layer accepts both.
     pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning"),
 ]
@@ -33,7 +33,7 @@ pytestmark = [
 SWAPS: dict[str, dict[str, Any]] = {
     "learnt": {"alpha_init": 1.0},
     "fixed": {"alpha_init": 1.0, "learn_alpha": False},
-    "top": {"layer": TopKMultiheadAttention, "k": S + 2},  # all keys
+    "top": {"layer": TopKMultiheadAttention, "k": S + 2},  # keeps all keys
 }
 BLOCK: dict[str, tuple[Any, ...]] = {
     "dropout": (0.0, 0.3),
@@ -167,7 +167,7 @@ def twins(kind: str, case: dict[str, Any], dtype: torch.dtype) -> tuple[nn.Modul
     for parameter in dense.parameters():
         nn.init.normal_(parameter, std=0.3)
     for module in dense.modules():
-        if isinstance(module, nn.Dropout):  # dropout draws in the order of memory, which may differ between layers
+        if isinstance(module, nn.Dropout):  # random numbers follow the order in memory, which can differ
             module.p = 0.0
     sparse = copy.deepcopy(dense)
     replace_attention(sparse, **SWAPS[case["swap"]])
@@ -175,7 +175,7 @@ def twins(kind: str, case: dict[str, Any], dtype: torch.dtype) -> tuple[nn.Modul
 
 
 def results(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """The output, and every gradient that there is."""
+    """The output, and all gradients that exist except the gradients of α."""
     leaves = {name: arguments[name].detach() for name in ("src", "tgt", "memory") if name in arguments}
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
@@ -217,7 +217,7 @@ def test_every_argument_in_every_way_of_running(kind: str, all_pairs: Callable[.
         dense, sparse = (change(model) for model in twins(kind, case, case["dtype"]))
         assert not any(type(module) is nn.MultiheadAttention for module in sparse.modules())
         arguments = forward_arguments(kind, case, case["dtype"])
-        # For torch's fused kernel, every non-zero entry of a float mask hides the pair.
+        # In torch's fused kernel, every non-zero entry of a float mask hides the pair of query and key.
         honoured = case.get("src_mask") != "float"
         with fast_path(case["fast path"] and honoured), context():
             expected, actual = results(dense, arguments), results(sparse, arguments)
@@ -243,11 +243,11 @@ def test_calls_that_torch_computes_with_its_fused_kernel_agree(
         arguments = forward_arguments(kind, case, torch.float64)
         with context(), torch.set_grad_enabled(False):
             expected = dense(**arguments)
-            assert len(calls) == 1, case  # by torch's layers
+            assert len(calls) == 1, case  # a call by torch's layer
             is_nested = kind != "TransformerEncoderLayer" and enable and padding == "bool" and mask == "none"
             assert calls[0].is_nested == is_nested, case
             actual = sparse(**arguments)
-            assert len(calls) == 1, case  # and not by ours
+            assert len(calls) == 1, case  # and none by our layer
         if is_nested and kind == "TransformerEncoder":  # nested tensors leave zeros at padded positions
             real = ~arguments["src_key_padding_mask"]
             expected, actual = expected[real], actual[real]
@@ -256,7 +256,7 @@ def test_calls_that_torch_computes_with_its_fused_kernel_agree(
 
 
 def spoilt(arguments: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The arguments with one axis of one tensor longer or shorter, left out or added, or of another dtype."""
+    """The arguments with one wrong tensor: an axis longer or shorter by 1, removed or added, or another dtype."""
     for name, tensor in arguments.items():
         if isinstance(tensor, Tensor):
             changed = [torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis) for axis in range(tensor.dim())]
@@ -291,7 +291,7 @@ def test_calls_raise_for_the_same_inputs_as_torch_and_agree_for_others(kind: str
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # a warning of the compiler
 @pytest.mark.parametrize("kind", ["TransformerEncoder", "TransformerDecoderLayer"])
-def test_compiled_and_exported(kind: str) -> None:
+def test_compiled_and_exported_models_equal_torchs(kind: str) -> None:
     case = {name: values[0] for name, values in STACK[kind].items()} | {"swap": "learnt"}
     case |= {name: "hint" if name == "tgt_mask" else "bool" for name in STACK[kind] if name.endswith("padding_mask")}
     dense, sparse = twins(kind, case, torch.float64)
@@ -309,7 +309,7 @@ def test_compiled_and_exported(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("swap", [*SWAPS.values(), {"layer": TopKMultiheadAttention, "k": 3}], ids=str)
 def test_one_graph_serves_every_length(swap: dict[str, Any]) -> None:
-    """Two layers in one graph, where lengths and numbers are symbols."""
+    """Two layers in one graph, in which lengths and other integers are symbols."""
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, WIDTH, 0.0, batch_first=True), 2).double()
     replace_attention(model, **swap)
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""The losses as modules: drop-ins for ``nn.CrossEntropyLoss`` that also hold α."""
+"""The losses as modules: drop-ins for ``nn.CrossEntropyLoss``; ``EntmaxLoss`` also holds α."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_module_passes_its_arguments_to_its_function(cls, function):
     assert not torch.equal(expected, function(x, target))
 
 
-def test_positional_arguments_are_those_of_cross_entropy():
+def test_positional_arguments_equal_keywords_and_alpha_one_equals_cross_entropy():
     x, target = batch()
     weight = torch.rand(C)
     for cls, function in ((SparsemaxLoss, sparsemax_loss), (Entmax15Loss, entmax15_loss)):
@@ -116,7 +116,7 @@ def test_repr_is_the_constructor_call_without_the_weight():
     )
 
 
-def test_a_learnt_alpha_and_batches_that_change_never_recompile():
+def test_changes_of_alpha_and_of_the_batch_size_cause_no_recompilation():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     loss = EntmaxLoss(1.5, torch.rand(C), learn_alpha=True, alpha_range=(1.0, 4.0))
@@ -155,7 +155,7 @@ def test_invalid_arguments_are_refused_by_the_constructor(cls, error, message, k
         cls(**keywords)
 
 
-def test_alpha_outside_its_range_is_refused():
+def test_alpha_outside_its_range_or_of_a_wrong_shape_is_refused():
     with pytest.raises(ValueError, match=r"alpha must be in \(0, inf\), got -1"):
         EntmaxLoss(-1.0)
     with pytest.raises(ValueError, match=r"alpha must be in alpha_range \[1, 2\], got 3"):

@@ -1,4 +1,4 @@
-"""At α = 1 the layer equals `nn.MultiheadAttention`; tests of all common behaviour, and of the different errors."""
+"""At α = 1 the adaptive layer equals torch's; parameters, dtypes and errors of both multi-head layers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def padding_mask_of(kind: str, batched: bool, keys: int) -> Tensor | None:
 
 
 def results(layer: nn.MultiheadAttention, inputs: list[Tensor], **kwargs: object) -> dict[str, Tensor]:
-    """Output, weights, and the gradients of a scalar of both, for the inputs and every parameter except α."""
+    """Output, weights, and the gradients of a loss computed from both, for the inputs and every parameter except α."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     query, key, value = inputs if len(inputs) == 3 else inputs * 3
     output, weights = layer(query, key, value, **kwargs)
@@ -197,7 +197,7 @@ def test_the_shared_base_has_no_mapping() -> None:
         ((33, 3, -0.1), r"dropout must be in \[0, 1\], got -0.1"),
     ],
 )
-def test_a_wrong_size_raises_an_error(kind: str, args: tuple[float, ...], message: str) -> None:
+def test_wrong_sizes_and_dropout_raise_an_error(kind: str, args: tuple[float, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LAYERS[kind](*args)
 
@@ -266,7 +266,7 @@ WRONG_MASKS = [
 
 
 @pytest.mark.parametrize(("masks", "error", "message"), WRONG_MASKS)
-def test_a_mask_of_a_wrong_shape_raises_an_error(
+def test_a_mask_of_a_wrong_shape_or_type_raises_an_error(
     masks: dict[str, Tensor], error: type[Exception], message: str
 ) -> None:
     layer = TopKMultiheadAttention(E, H, batch_first=True, k=2)

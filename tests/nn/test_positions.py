@@ -1,4 +1,4 @@
-"""Rotations compared with complex numbers, slopes with those of the papers, and both in a layer."""
+"""Rotations compared with complex numbers, slopes with the published ones, and both in a layer."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_rotation_equals_multiplication_of_complex_numbers(base: float, first: i
     torch.testing.assert_close(rotate(x, rotary), turned_by_hand(x, base, first), rtol=1e-12, atol=1e-12)
 
 
-def test_positions_may_differ_between_the_rows_of_a_batch() -> None:
+def test_positions_can_differ_between_the_rows_of_a_batch() -> None:
     x = torch.randn(N, H, L, D, dtype=torch.float64)
     positions = torch.stack([torch.arange(L), 3 + torch.arange(L)])
     rotary = RotaryPositions(D).rotary(positions.double())
@@ -70,18 +70,18 @@ def test_half_precision_of_the_layer_does_not_round_the_angles() -> None:
     assert layer(x, x, x)[0].dtype == torch.bfloat16
 
 
-def slopes_of_the_paper(heads: int) -> list[float]:
-    """ALiBi's slopes as in the paper's appendix, in plain Python."""
+def slopes_of_the_authors(heads: int) -> list[float]:
+    """ALiBi's slopes in plain Python: the paper gives powers of two, the authors' code all other numbers of heads."""
     if math.log2(heads).is_integer():
         ratio = 2 ** (-(2 ** -(math.log2(heads) - 3)))
         return [ratio * ratio**i for i in range(heads)]
     closest = 2 ** math.floor(math.log2(heads))
-    return slopes_of_the_paper(closest) + slopes_of_the_paper(2 * closest)[0::2][: heads - closest]
+    return slopes_of_the_authors(closest) + slopes_of_the_authors(2 * closest)[0::2][: heads - closest]
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 5, 6, 7, 8, 12, 16, 20, 31])
 def test_slopes_of_alibi(heads: int) -> None:
-    torch.testing.assert_close(ALiBi(heads).slopes(torch.float64).tolist(), slopes_of_the_paper(heads))
+    torch.testing.assert_close(ALiBi(heads).slopes(torch.float64).tolist(), slopes_of_the_authors(heads))
 
 
 def test_slopes_of_alibi_with_eight_heads_equal_those_in_the_paper() -> None:
@@ -144,12 +144,12 @@ def test_rotary_arguments_equal_built_in_positions(form: str) -> None:
     x = torch.randn(N, L, E, dtype=torch.float64)
     positions = torch.arange(L, dtype=torch.float64)
     rotary = RotaryPositions(D).rotary(positions.expand(N, L) if form == "batch" else positions)
-    if form == "doubled":  # the form in which Hugging Face's Llama computes them
+    if form == "doubled":  # the form in which Hugging Face's Llama computes cosines and sines
         rotary = tuple(torch.cat([part, part], -1)[None] for part in rotary)
     torch.testing.assert_close(plain(x, x, x, rotary=rotary), built(x, x, x), rtol=1e-12, atol=1e-12)
 
 
-def test_a_position_bias_argument_gets_a_gradient_and_may_mask() -> None:
+def test_a_position_bias_argument_gets_a_gradient_and_can_mask() -> None:
     layer = layer_with()
     query, memory = torch.randn(N, L, E, dtype=torch.float64), torch.randn(N, S, E, dtype=torch.float64)
 
@@ -162,7 +162,7 @@ def test_a_position_bias_argument_gets_a_gradient_and_may_mask() -> None:
     torch.testing.assert_close(run(masking), short, rtol=1e-9, atol=1e-12)
 
 
-def test_user_defined_positions_are_learnt() -> None:
+def test_parameters_of_user_defined_positions_get_gradients() -> None:
     class Learnt(Positions):
         def __init__(self) -> None:
             super().__init__()
@@ -210,7 +210,7 @@ def test_repr_of_positions_is_their_constructor_call() -> None:
         (lambda: layer_with(positions=NAPE(2)), r"positions must be for 3 heads, got NAPE\(2\)"),
     ],
 )
-def test_positions_for_another_layer_raise_an_error(make: Any, message: str) -> None:
+def test_wrong_sizes_and_positions_for_another_layer_raise_an_error(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -250,7 +250,7 @@ COS = torch.ones(L, D // 2)
         ({"position_bias": torch.zeros(L, L).bool()}, TypeError, "position_bias must have a floating dtype"),
     ],
 )
-def test_rotary_and_bias_arguments_of_wrong_shape_raise_an_error(
+def test_rotary_and_bias_arguments_of_a_wrong_type_or_shape_raise_an_error(
     kwargs: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     x = torch.randn(N, L, E, dtype=torch.float64)
@@ -258,7 +258,7 @@ def test_rotary_and_bias_arguments_of_wrong_shape_raise_an_error(
         layer_with()(x, x, x, **kwargs)
 
 
-def test_rotating_twice_or_another_number_of_keys_is_refused() -> None:
+def test_rotary_that_does_not_fit_the_layer_or_the_keys_is_refused() -> None:
     x, memory = torch.randn(N, L, E, dtype=torch.float64), torch.randn(N, S, E, dtype=torch.float64)
     with pytest.raises(ValueError, match="rotary must be None, since the layer's own positions rotate"):
         layer_with(positions=RotaryPositions(D))(x, x, x, rotary=(COS, COS))

@@ -1,4 +1,4 @@
-"""The factor of the queries: its initial value, its formula, the keys that it counts, its training."""
+"""Length scaling: the initial factor of the queries, its formula, which keys are counted, gradients."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_length_scaling_counts_only_visible_keys() -> None:
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("nape", [True, False])
-def test_a_layer_multiplies_its_queries(nape: bool, batch_first: bool) -> None:
+def test_a_layer_multiplies_its_queries_by_the_factor(nape: bool, batch_first: bool) -> None:
     positions = {"positions": NAPE(H)} if nape else {}
     layer = layer_of(batch_first=batch_first, **positions)
     plain = AdaptiveSparseMultiheadAttention(E, H, batch_first=True, dtype=torch.float64, **positions)
@@ -137,7 +137,7 @@ def test_a_layer_multiplies_its_queries(nape: bool, batch_first: bool) -> None:
                 torch.testing.assert_close(weights[n, h, i], scaled[h, 0], rtol=1e-9, atol=1e-12)
 
 
-def test_length_scaling_is_learnt_and_is_off_by_default() -> None:
+def test_length_scaling_gets_gradients_and_is_off_by_default() -> None:
     layer = TopKMultiheadAttention(E, H, k=3, batch_first=True, length_scaling=True)
     x = torch.randn(N, L, E)
     layer(x, x, x)[0].square().sum().backward()
@@ -148,6 +148,6 @@ def test_length_scaling_is_learnt_and_is_off_by_default() -> None:
 
 
 @pytest.mark.parametrize("unscaled", [-1, H])
-def test_length_scaling_without_a_scaled_head_is_refused(unscaled: int) -> None:
+def test_a_wrong_number_of_unscaled_heads_is_refused(unscaled: int) -> None:
     with pytest.raises(ValueError, match=rf"unscaled_heads must be in \[0, 3\), the number of heads, got {unscaled}"):
         LengthScaling(E, H, unscaled)

@@ -78,7 +78,7 @@ def test_a_parameter_is_learnt_and_a_tensor_is_a_buffer() -> None:
 @pytest.mark.parametrize(
     ("arguments", "shape"), [({"k": 3}, ()), ({"alpha": 1.25}, ()), ({"k": 3, "alpha": torch.full((H,), 1.25)}, (H,))]
 )
-def test_alpha_is_learnt_from_every_kind_of_initial_value(arguments: dict[str, Any], shape: tuple[int, ...]) -> None:
+def test_alpha_is_learnt_from_no_value_a_number_or_a_tensor(arguments: dict[str, Any], shape: tuple[int, ...]) -> None:
     attention = SparseAttention(**arguments, learn_alpha=True)
     (alpha,) = attention.parameters()
     assert alpha.shape == shape and set(alpha.flatten().tolist()) == {1.25 if "alpha" in arguments else 1.0}
@@ -90,7 +90,7 @@ def test_alpha_is_learnt_from_every_kind_of_initial_value(arguments: dict[str, A
 
 
 @pytest.mark.parametrize(("sign", "bound"), [(1, 1.0), (-1, 1.75)])
-def test_a_learnt_alpha_stays_in_its_range_for_any_step_size(sign: int, bound: float) -> None:
+def test_a_learnt_alpha_stays_in_its_range_after_a_large_step(sign: int, bound: float) -> None:
     attention = SparseAttention(alpha=nn.Parameter(torch.full((H,), 1.5)), alpha_range=(1.0, 1.75))
     optimizer = torch.optim.SGD(attention.parameters(), lr=1e3)
     (sign * attention.alpha.square().sum()).backward()
@@ -99,7 +99,7 @@ def test_a_learnt_alpha_stays_in_its_range_for_any_step_size(sign: int, bound: f
     torch.testing.assert_close(attention(*(tensors := inputs())), SparseAttention(alpha=bound)(*tensors))
 
 
-def test_all_functions_for_alpha_find_the_alpha_of_sparse_attention() -> None:
+def test_functions_for_alpha_find_the_learnt_alpha_of_sparse_attention() -> None:
     model = nn.Sequential(
         SparseAttention(alpha=nn.Parameter(torch.full((H,), 1.5))), SparseAttention(k=2), SparseAttention(alpha=1.5)
     )
@@ -203,7 +203,7 @@ def test_a_query_keeps_all_keys_if_there_are_fewer_than_k() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("attention", KINDS, ids=str)
-def test_half_precision_is_close_to_float32_and_keeps_its_dtype(attention: SparseAttention, dtype: torch.dtype) -> None:
+def test_half_precision_is_close_to_float64_and_keeps_its_dtype(attention: SparseAttention, dtype: torch.dtype) -> None:
     narrow = tuple(x.to(dtype) for x in inputs())
     output = attention(*narrow, is_causal=True)
     assert output.dtype == dtype

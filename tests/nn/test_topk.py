@@ -81,7 +81,7 @@ def test_a_query_keeps_k_keys_or_all_that_it_sees() -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(N, H, L).double())
 
 
-def test_ties_go_to_the_first_keys_and_never_more_than_k() -> None:
+def test_ties_go_to_the_first_keys_so_that_k_keys_are_kept() -> None:
     layer = layer_of(k=2)
     query, memory = inputs()
     memory = torch.zeros_like(memory)  # equal keys other than zero would differ in their last bits after the projection

@@ -1,4 +1,4 @@
-"""Encoder and decoder layers: equal to torch's at α = 1, and usable inside torch's stacks."""
+"""Encoder and decoder layers: equal to torch's at α = 1, usable inside torch's stacks; options and errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CLASSIC = [
 
 
 def results(layer: nn.Module, inputs: tuple[Tensor, ...], **kwargs: Any) -> dict[str, Tensor]:
-    """Output, and the gradients of inputs and of every parameter except α."""
+    """Output, and the gradients of the inputs and of every parameter except α."""
     inputs = tuple(x.detach().requires_grad_() for x in inputs)
     output = layer(*inputs, **kwargs)
     leaves = {f"input {i}": x for i, x in enumerate(inputs)} | dict(layer.named_parameters())
@@ -130,7 +130,7 @@ def test_rotary_and_bias_arguments_reach_the_self_attention(kind: Any) -> None:
     torch.testing.assert_close(plain(x, *memory, position_bias=bias), built(x, *memory), rtol=1e-9, atol=1e-10)
 
 
-def test_attention_arguments_reach_both_layers_and_positions_only_self_attention() -> None:
+def test_attention_arguments_reach_both_attentions_but_positions_and_window_only_self_attention() -> None:
     options = {"num_kv_heads": 2, "window": 3, "positions": NAPE(H), "length_scaling": True, "alpha_init": 1.2}
     layer = TransformerDecoderLayer(E, H, **options, dropout=0.3, batch_first=False)
     own, cross = layer.self_attn, layer.multihead_attn

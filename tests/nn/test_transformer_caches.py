@@ -1,4 +1,4 @@
-"""Encoder and decoder layers with caches: step by step they equal the full pass; errors leave caches unchanged."""
+"""Encoder and decoder layers with caches: steps equal the full pass, and errors leave the caches unchanged."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class LanguageModel(nn.Module):
 
 
 def test_a_language_model_of_our_layers_learns_and_generates() -> None:
-    """The second half of a sequence repeats the first: a head must attend to a fixed number of positions back."""
+    """The second half of a sequence repeats the first: a head must attend to the key a fixed distance back."""
     size, half = 7, 5
     options = {"num_kv_heads": 2, "norm": "rms", "qk_norm": True, "length_scaling": True, "alpha_init": 1.5}
     model = LanguageModel(size, positions=RotaryPositions(E // H), **options)

@@ -1,4 +1,4 @@
-"""Oracles without code of this library: bisection (`helpers/oracles.py`), and arithmetic with eighty digits."""
+"""Oracles without code of this library (bisection, arithmetic with eighty digits), and the fixture ``backend``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _published(a: Decimal, scores: list[float], upstream: list[float]) -> tuple[
     z, g = [Decimal(value) for value in scores], [Decimal(value) for value in upstream]
     top = max(z)
     z = [a * (value - top) for value in z]
-    tau = Decimal(-1)  # a lower bound, from which Newton's method on Σ p - 1 increases
+    tau = Decimal(-1)  # a lower bound: from here, Newton's method on Σ p - 1 increases tau to the root
     for _ in range(200):
         base = [max(value - tau, Decimal(0)) for value in z]
         p = [value ** (1 / a) if value else value for value in base]
@@ -77,7 +77,7 @@ def eighty_digits() -> Callable[[Tensor, float, Tensor], tuple[Tensor, Tensor, T
 
 @pytest.fixture(params=["torch", "compiled"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once with each backend."""
+    """Runs a test once with each of these two backends."""
     if backends()[request.param].startswith("not available"):
         pytest.skip(backends()[request.param])
     with use_backend(request.param):

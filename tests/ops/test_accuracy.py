@@ -1,4 +1,4 @@
-"""Accuracy of every mapping and its gradients, against oracles that share no code with them (``conftest.py``)."""
+"""Accuracy of the mappings and their gradients, against the oracles of ``conftest.py`` or our float64 results."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ ALPHAS = [1.0, 1.0001, 1.001, 1.01, 1.1, 1.25, 1.5, 1.75, 2.0]
 STEEP = [2.5, 3.0, 4.0]
 GRID = [1.0, 1 + 2**-23, 1.000001, 1.00001, 1.0001, 1.0003, 1.001, 1.003, 1.01, 1.03, 1.1, 1.2, 1.25, 1.3, 1.4, 1.5]
 GRID += [1.55, 1.6, 1.65, 1.7, 1.75, 1.8, 1.85, 1.9, 1.95, 1.99, 1.999, 1.9999, 1.99999, 2 - 1e-6, 2.0]
-# A rounding error of the scores changes p by a relative error that grows with -log p: smaller p are not compared.
+# Errors relative to a smaller value are not tested: the relative rounding error of p grows with -log p.
 FLOOR = 1e-20
 
 by_each_backend = pytest.mark.usefixtures("backend")
 
 
 def in_float32(alpha: float) -> float:
-    """α rounded to float32, so that one oracle serves α as a number and as a tensor."""
+    """α rounded to float32, so that one result of the oracle serves α as a number and as a tensor."""
     return float(torch.tensor(alpha))
 
 
 def hard_rows(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows (n, size) of every scale: random, ties, a slope, one large score, offset by 1e6, masked entries and rows."""
+    """Rows (n, size) of all SCALES: random, ties, a slope, one large score, offset by 1e6, masked entries.
+
+    The last two rows are masked. Above size 1024 the others are only random or offset.
+    """
     repeats = {1: 1, 2: 20, 7: 20, 128: 5, 1024: 2}.get(size, 1)
     rows = []
     for scale, _ in itertools.product(SCALES, range(repeats)):
@@ -52,13 +55,13 @@ def hard_rows(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def assert_sums_to_one(p: Tensor, x: Tensor) -> None:
-    """Check that the sum of a row is 1, or 0 if all entries are masked."""
+    """Check that no entry is negative, and that the sum of a row is 1, or 0 if all entries are masked."""
     some = (x > torch.finfo(x.dtype).min).any(-1)
     assert (p >= 0).all() and (p.sum(-1, dtype=torch.float64) - some.double()).abs().max() <= 3e-7
 
 
 def relative(got: Tensor, exact: Tensor) -> float:
-    """The largest error of a tensor divided by its largest value."""
+    """The largest absolute error, divided by the largest absolute value of ``exact``."""
     return float((got.double() - exact).abs().max() / exact.abs().max().clamp(min=FLOOR))
 
 
@@ -153,7 +156,7 @@ def test_float32_gradients_agree_with_float64(alpha):
         if size > 1024:
             continue
         # In the gradient for α, terms of both signs cancel, and p in float32 cannot distinguish nearly equal scores:
-        # the error of a row is compared with the sum of its absolute terms.
+        # the error of a row is compared with the sum of the absolute terms of this row.
         slope = (entmax(x.double(), alpha + 1e-6) - entmax(x.double(), alpha - 1e-6)) / 2e-6
         terms = (slope * upstream).abs().sum(-1, keepdim=True)
         assert ((per_row - exact[1]).abs() <= 1e-4 * terms + lost).all(), (size, scale)
@@ -161,7 +164,7 @@ def test_float32_gradients_agree_with_float64(alpha):
 
 @by_each_backend
 @pytest.mark.parametrize("alpha", [*ALPHAS, 1.9])
-def test_gradients_of_hard_rows(alpha):
+def test_gradients_of_hard_rows_are_finite_and_zero_where_masked(alpha):
     for size in (1, 2, 7, 128):
         x = hard_rows(size)
         grads = gradients(x, in_float32(alpha), torch.randn_like(x), torch.float32)

@@ -1,4 +1,4 @@
-"""The attention functions, compared with torch's function at α = 1 and with a float64 formula at other α."""
+"""The attention functions, compared with torch's function for softmax and with a float64 formula for all mappings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def inputs(*, queries: int = L, keys: int = S) -> tuple[Tensor, Tensor, Tensor]:
 def formula(
     query: Tensor, key: Tensor, value: Tensor, alpha: float, *, visible: Tensor | None = None, k: int | None = None
 ) -> Tensor:
-    """Attention, one row at a time, over only the visible keys."""
+    """Attention, one row at a time, over only the visible keys, or the ``k`` best of these."""
     output = torch.zeros(*query.shape[:-1], value.shape[-1], dtype=torch.float64)
     for n in range(N):
         for h in range(H):
@@ -65,7 +65,7 @@ def masks() -> dict[str, Tensor]:
     }
 
 
-def assert_torchs(tensors: tuple[Tensor, ...], **kwargs: Any) -> None:
+def assert_equals_torch(tensors: tuple[Tensor, ...], **kwargs: Any) -> None:
     """Check that output and gradients of both functions equal torch's where they compute softmax."""
     expected = F.scaled_dot_product_attention(*tensors, **kwargs)
     upstream = torch.randn_like(expected)
@@ -83,7 +83,7 @@ def assert_torchs(tensors: tuple[Tensor, ...], **kwargs: Any) -> None:
 
 @pytest.mark.parametrize("mask", masks())
 def test_masks_work_as_in_torch(mask: str) -> None:
-    assert_torchs(inputs(), attn_mask=masks()[mask])
+    assert_equals_torch(inputs(), attn_mask=masks()[mask])
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,13 @@ def test_masks_work_as_in_torch(mask: str) -> None:
 )
 @pytest.mark.parametrize(("queries", "keys"), [(L, S), (S, L), (1, S)])
 def test_scale_and_is_causal_work_as_in_torch(kwargs: dict[str, Any], queries: int, keys: int) -> None:
-    assert_torchs(inputs(queries=queries, keys=keys), **kwargs)
+    assert_equals_torch(inputs(queries=queries, keys=keys), **kwargs)
 
 
 @pytest.mark.parametrize("bias", [causal_lower_right, causal_upper_left])
 @pytest.mark.parametrize(("queries", "keys"), [(L, S), (1, S), (S, S)])
 def test_causal_biases_work_as_in_torch(bias: Any, queries: int, keys: int) -> None:
-    assert_torchs(inputs(queries=queries, keys=keys), attn_mask=bias(queries, keys))
+    assert_equals_torch(inputs(queries=queries, keys=keys), attn_mask=bias(queries, keys))
 
 
 def test_a_lower_right_bias_equals_the_end_of_the_full_pass() -> None:
@@ -115,7 +115,7 @@ def test_grouped_queries_work_as_in_torch(kwargs: dict[str, Any]) -> None:
     value = torch.randn(N, 3, S, DV, dtype=torch.float64, requires_grad=True)
     if "attn_mask" in kwargs:
         kwargs = {"attn_mask": masks()["bool (L, S)"]}
-    assert_torchs((query, key, value), enable_gqa=True, **kwargs)
+    assert_equals_torch((query, key, value), enable_gqa=True, **kwargs)
 
 
 SHAPES = [
@@ -242,7 +242,7 @@ def test_half_precision_keeps_its_dtype(dtype: torch.dtype) -> None:
 
 
 FITTING = ((N, H, L, D), (N, H, S, D), (N, H, S, DV))
-WRONG_SHAPES = [
+WRONG_ARGUMENTS = [
     (((D,), (D,), (DV,)), {}, r"at least 2 dimensions; got query \(11,\)"),
     (((N, H, L, D), (N, H, S, DV), (N, H, S, DV)), {}, r"same last size D; .* \(2, 3, 5, 11\), key \(2, 3, 7, 13\)"),
     (((N, H, L, D), (N, H, S, D), (N, H, L, DV)), {}, r"same length S; .* key \(2, 3, 7, 11\), value \(2, 3, 5, 13\)"),
@@ -264,8 +264,8 @@ WRONG_SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("shapes", "kwargs", "message"), WRONG_SHAPES)
-def test_wrong_shapes_raise_an_error(shapes: Any, kwargs: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("shapes", "kwargs", "message"), WRONG_ARGUMENTS)
+def test_wrong_shapes_and_options_raise_an_error(shapes: Any, kwargs: dict[str, Any], message: str) -> None:
     tensors = [torch.randn(shape) for shape in shapes]
     with pytest.raises(ValueError, match=message):
         entmax_attention(*tensors, **kwargs)
@@ -325,7 +325,7 @@ def test_the_smallest_number_of_the_dtype_of_a_mask_hides_keys(
     assert (output[:, :, 1] == 0).all() and (output[:, :, [0, 2]] != 0).all()
 
 
-def test_inputs_that_are_not_floating_or_have_different_dtypes_are_refused() -> None:
+def test_inputs_of_wrong_dtypes_or_with_wrong_numbers_of_heads_or_batches_are_refused() -> None:
     x = torch.randn(1, 2, 3, 8)
     with pytest.raises(TypeError, match=r"key must have a floating dtype .*, got torch\.int64"):
         entmax_attention(x, x.long(), x)
@@ -376,14 +376,14 @@ Q = torch.randn(2, 3, 5, 8)
         ({"scale": torch.tensor(0.25, requires_grad=True)}, TypeError, "scale must be a number, got tensor"),
     ],
 )
-def test_errors_name_wrong_options(
+def test_an_invalid_argument_is_named_in_the_error(
     attention: Any, kwargs: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         attention(**{"query": Q, "key": Q, "value": Q, **kwargs})
 
 
-def test_errors_name_a_wrong_k_normalizer_or_scale() -> None:
+def test_an_invalid_k_normalizer_or_scale_is_named_in_the_error() -> None:
     with pytest.raises(TypeError, match="k must be an int, got Tensor"):
         topk_attention(Q, Q, Q, torch.tensor([2, 3]))
     with pytest.raises(ValueError, match=r"normalizer must be one of softmax, sparsemax, got \['softmax'\]"):

@@ -31,7 +31,7 @@ def test_a_budget_of_one_is_sparsemax(scale):
     torch.testing.assert_close(budget_sparsemax(x, 1), sparsemax(x))
 
 
-def test_the_gradient_of_the_budget_depends_only_on_entries_that_can_grow():
+def test_only_entries_between_0_and_1_grow_with_the_budget():
     x = torch.tensor([[3.0, 0.4, 0.1, -5.0]], dtype=torch.float64)
     jacobian = torch.func.jacrev(lambda b: budget_sparsemax(x, b))(torch.tensor(1.7, dtype=torch.float64))
     assert jacobian.tolist() == [[0, 0.5, 0.5, 0]]

@@ -82,11 +82,12 @@ def test_top_k_keeps_the_keys_with_the_largest_exact_scores() -> None:
 
 
 @pytest.mark.parametrize("length", [23, 521])
-def test_autocast_rounds_only_the_inputs(length: int) -> None:
+def test_autocast_rounds_only_inputs_and_output(length: int) -> None:
     inputs = [x.float().requires_grad_() for x in spread(length, torch.float32)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = entmax_attention(*inputs, 1.5)
-        gradients = torch.autograd.grad(got.float().square().sum(), inputs)  # also inside autocast
+        # The backward pass also runs inside autocast.
+        gradients = torch.autograd.grad(got.float().square().sum(), inputs)
     rounded = [x.detach().bfloat16().double().requires_grad_() for x in inputs]
     expected = entmax_attention(*rounded, 1.5)
     assert got.dtype == torch.bfloat16

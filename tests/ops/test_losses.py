@@ -1,4 +1,4 @@
-"""Losses equal cross-entropy at α = 1 and their definition at other α; their memory is bounded."""
+"""The losses equal cross-entropy at α = 1 and their definition at every tested α; masks, dtypes and memory."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_cross_entropy_at_alpha_1_to_rounding_in_float32(kind):
 
 
 def conjugate_by_definition(x: Tensor, alpha: float, oracle: Callable[[Tensor, float], Tensor]) -> Tensor:
-    """``⟨p, x⟩ + H(p)`` of the last dimension in float64, where p is the oracle's."""
+    """``⟨p, x⟩ + H(p)`` of the last dimension in float64, with p of the oracle."""
     p, x = oracle(x, alpha), x.double()
     entropy = -torch.xlogy(p, p).sum(-1) if alpha == 1 else (1 - (p**alpha).sum(-1)) / (alpha * (alpha - 1))
     return (p * x).sum(-1) + entropy
@@ -122,7 +122,7 @@ def test_losses_equal_their_definition(alpha, kind, shape, oracle):
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_loss_attains_the_maximum_over_all_distributions(alpha):
+def test_no_random_distribution_exceeds_the_maximum_that_defines_the_loss(alpha):
     x, p = torch.randn(N, 1, C, dtype=torch.float64), torch.rand(1, 1009, C, dtype=torch.float64).pow(3)
     p = p / p.sum(-1, keepdim=True)
     entropy = -torch.xlogy(p, p).sum(-1) if alpha == 1 else (1 - (p**alpha).sum(-1)) / (alpha * (alpha - 1))
@@ -166,7 +166,8 @@ def test_losses_over_large_vocabularies(alpha, oracle):
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_never_negative_and_zero_only_if_the_target_has_probability_one(alpha):
     x = torch.randn(4001, C) * torch.logspace(-2, 3, 4001).unsqueeze(1)
-    x[::3] = x[::3].round()  # equal scores, and differences of exactly 1 / (α - 1), from which the loss is zero
+    # Rounding gives ties, and for some α differences of exactly 1 / (α - 1), from where on the loss is zero.
+    x[::3] = x[::3].round()
     for target in (x.argmax(1), torch.randint(C, (4001,))):
         loss = entmax_loss(x, target, alpha, reduction="none")
         of_target = entmax(x, alpha).gather(1, target.unsqueeze(1)).squeeze(1)
@@ -181,9 +182,9 @@ def test_never_negative_and_zero_only_if_the_target_has_probability_one(alpha):
 
 
 def on_the_edge_of_the_support(alpha: float) -> Tensor:
-    """Rows in which all scores except that of class 0, the target, are just inside the support.
+    """Rows in which class 0 is the target and all other scores are inside the support, mostly close to its edge.
 
-    Rounding could make some of their losses negative.
+    Rounding could make some losses of such rows negative.
     """
     x = torch.zeros(4001, 7)
     x[:, 1:] = (torch.rand(4001, 6) * torch.logspace(-7, 0, 4001).unsqueeze(1) - 1) / (alpha - 1)
@@ -226,13 +227,14 @@ def same_as_cross_entropy(x: Tensor, target: Tensor, **keywords: Any) -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_minus_infinity_and_ignored_examples_as_cross_entropy_treats_them(smoothing, weighted):
+def test_minus_infinity_and_ignored_examples_are_treated_as_in_cross_entropy(smoothing, weighted):
     keywords = {"label_smoothing": smoothing, "weight": torch.rand(C) if weighted else None}
     target = torch.tensor([0, 1, 2, -100, 3])
     x = torch.randn(5, C)
     same_as_cross_entropy(x, torch.full((5,), -100), **keywords)
     masked = x.clone()
-    masked[0, 4] = masked[1, 1] = masked[3, 0] = -torch.inf  # beside the target, at it, and in an ignored example
+    # Not at the target, at the target, and in an ignored example.
+    masked[0, 4] = masked[1, 1] = masked[3, 0] = -torch.inf
     masked[2, [0, 1, 3, 4]] = -torch.inf  # only the target is visible
     same_as_cross_entropy(masked, target, **keywords)
     same_as_cross_entropy(masked, F.one_hot(target.clamp(min=0), C).float(), **keywords)
@@ -258,7 +260,7 @@ def test_minus_infinity_is_masked_at_every_alpha(alpha):
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.3, 2.0])
-def test_nan_stays_in_its_row(alpha):
+def test_nan_and_infinity_affect_only_their_rows(alpha):
     x, target = torch.randn(N, C), torch.randint(C, (N,))
     expected = entmax_loss(x, target, alpha, reduction="none")
     x[2, 3], x[4, 0], x[5] = torch.nan, torch.inf, -torch.inf

@@ -1,4 +1,4 @@
-"""Derivatives of the losses: forward and reverse mode, first and second order, and torch's transforms."""
+"""Derivatives of the losses in both modes and of second order; the losses vmapped, compiled and exported."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def test_torch_func_inside_a_compiled_function(alpha, transform):
     torch.testing.assert_close(compiled(x, target), transform(one)(x, target))
 
 
-class EveryLoss(nn.Module):
+class TwoLosses(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.tensor(1.3))
@@ -253,7 +253,7 @@ class EveryLoss(nn.Module):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_programs_compute_and_train_like_eager_code(strict):
-    model = EveryLoss()
+    model = TwoLosses()
     x, target, y = torch.randn(N, C), torch.randint(C, (N,)), probabilities().float()
     batch = {0: torch.export.Dim.DYNAMIC}
     program = torch.export.export(model, (x, target, y), dynamic_shapes=(batch,) * 3, strict=strict)

@@ -1,4 +1,4 @@
-"""Error messages of the losses."""
+"""Error messages of the losses, and the values that ``ignore_index`` can have."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_invalid_input_raises_an_error(error, message, args, keywords):
             entmax15_loss(*args, **keywords)
 
 
-def test_ignore_index_can_be_any_integer():
+def test_ignore_index_can_be_any_integer_if_the_target_holds_indices():
     x, target = torch.randn(N, C), torch.randint(C, (N,))
     expected = entmax_loss(x[1:], target[1:])
     for ignored in (-100, -1, C, 10**12):

@@ -20,7 +20,7 @@ def test_agrees_with_the_peer_package(alpha):
 
 
 @pytest.mark.parametrize("alpha", [1.3, 2.0, 5.0])
-def test_normmax_is_the_best_point_of_the_simplex(alpha):
+def test_no_random_point_of_the_simplex_is_better_than_normmax(alpha):
     x = torch.randn(1, 5, dtype=torch.float64)
 
     def value(p):

@@ -1,4 +1,4 @@
-"""Padding takes no part in the computation: NaN in padding changes neither an output nor a gradient."""
+"""Padding takes no part in the computation: NaN or infinity in padding changes neither an output nor a gradient."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_infinity_in_padding_with_grouped_heads_changes_nothing():
     assert_padding_is_ignored(grouped, 7, 31, CPU, heads=6, groups=3, fill=math.inf)
 
 
-def test_nan_in_padding_changes_neither_top_k_nor_returned_weights():
+def test_nan_in_padding_changes_neither_top_k_nor_a_call_that_also_returns_weights():
     assert_padding_is_ignored(lambda q, k, v, mask: topk_attention(q, k, v, 5, mask), 7, 31, CPU)
     assert_padding_is_ignored(lambda q, k, v, mask: attend(q, k, v, entmax_mapping(1.5, 3), mask)[0], 7, 31, CPU)
 

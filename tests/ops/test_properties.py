@@ -1,4 +1,4 @@
-"""Properties that hold for every row of scores, checked on thousands of difficult rows.
+"""Properties that hold for every row of scores, checked on many difficult rows.
 
 SPARSE_ATTN_EXAMPLES=5000 pytest tests/ops/test_properties.py      5,000 new random examples per test
 """
@@ -49,7 +49,7 @@ def _nearly_equal(draw: st.DrawFn, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _geometric(draw: st.DrawFn, size: int, dtype: torch.dtype) -> Tensor:
-    """Scores for which each pass of Newton's or Michelot's method removes only one entry from the support."""
+    """Scores for which a pass of Newton's or Michelot's method can remove as little as one entry from the support."""
     ratio = draw(st.sampled_from([0.3, 0.5, 0.9, 0.99, 1.1, 2.0]))
     return draw(st.sampled_from([-1.0, 1.0])) * ratio ** torch.arange(size, dtype=torch.float64)
 
@@ -117,7 +117,7 @@ def total(p: Tensor) -> float:
 
 
 def rounding_of_a_sum(p: Tensor) -> float:
-    """The error of the sum of ``p`` from rounding its entries to its dtype."""
+    """The error of the sum of ``p`` if every entry is rounded to the dtype of ``p``."""
     info = torch.finfo(p.dtype)
     return (
         1e-13 + 3e-7 * (p.dtype != torch.float64) + info.eps / 2 * total(p) + len(p) * info.smallest_normal * info.eps
@@ -135,7 +135,7 @@ def test_agrees_with_bisection(x, alpha, oracle):
 
 @examples
 @given(x=rows(), alpha=alphas(low=0.3))
-@example(x=torch.tensor([-math.inf, -1e35, -1e35]), alpha=2.0)  # visible scores are far below the masked ones
+@example(x=torch.tensor([-math.inf, -1e35, -1e35]), alpha=2.0)  # the visible scores are far below zero
 def test_probabilities_sum_to_one_and_masked_entries_are_exactly_zero(x, alpha):
     for given_alpha in (alpha, torch.tensor(alpha, dtype=torch.float64)):
         p = entmax(x, given_alpha)
@@ -169,7 +169,7 @@ def test_a_shift_of_all_scores_changes_nothing(x, alpha, shift):
 def test_a_larger_score_has_no_smaller_probability(x, alpha):
     for p in (entmax(x, alpha), entmax(x, torch.tensor([alpha], dtype=torch.float64)), topk_softmax(x, len(x))):
         ordered = p.double()[x.argsort()]
-        # exp of an instruction set may not be monotone in its last bit.
+        # A vectorised exp is not always monotone in the last bit.
         assert (ordered.diff() >= -4 * torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps * ordered[1:]).all()
 
 
@@ -192,7 +192,7 @@ def test_raising_a_score_does_not_lower_its_probability(x, alpha, at, step):
 @given(x=rows(), alpha=alphas(low=1.001), more=st.floats(1.0001, 2.0))
 def test_the_support_shrinks_as_alpha_grows(x, alpha, more):
     less, larger = entmax(x, alpha), entmax(x, 1 + (alpha - 1) * more)
-    # An entry on the edge may round either way, and a small one to zero.
+    # An entry on the edge of the support can be rounded to either side, and a small one to zero.
     assert (less[larger > tolerance(x, 1 + (alpha - 1) * more)] > 0).all()
     assert larger.double().amax() >= less.double().amax() - 2 * tolerance(x, 1 + (alpha - 1) * more)
 
@@ -253,7 +253,7 @@ def test_any_dim_equals_the_last_dim(x, alpha, dim, seed):
 @examples
 @given(x=rows(), alpha=alphas(), seed=st.integers(0, 2**16))
 def test_gradients_are_finite_and_sum_to_zero(x, alpha, seed):
-    assume(alpha <= 2 or x.dtype != torch.float16)  # p^(2-α) may be larger than 65504
+    assume(alpha <= 2 or x.dtype != torch.float16)  # p^(2-α) can be larger than 65504
     upstream = torch.randn(len(x), generator=torch.Generator().manual_seed(seed)).to(x.dtype)
     scores, per_row = x.clone().requires_grad_(), torch.tensor([alpha], dtype=torch.float64, requires_grad=True)
     for given_alpha in (alpha, per_row):

@@ -25,7 +25,7 @@ def test_tau_is_differentiable_and_minus_one_at_softmax():
     assert (tau(x, 1.0) == -1).all()
 
 
-def test_rows_with_only_masked_scores():
+def test_rows_with_one_or_no_visible_score():
     x = torch.full((2, 3), -math.inf)
     x[0, 1] = 0.5
     assert tau(x, 2.0).tolist() == [[-0.5], [math.inf]]
@@ -33,7 +33,7 @@ def test_rows_with_only_masked_scores():
     assert tau(torch.tensor(2.0), 2.0).item() == 1.0
 
 
-def test_support_size_counts_along_any_dim():
+def test_support_size_counts_along_a_dim_and_refuses_wrong_arguments():
     p = entmax15(torch.randn(3, 5, 7) * 3, dim=1)
     assert torch.equal(support_size(p, 1), (p > 0).sum(1)) and support_size(p, 1).dtype == torch.int64
     with pytest.raises(IndexError, match=r"dim must be in \[-3, 2\] for p of shape"):

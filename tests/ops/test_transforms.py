@@ -1,4 +1,4 @@
-"""Every mapping under every transform of torch: the same values and derivatives."""
+"""The mappings under torch's transforms, compiled and exported: the same values and derivatives."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = [
 ]
 
 # name -> the mapping of scores (N, d) and a parameter (N, 1), and the values of the parameter (None: no parameter).
-# They include one α of each kind that the kernels distinguish, and a tensor that mixes them.
+# The values of entmax include one α of each kind that the kernels distinguish; the tensor of "entmax" has all kinds.
 ALPHAS = [[0.7], [1.0], [1.0001], [1.5], [2.0], [2.7]]
 MAPPINGS: dict[str, tuple[Callable[..., Tensor], list[list[float]] | None]] = {
     "entmax": (entmax, ALPHAS),
@@ -131,7 +131,7 @@ def test_a_compiled_graph_without_breaks_trains_like_eager_code(mapping, values,
     torch._dynamo.reset()
     compiled = torch.compile(mapping, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     inputs = arguments(values)
-    for rows in (6, 4, 5):  # also for other shapes
+    for rows in (6, 4, 5):  # other shapes after the first
         some = require(tuple(x[:rows] for x in inputs))
         upstream = torch.randn(rows, 5, dtype=torch.float64)
         got, expected = (f(*some) for f in (compiled, mapping))
@@ -162,7 +162,7 @@ def test_inductor_compiles_the_mapping():
         torch.testing.assert_close(a, b)
 
 
-def test_a_learnt_alpha_never_recompiles():
+def test_a_learnt_alpha_causes_no_recompilation():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     layer = AdaptiveSparseMultiheadAttention(6, 2, batch_first=True)
@@ -177,7 +177,7 @@ def test_a_learnt_alpha_never_recompiles():
     assert len(seen) == 4 and counter.frame_count == 1
 
 
-def test_a_compiled_alpha_outside_its_range_is_refused():
+def test_an_alpha_outside_its_range_is_refused_when_compiled_and_under_vmap():
     torch._dynamo.reset()
     compiled = torch.compile(entmax, fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match=r"alpha must be in \(0, inf\), got -1"):
@@ -263,7 +263,7 @@ def test_onnx_runtime_runs_a_swapped_encoder(tmp_path):
 
 
 class CausalDecoder(nn.Module):
-    """A decoder with masks. Without ``tgt_is_causal``, torch's decoder cannot be exported, since it reads the mask."""
+    """A decoder with masks. Without ``tgt_is_causal``, torch's decoder reads the mask and cannot be exported."""
 
     def __init__(self):
         super().__init__()
@@ -275,7 +275,7 @@ class CausalDecoder(nn.Module):
 
 @since_torch(2, 8, "an exported ONNX model of attention has one batch size and length")
 @pytest.mark.filterwarnings("ignore")
-def test_onnx_runtime_runs_a_swapped_decoder_with_boolean_masks_of_any_length(tmp_path):
+def test_onnx_runtime_runs_a_swapped_decoder_with_boolean_masks_of_other_lengths(tmp_path):
     decoder = CausalDecoder()
     replace_attention(decoder, alpha_init=[1.3, 1.7])
     decoder.eval()
@@ -296,7 +296,7 @@ def test_onnx_runtime_runs_a_swapped_decoder_with_boolean_masks_of_any_length(tm
 
 
 @every_mapping
-def test_changing_alpha_in_place_before_the_backward_raises_an_error(mapping, values):
+def test_changing_the_parameter_in_place_before_the_backward_raises_an_error(mapping, values):
     if values is None:
         pytest.skip("no tensor to change")
     for dtype in (torch.float64, torch.float32):
@@ -330,7 +330,7 @@ def test_shapes_without_data(mapping, values):
         y.sum().backward()
 
 
-def test_modules_can_be_copied_and_pickled():
+def test_modules_can_be_copied_and_mappings_pickled():
     layer = Entmax(torch.full((3, 1), 1.3), learn_alpha=True)
     x = torch.randn(3, 5)
     expected = layer(x)

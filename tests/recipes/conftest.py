@@ -1,4 +1,4 @@
-"""A run folder like that of a training, made without a training; and a training that takes a second."""
+"""A run folder made without a training; command line and configuration of a quick training; coarse pictures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    """A run with adaptive encoder, softmax decoder and top-k cross-attention; its files name six training words."""
+    """A run with adaptive encoder, softmax decoder and top-k cross-attention; its data have six training words."""
     folder = tmp_path / "finished"
     (folder / "checkpoints").mkdir(parents=True)
     for split, words in {"train": WORDS, "val": WORDS[:5], "test": WORDS[2:]}.items():
@@ -101,7 +101,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny_arguments(tmp_path: Path) -> Callable[..., list[str]]:
-    """The command line of a training that takes a second: 40 generated words, 2 epochs of 5 steps."""
+    """The command line of a quick training: 40 generated words, 2 epochs of 5 steps."""
 
     def arguments(*more: str) -> list[str]:
         letters = random.Random(0)

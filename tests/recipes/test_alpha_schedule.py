@@ -60,7 +60,7 @@ def test_every_step_uses_the_scheduled_alpha(learn_alpha, tmp_path):
     fit(module, AlphaSchedule(start=1.0, end=1.5, first_step=1, last_step=5), tmp_path)
     expected = [1.0, 1.0, 1.125, 1.25, 1.375, 1.5]
     torch.testing.assert_close(torch.tensor(module.seen["train"]), torch.tensor(expected)[:, None].expand(-1, H))
-    # Also before the first step, in Lightning's trial validation, and after the last step.
+    # α is also set for Lightning's trial validation before the first step. The second validation follows the last step.
     assert [alphas[0] for alphas in module.seen["val"]] == [1.0, pytest.approx(1.5, abs=0 if not learn_alpha else 0.1)]
 
 
@@ -104,7 +104,7 @@ def test_a_training_resumed_after_the_schedule_does_not_set_alpha(learn_alpha, t
 
 
 @pytest.mark.parametrize("learn_alpha", [True, False])
-def test_steps_of_several_optimizers_may_pass_the_end_of_the_schedule(learn_alpha, tmp_path):
+def test_steps_of_several_optimizers_can_pass_the_end_of_the_schedule(learn_alpha, tmp_path):
     class Two(Own):
         automatic_optimization = False
 
@@ -124,7 +124,7 @@ def test_steps_of_several_optimizers_may_pass_the_end_of_the_schedule(learn_alph
     assert bool((seen[3:] == 1.5).all()) is not learn_alpha
 
 
-def test_a_model_may_be_built_in_configure_model(tmp_path):
+def test_a_model_can_be_built_in_configure_model(tmp_path):
     class Late(Own):
         def __init__(self):
             super().__init__(learn_alpha=False)
@@ -178,7 +178,7 @@ def test_an_interrupted_annealing_can_be_resumed(tiny_config, tmp_path, monkeypa
         assert (tmp_path / "run" / name).read_text() == (tmp_path / "straight" / name).read_text()
 
 
-def test_a_run_of_a_version_without_callbacks_can_be_resumed(tiny_config):
+def test_a_configuration_of_a_version_without_callbacks_can_be_trained(tiny_config):
     cfg = tiny_config("trainer.max_epochs=1")
     del cfg.callbacks
     assert train(cfg)
@@ -216,7 +216,7 @@ class Judged(Own):
     ("arguments", "attention", "judge"),
     [({}, 1.75, 1.25), ({"filter_fn": None}, 1.75, 1.75), ({"filter_fn": lambda name, _: name == "judge"}, 1.5, 1.75)],
 )
-def test_by_default_only_the_alpha_of_attention_changes(arguments, attention, judge, tmp_path):
+def test_the_schedule_changes_attention_by_default_or_the_modules_of_filter_fn(arguments, attention, judge, tmp_path):
     module = Judged()
     fit(module, AlphaSchedule(end=1.75, last_step=BATCHES, **arguments), tmp_path)
     assert float(module.judge.alpha) == judge

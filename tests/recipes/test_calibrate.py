@@ -1,4 +1,4 @@
-"""`sparse-attn calibrate model=DIR text=FILE`: the table, the files, and wrong input in one line."""
+"""`sparse-attn calibrate model=DIR text=FILE`: the table, the files, a saved state, blocks of text, wrong input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXT = " ".join(f"{first}{second}" for first in "aeiou" for second in "bcdfghjkl
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Callable[..., Path]:
-    """A tiny model with its tokenizer, and a text beside it."""
+    """Saves a tiny model with its tokenizer, and a text beside the folder of the model; returns this folder."""
 
     def save(kind: str) -> Path:
         torch.manual_seed(0)
@@ -75,7 +75,7 @@ def test_calibrate_prints_a_table_and_writes_files(kind, folder, capsys, tmp_pat
     }
 
 
-def test_an_interrupted_calibration_continues(folder, capsys, tmp_path):
+def test_a_second_calibration_with_the_same_state_repeats_no_pass(folder, capsys, tmp_path):
     model, state = folder("causal"), tmp_path / "state.json"
     run(model, "loss_increase=0.1", "per=layer", f"state={state}")
     first = capsys.readouterr()
@@ -144,6 +144,6 @@ def test_a_text_of_long_words_or_gaps_gives_blocks(text, expected):
     assert read_blocks(Words(), text, length=8, number=4) == expected
 
 
-def test_a_long_text_without_tokens_raises_an_error():
+def test_a_long_text_with_one_token_raises_an_error():
     with pytest.raises(ValueError, match="text must hold at least 2 tokens, got 1"):
         read_blocks(Words(), "a" + " " * 5000, length=8, number=4)

@@ -1,4 +1,4 @@
-"""The command line as users see it: help texts, error messages, interruption by Ctrl-C."""
+"""The command line as users see it: help texts, error messages, several runs, interruption by Ctrl-C."""
 
 import argparse
 import json
@@ -51,7 +51,7 @@ def one_line(text: str) -> str:
 def test_help_names_every_command(command):
     status, output, _ = command("-h")
     assert status == 0
-    for name in ("train", "evaluate", "predict", "inspect", "calibrate"):
+    for name in cli.COMMANDS:
         assert f"\n  {name} " in output
     assert output == command("--help")[1]
 
@@ -120,7 +120,7 @@ def test_error_for_a_missing_language_says_how_to_give_it(command):
     assert "data.language has no value; give it as data.language=CODE" in one_line(error)
 
 
-def test_python_m_is_the_same_program(command):
+def test_the_main_function_of_train_gives_the_same_errors(command):
     status, _, error = command("foo=1", main=train_main)
     assert status == 2
     assert one_line(error).startswith("sparse-attn train: unknown key 'foo'; allowed: ")
@@ -151,7 +151,7 @@ def test_an_unexpected_error_is_not_caught():
         train()  # type: ignore[call-arg]
 
 
-def test_a_message_of_several_lines_becomes_one(capsys):
+def test_a_message_of_several_lines_becomes_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         report(FileNotFoundError("no\n  such file"))
     assert capsys.readouterr().err == "sparse-attn train: no such file\n"

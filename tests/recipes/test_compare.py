@@ -1,4 +1,4 @@
-"""The table of runs, for run folders written by hand with known numbers."""
+"""The table of runs, for run folders written by hand with known numbers; and the paired bootstrap."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from recipes import compare as compare_module
 from recipes.bootstrap import paired_bootstrap
 from recipes.bootstrap import statistics as statistics_of
+from recipes.compare import find_runs, group_runs
 from recipes.launch import run_hydra
-from recipes.predictions import PREDICTIONS, Prediction
+from recipes.predictions import PREDICTIONS, Prediction, read_predictions
 from recipes.report.comparison import escaped
 
 WORDS = 40
@@ -184,6 +185,7 @@ def test_invalid_input_raises_an_error(sweep, tmp_path, capsys):
         "baseline must be of model.attention=softmax|adaptive, got 'model.attention=soft'"
     )
     assert refused(capsys, given, "samples=0") == "samples must be a whole number of at least 1, got 0"
+    assert refused(capsys, given, "samples=true") == "samples must be a whole number of at least 1, got True"
     assert "no folder 'nowhere'" in refused(capsys, "sweep=nowhere")
     (tmp_path / "empty").mkdir()
     assert "must hold at least one finished run, got 0 unfinished" in refused(capsys, f"sweep={tmp_path / 'empty'}")
@@ -194,7 +196,7 @@ def test_invalid_input_raises_an_error(sweep, tmp_path, capsys):
 @pytest.mark.parametrize(
     "program", [["-m", "recipes.compare"], ["-c", "from recipes.cli import main; main()", "compare"]]
 )
-def test_folders_are_given_without_a_key(sweep, tmp_path, program):
+def test_folders_can_be_given_without_a_key(sweep, tmp_path, program):
     done = subprocess.run(
         [sys.executable, *program, "sweep/0", "sweep/10", "metrics=[wer]"],
         cwd=tmp_path,
@@ -243,3 +245,38 @@ def test_bleu_from_statistics_is_that_of_the_corpus():
     expected = sacrebleu.metrics.BLEU().corpus_score([pair[0] for pair in texts], [[pair[1] for pair in texts]]).score
     assert score(values.sum(0)) == pytest.approx(expected)
     assert statistics_of("chrf", table) is None
+
+
+def test_equal_inputs_of_two_groups_are_paired_with_themselves(tmp_path):
+    header = "source\tprediction\treference\tdistance\tlength\tgroup\n"
+    found = []
+    for closest in ("A", "Z"):  # of the references of the first group, each run has another closest one
+        file = tmp_path / f"{closest}.tsv"
+        file.write_text(f"{header}w\tX\t{closest}\t1\t1\tone\nw\tX\tM\t1\t1\ttwo\n", encoding="utf-8")
+        found.append([one.group for one in read_predictions(file)])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "the last columns must be prediction, reference, distance, length, group, got ''"),
+        ("source\tprediction\nw\tA\n", "the last columns must be prediction"),
+        ("source\tprediction\treference\tdistance\tlength\tgroup\n", "must hold at least one prediction"),
+    ],
+)
+def test_damaged_predictions_are_named_in_a_note(sweep, tmp_path, capsys, content, message):
+    for file in (tmp_path / "sweep").rglob(PREDICTIONS):
+        file.write_text(content, encoding="utf-8")
+    out = printed(capsys, f"sweep={sweep}", "baseline=model.attention=softmax")
+    assert "is not compared with the baseline" in out and message in out
+
+
+def test_null_is_the_same_value_from_the_command_line_and_from_the_config(run, tmp_path):
+    for number, overrides in enumerate((["seed=0"], ["seed=1", "monitor=null"])):
+        folder = run(number, "adaptive", number, 30)
+        config = OmegaConf.load(folder / "config.yaml")
+        config.monitor = None
+        OmegaConf.save(config, folder / "config.yaml")
+        OmegaConf.save(OmegaConf.create(overrides), folder / "overrides.yaml")
+    assert len(group_runs(find_runs([str(tmp_path / "sweep")])[0])) == 1

@@ -109,7 +109,7 @@ def test_one_key_sets_all_three_kinds_of_attention_and_each_can_differ(kind):
     assert (model.encoder_attention, model.decoder_attention, model.cross_attention) == (kind, kind, "softmax")
 
 
-def test_files_of_shared_tasks_are_read_unchanged():
+def test_the_file_names_of_g2p2020_are_those_of_the_shared_task():
     data = composed("train", "experiment=g2p2020", "data.path=/x y", "data.language=kor").data
     assert (data.train, data.val, data.test) == tuple(
         f"/x y/{split}/kor_{split}.tsv" for split in ("train", "dev", "test")

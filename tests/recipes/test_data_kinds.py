@@ -1,4 +1,4 @@
-"""All commands with features and languages, with parallel text, and with synthetic sequences."""
+"""train, evaluate, predict and inspect with features and languages, parallel text, and synthetic sequences."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_features_and_languages(trained, languages, tmp_path, capsys, monkeypatc
     assert (tmp_path / "run" / "report" / "attention.png").is_file()
 
 
-def test_a_line_for_predict_has_the_columns_of_the_input(trained, languages, tmp_path, capsys):
+def test_a_line_for_predict_must_have_the_columns_of_the_input(trained, languages, tmp_path, capsys):
     trained(*languages, "data.languages=all")
     (tmp_path / "words.txt").write_text("aa\tbad\tV\naa\tbad\n", encoding="utf-8")
     capsys.readouterr()

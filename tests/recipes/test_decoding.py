@@ -140,11 +140,11 @@ def test_exact_search_prints_its_results(run_folder: Path, capsys: pytest.Captur
     assert written["test/proved"] == pytest.approx(100 * sum(proved) / len(words))
     assert written["test/greedy_errors"] == pytest.approx(100 * sum(errors) / max(1, sum(proved)))
     assert written["test/single"] == 0
-    assert written["test/empty_impossible"] == 0  # softmax
+    assert written["test/empty_impossible"] == 0  # softmax gives every word a probability above zero
     assert written["test/empty_log_probability"] < 0 and written["test/empty_rank"] >= 1
 
 
-def test_an_ensemble_averages_and_has_no_loss(run_folder, other_run, capsys, monkeypatch) -> None:
+def test_an_ensemble_averages_probabilities_and_has_no_loss(run_folder, other_run, capsys, monkeypatch) -> None:
     both = f"run=[{run_folder},{other_run}]"
     lines = predicted(capsys, monkeypatch, both, "decoding=beam", "scores=true")
     tasks = [load_run(folder).task for folder in (run_folder, other_run)]
@@ -230,7 +230,7 @@ def test_invalid_input_gives_a_one_line_error(run_folder, capsys, name, argument
     assert refused(capsys, name, f"run={run_folder}", *arguments).startswith(message)
 
 
-def test_several_runs_or_none_are_refused_by_commands_for_one_run(run_folder, capsys) -> None:
+def test_an_empty_list_of_runs_and_a_missing_run_are_refused_and_load_run_takes_one_folder(run_folder, capsys) -> None:
     assert (
         refused(capsys, "evaluate", "run=[]") == "run must be a run folder or a list of run folders, got an empty list"
     )

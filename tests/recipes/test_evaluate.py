@@ -56,7 +56,7 @@ def test_one_split_needs_only_its_own_file(run_folder: Path, capsys: pytest.Capt
     assert written["test/words"] == 4
 
 
-def test_a_given_file_replaces_that_of_the_run(run_folder: Path, tmp_path: Path) -> None:
+def test_a_given_file_replaces_the_file_of_the_run(run_folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.tsv"
     other.write_text("cab\tC A B\nxylo\tX Y\n", encoding="utf-8")
     run_evaluate(f"run={run_folder}", f"data.test={other}", "data.eval_batch_size=1")
@@ -93,6 +93,7 @@ def test_invalid_input_gives_a_one_line_error(run_folder: Path, capsys: pytest.C
     assert refused(capsys, run, "split=train") == "split must be one of val, test, both, got 'train'"
     assert refused(capsys, run, "data.test=gone.tsv") == "cannot read the data file gone.tsv: No such file or directory"
     assert "unknown key 'data.language'" in refused(capsys, run, "data.language=hun")
+    assert refused(capsys, run, "data.columns=3") == "data.columns must be list or null, got 3"
     assert refused(capsys) == "run has no value; give it as run=DIR, the run folder of a training"
     assert "no run folder 'nowhere'" in refused(capsys, "run=nowhere")
     assert "no checkpoint 'first'; checkpoints there: best, last" in refused(capsys, run, "checkpoint=first")

@@ -36,7 +36,7 @@ def phones(count: int) -> list[str]:
 
 
 def write(folder: Path, names: Sequence[str], lines: Callable[[int], list[str]]) -> None:
-    """Files of the three splits."""
+    """Writes the files of the three splits."""
     for name, count in zip(names, (30, 7, 5), strict=True):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("\n".join(lines(count)) + "\n", encoding="utf-8")
@@ -65,7 +65,7 @@ def multi30k(folder: Path) -> None:
 
 
 SMALL_SEQUENCES = [f"data.generate.{size}" for size in ("length=3", "factors=[1,2]", "train=40", "val=5", "test=5")]
-# For each experiment: a function that writes its data, further arguments, and texts that its page must contain.
+# For each experiment: a function that writes the data, further arguments, and texts that the output must contain.
 DATA: dict[str, tuple[Callable[[Path], None] | None, list[str], list[str]]] = {
     "characters": (characters, [], ["tsv: 30 training", "PER %"]),
     "g2p2020": (g2p2020, ["data.language=hun"], ["g2p2020 hun: 30 training", "PER %"]),

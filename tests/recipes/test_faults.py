@@ -1,4 +1,4 @@
-"""A training that is killed or stopped by a full disk, and then resumed, equals an uninterrupted training."""
+"""A training that is killed or stopped by a full disk gives the same results if it is resumed or started again."""
 
 import errno
 import os
@@ -79,7 +79,7 @@ def finished_epochs(curves: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork")
-def test_a_training_killed_several_times_equals_an_uninterrupted_one(tiny_config, tmp_path):
+def test_a_training_killed_several_times_equals_an_uninterrupted_training(tiny_config, tmp_path):
     kills = int(os.environ.get("KILLS", "6"))
     epochs = 2 * kills + 4  # a process is killed within two epochs
     options = (f"trainer.max_epochs={epochs}", "model.dropout=0.2")
@@ -121,7 +121,7 @@ def test_error_for_a_full_disk_has_the_file_and_how_to_continue(tiny_config, tmp
             train(tiny_config())
     folder = tmp_path / "run"
     assert not list(folder.rglob("*.tmp"))
-    if fails_at <= 2:  # best.ckpt, then last.ckpt of the first epoch
+    if fails_at <= 2:  # best.ckpt, then epoch_0001.ckpt: the first epoch has no last.ckpt yet
         assert "no checkpoint to continue from; the same command begins again" in str(told.value)
         train(tiny_config())
     else:

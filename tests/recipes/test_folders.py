@@ -37,7 +37,7 @@ def holder(tmp_path):
         process.communicate()
 
 
-def test_a_folder_locked_by_another_process_is_refused_until_it_is_killed(tmp_path, holder):
+def test_a_folder_locked_by_another_process_is_refused_until_that_process_is_killed(tmp_path, holder):
     process, folder = holder("fixed")
     with pytest.raises(Busy, match=r"another process uses .*run"), claimed(tmp_path / "run"):
         pass
@@ -58,7 +58,7 @@ def test_the_folder_of_a_finished_run_is_not_reused(tmp_path):
             (folder / "mine").touch()
 
 
-def test_a_locked_folder_without_files_is_removed(tmp_path):
+def test_a_folder_without_files_is_removed_when_its_lock_ends(tmp_path):
     with pytest.raises(ZeroDivisionError), claimed(tmp_path / "run"):
         raise ZeroDivisionError
     assert not (tmp_path / "run").exists()
@@ -93,3 +93,18 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path, error):
         assert str(raised.value) == f"[Errno 28] No space left on device: '{file}'"
     write_text(file, "new")
     assert file.read_text() == "new"
+
+
+def test_a_file_with_another_ending_stays(tmp_path):
+    (tmp_path / "words.tmp").write_text("mine")
+    write_text(tmp_path / "words", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["words", "words.tmp"]
+    assert (tmp_path / "words.tmp").read_text() == "mine"
+
+
+def test_two_writers_of_a_file_do_not_meet(tmp_path):
+    with replacing(tmp_path / "a") as first, replacing(tmp_path / "a") as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert (tmp_path / "a").read_text() == "first"  # its block ends last
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

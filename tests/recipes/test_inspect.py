@@ -88,7 +88,7 @@ def test_the_word_to_draw_can_be_chosen(run_folder: Path) -> None:
     assert "Attention for one word: acacia →" in page_of(run_folder)
 
 
-def test_only_the_validation_words_are_needed(run_folder: Path) -> None:
+def test_only_the_validation_words_and_the_checkpoint_are_needed(run_folder: Path) -> None:
     for split in ("train", "test"):
         (run_folder.parent / f"{split}.tsv").unlink()
     (run_folder / "alpha.csv").unlink()
@@ -115,6 +115,8 @@ def test_only_the_validation_words_are_needed(run_folder: Path) -> None:
         (["align.layer=2"], "align.layer must be all or a number from -2 to 1, got 2"),
         (["worth_words=0"], "worth_words must be a whole number of at least 1, got 0"),
         (["alignments=nowhere/file"], "cannot write the file"),
+        (["worth=no"], "worth must be true or false, got 'no'"),
+        (["baselines=0"], "baselines must be true or false, got 0"),
         (["text=cab"], "text is for model=DIR"),
         (["model=nowhere"], "only one of run and model can be given"),
         (["run=null"], "run has no value; give it as run=DIR"),
@@ -135,10 +137,51 @@ def test_invalid_input_gives_a_one_line_error(
 def test_damaged_rows_of_alpha_csv_are_left_out(run_folder: Path) -> None:
     file = run_folder / "alpha.csv"
     whole = read_course(file)
-    file.write_bytes(file.read_bytes() + b"10,a\n\xff\xfe,a,0,1.5\n11,encoder.layers.0.self_attn,0,1.")
+    file.write_bytes(
+        file.read_bytes()
+        + b"10,encoder.layers.0.self_attn,0,nan\n10,a\n\xff\xfe,a,0,1.5\n11,encoder.layers.0.self_attn,0,1."
+    )
     assert read_course(file) == whole
     run_inspect(f"run={run_folder}")
     assert (run_folder / "report/alpha_course.png").exists()
+
+
+def test_a_run_is_compared_with_a_run_of_the_same_name(run_folder: Path) -> None:
+    # The runs of every sweep are called 0, 1, 2, ...
+    folders = [run_folder.parent / sweep / "0" for sweep in ("ours", "theirs")]
+    for folder in folders:
+        shutil.copytree(run_folder, folder)
+    course = (run_folder / "alpha.csv").read_text(encoding="utf-8")
+    (folders[1] / "alpha.csv").write_text(course.replace(",1.5", ",1.7"), encoding="utf-8")
+    run_inspect(f"run={folders[0]}", f"compare={folders[1]}", "baselines=false")
+    page = (folders[0] / "report" / "report.html").read_text(encoding="ascii")
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    first = {run: data["courses"][run][LAYERS[0]]["0"][0][1] for run in data["runs"]}
+    assert first == {"ours/0": pytest.approx(1.5, abs=0.05), "theirs/0": pytest.approx(1.7, abs=0.05)}
+
+
+def test_the_course_of_another_run_is_not_shown_as_its_own(run_folder: Path) -> None:
+    other = run_folder.parent / "other"
+    shutil.copytree(run_folder, other)
+    (run_folder / "alpha.csv").unlink()
+    run_inspect(f"run={run_folder}", f"compare={other}", "baselines=false")
+    assert not (run_folder / "report/alpha_course.png").exists()
+    assert "This run recorded no α." in page_of(run_folder)
+
+
+@pytest.mark.parametrize(
+    ("results", "shown"),
+    [
+        ('{"val/per": 3', "results.json cannot be read"),
+        ("[]", "results.json cannot be read"),
+        ('{"val/per": 3}', "3.00"),
+    ],
+)
+def test_a_run_with_damaged_records_is_reported(run_folder: Path, results: str, shown: str) -> None:
+    (run_folder / "alpha.csv").write_text("foo,bar\n1,2\n", encoding="utf-8")
+    (run_folder / "results.json").write_text(results, encoding="utf-8")
+    run_inspect(f"run={run_folder}", "baselines=false")
+    assert shown in page_of(run_folder)
 
 
 def numbers_of(run: Path) -> dict[str, Any]:
@@ -157,7 +200,14 @@ def test_the_words_to_show_can_be_chosen(run_folder: Path, tmp_path: Path) -> No
     assert [entry["word"] for entry in numbers_of(run_folder)["words"]] == ["dada", "abba"]
 
 
-def test_the_page_is_interactive(run_folder: Path) -> None:
+def test_words_are_taken_literally(run_folder: Path) -> None:
+    run_inspect(f"run={run_folder}", "words=[true, null ,1e3,'a,b']", "baselines=false")
+    assert [entry["word"] for entry in numbers_of(run_folder)["words"]] == ["true", "null", "1e3", "a,b"]
+    run_inspect(f"run={run_folder}", "words=12", "baselines=false")
+    assert [entry["word"] for entry in numbers_of(run_folder)["words"]] == ["12"]
+
+
+def test_the_page_contains_the_data_of_the_interactive_view(run_folder: Path) -> None:
     run_inspect(f"run={run_folder}", "words=[cab,bacca]")
     page = (run_folder / "report" / "report.html").read_text(encoding="ascii")
     data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
@@ -195,7 +245,7 @@ def test_alignments_are_the_pairs_to_which_heads_give_weight(run_folder: Path, t
 def test_the_effect_of_each_head_on_the_loss(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_inspect(f"run={run_folder}", "worth=true", "worth_words=3")
     out = capsys.readouterr().out
-    # 18 heads switched off, and 6 with a learnt α made dense and sparse.
+    # Once unchanged, 18 heads switched off, and 6 heads with a learnt α made dense and sparse: 1 + 18 + 2 · 6.
     assert "change of the loss for each head: 31 times 3 words, about" in out and "made dense" in out
     heads = numbers_of(run_folder)["heads"]
     assert all(isinstance(head["loss when switched off"], float) for head in heads)

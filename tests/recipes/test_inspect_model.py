@@ -24,7 +24,7 @@ LAYERS, HEADS = 2, 3
 
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Callable[..., Path]:
-    """A tiny model and its tokenizer, saved."""
+    """Saves a tiny model with its tokenizer; returns the folder."""
 
     def save(kind: str, *, learnt: bool = False) -> Path:
         torch.manual_seed(0)

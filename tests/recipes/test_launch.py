@@ -1,4 +1,4 @@
-"""Preparation of the command line for Hydra: paths and words are literal, flags may be anywhere."""
+"""Preparation of the command line for Hydra: paths and words are literal, flags can be anywhere."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_numbers_are_texts_in_the_keys_that_hold_paths_and_words():
     assert (cfg.data.test, cfg.data.val, cfg.data.limit) == ("5", "ü", 5)
 
 
-def test_run_folder_of_a_training_may_have_any_name(tmp_path):
+def test_run_folder_of_a_training_can_have_an_odd_name(tmp_path):
     seen: list[tuple[str, str]] = []
     arguments = ["hydra.run.dir=rü (1)", "data=tsv", "data.path=dü"]
     run_hydra("train", lambda cfg: seen.append((cfg.paths.output_dir, cfg.data.train)), arguments=arguments)
@@ -103,7 +103,7 @@ def test_run_folder_of_a_training_may_have_any_name(tmp_path):
         ("run (1)", ["run (1)"]),
     ],
 )
-def test_commas_give_several_runs_only_with_the_multirun_flag(value, runs):
+def test_with_the_multirun_flag_commas_outside_quotes_give_several_runs(value, runs):
     assert [cfg.run for cfg in composed("evaluate", "-m", f"run={value}")] == runs
 
 
@@ -142,7 +142,7 @@ def test_resolve_without_cfg_is_refused(capsys):
     assert "--resolve can only be given with --cfg" in refused(capsys, lambda: composed("train", "--resolve"))
 
 
-def test_only_a_training_has_groups(capsys):
+def test_error_for_an_unknown_key_of_evaluate_lists_its_keys(capsys):
     error = refused(capsys, lambda: composed("evaluate", "foo=1"))
     assert (
         error
@@ -164,7 +164,7 @@ def test_ctrl_c_leaves_no_empty_run_folder(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("spec", "prefix"), [(None, ["train"]), (ModuleSpec("recipes.train", None), [])])
-def test_the_task_sees_the_command_line_that_starts_it_again(spec, prefix, monkeypatch):
+def test_the_task_sees_the_command_line_that_starts_the_program_again(spec, prefix, monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     monkeypatch.setattr(sys, "argv", ["/bin/sparse-attn", "seed=3"])
     seen: list[list[str]] = []

@@ -29,7 +29,7 @@ def sweep(tiny_arguments, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", sorted(LAUNCHERS))
-def test_a_launcher_runs_every_run_and_a_failed_one_is_in_the_table(sweep, tmp_path, launcher):
+def test_a_launcher_runs_every_run_and_a_failed_run_is_recorded(sweep, tmp_path, launcher):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
     done = sweep("model.dim=8,9", f"hydra/launcher={launcher}", *LAUNCHERS[launcher], status=1)
     assert "1 of 2 runs failed" in done.stderr

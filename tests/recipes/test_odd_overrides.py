@@ -1,4 +1,4 @@
-"""Invalid values are refused in one line, and no file is written."""
+"""Invalid values, damaged run folders and diverged trainings give a one-line error; a bug shows its traceback."""
 
 import os
 import subprocess
@@ -44,11 +44,11 @@ ROOT = Path(__file__).parents[2]
             "optimizer.warmup_steps=1000000000000",
             "optimizer.warmup_steps must be from 0 to 1,000,000 or null, got 1,000,000,000,000",
         ),
-        ("model.dropout=1.0", r"model.dropout must lie in \[0, 0.99\], since nothing is learnt beyond; got 1.0"),
+        ("model.dropout=1.0", r"model.dropout must lie in \[0, 0.99\], since nothing is learnt above; got 1.0"),
         ("loss.label_smoothing=0.999999", r"label_smoothing must lie in \[0, 0.9\], since .* got 0.999999"),
     ],
 )
-def test_an_extreme_value_gives_a_one_line_error(tiny_config, override, message):
+def test_an_invalid_or_extreme_value_gives_a_one_line_error(tiny_config, override, message):
     with pytest.raises((ValueError, TypeError), match=message) as raised:
         train(tiny_config(override))
     assert "\n" not in str(raised.value)
@@ -62,13 +62,13 @@ def test_an_extreme_value_gives_a_one_line_error(tiny_config, override, message)
         ("predict", "decoding=5"),
     ],
 )
-def test_a_group_has_options_with_names(command, override):
+def test_a_value_that_is_no_option_of_a_group_is_refused(command, override):
     with pytest.raises(ValueError, match=r"must be one of \w+(, \w+)*, got \w+"):
         check_groups(command, [override], sweep=True)
 
 
 @pytest.mark.parametrize("override", ["data=5", "data=null"])
-def test_evaluate_has_keys_of_data_and_no_choice(override):
+def test_evaluate_takes_single_keys_of_data_and_no_choice(override):
     with pytest.raises(ValueError, match=rf"data must be given key by key, as data.KEY=VALUE, got {override}"):
         check_groups("evaluate", [override])
 

@@ -24,7 +24,7 @@ def expected(run_folder: Path, words: list[str]) -> list[str]:
     return [f"{word}\t{task.target_tokenizer.join(task.predict_words([word])[0])}" if word else "" for word in words]
 
 
-def test_one_line_for_every_line(
+def test_every_input_line_gives_one_output_line(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     give_stdin(monkeypatch, b"\xef\xbb\xbfcab\n\n  abba \r\n\t\nbaobab")
@@ -58,7 +58,9 @@ def test_unseen_characters_are_reported_and_the_word_is_predicted(
     ]
 
 
-def test_output_file(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predictions_are_written_to_the_output_file(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words, output = tmp_path / "words.txt", tmp_path / "out.tsv"
     words.write_text("cab\nabba\n", encoding="utf-8")
     run_predict(f"run={run_folder}", f"input={words}", f"output={output}", "checkpoint=last")
@@ -89,7 +91,7 @@ def test_invalid_input_gives_a_one_line_error_and_no_output(
     assert err == f"sparse-attn predict: {message.format(file=file)}\n"
 
 
-def test_empty_standard_input(
+def test_empty_standard_input_is_refused_and_an_earlier_output_kept(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     give_stdin(monkeypatch, b"")
@@ -137,7 +139,7 @@ def test_at_a_terminal_each_line_is_answered_at_once(
     monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": Terminal(b"cab\nabba\n")})())
     monkeypatch.setattr("recipes.predict.print", lambda *args, **_: answered.append(len(args)), raising=False)
     run_predict(f"run={run_folder}")
-    # One hint, then the number of new answers before line 1, before line 2 and at the end.
+    # One hint is printed. The other numbers are the new answers before line 1, before line 2 and at the end.
     assert answered == [1, 0, 1, 1]
 
 

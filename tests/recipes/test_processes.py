@@ -73,7 +73,7 @@ def test_a_process_knows_whether_others_were_started_with_it(monkeypatch, enviro
 def srun(number: int) -> dict[str, str]:
     """The environment variables that srun sets for one of two tasks on two machines."""
     variables = {
-        "JOB_ID": os.getpid(),  # which chooses the port
+        "JOB_ID": os.getpid(),  # Lightning derives the port from this number
         "JOB_NAME": "train",
         "NTASKS": 2,
         "STEP_NUM_TASKS": 2,
@@ -94,7 +94,7 @@ def test_two_machines_train_one_model_in_one_folder(tiny_arguments, tmp_path, la
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     tiny = [argument for argument in tiny_arguments() if "output_dir" not in argument]
-    several = ["trainer=ddp", "trainer.devices=1", "+trainer.num_nodes=2"]  # the group before the keys of tiny
+    several = ["trainer=ddp", "trainer.devices=1", "+trainer.num_nodes=2"]  # trainer=ddp has two devices
 
     def two(*more: str) -> list[subprocess.CompletedProcess[str]]:
         children = []

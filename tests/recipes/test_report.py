@@ -15,7 +15,7 @@ from torch import Tensor
 
 from recipes.report import alpha_table, attention_density, html, measure_at, measure_heads, roles_table
 from recipes.report import measure as measurements
-from recipes.report.maps import attention_figure, choose_word, rollout_figure, word_maps
+from recipes.report.maps import AttentionMap, WordMaps, attention_figure, choose_word, rollout_figure, word_maps
 from recipes.report.measure import LayerHeads, top_k_per_layer
 from recipes.report.plots import alpha_course, drawn, heat_map
 from recipes.report.tables import percent
@@ -105,7 +105,7 @@ def test_measurements_do_not_depend_on_the_batches() -> None:
     assert all(torch.equal(density[name], heads.density) for name, heads in together.items())
 
 
-def test_each_kind_has_the_positions_it_can_see() -> None:
+def test_the_kind_of_attention_decides_which_positions_are_measured() -> None:
     heads = measure_heads(small_task(), [batch()])
     encoder, decoder, cross = (heads[name.format(0)] for name in KINDS)
     assert list(encoder.weight) == ["previous", "self", "next"]
@@ -115,7 +115,7 @@ def test_each_kind_has_the_positions_it_can_see() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_measuring_does_not_change_the_model(training: bool) -> None:
+def test_measuring_keeps_the_mode_and_uses_no_dropout(training: bool) -> None:
     task = small_task()
     task.model.train(training)
     first, second = (attention_density(task, [batch()]) for _ in range(2))
@@ -132,7 +132,7 @@ def test_measuring_keeps_the_mode_of_each_module() -> None:
     assert [module.training for module in task.model.modules()] == before
 
 
-def test_measuring_at_another_alpha_keeps_the_learnt_one_past_its_bound() -> None:
+def test_measuring_at_another_alpha_keeps_a_parameter_past_the_bound_of_alpha() -> None:
     task = small_task()
     layer = task.model.encoder.layers[0].self_attn
     with torch.no_grad():
@@ -173,6 +173,8 @@ def test_a_compared_run_has_its_own_line() -> None:
     other = {name: torch.full((4,), 0.75) for name in layer_names(1)}
     shown = lines(alpha_table({}, density, compared={"dense": other}))
     assert [line.split() for line in shown if "dense" in line] == [["dense", *["75%"] * 4]] * 3
+    # Brackets in the name of a folder are not markup.
+    assert any("run[small]" in line for line in lines(alpha_table({}, density, compared={"run[small]": other})))
     with pytest.raises(ValueError, match="has 4 heads here and 0 in dense"):
         alpha_table({}, density, compared={"dense": dict(list(other.items())[:2])})
     with pytest.raises(ValueError, match="has 4 heads here and 2 in dense"):
@@ -222,7 +224,7 @@ def test_the_heat_map_has_a_panel_for_each_kind_and_a_number_in_each_cell(
 
 @pytest.mark.parametrize(("heads", "layers", "steps"), [(1, 1, 1), (8, 6, 3)])
 def test_the_course_has_a_line_for_each_head(heads: int, layers: int, steps: int, tmp_path: Path) -> None:
-    names = layer_names(layers)[1:]  # the kinds may have different numbers of layers
+    names = layer_names(layers)[1:]  # the kinds can have different numbers of layers
     rows = [(step, name, head, 1.5) for step in range(steps) for name in names for head in range(heads)]
     figure = alpha_course(rows)
     shown = {axes.get_title(): axes for axes in figure.axes if axes.get_visible()}
@@ -265,13 +267,19 @@ def test_characters_missing_in_the_font_are_drawn_without_a_warning(tmp_path: Pa
         draw(rollout_figure(read_batch(task, [word])), tmp_path / "rollout.png")
 
 
+def test_dollars_in_tokens_are_not_mathematics() -> None:
+    tokens = ["$$", "$_$", "a"]
+    layer = AttentionMap("encoder.l", "encoder", torch.rand(2, 3, 3), torch.ones(3, 3).bool(), tokens, tokens)
+    drawn(attention_figure(WordMaps("$_$", "$$", [layer]), {}, {}))
+
+
 def test_the_word_to_draw_is_long_but_fits() -> None:
     assert choose_word(["ab", "abcdefgh", "zyxwvuts", "abcdefghijk"]) == "abcdefgh"
     assert choose_word(["abcdefghijk", "abcdefghijkl"]) == "abcdefghijk"
 
 
 class Page(HTMLParser):
-    """Collects what a browser would load, and checks that every element is closed."""
+    """Collects the values of `src` and `href`, and checks that every element is closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""An interrupted and resumed training equals an uninterrupted training."""
+"""Resumed trainings: the same results as without an interruption, allowed changes, moved and damaged run folders."""
 
 import json
 import signal
@@ -24,7 +24,7 @@ def resumed_config(folder, *overrides):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """Raises KeyboardInterrupt in the middle of a training step."""
+    """Raises KeyboardInterrupt at the beginning of a given training step."""
     step = Seq2SeqTask.training_step
 
     def at(when: int) -> None:
@@ -38,7 +38,9 @@ def interrupt(monkeypatch):
     return at
 
 
-def test_interrupted_and_resumed_equals_never_interrupted(tiny_config, tmp_path, interrupt, monkeypatch):
+def test_an_interrupted_and_resumed_training_equals_an_uninterrupted_training(
+    tiny_config, tmp_path, interrupt, monkeypatch
+):
     epochs = ("trainer.max_epochs=3", "model.dropout=0.3")
     straight = train(tiny_config(*epochs, f"paths.output_dir={tmp_path / 'straight'}"))
 
@@ -51,7 +53,7 @@ def test_interrupted_and_resumed_equals_never_interrupted(tiny_config, tmp_path,
     folder = tmp_path / "run"
     assert str(stop.value).endswith(f"to continue: sparse-attn train resume={folder}")
     assert read_checkpoint(folder / "checkpoints/last.ckpt")["global_step"] == 5
-    assert "\n7,1.0" in (folder / "metrics.csv").read_text(), "steps after the checkpoint were logged and come again"
+    assert "\n7,1.0" in (folder / "metrics.csv").read_text(), "steps after the checkpoint were logged and are repeated"
     monkeypatch.undo()
     torch.rand(3)
     resumed = train(resumed_config(folder))
@@ -96,7 +98,7 @@ def test_a_moved_run_is_continued_in_its_new_place(tiny_config, tmp_path):
 
 
 def test_the_best_score_is_restored(tiny_config, tmp_path, monkeypatch):
-    rates = iter([10.0, 10.0, 10.0, 20.0])  # the validation of each epoch, then the two final scores
+    rates = iter([10.0, 10.0, 10.0, 20.0])  # first epoch, its two final scores, second epoch
     monkeypatch.setattr("recipes.seq2seq.scores.edit_scores", lambda *_: {"per": next(rates, 99.0), "wer": 50.0})
     train(tiny_config("trainer.max_epochs=1"))
     train(resumed_config(tmp_path / "run", "trainer.max_epochs=2"))
@@ -178,7 +180,7 @@ def test_a_damaged_record_is_refused_before_any_change(tiny_config, tmp_path, na
     assert (folder / "config.yaml").read_text(encoding="utf-8") == before
 
 
-def test_results_include_all_sessions(tiny_config, tmp_path, interrupt):
+def test_the_time_of_all_sessions_is_added_and_old_results_are_removed(tiny_config, tmp_path, interrupt):
     train(tiny_config("trainer.max_epochs=1"))
     folder = tmp_path / "run"
     last = folder / "checkpoints/last.ckpt"

@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from recipes.curves import drop_rows_after, read_rows, write_rows
-from recipes.run import git_commit, load_run, read_checkpoint, short_path, start_record, versions
+from recipes.run import epoch_checkpoints, git_commit, load_run, read_checkpoint, short_path, start_record, versions
 
 
 def test_load_run(run_folder):
@@ -114,3 +114,11 @@ def test_another_kind_of_config_is_not_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match=r"already holds a config\.yaml; choose another hydra\.run\.dir"):
         start_record(tmp_path, OmegaConf.create({"seed": 5}), [])
     assert (tmp_path / "config.yaml").read_text(encoding="utf-8") == "mine: 1\n"
+
+
+def test_epochs_are_in_order_also_with_five_digits(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    names = [f"epoch_{epoch:04d}.ckpt" for epoch in (1, 9999, 10000, 10001)]
+    for name in names:
+        (tmp_path / "checkpoints" / name).touch()
+    assert [file.name for file in epoch_checkpoints(tmp_path)] == names

@@ -1,4 +1,4 @@
-"""Sweeps in which some trainings fail or are interrupted."""
+"""Sweeps: failed and interrupted runs, refused folders and arguments, and the score that a sweeper minimises."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from recipes.sweep import SWEEP, objective, read_outcomes
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys, tiny_arguments):
-    """Runs ``sparse-attn train`` with the given arguments, with or without those of the tiny training."""
+    """Runs ``sparse-attn train`` with the given arguments, after those of the tiny training unless `alone`."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.chdir(tmp_path)
 

@@ -120,7 +120,7 @@ def test_the_same_seed_gives_the_same_numbers(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["softmax", "topk"])
-def test_every_kind_of_attention_trains_and_one_layer_kind_can_be_set_alone(tiny_config, tmp_path, kind):
+def test_attention_is_set_for_all_layers_or_for_one_kind_of_layer(tiny_config, tmp_path, kind):
     train(tiny_config(f"model.attention={kind}", "model.decoder_attention=sparsemax", "trainer.max_epochs=1"))
     config = load_run(tmp_path / "run").config.model
     assert (config.encoder_attention, config.decoder_attention) == (kind, "sparsemax")
@@ -192,7 +192,7 @@ def test_a_logger_without_its_package_is_refused_before_files_are_written(
         (["optimizer.learning_rate=0"], "learning_rate must be above 0, got 0"),
         (["optimizer.max_steps=0"], "max_steps must be at least 1 or null, got 0"),
         (["optimizer.weight_decay=-1"], "weight_decay must be at least 0, got -1"),
-        (["loss.label_smoothing=1"], r"label_smoothing must lie in \[0, 0.9\], since nothing is learnt beyond; got 1"),
+        (["loss.label_smoothing=1"], r"label_smoothing must lie in \[0, 0.9\], since nothing is learnt above; got 1"),
         (["trainer.max_epochs=many"], "trainer.max_epochs must be a whole number or null, got 'many'"),
         (["trainer.max_epochs=0"], "trainer.max_epochs must be above 0 or null, got 0"),
         (["+trainer.min_epoch=1"], "unknown key 'trainer.min_epoch', did you mean 'min_epochs'"),
@@ -246,7 +246,7 @@ def test_versions_contain_the_commit_only_in_a_checkout(tmp_path):
     assert run_module.git_commit(tmp_path) is None
 
 
-def test_an_empty_group_is_allowed():
+def test_null_is_allowed_for_a_value_and_refused_for_a_group():
     check_groups("train", ["logger=csv", "resume=null", "optimizer.max_steps=null"])
     with pytest.raises(ValueError, match="logger must be one of csv, default, mlflow, wandb, got null"):
         check_groups("train", ["logger=null"])
@@ -274,7 +274,7 @@ def test_three_files_need_no_folder(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
-def test_every_precision_trains(tiny_config, precision):
+def test_mixed_and_full_precision_train(tiny_config, precision):
     train(tiny_config(f"trainer.precision={precision}", "trainer.max_epochs=1"))
 
 
@@ -311,7 +311,7 @@ def test_bar_and_lines_fit_a_terminal_of_80_columns(tiny_arguments):
     child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=theirs, stderr=theirs, stdin=theirs)
     os.close(theirs)
     shown = b""
-    with contextlib.suppress(OSError):  # the end of a pseudo-terminal
+    with contextlib.suppress(OSError):  # raised at the end of a pseudo-terminal
         while part := os.read(ours, 65536):
             shown += part
     os.close(ours)

@@ -1,4 +1,4 @@
-"""Records of models, and a reader of pages that shares no code with the program inside them."""
+"""Records of models, hostile tokens, and a reader of pages that shares no code with the program in a page."""
 
 from __future__ import annotations
 

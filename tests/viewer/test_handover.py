@@ -1,4 +1,4 @@
-"""The arguments of BertViz and CircuitsVis."""
+"""The arguments for BertViz and CircuitsVis."""
 
 from __future__ import annotations
 

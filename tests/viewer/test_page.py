@@ -103,7 +103,7 @@ def test_only_the_largest_weights_are_kept_on_a_large_page(read_page: Reader, mo
 
 
 class Scripts(HTMLParser):
-    """Collects every element of a page, as a browser would parse it."""
+    """Collects the tags of a page, and the values of `src` and `href`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ def test_hostile_tokens_are_shown_as_text(encoder_record: Records, read_page: Re
     assert "<img" not in view._repr_html_() and "<script" not in view._repr_html_()
 
 
-def test_a_page_sends_no_request(encoder_record: Records) -> None:
+def test_a_page_refers_to_no_other_file(encoder_record: Records) -> None:
     html = attention_view(encoder_record(3)).html()
     found = Scripts()
     found.feed(html)
@@ -218,3 +218,10 @@ def test_the_weight_on_subwords_of_the_own_word_is_measured(encoder_record: Reco
     assert numbers["weight on own word"] == pytest.approx(expected.tolist(), rel=1e-4)
     numbers = read_page(attention_view(record, list("abcde")).html()).data["layers"][0]["numbers"]
     assert "weight on own word" not in numbers
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 0, 3), (1, 2, 3, 0)])
+def test_a_record_without_queries_or_keys_has_an_empty_map(read_page: Reader, shape: tuple[int, ...]) -> None:
+    record = AttentionRecord(keep_weights=True)
+    record.add("cross", torch.zeros(shape), torch.zeros(shape[-2:], dtype=torch.bool))
+    assert read_page(attention_view(record).html()).data["layers"][0]["maps"][0]["entries"] == 0

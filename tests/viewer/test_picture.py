@@ -1,4 +1,4 @@
-"""Pictures for papers."""
+"""Pictures of the view as SVG, PDF and PNG files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_hostile_tokens_are_drawn(hostile: list[str], encoder_record: Records, t
         ElementTree.parse(file)
 
 
-def test_a_large_matrix_is_drawn_as_pixels_with_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_matrix_is_drawn_as_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picture_module, "MOST_SQUARES", 10)
     monkeypatch.setattr(picture_module, "MOST_PIXELS", 16)
     visible = torch.ones(83, 83, dtype=torch.bool).tril()
@@ -81,3 +81,9 @@ def test_error_without_matplotlib_contains_the_pip_command(
 )
 def test_printable(text: str, shown: str) -> None:
     assert picture_module.printable(text) == shown
+
+
+def test_dollars_in_the_name_of_a_layer_are_not_mathematics(tmp_path: Path) -> None:
+    record = AttentionRecord(keep_weights=True)
+    record.add("a$x_$", torch.rand(1, 2, 3, 3).softmax(-1))
+    assert attention_view(record).save(tmp_path / "a.png", layer=0, head=0).stat().st_size > 0

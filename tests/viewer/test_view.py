@@ -86,6 +86,32 @@ def batches_of_two_sizes() -> AttentionRecord:
         ),
         (
             lambda make: make(5),
+            {"numbers": {"n": {"layers.0.self_attn": [1.0, 2.0, 3.0]}}},
+            TypeError,
+            r"numbers\['n'\]\['layers.0.self_attn'\] must be a torch.Tensor, got list",
+        ),
+        (lambda make: make(5), {"numbers": [1.0]}, TypeError, "numbers must be a dict, got list"),
+        (
+            lambda make: make(5),
+            {"numbers": {"n": 1.0}},
+            TypeError,
+            "numbers.'n'. must be a dict .* got float",
+        ),
+        (lambda make: make(5), {"courses": [(0, "a", 0, 1.5)]}, TypeError, "courses must be a dict .* got list"),
+        (
+            lambda make: make(5),
+            {"courses": {"a": [("0", "layers.0.self_attn", 0, 1.5)]}},
+            TypeError,
+            "the step in courses.'a'. must be an int, got '0'",
+        ),
+        (
+            lambda make: make(5),
+            {"courses": {"a": [(0, "layers.0.self_attn", 0, torch.tensor(1.5))]}},
+            TypeError,
+            "α in courses.'a'. must be a number, got tensor",
+        ),
+        (
+            lambda make: make(5),
             {"numbers": {"density": {"layers.0.self_attn": torch.ones(HEADS)}}},
             ValueError,
             "numbers must not contain 'density' for layer 'layers.0.self_attn', since the view has it from the record",

@@ -43,8 +43,8 @@ class BatchByLength(Sampler[list[int]]):
     Args:
         lengths: (source, target) lengths of each example, to sort by.
         batch_size: Maximum number of examples per batch; None: no limit.
-        batch_tokens: Maximum number of tokens per batch, padding included, counted on the longer side; None: no limit.
-            A longer example forms a separate batch.
+        batch_tokens: Maximum number of tokens per batch, padding included, counted for the sources or the targets,
+            whichever are longer; None: no limit. A longer example forms a separate batch.
         shuffle: Whether the order is random.
         seed: Determines the random order, together with the epoch.
 
@@ -112,7 +112,7 @@ class BatchByLength(Sampler[list[int]]):
         yield from batches
 
     def _bins(self) -> Iterator[tuple[list[int], int]]:
-        """Indices of examples that share a batch size, and the length of the longest; short ones first."""
+        """Indices of examples that share a batch size, and the length of the longest; short examples come first."""
         if self.batch_tokens is None:
             yield list(range(len(self.lengths))), 0
             return

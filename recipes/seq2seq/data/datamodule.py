@@ -25,7 +25,7 @@ from .tsv import ALL_LANGUAGES, LANGUAGE, check_columns, input_fields, load_tsv
 NAMES = ("cmudict", "tsv", "parallel", "synthetic")
 COLUMNS = ("source", "target")
 METRICS_OF_WORDS = ("per", "wer")
-# An output may be longer than the longest training target by this number of tokens.
+# An output may have this number of tokens more than the longest training target: correct outputs may be longer.
 EXTRA_LENGTH = 9
 
 
@@ -58,20 +58,22 @@ class Seq2SeqData(L.LightningDataModule):
         bpe_size: Largest number of subwords of a side that is split by ``"bpe"``.
         bpe_joint: Whether both sides share their subwords.
         batch_size: Pairs per training batch.
-        batch_tokens: Instead of ``batch_size``: maximum number of tokens per batch, padding included, counted on the
-            longer side.
+        batch_tokens: Instead of ``batch_size``: maximum number of tokens per batch, padding included, counted for the
+            sources or the targets, whichever are longer.
         eval_batch_size: Maximum number of words per validation or test batch.
         eval_batch_tokens: The same for validation and test batches, together with ``eval_batch_size``.
-        seed: Chooses the order of the training batches together with the epoch, whatever the global random
-            state.
+        seed: Determines the order of the training batches, together with the epoch; the global random state has no
+            effect.
         limit: Number of training words, drawn with a fixed seed; validation and test are reduced by the same factor.
         eval_limit: Number of words in ``val_dataloader()``, for quick checks during training, drawn with a fixed seed;
             ``full_val_dataloader()`` always has all words.
         max_length: Maximum number of tokens of each side: a longer training pair is left out, a longer input is cut.
-        output_length: Maximum number of tokens of an output; None: 9 more than the longest training target.
-        cache: A folder for encoded training data, in files named after their content.
+        output_length: Maximum number of tokens of an output; None: 9 more than the longest training target, since
+            correct outputs may be longer.
+        cache: A folder for encoded training data, in files named by a hash of their content.
         metrics: The metrics, the most important first; see ``recipes.seq2seq.metrics.METRICS``.
-        bleu_tokenize: How sacrebleu splits texts into words: ``"13a"``, or ``"none"`` for texts that are split.
+        bleu_tokenize: How sacrebleu splits texts into words: ``"13a"``, ``"intl"``, ``"char"``, ``"zh"``, or ``"none"``
+            for texts that are already split.
 
     Raises:
         TypeError: If a size is not a whole number.
@@ -286,7 +288,7 @@ class Seq2SeqData(L.LightningDataModule):
         source, target = self.source_tokenizer, self.target_tokenizer
         references = [target.words(target.tokenize(reference)) for reference in example.references]
         return Row(
-            # The time for attention grows with the square of the length.
+            # Long inputs are cut, since the time for attention grows with the square of the length.
             cut(source.encode(example.source), self.max_length),
             cut(target.encode(example.references[0]), self.max_length),
             example.source,
@@ -342,7 +344,7 @@ def _check_names(key: str, names: Any, fewest: int) -> None:
         raise ValueError(f"{key} must hold {wanted}, got [{', '.join(map(str, names))}]")
     for name in names:
         if not isinstance(name, str) or not name or any(character in name for character in "\t/{}"):
-            raise ValueError(f"{key} must hold names as they stand in file names, got {name!r}")
+            raise ValueError(f"{key} must hold names as they occur in file names, got {name!r}")
         if key == "languages" and name in ("pad", "bos", "eos", "unk"):
             raise ValueError(f"languages must not be one of pad, bos, eos, unk, got {name!r}")
 

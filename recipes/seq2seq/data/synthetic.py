@@ -71,7 +71,7 @@ def make_sequences(
         train: Number of training sequences.
         val: Number of validation sequences.
         test: Number of test sequences of each length.
-        seed: Seed of the sequences. It is not the seed of the run: runs with different seeds use the same data.
+        seed: Seed of the sequences, not of the run: runs with different seeds use the same data.
 
     Raises:
         TypeError: If a number is not an integer.
@@ -94,7 +94,7 @@ def make_sequences(
         return Example(" ".join(source), (" ".join(target),), group)
 
     def short(split: str, count: int) -> list[Example]:
-        # A string seed is hashed: tasks, splits and neighbouring seeds have nothing in common.
+        # A string seed is hashed, so tasks, splits and neighbouring seeds give unrelated sequences.
         rng = random.Random(f"{seed}/{task}/{split}")
         return [example(rng, rng.randint(1, length)) for _ in range(count)]
 

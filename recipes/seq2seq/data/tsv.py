@@ -61,7 +61,7 @@ def read_examples(
         if line.strip(" ")
     ]
     if not examples:
-        raise ValueError(f"{path} must hold at least one {'<TAB>'.join(columns)} line, got an empty file")
+        raise ValueError(f"{path} must hold at least one {'<TAB>'.join(columns)} line, got an empty or blank file")
     return examples
 
 
@@ -71,7 +71,7 @@ def _parse(line: str, columns: Sequence[str], language: str | None, place: str) 
         form = "<TAB>".join(columns)
         raise ValueError(
             f"{place}: a line must be {form}, got {len(values) - 1} tabs in {reprlib.repr(line)}; "
-            "data.columns says which columns there are"
+            "data.columns lists the columns"
         )
     fields = dict(zip(columns, values, strict=True))
     for name, value in fields.items():
@@ -116,7 +116,7 @@ def _read_languages(pattern: str, columns: Sequence[str], languages: Sequence[st
         if not path.expanduser().is_file():
             raise FileNotFoundError(
                 f"languages must have a file each, got {language!r} without {path}; "
-                f"files there are for: {', '.join(find_languages(pattern)) or 'none'}"
+                f"there are files for: {', '.join(find_languages(pattern)) or 'none'}"
             )
         examples += read_examples(path, columns, language=language)
     return examples

@@ -45,7 +45,7 @@ def beam_search(
         zero or left the beam. A row gets unfinished hypotheses only if none has ended after ``max_length`` tokens.
 
     Raises:
-        ValueError: An argument outside its range.
+        ValueError: An argument is outside its range.
 
     Example:
         >>> from recipes.seq2seq.model import Seq2SeqTransformer
@@ -112,7 +112,7 @@ def _search(
 def _best_extensions(
     word: Tensor, total: Tensor, after: Tensor, words: int, beam_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, token and log-probability of the ``beam_size`` best extensions of every word with non-zero probability."""
+    """Row, token and log-probability of the best extensions of every word, at most ``beam_size``, none impossible."""
     best, token = after.topk(min(beam_size, after.shape[1]), -1)
     candidates = total[:, None] + best
     # Rows of a word are consecutive. The position of a row within its word is its column in a table with words as rows.

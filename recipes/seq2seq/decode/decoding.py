@@ -30,7 +30,7 @@ class Decoding:
         budget: Maximum number of expansions per input, for "exact".
 
     Raises:
-        ValueError: A setting outside its range.
+        ValueError: A setting is outside its range.
     """
 
     name: str = "greedy"

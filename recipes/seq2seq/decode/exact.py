@@ -19,7 +19,7 @@ from .prefixes import Hypothesis, Models, Sources, as_models
 # Limits of memory: words that are searched at the same time, and positions (prefixes × tokens) of one model call.
 WORDS, POSITIONS = 64, 8192
 # The number of prefixes that a word expands at once grows by one after every GROWTH expansions, up to WIDEST. Compared
-# with one prefix at a time, this costs less than 1 in 16 additional expansions.
+# with one prefix at a time, this adds less than one expansion in 16.
 GROWTH, WIDEST = 16, 64
 
 
@@ -112,7 +112,7 @@ class _Search:
         self.budget = budget
         self.max_length = max_length
         self.open: list[_Prefix] = []
-        self.dive: _Prefix | None = _Prefix(0.0, ())
+        self.dive: _Prefix | None = _Prefix(0.0, ())  # the next prefix of the greedy part; None after this part
         self.best: _Prefix | None = None
         self.cut: _Prefix = _Prefix(0.0, ())  # end of the greedy part, the result if no hypothesis has finished
         self.expansions = 0

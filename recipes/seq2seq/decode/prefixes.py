@@ -24,7 +24,7 @@ class Hypothesis:
 
     Attributes:
         tokens: Target ids without special tokens.
-        log_probability: Natural logarithm of its probability, including the end-of-sequence token.
+        log_probability: Natural logarithm of the probability of the tokens and the end-of-sequence token.
         finished: False if the hypothesis was cut at ``max_length`` and cannot end there: its probability then includes
             only the tokens.
     """

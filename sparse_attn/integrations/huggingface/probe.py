@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _NAME = "sparse_attn_probe"
 
-#: Maps scores (N, H, L, S), with those of a sink in front if the second argument is 1, to weights.
+#: Maps scores (N, H, L, S) to weights. If the second argument is 1, the first score of each query is that of a sink.
 Probe = Callable[[Tensor, int], Tensor]
 
 

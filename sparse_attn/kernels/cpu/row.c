@@ -197,7 +197,7 @@ double EXPORTED(backward)(vector p, vector grad, int64_t size, double a, int wit
     if (with_alpha) {
         const overview seen = survey(weights, g, padded);
 #ifndef REAL_DOUBLE
-        /* Nearly flat or nearly one-hot: the gradient for α is a small difference of logarithms. */
+        /* In a nearly flat or nearly one-hot row, the gradient for α is a small difference of logarithms. */
         if (seen.most * (float)size < 2 || seen.most > 0.99f)
             return ROW_KERNEL_IN_DOUBLE(backward)(p, grad, size, a, with_alpha, out, scratch);
 #endif

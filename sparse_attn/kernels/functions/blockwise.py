@@ -159,9 +159,9 @@ class _Blockwise(torch.autograd.Function):
         setting: Setting,
         softcap: float | None,
     ) -> Tensor:
-        ctx.mask, ctx.setting, ctx.softcap = mask, setting, softcap
+        ctx.setting, ctx.softcap = setting, softcap
         ctx.seed = int(torch.randint(2**62, ())) if setting.dropout_p > 0 else 0
-        ctx.save_for_backward(query, key, value, alpha)
+        ctx.save_for_backward(query, key, value, alpha, mask)  # a mask that changed in between raises an error
         output = value.new_empty(*query.shape[:2], value.shape[-1])
         blocks = _blocks(query, key, setting)
         parts = _attend(query, key, value, alpha, mask, setting, softcap, ctx.seed)
@@ -171,7 +171,7 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, alpha = ctx.saved_tensors
+        query, key, value, alpha, mask = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _backward_once_more(ctx, grads[0])
         setting: Setting = ctx.setting
@@ -182,7 +182,7 @@ class _Blockwise(torch.autograd.Function):
         for block in _blocks(query, key, setting):
             row, queries, keys = block
             one_alpha = None if alpha is None else alpha[row].view(1, 1)
-            scores, tanh = _scores(query, key, ctx.mask, block, setting, ctx.softcap, buffer)
+            scores, tanh = _scores(query, key, mask, block, setting, ctx.softcap, buffer)
             weights = _weights(scores, one_alpha, setting)
             grad_output, values, its_keys = grad[row, queries], value[row, keys], key[row, keys]
             grad_weights = grad_output @ values.T
@@ -205,9 +205,9 @@ class _Blockwise(torch.autograd.Function):
 
 def _backward_once_more(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiable gradients, by autograd through the same blocks."""
-    query, key, value, alpha = ctx.saved_tensors
+    query, key, value, alpha, mask = ctx.saved_tensors
     inputs = [x for x in (query, key, value, alpha) if x is not None and x.requires_grad]
-    blocks = _attend(query, key, value, alpha, ctx.mask, ctx.setting, ctx.softcap, ctx.seed)
+    blocks = _attend(query, key, value, alpha, mask, ctx.setting, ctx.softcap, ctx.seed)
     output = torch.cat(list(blocks)).view(grad.shape)
     gradients = iter(torch.autograd.grad(output, inputs, grad, create_graph=True, materialize_grads=True))
     return *(next(gradients) if needed else None for needed in ctx.needs_input_grad[:4]), None, None, None

@@ -4,7 +4,7 @@
 
 The probabilities ``p`` that attain the maximum are an input. Since ``p`` is optimal, the value does not depend on it to
 first order (the envelope theorem), so ``∂Ω*/∂z = p`` and ``∂Ω*/∂α = ∂H/∂α`` at fixed ``p``. Both are functions of
-``p``, which is part of the graph, so second derivatives follow from those of the mapping.
+``p``, which is part of the graph, so second derivatives follow from the derivatives of the mapping.
 
 Reference: Blondel, Martins & Niculae 2020 (JMLR), "Learning with Fenchel-Young Losses".
 """
@@ -67,9 +67,8 @@ def _mean_score(p: Tensor, scores: Tensor, top: Tensor) -> Tensor:
     lowest = torch.finfo(p.dtype).min
     if needs_plain_operations():
         return (p * (scores - top).clamp(min=lowest)).sum(-1, keepdim=True)
-    return (
-        (scores - top).clamp_(min=lowest).mul_(p).sum(-1, keepdim=True)
-    )  # in place: allocating takes longer than arithmetic
+    # In place, since allocation takes longer than arithmetic.
+    return (scores - top).clamp_(min=lowest).mul_(p).sum(-1, keepdim=True)
 
 
 def _entropy_slope(p: Tensor, a: Tensor) -> Tensor:

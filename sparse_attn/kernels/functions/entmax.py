@@ -116,7 +116,7 @@ class _Entmax(torch.autograd.Function):
 
 
 class _EntmaxInTransforms(_Entmax):
-    """The form that ``torch.func`` needs. It is not used elsewhere, since it doubles the time of a small call."""
+    """The form that ``torch.func`` needs, and only used there, since it doubles the time of a small call."""
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:

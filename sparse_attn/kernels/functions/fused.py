@@ -103,7 +103,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _to_inputs(gradients: tuple[Tensor, ...], tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """Gradients in the dtypes of their inputs: the kernels return those of α and of a mask in float32."""
+    """Gradients in the dtypes of their inputs: the kernels return the gradients of α and of a mask in float32."""
     pairs = zip(gradients, tensors[:5], strict=True)
     return [None if tensor is None else gradient.to(tensor.dtype) for gradient, tensor in pairs]
 

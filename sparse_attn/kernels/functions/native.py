@@ -59,7 +59,7 @@ def planned_attention(
     key_starts: Tensor | None,
     plan: Any,
 ) -> Tensor:
-    """:func:`native_attention` by a plan of the kernel, where no transform is active."""
+    """:func:`native_attention` with a given plan of the kernel; no transform may be active."""
     if _needs_gradients(query, key, value, alpha, mask):
         # The same as `_Attention.apply`, which would test again whether a transform is active.
         return _apply(query, key, value, alpha, mask, seed, query_starts, key_starts, plan)

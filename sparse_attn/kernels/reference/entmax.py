@@ -237,7 +237,7 @@ def entmax_backward(
 
 
 def entmax_tangent(p: Tensor, a: float | Tensor, scores_tangent: Tensor | None, alpha_tangent: Tensor | None) -> Tensor:
-    """The forward-mode derivative of :func:`entmax_forward`: the tangent of ``p`` from those of scores and α.
+    """The forward-mode derivative of :func:`entmax_forward`: the tangent of ``p`` from the tangents of scores and α.
 
     ``dp = u ∘ (dz - Σ u dz / Σ u) + p/U ∘ [(Y - y) - a (ℓ Y - y H)] dα``, letters as in :func:`entmax_backward`.
     """

@@ -1,4 +1,4 @@
-// Every head on the axis from softmax to sparsemax, and curves of α over training; two runs are shown side by side.
+// Shows every head on the axis from softmax to sparsemax, and curves of α over training, for one run or two.
 
 const HEAD_COLOURS = ["--c0", "--c1", "--c2", "--c3", "--c4", "--c5", "--c6"];
 const DASHES = ["", "6 3", "2 3"];
@@ -8,17 +8,23 @@ function lastOf(run, layer, head) {
   return points ? points[points.length - 1][1] : null;
 }
 
+// Not Math.min(...numbers): a call has at most about 100,000 arguments.
+function extremes(numbers) {
+  let [low, high] = [Infinity, -Infinity];
+  for (const number of numbers) [low, high] = [Math.min(low, number), Math.max(high, number)];
+  return [low, high];
+}
+
+function valuesOf(runs) {
+  return runs.flatMap((run) => Object.values(data.courses[run])).flatMap((heads) => Object.values(heads).flat().map((point) => point[1]));
+}
+
 function alphaRange() {
-  const values = [1, 2];
-  for (const layer of data.layers) values.push(...(layer.numbers.alpha || []));
-  for (const layers of Object.values(data.courses)) {
-    for (const heads of Object.values(layers)) for (const points of Object.values(heads)) values.push(...points.map((point) => point[1]));
-  }
-  return [Math.min(...values), Math.max(...values)];
+  return extremes([1, 2].concat(...data.layers.map((layer) => layer.numbers.alpha || []), valuesOf(data.runs)));
 }
 
 function showAlpha() {
-  const runs = Object.keys(data.courses);
+  const { runs } = data;
   const withAlpha = data.layers.filter((layer) => layer.numbers.alpha);
   const box = place("alphas");
   if (!withAlpha.length && !runs.length) {
@@ -72,7 +78,7 @@ function strips(kind, layers, otherRun) {
   const median = (sorted[(sorted.length - 1) >> 1] + sorted[sorted.length >> 1]) / 2;
   const caption = `${all.length} heads \u00b7 mean \u03b1 ${mean.toFixed(3)} \u00b7 median ${median.toFixed(3)}`;
   const legend = otherRun
-    ? element("p", { className: "soft" }, element("span", { className: "dot-key" }), ` ${Object.keys(data.courses)[0]}  `, element("span", { className: "diamond-key" }), ` ${otherRun}`)
+    ? element("p", { className: "soft" }, element("span", { className: "dot-key" }), ` ${data.runs[0]}  `, element("span", { className: "diamond-key" }), ` ${otherRun}`)
     : null;
   return element("figure", { className: "panel alpha-panel" }, element("figcaption", {}, KIND_NAMES[kind], element("span", { className: "soft" }, ` ${caption}`)), legend || "", picture);
 }
@@ -143,8 +149,7 @@ function courses(runs) {
 
 // One range of α for all panels makes them comparable.
 function courseRange(runs) {
-  const values = runs.flatMap((run) => Object.values(data.courses[run])).flatMap((heads) => Object.values(heads).flat().map((point) => point[1]));
-  const [low, high] = [Math.min(...values), Math.max(...values)];
+  const [low, high] = extremes(valuesOf(runs));
   const margin = Math.max(0.02, 0.06 * (high - low), (0.1 - (high - low)) / 2);
   return [low - margin, high + margin];
 }
@@ -176,7 +181,7 @@ function course(layer, run, named, low, high) {
   const [width, height, left, bottom] = [300, 150, 34, 20];
   const of = data.courses[run][layer.name] || {};
   const steps = Object.values(of).flatMap((points) => points.map((point) => point[0]));
-  const [first, last] = [Math.min(...steps), Math.max(...steps)];
+  const [first, last] = extremes(steps);
   const x = (step) => left + 4 + ((step - first) / (last - first || 1)) * (width - left - 12);
   const y = (alpha) => 8 + (1 - (alpha - low) / (high - low)) * (height - bottom - 14);
   const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `\u03b1 over training, ${layer.name}, ${run}` });

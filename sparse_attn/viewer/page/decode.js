@@ -21,7 +21,7 @@ async function inflate(text) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-// Reads whole numbers: one byte each; after 255 the next byte is added to the number.
+// Reads whole numbers of one byte each; if the byte is 255, the next byte is added to the number.
 function wholeNumbers(bytes, begin, end) {
   const numbers = [];
   let number = 0;
@@ -152,7 +152,7 @@ function hasPieces(map) {
   return last(map.words.queries) < map.rows || last(map.words.keys) < map.columns;
 }
 
-// Attention between words: summed over the subwords of a key, averaged over those of a query.
+// Attention between words: summed over the subwords of a key, averaged over the subwords of a query.
 function mergeWords(map) {
   const members = (words) => {
     const groups = [];

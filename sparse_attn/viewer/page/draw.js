@@ -17,7 +17,7 @@ function termName(key) {
   return key in TERMS ? TERMS[key][0] : key;
 }
 
-// Replaces characters without a glyph, and those that change the direction of text, by a symbol or their number.
+// Replaces characters without a glyph, and characters that change the direction of text, by a symbol or their code point.
 function printable(token) {
   if (token === "") return "\u2205";
   const shown = token.replace(/[\u0000-\u0020\u007f-\u00a0\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g, (char) => {
@@ -97,7 +97,7 @@ function largestInRow(map, row) {
   return largest || 1;
 }
 
-// Sizes a canvas in CSS pixels, sharp at every pixel density; null without room.
+// Sets the size of a canvas in CSS pixels, sharp at every pixel density; returns null if there is no room.
 function prepare(canvas, width, height) {
   const ratio = Math.min(window.devicePixelRatio || 1, 3);
   const [pixelsAcross, pixelsDown] = [Math.round(width * ratio), Math.round(height * ratio)];
@@ -161,7 +161,7 @@ function paint(pixels, largest, map, across, down) {
   }
 }
 
-// The range of pixels of one of `count` places, at least one pixel.
+// The range of pixels of a place if `count` places share the room, at least one pixel.
 function span(index, count, pixels) {
   const from = Math.floor((index * pixels) / count);
   return [from, Math.max(from + 1, Math.floor(((index + 1) * pixels) / count))];

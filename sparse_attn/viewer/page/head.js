@@ -26,7 +26,7 @@ async function showHead() {
   const pieces = heads[head];
   place("merge").disabled = !hasPieces(pieces);
   place("merge").title = hasPieces(pieces)
-    ? "Sum over the subwords of a key, mean over those of a query (m)"
+    ? "Sum over the subwords of a key, mean over the subwords of a query (m)"
     : "No token is marked as a subword (##, @@, </w>, \u2581, \u0120)";
   let map = pieces;
   if (merge && hasPieces(pieces)) {
@@ -93,7 +93,7 @@ function describe(map, { row, column }) {
       const entry = entryAt(map, each, column);
       if (entry >= 0) [count, sum] = [count + 1, sum + map.weight[entry]];
     }
-    return [key, `${count} of ${map.rows} queries look at it, with ${weightText(sum)} in sum`];
+    return [key, `${count} of ${map.rows} queries give it weight, ${weightText(sum)} in sum`];
   }
   return [];
 }

@@ -95,16 +95,16 @@ function start() {
     const { entries, total, below } = data.leftOut;
     showNotice(
       `Of ${total.toLocaleString("en")} weights that are not zero, this page contains the ${(total - entries).toLocaleString("en")} largest; ` +
-        `those below ${below.toPrecision(2)} are left out. The numbers of each head are of all weights.`,
+        `those below ${below.toPrecision(2)} are left out. The statistics of each head count all weights.`,
     );
   }
   const { previous, self, next, monotone, diffuse } = data.thresholds;
-  const roles = `previous, self, next: at least ${100 * previous}% of the weight is on that position; monotone: moves forward over the keys (correlation at least ${monotone}); diffuse: looks almost evenly at everything (at least ${100 * diffuse}% of the largest entropy); mixed: none of these`;
+  const roles = `previous, self, next: at least ${100 * previous}% of the weight is on that position; monotone: moves forward over the keys (correlation at least ${monotone}); diffuse: spreads its weight almost evenly (at least ${100 * diffuse}% of the largest entropy); mixed: none of these`;
   TERMS.role[1] = `${TERMS.role[1]}: ${roles}`;
   place("terms").replaceChildren(
     ...numberKeys().concat("role").filter((key) => key in TERMS).flatMap((key) => [element("dt", {}, TERMS[key][0]), element("dd", {}, TERMS[key][1])]),
   );
-  place("rounding").textContent = `Weights are rounded to float16 (1 part in 2,048)${data.coarse ? ", those below 1/8 to 1 part in 400, as there are many" : ""}; zeros are exact.`;
+  place("rounding").textContent = `Weights are rounded to float16 (1 part in 2,048)${data.coarse ? ", those below 1/8 to 1 part in 400, since the page has many weights" : ""}; zeros are exact.`;
   fillSelect(place("example"), data.examples.map((example, index) => [example, `${example} \u00b7 ${exampleLabel(index)}`]));
   place("example-box").hidden = data.examples.length < 2;
   place("example").addEventListener("change", () => change({ example: Number(place("example").value) }));

@@ -1,4 +1,4 @@
-"""Tests with an argument ``variant`` run with every compiled variant of the row kernels in C."""
+"""Tests with an argument ``variant`` run with each variant of the row kernels that this processor supports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each C header compiles alone, at every vector width and for both element types."""
+"""Each C header compiles alone, at every vector width, for float and for double."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def test_probabilities_equal_the_reference(alpha, variant):
         x[0] = x[0, 0]  # ties
         for given in (a, torch.full((3, 1), a)):
             p = forward(x, given, variant=variant)
-            number = given if isinstance(given, float) else float(given[0])  # the tensor rounds α to float32
+            number = given if isinstance(given, float) else float(given[0])  # the tensor holds `a` in float32
             assert (p - exact(x, number)).abs().max() <= bound, (size, scale)
             assert (p.double().sum(-1) - 1).abs().max() <= 3e-7
         double = forward(x.double(), a, variant=variant)
@@ -43,7 +43,7 @@ def test_long_rows(alpha, variant):
 
 @pytest.mark.parametrize("alpha", [1.05, 1.1, 1.3, 1.49, 1.5, 1.75, 2.0])
 def test_rows_with_few_distinct_scores(alpha, variant):
-    # Many entries leave the support at once. Some are exactly 1 / (α - 1) below the largest, up to the last bit.
+    # Many entries leave the support at once. Some are exactly 1 / (α - 1) below the largest entry.
     counts = torch.tensor(list(itertools.product([1, 2], range(0, 120, 3), [0, 1, 5, 30, 60, 100])))
     top, second, _ = starts = counts.cumsum(-1).split(1, -1)
     place = torch.arange(255)
@@ -75,7 +75,7 @@ def test_entries_below_the_first_bound_have_no_weight(alpha):
 
 @pytest.mark.parametrize("alpha", [1.0001, 1.05, 1.2, 1.45])
 def test_long_rows_whose_first_sample_differs_from_the_rest(alpha, variant):
-    # The kernels first read 16 of every 128 entries.
+    # In long rows, the kernels first read 16 of every 128 entries.
     seen = torch.arange(4099) % 128 < 16
     flat, x = torch.zeros(4099), torch.randn(4099)
     rows_of = [

@@ -1,4 +1,4 @@
-"""Inputs of every form to the row kernels in C: dtypes, strides, masked entries, NaN, empty tensors."""
+"""Inputs of the row kernels in C: half precision, strides, masked entries, NaN, infinity, empty tensors."""
 
 from __future__ import annotations
 

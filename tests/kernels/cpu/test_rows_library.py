@@ -1,4 +1,4 @@
-"""The compiled library in a process: threads, fork, variants, and errors when it is missing."""
+"""The compiled library in a process: threads, fork, variants; errors for little memory and without the library."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_short_rows_have_the_results_of_rows_alone(size, alpha, k, variant):
             torch.testing.assert_close(got, torch.cat(wanted), rtol=bound, atol=2 * bound, equal_nan=True)
 
 
-def test_strided_rows_and_half_precision():
+def test_strided_rows_half_precision_and_in_place():
     x = torch.randn(67, 50).T[::2]
     for y in (x, x.half(), x.bfloat16()):
         for alpha in (1.0, 1.3, 1.5, 2.0):

@@ -92,7 +92,7 @@ def test_derivatives_of_first_and_second_order(monkeypatch):
         assert torch.autograd.gradcheck(attend, (*qkv, alpha)) and torch.autograd.gradgradcheck(attend, (*qkv, alpha))
 
 
-def test_dropout_drops_its_share_and_scales_the_rest(monkeypatch):
+def test_dropout_changes_the_weights_and_keeps_their_mean(monkeypatch):
     monkeypatch.setattr(ops, "_LARGE", 1)
     query, key, _ = tensors(37, 200, torch.float64)
     ones = torch.ones(2, 3, 200, 1, dtype=torch.float64)
@@ -142,3 +142,27 @@ def test_invalid_input_raises_an_error(monkeypatch):
         entmax_attention(query, key, value, alpha=0)
     with pytest.raises(ValueError, match="attn_mask must broadcast to the scores"):
         entmax_attention(query, key, value, attn_mask=torch.ones(13, 16, dtype=torch.bool))
+
+
+def test_a_mask_that_changed_before_the_backward_raises_an_error(monkeypatch):
+    monkeypatch.setattr(ops, "_LARGE", 1)
+    query, key, value = (x.requires_grad_() for x in tensors(13, 17, torch.float64))
+    mask = torch.rand(13, 17) > 0.3
+    output = entmax_attention(query, key, value, 1.5, mask)
+    mask.fill_(True)  # as a buffer that is used again for the next batch
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("empty", ["batch", "depth", "values"])
+def test_empty_tensors_with_many_pairs(empty, monkeypatch):
+    monkeypatch.setattr(ops, "_LARGE", 1)
+    batch, depth, values = (
+        0 if empty == name else size for name, size in {"batch": 2, "depth": 5, "values": 7}.items()
+    )
+    query, key = torch.randn(batch, 3, 13, depth), torch.randn(batch, 3, 17, depth)
+    value = torch.randn(batch, 3, 17, values, requires_grad=True)
+    output = entmax_attention(query, key, value, scale=1.0)
+    assert output.shape == (batch, 3, 13, values)
+    output.sum().backward()
+    assert value.grad is not None and value.grad.shape == value.shape

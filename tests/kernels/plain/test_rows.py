@@ -24,7 +24,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 
 
 def rows(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows (7, 5, size) of every scale, with a flat one, a masked entry and a masked row."""
+    """Rows (7, 5, size) of seven scales; some are flat, masked, partly masked, or far from zero."""
     x = torch.randn(7, 5, size, dtype=dtype) * torch.logspace(-2, 2, 7, dtype=dtype).view(-1, 1, 1)
     x[2, 3] = 1.5
     x[3, :, 0] = -math.inf
@@ -48,7 +48,7 @@ def test_probabilities(alpha, size):
     torch.testing.assert_close(torch_rows.entmax_forward(x.double(), wide, LOWEST), exact, atol=1e-14, rtol=1e-11)
 
 
-@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])  # all entries have weight, some, and few
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])  # all, some or few entries have weight
 @pytest.mark.parametrize("alpha", [1.3, 1.5, 1.7, 2.0, "per row"])
 def test_long_rows(alpha, scale):
     a = torch.tensor([[0.3], [0.5], [1.0]]) if alpha == "per row" else alpha - 1
@@ -86,7 +86,7 @@ def test_gradients(alpha, with_alpha, dtype):
 
 
 @pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0, "between 1 and 2"])
-def test_one_undefined_row_does_not_change_the_others(alpha):
+def test_undefined_rows_do_not_change_the_others(alpha):
     x, a = rows(257), shifts(alpha)
     clean = torch_rows.entmax_forward(x, a, LOWEST)
     x[0, 0, 11], x[1, 2, 256] = math.nan, math.inf

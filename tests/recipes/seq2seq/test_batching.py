@@ -54,7 +54,7 @@ def test_repeated_passes_of_one_epoch_are_equal():
     assert list(batches) == list(batches)
 
 
-def test_batches_have_other_examples_in_every_epoch():
+def test_few_batches_are_the_same_in_two_epochs():
     batches = BatchByLength(random_lengths(2003), 7, shuffle=True, seed=0)
     first = {frozenset(batch) for batch in batches}
     batches.set_epoch(1)
@@ -71,8 +71,8 @@ def test_shuffled_batches_have_similar_lengths():
     assert padding(BatchByLength(lengths, 7, shuffle=True, seed=0)) < 0.2 * padding(unsorted)
 
 
-def test_any_first_part_of_an_epoch_is_a_fair_sample():
-    """Lightning may end an epoch early: the first tenth must contain all lengths equally often."""
+def test_the_first_tenth_of_an_epoch_is_a_fair_sample():
+    """Lightning can end an epoch early: over many epochs, the first tenth must contain all examples and lengths."""
     lengths = random_lengths(2003)
     batches = BatchByLength(lengths, 7, shuffle=True, seed=0)
     totals, counts = 0, [0] * len(lengths)
@@ -87,7 +87,7 @@ def test_any_first_part_of_an_epoch_is_a_fair_sample():
     assert min(counts) > 5  # 20 expected for each
 
 
-def test_without_shuffling_examples_are_sorted_by_source_then_target():
+def test_without_shuffling_examples_are_sorted_by_source_length_then_target_length():
     lengths = random_lengths(103)
     batches = BatchByLength(lengths, 7, shuffle=False, seed=0)
     got = [lengths[index] for batch in batches for index in batch]
@@ -98,7 +98,7 @@ def test_without_shuffling_examples_are_sorted_by_source_then_target():
 
 
 def test_examples_are_sorted_only_within_pools(monkeypatch):
-    """With pools of one batch, the lengths in a batch vary as much as in the data."""
+    """With pools of one batch, the lengths in a batch vary almost as much as in the data."""
     monkeypatch.setattr(batching, "POOL", 1)
     lengths = [(index, 2) for index in range(700)]
     spread = [max(batch) - min(batch) for batch in BatchByLength(lengths, 7, shuffle=True, seed=0)]
@@ -113,14 +113,14 @@ def test_a_batch_size_of_zero_is_refused():
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("batch_size", [None, 11])
 def test_batches_by_tokens_contain_every_example_once_within_the_limit(shuffle, batch_size):
-    lengths = [*random_lengths(1009), (211, 3)]  # the last is longer than a batch
+    lengths = [*random_lengths(1009), (211, 3)]  # the last is longer than the limit
     batches = BatchByLength(lengths, batch_size, batch_tokens=113, shuffle=shuffle, seed=3)
     got = list(batches)
     assert sorted(itertools.chain(*got)) == list(range(1010))
     sizes = [len(batch) * max(max(lengths[index]) for index in batch) for batch in got]
     assert all(size <= 113 or batch == [1009] for size, batch in zip(sizes, got, strict=True))
     assert max(map(len, got)) == (11 if batch_size else max(map(len, got)))
-    # Most batches are nearly full.
+    # Without another limit, shuffled batches are more than three quarters full on average.
     assert shuffle is False or batch_size or sum(sizes) / len(sizes) > 0.75 * 113
 
 

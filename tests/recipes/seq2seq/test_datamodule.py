@@ -55,7 +55,7 @@ def test_setup_is_idempotent(data):
     assert all(old is new for old, new in zip(before, after, strict=True))
 
 
-def test_loaders_call_setup(files):
+def test_the_training_loader_calls_setup(files):
     assert len(Seq2SeqData("tsv", **files).train_dataloader()) == 2
 
 
@@ -90,7 +90,7 @@ def test_evaluation_rows_keep_their_texts_and_all_references(cmudict):
     assert several > 0
 
 
-def test_batches_are_padded_with_zero_and_end_in_eos(data):
+def test_rows_end_in_eos_and_are_padded_with_zero(data):
     for batch in itertools.chain(data.train_dataloader(), data.val_dataloader()):
         for ids in (batch["source"], batch["target_out"]):
             assert ids.dtype == torch.long
@@ -115,7 +115,7 @@ def test_unknown_characters_of_validation_words_are_marked(data):
     assert [["X", "A"]] in references  # an unseen phone stays unchanged in the reference
 
 
-def test_the_order_depends_only_on_seed_and_epoch(files):
+def test_the_order_depends_on_the_seed_and_not_on_the_global_random_state(files):
     def first_batch(seed):
         loader = Seq2SeqData("tsv", batch_size=7, seed=seed, **files).train_dataloader()
         return next(iter(loader))["source"].tolist()
@@ -284,7 +284,7 @@ def test_synthetic_sequences():
     assert batch["groups"] == ["x2"] * 7
 
 
-def test_a_batch_by_tokens(files):
+def test_batches_by_tokens_stay_within_the_limit(files):
     loader = Seq2SeqData("tsv", batch_tokens=29, **files).train_dataloader()
     for batch in loader:
         assert max(batch["source"].numel(), batch["target_out"].numel()) <= 29
@@ -343,7 +343,7 @@ def test_a_cache_does_not_change_the_data(files, tmp_path, monkeypatch):
         ({"languages": "all"}, "train must hold {language} in its path, which languages fills in, got 'x'"),
         ({"name": "parallel"}, "train must hold {side} in its path, which sides fills in, got 'x'"),
         ({"languages": []}, "languages must hold at least one language, and each once, got []"),
-        ({"languages": ["a/b"]}, "languages must hold names as they stand in file names, got 'a/b'"),
+        ({"languages": ["a/b"]}, "languages must hold names as they occur in file names, got 'a/b'"),
         ({"languages": ["unk"]}, "languages must not be one of pad, bos, eos, unk, got 'unk'"),
         ({"name": "parallel", "sides": ["en"]}, "sides must hold two different names, got [en]"),
         ({"feature_split": ""}, "feature_split must hold at least one character, got ''"),
@@ -351,7 +351,7 @@ def test_a_cache_does_not_change_the_data(files, tmp_path, monkeypatch):
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
     ],
 )
-def test_incompatible_arguments_are_refused(arguments, message):
+def test_invalid_or_incompatible_arguments_are_refused(arguments, message):
     path = (
         "x{language}" if arguments.get("languages") not in (None, "all") else "x{side}" if "sides" in arguments else "x"
     )

@@ -82,7 +82,7 @@ def test_decoding_ends_when_all_words_have_ended() -> None:
     assert steps == [N]
 
 
-def test_padding_and_beginning_of_sequence_are_never_generated() -> None:
+def test_special_tokens_except_the_end_are_not_generated() -> None:
     model = model_of(end_bias=-1e3)
     with torch.no_grad():
         model.output.bias[[PAD, BOS, UNK]] = 1e3
@@ -104,7 +104,7 @@ def test_decoding_restores_the_mode_and_uses_no_dropout_or_gradient(training: bo
     assert torch.is_grad_enabled()
 
 
-def test_an_error_restores_the_mode() -> None:
+def test_the_mode_is_restored_after_an_error() -> None:
     model = model_of().train()
     with pytest.raises(IndexError):
         greedy_decode(model, torch.full((N, S), SOURCE), max_length=MAX_LENGTH)

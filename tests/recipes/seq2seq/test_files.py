@@ -17,7 +17,7 @@ def test_line_ends_and_compression_do_not_change_the_lines(tmp_path, end, compre
     assert read_lines(file) == LINES
 
 
-def test_byte_order_marks_are_removed_at_every_position(tmp_path):
+def test_a_byte_order_mark_is_removed_from_the_start_of_every_line(tmp_path):
     file = tmp_path / "two_files_in_one.txt"
     file.write_bytes(b"\xef\xbb\xbfa\n\xef\xbb\xbfb\n")
     assert read_lines(file) == ["a", "b"]

@@ -29,7 +29,7 @@ def test_correct_predictions_have_no_errors():
 
 
 def test_per_if_the_last_token_of_each_word_is_wrong():
-    """Word i has i tokens, of which only the last is wrong: PER is 100 n / (n (n + 1) / 2)."""
+    """Word `i` of `n` has `i` tokens, and only the last token is wrong: PER is 100 n / (n (n + 1) / 2)."""
     n = 13
     references = [[[str(place) for place in range(length)]] for length in range(1, n + 1)]
     predictions = [[*reference[0][:-1], "wrong"] for reference in references]
@@ -122,7 +122,7 @@ def test_different_numbers_of_texts_are_refused():
         text_scores(["a"], [])
 
 
-def test_groups_are_averaged_and_ordered_by_their_names():
+def test_groups_are_averaged_and_ordered_by_length_and_name():
     def share(chosen):
         return {"share": len(chosen) / 10}
 

@@ -1,4 +1,4 @@
-"""The seq2seq transformer: kinds of attention, effects of padding and of future tokens, decoding with a cache."""
+"""The seq2seq transformer: attention, positions, padding, future tokens, a cache, embeddings, invalid arguments."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def ids() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-def test_every_kind_in_every_place_builds_and_learns(kind: str, place: str) -> None:
+def test_every_kind_in_every_place_builds_and_has_gradients(kind: str, place: str) -> None:
     model = model_of(**{place: kind}).train()
     source, target = ids()
     logits = model(source, target)
@@ -87,7 +87,7 @@ def test_a_factory_passes_on_its_arguments() -> None:
 
 
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-def test_ids_at_padding_do_not_change_real_outputs(kind: str) -> None:
+def test_ids_and_embeddings_at_padding_do_not_change_real_outputs(kind: str) -> None:
     model = model_of(kind)
     source, target = ids()
     expected = model(source, target)[target != 0]
@@ -123,7 +123,7 @@ def test_a_row_of_padding_only_has_finite_outputs_and_gradients() -> None:
 
 
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-def test_logits_depend_on_earlier_target_tokens_and_on_the_whole_source(kind: str) -> None:
+def test_logits_do_not_depend_on_later_target_tokens_but_on_the_last_source_token(kind: str) -> None:
     model = model_of(kind)
     source, target = ids()
     expected = model(source, target)
@@ -205,7 +205,7 @@ def test_positions_and_scaling_reach_attention_and_steps_agree_with_the_full_pas
     assert not torch.allclose(model(swapped, target)[0], expected[0])  # the order matters
 
 
-def test_positions_are_the_sines_and_cosines_of_the_paper() -> None:
+def test_positions_are_sines_followed_by_cosines() -> None:
     for dim in (6, 7):
         half = (dim + 1) // 2
         for position, row in zip(range(3, 3 + T), sinusoids(3, T, dim), strict=True):
@@ -268,7 +268,7 @@ def test_a_language_dim_out_of_range_raises_an_error(language_dim):
         Seq2SeqTransformer(11, 13, dim=16, num_heads=2, language_dim=language_dim)
 
 
-def test_shared_embeddings_are_one_matrix_whose_gradient_is_the_sum_of_the_three():
+def test_shared_embeddings_are_one_matrix_whose_gradient_is_the_sum_of_three_gradients():
     sizes = {"dim": 22, "num_heads": 2, "ff_dim": 17, "dropout": 0.0}
     apart = Seq2SeqTransformer(SOURCE, SOURCE, **sizes).double()
     shared = Seq2SeqTransformer(SOURCE, SOURCE, **sizes, share_embeddings=True).double()
@@ -287,6 +287,6 @@ def test_shared_embeddings_are_one_matrix_whose_gradient_is_the_sum_of_the_three
     assert shared.output.weight.grad.abs().sum() > 0
 
 
-def test_shared_embeddings_leave_no_room_for_the_language():
+def test_shared_embeddings_with_a_language_dim_are_refused():
     with pytest.raises(ValueError, match=r"^share_embeddings needs language_dim=0, got language_dim=3$"):
         Seq2SeqTransformer(11, 11, dim=16, num_heads=2, language_dim=3, share_embeddings=True)

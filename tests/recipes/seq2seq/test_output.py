@@ -67,6 +67,6 @@ def test_the_loss_is_the_fenchel_young_loss_with_smoothing_as_in_the_paper(alpha
         ("entmax", math.nan, r"output_alpha must be in \(0, inf\), got nan"),
     ],
 )
-def test_an_unknown_output_raises_an_error(kind: str, alpha: float, message: str) -> None:
+def test_an_unknown_output_or_an_invalid_alpha_raises_an_error(kind: str, alpha: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         output_alpha(kind, alpha)

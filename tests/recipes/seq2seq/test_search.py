@@ -1,4 +1,4 @@
-"""Beam and exact search, compared with an enumeration of all hypotheses and with loops without cache or batch."""
+"""Beam and exact search, compared with an enumeration of all hypotheses and with loops over words without a cache."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Steps = Callable[[tuple[int, ...]], list[float]]
 
 
 def steps_of(models: list[Seq2SeqTransformer], row: Tensor) -> Steps:
-    """A function from a prefix to log-probabilities of the next token, without cache or batch."""
+    """A function from a prefix to log-probabilities of the next token, for one word and without a cache."""
 
     @functools.cache
     def of_length(length: int) -> dict[tuple[int, ...], list[float]]:
@@ -66,7 +66,7 @@ def steps_of(models: list[Seq2SeqTransformer], row: Tensor) -> Steps:
 
 
 def enumerated(models: list[Seq2SeqTransformer], row: Tensor) -> Scored:
-    """Log-probability of every possible hypothesis of at most ``MAX_LENGTH`` tokens."""
+    """Log-probability of every hypothesis of at most ``MAX_LENGTH`` tokens whose probability is above zero."""
     after = steps_of(models, row)
     totals = {ids: total_of(after, [*ids, EOS]) for ids in EVERY}
     return {ids: total for ids, total in totals.items() if total > -math.inf}
@@ -109,7 +109,7 @@ def assert_same(actual: list[tuple[tuple[int, ...], float]], expected: list[tupl
 
 @pytest.mark.parametrize("penalty", [0.0, 0.8, -0.6])
 @pytest.mark.parametrize("output", OUTPUT_KINDS)
-def test_a_beam_larger_than_the_search_space_ranks_every_hypothesis(output: str, penalty: float) -> None:
+def test_a_beam_as_large_as_the_search_space_ranks_every_hypothesis(output: str, penalty: float) -> None:
     model, source = model_of(output), words()
     size = len(EVERY)
     found = beam_search(model, source, beam_size=size, max_length=MAX_LENGTH, n_best=size, length_penalty=penalty)
@@ -152,7 +152,7 @@ def test_a_beam_of_size_one_equals_greedy_decoding(output: str) -> None:
         for row, [hypothesis] in zip(source, found, strict=True):
             tokens = [*hypothesis.tokens, *([EOS] if hypothesis.finished else [])]
             assert hypothesis.log_probability == pytest.approx(total_of(steps_of([model], row), tokens), abs=1e-6)
-    # Some sparse models give the end probability zero.
+    # Some models with sparse output give probability zero to the end.
     assert finished == ({True} if output == "softmax" else {True, False})
 
 
@@ -183,8 +183,8 @@ def test_exact_search_prunes_prefixes_that_cannot_win() -> None:
     found = exact_search(model, source, budget=10**6, max_length=5)
     assert all(one.proved for one in found)
     for row, one in zip(source, found, strict=True):
-        # The search expands prefixes that are more probable than the best hypothesis, and those of greedy decoding. At
-        # each step it expands at once as many prefixes as one in 16 of the expansions so far.
+        # The search expands the prefixes that are more probable than the best hypothesis, and the prefixes of greedy
+        # decoding. It expands several prefixes at once, which adds at most one expansion in 16.
         after, needed, level = steps_of([model], row), 0, [((), 0.0)]
         while level:
             needed += len(level)
@@ -262,7 +262,7 @@ def test_an_ensemble_averages_probabilities() -> None:
             assert [(tuple(one))] == [ids for ids, _ in plain_beam(models, row, 1, 0.0, 1)]
 
 
-def test_an_ensemble_of_different_vocabularies_is_refused() -> None:
+def test_an_empty_ensemble_and_different_vocabularies_are_refused() -> None:
     models = [model_of(), model_of(letters=5)]
     with pytest.raises(ValueError, match="models of an ensemble must have the same target vocabulary, got sizes 7, 9"):
         greedy_decode(models, words(), max_length=3)

@@ -41,7 +41,7 @@ def test_the_answer_to_a_key_is_its_value():
         assert example.references == (values[asked],)
 
 
-def test_training_knows_every_key_of_the_longest_test():
+def test_training_sequences_contain_every_token_of_the_test_sequences():
     splits = make_sequences("retrieval", **SIZES)
     known = {token for example in splits.train for token in example.source.split()}
     assert {token for example in splits.test for token in example.source.split()} <= known

@@ -1,4 +1,4 @@
-"""The Lightning module: loss, groups of parameters, schedule, prediction."""
+"""The Lightning module: loss, groups of parameters, schedule, prediction, scores."""
 
 import pytest
 import torch
@@ -181,7 +181,7 @@ def test_texts_are_scored_as_sentences():
     assert "tok:13a" in scores.signatures["bleu"]
 
 
-def test_the_warm_up_is_a_share_of_the_training_unless_it_is_given():
+def test_the_warm_up_is_a_share_of_the_training_unless_warmup_steps_is_given():
     assert make_task(warmup=0.25).warmup_steps(65) == 16
     assert make_task(warmup_steps=7).warmup_steps(65) == 7
 

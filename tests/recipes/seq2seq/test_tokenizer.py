@@ -170,12 +170,12 @@ def test_a_text_without_the_fields_is_refused():
         tokenizer.encode("ab")
 
 
-def test_the_state_for_plain_text_equals_that_of_earlier_versions():
+def test_the_state_for_plain_text_has_the_keys_of_earlier_versions():
     assert set(Tokenizer(["a"], split="spaces").state()) == {"symbols", "split", "normalization"}
 
 
 @pytest.mark.parametrize(("split", "bpe"), [("bpe", None), ("spaces", "{}")])
-def test_subwords_are_only_allowed_with_split_bpe(split, bpe):
+def test_subwords_must_be_given_with_split_bpe_and_with_no_other(split, bpe):
     with pytest.raises(ValueError, match=r"^bpe must be given with split 'bpe' and with no other, got split"):
         Tokenizer([], split=split, bpe=bpe)
 

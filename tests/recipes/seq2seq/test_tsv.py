@@ -31,7 +31,7 @@ def test_lines_become_examples(write):
     ],
     ids=["plain", "no last line end", "CRLF", "byte order mark", "CR", "blank lines and outer spaces"],
 )
-def test_line_ends_and_byte_order_marks_do_not_change_the_examples(write, content):
+def test_line_ends_blank_lines_and_byte_order_marks_do_not_change_the_examples(write, content):
     assert read_examples(write(content)) == [Example("a", ("A",)), Example("b", ("B B",))]
 
 
@@ -50,12 +50,12 @@ def test_line_separators_inside_a_text_do_not_end_the_line(write):
         (
             "a\tA\n\nb B\n",
             3,
-            "a line must be source<TAB>target, got 0 tabs in 'b B'; data.columns says which columns there are",
+            "a line must be source<TAB>target, got 0 tabs in 'b B'; data.columns lists the columns",
         ),
         (
             "a\tA\tB\n",
             1,
-            "a line must be source<TAB>target, got 2 tabs in 'a\\tA\\tB'; data.columns says which columns there are",
+            "a line must be source<TAB>target, got 2 tabs in 'a\\tA\\tB'; data.columns lists the columns",
         ),
         ("a\tA\n\tA\n", 2, "the source must not be empty, got '\\tA'"),
         ("a\tA\nb\t \n", 2, "the target must not be empty, got 'b\\t '"),
@@ -82,7 +82,7 @@ def test_a_line_with_another_number_of_columns_raises_an_error(write):
         read_examples(path, ["source", "target", "features"])
     assert str(error.value) == (
         f"{path}:2: a line must be source<TAB>target<TAB>features, got 1 tabs in 'sehen\\tsah'; "
-        "data.columns says which columns there are"
+        "data.columns lists the columns"
     )
 
 
@@ -125,7 +125,7 @@ def test_error_for_a_language_without_a_file_names_the_language(write, tmp_path)
     with pytest.raises(FileNotFoundError) as error:
         load_tsv(pattern, pattern, pattern, languages=["hun", "xyz"])
     assert str(error.value) == (
-        f"languages must have a file each, got 'xyz' without {tmp_path / 'xyz_train.tsv'}; files there are for: hun"
+        f"languages must have a file each, got 'xyz' without {tmp_path / 'xyz_train.tsv'}; there are files for: hun"
     )
 
 
@@ -136,11 +136,11 @@ def test_a_long_malformed_line_is_not_printed_whole(write):
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", b"\xef\xbb\xbf"])
-def test_an_empty_file_is_refused(write, content):
+def test_an_empty_or_blank_file_is_refused(write, content):
     path = write(content)
     with pytest.raises(ValueError) as error:
         read_examples(path)
-    assert str(error.value) == f"{path} must hold at least one source<TAB>target line, got an empty file"
+    assert str(error.value) == f"{path} must hold at least one source<TAB>target line, got an empty or blank file"
 
 
 def test_error_for_a_missing_file_contains_its_name(tmp_path):

@@ -1,4 +1,4 @@
-"""Each test gets a window of headless Chromium; its page must log no error and send no request."""
+"""Each test gets a page in headless Chromium; the page must log no message and send no request over a network."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def page(driver: Any, tmp_path: Path) -> Iterator[Page]:
-    """A window. After the test, the page must have logged no error and sent no request."""
+    """A page. During the test, it must log no message and send no request over a network."""
     driver.get_log("browser"), driver.get_log("performance")
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    driver.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})  # without it, focus() has no event
+    driver.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})  # otherwise focus() has no event
     yield Page(driver, tmp_path)
     driver.get("about:blank")
     messages = [entry["message"] for entry in driver.get_log("browser")]

@@ -29,6 +29,22 @@ def test_alpha_of_every_head_and_its_curve(page: Page, view: AttentionView, tran
     assert page.shown("#view-head")
 
 
+def test_runs_whose_names_are_numbers_keep_their_order(page: Page, translation: AttentionRecord) -> None:
+    rows = {run: [(0, name, 0, 1.5) for name in translation] for run in ("3", "0")}
+    page.open(attention_view(translation, TOKENS, MEMORY, courses=rows), "#view=alpha")
+    assert page.text(".alpha-panel p").split() == ["3", "0"]
+    assert "3 and 0 side by side" in page.text("#alphas")
+
+
+def test_a_long_training_has_more_points_than_a_function_has_arguments(
+    page: Page, translation: AttentionRecord
+) -> None:
+    name = next(iter(translation))
+    rows = [(step, name, head, 1.5) for head in range(2) for step in range(75_000)]
+    page.open(attention_view(translation, TOKENS, MEMORY, courses={"a": rows}), "#view=alpha")
+    assert len(page.texts(".course path")) == 2
+
+
 def test_the_page_reports_that_a_model_has_no_alpha(page: Page) -> None:
     record = AttentionRecord(keep_weights=True)
     record.add("layer", torch.rand(1, 2, 3, 3).softmax(-1))

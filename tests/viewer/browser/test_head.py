@@ -76,7 +76,7 @@ def test_a_token_under_the_pointer_is_described(page: Page, view: AttentionView,
     box = page.ask("(({right, top}) => [right, top])(document.querySelector('#lines').getBoundingClientRect())")
     page.point(box[0] - 25, box[1] + 4 + 20 * 2 + 10)
     column = weights_of(translation, 4, 1)[:, 2]
-    expected = f"key 2 “▁cha”{int((column != 0).sum())} of 5 queries look at it"
+    expected = f"key 2 “▁cha”{int((column != 0).sum())} of 5 queries give it weight"
     assert expected in page.text("#tip")
     page.point(box[0] - page.ask("document.querySelector('#lines').clientWidth") + 25, box[1] + 4 + 20 * 2 + 10)
     assert "query 2 “ably”" in page.text("#tip")

@@ -9,7 +9,7 @@ from sparse_attn.analysis import AttentionRecord
 from sparse_attn.viewer import AttentionView, attention_view
 
 
-def test_heads_and_layers_are_chosen_by_every_control(page: Page, view: AttentionView) -> None:
+def test_heads_and_layers_are_chosen_by_menus_buttons_and_keys(page: Page, view: AttentionView) -> None:
     page.open(view, "#layer=0&head=0")
     here = lambda: (page.address()["layer"], page.address()["head"])  # noqa: E731
     page.choose("#layer", "3")
