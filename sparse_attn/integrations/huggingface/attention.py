@@ -182,12 +182,12 @@ def attention_function(mapping_of: MappingOf) -> Callable[..., tuple[Tensor, Ten
             attention_mask, is_causal = with_packing(attention_mask, packing, is_causal, query, key), False
         bounds = NO_BOUNDS
         if isinstance(attention_mask, LazyMask):
-            if attention_mask.left is None:
-                attention_mask, is_causal = None, True
-            elif need_weights or position_bias is not None:
-                attention_mask, is_causal = attention_mask.dense(), False
-            else:
-                attention_mask, is_causal, bounds = None, False, Bounds(attention_mask.left, 0)
+            left, lazy = attention_mask.left, attention_mask
+            attention_mask, is_causal = None, left is None
+            if left is not None and (need_weights or position_bias is not None):
+                attention_mask = lazy.dense()
+            elif left is not None:
+                bounds = Bounds(left, 0)
         if position_bias is not None:
             if is_causal:
                 attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
