@@ -102,7 +102,7 @@ def _check_vocabularies(first: Run, other: Run) -> None:
             differs = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
             raise ValueError(
                 f"run must be folders of models with the same vocabularies, got another {side} vocabulary in "
-                f"{other.folder} than in {first.folder}: its {differs} differ"
+                f"{other.folder} than in {first.folder}: they differ in {differs}"
             )
 
 

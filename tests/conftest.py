@@ -18,7 +18,7 @@ from torch import Tensor
 # Tests are small and run in several processes: further threads in each process would only wait for one another.
 torch.set_num_threads(1)
 
-# At the first use of a default device, torch lists the constructors that use it, once. The list must contain the real
+# torch lists its constructors at the first use of a default device and keeps this list. The list must contain the real
 # `torch.empty`, not the one below: otherwise a model on the meta device would be allocated, however large it is.
 with torch.device("meta"):
     torch.empty(0)

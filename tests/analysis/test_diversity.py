@@ -69,7 +69,7 @@ def test_own_word_weight() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_diversity_in_half_precision_has_the_error_of_its_result(dtype: torch.dtype) -> None:
+def test_diversity_in_half_precision_has_only_the_rounding_error_of_the_result(dtype: torch.dtype) -> None:
     weights = torch.randn(8, 64, 512).softmax(-1).to(dtype)
     expected = head_diversity(weights.double()).to(dtype)
     torch.testing.assert_close(head_diversity(weights), expected, rtol=2 * torch.finfo(dtype).eps, atol=0)

@@ -129,7 +129,7 @@ def test_a_single_tensor_is_no_list_of_layers() -> None:
         attention_rollout(torch.rand(2, 1, 3, 5, 5))  # type: ignore[arg-type]
 
 
-def test_the_mean_of_many_queries_in_half_precision() -> None:
+def test_the_mean_of_many_queries_is_not_summed_in_half_precision() -> None:
     for dtype in (torch.float16, torch.bfloat16):  # the sum is above the largest float16
         values = torch.full((64, H, 512), 6.1).to(dtype)
         assert mean_per_head(values).tolist() == [float(values[0, 0, 0])] * H
@@ -145,5 +145,5 @@ def test_statistics_do_not_change_under_autocast() -> None:
         torch.testing.assert_close(inside, statistic())
 
 
-def test_without_queries_there_is_no_movement() -> None:
+def test_monotonicity_without_queries_is_nan() -> None:
     assert monotonicity(torch.rand(N, H, 0, S)).isnan().tolist() == [[[True]] * H] * N

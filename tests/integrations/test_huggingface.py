@@ -253,7 +253,7 @@ def test_implementation_can_be_set_and_set_back(build, batch):
     ],
 )
 def test_a_model_without_the_interface_is_refused(name, sizes):
-    """Such a model would add the boolean mask to its scores, and every position would see its future."""
+    """Such a model would add the boolean mask to its scores, and every position would see later positions."""
     config = getattr(transformers, f"{name}Config")(vocab_size=7, bos_token_id=1, eos_token_id=2, **sizes)
     model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="entmax")
     if hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"):

@@ -84,7 +84,7 @@ def test_alpha_one_keeps_a_dense_model_and_can_leave_the_bound(build, batch):
     output = model(**inputs).logits
     torch.testing.assert_close(output, dense(**inputs).logits, rtol=1e-5, atol=2e-5)
     optimizer = torch.optim.SGD([alpha.raw_alpha for alpha in alphas.values()], lr=1e-2)
-    # For each head, one of the two signs makes the loss fall as α rises, so that α leaves its bound.
+    # The loss and its negative: for at least one head, one of the two falls as α rises, so that α leaves its bound.
     for sign in (1, -1):
         optimizer.zero_grad()
         (sign * model(**inputs).logits.square().sum()).backward()

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "albert", "modernbert", "gpt2", "llama", "t5", "bart", "vit"])
 def test_alpha_is_saved_and_loaded(name, build, batch, tmp_path, with_alpha):
-    # The checkpoint is sharded. For "vit", transformers saves the names of older versions, not those in the model.
+    # The checkpoint is sharded. For "vit", transformers saves the names of older versions, not the names in the model.
     model = with_alpha(build(name, "entmax"), alpha_range=(1.0, 1.9))
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     loaded = type(model).from_pretrained(tmp_path, attn_implementation="entmax")

@@ -70,18 +70,20 @@ def test_half_precision_of_the_layer_does_not_round_the_angles() -> None:
     assert layer(x, x, x)[0].dtype == torch.bfloat16
 
 
-def slopes_of_the_authors(heads: int) -> list[float]:
-    """ALiBi's slopes in plain Python: the paper gives powers of two, the authors' code all other numbers of heads."""
-    if math.log2(heads).is_integer():
-        ratio = 2 ** (-(2 ** -(math.log2(heads) - 3)))
-        return [ratio * ratio**i for i in range(heads)]
-    closest = 2 ** math.floor(math.log2(heads))
-    return slopes_of_the_authors(closest) + slopes_of_the_authors(2 * closest)[0::2][: heads - closest]
+def slope_exponent(head: int, heads: int) -> float:
+    """-log2 of the slope of one head, counted from 0.
+
+    The paper has 2^n heads: 8 (head + 1) / 2^n. With other numbers of heads, the authors' code gives those of the largest
+    power of two below, then every second one of twice that power.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    return 8 * (head + 1) / power if head < power else 4 * (2 * (head - power) + 1) / power
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 5, 6, 7, 8, 12, 16, 20, 31])
 def test_slopes_of_alibi(heads: int) -> None:
-    torch.testing.assert_close(ALiBi(heads).slopes(torch.float64).tolist(), slopes_of_the_authors(heads))
+    expected = [2 ** -slope_exponent(head, heads) for head in range(heads)]
+    torch.testing.assert_close(ALiBi(heads).slopes(torch.float64).tolist(), expected)
 
 
 def test_slopes_of_alibi_with_eight_heads_equal_those_in_the_paper() -> None:

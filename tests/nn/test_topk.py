@@ -97,7 +97,7 @@ def test_extra_keys_count_among_the_k_largest() -> None:
     far = torch.full((L, S), -1e3, dtype=torch.float64)
     weights = layer(query, memory, memory, attn_mask=far, average_attn_weights=False)[1]
     assert weights.shape == (N, H, L, S + 2)
-    assert weights[..., S].unique().tolist() == [1.0]  # its score equals that of the zero key, which comes later
+    assert weights[..., S].unique().tolist() == [1.0]  # the zero key has the same score, but comes later
 
 
 @pytest.mark.parametrize("normalizer", ["softmax", "sparsemax"])

@@ -18,7 +18,7 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
 def spread(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values with scores so large that 16-bit numbers keep few of their fractional bits."""
+    """Queries, keys and values whose scores are so large that a 16-bit number keeps few fractional bits."""
     query, key, value = torch.randn(3, 1, 2, length, 64)
     return (6 * query).to(dtype), key.to(dtype), value.to(dtype)
 

@@ -23,7 +23,7 @@ from sparse_attn.ops.attention import ScoreMapping, attend
 
 BACKENDS = [name for name in ("compiled", "torch") if not backends()[name].startswith("not")]
 N, H, HK, D, DV = 2, 6, 2, 5, 3
-CAP = 0.7  # below most scores, so that it has an effect
+CAP = 0.7  # below the size of most scores, so that the cap has an effect
 OPTIONS = [{"softcap": CAP}, {"sinks": True}, {"softcap": CAP, "sinks": True}]
 SIZES = {"small": (7, 11), "large": (521, 523)}  # the large one is computed in blocks by the backend "torch"
 

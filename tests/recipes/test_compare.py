@@ -247,10 +247,10 @@ def test_bleu_from_statistics_is_that_of_the_corpus():
     assert statistics_of("chrf", table) is None
 
 
-def test_equal_inputs_of_two_groups_are_paired_with_themselves(tmp_path):
+def test_equal_inputs_of_two_groups_have_the_same_order_in_every_run(tmp_path):
     header = "source\tprediction\treference\tdistance\tlength\tgroup\n"
     found = []
-    for closest in ("A", "Z"):  # of the references of the first group, each run has another closest one
+    for closest in ("A", "Z"):  # in the first group, each run has another closest reference
         file = tmp_path / f"{closest}.tsv"
         file.write_text(f"{header}w\tX\t{closest}\t1\t1\tone\nw\tX\tM\t1\t1\ttwo\n", encoding="utf-8")
         found.append([one.group for one in read_predictions(file)])

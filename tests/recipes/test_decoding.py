@@ -181,7 +181,7 @@ def test_an_ensemble_with_other_vocabularies_is_refused(run_folder, other_run, c
     message = refused(capsys, "evaluate", f"run=[{run_folder},{other_run}]")
     assert message == (
         f"run must be folders of models with the same vocabularies, got another source vocabulary in "
-        f"{other_run.resolve()} than in {run_folder.resolve()}: its normalization differ"
+        f"{other_run.resolve()} than in {run_folder.resolve()}: they differ in normalization"
     )
 
 

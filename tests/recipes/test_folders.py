@@ -95,16 +95,16 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path, error):
     assert file.read_text() == "new"
 
 
-def test_a_file_with_another_ending_stays(tmp_path):
+def test_a_file_with_the_ending_tmp_is_not_removed(tmp_path):
     (tmp_path / "words.tmp").write_text("mine")
     write_text(tmp_path / "words", "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["words", "words.tmp"]
     assert (tmp_path / "words.tmp").read_text() == "mine"
 
 
-def test_two_writers_of_a_file_do_not_meet(tmp_path):
+def test_two_writers_of_a_file_use_different_temporary_files(tmp_path):
     with replacing(tmp_path / "a") as first, replacing(tmp_path / "a") as second:
         first.write_text("first")
         second.write_text("second")
-    assert (tmp_path / "a").read_text() == "first"  # its block ends last
+    assert (tmp_path / "a").read_text() == "first"  # the block of `first` ends last
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

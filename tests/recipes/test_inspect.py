@@ -160,7 +160,7 @@ def test_a_run_is_compared_with_a_run_of_the_same_name(run_folder: Path) -> None
     assert first == {"ours/0": pytest.approx(1.5, abs=0.05), "theirs/0": pytest.approx(1.7, abs=0.05)}
 
 
-def test_the_course_of_another_run_is_not_shown_as_its_own(run_folder: Path) -> None:
+def test_the_course_of_a_compared_run_is_not_drawn_for_the_inspected_run(run_folder: Path) -> None:
     other = run_folder.parent / "other"
     shutil.copytree(run_folder, other)
     (run_folder / "alpha.csv").unlink()
@@ -177,7 +177,7 @@ def test_the_course_of_another_run_is_not_shown_as_its_own(run_folder: Path) -> 
         ('{"val/per": 3}', "3.00"),
     ],
 )
-def test_a_run_with_damaged_records_is_reported(run_folder: Path, results: str, shown: str) -> None:
+def test_a_report_is_written_despite_damaged_records(run_folder: Path, results: str, shown: str) -> None:
     (run_folder / "alpha.csv").write_text("foo,bar\n1,2\n", encoding="utf-8")
     (run_folder / "results.json").write_text(results, encoding="utf-8")
     run_inspect(f"run={run_folder}", "baselines=false")

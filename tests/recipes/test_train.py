@@ -15,7 +15,6 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError
 
-from recipes import run as run_module
 from recipes.curves import read_rows
 from recipes.launch import check_groups
 from recipes.run import Run, load_run, read_checkpoint
@@ -240,10 +239,6 @@ def test_training_is_quiet_and_restores_the_warning_filters(tiny_config, capsys)
     train(tiny_config("trainer.max_epochs=1"))
     assert capsys.readouterr().err == ""
     assert warnings.filters == before
-
-
-def test_versions_contain_the_commit_only_in_a_checkout(tmp_path):
-    assert run_module.git_commit(tmp_path) is None
 
 
 def test_null_is_allowed_for_a_value_and_refused_for_a_group():

@@ -75,7 +75,7 @@ def make_sequences(
 
     Raises:
         TypeError: If a number is not an integer.
-        ValueError: If a number is below 1 or the task is unknown.
+        ValueError: If a number is below 1, ``factors`` is empty, or the task is unknown.
 
     Example:
         >>> make_sequences("sort", length=5, factors=[2], train=1, val=1, test=1).test[0]
@@ -83,7 +83,7 @@ def make_sequences(
     """
     check_choice("generate.task", task, tuple(TASKS))
     counts = {"length": length, "symbols": symbols, "train": train, "val": val, "test": test}
-    for name, count in [*counts.items(), *(("factors", factor) for factor in factors)]:
+    for name, count in [*counts.items(), *((f"factors[{i}]", factor) for i, factor in enumerate(factors))]:
         check_count(f"generate.{name}", count)
     if not factors:
         raise ValueError("generate.factors must hold at least one factor, got none")

@@ -149,7 +149,7 @@ def test_a_mask_that_changed_before_the_backward_raises_an_error(monkeypatch):
     query, key, value = (x.requires_grad_() for x in tensors(13, 17, torch.float64))
     mask = torch.rand(13, 17) > 0.3
     output = entmax_attention(query, key, value, 1.5, mask)
-    mask.fill_(True)  # as a buffer that is used again for the next batch
+    mask.fill_(True)  # as if the mask were filled again for the next batch
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
 

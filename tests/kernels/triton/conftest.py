@@ -17,7 +17,7 @@ if importlib.util.find_spec("triton") is None:
 
 @pytest.fixture(autouse=True)
 def by_triton() -> Iterator[None]:
-    """Every test of this folder computes with the kernels."""
+    """Every test of this folder computes with the kernels, or is skipped if they cannot run."""
     if not triton.available():
         pytest.skip(triton.status()[1])
     with use_backend("triton"):
@@ -30,7 +30,7 @@ def device() -> torch.device:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The interpreter computes both branches of a choice; the one that is not used may cause a warning of NumPy.
+    # The interpreter computes both branches of a choice; the branch that is not used can cause a warning of NumPy.
     for item in items:
         if "kernels/triton" in item.path.as_posix():
             item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"))

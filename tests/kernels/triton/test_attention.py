@@ -73,7 +73,7 @@ def test_half_precision(dtype, length, device):
 
 
 def test_the_gradient_of_alpha_keeps_its_digits_in_half_precision(length, device, monkeypatch):
-    """In half precision, from α = 1.1 on, it is computed with the hardware's logarithm, five sums and a rounded δ."""
+    """In half precision, from α = 1.1 on, `alpha_gradient_of_sums` uses the hardware's logarithm and a rounded δ."""
     monkeypatch.setattr(forward, "_LOOSE", forward._EXACT)
     alphas = (1.02, 1.05, 1.1, 1.3, 1.5, 1.9, 2.0, 2.6)
     alpha = torch.tensor(alphas, device=device, requires_grad=True)
@@ -121,7 +121,7 @@ def test_head_sizes(sizes, device):
         torch.randn(1, 1, length, size, device=device, requires_grad=True)
         for length, size in ((17, sizes[0]), (41, sizes[0]), (41, sizes[1]))
     )
-    # The interpreter multiplies by numpy, whose rounding of long sums depends on its BLAS.
+    # The interpreter computes matrix products with NumPy, whose rounding of long sums depends on the BLAS library.
     compare((query, key, value), 1.5, 5e-6, scale=0.1)
 
 
@@ -136,14 +136,14 @@ def test_dropped_weights_are_the_same_in_every_pass(length, device, monkeypatch)
     assert not fused_attention(*tensors(device), 1.5, dropout_p=1.0, scale=0.3).any()
 
 
-def test_nan_stays_in_its_row(length, device):
+def test_nan_affects_only_its_row_and_an_invalid_alpha_only_its_head(length, device):
     query, key, value = (x.detach() for x in tensors(device, queries=7))
     query[0, 1, 3] = math.nan
     output = fused_attention(query, key, value, 1.5, scale=0.3)
     assert output[0, 1, 3].isnan().all()
     output[0, 1, 3] = 0
     assert output.isfinite().all()
-    for bad in (slice(3, 4), slice(None)):  # in one row of a tile, in all
+    for bad in (slice(3, 4), slice(None)):  # NaN in one row of a tile, then in all rows
         query[0, 1, bad] = math.nan
         inputs = [x.clone().requires_grad_() for x in (query, key, value)]
         output = fused_attention(*inputs, 1.5, scale=0.3)

@@ -1,4 +1,4 @@
-"""New values of α and new lengths must not compile a kernel of fused attention again."""
+"""Kernels of fused attention are not compiled again for new α, nor for new lengths with a few exceptions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from sparse_attn.versions import triton_before
 def compiled(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
     """Collects a tuple per kernel that would be compiled.
 
-    It has the constants, the types, and for each integer whether it is 1 and whether 16 divides it.
+    The tuple holds the constants, the types, and for each integer that Triton specialises on whether the integer is 1
+    and whether 16 divides it.
     """
     found: set[Any] = set()
 
@@ -47,7 +48,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
     return found
 
 
-@pytest.mark.skipif(triton_before(3, 6), reason="the interpreter of Triton 3.4 does not show its compilations")
+@pytest.mark.skipif(triton_before(3, 6), reason="Triton's interpreter before 3.6 does not show compilations")
 def test_new_values_of_alpha_compile_nothing(device, compiled):
     inputs = tensors(device)
 
@@ -70,7 +71,7 @@ def test_new_values_of_alpha_compile_nothing(device, compiled):
     assert len(compiled) == 1
 
 
-@pytest.mark.skipif(triton_before(3, 6), reason="the interpreter of Triton 3.4 does not show its compilations")
+@pytest.mark.skipif(triton_before(3, 6), reason="Triton's interpreter before 3.6 does not show compilations")
 def test_new_lengths_compile_only_if_16_divides_the_number_of_keys(device, compiled, monkeypatch):
     monkeypatch.setattr(plan, "SHORT_IN_FLOAT32", 0)  # the kernel for few keys is compiled for each number of tiles
 

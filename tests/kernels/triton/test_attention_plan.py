@@ -1,4 +1,4 @@
-"""How a call of fused attention is run: skipped tiles, the decoding kernel, copied inputs, TF32."""
+"""How a call of fused attention is run: skipped tiles, the decoding kernel, strides and offsets of inputs, TF32."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_entries_that_are_not_contiguous_are_copied(device, monkeypatch):
 
 
 def test_rows_at_offsets_beyond_32_bits_are_read_correctly(device, tmp_path):
-    """Large sequence-first tensors have such offsets. The tensor is a sparse file: unwritten pages take no memory."""
+    """Large sequence-first tensors have such offsets. Unwritten pages of the sparse file used here take no memory."""
     if device.type != "cpu":
         pytest.skip("scripts/gpu_check.py has this check for a device")
     stride, rows = 2**27, 37

@@ -12,7 +12,7 @@ from sparse_attn.kernels.functions import fused as operator
 from sparse_attn.kernels.functions.fused import fused_attention
 
 
-@pytest.mark.filterwarnings("ignore")  # warnings of torch during its check
+@pytest.mark.filterwarnings("ignore")  # warnings of torch's check itself
 def test_the_custom_operator_passes_opcheck(device):
     inputs = tensors(device, queries=5, keys=7)
     alpha = torch.tensor([1.3, 2.0], device=device, requires_grad=True)
@@ -61,7 +61,8 @@ def test_compiled_attention_takes_new_lengths_and_drops_weights(device):
     *others, value = inputs[0], inputs[1], torch.ones_like(inputs[2]).requires_grad_()
     output = attend(*others, value, alpha, dropout_p=0.5)
     assert output.std() > 0.1
-    # The gradient of a value is the sum of the weights that were kept in the output.
+    # With values of 1, output and gradient both sum the weights that dropout kept. The totals agree if the backward
+    # pass drops the same weights as the forward pass.
     (grad,) = torch.autograd.grad(output, value, torch.ones_like(output))
     torch.testing.assert_close(grad.sum(), output.sum())
 
@@ -78,7 +79,7 @@ def test_second_derivatives_are_those_of_the_same_function(device):
     wide = [x.detach().double().requires_grad_() for x in (*inputs, alpha)]
     for actual, wanted in zip(got, second(expected, wide), strict=True):
         assert (actual - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    torch.manual_seed(3)  # dropout is the same, too
+    torch.manual_seed(3)  # plain and fused backward drop the same weights
     output = fused_attention(*inputs, alpha, dropout_p=0.5, scale=0.3)
     plain, fused = (
         torch.autograd.grad(output, inputs, torch.ones_like(output), create_graph=graph, retain_graph=True)

@@ -25,7 +25,7 @@ from sparse_attn.kernels.functions import fused as operator
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """The arguments of the call of the fused function."""
+    """The arguments of each call of the fused function."""
     seen: list[tuple] = []
 
     def recorded(*args, **kwargs):
@@ -41,7 +41,7 @@ def tensors(device: torch.device, *shape: int, queries: int = 5, keys: int = 7) 
 
 
 def same(function, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The result of the fused kernels, after it has been compared with plain torch's in float64, gradients too."""
+    """The output of a call, after output and gradients have been compared with plain torch in float64."""
     output = function(*inputs)
     wide = [x.detach().double().requires_grad_() for x in inputs]
     with use_backend("torch"):

@@ -1,4 +1,4 @@
-"""Row kernels in Triton: values and gradients equal those of the reference in float64, for every α and kind of row."""
+"""Row kernels in Triton: values and gradients equal the reference in float64, for many α and kinds of rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def assert_close(got: Tensor, expected: Tensor, bound: float = 2e-6, floor: floa
 
 
 def rows_of(size: int, device: torch.device) -> Tensor:
-    """A row for each α: normal, with masked entries, steep, nearly flat, far from zero, one large above equal ones."""
+    """A row for each α: normal, with masked entries, steep, nearly flat, far from zero, one large score."""
     x = torch.randn(9, size, device=device) * 2
     x[1, ::3] = -math.inf
     x[2, 1::2] = LOWEST
@@ -40,7 +40,7 @@ def rows_of(size: int, device: torch.device) -> Tensor:
 
 @pytest.mark.parametrize("size", [1, 2, 61, 1021, 16411])
 @pytest.mark.parametrize("alpha", ["per row", 1.0, 1.3, 1.5, 2.0, 3.0])
-def test_values_and_gradients_are_the_reference(size, alpha, device):
+def test_values_and_gradients_equal_the_reference(size, alpha, device):
     if size == 16411 and alpha in (1.3, 2.0, 3.0):
         pytest.skip("the same code as for the others")
     x = rows_of(size, device)
@@ -65,7 +65,7 @@ def test_values_and_gradients_are_the_reference(size, alpha, device):
 
 
 @pytest.mark.parametrize("size", [59, 100, 16411])
-def test_equal_scores_keep_their_weight_at_any_alpha(size, device):
+def test_equal_scores_get_equal_weights_at_large_alpha(size, device):
     x = torch.stack([torch.full((size,), score, device=device) for score in (0.0, -5.0, 7.3)])
     for alpha in (10.0, 12.0):
         assert (rows.entmax_forward(x, alpha - 1, LOWEST) * size - 1).abs().max() <= 1e-6, alpha
@@ -115,7 +115,7 @@ def test_half_precision_is_read_without_conversion_if_no_gradient_is_needed(dtyp
         assert entmax(x).dtype == torch.softmax(x, -1).dtype
 
 
-def test_nan_stays_in_its_row(device):
+def test_nan_infinity_and_invalid_alpha_affect_only_their_rows(device):
     x = torch.randn(6, 61, device=device)
     x[0, 3], x[1, 3], x[2] = math.nan, math.inf, -math.inf
     for a in (0.5, 1.0, torch.tensor([0.3, 0.3, 0.3, math.nan, -1.0, 0.3], device=device)[:, None]):
@@ -152,13 +152,13 @@ def test_operators_call_the_kernels(device, monkeypatch):
     expected = entmax_loss(wide, target, 1.5) + entmax(wide, wide_alpha[:, None]).square().sum()
     expected = expected + topk_softmax(wide, 3).square().sum()
     expected.backward()
-    assert len(calls) == 5  # 3 forward and 2 backward calls: the backward of the loss reuses its probabilities
+    assert len(calls) == 5  # 3 forward and 2 backward calls: the backward of the loss reuses the probabilities
     assert_close(x.grad, wide.grad)
     assert_close(alpha.grad, wide_alpha.grad)
     assert not dispatch.by_triton(wide)
 
 
-def test_second_derivatives_take_the_torch_path(device):
+def test_second_derivatives_equal_those_in_float64(device):
     x = torch.randn(2, 7, device=device, requires_grad=True)
     (grad,) = torch.autograd.grad(entmax(x, 1.3).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(grad.square().sum(), x)

@@ -1,4 +1,4 @@
-"""A device, a Triton or a torch that cannot run the kernels is refused with a reason; plain torch computes instead."""
+"""Devices that cannot run the kernels are refused with a reason. If a kernel fails, plain torch computes instead."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_errors_of_triton_become_a_kernel_error_and_errors_of_cuda_are_raised_un
         launch.launch(failing_with(torch.OutOfMemoryError("no memory")), 1, x)
 
 
-def test_plans_fit_into_the_shared_memory_of_the_device(monkeypatch):
+def test_plans_have_smaller_tiles_for_devices_with_less_shared_memory(monkeypatch):
     x = torch.zeros(1, 1, 1, 256, dtype=torch.bfloat16)
     plans = []
     for size in (99, 163, 227):

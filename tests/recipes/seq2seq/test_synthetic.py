@@ -57,7 +57,7 @@ def test_sequences_are_a_function_of_the_seed():
     [
         ({"task": "add"}, ValueError, "generate.task must be one of copy, reverse, sort, retrieval, got 'add'"),
         ({"task": "copy", "length": 0}, ValueError, "generate.length must be at least 1, got 0"),
-        ({"task": "copy", "factors": [1, 0.5]}, TypeError, "generate.factors must be a whole number, got 0.5"),
+        ({"task": "copy", "factors": [1, 0.5]}, TypeError, "generate.factors[1] must be a whole number, got 0.5"),
         ({"task": "copy", "factors": []}, ValueError, "generate.factors must hold at least one factor, got none"),
     ],
 )
