@@ -1,4 +1,6 @@
-"""Chooses the implementation of an attention call, and reshapes its tensors for it. No other module chooses.
+"""Chooses the implementation of an attention call, and reshapes the tensors for it.
+
+Only ``direct`` chooses before this module: calls whose tensors the C kernel takes as they are.
 
 fused        `functions.fused`: Triton kernels, no tensor of scores
 native       `functions.native`: a C kernel for CPUs, no tensor of scores
@@ -44,7 +46,7 @@ class Call(NamedTuple):
     """The arguments of an attention call; shapes and meanings as in :func:`sparse_attn.entmax_attention`."""
 
     query: Tensor
-    key: Tensor  # its number of heads divides that of the query
+    key: Tensor  # as many heads as the query, a divisor of that number, or heads that broadcast
     value: Tensor
     alpha: float | Tensor  # a number, or a tensor () or (H,)
     k: int | None  # how many keys a query keeps; None: all
@@ -69,10 +71,10 @@ def choose_attention(call: Call) -> Callable[[Call], Tensor | None] | None:
 
 
 def attend_packed(call: Call, query_starts: Tensor, key_starts: Tensor) -> Tensor | None:
-    """The output of packed sequences in one call of the C kernel; None if it cannot compute them.
+    """The output of packed sequences in one call of the C kernel; None if the kernel cannot compute them.
 
     The call has query (1, H, L, D), key (1, Hk, S, D), value (1, Hk, S, Dv) and no mask; the caller has checked the
-    lengths. Its bounds count positions within each sequence.
+    dtypes and sizes of the starts. Its bounds count positions within each sequence.
     """
     left, offset = call.bounds
     # A sink, as the first key, would be outside the window.
@@ -110,7 +112,10 @@ def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 
 
 def _can_fuse(call: Call) -> bool:
-    """Whether the fused kernels accept a call: not in an export, a transform or forward mode, and not in float64."""
+    """Whether the fused kernels accept a call.
+
+    They do not support ``k``, a soft-cap, sinks, float64 and large heads, nor exports, transforms and forward mode.
+    """
     query, key, value = call.query, call.key, call.value  # Dynamo before torch 2.9 cannot slice a named tuple
     if call.k is not None or call.softcap is not None or call.sinks is not None:
         return False
@@ -124,7 +129,7 @@ def _can_fuse(call: Call) -> bool:
 
 
 def _is_native(call: Call) -> bool:
-    """Whether the C kernel accepts a call: not in an export, a transform or forward mode."""
+    """Whether the C kernel computes a call: without soft-cap, and not in an export, a transform or forward mode."""
     query, key, value = call.query, call.key, call.value
     if call.softcap is not None or not dispatch.by_c(query.device) or forward_ad._current_level >= 0:
         return False
@@ -141,7 +146,11 @@ def _is_native(call: Call) -> bool:
 
 
 def _can_block(call: Call) -> bool:
-    """Whether a call has many scores and no empty tensor, no transform is active, and the mask needs no gradient."""
+    """Whether a call has many scores and is computed in blocks.
+
+    This needs a call without transforms, autocast and empty tensors, a mask without gradient, and no soft-cap together
+    with sinks.
+    """
     if not values_known(call.query) or torch.is_autocast_enabled(call.query.device.type):
         return False
     # In torch 2.6, reading an attribute of a `CausalBias` fails, so `described_causal` recognises such a mask first.
@@ -155,7 +164,7 @@ def _can_block(call: Call) -> bool:
 
 
 class _Heads(NamedTuple):
-    """A call in the form that fused and native kernels take; scores have the shape (..., H, L, S)."""
+    """A call in the form that fused and native kernels take; scores have the shape (N, H, L, S)."""
 
     query: Tensor  # (N, H, L, D)
     key: Tensor  # (N, Hk, S, D), Hk a divisor of H
@@ -201,7 +210,7 @@ def _in_heads(call: Call) -> _Heads:
 
 
 def _fused(call: Call) -> Tensor | None:
-    """Attention by the fused kernels, or by torch if a kernel fails."""
+    """Attention by the fused kernels; by torch for the number α = 1. If a kernel fails: in blocks, or None."""
     q, k, v, alpha, mask, (left, offset), shape = _in_heads(call)
     padding = mask
     if left is not None:
@@ -220,7 +229,7 @@ def _fused(call: Call) -> Tensor | None:
 
 
 def _native(call: Call) -> Tensor:
-    """Attention by the C kernel, which also supports ``k``."""
+    """Attention by the C kernel, which also supports ``k`` and sinks."""
     q, k, v, alpha, mask, (left, offset), shape = _in_heads(call)
     per_head, a = split_alpha(alpha)
     dropout_p = float(call.dropout_p)
@@ -274,7 +283,7 @@ def _with_left(mask: Tensor | None, left: int, query: Tensor, key: Tensor) -> Te
 def _mask_and_bounds(
     mask: Tensor | None, bounds: Bounds, shape: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor | None, Bounds]:
-    """The checked mask, and the bounds; a causal mask that holds only sizes becomes a bound."""
+    """The checked mask, and the bounds; a ``CausalBias`` of the scores' size becomes a bound."""
     described = described_causal(mask)
     if mask is None or (described is not None and bounds.right is None and described[:2] == shape[-2:]):
         return None, bounds if described is None else Bounds(bounds.left, described[2])
@@ -316,7 +325,10 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _lengths(mask: Tensor, batch: int, keys: int) -> Tensor | None:
-    """The position (N,) from which a mask that all heads and queries share hides all keys: kernels skip these."""
+    """The position (N,) from which a mask hides all keys: kernels skip these keys.
+
+    None for a mask with a dimension of heads or of queries.
+    """
     if mask.shape[1] != 1 or mask.shape[2] != 1:
         return None
     seen = mask if mask.dtype == torch.bool else ~(mask.detach() <= torch.finfo(mask.dtype).min)

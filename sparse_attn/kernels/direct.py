@@ -1,7 +1,7 @@
 """The short way to the C kernel, for an attention call whose tensors the kernel takes as they are.
 
-For short sequences, the checks and the preparation of a call take longer than the kernel. Both depend only on shapes,
-strides, dtypes and numbers, so their result is kept for the next call with the same ones.
+For short sequences, the checks and the preparation of a call take longer than the kernel. Most of this work
+depends only on shapes, strides, dtypes and numbers, so its result is kept for later calls in which these are the same.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _plan(
     scale: float | None,
     enable_gqa: bool,
 ) -> Any:
-    """The kernel's plan for tensors of these shapes, strides and dtypes; None if they do not fit as they are."""
+    """The kernel's plan for tensors of these shapes, strides and dtypes; None if an argument does not fit."""
     if not len(query) == len(key) == len(value) == 4 or not dtype == key_dtype == value_dtype or dtype not in _DTYPES:
         return None
     batch, heads, queries, depth = query

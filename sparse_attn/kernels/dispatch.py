@@ -85,9 +85,7 @@ def entmax_forward(
 ) -> Tensor:
     """As :func:`kernels.reference.entmax.entmax_forward`, over the ``k`` largest scores of each row if ``k`` is given.
 
-    A row of ``k`` scores or fewer keeps all of them.
-
-    ``in_place`` allows the scores to be overwritten.
+    A row of ``k`` scores or fewer keeps all of them. ``in_place`` allows the scores to be overwritten.
     """
     if k is not None and k >= scores.shape[-1]:
         k = None
@@ -137,7 +135,7 @@ def by_triton(x: Tensor, dtype: torch.dtype | None = None) -> bool:
 
 
 def _triton_computes(device: str) -> bool:
-    """Whether kernels in Triton compute on a type of device. Compiled code keeps the result of its compilation."""
+    """Whether kernels in Triton compute on a type of device. Compiled code keeps the answer from its compilation."""
     if device == "cpu":  # only in the interpreter, see use_backend
         return _forced.get() == "triton" and triton.interpreted()
     if device != "cuda" or _forced.get() not in (None, "triton"):

@@ -1,7 +1,7 @@
-"""Dropout whose mask is drawn four entries at a time.
+"""Dropout whose mask is drawn four entries at a time on a CPU.
 
 ``torch.nn.functional.dropout`` draws its mask on a CPU by ``bernoulli_``, one entry after the other, which takes nine
-tenths of its time. Here every 64-bit number of the same generator gives four entries of 16 bits.
+tenths of the function's time. Here every 64-bit number of the same generator gives four entries of 16 bits.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """``torch.nn.functional.dropout(x, p)`` in training, with another mask of the same distribution.
 
     The mask is a function of torch's random state, so seeds and activation checkpointing work as with torch's function.
-    That function runs on other devices, under ``torch.compile`` (which fuses it) and under every transform.
+    Torch's function runs on other devices, under ``torch.compile`` (which fuses it) and under every transform.
 
     Args:
         x: Of any shape and floating dtype.
-        p: Probability of a zero, in [0, 1], which is rounded to a multiple of 1/65536. The other entries are
-            multiplied by ``1 / (1 - p)`` with the rounded ``p``, so that the mean is kept.
+        p: Probability of a zero, in [0, 1]. On a CPU, ``p`` is rounded to a multiple of 1/65536, except to 0 and 1.
+            The other entries are multiplied by ``1 / (1 - p)`` with the rounded ``p``, so that the mean is kept.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -37,7 +37,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def dropout_noise(like: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
-    """Dropout factors of the shape of ``like``: 0 with probability ``p``, otherwise ``1 / (1 - p)``."""
+    """Dropout factors of the shape of ``like``: 0 with probability ``p``, else ``1 / (1 - p)``; see :func:`dropout`."""
     dropped = round(p * _LEVELS)
     noise = torch.empty_like(like, requires_grad=False)
     if like.device.type != "cpu" or dropped in (0, _LEVELS):

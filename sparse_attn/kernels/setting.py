@@ -1,4 +1,4 @@
-"""The numbers of an attention call, in the form that every backend takes, and the tensors that the C kernel takes."""
+"""The numbers of an attention call, in the form for all implementations, and the tensors that the C kernel takes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Setting(NamedTuple):
-    """The arguments of attention that are not tensors."""
+    """The arguments of attention that are not tensors, except the soft-cap."""
 
     a: float  # α - 1; not used if α is a tensor
     scale: float

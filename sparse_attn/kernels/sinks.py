@@ -1,7 +1,7 @@
-"""Attention sinks as one more key in front of the others, so that every kernel computes them.
+"""Attention sinks as one more key in front of the others, for implementations that do not know sinks.
 
-A sink is one more score of each query, which takes weight and gives no value. Queries and keys get one more entry, so
-that the product of a query and the new key is the score of the sink; the value of the new key is zero.
+A sink is one more score of each query, which takes weight and gives no value. Query and key vectors get one more
+entry, so that the product of a query and the new key is the score of the sink; the value of the new key is zero.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 
 class Padded(NamedTuple):
-    """Tensors of a call with one more key, whose scores have the factor 1."""
+    """Tensors of a call with one more key per sequence; the factor of the scores is 1 in this call."""
 
-    query: Tensor  # (N, H, L, D + 1), multiplied by the factor of the scores
-    key: Tensor  # (N, Hk, S + 1, D + 1)
-    value: Tensor  # (N, Hk, S + 1, Dv)
+    query: Tensor  # (..., H, L, D + 1), multiplied by the factor of the scores
+    key: Tensor  # (..., Hk, S + 1, D + 1); for packed sequences, S + the number of sequences
+    value: Tensor  # (..., Hk, S + 1, Dv); likewise
     mask: Tensor | None
     offset: int | None
 
@@ -26,13 +26,13 @@ class Padded(NamedTuple):
 def with_sink(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, offset: int | None, sinks: Tensor, scale: float
 ) -> Padded:
-    """A call (N, H, L, D) with the score ``sinks[h]`` for every query of head ``h`` as its first key.
+    """A call with one more key in front, whose score is ``sinks[h]`` for every query of head ``h``.
 
     Args:
-        query: (N, H, L, D), in the dtype of the computation: the scaled query would be rounded in half precision.
-        key: (N, Hk, S, D).
-        value: (N, Hk, S, Dv).
-        mask: Broadcastable to (N, H, L, S), in the internal form.
+        query: (..., H, L, D), in the dtype of the computation: the scaled query would be rounded in half precision.
+        key: (..., Hk, S, D).
+        value: (..., Hk, S, Dv).
+        mask: Broadcastable to (..., H, L, S), in the internal form.
         offset: As in :class:`kernels.setting.Setting`.
         sinks: (H,).
         scale: Factor of the scores.
@@ -64,6 +64,6 @@ def sink_scores(sinks: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _with_scores(query: Tensor, sinks: Tensor, scale: float) -> Tensor:
-    # Minus infinity times zero would be NaN; the smallest number counts as masked, too.
+    # Minus infinity times zero would be NaN; the lowest finite number counts as masked, too.
     sinks = sinks.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
     return torch.cat([query * scale, sink_scores(sinks, query.shape[:-1])], -1)

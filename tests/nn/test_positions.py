@@ -73,8 +73,8 @@ def test_half_precision_of_the_layer_does_not_round_the_angles() -> None:
 def slope_exponent(head: int, heads: int) -> float:
     """-log2 of the slope of one head, counted from 0.
 
-    The paper has 2^n heads: 8 (head + 1) / 2^n. With other numbers of heads, the authors' code gives those of the
-    largest power of two below, then every second one of twice that power.
+    For 2^n heads, the paper has 8 (head + 1) / 2^n. For another number of heads, the authors' code takes the exponents
+    of the largest power of two below, then every second exponent of twice that power.
     """
     power = 2 ** math.floor(math.log2(heads))
     return 8 * (head + 1) / power if head < power else 4 * (2 * (head - power) + 1) / power

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-LIBRARY = "rows.shared"  # not a suffix by which Python recognises extension modules
+LIBRARY = "rows.shared"  # Python does not import a file with this suffix as an extension module
 
 _SOURCES = Path(__file__).resolve().parent
 _FLAGS = [
@@ -65,7 +65,7 @@ def build(target_dir: str | Path, extra_flags: tuple[str, ...] = ()) -> Path:
                 for source in ("row", "attention_forward", "attention_backward"):
                     defines = [f"-DVARIANT={variant}", f"-DREAL_{real}"]
                     compile_source(source, f"{source}_{real}_{variant}", [*flags, *defines])
-        # Written under another name and then renamed, so that a process that has loaded the old library keeps it.
+        # The file gets another name first and is then renamed: a process that has loaded the old library keeps it.
         fresh = os.path.join(folder, LIBRARY)
         _run([*common, "-shared", *objects, "-o", fresh, "-lm", "-pthread"])
         beside = target.with_name(f"{target.name}.{os.getpid()}")

@@ -1,4 +1,4 @@
-/* exp, log and powers of lanes for solve.h and gradients.h, without tables, branches or libm. */
+/* exp, log and powers of lanes for solve.h, short.h and gradients.h, without tables, branches or libm. */
 #ifndef SPARSE_ATTN_ELEMENTARY_H
 #define SPARSE_ATTN_ELEMENTARY_H
 
@@ -59,7 +59,8 @@ INLINE exponent split(lanes x) {
     return e;
 }
 
-/* e^x for x <= log(REAL_MAX); 0 where e^x would not be a normal number. */
+/* e^x for x < (BIAS + ½) log(2), which is a little less than log(REAL_MAX); 0 for x < EXP_LOWEST, which is a little more than
+ * log(REAL_MIN). */
 INLINE lanes exp_lanes(lanes x) {
     exponent e = split(x);
     lanes y = e.scale * (e.f * e.f * phi2(e.f) + e.f) + e.scale;
@@ -102,14 +103,14 @@ INLINE lanes unbiased(words biased) { /* not every processor can convert 64-bit 
     return (lanes)(biased | (words)splat(two_to_mantissa)) - (two_to_mantissa + BIAS);
 }
 
-/* log(1 + t) to the last digits of t, for t >= -1; some finite number at -1. */
+/* log(1 + t) for t > -1, accurate also for t that are too small to change 1 + t; some finite number at -1. */
 INLINE lanes log1p_lanes(lanes t) {
     words biased = biased_exponent(t + (real)1);
     lanes scale = (lanes)(((word)(2 * BIAS) - biased) << MANTISSA);
     return log_parts(scale * t + (scale - (real)1), unbiased(biased));
 }
 
-/* log(w) for w >= 0; some finite number at 0. */
+/* log(w) for normal w > 0; some finite number for 0 and subnormal numbers. */
 INLINE lanes log_lanes(lanes w) {
     words biased = biased_exponent(w);
     lanes scale = (lanes)(((word)(2 * BIAS) - biased) << MANTISSA);
@@ -136,7 +137,7 @@ INLINE lanes power_of_sum(lanes w, lanes t, real power) {
     y = y * r + 1.4426950216293335f;
     const lanes l = r * y + e;
     const lanes rounded = at_least(splat(-BIAS), l * power) + ROUNDER; /* -BIAS is the exponent of 0 */
-    const lanes f = at_least(splat(-1), l * power - (rounded - ROUNDER)); /* the product is not rounded */
+    const lanes f = at_least(splat(-1), l * power - (rounded - ROUNDER)); /* with FMA, the product is not rounded */
     lanes z = f * 1.5353361e-4f + 1.3398875e-3f;
     z = z * f + 9.6184374e-3f;
     z = z * f + 5.5503325e-2f;

@@ -1,4 +1,4 @@
-/* Names of functions that are compiled once per element type and variant, like forward_float_avx2 for rows.c. */
+/* Names of functions that are compiled for float and for double in each variant, like forward_float_avx2 for rows.c. */
 #ifndef SPARSE_ATTN_EXPORTED_H
 #define SPARSE_ATTN_EXPORTED_H
 

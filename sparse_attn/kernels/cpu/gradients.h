@@ -17,13 +17,13 @@ typedef struct {
 /* u of packed p, 0 for padding. */
 INLINE lanes slope_of(lanes p, const family of, real a) {
     const lanes zero = splat(0);
-    if (of == SPARSEMAX) return select_equal(p, zero, zero, (real)0 * p + (real)1); /* NaN where p is */
+    if (of == SPARSEMAX) return select_equal(p, zero, zero, (real)0 * p + (real)1); /* NaN where p is NaN */
     if (of == ENTMAX15) return square_root(p);
     if (of == SOFTMAX) return p;
     return select_equal(p, zero, zero, power_lanes(p, 1 - a));
 }
 
-/* u, and the sums that the gradient needs. */
+/* Writes u; returns the sums that the gradient for the scores needs. */
 INLINE weighted slopes_family(const real *p, const real *g, int64_t size, const family of, real a, real *u) {
     const lanes zero = splat(0);
     tally sum_u = {zero, zero}, sum_ug = {zero, zero};
@@ -45,8 +45,9 @@ static weighted slopes(const real *p, const real *g, int64_t size, double a, rea
     }
 }
 
-/* Σ u g / Σ u. In a nearly one-hot row Σ u is close to 1, and the rounding error of the product with the largest entry is
- * as large as the gradient. Such a row is computed a second time, from g minus the first result. */
+/* δ = Σ u g / Σ u. If Σ u is close to 1, u of one entry may be almost 1 (a nearly one-hot row); the rounding error of its u g
+ * is then as large as the gradient. Rows with Σ u < 1.1, which include all softmax rows, are computed a second time, from g
+ * minus the first result. */
 static origin centre_of(const real *u, const real *g, int64_t size, weighted sums) {
     const double delta = sums.u_g / sums.u;
     if (!(sums.u < 1.1)) return origin_at(0, delta);
@@ -59,7 +60,8 @@ static origin centre_of(const real *u, const real *g, int64_t size, weighted sum
     return origin_at((real)delta, sum_of(rest) / sums.u);
 }
 
-/* The mean by which the gradient for α is centred, and the largest p, which shows whether float has enough digits. */
+/* The mean of g, which is subtracted from g before the gradient for α is computed, and the largest p, which shows whether
+ * float has enough digits for this gradient. */
 typedef struct {
     real most; /* max p */
     double mean; /* Σ p g */
@@ -75,12 +77,6 @@ static overview survey(const real *p, const real *g, int64_t size) {
     return (overview){maximum_of(most), sum_of(sum)};
 }
 
-/* Returns the gradient for α of packed p; writes u into `u`, and δ = Σ u g / Σ u into `*delta`.
- *
- * With l = log p, y = l² φ₂(-a l) and c = g - mean: [Y D - B - a (Y A - H B)] / U, where D = Σ p (g - δ),
- * A = Σ p l (g - δ), B = Σ p y (g - δ), H = Σ p l, Y = Σ p y and U = Σ u. A constant added to g changes only its
- * rounding.
- */
 enum { BLOCK = 32 * LANES }; /* number of terms summed as reals before they are added in double */
 
 typedef struct {
@@ -91,12 +87,18 @@ INLINE alpha_terms alpha_terms_of(lanes p, real a) {
     const real per_square = 1 / (a * a), ln2 = (real)0.6931471805599453;
     const lanes l = log_lanes(p);
     const exponent e = split(at_most(splat(-EXP_LOWEST), -a * l));
-    /* e^x - 1 - x for x = -a l, without cancelling also where x is more than log(2) / 2 */
+    /* y = (e^x - 1 - x) / a² for x = -a l, in a form without much cancellation where |x| is more than log(2) / 2 */
     const lanes square = e.f * e.f * phi2(e.f), grown = e.scale - (real)1;
     const lanes y = (e.scale * square + (grown * e.f + (grown - e.n * ln2))) * per_square;
     return (alpha_terms){l, y, p * (e.scale * (square + e.f) + e.scale)};
 }
 
+/* Returns the gradient for α of packed p; writes u into `u`, and δ = Σ u g / Σ u into `*delta`.
+ *
+ * With l = log p and y = l² φ₂(-a l), the gradient is [Y D - B - a (Y A - H B)] / U, where D = Σ p (g - δ),
+ * A = Σ p l (g - δ), B = Σ p y (g - δ), H = Σ p l, Y = Σ p y and U = Σ u. The code computes with c = g - mean in place of g:
+ * a constant added to g changes only the rounding of the result.
+ */
 static double alpha_gradient(const real *p, const real *g, int64_t size, real a, real mean, real *u, origin *delta) {
     double U = 0, UC = 0, P = 0, D = 0, H = 0, A = 0, Y = 0, B = 0;
     const lanes zero = splat(0);
@@ -136,7 +138,8 @@ static void centre(real *u, const real *g, int64_t size, origin delta) {
     }
 }
 
-/* The gradients of rows side by side, one row per lane: entry j of all rows is the vector at j * LANES. */
+/* The gradients of rows side by side. Except in gradient_rows, there is one row per lane: entry j of all rows is the vector at
+ * j * LANES. */
 
 /* δ = Σ u g / Σ u in two parts, from compensated sums. */
 typedef struct {
@@ -157,7 +160,7 @@ INLINE void centre_lanes(real *u, const real *g, int64_t size, origins delta) {
     }
 }
 
-/* For nearly one-hot rows, the low part of δ is computed from `rest` = Σ u (g - δ), see centre_of. */
+/* For rows with Σ u < 1.1, the low part of δ is rest / Σ u with `rest` = Σ u (g - δ.high), see centre_of. */
 #define NEARLY_ONE_HOT(sum_u) any_beyond(splat((real)1.1), sum_u)
 
 INLINE lanes low_of_one_hot(origins delta, lanes sum_u, lanes rest) {
@@ -195,8 +198,8 @@ static void gradient_lanes(const real *p, const real *g, int64_t size, double a,
     }
 }
 
-/* The gradients of up to LANES rows, for the families whose u is cheap. A vector holds entries of one row; only the sums
- * across vectors are computed side by side. Sizes are multiples of LANES. */
+/* The gradients of up to LANES rows, for the families whose u is cheap. A vector holds entries of one row. At the end, the
+ * lanes of each row's sums are added, and δ is computed for all rows at once. Sizes are multiples of LANES. */
 INLINE void gradient_rows_family(const real *const *p, const real *const *g, int64_t rows, int64_t size, const family of,
                                  real *const *u) {
     const lanes zero = splat(0);
@@ -236,12 +239,12 @@ static void gradient_rows(const real *const *p, const real *const *g, int64_t ro
     }
 }
 
-/* Like gradient_lanes, and writes the gradients for α of the first `rows` rows. Returns 1 for a row for whose gradient float
- * has too few digits, else 0. */
+/* Like gradient_lanes, and writes the gradients for α of the first `rows` rows. Returns a vector: 1
+ * in the lane of each row whose gradient for α needs double, else 0. */
 static lanes alpha_gradient_lanes(const real *p, const real *g, int64_t size, int64_t row_size, real a, int64_t rows,
                                   real *u, double *grad_alpha) {
     enum { U, UC, P, D, H, A, Y, B, SUMS, PART = 16 }; /* as in alpha_gradient */
-    const real tiny = (real)1e-3 * REAL_EPS, used = a < tiny ? tiny : a; /* tiny replaces 0, with the same result */
+    const real tiny = (real)1e-3 * REAL_EPS, used = a < tiny ? tiny : a; /* `tiny` in place of 0; the result is the same */
     const lanes zero = splat(0);
     lanes mean = zero, most = zero;
     for (int64_t j = 0; j < size * LANES; j += LANES) {
@@ -276,7 +279,7 @@ static lanes alpha_gradient_lanes(const real *p, const real *g, int64_t size, in
         if (lane >= rows) continue;
         const double d = s[D] - rest * s[P], l = s[A] - rest * s[H], y = s[B] - rest * s[Y];
         grad_alpha[lane] = most[lane] == 0 ? 0 : (s[Y] * d - y - used * (s[Y] * l - s[H] * y)) / s[U];
-        /* As in backward() of row.c. */
+        /* as in the function backward of row.c */
         if (REAL_TYPE == FLOAT32 && (most[lane] * (real)row_size < 2 || most[lane] > (real)0.99)) alone[lane] = 1;
     }
     centre_lanes(u, g, size, delta);

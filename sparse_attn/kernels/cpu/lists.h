@@ -7,7 +7,7 @@
 #include "lanes.h"
 #include "pairs.h"
 
-/* Rows of whole vectors, `row` numbers apart. */
+/* Rows of whole vectors; consecutive rows begin `row` numbers apart. */
 typedef struct {
     const real *data;
     int64_t row;

@@ -1,4 +1,4 @@
-/* Differences between scores and a number of twice their precision, for solve.h and gradients.h. */
+/* Differences between numbers and an origin of twice their precision, for solve.h, gradients.h and row.c. */
 #ifndef SPARSE_ATTN_ORIGIN_H
 #define SPARSE_ATTN_ORIGIN_H
 

@@ -1,4 +1,5 @@
-/* One row, or several short rows side by side: probabilities, and the gradients. Compiled for float and for double at every vector width.
+/* Computes one row, or several short rows side by side: the probabilities, their non-zero entries for the attention kernels,
+ * and the gradients. Compiled for float and for double in each variant.
  *
  * A row is read for its maximum, the entries that can have weight are packed together, Newton's method runs on those,
  * and the result is unpacked. The notation is defined in rows.h.
@@ -29,7 +30,8 @@ static int has_nan(const real *x, int64_t size) {
     return found;
 }
 
-/* A number just below the edge of the support, top - 1 / a + σ: scores up to this number have no weight. */
+/* The larger of `lowest` and a number just below top - 1 / a + σ, the edge of the support. Scores up to this number have no
+ * weight if `sigma` is at or below σ. */
 static real weightless(real top, double a, double sigma, real lowest) {
     double reach = 1 / a - sigma;
     real threshold = (real)(top - reach - 2 * REAL_EPS * (fabs((double)top) + reach));
@@ -43,7 +45,7 @@ typedef struct {
     real threshold, scale;
 } solution;
 
-/* Solves contiguous scores and writes p; `z` and `p` have room for padded_size(size) numbers each. */
+/* Solves contiguous scores and writes the packed numbers into `p`; `z` and `p` have room for padded_size(size) numbers each. */
 static solution solve_row(const real *x, int64_t size, int64_t k, double a, double lowest, real *z, real *p) {
     if (fabs(a) < 1e-3 * REAL_EPS) a = 0; /* log1p(a t) / a is t to the last bit */
     real maxima[MAX_STRANDS];
@@ -59,7 +61,7 @@ static solution solve_row(const real *x, int64_t size, int64_t k, double a, doub
     if (k > 0) {
         count = pack_largest(x, size, k, (real)lowest, maxima, strands, top, z, &threshold);
     } else {
-        if (a > 0 && a <= 1 && size >= 256) { /* the root for a part is at or below that for the row */
+        if (a > 0 && a <= 1 && size >= 256) { /* the root for a part of the row is at or below the root for the row */
             climb(maxima, strands, a, top, &sigma, 1e-2, 1, p);
         }
         if (a > 0) threshold = weightless(top, a, sigma, lowest);
@@ -86,7 +88,7 @@ void EXPORTED(forward)(vector scores, int64_t size, int64_t k, double a, double 
 /* Up to this size, sweeps over all entries cost less than packing, if a power needs no exp and log. */
 enum { PACK_FROM = 64 };
 
-/* Up to LANES rows side by side. */
+/* Computes p of up to LANES rows side by side. */
 static void forward_lanes(const vector *scores, void *const *out, int64_t rows, int64_t size, int64_t k, double a,
                           double lowest, real *scratch) {
     const int64_t stride = padded_size(size);
@@ -98,7 +100,8 @@ static void forward_lanes(const vector *scores, void *const *out, int64_t rows, 
     gather_lanes(x, size, LANES, z);
 
     const lanes zero = splat(0), one = splat(1), nothing = splat(-INFINITY), floor = splat((real)lowest);
-    lanes top = nothing, alone = zero; /* alone: 1 for rows with NaN or +inf (rare) or ties, which are solved one by one */
+    /* `alone` is 1 for rows with NaN or +inf (rare) or with ties at the k-th place. These rows are solved one by one. */
+    lanes top = nothing, alone = zero;
     for (int64_t j = 0; j < size; j++) {
         const lanes score = load(z + j * LANES), seen = select_below(floor, score, score, nothing);
         alone = select_below(score, splat(INFINITY), alone, one);
@@ -122,7 +125,7 @@ static void forward_lanes(const vector *scores, void *const *out, int64_t rows, 
         real *buffer = buffers + i * stride;
         y[i] = alone[i] > 0 ? buffer : target(out[i], type, buffer);
     }
-    if (needs_power(a) || (a > 0 && size > PACK_FROM)) { /* most entries have no weight; the others are packed */
+    if (needs_power(a) || (a > 0 && size > PACK_FROM)) { /* often, most entries have no weight: only the others are packed */
         const lanes sigma = start_lanes(&all, (real)a, top, needs_power(a) ? START_SWEEPS : 2);
         lanes threshold = at_least(cut, floor);
         for (int i = 0; i < LANES; i++) threshold[i] = weightless(top[i], a, sigma[i], threshold[i]);
@@ -201,7 +204,7 @@ double EXPORTED(backward)(vector p, vector grad, int64_t size, double a, int wit
         if (seen.most * (float)size < 2 || seen.most > 0.99f)
             return ROW_KERNEL_IN_DOUBLE(backward)(p, grad, size, a, with_alpha, out, scratch);
 #endif
-        const real tiny = (real)1e-3 * REAL_EPS; /* replaces 0, with the same result */
+        const real tiny = (real)1e-3 * REAL_EPS; /* in place of 0; the result is the same */
         const real of_alpha = fabs(a) < tiny ? tiny : (real)a;
         grad_alpha = alpha_gradient(weights, g, padded, of_alpha, (real)seen.mean, u, &delta);
     } else {
@@ -214,7 +217,7 @@ double EXPORTED(backward)(vector p, vector grad, int64_t size, double a, int wit
     return count ? grad_alpha : 0;
 }
 
-/* Up to LANES rows side by side. */
+/* Computes the gradients of up to LANES rows side by side. */
 static void backward_lanes(const vector *p, const vector *grad, void *const *out, int64_t rows, int64_t size, double a,
                            double *grad_alpha, real *scratch) {
     const int64_t stride = padded_size(size), room = LANES * stride;

@@ -1,4 +1,4 @@
-/* The exported functions compute all rows of a tensor, at the vector width of the processor, split over threads. */
+/* Computes all rows of a tensor in one of the variants, split over threads. rows.py calls the exported functions. */
 #include "rows.h"
 #include "threads.h"
 #include "variants.h"
@@ -89,7 +89,7 @@ static vector vector_of(const operand *of, const int64_t *index, int rank) {
 
 static void compute_row(const task *t, int64_t row, const int64_t *index, void *scratch) {
     const double a = *(const double *)row_of(&t->a, index, t->rank);
-    /* Beyond α = 2 an entry enters the support with infinite slope: a rounding of σ to float would be a large error. */
+    /* Beyond α = 2 an entry enters the support with infinite slope: rounding σ to float would cause a large error. */
     const int wide = t->scores.type == FLOAT64 || a > 1;
     const vector scores = vector_of(&t->scores, index, t->rank);
     char *out = t->out + row * t->size * t->scores.bytes;
@@ -126,7 +126,8 @@ static void compute_rows(const void *argument, int64_t begin, int64_t end, void 
     }
 }
 
-/* Short rows are solved side by side if at least SHARED_BY rows of a block have the same α: heads may have different ones. */
+/* Short rows are computed side by side if at least SHARED_BY rows of a block have the same α, between 1 and 2. The heads may
+ * have different α. */
 enum { BLOCK = 256, SHARED_BY = 4 };
 
 static void compute_alone(const task *t, int64_t row, void *scratch) {
@@ -135,7 +136,7 @@ static void compute_alone(const task *t, int64_t row, void *scratch) {
     compute_row(t, row, index, scratch);
 }
 
-/* Rows with one a in [0, 1], given by their numbers. */
+/* Computes the rows with the numbers `rows`, which share one `a` in [0, 1]. */
 static void compute_together(const task *t, const int64_t *rows, int64_t count, double a, void *scratch) {
     vector scores[ROWS_AT_ONCE], grads[ROWS_AT_ONCE];
     void *out[ROWS_AT_ONCE];
@@ -156,7 +157,7 @@ static void compute_together(const task *t, const int64_t *rows, int64_t count, 
     for (int64_t i = 0; t->grad_a && i < count; i++) t->grad_a[rows[i]] = grad_a[i];
 }
 
-/* Blocks of rows; the blocks, and so the results, do not depend on the number of threads. */
+/* Computes blocks of rows. The blocks, and so the results, do not depend on the number of threads. */
 static void compute_blocks(const void *argument, int64_t begin, int64_t end, void *scratch) {
     const task *t = argument;
     int64_t index[MAX_RANK];
@@ -195,8 +196,8 @@ static int run_rows(task *t, int threads) {
     return run_job(&j, threads);
 }
 
-/* p of each row along the last dimension; `layout` holds the shape, the strides of the scores and the strides of a. With
- * k > 0 only the k largest scores take part. Returns 0, or 1 if there was not enough memory. */
+/* Computes p of each row along the last dimension. `layout` holds the shape, the strides of the scores and the strides of `a`.
+ * With `k` > 0 only the `k` largest scores take part. Returns 0, or 1 if there was not enough memory. */
 EXPORT int rows_forward(int variant, int threads, int rank, const int64_t *layout, int type, const void *scores,
                         const double *a, int64_t k, double lowest, void *p) {
     task t = {.use = &variants[variant], .rank = rank, .shape = layout, .k = k, .lowest = lowest, .out = p};
@@ -205,8 +206,8 @@ EXPORT int rows_forward(int variant, int threads, int rank, const int64_t *layou
     return run_rows(&t, threads);
 }
 
-/* The gradient for the scores, and if `grad_a` is not NULL also for α, one number per row; `layout` holds the shape and
- * the strides of p, of its gradient and of a. Returns 0, or 1 if there was not enough memory. */
+/* Computes the gradient for the scores, and if `grad_a` is not NULL also for α, one number per row. `layout` holds the shape
+ * and the strides of `p`, of `grad` and of `a`. Returns 0, or 1 if there was not enough memory. */
 EXPORT int rows_backward(int variant, int threads, int rank, const int64_t *layout, int type, const void *p,
                          const void *grad, const double *a, void *grad_scores, double *grad_a) {
     task t = {.use = &variants[variant], .rank = rank, .shape = layout, .out = grad_scores, .grad_a = grad_a};

@@ -1,4 +1,4 @@
-/* The interface between rows.c and the kernels in row.c, compiled once per element type and variant.
+/* The functions of row.c, which rows.c and the attention kernels call: compiled for float and for double in each variant.
  *
  * Notation: z scores, p probabilities, a = α - 1, p_i = [1 + a (z_i - σ)]_+^(1/a), u = p^(1 - a). The root is the σ with
  * Σ p = 1.
@@ -17,24 +17,24 @@ typedef struct {
     element type;
 } vector;
 
-/* p of one row; `out` is contiguous and of the scores' type. Scores at or below `lowest` are masked; with k > 0 only
- * the k largest take part. `scratch` holds SCRATCH_ROWS rows of padded_size(size) numbers of 8 bytes. */
+/* p of one row; `out` is contiguous and of the scores' type. Scores at or below `lowest` are masked; with `k` > 0 only
+ * the `k` largest take part. `scratch` holds SCRATCH_ROWS rows of padded_size(size) numbers of 8 bytes. */
 typedef void forward_row(vector scores, int64_t size, int64_t k, double a, double lowest, void *out, void *scratch);
 
-/* The same for up to ROWS_AT_ONCE rows of up to SHORT_ROW scores that share one a in [0, 1] and are solved side by side.
- * `scratch` holds short_scratch(size) bytes. The p of a row does not depend on the other rows. */
+/* The same for up to ROWS_AT_ONCE rows of up to SHORT_ROW scores that share one `a` in [0, 1] and are solved side by side.
+ * `scratch` holds short_scratch(size) bytes. The other rows change p of a row by rounding at most. */
 typedef void forward_rows(const vector *scores, void *const *out, int64_t rows, int64_t size, int64_t k, double a,
                           double lowest, void *scratch);
 
-/* The non-zero entries of the same p, in order, and their places in the row; returns their number. `places` and `out` have
- * room for padded_size(size) entries. A row with NaN or +inf has NaN in all places. */
+/* Writes the non-zero entries of the p of forward_row, in order, and their places in the row; returns their number.
+ * `places` and `out` have room for padded_size(size) entries. A row with NaN or +inf has NaN in all places. */
 typedef int64_t support_row(vector scores, int64_t size, int64_t k, double a, double lowest, int32_t *places, void *out,
                             void *scratch);
 
 /* The gradient for the scores of one row into `out`; with `with_alpha`, the gradient for α is returned, else 0. */
 typedef double backward_row(vector p, vector grad, int64_t size, double a, int with_alpha, void *out, void *scratch);
 
-/* The same for up to ROWS_AT_ONCE rows with one a in [0, 1], as above; `grad_alpha` is NULL if it is not needed. */
+/* The same for up to ROWS_AT_ONCE rows with one `a` in [0, 1], as above; `grad_alpha` is NULL if it is not needed. */
 typedef void backward_rows(const vector *p, const vector *grad, void *const *out, int64_t rows, int64_t size, double a,
                            double *grad_alpha, void *scratch);
 

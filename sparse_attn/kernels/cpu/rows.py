@@ -1,8 +1,9 @@
 """The compiled row kernels, called through ctypes: the contract of ``kernels.reference.entmax`` on CPU tensors.
 
 Scores are float32, float64, float16 or bfloat16 with any strides, and are mapped along the last dimension. Half
-precision is computed in float32 and rounded once. ``a = α - 1`` is a number above -1, or a tensor with one value per
-row, which broadcasts with size 1 in the last dimension. Not differentiable: ``kernels.functions`` adds gradients.
+precision is computed in float32 and rounded once; for α > 2 every dtype is computed in float64. ``a = α - 1`` is a
+number above -1, or a tensor with one value per row, which broadcasts with size 1 in the last dimension. Not
+differentiable: ``kernels.functions`` adds gradients.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _load() -> _Library | str:
     except OSError as error:
         return f"the compiled library cannot be loaded: {error}"
     if library.rows_interface() != _INTERFACE:
-        return f"{path} belongs to another version of sparse_attn: install it again"
+        return f"{path} belongs to another version of sparse_attn: install sparse_attn again"
     library.rows_variant.restype = c_char_p
     variants: dict[str | None, int] = {}
     while name := library.rows_variant(len(variants)):
@@ -68,7 +69,7 @@ def library() -> _Library:
 
 
 def variants() -> list[str]:
-    """The vector widths that this processor supports, the widest last; empty if there is no library."""
+    """The vector widths in the library that this processor supports, the widest last; empty if there is no library."""
     library = _load()
     return [] if isinstance(library, str) else [name for name in library.variants if name]
 
@@ -117,7 +118,7 @@ def entmax_forward(
 def entmax_backward(
     p: Tensor, a: float | Tensor, grad: Tensor, with_alpha: bool = False, *, variant: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient for the scores and, if wanted, for α per row ``(..., 1)``, in float32 or wider.
+    """The gradient for the scores in the dtype of ``p`` and, if wanted, for α per row ``(..., 1)`` in float32 or wider.
 
     Where ``p`` is 0 the gradient is 0 for any ``grad``, so the function serves the top-k mapping too.
     """
@@ -142,7 +143,10 @@ def entmax_backward(
 
 
 def _alpha(a: float | Tensor, rank: int) -> tuple[object, object, list[int]]:
-    """``a`` in float64, which the caller keeps alive while its address is in use, and its ``rank`` strides."""
+    """``a`` in float64, its address and its ``rank`` strides.
+
+    The caller must keep the first object alive while the address is in use.
+    """
     if not isinstance(a, Tensor):
         number = c_double(a)
         return number, ctypes.byref(number), [0] * rank

@@ -15,8 +15,8 @@ static int64_t count_above(const real *x, int64_t size, real cut) {
     return all;
 }
 
-/* Raises `*low` towards the k-th largest of the padded x; at least k of them stay above it. Returns true if exactly k
- * are above it in the end; with equal scores at the k-th place, there is no such `*low`. */
+/* Raises `*low` towards the k-th largest of the padded x; at least k of them stay above `*low`. Returns 1 when
+ * exactly k are above, else 0 after `steps` steps: with equal scores at the k-th place, no `*low` has exactly k above. */
 static int cut_off(const real *x, int64_t size, int64_t k, real *low, real high, int steps) {
     for (int step = 0; step < steps; step++) {
         const real middle = *low / 2 + high / 2;
@@ -51,7 +51,7 @@ static real kth_largest(real *x, int64_t size, int64_t k) {
     return x[wanted];
 }
 
-/* A number just below x: no number lies between, except subnormal ones, which the processor may treat as 0. */
+/* A number just below x: no number lies between, except 0 and subnormal ones, which the processor may treat as 0. */
 INLINE real just_below(real x) {
 #ifdef REAL_DOUBLE
     return fabs(x) < REAL_MIN ? -REAL_MIN : nextafter(x, -INFINITY);
@@ -63,12 +63,12 @@ INLINE real just_below(real x) {
 enum { ROUGH_CUTS = 6, EXACT_CUTS = 24 };
 
 /* Packs the k largest of the scores above `lowest`, or all where there are fewer, and returns how many entries lie
- * above `*threshold`, with which `unpack` compares the scores. Of equal scores the first ones are taken; the others are
- * packed too, as -inf. `maxima` holds the largest score of each strand, and `top` the largest of the row. */
+ * above `*threshold`, with which `unpack` compares the scores. Of equal scores at the k-th place, the first are taken and the
+ * others are packed as -inf. `maxima` holds the largest score of each strand, and `top` the largest of the row. */
 static int64_t pack_largest(const real *x, int64_t size, int64_t k, real lowest, const real *maxima, int strands,
                             real top, real *packed, real *threshold) {
     *threshold = lowest;
-    if (2 * k <= strands) { /* the k-th largest of some entries is at most that of the row */
+    if (2 * k <= strands) { /* the k-th largest of some entries is at most the k-th largest of the row */
         real bound = maxima[0];
         for (int i = 1; i < strands; i++) bound = maxima[i] < bound ? maxima[i] : bound;
         bound = just_below(bound);

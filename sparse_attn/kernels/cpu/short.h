@@ -3,8 +3,8 @@
  *
  * Sums over a row are then sums of vectors, without the delay of a sum across lanes. The notation is defined in rows.h.
  * `reach` is 1/a - σ, with σ counted from the largest score: an entry has weight if its distance from the largest score is
- * smaller (unused for softmax). The distance is stored as the sum of two numbers, `reach` and `rest`: the rounding error of
- * a single number would change the weights of all entries near the edge of the support.
+ * smaller (unused for softmax). For α >= 1.5, 1/a - σ is the sum of two numbers, `reach` and `rest`: the rounding error of a
+ * single number would change the weights of all entries near the edge of the support.
  */
 #ifndef SPARSE_ATTN_SHORT_H
 #define SPARSE_ATTN_SHORT_H
@@ -24,13 +24,13 @@ typedef struct {
 } short_rows;
 
 typedef struct {
-    lanes total, slope, curve; /* Σ p, Σ u and Σ u²/p; for α < 1.5 in units of the largest p */
+    lanes total, slope, curve; /* Σ p, Σ u and, for α <= 1.5 except 1, Σ u²/p; below 1.5 except 1, of p / max p in place of p */
 } lane_sums;
 
 INLINE lane_sums evaluate_lanes(const short_rows *x, const family of, real a, lanes top, lanes reach, lanes rest) {
     const lanes zero = splat(0), one = splat(1), half = splat(-0.5), nowhere = splat(-REAL_MAX / 2);
     const lanes smallest = splat(REAL_MIN);
-    /* The edge of the support, as the exact sum of two numbers: see origin.h. */
+    /* The edge of the support, as the sum of two numbers: see origin.h. */
     const lanes high = top - reach, back = top - high, low = ((top - (high + back)) + (back - reach)) - rest;
     const real power = 1 / a - 1;
     const lanes rise = one / reach;
@@ -67,7 +67,7 @@ INLINE lane_sums evaluate_lanes(const short_rows *x, const family of, real a, la
     return (lane_sums){total.sum + total.lost, slope, curve};
 }
 
-/* Newton's step on the norm, as in solve.h; Halley's step instead, if it stays below `end`. */
+/* Newton's step on the norm, as in solve.h; for α <= 1.5, Halley's step if it is below `end` and `newton_only` is 0. */
 INLINE lanes lane_step(lane_sums at, const family of, real a, lanes newton_only, lanes end) {
     const lanes excess = at.total - (real)1;
     if (of == SPARSEMAX) return excess / at.slope;
@@ -90,7 +90,7 @@ INLINE lanes lane_step(lane_sums at, const family of, real a, lanes newton_only,
 /* Up to this exponent, a power by multiplications is much cheaper than by exp and log. */
 enum { MOST_FACTORS = 16, START_SWEEPS = 6 };
 
-/* See start_lanes; n is the exponent. */
+/* See start_lanes; `n` is the exponent. */
 INLINE lanes start_lanes_power(const short_rows *x, const int n, real a, lanes top, int sweeps) {
     const lanes zero = splat(0), one = splat(1);
     lanes sigma = zero;
@@ -106,15 +106,16 @@ INLINE lanes start_lanes_power(const short_rows *x, const int n, real a, lanes t
             total += u * w;
         }
         const lanes root = n == 1 ? total : n == 2 ? square_root(total) : exp_lanes(log1p_lanes(total - one) / (real)n);
-        sigma += (total - rough_ratio(total, root)) / (a * slope); /* a Newton step on the n-norm does not pass the root */
+        /* A Newton step on the n-norm does not pass the root, except by the error of rough_ratio. */
+        sigma += (total - rough_ratio(total, root)) / (a * slope);
         if (!any_beyond(total, splat((real)1.02))) break;
     }
     return sigma;
 }
 
-/* Returns a lower bound of σ (up to rounding), counted from the largest score, for 0 < a <= 1. Takes Newton steps on
- * Σ w^n = 1 with w = [1 + a (z - σ)]_+ and the least integer n >= 1/a. Since w <= 1, w^n <= w^(1/a), so the root of this
- * equation is at most σ. */
+/* Returns a lower bound of the root, up to the error of rough_ratio, counted from the largest score, for 0 < a <= 1. Takes
+ * Newton steps on Σ w^n = 1 with w = [1 + a (z - σ)]_+ and the least integer n >= 1/a. Since w <= 1, w^n <= w^(1/a), so this
+ * equation has a root at or below the root of Σ p = 1. Returns 0 for n > MOST_FACTORS. */
 static lanes start_lanes(const short_rows *x, real a, lanes top, int sweeps) {
     const real n = (real)ceil((1 - 4 * REAL_EPS) / (double)a);
     if (!(n <= MOST_FACTORS)) return splat(0);
@@ -131,8 +132,8 @@ static lanes start_lanes(const short_rows *x, real a, lanes top, int sweeps) {
     return select_below(splat(0), masked, splat(0), sigma);
 }
 
-/* Writes p of all rows, not yet divided by its sum, and returns 1 / Σ p of each row, or 0 for a masked row. `top` holds the
- * largest scores, finite or -inf; `sigma` is the start value, at or near a lower bound of σ. */
+/* Writes numbers in proportion to p of all rows, and returns 1 / their sum for each row, or 0 for a masked row. `top` holds
+ * the largest scores, finite or -inf; `sigma` is the start value, below the root or near it. */
 INLINE lanes solve_lanes_family(const short_rows *x, const family of, real a, lanes top, lanes sigma) {
     const lanes zero = splat(0), one = splat(1), error = splat(REAL_EPS / 2), close = splat((real)1e-3);
     const lanes landing = splat(6 * REAL_EPS);
@@ -149,7 +150,7 @@ INLINE lanes solve_lanes_family(const short_rows *x, const family of, real a, la
             at.total *= unit, at.slope *= unit / most, at.curve *= unit / (most * most);
         }
         const lanes excess = at.total - one, now = at_least(excess, -excess);
-        /* As in solve.h: from a σ close to the root, one step reaches it; the remaining excess is rounding. */
+        /* As in solve.h: from a σ close to the root, one step reaches the root; the remaining excess is rounding. */
         lanes open = select_below(error, now, one, zero);
         open = select_below(now, before, open, select_below(close, now, open, zero));
         open = select_below(before, close, select_below(now, landing, zero, open), open);
@@ -202,7 +203,7 @@ static lanes cut_lanes(const short_rows *x, int64_t k, lanes top, int64_t rows, 
     return cut;
 }
 
-/* 1 <= α <= 2. */
+/* solve_lanes_family with the family of `a`, for 1 <= α <= 2. */
 static lanes solve_lanes(const short_rows *x, real a, lanes top, lanes sigma) {
     switch (family_of(a)) { /* the family is a compile-time constant in each copy of the function */
     case SPARSEMAX: return solve_lanes_family(x, SPARSEMAX, a, top, sigma);

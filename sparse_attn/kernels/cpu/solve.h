@@ -1,4 +1,5 @@
-/* Solves Σ p = 1 for σ in one row of packed scores, for row.c; p is not yet divided by its sum.
+/* Solves Σ p = 1 for σ in one row of packed scores, for row.c. The stored numbers are in proportion to p, and are not yet
+ * divided by their sum.
  *
  * The notation is defined in rows.h.
  */
@@ -14,18 +15,18 @@
 
 enum { MAX_SWEEPS = 100 };
 
-/* A distance from σ with weight zero for every α, and not large enough to cause overflow. */
+/* A distance from σ or from the largest score that gives weight zero for every α, and is not large enough to cause overflow. */
 static const real NOWHERE = -REAL_MAX / 2;
 
 typedef struct {
-    double total, slope, curve; /* Σ p, Σ u and Σ u²/p, the last only for α <= 1.5 */
+    double total, slope, curve; /* Σ p, Σ u and Σ u²/p, the last only for α <= 1.5 except 1 */
     double unit;                /* the p that is stored as 1 */
 } norms;
 
 /* Computes p of padded scores at a given σ, counted from the largest score `top`. With z = x - top, an entry is a power of
- * a z + 1 - a σ = a (z - σ + 1 / a), which keeps its digits near zero if z is counted from σ - 1 / a. For α < 1.5 the
- * stored value is p / max p, a power of 1 + a z / (1 - a σ): in a long flat row p is small, and its logarithm would have
- * fewer correct digits than the logarithm of a number close to 1. */
+ * a z + 1 - a σ = a (z - σ + 1 / a), which keeps its digits near zero if z is counted from σ - 1 / a. For α < 1.5
+ * except 1, the stored value is p / max p, a power of 1 + a z / (1 - a σ): in a long flat row p is small, and its logarithm
+ * would have fewer correct digits than the logarithm of a number close to 1. */
 INLINE norms evaluate(const real *scores, int64_t size, const family of, real a, real top, double sigma, real *p) {
     const lanes zero = splat(0), one = splat(1), nowhere = splat(NOWHERE), half = splat(-0.5), smallest = splat(REAL_MIN);
     const real power = (real)(1 / (double)a - 1);
@@ -76,9 +77,10 @@ INLINE real exp_real(real x) {
     return exp_lanes(splat(x))[0];
 }
 
-/* Newton's step for (Σ p)^a = 1: S h(a) / U with h(a) = (1 - S^-a) / a, which is log(S) at a = 0. For α >= 1.5 the step is
- * computed without logarithms, and is a little shorter: 1 / h is convex in a, so it lies below the line through its values
- * at a = ½ and 1, which is used in its place. A step from below passes the root by rounding at most. */
+/* Newton's step for (Σ p)^a = 1: S h(a) / U with S = Σ p, U = Σ u and h(a) = (1 - S^-a) / a, which is log(S) at a = 0. For
+ * α >= 1.5 the step is computed without logarithms: 1 / h is replaced by the line through its values at a = ½ and 1. Since
+ * 1 / h is convex in a, the step is a little shorter up to α = 2, and a little longer above. Up to α = 2 a step from below
+ * passes the root by rounding at most. */
 INLINE double newton_step(norms at, const family of, double a) {
     const double excess = at.total - 1;
     if (of == SPARSEMAX) return excess / at.slope;
@@ -93,9 +95,9 @@ INLINE double newton_step(norms at, const family of, double a) {
     return at.total * log_total * ratio / at.slope;
 }
 
-/* Halley's step instead of Newton's: it comes nearer to the root and may pass it. Up to α = 1.5 the second derivative of
- * Σ p is finite. If many entries leave the support at once, Halley's step may oscillate or go beyond `end`, where the
- * support is empty; Newton's step is used then. */
+/* Halley's step for α <= 1.5, where the second derivative of Σ p is finite: it comes nearer to the root than Newton's and may
+ * pass it. If many entries leave the support at once, Halley's step may go beyond `end`, close to which the support is empty;
+ * then Newton's step is returned. The steps may also oscillate, for which climb_family tests. */
 INLINE double halley_step(norms at, const family of, double a, double newton, double end) {
     if (of != GENTLE && of != ENTMAX15) return newton;
     const double bend = (1 - a) / 2 * newton * (at.curve / at.slope - at.slope / at.total);
@@ -104,8 +106,8 @@ INLINE double halley_step(norms at, const family of, double a, double newton, do
 }
 
 /* Computes p at σ + step from the stored p at σ, for 1 < α < 1.5 and a step that is small compared with 1 + a (z - σ) of most
- * entries. Their p changes by the factor (1 - a r)^(1/a), r = step / (1 + a (z - σ)), which a short series gives. Other
- * entries are computed anew. */
+ * entries. Their p changes by the factor (1 - a r)^(1/a), r = step / (1 + a (z - σ)), which a short series gives. The
+ * other entries are computed anew. Returns the sum of the stored p. */
 #ifdef REAL_DOUBLE
 static const double SHORT_STEP = 0; /* 0: in double, three terms of the series are too few for every step */
 #else
@@ -136,8 +138,9 @@ INLINE double refine(const real *scores, int64_t size, real a, real top, double 
     return total_of(total);
 }
 
-/* Increases a σ at or below the root, for α <= 2, until Σ p is within `error` of 1 or comes no closer. With `below`, σ
- * stays below the root. The stored p and the returned sum belong to the last σ. */
+/* Moves σ to the root, for α <= 2, from a value below or near it, until Σ p is within `error` of 1 or comes no closer. With
+ * `below`, a σ below the root stays there. Returns the sum of the stored p. If `refine` ends the search, these p belong to a σ
+ * one step after `*sigma`. */
 INLINE double climb_family(const real *x, int64_t size, const family of, real a, real top, double *sigma, double error,
                            int below, real *p) {
     const double rounding = 12 * error;
@@ -163,8 +166,8 @@ INLINE double climb_family(const real *x, int64_t size, const family of, real a,
     }
 }
 
-/* A step for a long row, computed from every eighth block instead of all blocks. The step may pass the root, and is 0 if
- * these blocks have no weight. */
+/* Returns σ after one step for a long row, computed from every eighth block instead of all blocks. The result may be above the
+ * root. It is `sigma` itself if these blocks have no weight or too little. */
 static double sampled_step(const real *x, int64_t size, double a, real top, double sigma, real *p) {
     enum { EVERY = 8 };
     int64_t count = 0;
@@ -190,7 +193,8 @@ static double climb(const real *x, int64_t size, double a, real top, double *sig
 }
 
 #ifdef REAL_DOUBLE
-/* Solves for σ when α > 2: Newton's method within a bracket, with bisection where a step leaves it. The slope at the edge of
+/* Solves for σ when α > 2: Newton's method within a bracket, with bisection where a step leaves the bracket
+ * or the error is not halved. The slope at the edge of
  * the support is infinite, so a short step is no sign of convergence: the sum must be 1, or the bracket empty. */
 static double bracket(const real *x, int64_t size, double a, real top, real *p) {
     double low = 0, high = -expm1(-a * log((double)size)) / a * (1 + REAL_EPS), sigma = 0, error_before = INFINITY;
@@ -211,7 +215,7 @@ static double bracket(const real *x, int64_t size, double a, real top, real *p) 
 }
 #endif
 
-/* Computes p of packed scores, not yet divided by Σ p, and returns Σ p. `sigma` is a lower bound of the root. */
+/* Writes numbers in proportion to p of packed scores, and returns their sum. `sigma` is below the root or near it. */
 static double solve(const real *x, int64_t size, double a, real top, double sigma, real *p) {
 #ifdef REAL_DOUBLE
     if (a > 1) return bracket(x, size, a, top, p);

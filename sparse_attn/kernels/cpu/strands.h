@@ -1,5 +1,5 @@
-/* Maxima of the strands of a row, for row.c and select.h. With n strands, a strand is every n-th entry of the row. The maxima
- * give lower bounds in one pass over the row. */
+/* Maxima of the strands of a row, for row.c and select.h. With n strands, a strand is every n-th entry of the row. From
+ * the maxima, found in one pass, row.c computes a lower bound of the root, and select.h one of the k-th largest score. */
 #ifndef SPARSE_ATTN_STRANDS_H
 #define SPARSE_ATTN_STRANDS_H
 
@@ -22,7 +22,8 @@ INLINE real strided_maxima(const real *x, int64_t size, const int strands, real 
     return maximum_of(all);
 }
 
-/* The maximum of x[j], x[j + strands], x[j + 2 strands] ... for each j, and of all. NaN is ignored. */
+/* Writes the maximum of x[j], x[j + strands], x[j + 2 strands] ... for each j < strands; returns the largest. NaN is
+ * ignored. */
 static real strand_maxima(const real *x, int64_t size, int strands, real *maxima) {
     switch (strands) { /* the number is a compile-time constant in each copy of the function */
     case 1024: return strided_maxima(x, size, 1024, maxima);

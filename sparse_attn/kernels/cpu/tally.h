@@ -1,10 +1,11 @@
-/* Compensated sums of lanes, for solve.h and gradients.h. */
+/* Compensated sums of lanes, for solve.h, short.h and gradients.h. */
 #ifndef SPARSE_ATTN_TALLY_H
 #define SPARSE_ATTN_TALLY_H
 
 #include "lanes.h"
 
-/* A sum that is exact up to one rounding for any number of terms, since the errors of the additions are summed too. */
+/* A sum whose error hardly grows with the number of terms, since the rounding errors of the additions are summed too. The
+ * error of an addition is found exactly where the term is not larger in size than the sum before it. */
 typedef struct {
     lanes sum, lost;
 } tally;

@@ -1,4 +1,4 @@
-/* Work that is split over threads, for rows.c and attention.c. */
+/* Splits work over threads, for rows.c and attention.c. */
 #ifndef SPARSE_ATTN_THREADS_H
 #define SPARSE_ATTN_THREADS_H
 
@@ -11,7 +11,7 @@ typedef struct {
     void (*part)(const void *task, int64_t begin, int64_t end, void *scratch);
     const void *task;
     int64_t items;
-    int64_t entries; /* the size of the whole work, in units of about a nanosecond */
+    int64_t entries; /* of the whole work; each takes about a nanosecond */
     size_t scratch;  /* bytes that each thread needs */
 } job;
 

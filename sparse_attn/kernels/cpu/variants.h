@@ -1,4 +1,4 @@
-/* The variants that the library has, widest last, for rows.c and attention.c. */
+/* The variants that the library has, widest last, and the mark of exported functions, for rows.c and attention.c. */
 #ifndef SPARSE_ATTN_VARIANTS_H
 #define SPARSE_ATTN_VARIANTS_H
 

@@ -1,6 +1,7 @@
 """Attention over blocks of queries. The backward recomputes the weights, so memory is linear in the length.
 
-The scores of a block stay in the processor's cache. Used for tensors that no kernel accepts.
+Second derivatives keep all weights. A block has few queries, so that the scores can stay in the processor's cache. This
+function is used for calls with many scores that no kernel accepts.
 """
 
 from __future__ import annotations
@@ -90,7 +91,10 @@ def _scores(
     softcap: float | None,
     buffer: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores (queries, keys) of a block, in the buffer if there is one, and their hyperbolic tangents if capped."""
+    """Scores (queries, keys) of a block, and ``tanh(score / softcap)`` before the mask if there is a soft-cap.
+
+    Products of queries and keys are written into the buffer, if there is one.
+    """
     queries, keys = query[block.row, block.queries] * setting.scale, key[block.row, block.keys]
     if buffer is None:
         scores = queries @ keys.T
@@ -112,14 +116,14 @@ def _scores(
 
 
 def _buffer(query: Tensor, key: Tensor) -> Tensor | None:
-    """Memory for the scores of one block, reused by all blocks; None if gradients flow through the scores."""
+    """Memory for the scores of one block, reused by all blocks; None if gradients are enabled."""
     if torch.is_grad_enabled():
         return None
     return query.new_empty(min(_QUERIES, query.shape[1]) * key.shape[1])
 
 
 def _weights(scores: Tensor, alpha: Tensor | None, setting: Setting) -> Tensor:
-    """The weights for scores; the scores are overwritten if no gradient flows through them."""
+    """The weights for scores; the scores may be overwritten unless gradients are enabled."""
     k = None if setting.k is None or setting.k >= scores.shape[-1] else setting.k
     lowest = torch.finfo(scores.dtype).min
     if torch.is_grad_enabled():

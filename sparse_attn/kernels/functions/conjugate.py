@@ -1,4 +1,4 @@
-"""The convex conjugate of the α-entropy along the last dimension, with derivatives by the envelope theorem.
+"""The convex conjugate of the negative α-entropy along the last dimension, with derivatives by the envelope theorem.
 
     Ω*(z) = max_p ⟨p, z⟩ + H(p),    H(p) = (1 - Σ p^α) / (α a),    a = α - 1
 
@@ -25,7 +25,9 @@ from sparse_attn.transforms import batch_in_front, needs_plain_operations, value
 
 
 def conjugate_rows(scores: Tensor, alpha: float | Tensor, index: Tensor | None = None) -> tuple[Tensor, ...]:
-    """``Ω*`` of each row ``(..., 1)`` and the score at ``index``, if given, as if the row's largest score were 0.
+    """``Ω*`` of each row, and the score at ``index`` if that is given, both of shape ``(..., 1)``.
+
+    The largest score of the row is subtracted from both.
 
     Args:
         scores: (..., C), float32 or float64; ``-inf`` has probability zero.
@@ -43,10 +45,11 @@ def conjugate_rows(scores: Tensor, alpha: float | Tensor, index: Tensor | None =
 
 
 def _conjugate(scores: Tensor, p: Tensor, a: float | Tensor, index: Tensor | None) -> tuple[Tensor, ...]:
-    """``Ω* = [σ + a ⟨p, z⟩] / α`` where ``p = [1 + a (z - σ)]^(1/a)`` and no z is above 0.
+    """``Ω* = [σ + a ⟨p, z⟩] / α`` where ``p = [1 + a (z - σ)]^(1/a)`` and the largest z is 0.
 
-    Both terms are of the order of ``q = 1 - max p``, and Ω* may be of the order of ``q²``. ``q`` is computed as the sum
-    of the other probabilities, since the difference ``1 - max p`` would lose the digits of a small ``q``.
+    Near a one-hot ``p``, both terms are of the order of ``q = 1 - max p``, and Ω* may be of the order of ``q²``. ``q``
+    is computed as the sum of the other probabilities, since the difference ``1 - max p`` would lose the digits of a
+    small ``q``.
     """
     top, largest = scores.amax(-1, keepdim=True), p.amax(-1, keepdim=True)
     shift = top.detach()  # no gradient: the largest score counts as 0 for the caller
@@ -86,7 +89,7 @@ def _entropy_slope(p: Tensor, a: Tensor) -> Tensor:
 
 
 def _entropy_slope_in_blocks(p: Tensor, a: Tensor) -> Tensor:
-    """:func:`_entropy_slope`, a few rows at a time: it needs ten temporaries, each as large as its input."""
+    """:func:`_entropy_slope`, a few rows at a time: each call needs ten temporaries, as large as its input."""
     # Blocks are not used if gradients are needed, since autograd would save the temporaries of all blocks, or when
     # compiling, since the compiler fuses the operations.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -99,7 +102,10 @@ def _entropy_slope_in_blocks(p: Tensor, a: Tensor) -> Tensor:
 
 
 def _where_there_is_weight(p: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """The arguments without the columns in which ``p`` is 0 in every row: in a vocabulary, these are nearly all."""
+    """The arguments without the columns in which ``p`` is 0 in every row: in a vocabulary, these are nearly all.
+
+    The arguments themselves if ``p`` is not on a CPU, or if less than half of the columns could be left out.
+    """
     # Reading values would break a trace, or make the host wait for a device.
     if p.device.type != "cpu" or not values_known(p):
         return p, *others

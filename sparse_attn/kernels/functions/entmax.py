@@ -1,8 +1,8 @@
 """α-entmax of the last dimension as one differentiable function, under every transform of PyTorch.
 
 Eager code calls an autograd function, which supports reverse mode, forward mode and ``vmap``. ``torch.compile`` calls a
-custom operator, which it does not trace: the solver's number of iterations depends on the data. Export traces a fixed
-number of plain operations, so that the exported program runs without this library.
+custom operator, which it does not trace, since the solver's number of iterations depends on the data. Export traces a
+fixed number of plain operations, so that the exported program runs without this library.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class _Entmax(torch.autograd.Function):
 
 
 class _EntmaxInTransforms(_Entmax):
-    """The form that ``torch.func`` needs, and only used there, since it doubles the time of a small call."""
+    """The form that ``torch.func`` needs, used only there, since it doubles the time of a small call."""
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:

@@ -44,7 +44,7 @@ def fused_attention(
         dropout_p: Probability that a weight is dropped.
         offset: Query ``i`` sees the keys up to ``i + offset`` (causal). None: all keys.
         scale: Factor of the scores.
-        key_lengths: (N,), the number of keys without padding; integers on the device.
+        key_lengths: (N,), the number of keys without the padding at the end; integers on the query's device.
 
     Returns:
         (N, H, L, Dv). A query with no visible key gets zeros and zero gradients.

@@ -33,7 +33,7 @@ def native_attention(
         alpha: (H,); None for the number in ``setting``.
         mask: (N or 1, H or 1, L or 1, S or 1), boolean, ``True`` = visible, or floating, added to the scores.
         setting: The other arguments.
-        query_starts: Starts of packed sequences along L, followed by L: integers; N is 1 then.
+        query_starts: Starts of packed sequences along L, followed by L: integers; N must be 1 then.
         key_starts: Likewise along S.
 
     Returns:
@@ -59,7 +59,7 @@ def planned_attention(
     key_starts: Tensor | None,
     plan: Any,
 ) -> Tensor:
-    """:func:`native_attention` with a given plan of the kernel; no transform may be active."""
+    """:func:`native_attention` with a given plan of the kernel; must not be called in a transform."""
     if _needs_gradients(query, key, value, alpha, mask):
         # The same as `_Attention.apply`, which would test again whether a transform is active.
         return _apply(query, key, value, alpha, mask, seed, query_starts, key_starts, plan)
@@ -191,7 +191,7 @@ def _attention(
 
 
 def _room(tensors: Tensors, training: bool) -> Tensor:
-    """Memory for the kept weights, set to zero: two calls of the operator must agree in every entry."""
+    """Memory for the kept weights, set to zero: the kernel leaves gaps, but two calls must return the same."""
     if training:
         return dispatch.native_kernels().room_for_kept(tensors).zero_()
     return tensors.query.new_empty(0, dtype=torch.int32)

@@ -1,13 +1,14 @@
-"""The functions of ``kernels.reference.entmax`` in few and cheap torch operations, used if no kernel is compiled.
+"""The functions of ``kernels.reference.entmax`` in few and cheap torch operations, used where no kernel computes.
 
 On a CPU, an operation of plain torch costs its call, a pass over the data and, most of all, new memory. A pass with a
 selection (``where``, ``masked_fill``), with a logarithm of 0 or in float64 takes ten times as long as arithmetic. So
 the entries are computed in blocks of rows that reuse a few buffers; numbers of which there is one per row (σ, Σ p) are
-computed for all rows at once. Masked scores need no special treatment: scores far below the largest have weight zero.
+computed for all rows at once. Scores far below the largest have weight zero: masked scores need no special treatment
+if the largest score of each row is far above ``lowest``.
 
 The notation is that of ``kernels.reference.entmax``.
 
-Not differentiable. α is between 1 and 2; any other α is passed on to the reference.
+Not differentiable. α is between 1 and 2. Any other α, and a few other cases, are passed on to the reference.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _SHORT, _LANES = 256, 16  # for rows of 256 entries or more, Newton starts at th
 _FIRST_SWEEPS = 5  # Newton steps on these largest entries, without a check for convergence
 _NEAR = 1e-4  # if |Σ p - 1| is smaller, one Newton step reaches the root
 _LONG, _FEW = 4096, 4  # rows of 4096 or more are shortened if at most one entry in 4 may have weight
-_FAR = 1e3  # an entry this far below the largest score has weight zero for every α
+_FAR = 1e3  # an entry this far below the largest score has weight zero for every α from 1 to 2
 _SMALL = 2**15  # for fewer entries, a pass over all is faster than a selection of some
 _BUFFERED = 2**17  # entries of all buffers together, so that they stay in the cache
 
@@ -93,7 +94,7 @@ def _probabilities(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
 
 
 def _maxima(scores: Tensor) -> Tensor:
-    """The largest of every sixteen entries of each row; short rows are returned unchanged.
+    """The largest of every sixteen entries of each row, and its last entries; short rows are returned unchanged.
 
     The root of Σ p = 1 over these entries is a lower bound of the root for the whole row.
     """
@@ -110,8 +111,8 @@ def _where_there_may_be_weight(
 ) -> Tensor | None:
     """Indices (n, m) of the entries that may be in the support, from the maxima of :func:`_maxima`.
 
-    ``at`` is a lower bound of the root. None if there are too many such entries, or if the largest score of a row is
-    not finite.
+    ``at`` is a lower bound of the root. None if the rows are short, if there are too many such entries, or if the
+    largest score of a row is not finite.
     """
     size = scores.shape[-1]
     if size < _LONG:
@@ -237,7 +238,7 @@ def _exact(
             p.mul_(0.5).square_()
     else:
         # log w, with w = (p / max p)^a, in two forms: near the largest score, log1p of the scaled distance to that
-        # score is more exact; near the edge of the support, log(w) is.
+        # score is more exact; near the edge of the support, log(w) is more exact.
         torch.sub(scores, high, out=w).sub_(low).mul_(rise).clamp_(min=tiny)
         torch.sub(scores, top, out=p).mul_(rise).clamp_(min=torch.finfo(p.dtype).eps - 1).log1p_()
         torch.lerp(torch.log(w, out=log_w), p, w, out=p)
@@ -277,8 +278,8 @@ def _gradient(p: Tensor, a: float | Tensor, grad: Tensor, out: Tensor, c: Tensor
 def _gradients(p: Tensor, a: Tensor, grad: Tensor, out: Tensor, c: Tensor, s: Tensor) -> Tensor:
     """As :func:`_gradient`; returns the gradient for α.
 
-    The formula of the reference (with ``ℓ = log p`` and φ₂ of ``kernels.reference.series``) also holds for
-    ``λ = log(p / max p) = ℓ - m``, ``m = log max p``. In float32, λ distinguishes large entries that are nearly equal:
+    The formula of the reference (with ``ℓ = log p`` and φ₂ of ``kernels.reference.series``) can be written with
+    ``λ = log(p / max p) = ℓ - m``, ``m = log max p``. In float32, λ distinguishes nearly equal large entries:
 
         dα = [(1 - a m) (S D - B) - m (A - L D) - a (A S - B L)] / Σ p e^(-a λ)
 

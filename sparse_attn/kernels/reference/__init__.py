@@ -1,1 +1,1 @@
-"""Plain torch, any dtype and device, readable: the oracle of every faster kernel and the fall-back."""
+"""The mappings in readable plain torch: the oracle of all backends, the fall-back of ``plain``, the form for export."""

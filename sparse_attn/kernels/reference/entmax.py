@@ -1,4 +1,4 @@
-"""α-entmax of the last dimension and its gradients, in plain torch.
+"""α-entmax and top-k α-entmax of the last dimension, and the derivatives, in plain torch.
 
 Everything is written in ``a = α - 1`` and in the form
 
@@ -22,7 +22,7 @@ from sparse_attn.kernels.reference.series import phi2
 from sparse_attn.transforms import writes_onnx
 
 _MAX_SWEEPS = 100
-# A score with weight zero for every α, and not large enough to cause overflow.
+# A score with weight zero for α >= 1 and a negligible weight for α < 1, and not large enough to cause overflow.
 _NOWHERE = -1e30
 
 
@@ -30,7 +30,7 @@ def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
     """The probabilities ``p``. Entries at or below ``lowest`` are masked; a fully masked row is all zeros."""
     steep = bool((a > 1).any()) if isinstance(a, Tensor) else a > 1  # some α > 2
     if steep and scores.dtype != torch.float64:
-        # For α > 2 the slope at the edge of the support is infinite: a rounding error of σ is a large error of p.
+        # For α > 2 the slope at the edge of the support is infinite: a rounding error of σ causes a large error of p.
         wide = a.double() if isinstance(a, Tensor) else a
         return entmax_forward(scores.double(), wide, lowest).to(scores.dtype)
     scores, top, masked = without_masked(scores, lowest)
@@ -44,7 +44,7 @@ def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
 
 
 def without_masked(scores: Tensor, lowest: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scores with masked entries replaced, the largest of each row (0 if all are masked), and the mask."""
+    """Scores with masked entries replaced, the largest of each row (0 if all are masked), and the mask or None."""
     top = scores.amax(-1, keepdim=True)
     if bool((scores.amin(-1) > lowest).all()):  # false for NaN
         return scores, top, None
@@ -55,7 +55,7 @@ def without_masked(scores: Tensor, lowest: float) -> tuple[Tensor, Tensor, Tenso
 
 
 def away_from_zero(a: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a``, with 0 replaced by a number so small that log1p(t) / a equals z - σ to the last bit."""
+    """``a``, with 0 and numbers near 0 replaced by one so small that log1p(a x) / a equals x to the last bit."""
     tiny = torch.finfo(dtype).eps * 1e-3
     return torch.where(a.abs() < tiny, tiny, a)
 
@@ -104,10 +104,11 @@ def climb(scores: Tensor, top: Tensor, a: float | Tensor, sigma: Tensor) -> Tens
 
 
 def _solve_bracketed(scores: Tensor, top: Tensor, a: float | Tensor) -> Tensor:
-    """``p`` by Newton's method within a bracket, with bisection where a step leaves the bracket, for any α.
+    """``p`` by Newton's method within a bracket, for any α.
 
-    For α > 2 the slope at the edge of the support is infinite, so a short step is no sign of convergence. The iteration
-    stops when the sum is 1 or the bracket is empty.
+    Bisection replaces a step that leaves the bracket, and a step after one that did not halve the error. For α > 2 the
+    slope at the edge of the support is infinite, so a short step is no sign of convergence. The iteration stops
+    when the sum is 1 or the bracket is empty.
     """
     eps = torch.finfo(scores.dtype).eps
     low = torch.zeros_like(top)
@@ -184,7 +185,7 @@ def _count_from(scores: Tensor, top: Tensor, below: Tensor) -> Tensor:
 
 
 def row_sums(x: Tensor) -> Tensor:
-    """Sums ``(..., 1)`` in float64. In float32, four terms are added before the conversion, which is faster."""
+    """Sums ``(..., 1)`` in float64. In long rows of float32, four terms are added first, which is faster."""
     whole = x.shape[-1] // 4 * 4
     if x.dtype == torch.float64 or x.shape[-1] < 256:
         return x.sum(-1, keepdim=True, dtype=torch.float64)

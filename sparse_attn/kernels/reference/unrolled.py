@@ -4,8 +4,8 @@ Slower than ``reference.entmax``, which reads the data to decide when to stop. B
 
     p_i = [1 + a (z_i - σ)]_+^(1/a),    Σ p_i = 1,    a = α - 1,
 
-up to rounding errors, without gradient. Two Newton steps follow, which do not change the value; autograd through these
-steps gives the first and second derivatives.
+up to rounding errors, without gradient. Two Newton steps follow, which change the value by rounding at most; autograd
+through these steps gives the first and second derivatives.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def entmax_unrolled(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
 
 
 def _bisect(z: Tensor, a: float | Tensor, masked: Tensor) -> Tensor:
-    """σ by bisection between 0, the root of a row with one entry, and ``(1 - d^(-a)) / a``, that of d equal scores."""
+    """σ by bisection between 0, the root for one entry, and ``(1 - d^(-a)) / a``, the root for ``d`` equal scores."""
     shape = (*z.shape[:-1], 1)
     in_loop = is_exporting() and loops_export()
     if in_loop:  # With leading dimensions, a loop computes strides from symbolic lengths, which ONNX cannot do.
         z, masked = _as_rows(z), _as_rows(masked)
         a = _as_rows(a.expand(shape)) if isinstance(a, Tensor) else a
     if isinstance(a, Tensor):
-        a = torch.where(a.abs() < 1e-9, 1e-9, a)  # avoids a division by 0; Newton steps with the given a correct σ
+        a = torch.where(a.abs() < 1e-9, 1e-9, a)  # avoids a division by 0; Newton steps with the given `a` correct σ
     log_count = (~masked).sum(-1, keepdim=True).clamp(min=1).to(z.dtype).log()
     low = torch.zeros_like(log_count)
     high = (1 - torch.exp(-a * log_count)) / a * (1 + 1e-6)  # 1e-6 covers the rounding error of the difference
