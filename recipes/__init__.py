@@ -1,1 +1,1 @@
-"""Training, evaluation and inspection of sparse-attention models on real data."""
+"""The program ``sparse-attn``: training, evaluation, comparison, inspection and calibration of sparse attention."""

@@ -1,11 +1,11 @@
-"""Prepares the command line for Hydra: flags may be anywhere, and paths and words are taken literally."""
+"""Checks the command line and prepares it for Hydra: flags may be anywhere, and paths and words are taken literally."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-# Keys whose value is always a path or a word; Hydra might read it as a number, a list or a function call.
+# Keys whose value is text, such as a path or a word; Hydra might read the value as a number, a list or a function call.
 _TEXTS = [
     "run",
     "compare",
@@ -28,7 +28,7 @@ _TEXTS = [
     "hydra.run.dir",
     "hydra.sweep.dir",
 ]
-# Keys among them that also take a list.
+# Keys of _TEXTS that also take a list.
 _LISTED = ("run", "words")
 # Keys with another name in the config: `model` is also a config group, and Hydra would look for one of its files.
 _OTHER_NAMES = {"inspect": {"model": "hf_model"}, "calibrate": {"model": "hf_model"}}
@@ -36,7 +36,7 @@ _QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 _SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)")
 _NEEDED_GROUPS = ("data", "decoding", "model", "paths", "trainer")
 _HELP, _MULTIRUN = ("--help", "-h"), ("--multirun", "-m")
-# Flags that replace a single run by something else. Hydra accepts only one of them.
+# Flags that choose what Hydra does. Hydra accepts only one of them.
 _MODES = (*_MULTIRUN, "--run", "-r", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 _WITH_VALUE = [
     "--cfg",
@@ -104,7 +104,7 @@ def sweep_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def check_flags(flags: Sequence[str]) -> None:
-    """Raise a one-line error for flags for which Hydra would print a long usage message."""
+    """Raise a one-line error for flags, or combinations of flags, for which Hydra would print a long usage message."""
     names = [flag.partition("=")[0] for flag in flags if flag.startswith("-")]
     for flag, name in zip((flag for flag in flags if flag.startswith("-")), names, strict=True):
         if name not in _FLAGS:
@@ -137,7 +137,7 @@ def with_config_names(command: str, overrides: Sequence[str]) -> list[str]:
 
 
 def read_as_text(override: str, *, sweep: bool) -> str:
-    """Quotes a value that is a path or a word; with ``sweep``, each of several values separated by commas."""
+    """The override, with a quoted value if its key takes text; with ``sweep``, commas separate several values."""
     key, equals, value = override.partition("=")
     if not equals or key.lstrip("+") not in _TEXTS or (sweep and _SWEEP_FUNCTION.fullmatch(value)):
         return override

@@ -22,7 +22,7 @@ def check_arguments(
     """Checks names and types of keyword arguments against the signature of ``function``.
 
     A config file has no types: without this check, a text instead of a number would cause an error far from its
-    origin.
+    origin. The type of a list or dict is checked, but not the types of the elements.
 
     Args:
         function: The function to be called; a class stands for its constructor.
@@ -31,7 +31,8 @@ def check_arguments(
         reserved: Arguments that the section must not contain.
 
     Raises:
-        ValueError: If a key is not an argument of ``function``, or a number is infinite, NaN or too large for 64 bits.
+        ValueError: If a key is reserved or not an argument of ``function``, or a number is infinite, NaN or too large
+            for 64 bits.
         TypeError: If a value does not have the annotated type.
 
     Example:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .predictions import Prediction
 
 Array: TypeAlias = NDArray[np.float64]
-# Statistics of each input (n, k), and the function from their sums (..., k) to the score.
+# An array (inputs, numbers), with some numbers for each input, and the function from sums (..., numbers) to the score.
 Statistics: TypeAlias = tuple[Array, Callable[[Array], Array]]
 _CHUNK = 500  # samples that are drawn at a time
 
@@ -23,7 +23,8 @@ class Difference(NamedTuple):
         mean: The difference on the test inputs.
         low: Lower end of the interval that contains 95 % of the differences on resampled inputs.
         high: Upper end of that interval.
-        p: Twice the share of resamplings whose difference has the opposite sign: a two-sided p-value.
+        p: Twice the share of resamplings with a difference of at least 0 or of at most 0, whichever is smaller; at most
+            1. This is a two-sided p-value.
     """
 
     mean: float
@@ -77,7 +78,7 @@ def paired_bootstrap(
     samples: int = 10_000,
     seed: int = 0,
 ) -> Difference:
-    """The difference of two systems, each of several runs, on resampled test inputs.
+    """The difference of two systems, each with one or several runs, on resampled test inputs.
 
     A sample draws inputs with replacement within each group, as many as the group has. All runs of both systems are
     scored on the same sample. The score of a system is the mean over its runs, and over the groups.

@@ -1,4 +1,4 @@
-"""Builds data, model, loggers and trainer from a configuration, and checks its values."""
+"""Checks a configuration and builds its parts: data, model, decoding, callbacks, loggers and trainer."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ _SHORTHANDS = {"data": ("path", "language", "tokens"), "model": ("attention",)}
 _LOGGER_NEEDS = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
 _FILES = ("path", "train", "val", "test", "cache")
 # Numbers that Lightning does not check, or on which it fails during a training: the lower bound, whether the bound is
-# excluded, and whether null is allowed. Endless trainings (-1 in Lightning) are not allowed: the learning rate falls
-# towards the last step, and the final scores need a checkpoint.
+# excluded, and whether null is allowed. An endless training (max_epochs=-1 in Lightning) is not allowed: schedules need
+# the number of steps, and the final scores come after the last step.
 _TRAINER_RANGES = {
     "max_epochs": (0, True, True),
     "limit_train_batches": (0, True, True),
@@ -73,7 +73,7 @@ _TRAINER_RANGES = {
     "num_sanity_val_steps": (-1, False, True),
 }
 _LONGEST_WARMUP = 1_000_000
-_BYTES_PER_LAYER = 100_000  # memory of a layer's Python objects, independent of its weights
+_BYTES_PER_LAYER = 100_000  # memory of a layer's Python objects, without the weights
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
@@ -81,13 +81,15 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         MissingMandatoryValue: If a value without a default is not given.
-        TypeError: If a section is not a group of keys.
-        ValueError: If a section is missing or unknown, or the seed is invalid.
+        TypeError: If a section is not a group of keys, or ``paths.output_dir`` is not a folder.
+        ValueError: If a section is missing or unknown, the package of a logger is missing, or the value of ``seed``,
+            ``threads`` or ``keep_checkpoints`` is not allowed.
     """
     if unknown := [name for name in cfg if name not in SECTIONS]:
         raise ValueError(f"unknown key {unknown[0]!r}; allowed: {', '.join(SECTIONS)}")
     if missing := [name for name in SECTIONS if name not in cfg and name not in _NEW]:
-        raise ValueError(f"the configuration must have {', '.join(SECTIONS)}, got no {', '.join(missing)}")
+        needed = ", ".join(name for name in SECTIONS if name not in _NEW)
+        raise ValueError(f"the configuration must have {needed}, got no {', '.join(missing)}")
     for name in SECTIONS:
         # The groups logger and callbacks may be empty.
         optional = (name in _INSTANTIATED and cfg.get(name) is None) or (name in _NEW and name not in cfg)
@@ -114,8 +116,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     whole = isinstance(threads, int) and not isinstance(threads, bool)
     if threads is not None and not (whole and 1 <= threads <= cores):
         raise ValueError(
-            f"threads must be a whole number from 1 to {cores}, the cores of this machine, or null for all, "
-            f"got {threads!r}"
+            f"threads must be a whole number from 1 to {cores}, the cores of this machine, or null, got {threads!r}"
         )
     keep = settings.setdefault("keep_checkpoints", 0)
     if not isinstance(keep, int) or isinstance(keep, bool) or keep < 0:
@@ -126,7 +127,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def recorded(cfg: DictConfig) -> DictConfig:
-    """The configuration as the run folder keeps it, with absolute paths."""
+    """The configuration as the run folder keeps it, with absolute paths of the data."""
     kept = _without_unused(cfg)
     for key in _FILES:
         if isinstance(file := kept.data.get(key), str):
@@ -135,7 +136,7 @@ def recorded(cfg: DictConfig) -> DictConfig:
 
 
 def _without_unused(cfg: DictConfig) -> DictConfig:
-    """A copy without shorthands that have no value, if no other key refers to them."""
+    """A copy without the shorthands of ``data`` that have no value, if no other key of ``data`` refers to them."""
     cfg = copy.deepcopy(cfg)
     unused = [key for key in _SHORTHANDS["data"] if OmegaConf.is_missing(cfg.data, key)]
     for key in cfg.data:
@@ -148,7 +149,7 @@ def _without_unused(cfg: DictConfig) -> DictConfig:
 
 
 def build_data(section: dict[str, Any]) -> Seq2SeqData:
-    """The data of a config section, read and encoded."""
+    """The data of a config section, read, with tokenizers."""
     arguments = _without_shorthands("data", section)
     check_arguments(Seq2SeqData, "data", arguments)
     check_arguments(make_sequences, "data.generate", arguments.get("generate") or {})
@@ -212,7 +213,8 @@ def check_size(model: dict[str, Any], source_size: int, target_size: int) -> Non
         target_size: Size of the target vocabulary.
 
     Raises:
-        ValueError: If weights, gradients and the two moments of AdamW would take more than the memory of the machine.
+        ValueError: If weights, gradients and the two moments of AdamW would take more than the memory of the machine,
+            or ``Seq2SeqTransformer`` refuses an argument.
     """
     layers = {name: model.get(name, 1) for name in ("encoder_layers", "decoder_layers")}
     one = {name: min(count, 1) for name, count in layers.items()}  # all layers of a kind are equally large
@@ -239,7 +241,7 @@ def _sizes(model: dict[str, Any]) -> str:
 
 
 def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Logger]:
-    """The loggers of the config. Curves after the checkpoint are removed first: a resumed run logs them again."""
+    """The loggers of the config. One with ``purge_step`` hides curves after ``step``: a resumed run logs them again."""
     loggers = []
     for node in (cfg.logger or {}).values():
         purge = {"purge_step": step} if step and "purge_step" in node else {}
@@ -266,7 +268,8 @@ def monitored(monitor: Any, data: Seq2SeqData) -> tuple[str, bool]:
     known = parts[0] == "val" and len(parts) > 1 and parts[1] in names
     if not known or (parts[2:] and (len(groups) < 2 or parts[1] in MEANS or "/".join(parts[2:]) not in groups)):
         allowed = ", ".join(f"val/{name}" for name in names)
-        raise ValueError(f"monitor must be one of {allowed} (as computed for data.metrics), got {monitor!r}")
+        one = f", or a metric of one group, such as val/{data.metrics[0]}/{min(groups)}" if len(groups) > 1 else ""
+        raise ValueError(f"monitor must be one of {allowed} (as computed for data.metrics){one}, got {monitor!r}")
     return monitor, names[parts[1]].higher_is_better
 
 
@@ -320,7 +323,7 @@ def build_trainer(
     higher_is_better: bool = False,
     keep_checkpoints: int = 0,
 ) -> L.Trainer:
-    """The trainer of a config section. It writes into the run folder, and keeps ``keep_checkpoints`` last epochs."""
+    """The trainer of a config section. It writes into the run folder."""
     check_trainer(section)
     shown = progress()
     defaults = {
@@ -333,7 +336,7 @@ def build_trainer(
         LearningRate(),
         AlphaCourse(folder),
         BestAndLast(folder, monitor, higher_is_better=higher_is_better, keep=keep_checkpoints),
-    ]  # after the other callbacks, whose results these write
+    ]  # after the other callbacks, since these write values that the others may have changed
     try:
         return L.Trainer(
             **{**defaults, **section}, default_root_dir=folder, logger=loggers, callbacks=[shown, *callbacks, *own]
@@ -344,7 +347,7 @@ def build_trainer(
 
 
 def _is_about(message: str, key: str, value: Any) -> bool:
-    """Whether a message of Lightning concerns a setting, also if the message does not name the setting."""
+    """Whether a message of Lightning names a setting, or a value that is text."""
     return key in message or (isinstance(value, str) and value in message)
 
 

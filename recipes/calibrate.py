@@ -19,12 +19,12 @@ from .report import alpha_table
 from .report.huggingface import load_model, longest_input, model_folder, quiet
 from .run import short_path
 
-_CHARACTERS_PER_TOKEN = 12  # more than in nearly all texts; doubled until the parts have enough tokens
+_CHARACTERS_PER_TOKEN = 12  # more than in nearly all texts; doubled until at least one part has enough
 _MASKED = 0.15  # share of the tokens that are masked for a masked language model, as in BERT
 
 
 def calibrate(cfg: DictConfig) -> dict[str, list[float]]:
-    """Finds α of every head for a density or a bounded loss, and prints it with the loss before and after.
+    """Finds α of every head for a density or a bounded loss; prints α, density, and the loss before and after.
 
     Args:
         cfg: ``configs/calibrate.yaml`` as composed by Hydra.
@@ -34,7 +34,8 @@ def calibrate(cfg: DictConfig) -> dict[str, list[float]]:
 
     Raises:
         FileNotFoundError: If the model folder or the text file is missing.
-        ValueError: If a value is not allowed, or model and text do not fit.
+        ValueError: If a value is not allowed, the model is not a causal or masked language model, or the text is too
+            short or not UTF-8.
     """
     for name in ("hf_model", "text"):
         if cfg[name] is None:
@@ -79,14 +80,14 @@ def _read(file: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"text must be a file in UTF-8, got {file!r}: {error}") from None
     if not text.strip():
-        raise ValueError(f"text must be a file with text, got {file!r}, which is empty")
+        raise ValueError(f"text must be a file with text, got {file!r} with white space at most")
     return text
 
 
 def _batches(
     model: Any, tokenizer: Any, text: str, tokens: int, batch_size: int, batches: int
 ) -> list[dict[str, Tensor]]:
-    """Blocks of tokens at equal distances in the text, with labels."""
+    """Batches of blocks of tokens at equal distances in the text, with labels."""
     from transformers.models.auto import modeling_auto
 
     kind = type(model).__name__

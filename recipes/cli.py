@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from typing import Any
 
 COMMANDS = {
-    "train": "train a model and print its error rates and the α of every head",
-    "evaluate": "print error rates of a trained model",
+    "train": "train a model and print its scores and the α of every head",
+    "evaluate": "print scores of a trained model",
     "predict": "print outputs of a trained model for words from a file or standard input",
     "compare": "print a table of runs: mean and standard deviation over seeds, differences from a baseline",
     "inspect": "write α and attention density of every head of a trained model as tables and plots",
@@ -46,7 +46,7 @@ def main() -> None:
     """Runs ``sparse-attn COMMAND ...``.
 
     Raises:
-        SystemExit: Always, unless the command succeeds.
+        SystemExit: After the usage text, a wrong input or an interruption.
     """
     if os.name == "posix" and sys.getfilesystemencoding() == "ascii" and not sys.flags.utf8_mode:
         # With LC_ALL=C and PYTHONUTF8=0, words and paths of the command line could not be decoded as text. The process

@@ -23,13 +23,13 @@ from .run import CONFIG, OVERRIDES, RESULTS
 from .seq2seq.metrics import METRICS
 from .seq2seq.tokenizer import check_choice
 
-# Overrides that do not change the setting.
+# Overrides that do not count as part of a setting.
 _SAME = re.compile(r"(seed|data\.seed|data\.cache|threads|resume|paths\..*|hydra.*|logger.*)")
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """The settings and results of a run folder, and the file of its predictions."""
+    """A run folder with its configuration, its overrides and its results."""
 
     folder: Path
     config: DictConfig
@@ -39,7 +39,7 @@ class FinishedRun:
 
 @dataclass
 class Setting:
-    """Runs that differ only in their seeds.
+    """Runs that differ only in their seeds, or in other keys that do not count as part of a setting.
 
     Attributes:
         values: The keys in which this setting differs from the others, with their values.
@@ -53,7 +53,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The settings as a user types them."""
+        """The keys and values as a user types them."""
         return " ".join(f"{key}={value}" for key, value in self.values.items()) or "all runs"
 
     def scores(self, metric: str) -> list[float]:
@@ -70,7 +70,7 @@ class Setting:
 
 
 def compare(cfg: DictConfig) -> list[Setting]:
-    """Prints a line for each setting of the runs under some folders: mean and standard deviation over the seeds.
+    """Prints or writes a line for each setting of the runs under some folders: mean and standard deviation over seeds.
 
     Args:
         cfg: ``configs/compare.yaml`` as composed by Hydra.
@@ -79,8 +79,8 @@ def compare(cfg: DictConfig) -> list[Setting]:
         The settings, in the order of the table.
 
     Raises:
-        FileNotFoundError: If a folder is missing or holds no finished run.
-        ValueError: If a format, metric or baseline is not allowed, or a run cannot be read.
+        FileNotFoundError: If a folder is missing, or no finished run is found.
+        ValueError: If a value is not allowed, the runs have no metric in common, or a run cannot be read.
     """
     check_choice("format", cfg.format, FORMATS)
     if type(cfg.samples) is not int or cfg.samples < 1:
@@ -111,7 +111,7 @@ def find_runs(folders: Sequence[str]) -> tuple[list[FinishedRun], int]:
     for folder in folders:
         path = Path(folder).expanduser()
         if not path.is_dir():
-            raise FileNotFoundError(f"no folder {folder!r}; give the folder of a sweep, or one that holds several runs")
+            raise FileNotFoundError(f"no folder {folder!r}; give a run folder, or one that holds run folders")
         for config in sorted(path.rglob(CONFIG), key=_natural):
             if (config.parent / RESULTS).is_file():
                 runs.append(_read_run(config.parent))
@@ -164,7 +164,7 @@ def _metrics(asked: Any, runs: Sequence[FinishedRun]) -> list[str]:
 
 
 def group_runs(runs: Sequence[FinishedRun]) -> list[Setting]:
-    """The runs grouped by their settings, without the seed; groups are in the order of their first run."""
+    """The runs grouped by their settings; groups are in the order of their first run."""
     keys = list(dict.fromkeys(key for run in runs for key in run.overrides if not _SAME.fullmatch(key)))
     values = {key: [_value(run, key) for run in runs] for key in keys}
     telling = [key for key in keys if len(set(values[key])) > 1]
@@ -196,15 +196,14 @@ def add_differences(settings: Sequence[Setting], baseline: str, metrics: Sequenc
         Notes on settings that could not be compared.
 
     Raises:
-        ValueError: If no setting has these values.
+        ValueError: If one of these values is not that of any setting.
     """
     wanted = dict(part.partition("=")[::2] for part in re.split(r",(?=[^,=\]]+=)", baseline))
     known = {key: list(dict.fromkeys(one.values[key] for one in settings)) for key in settings[0].values}
     if not all(value in known.get(key, ()) for key, value in wanted.items()):
         allowed = "; ".join(f"{key}={'|'.join(values)}" for key, values in known.items())
-        raise ValueError(
-            f"baseline must be of {allowed or 'nothing: the runs differ only in their seeds'}, got {baseline!r}"
-        )
+        none = "nothing, since all runs have the same setting"
+        raise ValueError(f"baseline must be of {allowed or none}, got {baseline!r}")
     notes = []
     for setting in settings:
         other = {**setting.values, **wanted}

@@ -1,4 +1,4 @@
-"""Reading and writing of CSV files, most of them with one row per step."""
+"""CSV files: any table is written; a table with a column ``step`` is read, or cut after a step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from .folders import write_text
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
-    """The complete rows of a CSV file, none if there is no file. A kill or a full disk may have cut the last row."""
+    """The complete rows of a CSV file with a column ``step``; none if there is no file.
+
+    A kill or a full disk may have cut the last row.
+    """
     if not file.exists():
         return []
     text = file.read_text(encoding="utf-8", errors="replace")

@@ -38,7 +38,7 @@ class Ensemble:
 
     @property
     def max_length(self) -> int:
-        """The largest number of output tokens."""
+        """The largest number of output tokens of any of the runs."""
         return max(run.task.hparams["max_length"] for run in self.runs)
 
 
@@ -55,8 +55,8 @@ def load_ensemble(
     Raises:
         FileNotFoundError: If there is no such folder or checkpoint.
         TypeError: If ``average`` is not a whole number.
-        ValueError: If there is no folder, a run keeps fewer checkpoints than ``average``, or two runs have different
-            vocabularies.
+        ValueError: If the list is empty, ``average`` is below 1 or above the number of checkpoints that a run keeps, a
+            checkpoint is damaged, or two runs have different vocabularies.
     """
     folders = list(run) if isinstance(run, Sequence | ListConfig) and not isinstance(run, str) else [run]
     if not folders:

@@ -47,7 +47,7 @@ FROM_FILES = ("tsv", "parallel")
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
-    """Scores a checkpoint of a run, prints the metrics of the data and writes them into the run folder.
+    """Scores a checkpoint of a run, prints the metrics of the data and writes them to a JSON file.
 
     Args:
         cfg: ``configs/evaluate.yaml`` as composed by Hydra.
@@ -134,8 +134,8 @@ def given_data(cfg: DictConfig) -> dict[str, Any]:
 def data_section(run: Run, given: dict[str, Any], splits: tuple[str, ...]) -> dict[str, Any]:
     """The data section to evaluate with: that of the run, with the given keys replaced.
 
-    A given file is read completely unless a limit is given too; the limit of the training does not apply. Only files
-    of requested splits must exist.
+    A given file is read completely unless a limit is given too; the limit of the training does not apply. Without
+    a limit, only files of requested splits must exist.
 
     Args:
         run: The run.

@@ -133,7 +133,7 @@ def check_groups(command: str, overrides: Sequence[str], *, sweep: bool = False)
         sweep: Whether commas separate several values.
 
     Raises:
-        ValueError: If a group is given a value that is not one of its options.
+        ValueError: If a group is given null, true, false, a number or nothing; ``experiment=null`` is allowed.
     """
     defaults = OmegaConf.load(config_dir() / f"{command}.yaml").defaults
     chosen = [group for default in defaults if not isinstance(default, str) for group in default]

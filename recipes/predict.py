@@ -1,6 +1,7 @@
 """Outputs of a trained model: ``sparse-attn predict run=DIR [input=FILE]`` or ``python -m recipes.predict``.
 
-The input has one word per line, from a file or standard input. The output has one line ``word<TAB>prediction`` per
+The input has one word per line, from a file or standard input. For a model that also reads features or a language, a
+line has these in tab-separated columns too. The output has one line ``word<TAB>prediction`` per
 input line, or with ``n_best`` one line for each of the best predictions, best first; an empty line gives an empty line.
 ``scores=true`` adds the log-probability in a third column.
 """
@@ -30,22 +31,23 @@ BATCH_LINES = 512
 
 
 def predict(cfg: DictConfig) -> dict[str, int]:
-    """Reads words, prints one line for each, and warns on standard error about characters not seen in training.
+    """Reads words, writes their predictions, and warns on standard error about tokens not seen in training.
 
     Args:
         cfg: ``configs/predict.yaml`` as composed by Hydra.
 
     Returns:
-        ``lines``: number of lines read; ``unknown``: number of lines with a character that was not seen in training.
+        ``lines``: number of lines read; ``unknown``: number of lines with a token that was not seen in training.
 
     Raises:
         FileNotFoundError: If the run, its checkpoint, the input or the folder of the output is missing.
         TypeError: If a setting has the wrong type.
-        ValueError: If the input is empty, not UTF-8 or holds a tab, a setting is outside its range, a checkpoint cannot
-            be read, or the runs of an ensemble have different vocabularies.
+        ValueError: If the input is empty or not UTF-8, a line has a wrong number of columns, a setting is outside its
+            range, a checkpoint cannot be read, or the runs of an ensemble have different vocabularies.
     """
     counts = {"lines": 0, "unknown": 0}
-    if cfg.output is None and getattr(sys.stdout, "name", None) == os.devnull:  # replaces a closed stream
+    # launch.py puts the null device in place of a closed stream.
+    if cfg.output is None and getattr(sys.stdout, "name", None) == os.devnull:
         raise ValueError("standard output is closed; give output=FILE")
     with contextlib.ExitStack() as stack:
         source, name = _open_input(cfg.input, stack)
@@ -65,7 +67,7 @@ def predict(cfg: DictConfig) -> dict[str, int]:
             size = 1
             print("reading words from the terminal, one per line; end with Ctrl-D", file=sys.stderr)
         batch = list(itertools.islice(lines, size))
-        # Opened only when there is a line to write, so that wrong input does not overwrite an earlier output.
+        # The output is opened only when there is a line to write: wrong input must not overwrite an earlier output.
         target = stack.enter_context(_output(cfg.output, cfg.input))
         with _closed_pipe_is_no_error(target):
             while batch:
@@ -86,7 +88,7 @@ def read_words(source: Iterable[bytes], name: str, fields: Sequence[str] = ("sou
     Args:
         source: Lines of UTF-8 text.
         name: The name of the source in messages.
-        fields: The fields that the model reads: a line has as many columns.
+        fields: The fields that the model reads; a line must have one column for each.
 
     Raises:
         ValueError: If there is no line, a line is not UTF-8, or a line has another number of columns.

@@ -2,7 +2,8 @@
 
 ``data.batch_size`` counts the examples of all processes together. Each of n processes takes every n-th row of the same
 batch and weights its loss by its number of tokens, so that the mean gradient is that of the whole batch. Apart from
-dropout, which each process draws independently, results do not depend on the number of processes.
+dropout, which each process draws independently, results do not depend on the number of processes,
+except for rounding.
 """
 
 from __future__ import annotations

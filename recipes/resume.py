@@ -10,7 +10,7 @@ from .arguments import is_multirun, quoted
 from .launch import config_groups
 from .sweep import SWEEP, resumed_sweep
 
-# No other part of the configuration may change: weights and optimizer state in the checkpoint depend on it.
+# Only the keys in these three lists may change: the state in the checkpoint depends on all others.
 _ALLOWED = ("trainer.", "logger.", "hydra.", "decoding.")
 _FILES = ("data.train", "data.val", "data.test")
 _MACHINE = ("threads",)
@@ -22,7 +22,8 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """The command line to compose from, and the config file of the run that is continued.
 
     Without ``resume=DIR`` nothing changes. With ``resume=DIR``, the run's own ``config.yaml`` replaces the
-    configuration of the command, and the other arguments override the values with which the run was started.
+    configuration of the command, and the other arguments override the values with which the run was started. If
+    ``DIR`` is the folder of a sweep, the result is the command line of the sweep.
 
     Raises:
         FileNotFoundError: If ``DIR`` is not a run folder or has no last checkpoint.
@@ -86,7 +87,8 @@ def check_continues(state: Mapping[str, Any], settings: Mapping[str, Any], max_e
         max_epochs: ``max_epochs`` of the new trainer.
 
     Raises:
-        ValueError: If the model or a vocabulary differs from that of the checkpoint, or no epoch is left.
+        ValueError: If the model or a vocabulary differs from that of the checkpoint, or ``max_epochs`` is below
+            the number of finished epochs.
     """
     before = state["hyper_parameters"]
     for key in {**before["model"], **settings["model"]}:

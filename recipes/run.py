@@ -192,7 +192,7 @@ def continue_record(folder: Path, cfg: DictConfig, overrides: Sequence[str], ste
     """Updates the record of a run that is continued after ``step``.
 
     Adds the current overrides and versions, and removes the curves after the checkpoint, which will be written again.
-    Earlier results stay until the checkpoint to which they belong is replaced.
+    Earlier results stay until the next checkpoint is saved.
 
     Raises:
         FileNotFoundError: If a file of the record is missing.
@@ -247,7 +247,7 @@ def versions() -> dict[str, Any]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    found["torch"] = torch.__version__  # names the build, too: +cpu, +cu130
+    found["torch"] = torch.__version__  # this version also names the build: +cpu, +cu130
     found["git_commit"] = git_commit(Path(__file__).parent)
     return found
 

@@ -1,8 +1,8 @@
 """Several trainings: ``sparse-attn train -m KEY=A,B,C``. A failed training does not stop the others.
 
 A sweep folder contains sweep.json with the command line, and a run folder for each run: 0, 1, 2, ... A failed run
-writes failure.json there. If a sweep is started again in the same folder, finished runs are kept, interrupted runs
-continue from their last checkpoint, and failed runs start anew.
+writes failure.json into its run folder. If a sweep is started again in the same folder, finished runs are kept. Any
+other run continues from its last checkpoint, or starts anew if it has none.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def run_of_sweep(cfg: DictConfig) -> float:
     """One training of a sweep, unless it is finished already.
 
     Returns:
-        The value that a sweeper such as Optuna's minimises: the monitored score on all validation words, negated if
+        The value that a sweeper such as Optuna's minimises: the monitored score at the end of the run, negated if
         higher is better, infinite if the run failed.
     """
     from .train import train
@@ -149,7 +149,7 @@ def objective(folder: Path, results: Mapping[str, float]) -> float:
     """The monitored score of a finished run, negated if higher is better.
 
     Args:
-        folder: The run folder, whose record names the score, such as ``val/wer`` or ``val/wer/hun``.
+        folder: The run folder, whose config.yaml names the score, such as ``val/wer`` or ``val/wer/hun``.
         results: The results of the run.
     """
     from .run import CONFIG
@@ -162,7 +162,7 @@ def objective(folder: Path, results: Mapping[str, float]) -> float:
 
 
 def _finished(folder: Path, changes: Sequence[str]) -> dict[str, float] | None:
-    """The results of a finished run.
+    """The results of a finished run; None if the run is not finished.
 
     Raises:
         FileExistsError: If the folder holds a run that was started with other values.

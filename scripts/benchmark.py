@@ -1,10 +1,10 @@
 """Compare the time of operators, losses, attention and layers with that of softmax and of the entmax package.
 
-OMP_WAIT_POLICY=passive python scripts/benchmark.py [ROUNDS] [--write] [--threads N] [--only SECTION ...]
+OMP_WAIT_POLICY=passive python scripts/benchmark.py [ROUNDS] [--write] [--threads N ...] [--only SECTION ...]
 
-All functions run in turn in one process. Prints times relative to torch's softmax (forward / forward + backward), on
-one thread by default; ``--write`` also writes them to benchmarks/cpu.md. Takes about ten minutes with the default of
-15 rounds.
+All functions run in turn in one process. Prints times relative to torch's softmax (forward / forward + backward): all
+sections on one thread, and attention, padding and decoding on two. ``--write`` also writes them to benchmarks/cpu.md.
+Takes about ten minutes with the default of 15 rounds on an idle machine.
 """
 
 from __future__ import annotations
@@ -54,16 +54,20 @@ PAGE = Path(__file__).parents[1] / "benchmarks" / "cpu.md"
 Run = Callable[[], object]
 
 
-def main(rounds: int, write: bool, threads: int, only: list[str]) -> None:
-    """Measure and print."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
+def main(rounds: int, write: bool, threads: list[int], only: list[str]) -> None:
+    """Measure and print: the chosen sections with the first number of threads, those of _THREADED with the others."""
     lines = []
-    for section in (header, *(section for name, section in SECTIONS.items() if not only or name in only)):
-        _spreads.clear()
-        for line in (*section(rounds), *_spread()):
-            print(line, flush=True)
-            lines.append(line)
+    for number in threads:
+        torch.set_num_threads(number)
+        torch.manual_seed(0)
+        first = number == threads[0]
+        chosen = [name for name in only or SECTIONS if first or name in _THREADED]
+        begin = header if first else _more_threads
+        for section in (begin, *(SECTIONS[name] for name in chosen)):
+            _spreads.clear()
+            for line in (*section(rounds), *_spread()):
+                print(line, flush=True)
+                lines.append(line)
     if write:
         PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -83,6 +87,10 @@ def header(rounds: int) -> Iterator[str]:
     yield f"of {rounds} rounds, in {clock}. In each round, all functions run in turn, for 2 ms or at least one call."
     yield "`torch` marks plain torch, which is used where the C kernels were not compiled. k: the entmax package first"
     yield "sorts only the k largest scores. `explicit` marks attention written as two matrix products and a mapping."
+
+
+def _more_threads(rounds: int) -> Iterator[str]:
+    yield from ("", f"# The same on {torch.get_num_threads()} threads, in wall-clock time")
 
 
 def operators(rounds: int) -> Iterator[str]:
@@ -137,25 +145,49 @@ def losses(rounds: int) -> Iterator[str]:
         yield _row(name, [_ratio(times[name], times["cross-entropy"])])
 
 
+_LENGTHS = (32, 128, 512, 2048, 8192)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
 def attention(rounds: int) -> Iterator[str]:
     """Attention with one head, compared with torch's function; causal attention with torch's causal attention."""
-    for dtype in (torch.float32, torch.bfloat16):
-        lengths = (32, 128, 512, 2048, 8192)
-        name = f"Attention in {str(dtype).removeprefix('torch.')}, one head of size 64"
-        columns = [_attention(n, 64, dtype, max(3, rounds // (1 + n // 1024))) for n in lengths]
-        yield from _against_sdpa(name, [f"N {n}" for n in lengths], columns)
-    columns = [_attention(512, size, torch.float32, rounds) for size in (32, 128)]
-    yield from _against_sdpa("Attention in float32, N 512, one head", ["size 32", "size 128"], columns)
+    for name, dtype in _DTYPES.items():
+        columns = [_attention(n, 64, dtype, _fewer(rounds, n)) for n in _LENGTHS]
+        yield from _against_sdpa(f"Attention in {name}, one head of size 64", columns)
 
 
-def _against_sdpa(title: str, heads: list[str], columns: list[dict[str, list[float]]]) -> Iterator[str]:
-    yield from _heading(f"{title}, multiples of scaled_dot_product_attention", heads)
+def head_sizes(rounds: int) -> Iterator[str]:
+    """The same with other sizes of the head, for the main functions."""
+    for name, dtype in _DTYPES.items():
+        for size in (32, 128):
+            columns = [_attention(n, size, dtype, _fewer(rounds, n), only=_MAIN) for n in _LENGTHS]
+            yield from _against_sdpa(f"Attention in {name}, one head of size {size}", columns)
+
+
+_MAIN = (
+    "softmax",
+    "softmax, causal",
+    "entmax_attention, α = 1.5",
+    "entmax_attention, α = 1.5, causal",
+    "entmax_attention, α learnt, at 1.25",
+    "topk_attention, k = 8",
+)
+
+
+def _fewer(rounds: int, n: int) -> int:
+    return max(3, rounds // (1 + n // 1024))
+
+
+def _against_sdpa(title: str, columns: list[dict[str, list[float]]]) -> Iterator[str]:
+    yield from _heading(f"{title}, multiples of scaled_dot_product_attention", [f"N {n}" for n in _LENGTHS])
     for name in list(columns[0])[2:]:
         base = "softmax, causal" if "causal" in name else "softmax"
         yield _row(name, [_ratio(column[name], column[base]) if name in column else "" for column in columns])
 
 
-def _attention(n: int, size: int, dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
+def _attention(
+    n: int, size: int, dtype: torch.dtype, rounds: int, only: tuple[str, ...] = ()
+) -> dict[str, list[float]]:
     query, key, value = (torch.randn(1, 1, n, size).to(dtype).requires_grad_() for _ in range(3))
     alpha = torch.tensor([1.5], requires_grad=True)
     gentle = torch.tensor([1.25], requires_grad=True)
@@ -177,27 +209,32 @@ def _attention(n: int, size: int, dtype: torch.dtype, rounds: int) -> dict[str, 
         makes["explicit softmax"] = lambda: explicit(partial(torch.softmax, dim=-1))
         makes["entmax_attention, α = 1.5, torch"] = _on("torch", lambda: entmax_attention(query, key, value))
         makes["explicit, entmax package, k=32"] = lambda: explicit(partial(peer.entmax15, dim=-1, k=32))
+    makes = {name: make for name, make in makes.items() if not only or name in only}
     return _both(makes, torch.randn(1, 1, n, size).to(dtype), rounds)
 
 
 def padding(rounds: int) -> Iterator[str]:
     """Attention of a batch of different lengths, padded with a boolean mask, and packed without padding."""
+    columns = [_padding(dtype, max(3, rounds // 2)) for dtype in _DTYPES.values()]
+    title = "Padding: lengths 512, 130, 257 and 300, 8 heads of size 64, multiples of scaled_dot_product_attention"
+    yield from _heading(title, list(_DTYPES))
+    for name in list(columns[0])[1:]:
+        yield _row(name, [_ratio(column[name], column["softmax"]) for column in columns])
+
+
+def _padding(dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
     lengths = (512, 130, 257, 300)
-    query, key, value = (torch.randn(4, 8, 512, 64, requires_grad=True) for _ in range(3))
+    query, key, value = (torch.randn(4, 8, 512, 64).to(dtype).requires_grad_() for _ in range(3))
     mask = torch.arange(512) < torch.tensor(lengths).view(4, 1, 1, 1)
-    packed = [torch.randn(sum(lengths), 8, 64, requires_grad=True) for _ in range(3)]
+    packed = [torch.randn(sum(lengths), 8, 64).to(dtype).requires_grad_() for _ in range(3)]
     starts = torch.tensor([0, *lengths]).cumsum(0)
     makes: dict[str, Run] = {
         "softmax": lambda: F.scaled_dot_product_attention(query, key, value, mask),
         "entmax_attention, α = 1.5": lambda: entmax_attention(query, key, value, attn_mask=mask),
-        "entmax_attention_varlen, α = 1.5": lambda: entmax_attention_varlen(*packed, starts, starts).sum(),
+        "entmax_attention_varlen, α = 1.5": lambda: entmax_attention_varlen(*packed, starts, starts),
     }
-    times = _interleave({**makes, **{(name,): _backward(make) for name, make in makes.items()}}, max(3, rounds // 2))
-    title = "Padding: lengths 512, 130, 257 and 300, 8 heads of size 64, multiples of scaled_dot_product_attention"
-    yield from _heading(title, ["forward / forward + backward"])
-    for name in list(makes)[1:]:
-        both = [[times[key], times[(key,)]] for key in (name, "softmax")]
-        yield _row(name, [_ratio(*both)])
+    times = _interleave({**makes, **{(name,): _backward(make) for name, make in makes.items()}}, rounds)
+    return {name: [times[name], times[(name,)]] for name in makes}
 
 
 def _backward(make: Run) -> Run:
@@ -207,21 +244,24 @@ def _backward(make: Run) -> Run:
 def decoding(rounds: int) -> Iterator[str]:
     """Attention of one query per head to a long cache, with 8 heads."""
     sizes = (4096, 16384, 65536)
-    columns = []
-    for size in sizes:
-        query = torch.randn(1, 8, 1, 64)
-        key, value = (torch.randn(1, 8, size, 64) for _ in range(2))
-        runs: dict[str, Run] = {
-            "softmax": lambda q=query, k=key, v=value: F.scaled_dot_product_attention(q, k, v),
-            "entmax_attention, α = 1.5": lambda q=query, k=key, v=value: entmax_attention(q, k, v),
-            "entmax_attention, α = 1.25": lambda q=query, k=key, v=value: entmax_attention(q, k, v, 1.25),
-            "topk_attention, k = 8": lambda q=query, k=key, v=value: topk_attention(q, k, v, 8),
-        }
-        columns.append(_interleave(runs, rounds))
-    title = "Decoding: one query, 8 heads of size 64, multiples of scaled_dot_product_attention"
-    yield from _heading(title, [f"{size} keys" for size in sizes])
-    for name in list(columns[0])[1:]:
-        yield _row(name, [f"{column[name] / column['softmax']:.2f}" for column in columns])
+    for title, dtype in _DTYPES.items():
+        columns = [_decoding(size, dtype, rounds) for size in sizes]
+        title = f"Decoding in {title}: one query, 8 heads of size 64, multiples of scaled_dot_product_attention"
+        yield from _heading(title, [f"{size} keys" for size in sizes])
+        for name in list(columns[0])[1:]:
+            yield _row(name, [f"{column[name] / column['softmax']:.2f}" for column in columns])
+
+
+def _decoding(size: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
+    query = torch.randn(1, 8, 1, 64).to(dtype)
+    key, value = (torch.randn(1, 8, size, 64).to(dtype) for _ in range(2))
+    runs: dict[str, Run] = {
+        "softmax": lambda: F.scaled_dot_product_attention(query, key, value),
+        "entmax_attention, α = 1.5": lambda: entmax_attention(query, key, value),
+        "entmax_attention, α = 1.25": lambda: entmax_attention(query, key, value, 1.25),
+        "topk_attention, k = 8": lambda: topk_attention(query, key, value, 8),
+    }
+    return _interleave(runs, rounds)
 
 
 def memory(rounds: int) -> Iterator[str]:
@@ -374,13 +414,19 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-SECTIONS = {section.__name__: section for section in (operators, losses, attention, padding, decoding, memory, layers)}
+SECTIONS = {
+    section.__name__: section
+    for section in (operators, losses, attention, head_sizes, padding, decoding, memory, layers)
+}
+_THREADED = ("attention", "padding", "decoding")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rounds", type=int, nargs="?", default=15)
     parser.add_argument("--write", action="store_true", help="keep the tables in benchmarks/cpu.md")
-    parser.add_argument("--threads", type=int, default=1, help="with more than one, wall-clock times are compared")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1, 2], help="with more than one, wall-clock times are compared"
+    )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=[], help="sections to measure")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

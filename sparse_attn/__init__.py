@@ -1,6 +1,6 @@
 """Sparse attention for PyTorch: mappings from scores to sparse probabilities, and layers with a learnt sparsity.
 
-The package exports the names below. Further modules are:
+The package exports the names of ``sparse_attn.public``. Further modules are:
 
 - ``sparse_attn.optim``: α in training (parameter groups, freezing, setting, annealing, projection, penalty);
 - ``sparse_attn.analysis``: statistics and roles of attention heads, from weights or from a record of a model;

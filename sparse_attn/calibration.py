@@ -34,12 +34,14 @@ _HALVINGS = 6  # number of bisection steps on the logarithm of the density
 
 
 class Calibration(dict[str, list[float]]):
-    """``{layer name: α of each head}``, for ``add_alpha`` and ``replace_attention``; ``json.dump`` writes it.
+    """``{layer name: α of each head}``, for ``add_alpha`` and ``replace_attention``.
+
+    ``json.dump`` writes the α, but not the attributes.
 
     Attributes:
         density: ``{layer name: density of each head}`` with these α: the share of visible keys that have weight.
-        loss_before: Mean loss of the batches in the dense model.
-        loss_after: Mean loss of the batches with these α.
+        loss_before: Mean loss of the dense model on the batches.
+        loss_after: Mean loss on the batches with these α.
     """
 
     density: dict[str, list[float]]
@@ -93,7 +95,8 @@ def calibrate(
     Raises:
         TypeError: An argument has a wrong type, or ``batches`` can be read only once.
         ValueError: Both or neither of ``density`` and ``loss_increase`` are given, or one is out of range; there are no
-            batches; the model has no attention or no loss; a loss is not finite; or ``state`` belongs to another call.
+            batches; the model has no attention or no loss; a loss is not finite; or ``state`` is in a folder that
+            does not exist, was not written by this function or belongs to another call.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(16, nhead=2, batch_first=True)
@@ -114,8 +117,8 @@ def calibrate(
     with evaluating(model), measured_attention(model, loss) as (heads, run_pass):
         if not heads:
             raise ValueError(
-                "model must have attention with an α, nn.MultiheadAttention or AdaptiveSparseMultiheadAttention, "
-                f"got none in {type(model).__name__}"
+                "model must have layers of nn.MultiheadAttention or AdaptiveSparseMultiheadAttention, "
+                f"got neither in {type(model).__name__}"
             )
         call = {"density": density, "loss_increase": loss_increase, "per": per, "alpha_max": alpha_max}
         passes = Passes(run_pass, batches, heads, SavedPasses(state, {**call, "heads": heads}), progress)
@@ -136,7 +139,7 @@ def calibrate(
 def _for_loss(search: _Search, dense: Alpha, before: Result, start: Candidates, bound: float) -> tuple[Alpha, Result]:
     """α and result of the lowest density whose loss is within the bound, by bisection of the density's logarithm.
 
-    If no density is within the bound, the dense model.
+    If no density is within the bound, the result is the dense model.
     """
     best, low, high = (dense, before), math.log(_LOWEST), 0.0
     wanted = low  # if the lowest density is within the bound, no search is needed
@@ -166,7 +169,7 @@ class _Search:
         return alpha, self.passes(alpha, {name: [] for name in alpha})
 
     def around(self, alpha: Alpha, spread: float) -> Candidates:
-        """Candidates around each α, inside its range; ``spread`` is the largest distance, in widths of the range."""
+        """Candidates around each α, inside the range; ``spread`` is the largest distance, in widths of the range."""
         low, high = 1.0, self.most
         width = spread * (high - low)
         centre = torch.tensor([value for values in alpha.values() for value in values], dtype=torch.float64)
@@ -188,7 +191,7 @@ class _Search:
 
 
 def _crossing(values: Sequence[float], densities: Sequence[float], density: float) -> float:
-    """The α at which a density that decreases with α reaches the target, by linear interpolation of its logarithm."""
+    """The α at which a density that decreases with α reaches the target, by linear interpolation of log density."""
     if densities[0] <= density:
         return values[0]
     for (first, above), (second, below) in zip(

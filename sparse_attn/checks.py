@@ -1,4 +1,4 @@
-"""Checks of arguments that several modules share, and the dtypes of computation and result."""
+"""Checks of arguments, dtypes of computation and result, and a view of row parameters, for several modules."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def check_interval(value: float | Tensor, name: str, *, above: float, below: flo
 def check_row_parameter(value: Tensor, x: Tensor, dim: int, name: str) -> None:
     """Raise unless a tensor ``value`` is floating, has size 1 along ``dim``, and broadcasts against ``x``.
 
-    If a view of a one-dimensional tensor fits, the message shows it.
+    The tensor must also be on the device of ``x``, unless it has no dimension. If a view of a one-dimensional tensor
+    fits, the message shows the view.
     """
     check_number_or_tensor(value, name)
     if value.device != x.device and value.dim():
@@ -90,7 +91,7 @@ def check_row_parameter(value: Tensor, x: Tensor, dim: int, name: str) -> None:
 
 
 def check_k(k: int, size: int | None = None) -> None:
-    """Raise unless ``k`` is an int of at least 1, and at most ``size`` when that is given."""
+    """Raise unless ``k`` is an int of at least 1, and at most ``size`` if ``size`` is given."""
     one_number = not isinstance(k, Tensor) or k.numel() == 1
     if isinstance(k, bool) or not one_number or not (isinstance(k, int) or hasattr(k, "__index__")):
         raise TypeError(f"k must be an int, got {type(k).__name__}")

@@ -1,4 +1,4 @@
-"""Evaluation of a model: passes over batches that measure its loss, and the density of each head for given α."""
+"""Evaluation mode, and passes over batches that measure a model's loss, and the density of each head for given α."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Result:
 
 
 class _Probe:
-    """Maps scores with the α in use, and counts the keys that would have non-zero weight with each candidate."""
+    """Maps scores with the α in use, and counts the keys with non-zero weight for this α and for each candidate."""
 
     def __init__(self, alpha: Tensor, candidates: Tensor) -> None:
         self.alpha, self.candidates = alpha, candidates  # (H,) and (C, H), float64
@@ -107,7 +107,7 @@ class SavedPasses:
 
 
 class Passes:
-    """Runs passes over the batches; results of an earlier, interrupted call are taken from its saved passes."""
+    """Runs passes over the batches; passes that an earlier call has saved are not run again."""
 
     def __init__(
         self, run_pass: RunPass, batches: Iterable[Any], heads: dict[str, int], saved: SavedPasses, progress: bool
@@ -128,7 +128,7 @@ class Passes:
         if not count:
             raise ValueError("batches must hold at least one batch, got none")
         if not math.isfinite(total):
-            raise ValueError(f"loss must be finite, got {total} in {count} batches")
+            raise ValueError(f"loss must be finite, got the sum {total} over {count} batches")
         found = {name: probe.densities() for name, probe in probes.items()}
         in_use = {name: densities[0] for name, densities in found.items()}
         result = Result(total / count, in_use, {name: densities[1:] for name, densities in found.items()})
@@ -188,9 +188,11 @@ def _is_of_transformers(model: nn.Module) -> bool:
 
 
 def loss_of_transformers(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that a model of transformers returns for a batch with labels."""
+    """The loss that a model returns for a batch with labels, as the models of transformers do."""
     if not isinstance(batch, Mapping):
-        raise TypeError(f"batches must hold mappings, the arguments of the model, got {type(batch).__name__}")
+        raise TypeError(
+            f"batches must hold mappings of arguments of the model unless loss is given, got {type(batch).__name__}"
+        )
     found = getattr(model(**batch), "loss", None)
     if not isinstance(found, Tensor):
         raise ValueError(f"batches must hold labels, or loss must be given: {type(model).__name__} returned no loss")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,21 @@ from torch import Tensor
 from sparse_attn.checks import check_floating
 
 Window = int | tuple[int | None, int | None]
+
+
+class Bounds(NamedTuple):
+    """The keys that a query sees by position: query ``i`` those from ``i - left`` to ``i + right``; None: no limit.
+
+    Bounds replace a mask of (L, S) entries where all heads and batch entries have the same ones.
+    """
+
+    left: int | None = None
+    right: int | None = None
+
+
+NO_BOUNDS = Bounds()
+CAUSAL = Bounds(right=0)  # aligned top-left
+_FAR = 2**40  # larger than any number of keys
 
 
 def causal_mask(queries: int, keys: int, device: torch.device | None = None, *, offset: int = 0) -> Tensor:
@@ -37,12 +52,12 @@ def check_window(window: Window) -> tuple[int | None, int | None]:
     """A sliding window as (left, right): how many keys a query sees before and after its own position.
 
     Raises:
-        TypeError: ``window`` is neither an int nor a pair of ints or None.
+        TypeError: ``window`` is neither an int nor a pair whose sides are ints or None.
         ValueError: An int is below 1, or a side of a pair below 0.
     """
     pair = isinstance(window, (tuple, list)) and len(window) == 2
     sides: Any = tuple(window) if pair else (window, window)  # type: ignore[arg-type]
-    meaning = "window must be an int of at least 1, or a pair (left, right) of ints of at least 0 or None"
+    meaning = "window must be an int of at least 1, or a pair (left, right), each None or an int of at least 0"
     if not all((pair and side is None) or (isinstance(side, int) and not isinstance(side, bool)) for side in sides):
         raise TypeError(f"{meaning}, got {window!r}")
     if any(side is not None and side < (0 if pair else 1) for side in sides):
@@ -64,11 +79,32 @@ def window_mask(
                 [1, 1, 0, 0],
                 [0, 1, 1, 0]], dtype=torch.int32)
     """
-    left, right = check_window(window)
+    return _visible_within(window_bounds(window, False, offset=offset), queries, keys, device)
+
+
+def window_bounds(window: Window | None, is_causal: bool, *, offset: int) -> Bounds:
+    """A window, causality or both as bounds; ``offset`` is that of :func:`causal_mask`."""
+    left, right = (None, None) if window is None else check_window(window)
+    if is_causal:
+        right = 0
+    return Bounds(
+        None if left is None else min(left, _FAR) - offset, None if right is None else min(right, _FAR) + offset
+    )
+
+
+def with_bounds(mask: Tensor | None, bounds: Bounds, queries: int, keys: int, device: torch.device) -> Tensor | None:
+    """An internal-form mask that also hides the keys outside the bounds."""
+    if bounds.left is None and bounds.right is None:
+        return mask
+    return combine_masks(mask, _visible_within(bounds, queries, keys, device))
+
+
+def _visible_within(bounds: Bounds, queries: int, keys: int, device: torch.device | None) -> Tensor:
+    left, right = bounds
     visible = torch.ones(queries, keys, dtype=torch.bool, device=device)
     if right is not None:
-        visible = visible.tril(offset + right)
-    return visible if left is None else visible.triu(offset - left)
+        visible = visible.tril(right)
+    return visible if left is None else visible.triu(-left)
 
 
 def combine_masks(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -109,7 +145,7 @@ def apply_mask(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
 def clear_padding(key: Tensor, value: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Key and value (..., S, D) with zeros where an internal-form mask (..., 1, S) hides a key from all queries.
 
-    The weight of a hidden key is 0, but 0 · NaN is NaN. Padding may be memory that was never written to.
+    The weight of a hidden key is 0, but 0 · NaN is NaN, and padding can be memory that was never written to.
     """
     if attn_mask is None or (attn_mask.dim() > 1 and attn_mask.shape[-2] != 1):
         return key, value
@@ -174,8 +210,8 @@ def multihead_mask(
     shape: tuple[int, int, int, int],
     offset: int,
     device: torch.device,
-    only_causal: bool,
-) -> tuple[Tensor | None, bool]:
+    with_bounds_apart: bool,
+) -> tuple[Tensor | None, Bounds]:
     """All masks and biases of a multi-head layer as one mask in the internal form.
 
     Args:
@@ -188,30 +224,28 @@ def multihead_mask(
         shape: (N, H, L, S).
         offset: How many keys come before the key of the first query.
         device: The device of the mask.
-        only_causal: Whether the caller can apply a causal mask itself, so that no mask of (L, S) entries is needed.
+        with_bounds_apart: Whether the caller applies the window and causality itself, so that no mask of (L, S)
+            entries is needed for these.
 
     Returns:
-        The mask or None, and whether the caller must apply a causal mask too.
+        The mask or None, and the bounds that the caller must apply too.
 
     Raises:
         TypeError: A mask is neither boolean nor floating, or a bias not floating.
-        ValueError: A mask or a bias has another shape.
+        ValueError: A mask or a bias has a wrong shape.
     """
     batch, heads, queries, keys = shape
     mask = merge_multihead_masks(attn_mask, key_padding_mask, batch=batch, heads=heads, queries=queries, keys=keys)
-    if window is not None:
-        mask = combine_masks(mask, window_mask(queries, keys, window, device, offset=offset))
+    bounds = window_bounds(window, is_causal and attn_mask is None, offset=offset)
+    if not with_bounds_apart:
+        mask, bounds = with_bounds(mask, bounds, queries, keys, device), NO_BOUNDS
     for name, bias in (("position_bias", position_bias), ("the bias of positions", own_bias)):
         if bias is not None:
             check_floating(bias, name)
             check_mask(bias, shape, name)
             # The bias is expanded to all S keys, since the layer may append keys (add_bias_kv, add_zero_attn).
             mask = combine_masks(mask, with_infinities(bias).expand(*bias.shape[:-1], keys))
-    if not is_causal or attn_mask is not None:
-        return mask, False
-    if mask is None and offset == 0 and only_causal:
-        return None, True
-    return combine_masks(mask, causal_mask(queries, keys, device, offset=offset)), False
+    return mask, bounds
 
 
 def merge_multihead_masks(
@@ -238,7 +272,7 @@ def merge_multihead_masks(
 
     Raises:
         TypeError: A mask is neither boolean nor floating.
-        ValueError: A mask has another shape.
+        ValueError: A mask has a wrong shape.
     """
     check_multihead_masks(attn_mask, key_padding_mask, batch=batch, heads=heads, queries=queries, keys=keys)
     merged: Tensor | None = None
@@ -295,5 +329,8 @@ def _to_internal(mask: Tensor) -> Tensor:
 
 
 def with_infinities(mask: Tensor) -> Tensor:
-    """A float mask with -inf in place of its dtype's smallest number, which in a wider dtype would not mask a score."""
+    """A float mask, or scores, with -inf in place of the smallest finite number of the dtype.
+
+    In a wider dtype that number would not mask a score.
+    """
     return mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -math.inf)

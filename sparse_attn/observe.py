@@ -1,8 +1,9 @@
-"""Registry of callbacks that receive attention weights during a forward pass: an extension point for attention modules.
+"""Reports of attention weights during a forward pass: an extension point for attention modules and observers.
 
-:func:`sparse_attn.record_attention` uses hooks for modules that return their weights. A module that does not return its
-weights reports them instead, as every layer of this library does. Two steps make your own attention module visible to
-a record: report the weights where they are computed, and register a function that recognises such modules.
+:func:`sparse_attn.record_attention` uses hooks for torch's ``nn.MultiheadAttention``, which returns its weights. Other
+attention modules report their weights, as every attention layer of this library does. Two steps make your own attention
+module visible to a record: report the weights where they are computed, and register a function that recognises such
+modules.
 
 Example:
     >>> import torch
@@ -66,8 +67,8 @@ def report_weights(
         module: The module that attends.
         weights: (N, H, L, S), before or after dropout as the module multiplies them with its values.
         visible: True where a query may see a key; broadcasts against ``weights``. None: every query sees every key.
-        alpha: The α with which the weights were computed, a number or one per head; None: ``module.alpha``, if the
-            module has this attribute.
+        alpha: The α with which the weights were computed, a number or one per head. If None, a record takes
+            ``module.alpha``, if the module has this attribute; other observers receive None.
     """
     for observer in tuple(_observers) if weights_are_observed() else ():
         observer(module, weights, visible, alpha)
@@ -104,10 +105,11 @@ def is_reporter(module: nn.Module) -> bool:
 
 @contextmanager
 def observe_weights(observer: Observer) -> Iterator[None]:
-    """Within the context, every :func:`report_weights` calls ``observer(module, weights, visible, alpha)``.
+    """Within the context, :func:`report_weights` calls ``observer(module, weights, visible, alpha)``.
 
     Args:
-        observer: Its arguments are those of :func:`report_weights`; called in the thread of the forward pass.
+        observer: A function with the arguments of :func:`report_weights`. The thread of the forward pass calls it,
+            unless :func:`pause_observers` is active in this thread.
     """
     _observers.append(observer)
     try:

@@ -1,6 +1,6 @@
 """Functions for α in training: parameter groups, freezing, setting, annealing, projection, and a penalty.
 
-The functions find α in all modules that have one (attention layers, ``Entmax``, losses), also inside
+The functions that take a model find α in all modules with an α (attention layers, ``Entmax``, losses), also inside
 ``DistributedDataParallel``, ``torch.compile`` or LoRA.
 """
 
@@ -34,9 +34,9 @@ __all__ = [
 def alpha_param_groups(
     model: nn.Module, *, lr: float, weight_decay: float = 0.0, alpha_lr: float | None = None, strict: bool = True
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any ``torch.optim`` optimizer: α has its own learning rate and no weight decay.
+    """Parameter groups for an optimizer of ``torch.optim``: α has its own learning rate and no weight decay.
 
-    Weight decay would decrease α to the lower end of its range and keep it there.
+    Weight decay would pull α towards the lower end of its range.
 
     Args:
         model: The model. Every parameter that is not frozen is in exactly one group.
@@ -78,7 +78,7 @@ def freeze_alpha(model: nn.Module) -> None:
     """Stop training α. Optimizers that have α as a parameter then skip α, even if they hold momentum for α.
 
     Args:
-        model: The model. Wrap it for distributed training after this call, not before.
+        model: The model. Wrap the model for distributed training after this call, not before.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -104,7 +104,7 @@ def unfreeze_alpha(model: nn.Module) -> None:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: No α is a parameter (``learn_alpha=True``).
+        ValueError: There is no learnt α.
 
     Example:
         >>> from sparse_attn import AdaptiveSparseMultiheadAttention
@@ -123,7 +123,7 @@ def set_alpha(
     *,
     filter_fn: FilterFn | None = None,
 ) -> None:
-    """Set every α, learnt or fixed, in place.
+    """Set the α of a model, learnt or fixed, in place.
 
     ``torch.compile`` does not recompile after a change of α, with one exception: the first call of this function turns
     a fixed α that is a number into a buffer, and the state dict then contains this buffer. So call this function once
@@ -132,13 +132,13 @@ def set_alpha(
     Args:
         model: The model.
         value: One α for all heads, one per head, or a dict ``{module name: either of these}`` for some modules, as
-            :func:`sparse_attn.alpha_per_head` returns it. The name of a module that contains a single α may be used in
-            place of the name of that α's module.
+            :func:`sparse_attn.alpha_per_head` returns it. If exactly one direct child of a module has an α, the name of
+            the parent may be used in place of the name of the child.
         filter_fn: Called with the name and module of each α, such as :func:`of_attention`; α is set only if the result
             is True.
 
     Raises:
-        TypeError: ``model`` is not a module, ``value`` neither numbers nor a floating tensor, or ``filter_fn`` not a
+        TypeError: ``model`` is not a module, ``value`` holds something other than numbers, or ``filter_fn`` is not a
             function.
         ValueError: The model has no α, or none under a given name, or none that ``filter_fn`` accepts; a shape does not
             fit; α is outside ``(0, inf)`` or outside the ``alpha_range`` of a learnt α. No α is changed in this case.
@@ -160,7 +160,7 @@ def check_set_alpha(
     *,
     filter_fn: FilterFn | None = None,
 ) -> None:
-    """Raise the errors of :func:`set_alpha` without setting α, to check the last α of a schedule before it starts.
+    """Raise the errors of :func:`set_alpha` without setting α: a schedule can check its last α at the start.
 
     Args:
         model: The model.
@@ -182,7 +182,7 @@ def check_set_alpha(
 
 
 def linear_alpha(step: float, start: float, end: float, *, first_step: float = 0, last_step: float) -> float:
-    """α of a step on the straight line from ``start`` to ``end``: ``start`` before ``first_step``, ``end`` after.
+    """α of a step: ``start`` up to ``first_step``, ``end`` from ``last_step`` on, and a straight line between them.
 
     Dense attention has a gradient for every score. Annealing from α = 1 lets a model learn which keys matter before the
     others get zero weight, and turns a dense checkpoint into a sparse one without a sudden change.
@@ -196,7 +196,7 @@ def linear_alpha(step: float, start: float, end: float, *, first_step: float = 0
 
     Raises:
         TypeError: An argument is not a number.
-        ValueError: An α is outside ``(0, inf)``, a step is not finite, or ``last_step`` is not above ``first_step``.
+        ValueError: An α is outside ``(0, inf)``, a step is NaN, or ``last_step`` is not above ``first_step``.
 
     Example:
         >>> [linear_alpha(step, 1.0, 1.5, first_step=2, last_step=4) for step in range(6)]
@@ -228,8 +228,8 @@ def project_alpha(model: nn.Module) -> None:
     """Clamp every learnt α to its range after an optimizer step: projected gradient descent.
 
     This is optional. Without the projection, a parameter can be outside its range by up to 2 % of the range plus one
-    step. α is then on the bound, and leaves the bound only after the parameter has moved back into the range. To
-    register the projection for all steps::
+    step (further with momentum). α is then on the bound, and leaves the bound only after the parameter has moved back
+    into the range. To register the projection for all steps::
 
         optimizer.register_step_post_hook(lambda *_: project_alpha(model))
 
@@ -260,17 +260,17 @@ def alpha_penalty(
     strength: float = 1.0,
     filter_fn: FilterFn | None = None,
 ) -> Tensor:
-    r"""A loss term that moves every learnt α towards the sparse or the dense end of its range, or towards a number.
+    r"""A loss term that moves learnt α towards the sparse or the dense end of the range, or towards a number.
 
-    With :math:`u = (\alpha - lo) / (hi - lo)` for each head, and :math:`v = (\text{target} - lo) / (hi - lo)` if
+    With :math:`u = (\alpha - lo) / (hi - lo)` for each α, and :math:`v = (\text{target} - lo) / (hi - lo)` if
     ``target`` is a number, the penalty for ``"sparse"``, ``"dense"`` and a number is
 
     .. math:: \lambda \, \mathrm{mean}(1 - u), \qquad \lambda \, \mathrm{mean}(u), \qquad
         \lambda \, \mathrm{mean}((u - v)^2)
 
-    with the mean over all heads of the model. The penalty is at most λ, and zero if every head is on target. The first
-    two have a constant gradient, so that α reaches the bound unless the gradient of the task is larger; the gradient of
-    the third vanishes at the target.
+    with the mean over all learnt α that ``filter_fn`` accepts. The penalty is at most λ, and zero if
+    every α is on target. The first two penalties have a constant gradient, so that α reaches the bound unless the
+    gradient of the task is larger; the gradient of the third vanishes at the target.
 
     Args:
         model: The model.
@@ -337,7 +337,7 @@ def _learnt(
     modules = _chosen(model, filter_fn).values()
     found = [(module, cast(nn.Parameter, module.raw_alpha)) for module in modules if has_learnt_alpha(module)]
     if strict and not found:
-        got = "fixed α only" if modules else "none"
+        got = ("fixed α only" + (" where filter_fn is True" if filter_fn else "")) if modules else "none"
         raise ValueError(f"model must hold an α that is a parameter (learn_alpha=True), got {got}")
     return found
 
@@ -360,7 +360,7 @@ def _fitted(model: nn.Module, value: Any, filter_fn: FilterFn | None) -> list[tu
 
 
 def _fitting(name: str, module: WideAlpha, value: float | Sequence[float] | Tensor) -> Tensor:
-    """The value as a tensor that broadcasts to the α of a module; raises if it does not fit."""
+    """The value as a tensor that broadcasts to the α of a module; raises if the value does not fit."""
     what = f"value for {name!r}" if name else "value"
     alpha = one_or_per_head(value, what)
     current = torch.as_tensor(module.alpha) if module.raw_alpha is None else module.raw_alpha

@@ -20,7 +20,7 @@ from sparse_attn.nn.multihead import SparseMultiheadAttention
 FilterFn = Callable[[str, nn.MultiheadAttention], bool]
 Layer = TypeVar("Layer", bound=nn.MultiheadAttention)
 
-# Attributes of nn.Module that hold hooks.
+# Attributes of nn.Module that hold hooks, or a property of hooks.
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -51,7 +51,7 @@ def replace_attention(
     """Replace every ``nn.MultiheadAttention`` in a model, in place, by a sparse layer with the same parameter objects.
 
     An optimizer that exists already keeps training the projections. Add the new α parameters to it without weight
-    decay, which would decrease α to its lower bound:
+    decay, which would pull α towards its lower bound:
     ``optimizer.add_param_group({"params": [m.raw_alpha for m in new.values()], "weight_decay": 0.0})``. Hooks on the
     replaced layers are kept, as are adapters (LoRA) on the out-projection or around the layer. All layers are checked
     and built before the model is changed. :func:`restore_attention` reverses the replacement.
@@ -62,7 +62,7 @@ def replace_attention(
     Args:
         model: Any module that contains ``nn.MultiheadAttention`` layers, such as ``nn.TransformerEncoder``. The layers
             may be on different devices, including the meta device. Subclasses of ``nn.MultiheadAttention`` are not
-            replaced: they may compute another function.
+            replaced, since they can compute another function.
         layer: The class of the new layers.
         filter_fn: Called with the name and the module of each layer; the layer is replaced only if the result is True.
         **layer_kwargs: Keyword arguments of ``layer`` beyond those of ``nn.MultiheadAttention``: ``alpha_init=1.0``
@@ -76,11 +76,11 @@ def replace_attention(
         first name. Empty if all matching layers are sparse already.
 
     Raises:
-        TypeError: ``model`` is not a module, ``filter_fn`` not a function, ``layer`` is not one of this library's
-            multi-head layers or does not accept ``layer_kwargs``.
+        TypeError: ``model`` is not a module, ``filter_fn`` not a function, ``layer`` is not a subclass of
+            ``SparseMultiheadAttention`` or does not accept ``layer_kwargs``.
         ValueError: No layer matches; the model itself is an ``nn.MultiheadAttention``, or is wrapped for distributed
             training; a layer is pruned, parametrised, quantised, sharded, spread over devices or has its own
-            ``forward``, modules or buffers; or ``layer`` refuses an argument.
+            ``forward``, modules or buffers; or ``layer`` refuses an argument or needs other parameters.
 
     Example:
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), num_layers=2)
@@ -92,8 +92,8 @@ def replace_attention(
         or layer is SparseMultiheadAttention
     ):
         raise TypeError(
-            "layer must be a subclass of SparseMultiheadAttention, such as AdaptiveSparseMultiheadAttention, "
-            f"and not that class itself, got {layer!r}"
+            "layer must be AdaptiveSparseMultiheadAttention or another subclass of SparseMultiheadAttention, not "
+            f"SparseMultiheadAttention itself, got {layer!r}"
         )
     if taken := [name for name in layer_kwargs if name in signature(nn.MultiheadAttention).parameters]:
         raise TypeError(
@@ -129,8 +129,9 @@ def restore_attention(model: nn.Module, *, filter_fn: FilterFn | None = None) ->
     """Replace every sparse multi-head layer in a model, in place, by torch's layer with the same parameter objects.
 
     This reverses :func:`replace_attention`: the parameters are the same objects with their current values, hooks are
-    kept, ``nn.TransformerEncoder`` uses nested tensors again if it did before, and α is removed. The new layers attend
-    with softmax; a layer with α = 1 keeps its function. All layers are checked before the model is changed.
+    kept, and α is removed. An ``nn.TransformerEncoder`` without sparse layers uses nested tensors again if it did
+    before. The new layers attend with softmax; a layer with α = 1 keeps its function. All layers are checked before the
+    model is changed.
 
     Args:
         model: Any module that contains ``AdaptiveSparseMultiheadAttention`` or ``TopKMultiheadAttention`` layers.
@@ -143,8 +144,9 @@ def restore_attention(model: nn.Module, *, filter_fn: FilterFn | None = None) ->
     Raises:
         TypeError: ``model`` is not a module, or ``filter_fn`` not a function.
         ValueError: No layer matches; the model itself is an attention layer, or is wrapped for distributed training; a
-            layer has a feature that torch's layer lacks (grouped heads, a window, norms or positions), or is pruned,
-            parametrised, quantised, sharded, spread over devices or has its own ``forward``, modules or buffers.
+            layer has a feature that torch's layer lacks (grouped heads, a window, norms, positions or length scaling)
+            or an out-projection that is not linear; or is pruned, parametrised, quantised, sharded, spread over devices
+            or has its own ``forward``, modules or buffers.
 
     Example:
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), num_layers=2)
@@ -163,8 +165,8 @@ def restore_attention(model: nn.Module, *, filter_fn: FilterFn | None = None) ->
         wrapped = type(model.get_submodule(name.rpartition(".")[0])).__name__ == "MultiheadAttention"
         if not isinstance(old.out_proj, nn.Linear) and not wrapped:
             raise ValueError(
-                f"layer {name!r} must have an out_proj that is an nn.Linear, since nn.MultiheadAttention reads its "
-                f"weight and does not call it, got {type(old.out_proj).__name__}; merge the adapter first"
+                f"layer {name!r} must have an out_proj that is an nn.Linear, since nn.MultiheadAttention reads the "
+                f"weight of out_proj and does not call it, got {type(old.out_proj).__name__}; merge an adapter first"
             )
     new = {name: _inherit(old, nn.MultiheadAttention(**_arguments(old), device="meta")) for name, old in sparse.items()}
 
@@ -183,7 +185,7 @@ def replaced_for_a_while(
     """Within the context, dense layers are adaptive ones with α = 1; afterwards the model has its own layers again.
 
     Yields:
-        ``{name: layer}`` of all adaptive layers.
+        ``{name: layer}`` of the adaptive layers, including those that the model had before.
     """
     found = _attention(model, filter_fn)
     dense = {name: layer for name, layer in found.items() if not isinstance(layer, SparseMultiheadAttention)}
@@ -201,7 +203,10 @@ def replaced_for_a_while(
 
 
 def _attention(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.MultiheadAttention]:
-    """The attention layers of torch's or this library's classes, by their first names."""
+    """The layers of torch's classes and of subclasses of ``SparseMultiheadAttention``, by the first name of each.
+
+    Layers that ``filter_fn`` rejects are left out.
+    """
     check_module(model)
     check_filter(filter_fn)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
@@ -213,9 +218,7 @@ def _attention(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.Mul
     }
     if not found:
         where = "" if filter_fn is None else " that filter_fn accepts"
-        reason = (
-            "whose class is a subclass" if filter_fn is None else "which filter_fn rejects or whose class is a subclass"
-        )
+        reason = "of a derived class" if filter_fn is None else "each rejected by filter_fn or of a derived class"
         got = f"only {', '.join(map(repr, layers))}, {reason}," if layers else "none"
         raise ValueError(
             f"model must hold at least one nn.MultiheadAttention{where}, got {got} in {type(model).__name__}"
@@ -224,7 +227,7 @@ def _attention(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.Mul
 
 
 def _made_by_torch(module: nn.Module) -> bool:
-    """Whether the class of a layer is torch's own, including those derived to parametrise, quantise or shard it."""
+    """Whether the class of a layer is torch's own, including classes that torch derives to parametrise or quantise."""
     return type(module).__module__.split(".")[0] == "torch"
 
 
@@ -238,8 +241,8 @@ def _check(model: nn.Module, layers: Mapping[str, nn.MultiheadAttention]) -> Non
     wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel) or _FSDP in m._modules]
     if layers and wrappers:
         raise ValueError(
-            f"model must not be wrapped yet in {type(wrappers[0]).__name__}, which would not know the new parameters; "
-            "unwrap it, swap and wrap again"
+            f"model must not be wrapped in {type(wrappers[0]).__name__}, which knows only the parameters that it "
+            "wrapped; unwrap the model, swap and wrap again"
         )
     for name, layer in layers.items():
         kind = type(layer)
@@ -281,10 +284,7 @@ def _check_tensors(name: str, layer: nn.MultiheadAttention) -> None:
 
 
 def _check_expressible(name: str, layer: nn.MultiheadAttention) -> None:
-    """Raise if a layer has features beyond those of torch's layer and its mapping from scores to weights.
-
-    The exchange would lose them.
-    """
+    """Raise if the exchange would lose a feature that torch's layer lacks, other than the mapping to weights."""
     more = []
     if isinstance(layer, SparseMultiheadAttention):
         plain = SparseMultiheadAttention(**_arguments(layer), device="meta")

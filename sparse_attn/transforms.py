@@ -1,4 +1,4 @@
-"""Tests whether a transform of torch (compile, export, ``torch.func``) is active, and whether it supports a call."""
+"""Transforms of torch (compile, export, ``torch.func``, fx): whether one is active, and helpers for code in them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 def leaf(forward: _Forward) -> _Forward:
     """Decorate a ``forward`` that ``torch.fx.symbolic_trace`` should record as one call, without tracing into it.
 
-    The tracer does this for torch's own modules, which it recognises by their names; our drop-ins have other names.
+    The tracer does this for the modules in ``torch.nn``, but not for drop-ins of another package.
     """
 
     @functools.wraps(forward)
@@ -35,7 +35,7 @@ def leaf(forward: _Forward) -> _Forward:
 
 
 def is_traced() -> bool:
-    """Whether torch records the operations that we call in a graph: ``torch.jit.trace``, ``make_fx``, an export.
+    """Whether torch records operations in a graph: in ``torch.jit.trace``, ``torch.fx``, ``make_fx`` or an export.
 
     A kernel that is called through a pointer is not recorded: the graph would contain a constant, or uninitialised
     memory.
@@ -44,14 +44,17 @@ def is_traced() -> bool:
 
 
 def writes_onnx() -> bool:
-    """Whether a trace may become ONNX, which has fewer operations than torch."""
+    """Whether the graph of a trace can become ONNX, which has fewer operations than torch."""
     if torch.compiler.is_compiling():  # Dynamo cannot trace the call below
         return is_exporting()
     return torch._C._is_tracing() and torch.onnx.is_in_onnx_export()
 
 
 def values_known(*tensors: Tensor) -> bool:
-    """Whether entries of tensors can be read: not in a trace, in ``torch.func`` or on the meta device."""
+    """Whether entries of tensors can be read.
+
+    False under ``torch.compile``, in a trace or ``torch.func``, and for tensors of a subclass or on the meta device.
+    """
     if torch.compiler.is_compiling() or is_traced() or torch._C._are_functorch_transforms_active():
         return False
     for x in tensors:
@@ -62,7 +65,7 @@ def values_known(*tensors: Tensor) -> bool:
 
 
 def needs_plain_operations() -> bool:
-    """Whether only torch's own operations work: autograd functions and custom operators would fail or be wrong.
+    """Whether to call only torch's own operations, neither autograd functions nor custom operators of this library.
 
     True in four cases: in a trace, whose graph should run without this library; for ``torch.func`` inside a compiled
     function, where custom operators have no forward mode; for forward mode over forward mode, where an autograd
@@ -92,5 +95,5 @@ def batch_in_front(tensor: Tensor, dim: int | None, size: int, rank: int) -> Ten
 
 
 def double_noticing_changes(value: Tensor) -> Tensor:
-    """``value`` in float64; the backward raises an error if ``value`` was changed in place before."""
+    """``value`` in float64; the backward raises an error if ``value`` was changed in place after this call."""
     return value.pow(1).double()  # pow saves its base for the backward, so autograd detects the change; double does not

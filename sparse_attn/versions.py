@@ -34,7 +34,7 @@ if TORCH < (2, 6):
 
 @functools.cache
 def triton_version() -> str | None:
-    """The version of the installed Triton, or None. Read without importing Triton, which takes long."""
+    """The version of the installed Triton, or None. Triton is not imported for this, since the import takes long."""
     if importlib.util.find_spec("triton") is None:
         return None
     for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows"):
@@ -90,7 +90,7 @@ def _dynamo_is_exporting() -> bool:
 def fx_traces() -> bool:
     """Whether ``torch.fx`` or ``make_fx`` is tracing, without the warning of torch's public function.
 
-    The flag exists up to torch 2.13.
+    The flag that is read in older versions exists up to torch 2.13.
     """
     if TORCH >= (2, 14):
         return torch.fx._symbolic_trace._get_is_fx_tracing()  # type: ignore[attr-defined, unused-ignore]
@@ -112,7 +112,7 @@ def autocast_enabled(device: torch.device) -> bool:
 
 
 def _autocast_available(device_type: str) -> bool:
-    """Calls torch's function. Dynamo before 2.13 cannot trace that, but calls this one as a constant (marked below)."""
+    """Torch's function. Dynamo before 2.13 cannot trace it, but takes the result of this wrapper, marked below."""
     return torch.amp.is_autocast_available(device_type)
 
 

@@ -1,1 +1,1 @@
-"""Callbacks of a training: checkpoints, curves, and progress on the terminal."""
+"""Callbacks and a logger of a training: checkpoints, curves, a schedule of α, and progress on the terminal."""

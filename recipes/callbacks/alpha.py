@@ -1,4 +1,4 @@
-"""α of every head over a training."""
+"""Records α of every head over a training."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ COLUMNS = ("step", "layer", "head", "alpha")
 
 
 class AlphaCourse(L.Callback):
-    """Writes α of every head to ``alpha.csv`` and to every logger, at the start and whenever the trainer logs.
+    """Writes α of every head to ``alpha.csv`` and to the loggers.
 
-    A logger gets one number for each head, ``alpha/LAYER/headN``; TensorBoard also gets a histogram of each layer.
+    α is written at the start of a new run, every ``log_every_n_steps`` steps, and at the end of every epoch. A logger
+    other than ``MetricsCsv`` gets one number for each head, ``alpha/LAYER/headN``; TensorBoard also gets a histogram of
+    each layer.
 
     Args:
         folder: The run folder.
@@ -43,9 +45,9 @@ class AlphaCourse(L.Callback):
         self._written = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Writes the values after an update."""
+        """Writes the values after an update that is logged or is the last of an epoch."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        # Batches whose gradients are accumulated share a step; log_every_n_steps=0 logs nothing in between.
+        # Batches whose gradients are accumulated share a step; with log_every_n_steps=0, only the last is logged.
         if trainer.global_step != self._written and (
             trainer.is_last_batch or (every and trainer.global_step % every == 0)
         ):
@@ -70,6 +72,6 @@ class AlphaCourse(L.Callback):
             csv.writer(rows, lineterminator="\n").writerows(
                 (step, layer, head, f"{value:.6f}") for head, value in enumerate(of_layer)
             )
-        # All rows of a step are written at once, so that a killed process leaves either all of them or none.
+        # All rows of a step are written at once, so that a killed process rarely leaves only a part of them.
         with self.file.open("a", encoding="utf-8", newline="") as file:
             file.write(rows.getvalue())

@@ -13,7 +13,8 @@ from sparse_attn.optim import FilterFn, check_set_alpha, linear_alpha, of_attent
 class AlphaSchedule(L.Callback):
     """Changes the α of attention, learnt or fixed, linearly between two optimizer steps.
 
-    A learnt α follows the line up to ``last_step`` and is trained from then on. Works with any LightningModule.
+    A learnt α follows the line up to ``last_step`` and is trained from then on. The callback works with
+    any LightningModule.
 
     Args:
         start: α up to ``first_step``.
@@ -25,7 +26,7 @@ class AlphaSchedule(L.Callback):
 
     Raises:
         TypeError: A step or an α is not a number.
-        ValueError: α is outside ``(0, inf)``, or ``last_step`` not above ``first_step``; before the training begins,
+        ValueError: α is outside ``(0, inf)``, or ``last_step`` is not above ``first_step``; before the training begins,
             the model has no α that ``filter_fn`` accepts, or ``start`` or ``end`` is outside the range of a learnt α.
             No α is changed in this case.
     """

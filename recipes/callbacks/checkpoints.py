@@ -24,9 +24,9 @@ class BestAndLast(Checkpoint):
 
     Args:
         folder: The run folder.
-        monitor: The metric that selects the best epoch. Without a validation, every epoch counts as the best.
+        monitor: The metric that selects the best epoch. An epoch without this metric counts as the best.
         higher_is_better: Whether a higher value of the metric is better.
-        keep: Also write the weights after each epoch, as ``epoch_0001.ckpt`` and so on; keep the last ``keep`` files.
+        keep: Number of last epochs whose weights are kept, in files named ``epoch_0001.ckpt`` and so on; 0: none.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class BestAndLast(Checkpoint):
         self._begin = time.monotonic()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Removes incomplete checkpoints, which a killed training has left."""
+        """Removes incomplete checkpoints that a killed training left."""
         if trainer.is_global_zero:
             for unfinished in self.folder.glob(".*.tmp"):
                 unfinished.unlink()
@@ -54,7 +54,7 @@ class BestAndLast(Checkpoint):
         """
         check_finite(trainer, pl_module)
         if trainer.is_global_zero:
-            # The results of an earlier session belong to a checkpoint that is replaced now.
+            # The results of an earlier session do not hold for the continued training.
             (self.folder.parent / RESULTS).unlink(missing_ok=True)
         write_curves(trainer)
         score = trainer.callback_metrics.get(self.monitor)
@@ -74,7 +74,7 @@ class BestAndLast(Checkpoint):
             with replacing(self.folder / name) as unfinished:
                 trainer.save_checkpoint(unfinished, weights_only)
         else:
-            trainer.save_checkpoint(self.folder / name, weights_only)  # every process must call; the first one writes
+            trainer.save_checkpoint(self.folder / name, weights_only)  # all processes must call; the first one writes
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far, and how long the training took over all its sessions."""

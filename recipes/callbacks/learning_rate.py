@@ -1,4 +1,4 @@
-"""Logging of the learning rate."""
+"""Logs the learning rate, and adapts that of a resumed training to its new length."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LearningRate(L.Callback):
     _rate = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compares the learning rates in the checkpoint with those of the current schedule."""
+        """Sets the learning rates of the current schedule if those in the checkpoint differ, and reports the change."""
         for config in trainer.lr_scheduler_configs:
             scheduler = cast(LambdaLR, config.scheduler)
             groups = scheduler.optimizer.param_groups

@@ -16,8 +16,7 @@ from ..run import METRICS
 class MetricsCsv(Logger):
     """Writes ``metrics.csv``: one row per step, one column per metric, empty where a step has no value.
 
-    Lightning's own logger deletes an existing file; this logger appends to it. ``step`` counts finished
-    updates.
+    Lightning's own logger deletes an existing file; this logger keeps its rows. ``step`` counts finished updates.
 
     Args:
         save_dir: The run folder.

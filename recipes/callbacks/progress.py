@@ -71,7 +71,7 @@ class EpochBar(RichProgressBar):
         return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """The loss of the last step and the error rate of the last validation."""
+        """The loss of the last step, and the first metric in the last validation."""
         first = cast(Seq2SeqTask, pl_module).hparams["metrics"][0]
         shown = {"train/loss_step": "loss", f"val/{first}": short_label(first)}
         metrics = super().get_metrics(trainer, pl_module)
@@ -79,12 +79,12 @@ class EpochBar(RichProgressBar):
 
 
 def short_label(metric: str) -> str:
-    """The name of a metric without its unit."""
+    """The label of a metric without its unit."""
     return METRICS[metric].label.removesuffix(" %")
 
 
 def epoch_line(trainer: L.Trainer, task: Seq2SeqTask, seconds: float) -> str:
-    """The state of the training in 80 columns: losses, error rates in percent, and the mean of all α."""
+    """The state of the training in one line: losses, metrics, the mean of all α, and the duration of the epoch."""
     metrics = trainer.callback_metrics
     parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
     for label, name, form in (

@@ -35,10 +35,11 @@ def render(settings: Sequence[Setting], metrics: Sequence[str], form: str, notes
 
     Args:
         settings: The settings, one per line.
-        metrics: The metrics, one column each. With a baseline there are two more columns per metric: the difference,
-            with the interval that contains 95 % of the resampled differences, and its p-value.
+        metrics: The metrics, one column each. A metric with differences from a baseline has two more columns: the
+            difference, with the interval that contains 95 % of the resampled differences, and the p-value. In CSV every
+            metric has six columns: mean, standard deviation, difference, both ends of the interval, and p-value.
         form: The format.
-        notes: Lines under the table.
+        notes: Lines under the table; in LaTeX comments above it, in CSV left out.
     """
     if form == "csv":
         return _csv(settings, metrics)

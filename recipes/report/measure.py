@@ -207,7 +207,7 @@ def _observe_all(model: nn.Module, loader: Iterable[dict[str, Any]], take: Calla
 
 
 def _statistics(layer: RecordedLayer) -> dict[str, tuple[Tensor, Tensor]]:
-    """Sum and count per head, for one batch, of each statistic that determines the role of a head."""
+    """Sum and count per head, for one batch, of the statistics that ``AttentionRecord`` does not have."""
     weights, visible = layer.weights, layer.visible
     values = {
         "diffuse": entropy(weights, visible, relative=True),

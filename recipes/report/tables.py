@@ -161,7 +161,7 @@ def head_rows(
     top_k: Mapping[str, int],
     further: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> list[dict[str, str]]:
-    """One row per head, for `heads.csv` and the report; a cell without a value is empty.
+    """One row per head, for `heads.csv` and `numbers.json`; a cell without a value is empty.
 
     Args:
         heads: layer name -> measurements of its heads.

@@ -31,7 +31,7 @@ class ReadWords:
         outputs: the outputs of the model.
         sources: the tokens of each word, followed by ``<eos>``: the keys of cross-attention.
         read: the tokens that the decoder reads, one per step, beginning with ``<bos>``.
-        written: the tokens that the decoder generates, one per step, ending with ``<eos>``.
+        written: the tokens that the decoder generates, one per step, followed by ``<eos>``.
         record: the attention for all words, in one batch.
     """
 
@@ -45,7 +45,7 @@ class ReadWords:
 
 @torch.no_grad()
 def read_batch(task: Any, words: Sequence[str], longest: int = LONGEST_SHOWN) -> ReadWords:
-    """Predict words and record the attention, step by step under teacher forcing.
+    """Predict the outputs of words, and record the attention of one pass in which the decoder reads these outputs.
 
     Args:
         task: a `Seq2SeqTask` in evaluation mode.
@@ -110,6 +110,7 @@ def given_words(words: Any, word: Any, file: Any, fields: Sequence[str]) -> list
         return None
     found = [str(word)] if words is None else ([str(each) for each in words] if not isinstance(words, str) else [words])
     if not found or not all(found):
-        name = "word" if words is None else "words"
-        raise ValueError(f"{name} must hold at least one character, got {str(word) if words is None else found!r}")
+        if words is None:
+            raise ValueError(f"word must hold at least one character, got {str(word)!r}")
+        raise ValueError(f"words must hold at least one word, none of them empty, got {found!r}")
     return found

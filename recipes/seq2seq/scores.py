@@ -21,7 +21,7 @@ Decode: TypeAlias = Callable[[Tensor], list[list[int]]]
 
 @dataclass
 class Scores:
-    """The predictions for the words so far, and their distances to the references."""
+    """The predictions and references of the words so far, and the sums of loss and support."""
 
     sources: list[str] = field(default_factory=list)
     predictions: list[list[str]] = field(default_factory=list)

@@ -188,7 +188,7 @@ class Seq2SeqTask(L.LightningModule):
     def decode_words(
         self, words: Sequence[str], decode: Callable[[Tensor], Sequence[Decoded]], *, batch_size: int = 512
     ) -> list[Decoded]:
-        """The target tokens of each word by ``decode``, a function of the source ids (N, S) of several words."""
+        """The result of ``decode`` for each word; ``decode`` takes the source ids (N, S) of several words."""
         rows = [self.source_tokenizer.encode(word) for word in words]
         lengths = [(len(row), 0) for row in rows]
         found: dict[int, Decoded] = {}

@@ -26,7 +26,16 @@ from sparse_attn.kernels.functions.fused import fused_attention
 from sparse_attn.kernels.functions.native import native_attention
 from sparse_attn.kernels.setting import Setting
 from sparse_attn.kernels.sinks import with_packed_sinks, with_sink
-from sparse_attn.masks import check_mask, clear_padding, dense_mask, described_causal
+from sparse_attn.masks import (
+    Bounds,
+    causal_mask,
+    check_mask,
+    clear_padding,
+    combine_masks,
+    dense_mask,
+    described_causal,
+    with_bounds,
+)
 from sparse_attn.transforms import needs_plain_operations, values_known
 
 # From about this number of scores per head, blocks of queries are faster than one matrix.
@@ -43,7 +52,7 @@ class Call(NamedTuple):
     k: int | None  # how many keys a query keeps; None: all
     mask: Tensor | None
     dropout_p: float
-    is_causal: bool
+    bounds: Bounds  # hide keys in addition to the mask
     scale: float
     softcap: float | None = None
     sinks: Tensor | None = None  # (H,)
@@ -61,16 +70,17 @@ def choose_attention(call: Call) -> Callable[[Call], Tensor | None] | None:
     return _in_blocks if _can_block(call) else None
 
 
-def attend_packed(call: Call, query_starts: Tensor, key_starts: Tensor, left: int | None = None) -> Tensor | None:
+def attend_packed(call: Call, query_starts: Tensor, key_starts: Tensor) -> Tensor | None:
     """The output of packed sequences in one call of the C kernel; None if the kernel cannot compute them.
 
     The call has query (1, H, L, D), key (1, Hk, S, D), value (1, Hk, S, Dv) and no mask; the caller has checked the
-    dtypes and sizes of the starts. If ``left`` is given, query ``i`` of a sequence sees no key before ``i - left``.
+    dtypes and sizes of the starts. Its bounds count positions within each sequence.
     """
+    left, offset = call.bounds
     # A sink, as the first key, would be outside the window.
     if not _is_native(call) or (call.sinks is not None and left is not None):
         return None
-    q, k, v, alpha, _, offset, _ = _in_heads(call)
+    q, k, v, alpha, *_ = _in_heads(call)
     per_head, a = split_alpha(alpha)
     setting = Setting(a, float(call.scale), float(call.dropout_p), offset, call.k, left)
     starts = (query_starts.to(torch.int64).contiguous(), key_starts.to(torch.int64).contiguous())
@@ -161,7 +171,7 @@ class _Heads(NamedTuple):
     value: Tensor  # (N, Hk, S, Dv)
     alpha: float | Tensor  # a number or (H,)
     mask: Tensor | None  # (N or 1, H or 1, L or 1, S or 1)
-    offset: int | None  # as in Setting
+    bounds: Bounds
     output: tuple[int, ...]  # the shape of the call's output
 
 
@@ -180,7 +190,7 @@ def _in_heads(call: Call) -> _Heads:
             key_heads = max(key.shape[-3], value.shape[-3])
             heads = max(query.shape[-3], key_heads)
     shape = (*batch, *(() if len(sizes) == 2 else (heads,)), sizes[-2], key_sizes[-2])
-    mask, offset = _mask_and_offset(call.mask, call.is_causal, shape, query.device)
+    mask, bounds = _mask_and_bounds(call.mask, call.bounds, shape, query.device)
     if mask is not None:
         mask = _four_dimensions(mask, shape)
     alpha = call.alpha
@@ -191,20 +201,25 @@ def _in_heads(call: Call) -> _Heads:
         check_alpha(alpha)
     output = (*shape[:-1], value_sizes[-1])
     if len(batch) == 1 and sizes[:2] == (*batch, heads) and key_sizes[:2] == value_sizes[:2] == (*batch, key_heads):
-        return _Heads(query, key, value, alpha, mask, offset, output)
+        return _Heads(query, key, value, alpha, mask, bounds, output)
     q, k, v = (
         x.expand(*batch, n, *x.shape[-2:]).reshape(-1, n, *x.shape[-2:])
         for x, n in ((query, heads), (key, key_heads), (value, key_heads))
     )
-    return _Heads(q, k, v, alpha, mask, offset, output)
+    return _Heads(q, k, v, alpha, mask, bounds, output)
 
 
 def _fused(call: Call) -> Tensor | None:
     """Attention by the fused kernels; by torch for the number α = 1. If a kernel fails: in blocks, or None."""
-    q, k, v, alpha, mask, offset, shape = _in_heads(call)
+    q, k, v, alpha, mask, (left, offset), shape = _in_heads(call)
+    padding = mask
+    if left is not None:
+        if mask is not None and mask.shape[1] == 1:
+            k, v = clear_padding(k, v, mask)
+        mask = _with_left(mask, left, q, k)
     if not isinstance(alpha, Tensor) and alpha == 1:
         return _softmax(q, k, v, mask, call.dropout_p, offset, call.scale).reshape(shape)
-    lengths = None if mask is None else _lengths(mask, len(q), k.shape[2])
+    lengths = None if padding is None else _lengths(padding, len(q), k.shape[2])
     tensors, numbers = (q, k, v, alpha, mask), (call.dropout_p, offset)
     if torch.compiler.is_compiling():
         return fused_attention(*tensors, *numbers, scale=call.scale, key_lengths=lengths).reshape(shape)
@@ -215,12 +230,15 @@ def _fused(call: Call) -> Tensor | None:
 
 def _native(call: Call) -> Tensor:
     """Attention by the C kernel, which also supports ``k`` and sinks."""
-    q, k, v, alpha, mask, offset, shape = _in_heads(call)
+    q, k, v, alpha, mask, (left, offset), shape = _in_heads(call)
     per_head, a = split_alpha(alpha)
     dropout_p = float(call.dropout_p)
     if call.sinks is None:
-        output = native_attention(q, k, v, per_head, mask, Setting(a, float(call.scale), dropout_p, offset, call.k))
+        setting = Setting(a, float(call.scale), dropout_p, offset, call.k, left)
+        output = native_attention(q, k, v, per_head, mask, setting)
     else:
+        if left is not None:  # the sink, as the first key, would be outside the bound
+            mask = _with_left(mask, left, q, k)
         wide, sinks = compute_dtype(q), call.sinks.expand(q.shape[1])
         longer = with_sink(q.to(wide), k.to(wide), v.to(wide), mask, offset, sinks, call.scale)
         tensors = (longer.query, longer.key, longer.value, per_head, longer.mask)
@@ -234,7 +252,7 @@ def _in_blocks(call: Call) -> Tensor:
     key, value = repeat_heads(query, key, value)
     batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     shape = (*batch, query.shape[-2], key.shape[-2])
-    mask, offset = _mask_and_offset(call.mask, call.is_causal, shape, query.device)
+    mask, (left, offset) = _mask_and_bounds(call.mask, call.bounds, shape, query.device)
     if mask is not None:
         key, value = clear_padding(key, value, mask)
     check_alpha(call.alpha)
@@ -244,28 +262,34 @@ def _in_blocks(call: Call) -> Tensor:
     query, key, value = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))
     scale = call.scale
     if call.sinks is not None:
+        if left is not None:
+            mask, left = with_bounds(mask, Bounds(left), shape[-2], shape[-1], query.device), None
         query, key, value, mask, offset = with_sink(query, key, value, mask, offset, call.sinks, scale)
         scale = 1.0
     if mask is not None:
         mask = mask.expand(*batch, query.shape[-2], key.shape[-2])
-    setting = Setting(a, scale, call.dropout_p, offset, call.k)
+    setting = Setting(a, scale, call.dropout_p, offset, call.k, left)
     query, key, value = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))
     output = blockwise_attention(query, key, value, alpha, mask, setting, call.softcap)
     return output.view(*shape[:-1], -1).to(call.query.dtype)
 
 
-def _mask_and_offset(
-    mask: Tensor | None, is_causal: bool, shape: tuple[int, ...], device: torch.device
-) -> tuple[Tensor | None, int | None]:
-    """The checked mask and the offset of ``Setting``; a ``CausalBias`` of the scores' size becomes an offset only."""
-    if mask is None:
-        return None, 0 if is_causal else None
+def _with_left(mask: Tensor | None, left: int, query: Tensor, key: Tensor) -> Tensor | None:
+    """A mask of four dimensions that also hides the keys before a left bound, for kernels without this bound."""
+    mask = with_bounds(mask, Bounds(left), query.shape[2], key.shape[2], query.device)
+    return None if mask is None else mask[(None,) * (4 - mask.dim())]
+
+
+def _mask_and_bounds(
+    mask: Tensor | None, bounds: Bounds, shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor | None, Bounds]:
+    """The checked mask, and the bounds; a ``CausalBias`` of the scores' size becomes a bound."""
     described = described_causal(mask)
-    if described is not None and described[:2] == shape[-2:]:
-        return None, described[2]
+    if mask is None or (described is not None and bounds.right is None and described[:2] == shape[-2:]):
+        return None, bounds if described is None else Bounds(bounds.left, described[2])
     mask = dense_mask(mask, device)
     check_mask(mask, shape)
-    return mask, None
+    return mask, bounds
 
 
 def _softmax(
@@ -281,11 +305,12 @@ def _softmax(
     if mask is not None and mask.is_floating_point():
         lowest = torch.finfo(mask.dtype).min
         mask = mask.masked_fill(mask <= lowest, float("-inf")).to(query.dtype)
-    if offset:
-        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril(offset)
     grouped = query.shape[1] != key.shape[1]
     if mask is not None and mask.shape[1] == 1:
         key, value = clear_padding(key, value, mask)
+    if offset is not None and (offset != 0 or mask is not None):
+        causal = causal_mask(query.shape[-2], key.shape[-2], query.device, offset=offset)
+        mask, offset = combine_masks(mask, causal), None
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout_p, offset == 0, scale=scale, enable_gqa=grouped
     )

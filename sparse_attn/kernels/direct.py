@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.functions.native import planned_attention
 from sparse_attn.kernels.setting import Setting
+from sparse_attn.masks import Bounds
 from sparse_attn.transforms import is_traced
 
 _CLASSES = (Tensor, torch.nn.Parameter)  # other classes may change the meaning of an operation
@@ -31,7 +32,7 @@ def attend_directly(
     alpha: float | Tensor,
     k: int | None,
     mask: Tensor | None,
-    is_causal: bool,
+    bounds: Bounds,
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor | None:
@@ -44,7 +45,7 @@ def attend_directly(
     per_head = alpha if isinstance(alpha, Tensor) else None
     if type(alpha) is not float and not _is_plain(alpha):
         return None
-    if not (scale is None or type(scale) is float) or not (k is None or type(k) is int) or type(is_causal) is not bool:
+    if not (scale is None or type(scale) is float) or not (k is None or type(k) is int):
         return None
     if (
         is_traced()
@@ -60,7 +61,7 @@ def attend_directly(
         *(value.shape, value.stride(), value.dtype),
         None if per_head is None else (per_head.shape, per_head.stride(), per_head.dtype),
         None if mask is None else (mask.shape, mask.stride(), mask.dtype),
-        *(1.0 if per_head is not None else alpha, k, is_causal, scale, bool(enable_gqa)),
+        *(1.0 if per_head is not None else alpha, k, bounds, scale, bool(enable_gqa)),
     )
     if plan is None:
         return None
@@ -89,7 +90,7 @@ def _plan(
     mask: tuple[_Sizes, _Sizes, torch.dtype] | None,
     number: float,
     k: int | None,
-    is_causal: bool,
+    bounds: Bounds,
     scale: float | None,
     enable_gqa: bool,
 ) -> Any:
@@ -109,10 +110,11 @@ def _plan(
     if mask is not None:
         full = (batch, heads, queries, keys)
         fits = len(mask[0]) == 4 and all(size in (1, most) for size, most in zip(mask[0], full, strict=True))
-        if not fits or is_causal or mask[2] not in (torch.bool, *_DTYPES):
+        if not fits or mask[2] not in (torch.bool, *_DTYPES):
             return None
     kernels = dispatch.native_kernels()
-    setting = Setting(number - 1, 1 / math.sqrt(depth) if scale is None else scale, 0.0, 0 if is_causal else None, k)
+    scale = 1 / math.sqrt(depth) if scale is None else scale
+    setting = Setting(number - 1, scale, 0.0, bounds.right, k, bounds.left)
     layouts = ((query, query_strides, dtype), (key, key_strides, key_dtype), (value, value_strides, value_dtype))
     of_alpha, of_mask = (None if x is None else kernels.Layout(*x) for x in (alpha, mask))
     return kernels.make_plan(*(kernels.Layout(*x) for x in layouts), of_alpha, of_mask, setting, None)

@@ -13,7 +13,7 @@ class Setting(NamedTuple):
     a: float  # α - 1; not used if α is a tensor
     scale: float
     dropout_p: float
-    offset: int | None  # causal: query i sees the keys up to i + offset; None: every query sees every key
+    offset: int | None  # query i sees no key after i + offset (causal: 0, top-left); None: no limit
     k: int | None = None  # how many keys a query keeps; None: all
     left: int | None = None  # query i sees no key before i - left; None: no limit
 

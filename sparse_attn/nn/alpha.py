@@ -1,4 +1,4 @@
-"""α as a bounded parameter: α itself is learnt, and its gradient is projected beyond a small margin past the bounds.
+"""α of a module: a number, a buffer, or a learnt parameter that is clamped to a range where it is used.
 
 A sigmoid cannot represent the bounds, and its gradient vanishes near them. Here α itself is the parameter, and it is
 clamped where it is used. Three simpler gradients fail:
@@ -9,11 +9,11 @@ clamped where it is used. Three simpler gradients fail:
   both sides, only the part that points inside would remain.
 
 Therefore the gradient passes unchanged inside the range, on its bounds and up to a margin past them. Beyond the margin
-the part that points outwards is set to zero. In a plain training loop the parameter ends at most one optimizer step
-past the margin (further with momentum).
+a gradient whose descent step would go further out is set to zero. In a plain training loop the parameter ends at most
+one optimizer step past the margin (further with momentum).
 
-``sparse_attn.optim.project_alpha`` after each step moves the parameter back to the bound, so that the margin is never
-used.
+Optionally, a call of ``sparse_attn.optim.project_alpha`` after each step moves the parameter back to the bound. Then
+the margin is never used.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class _BoundedInGraphs(torch.autograd.Function):
-    """The form for ``torch.compile``, which does not support autograd functions with forward mode."""
+    """For :func:`bounded_alpha` under ``torch.compile``, which supports no autograd functions with forward mode."""
 
     generate_vmap_rule = True
 
@@ -71,8 +71,8 @@ class _Bounded(_BoundedInGraphs):
 def bounded_alpha(raw: Tensor, alpha_range: tuple[float, float]) -> Tensor:
     """``raw`` clamped to the range, with the gradient of the identity up to 2 % of the range past a bound.
 
-    Beyond that margin the part of the gradient that points outwards is zero. In forward mode the tangent is never
-    changed.
+    Beyond that margin, a gradient whose descent step would go further out becomes zero; but not in an export or another
+    graph of plain operations. In forward mode the tangent is never changed.
 
     Example:
         >>> raw = torch.tensor([0.5, 1.0, 1.0, 1.5], requires_grad=True)
@@ -112,7 +112,7 @@ def value_for(name: str, value: Any, argument: str) -> Any:
         return value
     if name not in value:
         raise ValueError(
-            f"{argument} must have a value for the layer {name!r}, got one for {', '.join(value) or 'none'}"
+            f"{argument} must have a value for the layer {name!r}, got values for {', '.join(value) or 'none'}"
         )
     return value[name]
 
@@ -131,7 +131,7 @@ def initial_alpha(
 
 
 def one_or_per_head(alpha: float | Sequence[float] | Tensor, name: str) -> Tensor:
-    """A number, a sequence or a tensor of numbers in float64 on the CPU, without a graph."""
+    """A number, a sequence or a tensor of numbers as a float64 tensor on the CPU, without a graph."""
     try:
         given = float(alpha) if isinstance(alpha, Fraction) else alpha
         if torch.as_tensor(given).dtype != torch.bool:
@@ -176,7 +176,7 @@ def _to_float32(raw_alpha: Tensor, value: Tensor, grad: Tensor | None) -> None:
 class WideAlpha(nn.Module):
     """A module with an α, learnt or fixed, that stays in float32 or wider even after ``.to`` and ``.half``.
 
-    In bfloat16 the distance between two numbers at 1.5 is 0.008: no optimizer step would change α.
+    In bfloat16 the distance between two numbers at 1.5 is 0.008: an optimizer step below 0.004 would not change α.
 
     Attributes:
         alpha_range: The closed interval of a learnt α.
@@ -256,7 +256,7 @@ class WideAlpha(nn.Module):
             self.raw_alpha = None  # a refused load adds no buffer
 
     def _alpha_without_checkpoint(self) -> Tensor | None:
-        """The α to use if a state dict has none; None if the key is then missing."""
+        """The α to use if a state dict has none; None: the key counts as missing if α is a tensor."""
         return None
 
     def _misfit(self, key: str, loaded: Tensor, saved_range: tuple[float, float] | None) -> str | None:
@@ -395,5 +395,5 @@ class HeadAlpha(WideAlpha):
 
 def head_alpha(module: nn.Module) -> HeadAlpha | None:
     """The learnt α of another library's attention module, or None."""
-    # PEFT's `modules_to_save` replaces the module by a wrapper that passes attributes on.
+    # The type is not checked: PEFT's `modules_to_save` replaces a HeadAlpha by a wrapper that passes attributes on.
     return getattr(module, "sparse_alpha", None)

@@ -123,8 +123,8 @@ class EntmaxLoss(HoldsAlpha):
     Learn α only if the objective has another term that depends on α: this loss decreases as α grows, on any data.
 
     Args:
-        alpha: A number or a tensor in ``(0, inf)``. A tensor must have one element, or have size 1 along the classes
-            and broadcast against the input. An ``nn.Parameter`` is learnt, and becomes float32 in place if it
+        alpha: A number or a tensor in ``(0, inf)``. A tensor must have size 1 along the classes and broadcast
+            against the input. An ``nn.Parameter`` is learnt, and becomes float32 in place if it
             is in half precision; any other tensor is copied into a buffer.
         weight: One weight per class, kept as a buffer.
         ignore_index: Examples with this class index are ignored.
@@ -211,5 +211,5 @@ def _arguments(module: _Loss) -> dict[str, Any]:
 
 
 def _shown_arguments(module: _Loss) -> str:
-    """All arguments but the weight, which is as long as the vocabulary."""
+    """All arguments but the weight, which has one entry per class."""
     return ", ".join(f"{name}={value!r}" for name, value in _arguments(module).items() if name != "weight")

@@ -72,8 +72,8 @@ def alpha_modules(model: nn.Module) -> dict[str, WideAlpha]:
 
     A module that occurs in several places is listed once, under the first of its names.
 
-    PEFT's `modules_to_save` keeps the original module and the copies of inactive adapters. Both are left out. The
-    active copy has the name that the module had before it was wrapped.
+    PEFT's `modules_to_save` keeps the original module and one copy per adapter. Only the module in use is listed: the
+    copy of the active adapter or else the original, under the name that the module had before it was wrapped.
     """
     check_module(model)
     found: dict[str, WideAlpha] = {}

@@ -10,7 +10,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sparse_attn.checks import check_bool, check_dropout, check_floating, check_int
-from sparse_attn.masks import Window, check_mask_dtype, check_window, multihead_mask, visible_keys, visible_pairs
+from sparse_attn.masks import (
+    Bounds,
+    Window,
+    check_mask_dtype,
+    check_window,
+    multihead_mask,
+    visible_keys,
+    visible_pairs,
+)
 from sparse_attn.nn.cache import KVCache
 from sparse_attn.nn.positions import Positions, Rotary, places, turn
 from sparse_attn.nn.scaling import LengthScaling
@@ -46,7 +54,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         positions: Position encoding: ``RotaryPositions``, ``ALiBi``, ``NAPE`` or another subclass of
             :class:`Positions`. The extra keys of ``add_bias_kv`` and ``add_zero_attn`` have no position: no rotary
             turn, bias or window applies to them.
-        length_scaling: Multiply queries by a learnt factor that grows with the number of visible keys, see
+        length_scaling: Multiply queries by a learnt function of the number of visible keys, see
             :class:`LengthScaling` (its parameters are ``length_scaling.beta_weight``, ``beta_bias``, ``gamma_weight``
             and ``gamma_bias``).
     """
@@ -185,8 +193,8 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
 
         Raises:
             TypeError: An input is nested or not floating; a mask is neither boolean nor floating.
-            ValueError: Shapes do not fit; ``is_causal``, positions or a window are used with a static cache, for which
-                queries have no position; ``rotary`` is given although the layer's ``positions`` rotate.
+            ValueError: Shapes do not fit; ``is_causal``, ``rotary``, positions or a window is used with a static cache,
+                for which queries have no position; ``rotary`` is given although the layer's ``positions`` rotate.
         """
         batched = self._check_inputs(query, key, value)
         if not batched:
@@ -197,7 +205,8 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         q, k, v = self._project(query, key, value, batch_first=batch_first, cache=cache, rotary=rotary)
         to_keep, offset = (k, v), 0 if cache is None else k.shape[-2] - q.shape[-2]
         own_bias = None if self.positions is None else self.positions.bias(places(offset, q), places(0, k))
-        mask, is_causal = multihead_mask(
+        with_weights = need_weights or weights_are_observed()
+        mask, bounds = multihead_mask(
             attn_mask,
             key_padding_mask,
             position_bias,
@@ -207,13 +216,16 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             shape=(*q.shape[:-1], k.shape[-2]),
             offset=offset,
             device=q.device,
-            only_causal=self.bias_k is None and not self.add_zero_attn and self.length_scaling is None,
+            # The weights are reported with all visible pairs; extra keys lie outside the bounds, but are visible.
+            with_bounds_apart=not (
+                with_weights or self.bias_k is not None or self.add_zero_attn or self.length_scaling is not None
+            ),
         )
         k, v, mask = self._extend_keys(k, v, mask)
         if self.length_scaling is not None:
             rows = query if batch_first else query.transpose(0, 1)
             q = q * self.length_scaling(rows, visible_keys(mask, k.shape[-2], q.device)).to(q.dtype)
-        output, weights = self._attend(q, k, v, mask, is_causal, need_weights=need_weights, batched=batched)
+        output, weights = self._attend(q, k, v, mask, bounds, with_weights=with_weights, batched=batched)
         output = self.out_proj(rearrange(output, "n h l d -> n l (h d)"))
         if cache is not None:
             cache.key, cache.value = to_keep  # last, so that a call that raises leaves the cache unchanged
@@ -275,7 +287,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         cache: KVCache | None,
         rotary: Rotary | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (N, heads, length, D), normalised and rotated; cached keys and values come first."""
+        """Queries, keys, values (N, heads, length, D): queries and keys normalised and rotated, cached ones first."""
         sizes = [self.embed_dim] + 2 * [self.num_kv_heads * self.head_dim]
         if self.in_proj_weight is None:
             weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
@@ -324,20 +336,20 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-        is_causal: bool,
+        bounds: Bounds,
         *,
-        need_weights: bool,
+        with_weights: bool,
         batched: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The heads' outputs (N, H, L, D), and the weights if they are needed or observed."""
-        observed = weights_are_observed()
         output, weights = attend(
-            *(q, k, v, self.mapping(), mask, self.dropout if self.training else 0.0, is_causal),
-            need_weights=need_weights or observed,
+            *(q, k, v, self.mapping(), mask, self.dropout if self.training else 0.0),
+            bounds=bounds,
+            need_weights=with_weights,
             enable_gqa=self.num_kv_heads < self.num_heads,
         )
-        if observed and weights is not None:
-            visible = visible_pairs(mask, is_causal, weights)
+        if weights is not None and weights_are_observed():
+            visible = visible_pairs(mask, False, weights)
             if not batched and visible is not None and visible.dim() == 4:
                 visible = visible[0]
             report_weights(self, weights if batched else weights[0], visible)

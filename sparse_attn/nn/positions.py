@@ -1,7 +1,7 @@
 """Positions of queries and keys: a rotation of both, or a bias of their scores.
 
-All of them are relative: shifting all queries and keys by the same number of places does not change the scores. They
-are computed when they are needed, not read from tables, so there is no largest length.
+The classes below are relative: shifting all queries and keys by the same number of places does not change the scores.
+They are computed when they are needed, not read from tables, so there is no largest length.
 """
 
 from __future__ import annotations

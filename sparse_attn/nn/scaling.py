@@ -1,4 +1,4 @@
-"""Scores that grow with the number of keys, so that attention stays as sparse on long inputs as on short ones."""
+"""Scaling of scores by the number of keys, so that attention can stay as sparse on long inputs as on short ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LengthScaling(nn.Module):
         dtype: The dtype of the parameters.
 
     Raises:
-        ValueError: ``unscaled_heads`` leaves no head to scale.
+        ValueError: ``unscaled_heads`` is negative or leaves no head to scale.
 
     Shape:
         ``x`` (N, L, E) and ``visible`` broadcastable to (N, H, L) -> (N, H, L, 1).

@@ -34,7 +34,7 @@ class TopKMultiheadAttention(SparseMultiheadAttention):
         window: (left, right): how many keys a query sees before and after its own position; one int for both sides.
         qk_norm: RMSNorm on the queries and keys of every head.
         positions: ``RotaryPositions``, ``ALiBi``, ``NAPE`` or another subclass of ``Positions``.
-        length_scaling: Scale queries by a learnt factor that grows with the number of keys. This argument and the four
+        length_scaling: Scale queries by a learnt function of the number of visible keys. This argument and the four
             before are described in :class:`SparseMultiheadAttention`.
 
     Raises:

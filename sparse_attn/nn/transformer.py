@@ -366,7 +366,7 @@ def _check_masks(
     key_padding_mask: Tensor | None,
     names: tuple[str, str],
 ) -> None:
-    """Raise unless the masks fit, with the names that the user gave; the attention's errors have its own names."""
+    """Raise unless the masks fit, with the names that the user gave; errors of the attention would use other names."""
     if (mask is None and key_padding_mask is None) or not isinstance(attention, SparseMultiheadAttention):
         return
     batched = query.dim() == 3

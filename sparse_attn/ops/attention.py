@@ -25,7 +25,17 @@ from sparse_attn.checks import (
 from sparse_attn.kernels.choose_attention import Call, autocast_dtype, choose_attention, one_per_head, repeat_heads
 from sparse_attn.kernels.direct import attend_directly
 from sparse_attn.kernels.sinks import sink_scores
-from sparse_attn.masks import apply_mask, causal_mask, check_mask, clear_padding, dense_mask, described_causal
+from sparse_attn.masks import (
+    CAUSAL,
+    NO_BOUNDS,
+    Bounds,
+    apply_mask,
+    check_mask,
+    clear_padding,
+    dense_mask,
+    described_causal,
+    with_bounds,
+)
 from sparse_attn.ops.entmax import entmax_along
 
 Normalizer = Literal["softmax", "sparsemax"]
@@ -159,7 +169,7 @@ def topk_attention(
 
     Raises:
         TypeError: An argument has a wrong type or dtype, or ``k`` is not an int.
-        ValueError: Shapes do not fit, ``k`` is below 1, ``softcap`` is not above 0, ``scale`` is not finite, or
+        ValueError: Shapes do not fit, ``k``, ``dropout_p``, ``softcap`` or ``scale`` is outside its range, or
             ``normalizer`` is unknown.
 
     Example:
@@ -217,16 +227,20 @@ def attend(
     enable_gqa: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bounds: Bounds = NO_BOUNDS,
     need_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output of attention with any mapping, and the weights (after dropout) if ``need_weights``.
+    """The output of attention with any mapping, and the weights (after dropout), or None unless ``need_weights``.
 
-    The weights (..., H, L, S) are those of the keys, without the weight of a sink. The other arguments are those of the
-    public functions.
+    The weights (..., H, L, S) are those of the keys, without the weight of a sink. ``bounds`` hide keys in addition to
+    a mask. The other arguments are those of the public functions.
     """
     known = mapping if isinstance(mapping, ScoreMapping) and not need_weights else None
-    if known and dropout_p == 0.0 and softcap is None and sinks is None and not torch.compiler.is_compiling():
-        output = attend_directly(query, key, value, known.alpha, known.k, attn_mask, is_causal, scale, enable_gqa)
+    if is_causal and attn_mask is None:
+        bounds = CAUSAL
+    plain = dropout_p == 0.0 and softcap is None and sinks is None and not (is_causal and attn_mask is not None)
+    if known and plain and not torch.compiler.is_compiling():
+        output = attend_directly(query, key, value, known.alpha, known.k, attn_mask, bounds, scale, enable_gqa)
         if output is not None:
             return output, None
     check_shapes(query, key, value, enable_gqa)
@@ -239,14 +253,12 @@ def attend(
     query, key, value = _of_one_rank(query, key, value)
     scale = default_scale(query) if scale is None else scale
     if known:
-        call = Call(query, key, value, known.alpha, known.k, attn_mask, dropout_p, is_causal, scale, softcap, sinks)
+        call = Call(query, key, value, known.alpha, known.k, attn_mask, dropout_p, bounds, scale, softcap, sinks)
         compute = choose_attention(call)
         output = None if compute is None else compute(call)
         if output is not None:
             return output, None
-    if is_causal:
-        attn_mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
-    arguments = (mapping, attn_mask, dropout_p, scale, softcap, sinks)
+    arguments = (mapping, attn_mask, bounds, dropout_p, scale, softcap, sinks)
     dtype = autocast_dtype(query)
     if dtype is None:
         return _by_one_matrix(query, key, value, *arguments)
@@ -264,6 +276,7 @@ def _by_one_matrix(
     value: Tensor,
     mapping: Callable[[Tensor], Tensor],
     attn_mask: Tensor | None,
+    bounds: Bounds,
     dropout_p: float,
     scale: float,
     softcap: float | None,
@@ -281,6 +294,7 @@ def _by_one_matrix(
         batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
         check_mask(attn_mask, (*batch, query.shape[-2], key.shape[-2]))
         key, value = clear_padding(key, value, attn_mask)
+    attn_mask = with_bounds(attn_mask, bounds, query.shape[-2], key.shape[-2], query.device)
     scores = (query * scale) @ key.transpose(-2, -1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -334,7 +348,7 @@ def _heads(x: Tensor) -> int:
 
 
 def check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    """Raise unless query, key and value have the same dtype, the same device and shapes that fit."""
+    """Raise unless query, key and value have one dtype (except under autocast), one device and shapes that fit."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_floating(x, name)
     if not (query.dtype == key.dtype == value.dtype or torch.is_autocast_enabled(query.device.type)):
@@ -358,7 +372,7 @@ def _wrong_sizes(query: torch.Size, key: torch.Size, value: torch.Size, enable_g
     if key[-2] != value[-2]:
         return "key and value must have the same length S"
     if enable_gqa and (least < 3 or not key[-3] or query[-3] % key[-3] or key[-3] != value[-3]):
-        return "key and value must have the same number of heads, a divisor of the query's"
+        return "key and value must have the same number of heads (dimension -3), a divisor of the query's"
     axes = -3 if enable_gqa else -2
     if not query[:axes] == key[:axes] == value[:axes]:
         try:

@@ -22,7 +22,7 @@ def budget_sparsemax(x: Tensor, budget: float | Tensor = 2.0, dim: int = -1) -> 
     .. math:: \operatorname{argmax}_p \langle p, x \rangle - \tfrac12 \lVert p \rVert^2, \quad
         0 \le p \le 1, \; \sum p = \text{budget}
 
-    Computed in float64 from a sort of the row.
+    The result is computed in float64 from a sort of each row.
 
     Args:
         x: Scores of any floating dtype; masked entries as in :func:`sparse_attn.entmax`. If fewer than ``budget``
@@ -35,7 +35,7 @@ def budget_sparsemax(x: Tensor, budget: float | Tensor = 2.0, dim: int = -1) -> 
         Entries in [0, 1], of ``x``'s shape and dtype.
 
     Raises:
-        TypeError: ``x`` or ``budget`` is not floating.
+        TypeError: ``x`` is not floating, or ``budget`` neither a number nor a floating tensor.
         ValueError: ``budget`` is outside ``(0, d]`` or its shape does not fit.
         IndexError: ``x`` has no dimension ``dim``.
 

@@ -46,16 +46,16 @@ def entmax_loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    r"""The α-entmax loss. At α = 1: cross-entropy; for α > 1: zero for an example whose target has probability one.
+    r"""The α-entmax loss. At α = 1: cross-entropy; for α > 1: zero for an example with ``p_c = 1``.
 
     .. math:: \ell(x, c) = \Omega^*_\alpha(x) - x_c, \qquad
         \Omega^*_\alpha(x) = \max_{p \in \triangle} \langle p, x \rangle + \frac{1-\sum p_i^\alpha}{\alpha(\alpha-1)}
 
     The maximum is attained by ``p = entmax(x, alpha)``, and the gradient is ``p`` minus the target. At α = 1 the result
-    is that of :func:`torch.nn.functional.cross_entropy` for the same arguments. The other arguments have the same
-    effect as in cross-entropy: with the smoothed target ``y``, the loss of an example is ``Σ w_c y_c ℓ(x, c)``. For a
-    target of probabilities this is the Fenchel-Young loss plus the constant ``H_α(y)``, which cross-entropy contains
-    too: the loss has its minimum at ``p = y``, and the minimum is not zero.
+    is that of :func:`torch.nn.functional.cross_entropy` for the same arguments. All arguments but ``alpha`` have the
+    same effect as in cross-entropy: with the smoothed target ``y``, the loss of an example is ``Σ w_c y_c ℓ(x, c)``.
+    For a target of probabilities this is the Fenchel-Young loss plus the constant ``H_α(y)``, which cross-entropy
+    contains too: the loss has its minimum at ``p = y``, and the minimum is ``H_α(y)``.
 
     Use α = 1 for probabilities (likelihood, calibration, sampling), 1.5 for decisions among many classes, 2 where the
     support is the answer. Do not learn α by this loss alone: the loss decreases in α on any data.
@@ -70,7 +70,7 @@ def entmax_loss(
             Differentiable.
         weight: One weight per class.
         ignore_index: Examples with this class index have loss zero and do not count in the mean.
-        reduction: ``"mean"``, weighted by the classes of the targets if these are indices; ``"sum"``; ``"none"``.
+        reduction: ``"mean"``, weighted by the weights of target classes given as indices; ``"sum"``; ``"none"``.
         label_smoothing: How much of the target, in ``[0, 1]``, is spread evenly over the classes.
 
     Returns:

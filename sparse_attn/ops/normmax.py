@@ -23,20 +23,21 @@ def normmax(x: Tensor, alpha: float | Tensor = 2.0, dim: int = -1) -> Tensor:
 
     .. math:: \operatorname{argmax}_{p \in \triangle} \langle p, x \rangle - \lVert p \rVert_\alpha
 
-    Computed in float64 from the α-entmax ``s`` of ``x α/(α-1)`` at ``2 - 1/α``: ``p = s^(1/α) / Σ s^(1/α)``.
+    The result is computed in float64 from the α-entmax ``s`` of ``x α/(α-1)`` at ``2 - 1/α``:
+    ``p = s^(1/α) / Σ s^(1/α)``.
 
     Args:
         x: Scores of any floating dtype; masked entries as in :func:`sparse_attn.entmax`.
         alpha: The norm's exponent: a number, or a tensor with size 1 along ``dim`` that broadcasts against ``x``, in
-            ``(1, inf)``. Differentiable. For α towards 1 the result tends to the arg max; for α towards ∞, to a nearly
-            uniform distribution over the entries less than 1 below the maximum.
+            ``(1, inf)``. Differentiable. For α towards 1 the result tends to the arg max; for α towards ∞, to the
+            uniform distribution over the support of ``sparsemax(x)``.
         dim: The dimension that sums to one.
 
     Returns:
         Probabilities of ``x``'s shape and dtype.
 
     Raises:
-        TypeError: ``x`` or ``alpha`` is not floating.
+        TypeError: ``x`` is not floating, or ``alpha`` neither a number nor a floating tensor.
         ValueError: α is outside ``(1, inf)`` or its shape does not fit.
         IndexError: ``x`` has no dimension ``dim``.
 

@@ -49,7 +49,7 @@ def tau(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
         gets ``inf``. Half precision is computed in float32.
 
     Raises:
-        TypeError: ``x`` or ``alpha`` is not floating.
+        TypeError: ``x`` is not floating, or ``alpha`` neither a number nor a floating tensor.
         ValueError: α is outside ``(0, inf)`` or its shape does not fit.
         IndexError: ``x`` has no dimension ``dim``.
 

@@ -9,7 +9,7 @@ from sparse_attn.ops.entmax import entmax_along
 
 
 def topk_softmax(x: Tensor, k: int, dim: int = -1) -> Tensor:
-    """Softmax over exactly the ``k`` largest scores along ``dim``, zero elsewhere.
+    """Softmax over the ``k`` largest scores along ``dim``, zero elsewhere.
 
     Args:
         x: Scores of any floating dtype; masked entries as in :func:`sparse_attn.entmax`.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_attn.checks import check_dropout, check_starts
 from sparse_attn.kernels.choose_attention import Call, attend_packed
-from sparse_attn.masks import window_mask
+from sparse_attn.masks import Bounds
 from sparse_attn.ops.attention import (
     Options,
     ScoreMapping,
@@ -66,6 +66,7 @@ def entmax_attention_varlen(
     Raises:
         TypeError: An argument has a wrong type or dtype.
         ValueError: Shapes do not fit; cumulative lengths decrease, do not begin with 0 or do not end with the total.
+        RuntimeError: ``torch.jit.trace`` traces the call.
 
     Example:
         >>> query, key, value = torch.randn(3, 7, 4, 8).unbind()
@@ -113,8 +114,9 @@ def attend_varlen(
     """
     check_softcap_and_sinks(options["softcap"], options["sinks"], query, query.shape[1])
     scale = default_scale(query) if options["scale"] is None else options["scale"]
-    arguments = (mapping.alpha, mapping.k, None, dropout_p, is_causal, scale, options["softcap"], options["sinks"])
-    output = attend_packed(Call(query, key, value, *arguments), query_starts, key_starts, left)
+    bounds = Bounds(left, 0 if is_causal else None)
+    arguments = (mapping.alpha, mapping.k, None, dropout_p, bounds, scale, options["softcap"], options["sinks"])
+    output = attend_packed(Call(query, key, value, *arguments), query_starts, key_starts)
     if output is not None:
         return output
     if torch._C._is_tracing():
@@ -124,11 +126,7 @@ def attend_varlen(
     outputs = [query.new_empty(*query.shape[:2], 0, value.shape[-1])]
     for queries, keys in zip(pairwise(query_starts.tolist()), pairwise(key_starts.tolist()), strict=True):
         one = query[:, :, slice(*queries)], key[:, :, slice(*keys)], value[:, :, slice(*keys)]
-        mask = None
-        if left is not None:
-            mask = window_mask(one[0].shape[2], one[1].shape[2], (left, 0 if is_causal else None), query.device)
-        causal = is_causal and mask is None
-        outputs.append(attend(*one, mapping, mask, dropout_p, causal, **options, need_weights=False)[0])
+        outputs.append(attend(*one, mapping, None, dropout_p, bounds=bounds, **options, need_weights=False)[0])
     return torch.cat(outputs, 2)
 
 

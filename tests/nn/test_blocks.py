@@ -256,7 +256,7 @@ def test_repr_shows_the_arguments_beyond_torchs() -> None:
     assert AdaptiveSparseMultiheadAttention(E, H, window=(4, None)).extra_repr().endswith("=True, window=(4, None)")
 
 
-WINDOW = "window must be an int of at least 1, or a pair .left, right. of ints of at least 0 or None, got "
+WINDOW = "window must be an int of at least 1, or a pair .left, right., each None or an int of at least 0, got "
 
 
 @pytest.mark.parametrize(

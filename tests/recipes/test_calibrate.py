@@ -88,7 +88,7 @@ def test_a_second_calibration_with_the_same_state_repeats_no_pass(folder, capsys
     ("arguments", "message"),
     [
         (["density=0"], "density must be in (0, 1], got 0"),
-        ([], "one of density and loss_increase must be given, got None and None"),
+        ([], "exactly one of density and loss_increase must be given, got None and None"),
         (["density=0.2", "per=model"], "per must be 'head' or 'layer', got 'model'"),
         (["density=0.2", "tokens=1"], "tokens must be a whole number of at least 2, got 1"),
         (["density=0.2", "batches=0.5"], "batches must be a whole number of at least 1, got 0.5"),

@@ -1,4 +1,4 @@
-"""Encoded data on disk, in files named after a hash of the text, so that changed text has another file."""
+"""Encoded data on disk, in files named after a hash of texts and tokenizer: changed text has another file."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ class Seq2SeqData(L.LightningDataModule):
         batch_tokens: Instead of ``batch_size``: maximum number of tokens per batch, padding included, counted for the
             sources or the targets, whichever are longer.
         eval_batch_size: Maximum number of words per validation or test batch.
-        eval_batch_tokens: The same for validation and test batches, together with ``eval_batch_size``.
+        eval_batch_tokens: As ``batch_tokens``, for validation and test batches; it applies together with
+            ``eval_batch_size``.
         seed: Determines the order of the training batches, together with the epoch; the global random state has no
             effect.
         limit: Number of training words, drawn with a fixed seed; validation and test are reduced by the same factor.
@@ -70,7 +71,7 @@ class Seq2SeqData(L.LightningDataModule):
         max_length: Maximum number of tokens of each side: a longer training pair is left out, a longer input is cut.
         output_length: Maximum number of tokens of an output; None: 9 more than the longest training target, since
             correct outputs may be longer.
-        cache: A folder for encoded training data, in files named by a hash of their content.
+        cache: A folder for encoded training data, in files named by a hash of texts and tokenizer.
         metrics: The metrics, the most important first; see ``recipes.seq2seq.metrics.METRICS``.
         bleu_tokenize: How sacrebleu splits texts into words: ``"13a"``, ``"intl"``, ``"char"``, ``"zh"``, or ``"none"``
             for texts that are already split.

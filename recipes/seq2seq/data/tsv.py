@@ -1,4 +1,4 @@
-"""Tab-separated files: one example per line, columns in any order, one file per language."""
+"""Tab-separated files: one example per line, columns in any order, optionally one file per language."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ def load_tsv(
 
     Raises:
         FileNotFoundError: If a file is missing, or a language has none.
-        ValueError: If a file is empty or malformed; the message begins with ``file:line``.
+        ValueError: If a file is empty, malformed or not UTF-8. For a malformed line, the message begins with
+            ``file:line``.
     """
     if languages is None:
         return Splits(*(read_examples(path, columns) for path in (train, val, test)))

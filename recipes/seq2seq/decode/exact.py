@@ -18,8 +18,8 @@ from .prefixes import Hypothesis, Models, Sources, as_models
 
 # Limits of memory: words that are searched at the same time, and positions (prefixes × tokens) of one model call.
 WORDS, POSITIONS = 64, 8192
-# The number of prefixes that a word expands at once grows by one after every GROWTH expansions, up to WIDEST. Compared
-# with one prefix at a time, this adds less than one expansion in 16.
+# The number of prefixes that a word expands at once grows by one after every GROWTH expansions, up to WIDEST. Some of
+# these expansions may not be needed by a search that expands one prefix at a time.
 GROWTH, WIDEST = 16, 64
 
 
@@ -28,7 +28,8 @@ class ExactHypothesis(Hypothesis):
     """The best hypothesis that an exact search has seen.
 
     Attributes:
-        proved: Whether no hypothesis of at most ``max_length`` tokens is more probable; False: the budget was reached.
+        proved: Whether no hypothesis of at most ``max_length`` tokens is more probable. False if the
+            budget was reached, or no hypothesis can end within ``max_length`` tokens.
         expansions: Prefixes whose next tokens were computed.
         mass: Probability of all finished hypotheses that were seen.
         single: Whether no other hypothesis is possible.
@@ -48,9 +49,9 @@ def exact_search(model: Models, source: Tensor, *, budget: int, max_length: int)
     """The most probable hypothesis of every row.
 
     Greedy decoding gives a first hypothesis; then the search always expands the most probable open prefix. A prefix is
-    removed as soon as it is not more probable than the best finished hypothesis, since no continuation can be more
-    probable than its prefix (Stahlberg & Byrne 2019, with depth-first search). The search ends when no prefix is left:
-    then the hypothesis is proved.
+    not expanded if it is not more probable than the best finished hypothesis, since no continuation can be more
+    probable than its prefix (Stahlberg & Byrne 2019, with depth-first search). The search ends when no such prefix is
+    left, and the hypothesis is then proved; or when the budget is reached.
 
     Args:
         model: One model, or several whose probabilities are averaged. The mode of each module is not changed.

@@ -25,8 +25,8 @@ class Hypothesis:
     Attributes:
         tokens: Target ids without special tokens.
         log_probability: Natural logarithm of the probability of the tokens and the end-of-sequence token.
-        finished: False if the hypothesis was cut at ``max_length`` and cannot end there: its probability then includes
-            only the tokens.
+        finished: False if the hypothesis was cut at ``max_length`` and cannot end there, or if the budget of an exact
+            search was reached first. The probability then includes only the tokens.
     """
 
     tokens: list[int]

@@ -29,7 +29,7 @@ def sparsemax_loss(X: Tensor, target: Tensor, k: int | None = None) -> Tensor:
         (n,) losses, never negative.
 
     Raises:
-        TypeError: ``X`` is not floating, ``target`` not of integers, ``k`` not an int.
+        TypeError: ``X`` is not floating, ``target`` not int64 or uint8, ``k`` not an int.
         ValueError: The shapes do not fit or ``k`` is below 1.
         IndexError: A target is neither a class nor -100.
 
@@ -53,7 +53,7 @@ def entmax15_loss(X: Tensor, target: Tensor, k: int | None = None) -> Tensor:
         (n,) losses, never negative.
 
     Raises:
-        TypeError: ``X`` is not floating, ``target`` not of integers, ``k`` not an int.
+        TypeError: ``X`` is not floating, ``target`` not int64 or uint8, ``k`` not an int.
         ValueError: The shapes do not fit or ``k`` is below 1.
         IndexError: A target is neither a class nor -100.
 
@@ -77,7 +77,7 @@ def sparsemax_bisect_loss(X: Tensor, target: Tensor, n_iter: int | None = 50) ->
         (n,) losses, never negative.
 
     Raises:
-        TypeError: ``X`` is not floating, ``target`` not of integers, ``n_iter`` not an int.
+        TypeError: ``X`` is not floating, ``target`` not int64 or uint8, ``n_iter`` not an int.
         ValueError: The shapes do not fit or ``n_iter`` is below 1.
         IndexError: A target is neither a class nor -100.
     """
@@ -98,7 +98,7 @@ def entmax_bisect_loss(X: Tensor, target: Tensor, alpha: float | Tensor = 1.5, n
         (n,) losses, never negative.
 
     Raises:
-        TypeError: ``X`` is not floating, ``target`` not of integers, ``n_iter`` not an int.
+        TypeError: ``X`` is not floating, ``target`` not int64 or uint8, ``n_iter`` not an int.
         ValueError: The shapes do not fit, ``n_iter`` is below 1, or α is outside ``(0, inf)``.
         IndexError: A target is neither a class nor -100.
 
@@ -115,7 +115,7 @@ def normmax_bisect_loss(X: Tensor, target: Tensor, alpha: float | Tensor = 2, n_
 
     .. math:: L(x, y) = \max_{p \in \triangle} \langle p, x \rangle - \lVert p \rVert_\alpha - (x_y - 1)
 
-    Its gradient in the scores is ``p - e_y``. Computed in float64.
+    Its gradient in the scores is ``p - e_y``. The loss is computed in float64.
 
     Args:
         X: Scores (n, C).
@@ -127,7 +127,7 @@ def normmax_bisect_loss(X: Tensor, target: Tensor, alpha: float | Tensor = 2, n_
         (n,) losses, never negative.
 
     Raises:
-        TypeError: ``X`` is not floating, ``target`` not of integers, ``n_iter`` not an int.
+        TypeError: ``X`` is not floating, ``target`` not int64 or uint8, ``n_iter`` not an int.
         ValueError: The shapes do not fit, ``n_iter`` is below 1, or α is outside ``(0, inf)``.
         IndexError: A target is neither a class nor -100.
 

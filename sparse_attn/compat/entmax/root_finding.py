@@ -23,7 +23,7 @@ def entmax_bisect(
         alpha: A number or a tensor in ``(0, inf)``, as in :func:`sparse_attn.entmax`. Differentiable.
         dim: The dimension that sums to one.
         n_iter: The package's number of bisection steps. No effect here.
-        ensure_sum_one: No effect: the result always sums to one.
+        ensure_sum_one: No effect: a row that is not fully masked always sums to one.
 
     Returns:
         Probabilities of ``X``'s shape and dtype.
@@ -79,7 +79,7 @@ def normmax_bisect(X: Tensor, alpha: float | Tensor = 2, dim: int = -1, n_iter: 
 
     .. math:: \operatorname{argmax}_{p \in \triangle} \langle p, x \rangle - \lVert p \rVert_\alpha
 
-    At α = 1 the norm is 1 on the whole simplex; below 1 it is concave and smallest at the corners. For such an α the
+    At α = 1 the norm is 1 on the whole simplex; below 1 it is concave and smallest at the corners. For α ≤ 1 the
     solution is the corner of the largest score (the lowest index among equal scores), and the gradients are zero.
 
     Args:
@@ -152,7 +152,7 @@ def budget_bisect(X: Tensor, budget: float | Tensor = 2, dim: int = -1, n_iter: 
 
 
 class EntmaxBisect(nn.Module):
-    """:func:`entmax_bisect` as a module; same arguments. An ``nn.Parameter`` as ``alpha`` is learnt, without bounds.
+    """:func:`entmax_bisect` as a module without ``ensure_sum_one``. An ``nn.Parameter`` ``alpha`` is learnt, unbounded.
 
     Example:
         >>> import torch
@@ -178,7 +178,7 @@ class EntmaxBisect(nn.Module):
 
 
 class SparsemaxBisect(nn.Module):
-    """:func:`sparsemax_bisect` as a module; same arguments.
+    """:func:`sparsemax_bisect` as a module; same arguments, but without ``ensure_sum_one``.
 
     Example:
         >>> import torch

@@ -31,7 +31,7 @@ def add_alpha(
     """Add a learnt α per head to every attention module of a transformers model.
 
     Call this function after loading the model and before building the optimizer. Give the new parameters no weight
-    decay, which would decrease them to their lower bound. They are float32 for every dtype of the model, and on the
+    decay, which would pull them towards their lower bound. They are float32 for every dtype of the model, and on the
     device of their module. ``save_pretrained`` saves them; :func:`load_alpha` loads them. After
     ``model.set_attn_implementation("sdpa")`` the model is dense: the α modules remain, without effect, and
     :func:`sparse_attn.alpha_per_head` still lists them.
@@ -120,7 +120,8 @@ def _check_model(model: object) -> None:
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"model must be a transformers.PreTrainedModel, got {type(model).__name__}; pass the model inside a wrapper"
+            f"model must be a transformers.PreTrainedModel, got {type(model).__name__}; if this is a wrapper, pass the "
+            "model inside"
         )
 
 
@@ -158,7 +159,7 @@ def num_heads(name: str, module: nn.Module) -> int:
                 return heads
     raise ValueError(
         f"model must have attention modules with a known number of heads, got {name!r} of {type(module).__name__} "
-        "without one; filter_fn can exclude it"
+        "without one; add_alpha can exclude it by filter_fn"
     )
 
 

@@ -1,4 +1,4 @@
-"""Attention functions that transformers' models select by ``attn_implementation``."""
+"""Attention and mask functions that transformers' models select by ``attn_implementation``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparse_attn.checks import check_alpha
 from sparse_attn.integrations.huggingface.packing import LazyMask, Packing, lazy_mask, packing_of, with_packing
-from sparse_attn.masks import causal_mask, combine_masks, visible_pairs
+from sparse_attn.masks import NO_BOUNDS, Bounds, causal_mask, combine_masks, visible_pairs
 from sparse_attn.nn.alpha import head_alpha
 from sparse_attn.observe import register_reporter, report_weights, weights_are_observed
 from sparse_attn.ops.attention import Options, ScoreMapping, attend, entmax_mapping, topk_mapping
@@ -35,7 +35,7 @@ _BUILT_IN: dict[str, ScoreMapping | None] = {
 MappingOf = Callable[[nn.Module, int, Tensor | None], Callable[[Tensor], Tensor]]
 _registered: dict[str, ScoreMapping | None] = {}
 
-# Arguments that change the weights and are not supported, each with the models that pass it.
+# Arguments that change the weights and are not supported, each with its meaning.
 _REFUSED = {
     "sinks": "a sink for each query, as in Inkling 2",
     "indices": "keys chosen by an indexer, as in DeepSeek V3.2",
@@ -63,14 +63,15 @@ def register(name: str | None = None, *, alpha: float | None = None, k: int | No
 
     Args:
         name: A new name, which must be a Python identifier.
-        alpha: A fixed α. By default 1 if ``k`` is given, otherwise learnt as in ``"entmax"``.
+        alpha: A fixed α. By default 1 if ``k`` is given. Without both, one of the four names keeps its mapping, and α
+            is learnt as in ``"entmax"`` for any other name.
         k: How many keys a query keeps; all by default.
 
     Raises:
         ImportError: transformers is not installed.
-        TypeError: An argument of another type.
-        ValueError: transformers uses ``name`` itself; ``alpha`` or ``k`` is outside its range, or given without
-            ``name``.
+        TypeError: An argument has a wrong type.
+        ValueError: ``name`` is no identifier, contains a reserved word or is used by transformers; ``alpha`` or ``k``
+            is outside its range, or given without ``name``.
 
     Example:
         >>> register()
@@ -180,14 +181,20 @@ def attention_function(mapping_of: MappingOf) -> Callable[..., tuple[Tensor, Ten
             return _attend_packed(query, key, value, mapping, packing, is_causal, dropout_p, options), None
         if packing is not None:
             attention_mask, is_causal = with_packing(attention_mask, packing, is_causal, query, key), False
-        elif isinstance(attention_mask, LazyMask):
-            attention_mask, is_causal = _shortest(attention_mask)
+        bounds = NO_BOUNDS
+        if isinstance(attention_mask, LazyMask):
+            left, lazy = attention_mask.left, attention_mask
+            attention_mask, is_causal = None, left is None
+            if left is not None and (need_weights or position_bias is not None):
+                attention_mask = lazy.dense()
+            elif left is not None:
+                bounds = Bounds(left, 0)
         if position_bias is not None:
             if is_causal:
                 attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
             attention_mask, is_causal = combine_masks(attention_mask, position_bias), False
         arguments = (query, key, value, mapping, attention_mask, dropout_p, is_causal)
-        output, weights = attend(*arguments, **options, need_weights=need_weights)
+        output, weights = attend(*arguments, **options, bounds=bounds, need_weights=need_weights)
         if weights is not None and weights_are_observed():
             report_weights(
                 module, weights, visible_pairs(attention_mask, is_causal, weights), getattr(mapping, "alpha", None)
@@ -207,17 +214,12 @@ def _attend_packed(
     dropout_p: float,
     options: Options,
 ) -> Tensor:
-    """The output (N, L, H, Dv) of packed sequences in a batch (N, H, L, D), of which there is usually one."""
+    """The output (N, L, H, Dv) of packed sequences in a batch (N, H, L, D), where N is usually 1."""
     batch, length = len(query), query.shape[2]
     query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
     starts = (packing.query_starts, packing.key_starts)
     output = attend_varlen(query, key, value, mapping, *starts, is_causal, dropout_p, packing.left, **options)
     return output[0].transpose(0, 1).unflatten(0, (batch, length)).contiguous()
-
-
-def _shortest(mask: LazyMask) -> tuple[Tensor | None, bool]:
-    """A mask without packed sequences as arguments ``attn_mask`` and ``is_causal``."""
-    return (None, True) if mask.left is None else (mask.dense(), False)
 
 
 def mask_function(*, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:

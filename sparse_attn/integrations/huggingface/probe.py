@@ -1,4 +1,4 @@
-"""Temporary replacement of the mappings in a transformers model's attention; the model is not changed."""
+"""Temporary replacement of the mappings in a transformers model's attention; afterwards the model is as before."""
 
 from __future__ import annotations
 

@@ -10,17 +10,17 @@
 #include "threads.h"
 #include "variants.h"
 
-#define DECLARE(variant)                                                                          \
-    attention_scratch attention_scratch_float_##variant, attention_scratch_double_##variant;      \
-    attention_open attention_open_float_##variant, attention_open_double_##variant;               \
-    attention_part attention_forward_float_##variant, attention_forward_double_##variant;         \
-    attention_part attention_backward_float_##variant, attention_backward_double_##variant;       \
-    attention_part attention_reduce_float_##variant, attention_reduce_double_##variant;
-#define KERNELS(variant)                                                                          \
+#define DECLARE(variant, base)                                                                    \
+    attention_scratch attention_scratch_float_##variant, attention_scratch_double_##base;         \
+    attention_open attention_open_float_##variant, attention_open_double_##base;                  \
+    attention_part attention_forward_float_##variant, attention_forward_double_##base;            \
+    attention_part attention_backward_float_##variant, attention_backward_double_##base;          \
+    attention_part attention_reduce_float_##variant, attention_reduce_double_##base;
+#define KERNELS(variant, base)                                                                    \
     {{attention_scratch_float_##variant, attention_open_float_##variant, attention_forward_float_##variant,       \
       attention_backward_float_##variant, attention_reduce_float_##variant},                      \
-     {attention_scratch_double_##variant, attention_open_double_##variant, attention_forward_double_##variant,    \
-      attention_backward_double_##variant, attention_reduce_double_##variant}},
+     {attention_scratch_double_##base, attention_open_double_##base, attention_forward_double_##base,             \
+      attention_backward_double_##base, attention_reduce_double_##base}},
 
 typedef struct {
     attention_scratch *scratch;

@@ -8,7 +8,7 @@
 #include "matmul.h"
 #include "tile.h"
 
-backward_row EXPORTED(backward), EXPORTED_IN_DOUBLE(backward);
+backward_row ROW_KERNEL(backward), ROW_KERNEL_IN_DOUBLE(backward);
 
 static void use_kept_lists(workspace *w, int64_t tile) {
     const attention *c = &w->task->call;
@@ -25,7 +25,7 @@ static void use_kept_lists(workspace *w, int64_t tile) {
 static double grad_scores(workspace *w, int64_t r, real *grad) {
     const attention *c = &w->task->call;
     const double a = a_of(w->task, w->head);
-    backward_row *backward = a > 1 ? EXPORTED_IN_DOUBLE(backward) : EXPORTED(backward);
+    backward_row *backward = a > 1 ? ROW_KERNEL_IN_DOUBLE(backward) : ROW_KERNEL(backward);
     const vector p = {w->list_weights[r], 1, REAL_TYPE}, g = {grad, 1, REAL_TYPE};
     if (c->dropout_p > 0) drop_out(w, r, w->list_places[r], grad, w->sizes[r], grad);
     const double grad_a = backward(p, g, w->sizes[r], a, w->task->data.grad_alpha != NULL, w->slopes, w->row_scratch);

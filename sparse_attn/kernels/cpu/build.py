@@ -24,6 +24,8 @@ _X86_VARIANTS = {
     "avx2": ["-mavx2", "-mfma", "-mpopcnt"],
     "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mpopcnt", "-mprefer-vector-width=512"],
 }
+# Attention in float32 for these instructions; all other kernels are those of avx512. Compilers before 2020 lack them.
+_BFLOAT16 = [*_X86_VARIANTS["avx512"], "-mavx512bf16"]
 
 
 def build(target_dir: str | Path, extra_flags: tuple[str, ...] = ()) -> Path:
@@ -44,17 +46,25 @@ def build(target_dir: str | Path, extra_flags: tuple[str, ...] = ()) -> Path:
     common = [*compiler, *_FLAGS, "-include", str(_SOURCES / "glibc.h"), *extra_flags]
     target = Path(target_dir) / LIBRARY
     with tempfile.TemporaryDirectory() as folder:
-        objects = []
+        objects: list[str] = []
+
+        def compile_source(source: str, name: str, flags: list[str]) -> None:
+            objects.append(os.path.join(folder, f"{name}.o"))
+            _run([*common, *flags, "-c", str(_SOURCES / f"{source}.c"), "-o", objects[-1]])
+
         with_x86 = ["-DWITH_X86_VARIANTS"] if len(variants) > 1 else []
+        if with_x86 and _knows_bfloat16(compiler):
+            with_x86.append("-DWITH_AVX512_BF16")
+            for source in ("attention_forward", "attention_backward"):
+                defines = ["-DVARIANT=avx512_bf16", "-DROW_VARIANT=avx512", "-DREAL_FLOAT"]
+                compile_source(source, f"{source}_avx512_bf16", [*_BFLOAT16, *defines])
         for source in ("threads", "rows", "attention"):
-            objects.append(os.path.join(folder, f"{source}.o"))
-            _run([*common, *with_x86, "-c", str(_SOURCES / f"{source}.c"), "-o", objects[-1]])
+            compile_source(source, source, with_x86)
         for variant, flags in variants.items():
             for real in ("FLOAT", "DOUBLE"):
-                defines = [f"-DVARIANT={variant}", f"-DREAL_{real}"]
                 for source in ("row", "attention_forward", "attention_backward"):
-                    objects.append(os.path.join(folder, f"{source}_{real}_{variant}.o"))
-                    _run([*common, *flags, *defines, "-c", str(_SOURCES / f"{source}.c"), "-o", objects[-1]])
+                    defines = [f"-DVARIANT={variant}", f"-DREAL_{real}"]
+                    compile_source(source, f"{source}_{real}_{variant}", [*flags, *defines])
         # The file gets another name first and is then renamed: a process that has loaded the old library keeps it.
         fresh = os.path.join(folder, LIBRARY)
         _run([*common, "-shared", *objects, "-o", fresh, "-lm", "-pthread"])
@@ -84,6 +94,13 @@ def _compiler() -> list[str]:
 def _targets_x86_64(compiler: list[str]) -> bool:
     macros = _run([*compiler, "-dM", "-E", "-x", "c", os.devnull])
     return "#define __x86_64__ 1" in macros
+
+
+def _knows_bfloat16(compiler: list[str]) -> bool:
+    """Whether the compiler has the flag, and the name by which a program asks for these instructions."""
+    program = 'int supported(void) { return __builtin_cpu_supports("avx512bf16"); }'
+    command = [*compiler, "-mavx512bf16", "-S", "-x", "c", "-", "-o", os.devnull]
+    return subprocess.run(command, input=program, capture_output=True, text=True).returncode == 0
 
 
 def _run(command: list[str]) -> str:

@@ -4,11 +4,21 @@
 
 #define JOIN_(name, type, variant) name##_##type##_##variant
 #define JOIN(name, type, variant) JOIN_(name, type, variant)
-#define EXPORTED_IN_DOUBLE(name) JOIN(name, double, VARIANT)
 #ifdef REAL_DOUBLE
-#define EXPORTED(name) EXPORTED_IN_DOUBLE(name)
+#define EXPORTED(name) JOIN(name, double, VARIANT)
 #else
 #define EXPORTED(name) JOIN(name, float, VARIANT)
+#endif
+
+/* The kernels of row.c, for the attention kernels; a variant may have those of another one. */
+#ifndef ROW_VARIANT
+#define ROW_VARIANT VARIANT
+#endif
+#define ROW_KERNEL_IN_DOUBLE(name) JOIN(name, double, ROW_VARIANT)
+#ifdef REAL_DOUBLE
+#define ROW_KERNEL(name) ROW_KERNEL_IN_DOUBLE(name)
+#else
+#define ROW_KERNEL(name) JOIN(name, float, ROW_VARIANT)
 #endif
 
 #endif

@@ -5,6 +5,7 @@
 #define SPARSE_ATTN_LISTS_H
 
 #include "lanes.h"
+#include "pairs.h"
 
 /* Rows of whole vectors; consecutive rows begin `row` numbers apart. */
 typedef struct {
@@ -42,15 +43,16 @@ static void scatter_row(const int32_t *places, const real *weights, int64_t coun
     }
 }
 
-INLINE real dot(const real *x, const real *y, int64_t width) {
+/* x · y, also of vectors of pairs (see pairs.h). */
+INLINE real dot(const real *x, const real *y, int64_t width, const int pairs) {
     lanes sum = splat(0);
-    for (int64_t d = 0; d < width; d += LANES) sum += load(x + d) * load(y + d);
+    for (int64_t d = 0; d < width; d += LANES) sum = add_products(sum, load(x + d), load(y + d), pairs);
     return sum_of(sum);
 }
 
 /* out[n] = row · x[places[n]]. */
 static void dot_rows(const int32_t *places, int64_t count, rows x, const real *row, int64_t width, real *out) {
-    for (int64_t n = 0; n < count; n++) out[n] = dot(x.data + places[n] * x.row, row, width);
+    for (int64_t n = 0; n < count; n++) out[n] = dot(x.data + places[n] * x.row, row, width, 0);
 }
 
 #endif

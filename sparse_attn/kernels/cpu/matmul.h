@@ -6,6 +6,7 @@
 #define SPARSE_ATTN_MATMUL_H
 
 #include "lanes.h"
+#include "pairs.h"
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define BLOCK_ROWS 12 /* 24 of 32 registers hold sums */
@@ -23,29 +24,34 @@ typedef struct {
     int64_t row, step;
 } matrix;
 
-/* c[i] (+)= Σ_t a(i, t) b[t] for `rows` rows i and `vectors` vectors of columns. */
+/* How a product is computed. */
+typedef enum { SETTING, ADDING, OF_PAIRS } product; /* C = A B, C += A B, or C = scale A B of pairs of bfloat16 */
+
+/* The rows c[i] of C from Σ_t a(i, t) b[t], for `rows` rows i and `vectors` vectors of columns. */
 INLINE void block_product(const real *a, const int64_t a_row, const int64_t a_step, const real *b, int64_t b_row,
-                          int64_t depth, real *c, int64_t c_row, const int rows, const int vectors, const int adding) {
+                          int64_t depth, real *c, int64_t c_row, const int rows, const int vectors, const product how,
+                          real scale) {
     lanes sum[BLOCK_ROWS][2];
 #pragma GCC unroll 12
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 2
-        for (int v = 0; v < vectors; v++) sum[i][v] = adding ? load(c + i * c_row + v * LANES) : splat(0);
+        for (int v = 0; v < vectors; v++) sum[i][v] = how == ADDING ? load(c + i * c_row + v * LANES) : splat(0);
     for (int64_t t = 0; t < depth; t++, a += a_step, b += b_row) {
         lanes x[2];
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) x[v] = load(b + v * LANES);
 #pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
-            const lanes factor = splat(a[i * a_row]);
+            const lanes factor = broadcast(a + i * a_row, how == OF_PAIRS);
 #pragma GCC unroll 2
-            for (int v = 0; v < vectors; v++) sum[i][v] += factor * x[v];
+            for (int v = 0; v < vectors; v++) sum[i][v] = add_products(sum[i][v], factor, x[v], how == OF_PAIRS);
         }
     }
 #pragma GCC unroll 12
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 2
-        for (int v = 0; v < vectors; v++) store(c + i * c_row + v * LANES, sum[i][v]);
+        for (int v = 0; v < vectors; v++)
+            store(c + i * c_row + v * LANES, how == OF_PAIRS ? scale * sum[i][v] : sum[i][v]);
 }
 
 /* The number of rows in the next block, given the number of rows left. */
@@ -73,11 +79,11 @@ static void add_product(matrix a, const real *b, int64_t b_row, int64_t depth, r
             take = block_of(rows - i);
             const real *from = a.data + i * a.row;
             real *to = c + i * c_row + j;
-#define ADD(n)                                                                                           \
-    do {                                                                                                 \
-        if (a.row == 1 && wide) block_product(from, 1, a.step, b + j, b_row, depth, to, c_row, n, 2, 1); \
-        else if (wide) block_product(from, a.row, 1, b + j, b_row, depth, to, c_row, n, 2, 1);           \
-        else block_product(from, a.row, a.step, b + j, b_row, depth, to, c_row, n, 1, 1);                \
+#define ADD(n)                                                                                                   \
+    do {                                                                                                         \
+        if (a.row == 1 && wide) block_product(from, 1, a.step, b + j, b_row, depth, to, c_row, n, 2, ADDING, 1); \
+        else if (wide) block_product(from, a.row, 1, b + j, b_row, depth, to, c_row, n, 2, ADDING, 1);           \
+        else block_product(from, a.row, a.step, b + j, b_row, depth, to, c_row, n, 1, ADDING, 1);                \
     } while (0)
             WITH_CONSTANT_ROWS(take, ADD)
 #undef ADD
@@ -118,16 +124,29 @@ static void pack_panels(const real *x, int64_t row, int64_t size, int64_t depth,
 
 /* C (rows, columns from `begin` up to at least `end`) = A B', from rows of A and the result of pack_panels; `begin` is a
  * multiple of BLOCK_COLUMNS, and each row of C has room for a multiple of BLOCK_COLUMNS. */
-static void panel_product(const real *a, int64_t a_row, const real *panels, int64_t depth, int64_t rows, int64_t begin,
-                          int64_t end, real *c, int64_t c_row) {
+INLINE void any_panel_product(const real *a, int64_t a_row, const real *panels, int64_t depth, int64_t rows, int64_t begin,
+                              int64_t end, real *c, int64_t c_row, const product how, real scale) {
     for (int64_t j = begin; j < end; j += BLOCK_COLUMNS) {
         for (int64_t i = 0, take; i < rows; i += take) {
             take = block_of(rows - i);
-#define SET(n) block_product(a + i * a_row, a_row, 1, panels + j * depth, BLOCK_COLUMNS, depth, c + i * c_row + j, c_row, n, 2, 0)
+            const real *from = a + i * a_row, *panel = panels + j * depth;
+            real *to = c + i * c_row + j;
+#define SET(n) block_product(from, a_row, 1, panel, BLOCK_COLUMNS, depth, to, c_row, n, 2, how, scale)
             WITH_CONSTANT_ROWS(take, SET)
 #undef SET
         }
     }
+}
+
+static void panel_product(const real *a, int64_t a_row, const real *panels, int64_t depth, int64_t rows, int64_t begin,
+                          int64_t end, real *c, int64_t c_row) {
+    any_panel_product(a, a_row, panels, depth, rows, begin, end, c, c_row, SETTING, 1);
+}
+
+/* The same of pairs of bfloat16: C = scale A B'. */
+static void pair_panel_product(const real *a, int64_t a_row, const real *panels, int64_t depth, int64_t rows,
+                               int64_t begin, int64_t end, real *c, int64_t c_row, real scale) {
+    if (HAS_PAIRS) any_panel_product(a, a_row, panels, depth, rows, begin, end, c, c_row, OF_PAIRS, scale);
 }
 
 #endif

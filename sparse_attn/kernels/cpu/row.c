@@ -17,7 +17,7 @@
 #include "strands.h"
 
 #ifndef REAL_DOUBLE
-backward_row EXPORTED_IN_DOUBLE(backward);
+backward_row ROW_KERNEL_IN_DOUBLE(backward);
 #endif
 
 static void fill(real *x, int64_t size, real value) {
@@ -202,7 +202,7 @@ double EXPORTED(backward)(vector p, vector grad, int64_t size, double a, int wit
 #ifndef REAL_DOUBLE
         /* In a nearly flat or nearly one-hot row, the gradient for α is a small difference of logarithms. */
         if (seen.most * (float)size < 2 || seen.most > 0.99f)
-            return EXPORTED_IN_DOUBLE(backward)(p, grad, size, a, with_alpha, out, scratch);
+            return ROW_KERNEL_IN_DOUBLE(backward)(p, grad, size, a, with_alpha, out, scratch);
 #endif
         const real tiny = (real)1e-3 * REAL_EPS; /* in place of 0; the result is the same */
         const real of_alpha = fabs(a) < tiny ? tiny : (real)a;

@@ -7,17 +7,17 @@
 
 enum { INTERFACE = 5, MAX_RANK = 64 };
 
-#define DECLARE(variant)                                              \
-    forward_row forward_float_##variant, forward_double_##variant;    \
-    forward_rows forward_short_float_##variant, forward_short_double_##variant; \
-    backward_row backward_float_##variant, backward_double_##variant; \
-    backward_rows backward_short_float_##variant, backward_short_double_##variant;
-#define KERNELS(variant)                                             \
+#define DECLARE(variant, base)                                        \
+    forward_row forward_float_##base, forward_double_##base;          \
+    forward_rows forward_short_float_##base, forward_short_double_##base; \
+    backward_row backward_float_##base, backward_double_##base;       \
+    backward_rows backward_short_float_##base, backward_short_double_##base;
+#define KERNELS(variant, base)                                       \
     {#variant,                                                       \
-     {forward_float_##variant, forward_double_##variant},            \
-     {forward_short_float_##variant, forward_short_double_##variant}, \
-     {backward_float_##variant, backward_double_##variant},          \
-     {backward_short_float_##variant, backward_short_double_##variant}},
+     {forward_float_##base, forward_double_##base},                  \
+     {forward_short_float_##base, forward_short_double_##base},      \
+     {backward_float_##base, backward_double_##base},                \
+     {backward_short_float_##base, backward_short_double_##base}},
 
 typedef struct {
     const char *name;
@@ -45,6 +45,9 @@ EXPORT const char *rows_variant(int index) {
     if (index == 2 && !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")))
         return NULL;
+#endif
+#ifdef WITH_AVX512_BF16
+    if (index == 3 && !(rows_variant(2) && __builtin_cpu_supports("avx512bf16"))) return NULL;
 #endif
     return variants[index].name;
 }

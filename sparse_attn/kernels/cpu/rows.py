@@ -44,8 +44,9 @@ def _load() -> _Library | str:
     if library.rows_interface() != _INTERFACE:
         return f"{path} belongs to another version of sparse_attn: install sparse_attn again"
     library.rows_variant.restype = c_char_p
-    names = [library.rows_variant(index) for index in range(3)]
-    variants: dict[str | None, int] = {name.decode(): index for index, name in enumerate(names) if name}
+    variants: dict[str | None, int] = {}
+    while name := library.rows_variant(len(variants)):
+        variants[name.decode()] = len(variants)
     variants[None] = max(variants.values())
     # variant, threads, rank, layout, type, scores or p, then a or the gradient
     shared = (c_int, c_int, c_int, POINTER(c_int64), c_int, c_void_p, c_void_p)

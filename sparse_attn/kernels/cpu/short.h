@@ -106,14 +106,15 @@ INLINE lanes start_lanes_power(const short_rows *x, const int n, real a, lanes t
             total += u * w;
         }
         const lanes root = n == 1 ? total : n == 2 ? square_root(total) : exp_lanes(log1p_lanes(total - one) / (real)n);
-        /* A Newton step on the n-norm does not pass the root, except by the error of rough_ratio. */
-        sigma += (total - rough_ratio(total, root)) / (a * slope);
+        /* A Newton step on the n-norm does not pass the root. An approximate quotient would: entries that have weight would
+         * then be left out. */
+        sigma += (n == 1 ? total - one : total - total / root) / (a * slope);
         if (!any_beyond(total, splat((real)1.02))) break;
     }
     return sigma;
 }
 
-/* Returns a lower bound of the root, up to the error of rough_ratio, counted from the largest score, for 0 < a <= 1. Takes
+/* Returns a lower bound of the root, up to rounding, counted from the largest score, for 0 < a <= 1. Takes
  * Newton steps on Σ w^n = 1 with w = [1 + a (z - σ)]_+ and the least integer n >= 1/a. Since w <= 1, w^n <= w^(1/a), so this
  * equation has a root at or below the root of Σ p = 1. Returns 0 for n > MOST_FACTORS. */
 static lanes start_lanes(const short_rows *x, real a, lanes top, int sweeps) {

@@ -3,191 +3,23 @@
 #define SPARSE_ATTN_TILE_H
 
 #include "attention.h"
-#include "convert.h"
 #include "exported.h"
 #include "lanes.h"
-#include "lists.h"
 #include "matmul.h"
+#include "pairs.h"
 #include "random.h"
 #include "rows.h"
 #include "short.h"
+#include "workspace.h"
 
-support_row EXPORTED(support), EXPORTED_IN_DOUBLE(support);
+support_row ROW_KERNEL(support), ROW_KERNEL_IN_DOUBLE(support);
 
 /* With a larger share of non-zero weights, products with whole matrices are faster than with lists. */
 #define DENSE_FROM 0.3
 
-/* Up to this number of keys, rows are solved side by side. The limit is lower where the mapping needs exp and log, since
+/* Up to this number of keys, and SHORT otherwise, rows are solved side by side: where the mapping needs exp and log, since
  * all keys may have weight there, and where only the largest scores take part, which reads a row many times. */
-enum { SHORT = 256, SHORT_WITH_EXP = 128, SHORT_WITH_K = 64 };
-
-/* Up to this number of queries, as in decoding, keys and values are read in place without a packed copy. */
-enum { FEW = 4 };
-
-/* The memory of a thread and its present content. */
-typedef struct {
-    const attention_task *task;
-    int64_t depth, width; /* in whole vectors */
-    /* Keys and values of one batch entry and head. */
-    int64_t batch, kv_head;
-    rows keys, values;
-    real *key_buffer, *value_buffer, *key_panels, *value_panels;
-    int few; /* no copies of keys and values have been made */
-    int have_key_panels, have_value_panels, finite; /* finite: -1 if unknown */
-    /* One tile: queries, scores and lists of rows. */
-    const sequence *of;
-    int64_t head, first, count; /* its queries */
-    int64_t begin, end;         /* the range of keys that at least one query sees */
-    int64_t row;                /* the stride between rows of scores, and between lists, in numbers */
-    int64_t *sizes;             /* lengths of the lists */
-    int32_t lane_sizes[LANES];
-    const int32_t **list_places;
-    const real **list_weights;
-    real *queries, *packed, *scores, *weights;
-    int32_t *places;
-    real *solved; /* p of short rows */
-    real *buffer; /* room for one row */
-    void *row_scratch;
-    /* Used only in the forward, or only in the backward. */
-    real *output, *grads, *second, *slopes, *dropped, *key_sums, *value_sums;
-} workspace;
-
-static int64_t in_vectors(int64_t size) {
-    return (size + LANES - 1) / LANES * LANES;
-}
-
-static int64_t in_panels(int64_t size) {
-    return (size + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS * BLOCK_COLUMNS;
-}
-
-/* Allocates parts of a block of memory; without a block, only counts the bytes. */
-typedef struct {
-    char *block;
-    size_t used;
-} memory;
-
-static void *take(memory *from, int64_t count, size_t bytes) {
-    void *part = from->block ? from->block + from->used : NULL;
-    from->used += ((size_t)count * bytes + 63) / 64 * 64;
-    return part;
-}
-
-static real *take_reals(memory *from, int64_t count) {
-    return take(from, count, sizeof(real));
-}
-
-static void lay_out(workspace *w, const attention_task *t, memory *m) {
-    const attention *c = &t->call;
-    const int64_t panels = in_panels(t->longest), rows_of_tile = c->tile_rows;
-    w->task = t;
-    w->depth = in_vectors(c->depth), w->width = in_vectors(c->width);
-    w->row = padded_size(panels);
-    w->batch = w->kv_head = -1;
-    w->key_buffer = take_reals(m, t->longest * w->depth), w->value_buffer = take_reals(m, t->longest * w->width);
-    w->key_panels = take_reals(m, panels * w->depth + w->width);
-    w->sizes = take(m, rows_of_tile, sizeof *w->sizes);
-    w->list_places = take(m, rows_of_tile, sizeof *w->list_places);
-    w->list_weights = take(m, rows_of_tile, sizeof *w->list_weights);
-    w->queries = take_reals(m, rows_of_tile * w->depth), w->packed = take_reals(m, in_panels(rows_of_tile) * w->depth);
-    const int64_t listed = in_vectors(rows_of_tile); /* lists of lanes without a query have room, too */
-    const int64_t shortest = t->longest < SHORT ? t->longest : SHORT;
-    const int64_t lying = rows_of_tile * w->row, standing = shortest * in_panels(rows_of_tile);
-    w->scores = take_reals(m, lying > standing ? lying : standing), w->weights = take_reals(m, listed * w->row);
-    w->places = take(m, listed * w->row, sizeof *w->places);
-    w->solved = take_reals(m, shortest * LANES);
-    w->buffer = take_reals(m, w->row);
-    w->row_scratch = take(m, SCRATCH_ROWS * w->row, sizeof(double));
-    w->output = take_reals(m, rows_of_tile * (w->width > w->depth ? w->width : w->depth));
-    if (!t->backward) return;
-    w->value_panels = take_reals(m, panels * w->width);
-    w->grads = take_reals(m, rows_of_tile * w->width);
-    w->second = take_reals(m, rows_of_tile * w->row);
-    w->slopes = take_reals(m, w->row), w->dropped = take_reals(m, w->row);
-    w->key_sums = take_reals(m, t->longest * w->depth), w->value_sums = take_reals(m, t->longest * w->width);
-}
-
-/* The workspace itself lies at the beginning of its memory. */
-static workspace *open_workspace(const attention_task *t, void *scratch) {
-    memory m = {scratch, 0};
-    workspace *w = take(&m, 1, sizeof *w);
-    *w = (workspace){0};
-    lay_out(w, t, &m);
-    return w;
-}
-
-static size_t scratch_of(const attention_task *t) {
-    memory m = {NULL, 0};
-    workspace w = {0};
-    take(&m, 1, sizeof w);
-    lay_out(&w, t, &m);
-    return m.used;
-}
-
-static vector entries_of(const tensor *x, int64_t b, int64_t head, int64_t i) {
-    static const int64_t bytes[] = {4, 8, 2, 2, 1};
-    const int64_t offset = b * x->strides[0] + head * x->strides[1] + i * x->strides[2];
-    return (vector){(const char *)x->data + offset * bytes[x->type], x->strides[3], (element)x->type};
-}
-
-/* Copies one row, as reals and followed by zeros. */
-static void copy_row(vector from, int64_t size, int64_t padded, real scale, real *out) {
-    const real *x = fetch(from, size, out);
-    for (int64_t i = 0; i < size; i++) out[i] = scale * x[i];
-    for (int64_t i = size; i < padded; i++) out[i] = 0;
-}
-
-static void deliver_row(const real *from, int64_t size, vector to) {
-    if (to.type == REAL_TYPE) memcpy((void *)to.data, from, (size_t)size * sizeof *from);
-    else deliver(from, size, (void *)to.data, to.type);
-}
-
-/* Rows first .. first + count of a tensor: its own memory where that holds whole vectors of reals, else a copy. */
-static rows rows_of(const tensor *x, int64_t b, int64_t head, int64_t first, int64_t count, int64_t size, real *buffer) {
-    const int64_t padded = in_vectors(size);
-    const vector start = entries_of(x, b, head, first);
-    if (start.type == REAL_TYPE && start.stride == 1 && padded == size) return (rows){start.data, x->strides[2]};
-    for (int64_t i = 0; i < count; i++)
-        copy_row(entries_of(x, b, head, first + i), size, padded, 1, buffer + i * padded);
-    return (rows){buffer, padded};
-}
-
-/* The batch entry of a tensor that holds a sequence: all packed sequences are in the first entry. */
-static int64_t entry_of(const workspace *w) {
-    return w->task->data.query_starts ? 0 : w->of - w->task->sequences;
-}
-
-static void open_head(workspace *w, const sequence *of, int64_t head) {
-    const attention *c = &w->task->call;
-    const int64_t kv_head = head / (c->heads / c->kv_heads), batch = of - w->task->sequences;
-    w->of = of, w->head = head;
-    if (w->batch == batch && w->kv_head == kv_head) return;
-    w->batch = batch, w->kv_head = kv_head;
-    w->have_key_panels = w->have_value_panels = 0, w->finite = -1;
-    const int64_t b = entry_of(w);
-    w->few = !w->task->backward && of->queries <= FEW;
-    if (w->few) return;
-    w->keys = rows_of(&c->key, b, kv_head, of->key_start, of->keys, c->depth, w->key_buffer);
-    w->values = rows_of(&c->value, b, kv_head, of->key_start, of->keys, c->width, w->value_buffer);
-}
-
-/* One key or value, read in place for few queries. */
-static const real *row_in_place(const workspace *w, const tensor *x, int64_t j, int64_t size, real *buffer) {
-    const vector from = entries_of(x, entry_of(w), w->kv_head, w->of->key_start + j);
-    if (from.type == REAL_TYPE && from.stride == 1 && size % LANES == 0) return from.data;
-    copy_row(from, size, in_vectors(size), 1, buffer);
-    return buffer;
-}
-
-/* True if keys and values are finite: in a matrix product, a weight of zero times an infinite value would be NaN. */
-static int is_finite(workspace *w) {
-    if (w->finite >= 0) return w->finite;
-    lanes sum = splat(0);
-    for (int64_t j = 0; j < w->of->keys; j++) {
-        for (int64_t d = 0; d < w->depth; d += LANES) sum += (real)0 * load(w->keys.data + j * w->keys.row + d);
-        for (int64_t d = 0; d < w->width; d += LANES) sum += (real)0 * load(w->values.data + j * w->values.row + d);
-    }
-    return w->finite = sum_of(sum) == 0;
-}
+enum { SHORT_WITH_EXP = 128, SHORT_WITH_K = 64 };
 
 /* The keys within a range that query i sees by position, apart from masks. */
 static void narrow(const attention *c, int64_t i, int64_t *begin, int64_t *end) {
@@ -229,10 +61,12 @@ static void open_tile(workspace *w, int64_t tile) {
     narrow(c, w->first + w->count - 1, &from, &to);
     w->begin = begin < from ? begin : from, w->end = end > to ? end : to;
     const int64_t b = entry_of(w);
-    for (int64_t r = 0; r < w->count; r++) {
-        const vector query = entries_of(&c->query, b, w->head, w->of->query_start + w->first + r);
-        copy_row(query, c->depth, w->depth, (real)c->scale, w->queries + r * w->depth);
-    }
+    const int64_t first = w->of->query_start + w->first;
+    for (int64_t r = 0; r < w->count && (!w->in_pairs || w->task->backward); r++)
+        copy_row(entries_of(&c->query, b, w->head, first + r), c->depth, w->depth, (real)c->scale,
+                 w->queries + r * w->depth);
+    if (w->in_pairs) w->scored_queries = pairs_of(&c->query, b, w->head, first, w->count, c->depth, w->query_pairs);
+    else w->scored_queries = (rows){w->queries, w->depth};
 }
 
 /* The list of one row from its scores for the keys begin .. end. */
@@ -240,7 +74,7 @@ static void solve_row(workspace *w, int64_t r, vector scores, int64_t begin, int
     const attention *c = &w->task->call;
     const double a = a_of(w->task, w->head), lowest = -(double)REAL_MAX;
     /* Beyond α = 2 float has too few digits, see rows.c. */
-    support_row *solve = a > 1 ? EXPORTED_IN_DOUBLE(support) : EXPORTED(support);
+    support_row *solve = a > 1 ? ROW_KERNEL_IN_DOUBLE(support) : ROW_KERNEL(support);
     real *weights = w->weights + r * w->row;
     int32_t *places = w->places + r * w->row;
     const int64_t k = c->k < end - begin ? c->k : 0;
@@ -249,16 +83,36 @@ static void solve_row(workspace *w, int64_t r, vector scores, int64_t begin, int
 }
 
 static void pack_keys(workspace *w) {
-    if (!w->have_key_panels) pack_panels(w->keys.data, w->keys.row, w->of->keys, w->depth, w->key_panels);
+    if (!w->have_key_panels)
+        pack_panels(w->scored_keys.data, w->scored_keys.row, w->of->keys, w->scored_depth, w->key_panels);
     w->have_key_panels = 1;
+}
+
+/* The scores of `count` queries and all keys in panels, or of keys and all queries in panels; see panel_product. */
+static void score_product(workspace *w, rows a, const real *panels, int64_t count, int64_t begin, int64_t end, int64_t row) {
+    const int64_t depth = w->scored_depth;
+    if (w->in_pairs)
+        pair_panel_product(a.data, a.row, panels, depth, count, begin, end, w->scores, row, (real)w->task->call.scale);
+    else
+        panel_product(a.data, a.row, panels, depth, count, begin, end, w->scores, row);
 }
 
 /* Scores of few queries; the memory for panels of keys is free. */
 static void few_scores(workspace *w) {
     const attention *c = &w->task->call;
+    const rows queries = w->scored_queries;
     for (int64_t j = w->begin; j < w->end; j++) {
-        const real *key = row_in_place(w, &c->key, j, c->depth, w->key_panels);
-        for (int64_t r = 0; r < w->count; r++) w->scores[r * w->row + j] = dot(key, w->queries + r * w->depth, w->depth);
+        real *scores = w->scores + j;
+        if (w->in_pairs) {
+            const int64_t place = w->of->key_start + j;
+            const rows key = pairs_of(&c->key, entry_of(w), w->kv_head, place, 1, c->depth, w->key_panels);
+            for (int64_t r = 0; r < w->count; r++)
+                scores[r * w->row] = (real)c->scale * dot(key.data, queries.data + r * queries.row, w->scored_depth, 1);
+        } else {
+            const real *key = row_in_place(w, &c->key, j, c->depth, w->key_panels);
+            for (int64_t r = 0; r < w->count; r++)
+                scores[r * w->row] = dot(key, queries.data + r * queries.row, w->scored_depth, 0);
+        }
     }
 }
 
@@ -269,7 +123,7 @@ static void solve_rows(workspace *w, int masked, const real *added) {
     } else {
         const int64_t start = w->begin / BLOCK_COLUMNS * BLOCK_COLUMNS;
         pack_keys(w);
-        panel_product(w->queries, w->depth, w->key_panels, w->depth, w->count, start, w->end, w->scores, w->row);
+        score_product(w, w->scored_queries, w->key_panels, w->count, start, w->end, w->row);
     }
     for (int64_t r = 0; r < w->count; r++) {
         const int64_t i = w->first + r;
@@ -373,9 +227,9 @@ static void solve_lane(workspace *w, int64_t r, real *scores, int64_t step) {
 static void solve_short_rows(workspace *w, const real *added) {
     const attention *c = &w->task->call;
     const int64_t step = in_panels(w->count);
-    pack_panels(w->queries, w->depth, w->count, w->depth, w->packed);
-    panel_product(w->keys.data + w->begin * w->keys.row, w->keys.row, w->packed, w->depth, w->end - w->begin, 0, step,
-                  w->scores, step);
+    pack_panels(w->scored_queries.data, w->scored_queries.row, w->count, w->scored_depth, w->packed);
+    const rows keys = {w->scored_keys.data + w->begin * w->scored_keys.row, w->scored_keys.row};
+    score_product(w, keys, w->packed, w->end - w->begin, 0, step, step);
     const double a = a_of(w->task, w->head) < 1e-3 * REAL_EPS ? 0 : a_of(w->task, w->head);
     for (int64_t r = 0; r < w->count; r += LANES) {
         real *scores = w->scores + r - w->begin * step; /* the score of key j is at j * step */

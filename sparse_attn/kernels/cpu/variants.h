@@ -4,10 +4,16 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-#ifdef WITH_X86_VARIANTS
-#define FOR_EACH_VARIANT(DO) DO(baseline) DO(avx2) DO(avx512)
+/* DO(variant, base): attention in float is compiled for the variant, rows and attention in double for its base. */
+#ifdef WITH_AVX512_BF16
+#define FOR_AVX512_BF16(DO) DO(avx512_bf16, avx512)
 #else
-#define FOR_EACH_VARIANT(DO) DO(baseline)
+#define FOR_AVX512_BF16(DO)
+#endif
+#ifdef WITH_X86_VARIANTS
+#define FOR_EACH_VARIANT(DO) DO(baseline, baseline) DO(avx2, avx2) DO(avx512, avx512) FOR_AVX512_BF16(DO)
+#else
+#define FOR_EACH_VARIANT(DO) DO(baseline, baseline)
 #endif
 
 #endif

@@ -54,14 +54,32 @@ class _Block(NamedTuple):
     keys: slice
 
 
-def _blocks(query: Tensor, key: Tensor, offset: int | None) -> Iterator[_Block]:
-    """Blocks of queries, each with the keys up to the last one visible to its last query, and at least one key."""
+def _blocks(query: Tensor, key: Tensor, setting: Setting) -> Iterator[_Block]:
+    """Blocks of queries, each with the keys that at least one of its queries sees by position, and at least one key."""
     length, keys = query.shape[1], key.shape[1]
     for row in range(len(query)):
         for start in range(0, length, _QUERIES):
             stop = min(start + _QUERIES, length)
-            seen = keys if offset is None else min(max(stop + offset, 1), keys)
-            yield _Block(row, slice(start, stop), slice(0, seen))
+            end = keys if setting.offset is None else min(max(stop + setting.offset, 1), keys)
+            begin = 0 if setting.left is None else min(max(start - setting.left, 0), end - 1)
+            yield _Block(row, slice(start, stop), slice(begin, end))
+
+
+def _hide(scores: Tensor, block: _Block, setting: Setting) -> None:
+    """Set the scores outside the bounds to minus infinity, in place."""
+    rows, columns = scores.shape
+    first = block.queries.start - block.keys.start  # the column of the key at the position of the first query
+    if setting.offset is not None:
+        last = first + setting.offset  # the last column that the first query sees
+        start = max(last, 0)
+        if start < columns:
+            future = torch.ones((rows, columns - start), dtype=torch.bool, device=scores.device).triu(last - start + 1)
+            scores[:, start:] = scores[:, start:].masked_fill(future, float("-inf"))
+    if setting.left is not None:
+        stop = min(first + rows - 1 - setting.left, columns)  # the first column that the last query sees
+        if stop > 0:
+            past = torch.ones((rows, stop), dtype=torch.bool, device=scores.device).tril(first - setting.left - 1)
+            scores[:, :stop] = scores[:, :stop].masked_fill(past, float("-inf"))
 
 
 def _scores(
@@ -87,13 +105,7 @@ def _scores(
     if softcap is not None:
         tanh = torch.tanh(scores / softcap)
         scores = tanh * softcap
-    if setting.offset is not None:
-        last = block.queries.start + setting.offset  # index of the last key that the first query of the block sees
-        first = max(last, 0)
-        if first < block.keys.stop:
-            shape = (len(queries), block.keys.stop - first)
-            future = torch.ones(shape, dtype=torch.bool, device=scores.device).triu(last - first + 1)
-            scores[:, first:] = scores[:, first:].masked_fill(future, float("-inf"))
+    _hide(scores, block, setting)
     if mask is not None:
         row = block.row
         while mask.dim() > 2:  # views: flattening an expanded mask would copy it
@@ -131,7 +143,7 @@ def _attend(
 ) -> Iterator[Tensor]:
     """The output of each block, differentiable if gradients are enabled."""
     generator, buffer = torch.Generator(query.device).manual_seed(seed), _buffer(query, key)
-    for block in _blocks(query, key, setting.offset):
+    for block in _blocks(query, key, setting):
         scores, _ = _scores(query, key, mask, block, setting, softcap, buffer)
         weights = _weights(scores, None if alpha is None else alpha[block.row].view(1, 1), setting)
         if setting.dropout_p > 0:
@@ -155,7 +167,7 @@ class _Blockwise(torch.autograd.Function):
         ctx.seed = int(torch.randint(2**62, ())) if setting.dropout_p > 0 else 0
         ctx.save_for_backward(query, key, value, alpha, mask)  # a mask that changed in between raises an error
         output = value.new_empty(*query.shape[:2], value.shape[-1])
-        blocks = _blocks(query, key, setting.offset)
+        blocks = _blocks(query, key, setting)
         parts = _attend(query, key, value, alpha, mask, setting, softcap, ctx.seed)
         for block, part in zip(blocks, parts, strict=True):
             output[block.row, block.queries] = part
@@ -171,7 +183,7 @@ class _Blockwise(torch.autograd.Function):
         generator, buffer = torch.Generator(query.device).manual_seed(ctx.seed), _buffer(query, key)
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
         grad_alpha = None if alpha is None else torch.zeros_like(alpha)
-        for block in _blocks(query, key, setting.offset):
+        for block in _blocks(query, key, setting):
             row, queries, keys = block
             one_alpha = None if alpha is None else alpha[row].view(1, 1)
             scores, tanh = _scores(query, key, mask, block, setting, ctx.softcap, buffer)

@@ -23,7 +23,10 @@ def compiler() -> list[str] | None:
 @pytest.mark.parametrize("header", HEADERS, ids=[header.name for header in HEADERS])
 def test_a_header_compiles_alone(header):
     command = compiler()
-    variants = [[], *(build._X86_VARIANTS.values() if build._targets_x86_64(command) else [])]
+    variants: list[list[str]] = [[]]
+    if build._targets_x86_64(command):
+        variants += build._X86_VARIANTS.values()
+        variants += [build._BFLOAT16] if build._knows_bfloat16(command) else []
     for flags in variants:
         for real in ("FLOAT", "DOUBLE"):
             checks = ["-std=c11", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-unused-function", "-Werror"]

@@ -77,3 +77,20 @@ def test_results_do_not_depend_on_the_number_of_threads_or_the_form_of_alpha():
     results.append([p, *rows.entmax_backward(p, a.expand(701, 3, 1).contiguous(), x, True)])
     for got in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(got, results[0], strict=True))
+
+
+@pytest.mark.parametrize("alpha", [1.3, 1.5, 1.75, 2.0])
+@pytest.mark.parametrize("size", [29, 67, 101, 127])
+def test_an_entry_just_inside_the_support_keeps_its_weight(size, alpha, variant):
+    a = alpha - 1
+    generator = torch.Generator().manual_seed(size)
+    x = torch.full((160, size), -30.0)
+    x[:, 0] = 0.0
+    x[:, 1] = -torch.rand(160, generator=generator) * 0.9 / a
+    # With two entries in the support, the third enters it at the score at which p of both still sums to one.
+    two = rows.entmax_forward(x[:, :2].double(), a, LOWEST, variant=variant)
+    edge = -(two[:, 0] ** a) / a
+    x[:, 2] = edge + torch.rand(160, generator=generator) * 1e-4
+    exact = rows.entmax_forward(x.double(), a, LOWEST, variant=variant)
+    assert (exact[:, 2] > 0).any()
+    torch.testing.assert_close(rows.entmax_forward(x, a, LOWEST, variant=variant).double(), exact, rtol=0, atol=1e-6)

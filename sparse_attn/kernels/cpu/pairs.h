@@ -1,0 +1,51 @@
+/* Products of bfloat16 numbers by instructions of their own (AVX512-BF16), for the attention kernels.
+ *
+ * Such an instruction multiplies two numbers in each 32 bits, so a row of bfloat16 is read as a row of pairs, each in the
+ * place of a real. The products are exact and their sums are float32; numbers below 1e-38 count as zero.
+ */
+#ifndef SPARSE_ATTN_PAIRS_H
+#define SPARSE_ATTN_PAIRS_H
+
+#include "lanes.h"
+#include "rows.h"
+
+#if defined(__AVX512BF16__) && !defined(REAL_DOUBLE)
+enum { HAS_PAIRS = 1 };
+#else
+enum { HAS_PAIRS = 0 };
+#endif
+
+/* sum + x y, or with `pairs` the sum of both products of each pair. */
+INLINE lanes add_products(lanes sum, lanes x, lanes y, const int pairs) {
+#if defined(__AVX512BF16__) && !defined(REAL_DOUBLE)
+    if (pairs) return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y);
+#endif
+    (void)pairs;
+    return sum + x * y;
+}
+
+/* A number or a pair in all lanes. A pair that begins with infinity would be a signalling NaN in floating arithmetic. */
+INLINE lanes broadcast(const real *x, const int pairs) {
+    if (!pairs) return splat(*x);
+    word bits;
+    memcpy(&bits, x, sizeof bits);
+    return (lanes)(bits - (words){0});
+}
+
+/* True if a vector of bfloat16 lies in memory as whole vectors of pairs. */
+static int lies_in_pairs(vector x, int64_t size) {
+    return x.stride == 1 && size % (2 * LANES) == 0 && (uintptr_t)x.data % sizeof(real) == 0;
+}
+
+/* Copies a vector of bfloat16 as `padded` pairs; zeros follow its last entry. */
+static void copy_pairs(vector from, int64_t size, int64_t padded, real *out) {
+    const uint16_t *x = from.data;
+    char *to = (char *)out;
+    if (from.stride == 1)
+        memcpy(to, x, (size_t)size * sizeof *x);
+    else
+        for (int64_t i = 0; i < size; i++) memcpy(to + i * (int64_t)sizeof *x, x + i * from.stride, sizeof *x);
+    memset(to + size * (int64_t)sizeof *x, 0, (size_t)padded * sizeof *out - (size_t)size * sizeof *x);
+}
+
+#endif
