@@ -14,7 +14,7 @@ from sparse_attn.versions import triton_before
 SCRIPT = Path(__file__).parents[3] / "scripts" / "compile_kernels.py"
 KERNELS = {
     *("forward_long", "forward_short", "backward_queries", "backward_keys", "_list_tiles", "_scores", "_outputs"),
-    *("_forward_on_chip", "_forward_in_chunks", "_backward_on_chip", "_backward_in_chunks", "_multipliers"),
+    *("forward_on_chip", "forward_in_chunks", "backward_on_chip", "backward_in_chunks", "_multipliers"),
 }
 
 
