@@ -4,6 +4,8 @@ A row of up to 16,384 entries is read once and stays on the chip; a longer row i
 ``rows_forward`` and ``rows_backward`` have the kernels.
 """
 
+# mypy: disable-error-code="import-untyped"
+
 from __future__ import annotations
 
 from typing import NamedTuple
