@@ -103,9 +103,10 @@ def all_gentle(a):
 
 @triton.jit
 def open_after(error, still_open, total, a):
-    """Rows that need another pass, and rows for which a linear correction of the weights replaces the last pass.
+    """Which rows need another pass, and in which a linear correction of the weights replaces the last pass.
 
-    The correction leaves out second order terms, and entries that enter the support when σ decreases.
+    The correction leaves out terms of second order. It also leaves out entries that enter the support where σ
+    decreases; up to α = 1.7 their weights are negligible.
     """
     nearly = still_open & (error <= NEARLY) & (a > 0.0) & (a <= 1.0) & ((total >= 1.0) | (a <= 0.7))
     return still_open & ~nearly, nearly
@@ -113,9 +114,10 @@ def open_after(error, still_open, total, a):
 
 @triton.jit
 def approach(x, start, size, a, empty, go):
-    """σ by Newton steps with the hardware's logarithm, until the sum before the last step was within ``LOOSE`` of 1.
+    """A number near σ: Newton steps with the hardware's logarithm, the last one from a sum within ``LOOSE`` of 1.
 
-    The result is no bound, and ``start`` itself if not ``go``. For the arguments see :func:`solve_on_chip`.
+    The result may lie on either side of σ. Without ``go`` it is ``start``. For the other arguments see
+    :func:`solve_on_chip`.
     """
     sigma = start
     low = start
