@@ -11,7 +11,7 @@ Measured = dict[str, Any]
 
 
 class Record:
-    """The results by kind and name of the task, those of an earlier call included.
+    """The results, also those of an earlier call, by the kind and the name of the task.
 
     A task that began in an earlier call and has no result stopped that call: it is not started again.
     """

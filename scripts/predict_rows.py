@@ -17,7 +17,7 @@ import sass
 import torch
 from torch import Tensor
 
-from sparse_attn.kernels.triton import family, rows
+from sparse_attn.kernels.triton import newton, rows
 
 WIDTHS = (128, 1024, 8192, 32768)
 K = 32
@@ -165,11 +165,11 @@ def newton_sweeps(mapping: str, width: int) -> Sweeps:
     lanes, rows_of_program = min(width // 8, _CHUNK), rows.Tile.of(width).rows
     general = a == 0.3
     if width >= 512:
-        loose = family.LOOSE.value if general else 1e-2
+        loose = newton.LOOSE.value if general else 1e-2
         sigma, of_lanes = _newton(x.view(64, -1, lanes).amax(1), sigma, a, loose, rows_of_program, general)
     if general:
-        sigma, fast = _newton(x, sigma, a, family.LOOSE.value, rows_of_program, True)
-    exact = _newton(x, sigma, a, family.NEARLY.value if general else _TOLERANCE, rows_of_program, general)[1]
+        sigma, fast = _newton(x, sigma, a, newton.LOOSE.value, rows_of_program, True)
+    exact = _newton(x, sigma, a, newton.NEARLY.value if general else _TOLERANCE, rows_of_program, general)[1]
     return Sweeps(of_lanes, fast, exact)
 
 

@@ -1,7 +1,7 @@
 """The backend "triton": kernels for a GPU, written in the language of the package Triton.
 
 This folder is ``sparse_attn.kernels.triton``; ``import triton`` means the package. The package is imported when the
-first kernel is called: ``family``, ``rows`` and all of ``attention`` but ``plan`` import it, this file does not.
+first kernel is called: all modules of this folder but ``launch`` and ``attention.plan`` import it; this file does not.
 """
 
 from __future__ import annotations

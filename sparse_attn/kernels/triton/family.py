@@ -1,4 +1,4 @@
-"""Device functions that the kernels share: α-entmax of scores on the chip for a given threshold, and the Newton step.
+"""Device functions that the kernels share: weights of scores on the chip for a given σ, and the gradient for α.
 
 As in ``kernels.reference.entmax``, formulas use ``a = α - 1`` and σ; α is data, not a constant. Scores and
 probabilities are float32. Scores ``x`` and σ are relative to the largest score of the row. In float32, σ is a pair
@@ -20,12 +20,9 @@ import triton
 import triton.language as tl
 
 from sparse_attn.kernels.triton.pairs import (
-    LN2,
     LOG2E,
     LOG2E_REST,
     add,
-    choose,
-    difference,
     exp2_of,
     fast_exp2,
     fast_log2,
@@ -37,7 +34,6 @@ from sparse_attn.kernels.triton.pairs import (
     single,
     subtract,
     times,
-    zero,
 )
 
 GENERAL, ENTMAX15, SPARSEMAX, SOFTMAX = 0, 1, 2, 3
@@ -45,12 +41,6 @@ MODES = {0.5: ENTMAX15, 1.0: SPARSEMAX}  # by a
 
 # For α = 1, a is replaced by a number so small that log(1 + a t) / a equals t to the last bit.
 TINY = tl.constexpr(1e-10)
-SMALL = tl.constexpr(1.2e-38)  # a normal float32, whose logarithm is finite
-# From this a on, the error of the hardware's logarithm is small enough for the first steps of Newton's method.
-GENTLE = tl.constexpr(0.1)
-# Errors of a row's sum: below the first, exact passes begin after one more step; below the second, the weights are
-# corrected instead of computed again.
-LOOSE, NEARLY = tl.constexpr(2.0**-7), tl.constexpr(1e-5)
 # log2(1 + t) / t on [√½ - 1, √2 - 1], relative error 2.6e-8
 _LOG2 = tl.constexpr(
     (
@@ -138,6 +128,22 @@ def sum_of_row(x):
         return tl.sum(tl.sum(x, 0), 1)
     else:
         return tl.sum(x, 1)
+
+
+@triton.jit
+def a_of(A, row, valid, number):
+    """``a`` of each row, never exactly 0."""
+    if A is None:  # noqa: SIM108, one branch does not exist
+        a = number + 0.0 * row.to(tl.float32)
+    else:
+        a = tl.load(A + row, mask=valid, other=1.0).to(tl.float32)
+    return away_from_zero(a)
+
+
+@triton.jit
+def places(row, entry, stride_row, stride_entry):
+    """Offsets of the entries (C, B) of rows (R,), as (C, R, B)."""
+    return row[None, :, None] * stride_row + entry[:, None, :] * stride_entry
 
 
 @triton.jit
@@ -284,188 +290,3 @@ def alpha_gradient(with_log, with_y, mean_log, mean_y, by_slope, a, log_referenc
     y, log = add(mean_y, reference[2]), add(mean_log, log_reference)
     rest = scaled(subtract(multiply(log, with_y), multiply(y, with_log)), a)
     return single(subtract(rest, with_y)) * by_slope
-
-
-@triton.jit
-def start_of(low, size, a):
-    """Initial values: a number above σ (the root of a flat row), and an error larger than any."""
-    x = -a * tl.log(size + 0.0 * a)
-    small = tl.abs(x) < 1e-2
-    rise = tl.where(small, x * (1.0 + x * (0.5 + x / 6.0)), tl.exp(tl.where(small, 0.0, x)) - 1.0)
-    high = -rise / a * (1.0 + 1e-5) + 1e-9
-    return add(zero(a, len(low) == 2), high), float("inf") + 0.0 * a
-
-
-@triton.jit
-def step(sigma, low, high, error_before, total, slope, a, tolerance, MODE: tl.constexpr):
-    """A Newton step on the norm ``(Σ p)^a = 1``, or bisection if the step leaves the bracket.
-
-    For α up to 2 the iterates increase from the left, and a row has converged when a step no longer brings the sum
-    closer to 1. For larger α the slope at the edge of the support is infinite, and only the sum or an empty bracket
-    shows convergence. At the upper end of an empty bracket many equal scores may all be outside the support, so such a
-    row ends at the lower end.
-
-    Args:
-        sigma: As a single float32 or a pair, like the bracket from ``low`` to ``high``.
-        low: The lower end of the bracket.
-        high: The upper end of the bracket.
-        error_before: Of the sum, before the last step.
-        total: Σ p at σ.
-        slope: Σ u at σ.
-        a: In float32, like all others.
-        tolerance: Of the sum.
-        MODE: As above.
-
-    Returns:
-        The next σ, the bracket, the error of the sum, and which rows have not converged: the others keep their σ.
-    """
-    excess = total - 1.0
-    error = tl.abs(excess)
-    if MODE == 2:
-        above = excess
-    elif MODE == 1:
-        root = tl.sqrt(total)
-        above = 2.0 * root * excess / (root + 1.0)
-    else:  # [Σ p - (Σ p)^(1-a)] / a
-        log_total = fast_log2(tl.where(total > 0.0, total, 1.0)) * LN2
-        x = -a * log_total
-        small = tl.abs(x) < 1e-2
-        phi1 = tl.where(small, 1.0 + x * (0.5 + x / 6.0), (tl.exp(x) - 1.0) / tl.where(small, 1.0, x))
-        series = excess * (1.0 + (1.0 - a) * excess * (0.5 - (1.0 + a) / 6.0 * excess))
-        above = tl.where(error < 2e-2, series, total * log_total * phi1)
-    newton = add(sigma, above / slope)
-    if MODE != 0:
-        still_open = (error > tolerance) & (error < error_before)
-        return choose(still_open, newton, sigma), sigma, high, error, still_open
-    else:
-        low = choose(total >= 1.0, sigma, low)
-        high = choose(total < 1.0, sigma, high)
-        empty = difference(high, low) <= (1e-13 if len(low) == 2 else 1e-6) * high[0]
-        improves = tl.where(a > 1.0, ~empty | (difference(sigma, low) > 0.0), ~empty & (error < error_before))
-        still_open = (error > tolerance) & improves
-        good = (difference(newton, low) > 0.0) & (difference(high, newton) > 0.0)
-        good = good & ((a <= 1.0) | (error <= 0.5 * error_before))
-        middle = add(low, 0.5 * difference(high, low))
-        moved = choose(empty, low, choose(good, newton, middle))
-        return choose(still_open, moved, sigma), low, high, error, still_open
-
-
-@triton.jit
-def fast_weights(x, sigma, a):
-    """``p`` and ``u`` by the hardware's logarithm: a third of the instructions, with a relative error of 2e-7 / a."""
-    w = x * along(a, x) + along(1.0 - a * single(sigma), x)
-    w = tl.maximum(w, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    log = fast_log2(tl.maximum(w, SMALL, propagate_nan=tl.PropagateNan.ALL))
-    u = fast_exp2(log * along(1.0 / a - 1.0, x))
-    return w * u, tl.where(w > 0.0, u, w)
-
-
-@triton.jit
-def all_gentle(a):
-    """Whether the first steps of Newton's method may use the hardware's logarithm: α is from 1.1 to 2 in all rows."""
-    return (tl.min(a, 0) >= GENTLE) & (tl.max(a, 0) <= 1.0)
-
-
-@triton.jit
-def open_after(error, still_open, total, a):
-    """Rows that need another pass, and rows for which a linear correction of the weights replaces the last pass.
-
-    The correction leaves out second order terms, and entries that enter the support when σ decreases.
-    """
-    nearly = still_open & (error <= NEARLY) & (a > 0.0) & (a <= 1.0) & ((total >= 1.0) | (a <= 0.7))
-    return still_open & ~nearly, nearly
-
-
-@triton.jit
-def approach(x, start, size, a, empty, go):
-    """σ by Newton steps with the hardware's logarithm, until the sum before the last step was within ``LOOSE`` of 1.
-
-    The result is no bound, and ``start`` itself if not ``go``. For the arguments see :func:`solve_on_chip`.
-    """
-    sigma = start
-    low = start
-    high, error = start_of(start, size, a)
-    sweeps = 0
-    while go:
-        p, u = fast_weights(x, sigma, a)
-        total, slope = sum_of_row(p), sum_of_row(u)
-        total = tl.where(empty, 1.0, total)
-        sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, NEARLY, 0)
-        sweeps += 1
-        go = (sweeps < 100) & (tl.max((still_open & (error > LOOSE)).to(tl.int32), 0) > 0)
-    return sigma
-
-
-@triton.jit
-def solve_on_chip(x, start, size, a, by_a, empty, tolerance, MODE: tl.constexpr):
-    """The weights of rows of scores held on the chip, and their sum to a tolerance.
-
-    Args:
-        x: Scores (R, B) or (C, R, B), relative to the largest of each row.
-        start: A lower bound of σ, as a pair.
-        size: The number of scores.
-        a: One number per row; a row with NaN is not solved.
-        by_a: ``1 / a``, as a pair.
-        empty: Which rows have no score.
-        tolerance: Of the sum.
-        MODE: As above.
-    """
-    sigma = start
-    if MODE == 0:
-        sigma = approach(x, start, size, a, empty, all_gentle(a))
-    low = start
-    high, error = start_of(start, size, a)
-    p = tl.zeros(x.shape, tl.float32)
-    total = 0.0 * a
-    if MODE == 0:
-        last_sigma, last_u, last_slope, nearly = sigma, p, total, empty
-    sweeps = 0
-    go = True
-    while go:
-        p, u, _ = weigh(x, place_rows(sigma, a, by_a, MODE), MODE)
-        total, slope = sum_of_row(p), sum_of_row(u)
-        total = tl.where(empty, 1.0, total)  # a row without scores is solved
-        if MODE == 0:
-            last_sigma, last_u, last_slope = sigma, u, slope
-        sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, tolerance, MODE)
-        if MODE == 0:
-            still_open, nearly = open_after(error, still_open, total, a)
-        sweeps += 1
-        go = (sweeps < 100) & (tl.max(still_open.to(tl.int32), 0) > 0)
-    if MODE == 0:
-        rise = tl.where(nearly, difference(sigma, last_sigma), 0.0)
-        p = tl.maximum(p - last_u * along(rise, p), 0.0, propagate_nan=tl.PropagateNan.ALL)
-        total = total - rise * last_slope
-    return p, total
-
-
-@triton.jit
-def bound_from_lanes(lanes, size, a, by_a, empty, MODE: tl.constexpr):
-    """A lower bound close to σ: the root for the largest scores of strided lanes (R, B) of a row."""
-    start = zero(a, True)
-    low = start
-    high, error = start_of(start, size, a)
-    sigma = start
-    sweeps = 0
-    go = True
-    if MODE == 0:
-        gentle = all_gentle(a)
-        sigma = approach(lanes, start, size, a, empty, gentle)
-        # The result may be above the root by the error of the logarithm.
-        low = add(zero(a, True), tl.where(gentle, tl.maximum(single(sigma) - 1e-5 * (1.0 + single(sigma)), 0.0), 0.0))
-        go = ~gentle
-    while go:
-        p, u, _ = weigh(lanes, place_rows(sigma, a, by_a, MODE), MODE)
-        total, slope = sum_of_row(p), sum_of_row(u)
-        total = tl.where(empty, 1.0, total)
-        sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, 1e-2, MODE)
-        sweeps += 1
-        go = (sweeps < 100) & (tl.max(still_open.to(tl.int32), 0) > 0)
-    return below(low)
-
-
-@triton.jit
-def below(sigma):
-    """A pair less than σ by more than rounding errors, not less than 0."""
-    low = single(sigma)
-    return add(zero(low, len(sigma) == 2), tl.maximum(low - 1e-6 * (1.0 + low), 0.0))

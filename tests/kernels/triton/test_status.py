@@ -87,7 +87,7 @@ def test_if_a_kernel_fails_attention_is_computed_by_torch_with_one_warning(name,
     assert triton.status() == (False, f"the kernel {name} failed: RuntimeError: PassManager::run failed")
 
 
-@pytest.mark.parametrize("name", ["_forward_on_chip", "_backward_on_chip"])
+@pytest.mark.parametrize("name", ["forward_on_chip", "backward_on_chip"])
 def test_if_a_kernel_fails_operators_are_computed_by_torch_with_one_warning(name, device, failing):
     failing.add(name)
     said = results(device, lambda x, *rest: entmax(x, 1.3))

@@ -29,7 +29,7 @@ from sparse_attn.kernels.triton.attention.tiles import (
     whole_tiles,
 )
 from sparse_attn.kernels.triton.attention.weights import GENTLE, any_of, bound, per_row, place, weights
-from sparse_attn.kernels.triton.family import start_of, step
+from sparse_attn.kernels.triton.newton import start_of, step
 from sparse_attn.kernels.triton.pairs import add, single, zero
 
 

@@ -1,4 +1,7 @@
-"""Fused attention for up to 1,024 keys, forward: one pass; all scores of a tile of queries stay on the chip."""
+"""Fused attention for few keys, forward: one pass; all scores of a tile of queries stay on the chip.
+
+The number of keys up to which it is used is in ``plan``.
+"""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 

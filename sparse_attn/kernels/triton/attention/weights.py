@@ -17,7 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_attn.kernels.triton.family import below, log2, place_rows, start_of, step, weigh
+from sparse_attn.kernels.triton.family import log2, place_rows, weigh
+from sparse_attn.kernels.triton.newton import SMALL, below, start_of, step
 from sparse_attn.kernels.triton.pairs import (
     LN2,
     add,
@@ -35,7 +36,6 @@ from sparse_attn.kernels.triton.pairs import (
 # variants, and each program takes one. The branch is written in each kernel: a helper that calls one of two functions
 # would take their arguments as a tuple, and Triton's tuples cannot contain strings, such as the precision of products.
 GENTLE = tl.constexpr(0.1)
-_TINY = tl.constexpr(1.2e-38)  # a normal float32, whose logarithm is finite
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def weights(z, row, a, scale, MODE: tl.constexpr, FINE: tl.constexpr, EXACT: tl.
                 p = w * row[2][:, None]
             return p, tl.where(w > 0.0, 1.0, w), w
         else:
-            log = fast_log2(tl.maximum(w, _TINY, propagate_nan=tl.PropagateNan.ALL))
+            log = fast_log2(tl.maximum(w, SMALL, propagate_nan=tl.PropagateNan.ALL))
             exponent = log * tl.expand_dims(1.0 / a - 1.0, 1)
             p = w
             if NORMALISED:
