@@ -105,7 +105,7 @@ def conclude(
     print_scores(console, scores)
     place = shlex.quote(short_path(folder))
     console.print(
-        Text(f"\n{results['seconds']:.0f} s; to inspect the run: sparse-attn inspect run={place}"), soft_wrap=True
+        Text(f"\n{results['seconds']:.0f} s; inspect it: sparse-attn inspect run={place}"), soft_wrap=True
     )
     return results
 

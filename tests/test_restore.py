@@ -292,7 +292,7 @@ def test_a_peft_adapter_that_torchs_layer_would_not_call_must_be_merged() -> Non
     x = torch.randn(N, S, E, dtype=torch.float64)
     expected = model(x)
     with pytest.raises(
-        ValueError, match=r"must have an out_proj that is an nn\.Linear, .*got Linear; merge the adapter"
+        ValueError, match=r"must have an out_proj that is an nn\.Linear, .*got Linear; merge an adapter first"
     ):
         restore_attention(model)
     merged = model.merge_and_unload()

@@ -66,7 +66,7 @@ def test_a_key_or_file_without_explanation_is_reported(text, wrong, tmp_path, mo
 def test_defaults_and_comments_are_read_from_the_file():
     keys = {key.name: key for key in command_line.keys(command_line.CONFIGS / "train.yaml")}
     assert keys["optimizer.learning_rate"].default == "2.0e-3"
-    assert keys["keep_checkpoints"].comment.startswith("weights after each of the last epochs")
+    assert keys["keep_checkpoints"].comment.startswith("number of last epochs")
     data = {key.name: key for key in command_line.keys(command_line.CONFIGS / "data" / "parallel.yaml")}
     assert data["data.sides"].default == "[source, target]"
     assert data["data.train"].default == "${data.path}/train.{side}"

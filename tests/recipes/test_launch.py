@@ -195,7 +195,7 @@ def test_help_is_printed_on_a_terminal_whose_encoding_lacks_alpha():
         capture_output=True,
     )
     assert (done.returncode, done.stderr) == (0, b"")
-    assert b"error rates and the ? of every head" in done.stdout
+    assert b"scores and the ? of every head" in done.stdout
 
 
 def test_brackets_in_a_folder_name_are_not_markup(run_folder, capsys):
