@@ -178,7 +178,8 @@ def test_the_result_can_be_saved_as_json_and_given_to_replace_attention(tmp_path
     new = replace_attention(model, alpha_init=json.loads(file.read_text()))
     for name, layer in new.items():
         assert layer.alpha.tolist() == pytest.approx(found[name], abs=1e-6)
-    with pytest.raises(ValueError, match=r"alpha_init must have a value for the layer 'layers.1.self_attn', got values for layers.0.self_attn"):
+    message = "alpha_init must have a value for the layer 'layers.1.self_attn', got values for layers.0.self_attn"
+    with pytest.raises(ValueError, match=message):
         replace_attention(encoder(), alpha_init={"layers.0.self_attn": 1.5})
 
 
