@@ -104,9 +104,7 @@ def conclude(
     console.print()
     print_scores(console, scores)
     place = shlex.quote(short_path(folder))
-    console.print(
-        Text(f"\n{results['seconds']:.0f} s; inspect it: sparse-attn inspect run={place}"), soft_wrap=True
-    )
+    console.print(Text(f"\n{results['seconds']:.0f} s; inspect it: sparse-attn inspect run={place}"), soft_wrap=True)
     return results
 
 
