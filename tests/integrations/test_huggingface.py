@@ -33,7 +33,7 @@ def result(output) -> Tensor:
 
 
 def real(inputs: dict[str, Tensor], output: Tensor) -> Tensor:
-    """Which positions of an output are not padding."""
+    """Returns a mask of the positions of an output that are not padding."""
     mask = inputs.get("attention_mask")
     return (
         torch.ones(output.shape[:-1], dtype=torch.bool) if mask is None or "decoder_input_ids" in inputs else mask > 0

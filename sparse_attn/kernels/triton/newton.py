@@ -103,7 +103,7 @@ def all_gentle(a):
 
 @triton.jit
 def open_after(error, still_open, total, a):
-    """Which rows need another pass, and in which a linear correction of the weights replaces the last pass.
+    """Returns two masks of rows: those that need another pass, and those whose last pass a linear correction replaces.
 
     The correction leaves out terms of second order. It also leaves out entries that enter the support where σ
     decreases; up to α = 1.7 their weights are negligible.
