@@ -90,7 +90,8 @@ def header(rounds: int) -> Iterator[str]:
 
 
 def _more_threads(rounds: int) -> Iterator[str]:
-    yield from ("", f"# The same on {torch.get_num_threads()} threads, in wall-clock time")
+    yield ""
+    yield f"The sections below ran on {torch.get_num_threads()} threads. Their times are wall-clock times."
 
 
 def operators(rounds: int) -> Iterator[str]:
@@ -395,6 +396,8 @@ def _spread() -> Iterator[str]:
 
 
 def _heading(title: str, columns: list[str]) -> Iterator[str]:
+    threads = torch.get_num_threads()
+    title += f", {threads} threads" if threads > 1 else ""
     yield from ("", f"## {title}", "", _row("", columns), "|---" * (len(columns) + 1) + "|")
 
 
