@@ -7,7 +7,9 @@ import pytest
 from sparse_attn.kernels.cpu import rows
 
 
-# The variant avx512_bf16 differs from avx512 in attention only.
-@pytest.fixture(params=[name for name in rows.variants() if name != "avx512_bf16"] or ["none"])
+ATTENTION_ONLY = ("avx512_bf16", "avx512_amx")  # they differ from avx512 in attention only
+
+
+@pytest.fixture(params=[name for name in rows.variants() if name not in ATTENTION_ONLY] or ["none"])
 def variant(request) -> str:
     return request.param
