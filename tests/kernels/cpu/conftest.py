@@ -6,7 +6,6 @@ import pytest
 
 from sparse_attn.kernels.cpu import rows
 
-
 ATTENTION_ONLY = ("avx512_bf16", "avx512_amx")  # they differ from avx512 in attention only
 
 
