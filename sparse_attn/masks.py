@@ -23,7 +23,7 @@ Window = int | tuple[int | None, int | None]
 class Bounds(NamedTuple):
     """The keys that a query sees by position: query ``i`` those from ``i - left`` to ``i + right``; None: no limit.
 
-    Bounds replace a mask of (L, S) entries where all heads and batch entries have the same ones.
+    Bounds replace a mask of (L, S) entries if they are the same for all heads and batch entries.
     """
 
     left: int | None = None
