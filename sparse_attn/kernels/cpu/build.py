@@ -24,7 +24,8 @@ _X86_VARIANTS = {
     "avx2": ["-mavx2", "-mfma", "-mpopcnt"],
     "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mpopcnt", "-mprefer-vector-width=512"],
 }
-# Attention in float32 for these instructions; all other kernels are those of avx512. Compilers before 2020 lack them.
+# Attention in float32 for these instructions; all other kernels are those of avx512.
+# Compilers before 2020 do not know these instructions.
 _BFLOAT16 = [*_X86_VARIANTS["avx512"], "-mavx512bf16"]
 # The same with tiles (AMX), whose instructions are in assembler: the compiler itself must not use tiles. Linux only.
 _TILES = [*_BFLOAT16, "-DWITH_TILES"]
