@@ -36,7 +36,7 @@ def test_a_failed_run_does_not_stop_the_others_and_can_be_repeated(run, tmp_path
     status, output, error = run("-m", "model.dim=8,9,10", "hydra.sweep.dir=s")
     assert status == 1
     assert error.splitlines() == [
-        "sparse-attn train: run 1 failed: dim must be a multiple of num_heads, got dim=9 and num_heads=2",
+        "sparse-attn train: run 1 failed: model.dim must be a multiple of num_heads, got dim=9 and num_heads=2",
         "sparse-attn train: 1 of 3 runs failed; to run the missing ones: sparse-attn train resume=s",
     ]
     table = [line.split() for line in output.splitlines()[-3:]]
