@@ -25,6 +25,8 @@ NormKind = Literal["layer", "rms"]
 class _Layer(nn.Module):
     """Base class of the layers: the feed-forward block, and residual branches with a norm before or after each."""
 
+    self_attn: nn.MultiheadAttention
+
     def __init__(
         self,
         d_model: int,
@@ -57,7 +59,8 @@ class _Layer(nn.Module):
         if x.is_nested:
             raise TypeError(f"{name} must be a dense tensor, got a nested tensor")
         if x.dim() not in (2, 3) or x.shape[-1] != self.d_model:
-            raise ValueError(f"{name} must be (N, L, E) or (L, E) with E = {self.d_model}, got shape {tuple(x.shape)}")
+            form = _batched_form(self.self_attn, "L")
+            raise ValueError(f"{name} must be {form} or (L, E) with E = {self.d_model}, got shape {tuple(x.shape)}")
 
     def _add(self, x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
         """``x`` plus the output of a branch, with the norm before or after."""
@@ -100,7 +103,7 @@ class TransformerEncoderLayer(_Layer):
         ValueError: A size, ``dropout`` or ``norm`` is not allowed.
 
     Shape:
-        ``src`` (N, L, E) -> (N, L, E).
+        ``src`` (N, L, E) -> (N, L, E), or (L, N, E) -> (L, N, E) without ``batch_first``; unbatched (L, E) -> (L, E).
 
     Example:
         >>> from sparse_attn import NAPE
@@ -214,7 +217,8 @@ class TransformerDecoderLayer(_Layer):
         ValueError: A size, ``dropout`` or ``norm`` is not allowed.
 
     Shape:
-        ``tgt`` (N, L, E), ``memory`` (N, S, E) -> (N, L, E).
+        ``tgt`` (N, L, E), ``memory`` (N, S, E) -> (N, L, E). Without ``batch_first``, ``tgt`` (L, N, E), ``memory``
+        (S, N, E) -> (L, N, E). Unbatched: ``tgt`` (L, E), ``memory`` (S, E) -> (L, E).
 
     Example:
         >>> layer = TransformerDecoderLayer(16, 2, norm="rms", qk_norm=True, window=(3, 0))
@@ -265,7 +269,7 @@ class TransformerDecoderLayer(_Layer):
         check_floating(memory, "memory")
         size = getattr(self.multihead_attn, "kdim", self.d_model)
         if memory.dim() != tgt.dim() or memory.shape[-1] != size:
-            form = "(S, E)" if tgt.dim() == 2 else "(N, S, E)"
+            form = "(S, E)" if tgt.dim() == 2 else _batched_form(self.multihead_attn, "S")
             raise ValueError(f"memory must be {form} with E = {size}, like tgt, got shape {tuple(memory.shape)}")
         if tgt.dim() == 3 and isinstance(self.multihead_attn, SparseMultiheadAttention):
             axis = 0 if self.multihead_attn.batch_first else 1
@@ -384,6 +388,11 @@ def _check_masks(
         batched=batched,
         names=names,
     )
+
+
+def _batched_form(attention: nn.MultiheadAttention, length: str) -> str:
+    """The shape of batched input, for errors: (N, L, E), or (L, N, E) without ``batch_first``."""
+    return f"(N, {length}, E)" if getattr(attention, "batch_first", True) else f"({length}, N, E)"
 
 
 def _given(**arguments: Any) -> dict[str, Any]:

@@ -325,3 +325,16 @@ def test_a_wrong_memory_is_named() -> None:
     for wrong in (torch.randn(N, S, 7), torch.randn(S, E)):
         with pytest.raises(ValueError, match=r"memory must be \(N, S, E\) with E = 24, like tgt, got shape"):
             layer(x, wrong)
+
+
+@pytest.mark.parametrize(("batch_first", "of_target", "of_memory"), [(True, "N, L", "N, S"), (False, "L, N", "S, N")])
+def test_shape_errors_name_the_axes_in_their_order(batch_first: bool, of_target: str, of_memory: str) -> None:
+    encoder = TransformerEncoderLayer(E, H, batch_first=batch_first)
+    decoder = TransformerDecoderLayer(E, H, batch_first=batch_first)
+    wrong, x = torch.randn(L, N, E + 1), torch.randn(L, N, E)
+    with pytest.raises(ValueError, match=rf"^src must be \({of_target}, E\) or \(L, E\) with E = 24, got shape"):
+        encoder(wrong)
+    with pytest.raises(ValueError, match=rf"^tgt must be \({of_target}, E\) or \(L, E\) with E = 24, got shape"):
+        decoder(wrong, x)
+    with pytest.raises(ValueError, match=rf"^memory must be \({of_memory}, E\) with E = 24, like tgt, got shape"):
+        decoder(x, wrong)
