@@ -34,7 +34,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from .arguments import check_deletions, check_flags, is_multirun, quoted, read_as_text, split, with_config_names
+from .arguments import check_flags, check_overrides, is_multirun, quoted, read_as_text, split, with_config_names
 from .folders import remove_if_empty
 
 WRONG_INPUT, INTERRUPTED = 2, 130
@@ -99,7 +99,7 @@ def run_hydra(
     with reported(name), contextlib.ExitStack() as stack:
         flags, overrides = split(arguments)
         check_flags(flags)
-        check_deletions(overrides)
+        check_overrides(overrides)
         if config is None:
             check_groups(name, overrides, sweep=is_multirun(flags))
         overrides = with_config_names(name, overrides)
