@@ -41,7 +41,7 @@ def test_a_failed_run_does_not_stop_the_others_and_can_be_repeated(run, tmp_path
     ]
     table = [line.split() for line in output.splitlines()[-3:]]
     assert [row[0] for row in table] == ["model.dim=8", "model.dim=9", "model.dim=10"]
-    assert " ".join(table[1]).endswith("- - - - - dim must be a multiple of num_heads, got dim=9 and num_heads=2")
+    assert " ".join(table[1]).endswith("- - - - - model.dim must be a multiple of num_heads, got dim=9 and num_heads=2")
     kept = (tmp_path / "s/0" / RESULTS).read_bytes()
 
     status, output, error = run("resume=s", alone=True)
