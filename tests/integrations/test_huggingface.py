@@ -161,7 +161,7 @@ def test_generation_with_a_cache_equals_generation_without(name, implementation,
 
 
 def test_generation_with_a_static_cache(build, batch):
-    # From the first step on, there are as many keys as the cache has positions, most of them empty.
+    # From the first step on, there are as many keys as the cache has positions, some of them empty.
     model, inputs = build("llama", "entmax"), {"input_ids": batch("llama")["input_ids"]}
     how = {"max_new_tokens": 5, "do_sample": False}
     static = model.generate(**inputs, **how, cache_implementation="static", disable_compile=True)
@@ -213,7 +213,7 @@ def test_observers_receive_the_weights(name, build, batch):
 
 
 def test_weights_are_not_computed_unless_requested(build):
-    # 1,031 x 1,031 scores per head are too many for one block.
+    # So many scores, 1,031 x 1,031 per head, are not computed as one matrix.
     model = build("gpt2", "entmax", n_layer=1, n_positions=1031, n_embd=6)
     with saved_sizes() as sizes:
         model.transformer(torch.randint(0, 37, (1, 1031))).last_hidden_state.sum().backward()
@@ -275,8 +275,17 @@ def test_sinks_of_a_wrong_shape_raise_an_error(build, batch):
         model(batch("gpt_oss")["input_ids"])
 
 
-def test_one_of_our_names_can_be_registered_alone_and_other_names_do_not_change_it():
+def test_one_of_our_names_can_be_registered_alone(monkeypatch):
+    interfaces = (transformers.AttentionInterface, transformers.AttentionMaskInterface)
+    for interface in interfaces:
+        for name in SPARSE:
+            monkeypatch.delitem(interface._global_mapping, name)
     register("sparsemax")
+    for interface in interfaces:
+        assert set(SPARSE) & set(interface._global_mapping) == {"sparsemax"}
+
+
+def test_an_own_name_with_alpha_two_gives_the_results_of_sparsemax():
     torch.manual_seed(0)
     config = transformers.BertConfig(vocab_size=37, hidden_size=24, num_hidden_layers=1, num_attention_heads=3)
     model = transformers.BertModel._from_config(config, attn_implementation="sparsemax").eval()
