@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_attn.checks import check_bool, check_dropout, check_floating, check_int, check_number
-from sparse_attn.masks import check_multihead_masks
+from sparse_attn.masks import ScoreShape, check_multihead_masks
 from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
 from sparse_attn.nn.cache import DecoderCache, KVCache
 from sparse_attn.nn.dropout import Dropout
@@ -381,10 +381,7 @@ def _check_masks(
     check_multihead_masks(
         mask,
         key_padding_mask,
-        batch=query.shape[1 - length] if batched else 1,
-        heads=attention.num_heads,
-        queries=query.shape[length],
-        keys=keys,
+        ScoreShape(query.shape[1 - length] if batched else 1, attention.num_heads, query.shape[length], keys),
         batched=batched,
         names=names,
     )
