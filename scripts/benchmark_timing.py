@@ -83,7 +83,9 @@ def spread_line() -> Iterator[str]:
 
 
 def heading(title: str, columns: list[str]) -> Iterator[str]:
-    """A heading, and the first two lines of a table in Markdown."""
+    """A heading, with the number of threads if there are several, and the first two lines of a table in Markdown."""
+    threads = torch.get_num_threads()
+    title += f", {threads} threads" if threads > 1 else ""
     yield from ("", f"## {title}", "", row("", columns), "|---" * (len(columns) + 1) + "|")
 
 
