@@ -93,7 +93,10 @@ def check_masks(
     key_padding_mask: Tensor | None,
     names: tuple[str, str],
 ) -> None:
-    """Raise unless the masks fit, with the names that the user gave; errors of the attention would use other names."""
+    """Raise unless the masks fit.
+
+    Errors name the argument of this layer, such as ``src_mask``; an error of the attention would say ``attn_mask``.
+    """
     if (mask is None and key_padding_mask is None) or not isinstance(attention, SparseMultiheadAttention):
         return
     batched = query.dim() == 3

@@ -225,7 +225,10 @@ class TransformerDecoderLayer(ResidualLayer):
         size = getattr(self.multihead_attn, "kdim", self.d_model)
         if memory.dim() != tgt.dim() or memory.shape[-1] != size:
             form = "(S, E)" if tgt.dim() == 2 else batched_form(self.multihead_attn, "S")
-            raise ValueError(f"memory must be {form} with E = {size}, like tgt, got shape {tuple(memory.shape)}")
+            raise ValueError(
+                f"memory must be {form} with E = {size}, and have {tgt.dim()} dimensions like tgt, "
+                f"got shape {tuple(memory.shape)}"
+            )
         if tgt.dim() == 3 and isinstance(self.multihead_attn, SparseMultiheadAttention):
             axis = 0 if self.multihead_attn.batch_first else 1
             if memory.shape[axis] != tgt.shape[axis]:
@@ -279,7 +282,8 @@ class TransformerDecoderLayer(ResidualLayer):
             extra["cache"], of_cross["cache"] = cache.self_attention, cache.cross_attention
             if memory_is_causal:
                 raise ValueError(
-                    "memory_is_causal must be False with a cache: positions of tgt do not correspond to those of memory"
+                    "memory_is_causal must be False with a cache: tgt then holds only the newest positions, whose "
+                    "numbers the cache of the memory does not know"
                 )
         names = ("tgt_mask", "tgt_key_padding_mask")
         check_masks(self.self_attn, tgt, tgt, extra.get("cache"), tgt_mask, tgt_key_padding_mask, names)
