@@ -78,7 +78,7 @@ def header(rounds: int) -> Iterator[str]:
     yield "backward. A single number is for the pass that the column names, or else for forward. A time is the smallest"
     clock = "processor time of the thread" if torch.get_num_threads() == 1 else "wall-clock time"
     yield f"of {rounds} rounds, in {clock}. In each round, all functions run in turn, for 2 ms or at least one call."
-    yield "`torch` marks plain torch, which is used where the C kernels were not compiled. k: the entmax package first"
+    yield "`torch` marks plain torch, which is used where there are no C kernels. k: the entmax package first"
     yield "sorts only the k largest scores. `explicit` marks attention written as two matrix products and a mapping."
 
 

@@ -10,7 +10,7 @@
 #define EXPORTED(name) JOIN(name, float, VARIANT)
 #endif
 
-/* The kernels of row.c, for the attention kernels; a variant may have those of another one. */
+/* The kernels of row.c, for the attention kernels; a variant may use the row kernels of another variant. */
 #ifndef ROW_VARIANT
 #define ROW_VARIANT VARIANT
 #endif

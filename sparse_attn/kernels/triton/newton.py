@@ -98,7 +98,7 @@ def fast_weights(x, sigma, a):
 
 @triton.jit
 def all_gentle(a):
-    """Whether the first steps for some rows may use the hardware's logarithm: α is from 1.1 to 2 in all of them."""
+    """Whether the first steps for these rows may use the hardware's logarithm: α is from 1.1 to 2 in all of them."""
     return (tl.min(a, 0) >= GENTLE) & (tl.max(a, 0) <= 1.0)
 
 

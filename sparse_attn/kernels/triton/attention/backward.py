@@ -40,7 +40,7 @@ def _list_tiles(Flags, Lists, Counts, lines, size, stride_head, stride_line, str
 
 
 class Kept(NamedTuple):
-    """Tensors that both passes read, and lists of the tiles with weight; the first pass writes ``delta``."""
+    """Tensors for both passes, and lists of the tiles with weight. The first pass writes ``delta`` for the second."""
 
     grad: Tensor  # gradient of the output
     delta: Tensor  # δ of each row: dO · (Σ u v / Σ u)

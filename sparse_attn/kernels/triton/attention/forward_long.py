@@ -2,8 +2,8 @@
 
 A program computes a tile of queries of one head and passes over the keys several times: once for the largest score of
 each strided lane, from which follows a lower bound close to σ; a few times with Newton's method; and once for the
-output. There is a list of the key tiles that may have weight; for α up to 2, each pass removes tiles from it. The last
-pass marks the tiles that have weight, for the backward.
+output. There is a list of the key tiles that may have weight; for α up to 2, each pass can remove tiles from it. The
+last pass marks the tiles that have weight, for the backward.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
