@@ -49,7 +49,7 @@ PAGE = Path(__file__).parents[1] / "benchmarks" / "cpu.md"
 
 
 def main(rounds: int, write: bool, threads: list[int], only: list[str]) -> None:
-    """Measure and print: the chosen sections with the first number of threads, those of _THREADED with the others."""
+    """Measure and print: all chosen sections with the first number of threads, those in _THREADED with the others."""
     lines = []
     for number in threads:
         torch.set_num_threads(number)
@@ -88,7 +88,7 @@ def _more_threads(rounds: int) -> Iterator[str]:
 
 
 def operators(rounds: int) -> Iterator[str]:
-    """Operators on scores (N, 8, 1, d) of scale 1; a learnt α has one value per head."""
+    """Operators on scores (N, 8, d) of scale 1; a learnt α has one value for each of the 8 heads."""
     sizes = (64, 128, 512, 2048, 32000)
     yield from heading(f"Operators, {ELEMENTS} scores of scale 1 in rows of d", [f"d {d}" for d in sizes])
     columns = [_operators(d, rounds) for d in sizes]
@@ -259,7 +259,7 @@ def _decoding(size: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
 
 
 def memory(rounds: int) -> Iterator[str]:
-    """Peak memory of forward and backward with (1, 8, 4096, 64), each function in a separate process; on Linux."""
+    """Peak memory of forward and backward with (1, 8, 4096, 64), each function in a separate process; only on Linux."""
     if sys.platform != "linux":
         return
     title = "Peak memory in addition to the inputs, N 4096, 8 heads of size 64, forward + backward"
@@ -280,7 +280,7 @@ MEMORY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def peak(name: str) -> None:
-    """Print the increase of the resident memory of this process."""
+    """Print the largest increase of the resident memory of this process during a call, in MiB."""
     torch.set_num_threads(1)
     for n in (64, 4096):  # a small length first, so that one-time allocations are not counted
         inputs = [torch.randn(1, 8, n, 64, requires_grad=True) for _ in range(3)]

@@ -2,8 +2,8 @@
 
 OMP_WAIT_POLICY=passive python scripts/measure_accuracy.py [--write]
 
-Prints the page; ``--write`` also writes ``benchmarks/accuracy.md``. Takes half a minute, and always gives the same
-numbers.
+Prints the page; ``--write`` also writes ``benchmarks/accuracy.md``. Takes half a minute, and gives the same numbers
+every time on the same machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`calibrate` finds α for a density or a loss in models of torch and leaves the model unchanged."""
+"""`calibrate` finds α for a density or for a bound on the loss in models of torch, and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -155,7 +155,8 @@ def test_an_interrupted_call_continues(tmp_path, capsys):
 
     with pytest.raises(KeyboardInterrupt):
         calibrate(encoder(), BATCHES, density=0.3, loss=counted, state=state)
-    assert calls == 11 and capsys.readouterr().err.count("\n") == 3  # three passes of three batches, a batch, the stop
+    # Three passes of three batches, one more batch, and the call that raises; one line for each finished pass.
+    assert calls == 11 and capsys.readouterr().err.count("\n") == 3
     calls, allowed = 0, 10**6
     found = calibrate(encoder(), BATCHES, density=0.3, loss=counted, state=state, progress=False)
     assert calls == 3 * 5 and list(tmp_path.iterdir()) == [state]

@@ -5,12 +5,12 @@ and σ are relative to the largest score of the row. σ is a pair of float32 (se
 single float32 would change thousands of small entries in the same direction.
 
 ``MODE`` is known at compile time, α is not. Mode 0 is for any α, 1 for α = 1.5 and 2 for α = 2, if α is given as a
-number. Modes 1 and 2 need neither logarithms nor powers. The forward kernels for rows also have mode 3, for α = 1 given
-as a number. Logarithms of numbers near 1 are computed by a polynomial: the hardware's logarithm is inexact there, and
-for α close to 1 most arguments are near 1.
+number. Modes 1 and 2 need no logarithms of entries. The forward kernels for rows also have mode 3, for α = 1 given as a
+number. Logarithms of numbers near 1 are computed by a polynomial: the hardware's logarithm is inexact there, and for α
+close to 1 most arguments are near 1.
 """
 
-# Triton functions have no type annotations; their docstrings describe the arguments.
+# Triton functions have no type annotations.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ the functions after it take tuples of either length; a tuple of one costs as muc
 Reference: Dekker 1971 (Numerische Mathematik 18), "A floating-point technique for extending the available precision".
 """
 
-# Triton functions have no type annotations; their docstrings describe the arguments.
+# Triton functions have no type annotations.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Row kernels on a GPU: the contract of ``kernels.reference.entmax``, computed in float32 also for half precision.
 
-A row of up to 16,384 entries is read once and stays on the chip; a longer row is read in chunks, several times. With a
+A row of up to 16,384 entries is read once and stays on the chip; a longer row is read in chunks, several times. For the
 gradient for α, the limit is 8,192 entries.
 ``rows_forward`` and ``rows_backward`` have the kernels.
 """
