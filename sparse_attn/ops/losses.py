@@ -11,9 +11,9 @@ Which loss to use:
   possible. A lead of 1 is enough for loss zero, and wrong classes outside the support get no gradient. For sequences,
   published results are better with 1.5.
 - **A learnt α** only if another term of the objective depends on α. The entropy ``H_α(p)`` decreases in α for every
-  ``p``, so the gradient of the loss always increases α: trained by the loss alone, α reaches the upper end of its range
-  on any data. For the same reason losses at different α cannot be compared; choose α by a metric that does not contain
-  α, such as accuracy.
+  ``p`` that is not one-hot, so the gradient of the loss never lowers α: trained by the loss alone, α reaches the upper
+  end of its range on any data. For the same reason losses at different α cannot be compared; choose α by a metric that
+  does not contain α, such as accuracy.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from sparse_attn.checks import (
     check_floating,
     check_row_parameter,
     compute_dtype,
+    described_type,
+    is_int,
     rows_last,
 )
 from sparse_attn.kernels.functions.conjugate import conjugate_rows
@@ -58,7 +60,7 @@ def entmax_loss(
     contains too: the loss has its minimum at ``p = y``, and the minimum is ``H_α(y)``.
 
     Use α = 1 for probabilities (likelihood, calibration, sampling), 1.5 for decisions among many classes, 2 where the
-    support is the answer. Do not learn α by this loss alone: the loss decreases in α on any data.
+    support is the answer. Do not learn α by this loss alone: on any data, the loss never grows with α.
 
     Args:
         x: Scores of any floating dtype. ``-inf`` is masked, as in cross-entropy. With class indices and without
@@ -294,8 +296,8 @@ def check_loss_arguments(weight: Tensor | None, ignore_index: int, reduction: st
         check_floating(weight, "weight")
         if weight.dim() != 1:
             raise ValueError(f"weight must have shape (C), got shape {tuple(weight.shape)}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not is_int(ignore_index):
+        raise TypeError(f"ignore_index must be an int, got {described_type(ignore_index)}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
     check_dropout(label_smoothing, "label_smoothing")

@@ -323,7 +323,7 @@ def test_a_wrong_memory_is_named() -> None:
     with pytest.raises(TypeError, match=r"memory must be a torch\.Tensor, got list"):
         layer(x, [1])
     for wrong in (torch.randn(N, S, 7), torch.randn(S, E)):
-        with pytest.raises(ValueError, match=r"memory must be \(N, S, E\) with E = 24, like tgt, got shape"):
+        with pytest.raises(ValueError, match=r"memory must be \(N, S, E\) with E = 24, and have 3 dimensions like tgt"):
             layer(x, wrong)
 
 
@@ -336,5 +336,5 @@ def test_shape_errors_name_the_axes_in_their_order(batch_first: bool, of_target:
         encoder(wrong)
     with pytest.raises(ValueError, match=rf"^tgt must be \({of_target}, E\) or \(L, E\) with E = 24, got shape"):
         decoder(wrong, x)
-    with pytest.raises(ValueError, match=rf"^memory must be \({of_memory}, E\) with E = 24, like tgt, got shape"):
+    with pytest.raises(ValueError, match=rf"^memory must be \({of_memory}, E\) with E = 24, and have 3 "):
         decoder(x, wrong)

@@ -80,7 +80,10 @@ def lazy_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> LazyMask | None:
-    """The mask for the arguments of transformers' mask functions; None for one with padding, or one not causal."""
+    """The lazy mask for the arguments of transformers' mask functions.
+
+    None if the mask has padding, is not causal or has more keys than queries, and in compiled or traced code.
+    """
     if torch.compiler.is_compiling() or torch._C._is_tracing() or use_vmap or not 1 < q_length == kv_length:
         return None
     if mask_function is None or isinstance(q_offset, Tensor) or q_offset or kv_offset:
