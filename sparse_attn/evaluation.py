@@ -86,12 +86,12 @@ class SavedPasses:
     def __init__(self, file: str | Path | None, call: dict[str, Any]) -> None:
         self.file, self.call = None if file is None else Path(file), call
         self.passes: list[dict[str, Any]] = []
-        if self.file is not None and not self.file.parent.is_dir():
+        if self.file is not None and (self.file.is_dir() or not self.file.parent.is_dir()):
             raise ValueError(f"state must be a file in a folder that exists, got {str(file)!r}")
         if self.file is not None and self.file.exists():
             try:
                 saved = json.loads(self.file.read_text(encoding="utf-8"))
-                earlier, self.passes = saved["call"], saved["passes"]
+                earlier, self.passes = dict(saved["call"]), list(saved["passes"])
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"state must be a file that calibrate wrote, got {str(file)!r}") from None
             if earlier != call:
