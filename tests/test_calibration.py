@@ -165,9 +165,14 @@ def test_an_interrupted_call_continues(tmp_path, capsys):
     assert calls == 0 and again == found and again.density == found.density
     with pytest.raises(ValueError, match=r"state must be of a call with the same density, 0.2, got 0.3"):
         calibrate(encoder(), BATCHES, density=0.2, loss=loss, state=state)
-    state.write_text("{}")
-    with pytest.raises(ValueError, match="state must be a file that calibrate wrote"):
-        calibrate(encoder(), BATCHES, density=0.3, loss=loss, state=state)
+    saved = json.loads(state.read_text())
+    other_call, other_pass = saved["call"] | {"batches": 3}, {"loss": 1.0}
+    for content in ({}, [], {**saved, "call": "x"}, {**saved, "call": other_call}, {**saved, "passes": [other_pass]}):
+        state.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"^state must be a file that calibrate wrote, got '.*state.json'"):
+            calibrate(encoder(), BATCHES, density=0.3, loss=loss, state=state)
+    with pytest.raises(ValueError, match=r"^state must be a file, got the folder '.*'$"):
+        calibrate(encoder(), BATCHES, density=0.3, loss=loss, state=tmp_path)
 
 
 def test_the_result_can_be_saved_as_json_and_given_to_replace_attention(tmp_path):
@@ -232,6 +237,7 @@ def test_causal_layers_count_visible_keys_alone():
         ({"model": nn.Linear(3, 5)}, ValueError, "model must hold at least one nn.MultiheadAttention, got none in Lin"),
         ({"model": 3}, TypeError, "model must be a torch.nn.Module, got int"),
         ({"state": "/no/such/folder/state"}, ValueError, "state must be a file in a folder that exists"),
+        ({"state": {"passes": []}}, TypeError, "^state must be the path of a file or None, got dict$"),
     ],
 )
 def test_wrong_input_raises_an_error(change, error, message):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_attn.checks import check_int
+from sparse_attn.checks import check_bool, check_floating, check_int
 
 
 class KVCache:
@@ -17,6 +17,9 @@ class KVCache:
 
     Args:
         static: Fill once instead of appending.
+
+    Raises:
+        TypeError: ``static`` is not True or False.
 
     Attributes:
         key: (N, H, S, D), or None while empty; H is the number of heads of keys and values, ``num_kv_heads``. Keys
@@ -32,6 +35,7 @@ class KVCache:
     """
 
     def __init__(self, *, static: bool = False) -> None:
+        check_bool(static, "static")
         self.static = static
         self.key: Tensor | None = None
         self.value: Tensor | None = None
@@ -48,9 +52,14 @@ class KVCache:
         """Append keys and values of new positions and return all.
 
         Raises:
-            ValueError: ``key`` and ``value`` are not (N, H, L, D) each, or do not continue what the cache holds.
+            TypeError: ``key`` or ``value`` is not a floating tensor.
+            ValueError: ``key`` and ``value`` are not (N, H, L, D) each, or do not continue what the cache holds; or the
+                cache is static and already filled.
         """
+        if self.complete:
+            raise ValueError(f"a static cache is filled only once, and this one holds {len(self)} positions")
         for name, x, before in (("key", key, self.key), ("value", value, self.value)):
+            check_floating(x, name)
             fits = x.dim() == 4 and x.shape[:3] == key.shape[:3]
             if not fits or (before is not None and (*x.shape[:2], x.shape[3]) != (*before.shape[:2], before.shape[3])):
                 held = "" if before is None else f" to continue {tuple(before.shape)}"

@@ -80,7 +80,11 @@ def lazy_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> LazyMask | None:
-    """The mask for the arguments of transformers' mask functions; None for one with padding, or one not causal."""
+    """The causal mask for the arguments of transformers' mask functions, or None if ``build`` has to compute the mask.
+
+    None: in compiled code, a trace or ``vmap``; for a single query, or other positions of queries than of keys (a
+    cache); with padding; for a mask function that is not causal, or that :func:`_described` does not recognise.
+    """
     if torch.compiler.is_compiling() or torch._C._is_tracing() or use_vmap or not 1 < q_length == kv_length:
         return None
     if mask_function is None or isinstance(q_offset, Tensor) or q_offset or kv_offset:
