@@ -12,12 +12,9 @@ from __future__ import annotations
 import argparse
 import math
 import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from datetime import date
 from functools import partial
 from importlib import metadata
@@ -25,6 +22,7 @@ from pathlib import Path
 
 import entmax as peer
 import torch
+from benchmark_timing import Run, both_passes, heading, interleave, on_backend, processor, ratio, row, spread_line
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,19 +41,15 @@ from sparse_attn import (
     sparsemax_loss,
     topk_attention,
     topk_softmax,
-    use_backend,
 )
 
 ELEMENTS = 2**19
 HEADS = 8
-_TURN = 2e-3  # seconds
 PAGE = Path(__file__).parents[1] / "benchmarks" / "cpu.md"
-
-Run = Callable[[], object]
 
 
 def main(rounds: int, write: bool, threads: list[int], only: list[str]) -> None:
-    """Measure and print: the chosen sections with the first number of threads, those of _THREADED with the others."""
+    """Measure and print: all chosen sections with the first number of threads, those in _THREADED with the others."""
     lines = []
     for number in threads:
         torch.set_num_threads(number)
@@ -64,8 +58,7 @@ def main(rounds: int, write: bool, threads: list[int], only: list[str]) -> None:
         chosen = [name for name in only or SECTIONS if first or name in _THREADED]
         begin = header if first else _more_threads
         for section in (begin, *(SECTIONS[name] for name in chosen)):
-            _spreads.clear()
-            for line in (*section(rounds), *_spread()):
+            for line in (*section(rounds), *spread_line()):
                 print(line, flush=True)
                 lines.append(line)
     if write:
@@ -78,28 +71,29 @@ def header(rounds: int) -> Iterator[str]:
     yield "# Speed and memory on a CPU"
     yield ""
     yield f"Made by `OMP_WAIT_POLICY=passive python scripts/benchmark.py {rounds} --write` on {date.today()}."
-    yield f"{_processor()}, threads: {torch.get_num_threads()}; Python {platform.python_version()}, {versions}."
+    yield f"{processor()}, threads: {torch.get_num_threads()}; Python {platform.python_version()}, {versions}."
     yield f"Kernels: {backends()['compiled']}."
     yield "Except for memory, a number is a time divided by the time of the same computation with torch's softmax in"
     yield "the same run (for losses: of cross-entropy); below 1 is faster. a / b: a is for forward, b for forward +"
     yield "backward. A single number is for the pass that the column names, or else for forward. A time is the smallest"
     clock = "processor time of the thread" if torch.get_num_threads() == 1 else "wall-clock time"
     yield f"of {rounds} rounds, in {clock}. In each round, all functions run in turn, for 2 ms or at least one call."
-    yield "`torch` marks plain torch, which is used where the C kernels were not compiled. k: the entmax package first"
+    yield "`torch` marks plain torch, which is used where there are no C kernels. k: the entmax package first"
     yield "sorts only the k largest scores. `explicit` marks attention written as two matrix products and a mapping."
 
 
 def _more_threads(rounds: int) -> Iterator[str]:
-    yield from ("", f"# The same on {torch.get_num_threads()} threads, in wall-clock time")
+    yield ""
+    yield f"The sections below ran on {torch.get_num_threads()} threads. Their times are wall-clock times."
 
 
 def operators(rounds: int) -> Iterator[str]:
-    """Operators on scores (N, 8, 1, d) of scale 1; a learnt α has one value per head."""
+    """Operators on scores (N, 8, d) of scale 1; a learnt α has one value for each of the 8 heads."""
     sizes = (64, 128, 512, 2048, 32000)
-    yield from _heading(f"Operators, {ELEMENTS} scores of scale 1 in rows of d", [f"d {d}" for d in sizes])
+    yield from heading(f"Operators, {ELEMENTS} scores of scale 1 in rows of d", [f"d {d}" for d in sizes])
     columns = [_operators(d, rounds) for d in sizes]
     for name in list(columns[0])[1:]:
-        yield _row(name, [_ratio(column[name], column["softmax"]) for column in columns])
+        yield row(name, [ratio(column[name], column["softmax"]) for column in columns])
 
 
 def _operators(d: int, rounds: int) -> dict[str, list[float]]:
@@ -123,12 +117,12 @@ def _operators(d: int, rounds: int) -> dict[str, list[float]]:
         "top-8 softmax": (lambda: topk_softmax(x, 8), ""),
         "top-8 softmax, torch": (lambda: topk_softmax(x, 8), "torch"),
     }
-    return _both({name: _on(backend, make) for name, (make, backend) in maps.items()}, upstream, rounds)
+    return both_passes({name: on_backend(backend, make) for name, (make, backend) in maps.items()}, upstream, rounds)
 
 
 def losses(rounds: int) -> Iterator[str]:
     """Losses of 64 rows with a vocabulary of 32,000."""
-    yield from _heading("Losses, logits (64, 32000)", ["multiples of cross-entropy"])
+    yield from heading("Losses, logits (64, 32000)", ["multiples of cross-entropy"])
     x, target = torch.randn(64, 32000, requires_grad=True), torch.randint(32000, (64,))
     alpha = torch.tensor(1.5, requires_grad=True)
     makes: dict[str, Run] = {
@@ -140,9 +134,9 @@ def losses(rounds: int) -> Iterator[str]:
         "Entmax15Loss, entmax package, k=512": lambda: peer.Entmax15Loss(k=512)(x, target),
         "EntmaxBisectLoss, entmax package": lambda: peer.EntmaxBisectLoss(1.5)(x, target),
     }
-    times = _both(makes, None, max(3, rounds // 3))
+    times = both_passes(makes, None, max(3, rounds // 3))
     for name in list(times)[1:]:
-        yield _row(name, [_ratio(times[name], times["cross-entropy"])])
+        yield row(name, [ratio(times[name], times["cross-entropy"])])
 
 
 _LENGTHS = (32, 128, 512, 2048, 8192)
@@ -179,10 +173,10 @@ def _fewer(rounds: int, n: int) -> int:
 
 
 def _against_sdpa(title: str, columns: list[dict[str, list[float]]]) -> Iterator[str]:
-    yield from _heading(f"{title}, multiples of scaled_dot_product_attention", [f"N {n}" for n in _LENGTHS])
+    yield from heading(f"{title}, multiples of scaled_dot_product_attention", [f"N {n}" for n in _LENGTHS])
     for name in list(columns[0])[2:]:
         base = "softmax, causal" if "causal" in name else "softmax"
-        yield _row(name, [_ratio(column[name], column[base]) if name in column else "" for column in columns])
+        yield row(name, [ratio(column[name], column[base]) if name in column else "" for column in columns])
 
 
 def _attention(
@@ -207,19 +201,19 @@ def _attention(
     }
     if n <= 2048 and dtype == torch.float32:
         makes["explicit softmax"] = lambda: explicit(partial(torch.softmax, dim=-1))
-        makes["entmax_attention, α = 1.5, torch"] = _on("torch", lambda: entmax_attention(query, key, value))
+        makes["entmax_attention, α = 1.5, torch"] = on_backend("torch", lambda: entmax_attention(query, key, value))
         makes["explicit, entmax package, k=32"] = lambda: explicit(partial(peer.entmax15, dim=-1, k=32))
     makes = {name: make for name, make in makes.items() if not only or name in only}
-    return _both(makes, torch.randn(1, 1, n, size).to(dtype), rounds)
+    return both_passes(makes, torch.randn(1, 1, n, size).to(dtype), rounds)
 
 
 def padding(rounds: int) -> Iterator[str]:
     """Attention of a batch of different lengths, padded with a boolean mask, and packed without padding."""
     columns = [_padding(dtype, max(3, rounds // 2)) for dtype in _DTYPES.values()]
     title = "Padding: lengths 512, 130, 257 and 300, 8 heads of size 64, multiples of scaled_dot_product_attention"
-    yield from _heading(title, list(_DTYPES))
+    yield from heading(title, list(_DTYPES))
     for name in list(columns[0])[1:]:
-        yield _row(name, [_ratio(column[name], column["softmax"]) for column in columns])
+        yield row(name, [ratio(column[name], column["softmax"]) for column in columns])
 
 
 def _padding(dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
@@ -233,7 +227,7 @@ def _padding(dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
         "entmax_attention, α = 1.5": lambda: entmax_attention(query, key, value, attn_mask=mask),
         "entmax_attention_varlen, α = 1.5": lambda: entmax_attention_varlen(*packed, starts, starts),
     }
-    times = _interleave({**makes, **{(name,): _backward(make) for name, make in makes.items()}}, rounds)
+    times = interleave({**makes, **{(name,): _backward(make) for name, make in makes.items()}}, rounds)
     return {name: [times[name], times[(name,)]] for name in makes}
 
 
@@ -247,9 +241,9 @@ def decoding(rounds: int) -> Iterator[str]:
     for title, dtype in _DTYPES.items():
         columns = [_decoding(size, dtype, rounds) for size in sizes]
         title = f"Decoding in {title}: one query, 8 heads of size 64, multiples of scaled_dot_product_attention"
-        yield from _heading(title, [f"{size} keys" for size in sizes])
+        yield from heading(title, [f"{size} keys" for size in sizes])
         for name in list(columns[0])[1:]:
-            yield _row(name, [f"{column[name] / column['softmax']:.2f}" for column in columns])
+            yield row(name, [f"{column[name] / column['softmax']:.2f}" for column in columns])
 
 
 def _decoding(size: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
@@ -261,18 +255,18 @@ def _decoding(size: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
         "entmax_attention, α = 1.25": lambda: entmax_attention(query, key, value, 1.25),
         "topk_attention, k = 8": lambda: topk_attention(query, key, value, 8),
     }
-    return _interleave(runs, rounds)
+    return interleave(runs, rounds)
 
 
 def memory(rounds: int) -> Iterator[str]:
-    """Peak memory of forward and backward with (1, 8, 4096, 64), each function in a separate process; on Linux."""
+    """Peak memory of forward and backward with (1, 8, 4096, 64), each function in a separate process; only on Linux."""
     if sys.platform != "linux":
         return
     title = "Peak memory in addition to the inputs, N 4096, 8 heads of size 64, forward + backward"
-    yield from _heading(title, ["MiB"])
+    yield from heading(title, ["MiB"])
     for name in MEMORY:
         done = subprocess.run([sys.executable, __file__, "--peak", name], check=True, capture_output=True, text=True)
-        yield _row(name, [done.stdout.strip()])
+        yield row(name, [done.stdout.strip()])
 
 
 MEMORY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -286,7 +280,7 @@ MEMORY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def peak(name: str) -> None:
-    """Print the increase of the resident memory of this process."""
+    """Print the largest increase of the resident memory of this process during a call, in MiB."""
     torch.set_num_threads(1)
     for n in (64, 4096):  # a small length first, so that one-time allocations are not counted
         inputs = [torch.randn(1, 8, n, 64, requires_grad=True) for _ in range(3)]
@@ -304,7 +298,7 @@ def _resident(field: str) -> int:
 
 def layers(rounds: int) -> Iterator[str]:
     """A training step of an encoder layer, and one of the recipes' default model."""
-    yield from _heading("A training step, multiples of softmax", ["forward + backward"])
+    yield from heading("A training step, multiples of softmax", ["forward + backward"])
     x = torch.randn(8, 256, 512)
     dense = nn.TransformerEncoderLayer(512, 8, 2048, dropout=0.0, batch_first=True)
     swapped = {}
@@ -314,10 +308,10 @@ def layers(rounds: int) -> Iterator[str]:
     steps: dict[str, Run] = {"dense": lambda: dense(x).sum().backward()}
     for name, layer in swapped.items():
         steps[name] = lambda layer=layer: layer(x).sum().backward()
-    times = _interleave(steps, max(3, rounds // 3))
+    times = interleave(steps, max(3, rounds // 3))
     for name in swapped:
         label = f"nn.TransformerEncoderLayer (size 512, feed-forward 2048, 8 heads, N 256, batch 8), {name}"
-        yield _row(label, [f"{times[name] / times['dense']:.2f}"])
+        yield row(label, [f"{times[name] / times['dense']:.2f}"])
     source, target = torch.randint(4, 30, (64, 9)), torch.randint(4, 40, (64, 9))
     steps = {}
     for kind in ATTENTION_KINDS:
@@ -327,91 +321,10 @@ def layers(rounds: int) -> Iterator[str]:
         steps[kind] = lambda model=model: F.cross_entropy(
             model(source, target[:, :-1]).flatten(0, 1), target[:, 1:].flatten()
         ).backward()
-    times = _interleave(steps, rounds)
+    times = interleave(steps, rounds)
     for kind in list(ATTENTION_KINDS)[1:]:
         label = f"default model of the recipes on 64 words of nine letters, {kind}"
-        yield _row(label, [f"{times[kind] / times['softmax']:.2f}"])
-
-
-def _on(backend: str, make: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A function whose result is computed by one backend; `_both` computes its gradient with this backend too."""
-    if not backend:
-        return make
-
-    def run() -> Tensor:
-        with use_backend(backend):
-            return make()
-
-    run.backend = backend  # type: ignore[attr-defined]
-    return run
-
-
-def _both(makes: dict[str, Run], upstream: Tensor | None, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function: of forward, and of forward + backward."""
-    runs: dict[tuple[str, int], Run] = {}
-    for name, make in makes.items():
-        backend = getattr(make, "backend", "")
-
-        def step(make: Run = make, backend: str = backend) -> None:
-            with use_backend(backend) if backend else nullcontext():
-                make().backward(upstream)  # type: ignore[attr-defined]
-
-        runs[name, 0], runs[name, 1] = make, step
-    times = _interleave(runs, rounds)
-    return {name: [times[name, 0], times[name, 1]] for name in makes}
-
-
-def _interleave(runs: dict, rounds: int) -> dict:
-    """The minimum time of each function. The functions run in turn, so that other load affects all of them equally.
-
-    A short function runs several times per turn, as in a loop: its first run is slower, since the other functions have
-    replaced its data in the caches.
-    """
-    taken: dict = {name: [] for name in runs}
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            spent, least = 0.0, math.inf
-            while spent < _TURN:
-                begin = clock()
-                run()
-                seconds = clock() - begin
-                spent += seconds
-                least = min(least, seconds)
-            if turn:  # the first round warms up
-                taken[name].append(least)
-    _spreads.extend(statistics.median(times) / min(times) for times in taken.values())
-    return {name: min(times) for name, times in taken.items()}
-
-
-_spreads: list[float] = []  # for each function of a section, the median time divided by the smallest
-
-
-def _spread() -> Iterator[str]:
-    if _spreads:
-        yield ""
-        spread = statistics.median(_spreads)
-        yield f"Spread: the median round took {spread:.2f} times as long as the fastest (median over the functions)."
-
-
-def _heading(title: str, columns: list[str]) -> Iterator[str]:
-    yield from ("", f"## {title}", "", _row("", columns), "|---" * (len(columns) + 1) + "|")
-
-
-def _row(name: str, cells: list[str]) -> str:
-    return f"| {name} | " + " | ".join(cells) + " |"
-
-
-def _ratio(ours: list[float], softmax: list[float]) -> str:
-    return " / ".join(f"{a / b:.2f}" if a < 10 * b else f"{a / b:.0f}" for a, b in zip(ours, softmax, strict=True))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        yield row(label, [f"{times[kind] / times['softmax']:.2f}"])
 
 
 SECTIONS = {

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Build the source distribution and every wheel that this machine can build, into a folder.
 # Usage: build_wheels.sh PYTHON [FOLDER=dist]   (an interpreter that has the package `build`)
-# There is one wheel for this machine's C compiler, one for each installed cross compiler for Linux, and one in pure
-# Python. pip chooses the best wheel that fits.
+# There is one wheel for this machine's C compiler, one for each of the cross compilers x86_64-linux-gnu-gcc and
+# aarch64-linux-gnu-gcc that is installed, and one in pure Python. pip chooses the best wheel that fits.
 set -euo pipefail
 
 python=$(command -v "${1-}") || { echo "PYTHON must be an interpreter, got ${1-nothing}" >&2; exit 2; }

@@ -72,7 +72,7 @@ def browser() -> Iterator[Any]:
 
 
 def complaints(driver: Any) -> Iterator[str]:
-    """Errors that the page logged and requests that it sent since the last call."""
+    """Errors and warnings that the page logged, and requests that it sent, since the last call."""
     for entry in driver.get_log("browser"):
         if entry["level"] in ("SEVERE", "WARNING"):
             yield entry["message"]

@@ -2,7 +2,7 @@
 
     python scripts/compile_kernels.py [rows attention decode few] [--for 80 86 89 90 100 120]
 
-All kernels take five minutes or more; `few` compiles one variant of each, with all features.
+All kernels take five minutes or more; `few` compiles a few variants of each.
 
 The script calls the functions that start kernels, on small CPU tensors, and compiles each kernel for a compute
 capability (90, for 9.0, if none is given) instead of starting it. The script prints registers, spilled bytes
@@ -108,7 +108,7 @@ def compile_instead(variant: str) -> Callable[..., None]:
 
 
 def compile_rows(sizes: tuple[int, ...] = (61, 1024, 16384, 50257)) -> None:
-    """Row kernels: rows that stay on the chip and rows that do not, fixed and learnt α, both passes."""
+    """Row kernels: rows that stay on the chip and rows that do not, α = 1.5 and α per row, softmax and top-k."""
     for size in sizes:
         x = torch.zeros(2, size)
         for name, a in (("1.5", 0.5), ("per row", torch.zeros(2, 1))):
@@ -121,7 +121,7 @@ def compile_rows(sizes: tuple[int, ...] = (61, 1024, 16384, 50257)) -> None:
 
 
 def compile_attention() -> None:
-    """Attention: every mode and mask, head sizes, short and long inputs, and the other properties with own variants."""
+    """Attention without dropout and masks other than causal ones: α = 1.5 and per head, head sizes, dtypes, lengths."""
     per_head = torch.ones(2)
     for how, size, dtype, keys in (
         ({}, 64, torch.bfloat16, 5000),
@@ -142,7 +142,7 @@ def compile_attention() -> None:
 
 
 def compile_few() -> None:
-    """One variant of each kernel."""
+    """A few variants of each kernel, one of attention with a mask and dropout."""
     compile_rows((61, 50257))
     everything = {"alpha": torch.ones(2), "mask": torch.zeros(1, 1, 1, 5000), "dropout_p": 0.1, "offset": 0}
     compile_both(256, 5000, 64, torch.bfloat16, **everything)
@@ -152,7 +152,7 @@ def compile_few() -> None:
 
 
 def compile_decode() -> None:
-    """Decoding with few queries, or a single one."""
+    """Decoding with a single query, and with few queries, a mask and dropout."""
     decode.launch = dropout.launch = compile_instead("one query, one head")
     rows.launch = compile_instead("one query, one head")
     one, cache = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16), torch.zeros(1, 1, 3000, 64, dtype=torch.bfloat16)
@@ -179,7 +179,7 @@ def compile_both(
     dropout_p: float = 0.0,
     offset: int | None = None,
 ) -> None:
-    """Forward and backward."""
+    """Forward and backward of an attention call."""
     given = {"α per head": alpha is not None, "mask": mask is not None, "dropout": dropout_p, "causal": offset == 0}
     variant = ", ".join([f"L {queries} S {keys} D {size} {str(dtype)[6:]}", *(name for name in given if given[name])])
     forward.launch = backward.launch = compile_instead(variant)

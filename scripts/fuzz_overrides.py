@@ -1,4 +1,4 @@
-"""Gives odd values to every key of ``sparse-attn train``: python scripts/fuzz_overrides.py [--count 100] [--seed 0].
+"""Gives odd values to the keys of ``sparse-attn train``: python scripts/fuzz_overrides.py [--count 100] [--seed 0].
 
 Each override changes one key of a tiny training on random data. Two outcomes are allowed: a one-line error with status
 2, and a training that ends with finite numbers. A traceback, a longer message, another status, a result that is not
@@ -53,7 +53,7 @@ class TooLong(BaseException):
 
 
 def overrides() -> list[str]:
-    """Every key with every odd value."""
+    """Every key (except paths), added argument of the trainer and config group, with every odd value."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         keys = list(_keys(compose("train", ["data=tsv", "data.path=x"])))
     keys += [f"++trainer.{name}" for name in ADDED]

@@ -1,4 +1,4 @@
-"""Check and time the Triton kernels on this machine's GPU, and time other packages. No measurement is ever lost.
+"""Check and time the Triton kernels on this machine's GPU, and time other packages for comparison.
 
     python scripts/gpu_check.py --part 1 --out DIR   values and gradients, figures of the targets, each kernel by itself
     python scripts/gpu_check.py --part 2 --out DIR   sizes of tiles, rows, long lengths
@@ -6,17 +6,18 @@
     python scripts/gpu_check.py --interpret          only correctness, in Triton's interpreter, without a device
     python scripts/gpu_check.py --dry-run            everything, in the interpreter, on tensors of a few rows
 
-A part takes at most four minutes (`--seconds`) from the start of the process. Every result is appended to
+A part takes at most four minutes from the start of the process; `--seconds` changes this. Every result is appended to
 DIR/gpu_results.jsonl at once, and DIR/gpu.md and gpu.json are rewritten after every phase. The same call continues
 where an earlier one was interrupted: no task is repeated, not even one that never ended.
 
-Needs torch, Triton and this checkout; adasplash, entmax and flex attention are timed if they are installed and work.
-The exit status is 0 if all checks passed, 1 if a check failed, 2 if there is no device.
+The script needs torch, Triton and this checkout; adasplash, entmax and flex attention are timed if they are installed
+and work. The exit status is 0 if all checks passed, 1 if a check failed or did not end, and 2 if there is no device or
+an argument is wrong.
 
 `gpu_correctness.py` contains the checks and `gpu_timing.py` the timings, as lists of tasks; `gpu_workloads.py` runs a
 timing, and `gpu_figures.py` compares the results with the targets. Tasks run in separate processes: compilation takes
 longer than execution and uses all processors, and a kernel that crashes its process or never returns becomes one line
-of the report. Timings are taken one by one, by a single process, after their kernels have been compiled.
+of the report. Timings are taken one by one, by a single process, after calls that compile the kernels.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if {"--interpret", "--dry-run"} & set(sys.argv):  # Triton asks when a kernel is defined
+if {"--interpret", "--dry-run"} & set(sys.argv):  # Triton reads the variable when a kernel is defined
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -53,7 +54,7 @@ from sparse_attn.kernels import triton
 
 Measured = dict[str, Any]
 
-LONGEST = 100  # seconds of one task
+LONGEST = 100  # seconds after which a task is stopped
 
 
 class Phase(NamedTuple):
@@ -96,10 +97,10 @@ def main() -> int:
     """Check, time, write the report, and print a short table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", type=int, choices=PARTS, help="one of the two parts; both if not given")
-    parser.add_argument("--seconds", type=float, default=240.0, help="of a part, from the start of the process")
+    parser.add_argument("--seconds", type=float, default=240.0, help="time of a part, from the process's start")
     parser.add_argument("--interpret", action="store_true", help="check correctness in Triton's interpreter")
-    parser.add_argument("--dry-run", action="store_true", help="run everything in Triton's interpreter, tiny")
-    parser.add_argument("--out", type=Path, help="where to write; benchmarks/, in the interpreter nowhere")
+    parser.add_argument("--dry-run", action="store_true", help="run all in Triton's interpreter, on tiny tensors")
+    parser.add_argument("--out", type=Path, help="folder of results; benchmarks/ if not given, or none to --interpret")
     parser.add_argument("--tasks", nargs=3, help=argparse.SUPPRESS)  # for the processes that this script starts
     options = parser.parse_args()
     if options.seconds <= 0:
@@ -173,7 +174,7 @@ def run(phase: Phase, record: Record, until: float) -> None:
 
 
 def run_share(phase: Phase, names: list[str], todo: list[int], record: Record, until: float) -> None:
-    """Run some tasks in a process that is started again whenever a task crashes it."""
+    """Run some tasks in a process that is started again after a task that crashed or took too long."""
     rest = todo
     while rest and since_start() < until:
         began, ending = run_process(phase, names, rest, record, until)
@@ -283,7 +284,7 @@ def environment() -> dict[str, str]:
 
 
 def version(package: str) -> str:
-    """The installed version, if any."""
+    """The installed version, or "not installed"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

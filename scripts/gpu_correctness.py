@@ -19,7 +19,7 @@ ALPHAS = (1.0, 1.0001, 1.01, 1.3, 1.5, 1.8, 2.0, 2.5)
 PER_HEAD = (1.0, 1.01, 1.4, 2.0)
 BOUNDS = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 HEADS, KEY_HEADS = 4, 2
-# Cases that together cover every feature, each with one α per head and with one α for all heads.
+# Cases that together cover every feature; some features with one α per head and also with one α for all heads.
 FEATURES = (
     ("per head", "learnt mask"),
     ("per head", "causal"),
@@ -64,7 +64,7 @@ def tasks(device: torch.device) -> list[Callable[[], Measured]]:
 
 
 def guarded(check: partial[Measured]) -> Measured:
-    """Report a kernel that does not compile or start as wrong, and continue with the others."""
+    """Run a check; an error, as of a kernel that does not compile, is reported as a wrong result."""
     try:
         return check()
     except Exception as error:
@@ -94,7 +94,7 @@ def judged(case: str, got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], bound
         float((x.double() - y.double()).abs().max() / y.double().abs().max().clamp(min=1e-30))
         for x, y in zip(got, wanted, strict=True)
     ]
-    right = all(error <= bound for error in errors)  # NaN is not
+    right = all(error <= bound for error in errors)  # False for NaN
     return {"case": case, "error": f"{max(errors):.1e}", "bound": bound, "right": right}
 
 
@@ -126,7 +126,7 @@ def check_rows(size: int, dtype: torch.dtype, device: torch.device) -> Measured:
     got = with_gradients(entmax, [x, alpha], upstream)
     with use_backend("torch"):
         wanted = with_gradients(entmax, [x.double(), alpha.double()], upstream)
-    if size == 1:  # no gradient but rounding
+    if size == 1:  # the gradients are zero up to rounding
         got, wanted = got[:1], wanted[:1]
     return judged(f"rows of {size}, {str(dtype)[6:]}", got, wanted, BOUNDS[dtype])
 
@@ -239,7 +239,7 @@ def few_inputs(device: torch.device) -> list[Tensor]:
 
 
 def check_graph(device: torch.device) -> Measured:
-    """A captured forward and backward, replayed on other data: no operation waits for the device."""
+    """Check a captured forward and backward, replayed on other data: a capture allows no waiting for the device."""
     inputs = few_inputs(device)
 
     def step(dropout_p: float = 0.0) -> tuple[Tensor, ...]:
@@ -273,7 +273,7 @@ def check_graph(device: torch.device) -> Measured:
 
 
 def check_compiled(device: torch.device) -> Measured:
-    """Check a training step under torch.compile."""
+    """Check that forward and backward under torch.compile equal the eager ones."""
     inputs = few_inputs(device)
     upstream = torch.randn(inputs[0].shape, device=device)
     compiled = torch.compile(lambda *x: entmax_attention(*x, is_causal=True) * 2, fullgraph=True)
@@ -302,7 +302,7 @@ def check_checkpoint(device: torch.device) -> Measured:
 
 
 def check_compiles_once(device: torch.device) -> Measured:
-    """Check that new values of a learnt α and new lengths cause no compilation."""
+    """Check that new values of a learnt α, and new lengths that 16 does not divide, cause no compilation."""
     from triton import knobs
 
     compiled: list[str] = []
@@ -322,7 +322,7 @@ def check_compiles_once(device: torch.device) -> Measured:
 
 
 def check_far_places(device: torch.device, sequence_first: bool) -> Measured:
-    """Check tensors of more than 2³¹ entries: the last example of the batch has the same result as alone."""
+    """Check tensors of more than 2³¹ entries: the last example has the same result in the batch as alone."""
     batch = 33000
     case = f"more than 2³¹ entries, {'sequence' if sequence_first else 'batch'} first"
     needed = 12 * batch * 16 * 64 * 64 * 2

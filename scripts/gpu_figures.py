@@ -1,4 +1,4 @@
-"""The figures that `gpu_check.py` makes of its timings: the targets, and the measured values."""
+"""The figures that `gpu_check.py` computes from its timings: the targets, and the measured values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpu_workloads import BACKWARD, BOTH, FIXED, FLASH, FORWARD, LEARNT, REPLAY,
 
 
 class Figure(NamedTuple):
-    """A target: its name, its bound, the measured values with the places they are from, and why others are missing."""
+    """A target: its name, its bound, the measured values with their cases, and why other values are missing."""
 
     name: str
     bound: str
@@ -72,7 +72,10 @@ def figures(timings: list[Measured]) -> Iterator[Figure]:
 
 
 def bandwidths(found: dict[tuple[str, int, str, str], Measured]) -> Iterator[tuple[float, str]]:
-    """A forward pass moves as many bytes as a copy, a backward pass one and a half times as many."""
+    """The share of a copy's bandwidth that each operator reaches, and the case.
+
+    A forward pass moves as many bytes as a copy, a backward pass one and a half times as many.
+    """
     for (group, size, what, step), result in found.items():
         copied = found.get((group, size, "copy", FORWARD), {})
         if what in ("sparsemax", "1.5-entmax", "α per row") and "seconds" in result and "seconds" in copied:

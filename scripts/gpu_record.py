@@ -11,7 +11,7 @@ Measured = dict[str, Any]
 
 
 class Record:
-    """The results, also those of an earlier call, by the kind and the name of the task.
+    """The results of this call and of earlier ones, by the kind and the name of the task.
 
     A task that began in an earlier call and has no result stopped that call: it is not started again.
     """
@@ -20,7 +20,7 @@ class Record:
         """Read the file, or begin it; without a path nothing is written.
 
         Raises:
-            ValueError: The file is of another device or other versions, or is not such a file.
+            ValueError: The file is from another device or other versions, or is not a file of results.
         """
         self.environment = environment
         self._path = path
@@ -57,7 +57,7 @@ class Record:
                 )
 
     def knows(self, kind: str, name: str) -> bool:
-        """Whether a task has a result or has begun in an earlier call."""
+        """Whether a task has a result, or began in an earlier call."""
         return (kind, name) in self._found
 
     def begin(self, kind: str, name: str) -> None:

@@ -39,7 +39,7 @@ from sparse_attn.kernels.triton.attention.plan import Plan
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 ROWS = (128, 1024, 4096, 16384, 32000, 131072)
 VOCABULARIES = (32000, 128256, 256000)
-# Queries, keys and warps of a tile; the first is what heads of 64 in half precision have.
+# Queries, keys and warps of a tile; the first is in use for heads of 64 in half precision.
 TILES = ((64, 64, 4), (128, 64, 8), (64, 32, 4), (128, 128, 8), (128, 32, 8))
 STAGES = (3, 4)  # of the software pipeline, beside the 2 in use
 
@@ -63,7 +63,7 @@ class Timing(NamedTuple):
                 synchronize()
                 return {}
             result = self.named() | measured(run)
-        except Exception as error:  # every error of another package is a line of the table
+        except Exception as error:  # an error, as of another package, becomes a line of the table
             result = self.named() | {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
             result |= {"lost": True} if "CUDA error" in str(error) else {}
         if torch.cuda.is_available():
@@ -77,7 +77,7 @@ class Timing(NamedTuple):
 
 
 def key_timings() -> Iterator[Timing]:
-    """The figures of the targets: causal attention up to 16k, short lengths, the peer at its own case."""
+    """The figures of the targets: causal attention up to 16k, also at the share of tiles that AdaSplash-2 publishes."""
     for length in (4096, 16384, 1024, 8192, 2048):
         for what in (FIXED, LEARNT, FLASH):
             yield attention("causal attention", length, length, what, BOTH)

@@ -1,7 +1,7 @@
 """How `gpu_check.py` runs each of its workloads: the tensors, the call, the other packages, and the stopwatch.
 
-Without a device (a dry run) the same calls run in Triton's interpreter on tensors of a few rows: their times mean
-nothing, but every line of this file has run.
+Without a device (a dry run) the same calls run in Triton's interpreter on tensors of a few rows. Their times mean
+nothing, but an error in a call shows.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ FIXED, LEARNT, FLASH, V2 = "ours, α 1.5", "ours, α learnt", "flash attention",
 # 1.5 % have weight.
 PUBLISHED = {4096: 1.56, 16384: 1.42, 65536: 1.3}
 LOCAL = 2.5
-_PEER_CONFIGURATIONS = (
-    2  # for each autotuner of a peer: one compiles in 13 s at a length of 4k, 30 s at 16k and 210 s at 64k
-)
+# For each autotuner of a peer. One configuration compiles in 13 s at a length of 4k, 30 s at 16k and 210 s at 64k.
+_PEER_CONFIGURATIONS = 2
 
 
 def sized(length: int, smallest: int = 16) -> int:
@@ -144,7 +143,7 @@ def local_heads(length: int, device: torch.device, local: float = LOCAL) -> list
 
 
 def attend(queries: int, keys: int, causal: bool, what: str, step: str, local: float, device: torch.device) -> Run:
-    """A call, or a training step, of the function alone."""
+    """The forward, or forward and backward, of one attention function."""
     query, key, value = local_heads(keys, device, local)
     inputs = [query[:, :, :: keys // queries].contiguous(), key, value]
     learnt = torch.full((query.shape[1],), 1.5, device=device)
@@ -206,7 +205,7 @@ def with_short(length: int, what: str, keys: int, device: torch.device) -> Run:
 
 
 def profiled(length: int, what: str, planner: Planner, device: torch.device) -> Run:
-    """The median time of every kernel of a training step, its resources, and the sweeps of Newton's method."""
+    """The median time and the resources of every kernel of a training step, and the sweeps of Newton's method."""
     from sparse_attn.kernels.triton.attention import backward, forward
 
     step = attend(length, length, True, what, BOTH, LOCAL, device)
@@ -315,7 +314,7 @@ def few_configurations(package: Any) -> None:
 
 
 def flash(causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Torch's flash attention; on a GPU, torch may use no other implementation."""
+    """Torch's flash attention. On a GPU torch must not choose another implementation."""
     if not query.is_cuda:
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):

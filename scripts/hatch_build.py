@@ -2,7 +2,7 @@
 
 A wheel with the library is tagged ``py3-none-<platform>``, since the library works with every Python version. On Linux
 the platform is the oldest manylinux tag that has the glibc symbols of the library. Without a compiler the wheel is
-pure Python, and the operators run in plain torch.
+pure Python, and plain torch computes CPU tensors.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
             build_data["force_include"][str(library)] = f"{_KERNELS}/{library.name}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
-        """Removes the compiled library, of which the wheel now contains a copy."""
+        """Removes the temporary folder, whose library the wheel now contains."""
         if self.target_name == "wheel":
             self._folder.cleanup()
 

@@ -2,8 +2,8 @@
 
 OMP_WAIT_POLICY=passive python scripts/measure_accuracy.py [--write]
 
-Prints the page; ``--write`` also writes ``benchmarks/accuracy.md``. Takes half a minute, and always gives the same
-numbers.
+Prints the page; ``--write`` also writes ``benchmarks/accuracy.md``. Takes half a minute, and gives the same numbers
+every time on the same machine.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def heading() -> str:
     scales = ", ".join(f"{scale:g}" for scale in SCALES)
     return f"""# Accuracy
 
-Made by `python scripts/measure_accuracy.py --write`, the same numbers every time on the same machine:
+Made by `python scripts/measure_accuracy.py --write`. Every run on the same machine gives the same numbers. Versions:
 {versions}, CPU ({platform.machine()}), one thread.
 
 Rows have {", ".join(map(str, SIZES))} scores, normally distributed with standard deviation {scales}; every number

@@ -2,12 +2,12 @@
 
     python scripts/predict_gpu.py [--beside REVISION] [--write]
 
-Takes five minutes. --write saves the page as benchmarks/gpu_predictions.md, --beside also counts the kernels of another
-commit. For attention the script counts the instructions per score in the innermost loops over tiles of keys or of
-queries; of several loops of a kind it takes the shortest, which is the loop for tiles without a mask and for α of at
-least 1.1. These kernels have far more other arithmetic than matrix products, so their speed is limited by the number of
-instructions. A prediction is a ratio of these counts. It ignores latencies, caches and the number of tiles with weight.
-For the row kernels see `predict_rows.py`.
+The script takes five minutes. --write saves the page as benchmarks/gpu_predictions.md, --beside also counts the kernels
+of another commit. For attention the script counts the instructions per score in the innermost loops over tiles of keys
+or of queries; of several loops of a kind it takes the shortest, which is the loop for tiles without a mask and for α of
+at least 1.1. These kernels have far more other arithmetic than matrix products, so their speed is limited by the number
+of instructions. A prediction is a ratio of these counts. It ignores latencies, caches and the number of tiles with
+weight. For the row kernels see `predict_rows.py`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main() -> None:
     """Print the page; with ``--write``, also save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"keep the page as {PAGE.name}")
-    parser.add_argument("--beside", metavar="REVISION", help="a commit whose kernels are counted, too")
+    parser.add_argument("--beside", metavar="REVISION", help="a commit whose kernels are also counted")
     parser.add_argument("--counts", action="store_true", help=argparse.SUPPRESS)  # of the tiles in use, as JSON
     options = parser.parse_args()
     if options.counts:
@@ -105,7 +105,7 @@ ALPHAS = {"1.5": None, "learnt": torch.ones(2)}
 
 
 def page(beside: str | None) -> Iterator[str]:
-    """The table, largest predicted gain first."""
+    """The page. In the table of each α, the tile size in use comes first, then the others by count."""
     yield _INTRODUCTION.format(today=date.today(), triton=triton.__version__, sweeps=SWEEPS)
     yield f"| {' | '.join(_COLUMNS)} |"
     yield "|---" * len(_COLUMNS) + "|"

@@ -2,8 +2,8 @@
 
 The code outside of loops runs once, a loop over the bits of scores or over Newton's method as often as for rows of
 `torch.randn`, and a loop over chunks once per chunk. The time of a kernel is the time of its slowest unit: the units
-that start instructions, or those for float64, or those for logarithms, powers and roots. A copy is limited by memory.
-Both are at the peak rates of the device, as if nothing ever waited.
+that start instructions, or those for float64, or those for logarithms, powers and roots. The time of a copy is that of
+its memory accesses. All rates are the peak rates of the device, as if nothing ever waited.
 """
 
 from __future__ import annotations

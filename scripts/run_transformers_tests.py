@@ -9,7 +9,7 @@ prints the tag. The tests need the extra hf, and datasets, parameterized, Pillow
 
 Every model whose class supports `scaled_dot_product_attention` gets the implementation, whatever its test asks for. A
 test with "eager" in its name compares with the implementation "eager", so models that ask for "eager" keep it there.
-Tests that check that the name is "sdpa" therefore fail with ours.
+A test that checks that the name is "sdpa" would therefore fail with ours.
 """
 
 from __future__ import annotations

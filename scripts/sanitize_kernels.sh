@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run every kernel in C at odd sizes under the address, undefined-behaviour and thread sanitizers. Needs a C compiler.
+# Run the kernels in C, in all variants that this processor has, at many sizes under the address and undefined-behaviour
+# sanitizers, and those in float32 with several threads under the thread sanitizer. Needs a C compiler.
 set -euo pipefail
 cd "$(dirname "$0")/../sparse_attn/kernels/cpu"
 
@@ -32,7 +33,7 @@ static void check(int holds, const char *what) {
     exit(1);
 }
 
-/* Stores any value, NaN and infinities included: the kernels must stay inside their buffers. */
+/* Stores x at place i; in float16 random bits instead, NaN and infinities included. */
 static void put(void *to, int type, int64_t i, double x) {
     float single = (float)x;
     uint32_t bits;
@@ -43,6 +44,7 @@ static void put(void *to, int type, int64_t i, double x) {
     if (type == BFLOAT16) ((uint16_t *)to)[i] = (uint16_t)(bits >> 16);
 }
 
+/* A score of any kind, NaN and infinities included: the kernels must stay inside their buffers for every score. */
 static double any_score(int64_t i) {
     const int kind = rand() % 200;
     if (kind < 3) return kind == 0 ? -INFINITY : -3.4e38;
@@ -50,14 +52,15 @@ static double any_score(int64_t i) {
     return rand() % 4 ? 6.0 * rand() / RAND_MAX - 3 : rand() % 3;
 }
 
-/* Runs the row kernels on buffers of exactly the required size; the last dimension has a stride of `step`. */
+/* Runs the row kernels. Scores and grad have a stride of `step`. No buffer has room behind its end, but for step - 1 entries. */
 static void exercise(int variant, int threads, int type, int64_t count, int64_t size, int64_t step) {
     const int64_t layout[] = {count, size, size * step, step, size * step, step, 1, 0};
     void *scores = malloc(BYTES[type] * count * size * step), *grad = malloc(BYTES[type] * count * size * step);
     void *p = malloc(BYTES[type] * count * size), *out = malloc(BYTES[type] * count * size);
     double *a = malloc(sizeof *a * count), *grad_a = malloc(sizeof *grad_a * count);
     const double alphas[] = {1, 1.5, 2, 1.3, 1.75, 1.0001, 0.6, 2.5, 4, 1 + 1e-13};
-    for (int64_t i = 0; i < count; i++) a[i] = alphas[(i / 4 + size) % 10] - 1; /* four rows of each α are solved side by side */
+    /* Groups of four: from four rows on, short rows with one α from 1 to 2 are solved side by side. */
+    for (int64_t i = 0; i < count; i++) a[i] = alphas[(i / 4 + size) % 10] - 1;
     for (int64_t i = 0; i < count * size * step; i++) {
         put(scores, type, i, any_score(i));
         put(grad, type, i, 4.0 * rand() / RAND_MAX - 2);
@@ -81,7 +84,9 @@ static tensor filled(int type, int64_t batch, int64_t heads, int64_t size, int64
     return x;
 }
 
-/* Runs attention forward and backward; every buffer has exactly the size that the call states. `kind` chooses the mask. */
+/* Runs attention forward and backward. No buffer has room behind its end, except with packed sequences, which use half of
+ * each buffer. `kind` chooses what else the call has: 1 k, 2 a causal window, 3 causality and dropout, 4 any scores, 5 a
+ * floating mask, 6 a boolean mask, 7 packed sequences. */
 static void attend(int variant, int threads, int type, int64_t queries, int64_t keys, int64_t width, int kind) {
     const int64_t batch = 2, heads = 4, kv_heads = 2, packed[] = {0, queries / 3, queries}, packed_keys[] = {0, keys, keys};
     const double alphas[] = {1, 1.25, 1.5, 2}, steep[] = {1 + 1e-9, 1.75, 3, 2};

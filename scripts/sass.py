@@ -46,7 +46,7 @@ def instructions(cubin: bytes) -> list[Instruction]:
 
 
 def until_exit(code: list[Instruction]) -> list[Instruction]:
-    """The instructions of a kernel with one exit, without subroutines. They are called for rare numbers (denormals)."""
+    """The instructions of a kernel with one exit, without its subroutines, which compute rare numbers (denormals)."""
     end = next(n for n, one in enumerate(code) if one.name == "EXIT" and not one.conditional)
     return code[: end + 1]
 

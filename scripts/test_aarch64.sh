@@ -44,5 +44,5 @@ SCRIPT
 chmod +x "$emulated/python"
 echo "import sys; sys.executable = '$emulated/python'" >"$emulated/sitecustomize.py"
 
-[ $# -gt 0 ] || set -- tests/kernels/cpu tests/kernels/functions/test_native.py
+[ $# -gt 0 ] || set -- tests/kernels/cpu tests/kernels/functions/test_native*.py
 "$emulated/python" -m pytest -p no:cacheprovider "$@"

@@ -1,7 +1,7 @@
 """The pages on commands and configuration keys, made from the YAML files and from docstrings.
 
 The meaning of a key is the comment after its value, and the description of the argument to which the value is passed.
-A key that has neither is an error of the build.
+A key that has neither causes a warning, which ends ``make docs``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def files() -> list[Path]:
 
 
 def opening(file: Path) -> tuple[str, str]:
-    """The command in the first line of a file, and the comment below it."""
+    """The command in the first comment line of a file, and the text of all other comment lines."""
     lines = [line[2:] for line in file.read_text("utf-8").splitlines() if line.startswith("# ")]
     first, *rest = [line for line in lines if not line.startswith("@package")] or [""]
     return first, " ".join(rest)

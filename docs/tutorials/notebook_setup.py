@@ -20,7 +20,9 @@ for name in ("FORCE_COLOR", "CLICOLOR_FORCE"):  # the kernel sets them; a page c
 
 
 def bash(line: str, cell: str) -> None:
-    """The magic ``%%bash``. The output is printed at once; IPython's own magic prints it in pieces of 100 characters.
+    """The magic ``%%bash``, which prints the output of all commands in one piece at the end.
+
+    IPython's own magic prints the output in pieces of 100 characters.
 
     Raises:
         RuntimeError: A command failed.

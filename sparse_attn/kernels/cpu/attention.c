@@ -32,9 +32,11 @@ FOR_EACH_VARIANT(DECLARE)
 
 static const kernels variants[][2] = {FOR_EACH_VARIANT(KERNELS)};
 
-/* Enough parts for the threads of a laptop. The number depends only on shapes, so results do not depend on threads. */
+/* Enough parts for the threads of a laptop. The number of parts depends only on the shapes and on the gradient of the mask,
+ * so results do not depend on the number of threads. */
 enum { PARTS = 8, ENTRIES_PER_PART = 1 << 16 };
 
+/* Sets the sequences of a call, and the numbers of tiles and keys. */
 static void describe(attention_task *t) {
     const attention *c = &t->call;
     for (int64_t b = 0; b < c->batch; b++) {
@@ -70,6 +72,7 @@ static void write_number(void *x, int64_t type, int64_t i, double number) {
     }
 }
 
+/* The number of scores of all heads and sequences. */
 static int64_t scores_of(const attention_task *t) {
     int64_t all = 0;
     for (int64_t b = 0; b < t->call.batch; b++) all += t->sequences[b].queries * t->sequences[b].keys;
@@ -162,7 +165,7 @@ EXPORT int attention_run(int variant, int threads, int backward, const attention
     return failed;
 }
 
-/* The dropout factors of the weights of some rows; rows are numbered by batch entry, query and head. */
+/* Writes the dropout factors of the weights of some rows; rows are numbered by batch entry, query and head. */
 EXPORT void attention_multipliers(int64_t seed, double probability, int64_t first, int64_t rows, int64_t keys,
                                   double *out) {
     for (int64_t i = 0; i < rows; i++) {

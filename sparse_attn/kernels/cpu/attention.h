@@ -1,4 +1,5 @@
-/* The interface between attention.c and the kernels attention_forward.c and attention_backward.c.
+/* What a call of attention consists of, for attention.c, for the kernels attention_forward.c and attention_backward.c, and
+ * for attention.py.
  *
  * Scores are z = scale q k' + mask, weights p = entmax(z) (see rows.h for the letters), the output is Σ p v. Queries are
  * taken in tiles of `tile_rows`. A query at place i sees the keys i - left .. i + right.
@@ -17,8 +18,8 @@ typedef struct {
 
 enum { BOOLEAN = 4 };
 
-/* Sizes, strides and numbers of a call, the same for all calls with tensors of these shapes. The pointers in the tensors
- * are set by attention.c. Every member of this struct and of the next has 8 bytes, so that other languages can pass both
+/* Sizes, strides and numbers of a call, the same for all calls with tensors of these layouts. attention.c sets the
+ * pointers in the tensors. Every member of this struct and of the next has 8 bytes, so that other languages can pass both
  * as arrays of numbers. */
 typedef struct {
     int64_t batch, heads, kv_heads, queries, keys, depth, width; /* width: entries of a value */
@@ -32,25 +33,25 @@ typedef struct {
     int64_t alpha_type, alpha_step;
     tensor query, key, value, mask, output;
     tensor grad, grad_query, grad_key, grad_value;
-    tensor grad_mask; /* `real` of the computation; gradients are added to it; a stride is 0 where the mask is broadcast */
+    tensor grad_mask; /* in the type of the computation; gradients are added; a stride is 0 where the mask is broadcast */
 } attention;
 
-/* The members that change from call to call; NULL for all that a call does not have. */
+/* The seed and the addresses of a call; NULL for a tensor that the call does not have. */
 typedef struct {
     int64_t seed;
     void *query, *key, *value, *mask, *output;
     const void *alpha;                        /* one per head */
-    const int64_t *query_starts, *key_starts; /* packed sequences: batch + 1 places in rows */
+    const int64_t *query_starts, *key_starts; /* packed sequences: their first rows, then the number of rows */
     void *kept;                               /* memory for the weights that are kept, see `attention_task` */
     void *grad, *grad_query, *grad_key, *grad_value, *grad_mask;
     void *grad_alpha; /* one per head, of the type of alpha */
 } attention_data;
 
-/* The parts of sequence b of the batch. */
+/* The rows and tiles of one sequence of the batch. */
 typedef struct {
     int64_t query_start, queries, key_start, keys, tiles;
     int64_t first_tile; /* its first tile, counted over all heads and all sequences before */
-    int64_t first_key;  /* keys of all sequences before */
+    int64_t first_key;  /* the number of keys of all sequences before */
 } sequence;
 
 /* A call, and the numbers that attention.c derives from it. */
@@ -64,9 +65,9 @@ typedef struct {
     int32_t *counts, *places;
     void *weights;
     sequence *sequences;
-    int64_t tiles, longest, all_keys; /* all tiles; the keys of the longest sequence, and of all */
+    int64_t tiles, longest, all_keys; /* numbers of all tiles, of the keys of the longest sequence, and of all keys */
     /* An item of the backward is a part of the queries, for one batch entry and one head of keys. Where all batch entries
-     * or all heads share the mask, an item covers all of them, since they add to the same entries of its gradient. */
+     * or all heads share a mask that needs a gradient, an item covers all of them: they add to the same entries. */
     int64_t batch_units, head_units, parts;
     void *sums;         /* with more than one part: the gradients of keys and values by part, before they are added */
     double *alpha_sums; /* the gradient of α by item and head */
@@ -80,7 +81,7 @@ static inline double a_of(const attention_task *t, int64_t head) {
 typedef size_t attention_scratch(const attention_task *t);
 typedef void attention_open(const void *task, void *scratch);
 
-/* The tiles, items, or pairs of batch entry and head of keys, from `begin` to `end`. */
+/* Computes the tiles, items, or pairs of batch entry and head of keys, from `begin` to `end` - 1. */
 typedef void attention_part(const void *task, int64_t begin, int64_t end, void *scratch);
 
 #endif

@@ -45,7 +45,7 @@ class Plan(NamedTuple):
     room: int  # the number of int32 in the memory for kept weights
     forward: bytes  # the struct `attention`
     grads: tuple[Layout, Layout, Layout]  # of the gradients of query, key and value
-    backward: bytes  # the struct `attention` if the upstream gradient has the output's strides and the mask needs none
+    backward: bytes  # the struct `attention` if the upstream gradient is laid out as the output and no mask needs one
 
 
 def plan_of(tensors: Tensors, setting: Setting) -> Plan:
@@ -130,8 +130,7 @@ def _words(dtype: torch.dtype, places: int, weights: int) -> int:
 def room_for_kept(tensors: Tensors) -> Tensor:
     """Memory for the non-zero weights kept for the backward, see :func:`_kept_per_query`.
 
-    The weights are stored consecutively by tiles of queries, followed by the number and the position of each query's
-    weights.
+    The weights of all tiles of queries come first, then how many weights each query has, then the keys of the weights.
     """
     query, starts = tensors.query, tensors.query_starts
     places, weights = _room(query.shape, tensors.key.shape[2], None if starts is None else len(starts) - 1)
@@ -164,12 +163,12 @@ def _empty(layout: Layout, like: Tensor, of: Layout) -> Tensor:
 
 
 def forward(tensors: Tensors, plan: Plan, kept: Tensor | None, *, variant: str | None = None) -> Tensor:
-    """The output.
+    """The output (N, H, L, Dv).
 
     Args:
-        tensors: Those of the call.
-        plan: Its plan.
-        kept: Memory in which the weights are kept for the backward.
+        tensors: The tensors of the call.
+        plan: The plan of the call.
+        kept: Memory in which the weights are kept for the backward; None if no backward follows.
         variant: One of :func:`rows.variants`; None for the widest.
     """
     output = _empty(plan.output, tensors[0], plan.layouts[0])

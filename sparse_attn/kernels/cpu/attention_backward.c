@@ -1,7 +1,7 @@
 /* The gradients of attention for query, key, value, mask and α. Compiled for float and for double at every vector width.
  *
- * An item of work is a batch entry and a head of keys, or a part of their queries, so that sums over queries have one
- * order for any number of threads. The weights are those that the forward has kept, or are computed again.
+ * An item of work is a batch entry and a head of keys, or a part of their queries (see attention_task), so that sums over
+ * queries have one order for any number of threads. The weights are those that the forward has kept, or are computed again.
  */
 #include "attention.h"
 #include "lists.h"
@@ -21,7 +21,8 @@ static void use_kept_lists(workspace *w, int64_t tile) {
     }
 }
 
-/* Replaces the gradient of one row's weights in `grad` by the gradient of its scores. */
+/* Replaces the gradient of the weights of row r in `grad` by the gradient of its scores, and adds this to the gradient of
+ * the mask. Returns the gradient for α, or 0 if it is not needed. */
 static double grad_scores(workspace *w, int64_t r, real *grad) {
     const attention *c = &w->task->call;
     const double a = a_of(w->task, w->head);
@@ -45,6 +46,7 @@ static const real *dropped(workspace *w, int64_t r) {
     return w->dropped;
 }
 
+/* The gradients of a tile by products with its lists. Returns the gradient for α, as do the next two functions. */
 static double by_lists(workspace *w) {
     double grad_a = 0;
     real *grad = w->buffer;
@@ -61,6 +63,7 @@ static double by_lists(workspace *w) {
     return grad_a;
 }
 
+/* The gradients of a tile by products with whole matrices. */
 static double by_matrices(workspace *w) {
     const int64_t size = w->end - w->begin, start = w->begin / BLOCK_COLUMNS * BLOCK_COLUMNS;
     double grad_a = 0;
@@ -112,7 +115,7 @@ static void deliver_sums(const workspace *w, const real *keys, const real *value
     }
 }
 
-/* The sums of a part of the queries; there are `all` rows of keys in the batch. */
+/* The memory for the sums of a part of the queries, for the current sequence and head of keys. */
 static real *sums_of(const workspace *w, int64_t part) {
     const attention_task *t = w->task;
     const int64_t row = (part * t->call.kv_heads + w->kv_head) * t->all_keys + w->of->first_key;
@@ -152,7 +155,7 @@ void EXPORTED(attention_backward)(const void *task, int64_t begin, int64_t end, 
     }
 }
 
-/* Adds the sums of all parts, in their order, for pairs of batch entry and head of keys. */
+/* Adds the sums of all parts, in their order, and writes the gradients, for pairs of batch entry and head of keys. */
 void EXPORTED(attention_reduce)(const void *task, int64_t begin, int64_t end, void *scratch) {
     const attention_task *t = task;
     workspace *w = scratch;

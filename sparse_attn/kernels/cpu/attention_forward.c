@@ -4,7 +4,7 @@
 #include "matmul.h"
 #include "tile.h"
 
-/* Keeps the lists for the backward, if there is room. */
+/* Keeps the lists of a tile for the backward, if there is room for them. */
 static void keep(const workspace *w, int64_t tile) {
     const attention *c = &w->task->call;
     int32_t *counts = w->task->counts + tile * c->tile_rows;
@@ -25,7 +25,7 @@ static void keep(const workspace *w, int64_t tile) {
     }
 }
 
-/* The output of one query from values that are read in place; the memory for panels of keys is free. */
+/* The output of one of few queries. A value that must be copied goes to the memory for panels, which is not in use here. */
 static void gather_in_place(const workspace *w, int64_t r, real *out) {
     const attention *c = &w->task->call;
     memset(out, 0, (size_t)w->width * sizeof *out);
@@ -36,6 +36,7 @@ static void gather_in_place(const workspace *w, int64_t r, real *out) {
     }
 }
 
+/* Writes the output of a tile from its lists. */
 static void attend(workspace *w) {
     const attention *c = &w->task->call;
     if (c->dropout_p > 0)

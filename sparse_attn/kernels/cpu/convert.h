@@ -1,4 +1,5 @@
-/* Converts vectors of any element type and stride to contiguous `real` and back, for row.c. */
+/* Converts vectors of any floating element type and stride to contiguous `real`, and `real` back to contiguous elements,
+ * for row.c and the attention kernels. */
 #ifndef SPARSE_ATTN_CONVERT_H
 #define SPARSE_ATTN_CONVERT_H
 
@@ -35,7 +36,7 @@ INLINE float from_float16(uint16_t x) {
 }
 
 INLINE uint16_t to_float16(float x) {
-    const uint32_t rebias = (127 - 15) << 23, half = 126 << 23; /* floats near 0.5 have the spacing of subnormals */
+    const uint32_t rebias = (127 - 15) << 23, half = 126 << 23; /* near 0.5, floats are as dense as subnormals */
     uint32_t bits = float_bits(x) & 0x7fffffff, sign = float_bits(x) >> 16 & 0x8000;
     uint32_t normal = (bits - rebias + 0xfff + (bits >> 13 & 1)) >> 13;
     uint32_t subnormal = float_bits(float_of(bits) + float_of(half)) - half;
@@ -43,7 +44,7 @@ INLINE uint16_t to_float16(float x) {
     return sign | (bits >= 143u << 23 ? huge : bits < 113u << 23 ? subnormal : normal);
 }
 
-/* The row itself where it is contiguous and of the right type, else a copy in `buffer`. */
+/* The vector itself if it is contiguous and of type `real`, else a copy in `buffer`. */
 static const real *fetch(vector from, int64_t size, real *buffer) {
     const int64_t stride = from.stride;
 #define GATHER(type, convert)                      \
@@ -67,11 +68,12 @@ static const real *fetch(vector from, int64_t size, real *buffer) {
     return buffer;
 }
 
-/* Memory for `size` numbers that `deliver` will write to `out`: `out` itself if its elements are reals. */
+/* Memory for numbers that `deliver` will write to `out`: `out` itself if its elements are reals, else `buffer`. */
 static real *target(void *out, element type, real *buffer) {
     return type == REAL_TYPE ? out : buffer;
 }
 
+/* Writes numbers from the memory that `target` returned to `out`, converted to its type. */
 static void deliver(const real *from, int64_t size, void *out, element type) {
 #define SCATTER(type, convert)             \
     do {                                   \

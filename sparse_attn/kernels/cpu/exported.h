@@ -1,4 +1,5 @@
-/* Names of functions that are compiled for float and for double in each variant, like forward_float_avx2 for rows.c. */
+/* Makes the names of functions that are compiled for float and for double in each variant, such as forward_float_avx2, for
+ * row.c and the attention kernels. */
 #ifndef SPARSE_ATTN_EXPORTED_H
 #define SPARSE_ATTN_EXPORTED_H
 
@@ -10,7 +11,7 @@
 #define EXPORTED(name) JOIN(name, float, VARIANT)
 #endif
 
-/* The kernels of row.c, for the attention kernels; a variant may have those of another one. */
+/* The kernels of row.c, for the attention kernels; a variant may use the row kernels of another variant. */
 #ifndef ROW_VARIANT
 #define ROW_VARIANT VARIANT
 #endif

@@ -1,4 +1,4 @@
-/* The cases of α that have code of their own. solve.h, short.h and gradients.h choose their functions by these
+/* The cases of α that have code of their own. row.c, solve.h, short.h and gradients.h choose their functions by these
  * cases. */
 #ifndef SPARSE_ATTN_FAMILY_H
 #define SPARSE_ATTN_FAMILY_H

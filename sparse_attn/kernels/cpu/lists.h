@@ -43,7 +43,7 @@ static void scatter_row(const int32_t *places, const real *weights, int64_t coun
     }
 }
 
-/* x · y, also of vectors of pairs (see pairs.h). */
+/* x · y of vectors of reals, or of pairs (see pairs.h). */
 INLINE real dot(const real *x, const real *y, int64_t width, const int pairs) {
     lanes sum = splat(0);
     for (int64_t d = 0; d < width; d += LANES) sum = add_products(sum, load(x + d), load(y + d), pairs);

@@ -1,6 +1,7 @@
 /* Register-blocked matrix products of small tiles, for tile.h and the attention kernels.
  *
- * One block of C, ROWS x 2 vectors, stays in registers while a and b are read along their common dimension.
+ * One block of C, up to BLOCK_ROWS rows of 2 vectors, stays in registers while A and B are read along their common
+ * dimension.
  */
 #ifndef SPARSE_ATTN_MATMUL_H
 #define SPARSE_ATTN_MATMUL_H
@@ -18,16 +19,16 @@
 
 enum { BLOCK_COLUMNS = 2 * LANES };
 
-/* A matrix whose element (i, t) lies at data[i * row + t * step]; one of the two is 1. */
+/* A matrix whose element (i, t) lies at data[i * row + t * step]; `row` or `step` is 1. */
 typedef struct {
     const real *data;
     int64_t row, step;
 } matrix;
 
 /* How a product is computed. */
-typedef enum { SETTING, ADDING, OF_PAIRS } product; /* C = A B, C += A B, or C = scale A B of pairs of bfloat16 */
+typedef enum { SETTING, ADDING, OF_PAIRS } product; /* C = A B, C += A B, or C = scale A B for pairs of bfloat16 */
 
-/* The rows c[i] of C from Σ_t a(i, t) b[t], for `rows` rows i and `vectors` vectors of columns. */
+/* Computes one block of C: row i from Σ_t a(i, t) b[t], for `rows` rows i and `vectors` vectors of columns. */
 INLINE void block_product(const real *a, const int64_t a_row, const int64_t a_step, const real *b, int64_t b_row,
                           int64_t depth, real *c, int64_t c_row, const int rows, const int vectors, const product how,
                           real scale) {
@@ -59,7 +60,7 @@ INLINE int block_of(int64_t left) {
     return left >= BLOCK_ROWS ? BLOCK_ROWS : left >= HALF_BLOCK ? HALF_BLOCK : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
-/* Calls CALL with the number of rows as a constant, for the compiler. */
+/* Calls CALL with the number of rows as a constant, so that the compiler unrolls the loops over rows. */
 #define WITH_CONSTANT_ROWS(rows, CALL)            \
     switch (rows) {                               \
     case BLOCK_ROWS: CALL(BLOCK_ROWS); break;     \
@@ -92,7 +93,7 @@ static void add_product(matrix a, const real *b, int64_t b_row, int64_t depth, r
 }
 
 #ifdef HAS_TRANSPOSE
-/* Columns of up to LANES rows as rows of `out` with stride BLOCK_COLUMNS, zeros after the last row. */
+/* Writes up to LANES rows transposed, with zeros for missing rows; the stride of `out` is BLOCK_COLUMNS. */
 INLINE void pack_lanes_of_rows(const real *x, int64_t row, int64_t size, int64_t depth, real *out) {
     for (int64_t t = 0; t < depth; t += LANES) {
         lanes block[LANES];
@@ -112,8 +113,8 @@ INLINE void pack_lanes_of_rows(const real *x, int64_t row, int64_t size, int64_t
 }
 #endif
 
-/* Rows (size, depth) with stride `row` as panels of BLOCK_COLUMNS rows, each transposed; zeros after the last row. The
- * depth is in whole vectors. */
+/* Writes rows (size, depth) with stride `row` as panels of BLOCK_COLUMNS rows, each panel transposed, with zeros for missing
+ * rows. The depth is in whole vectors. */
 static void pack_panels(const real *x, int64_t row, int64_t size, int64_t depth, real *out) {
     for (int64_t j = 0; j < size; j += BLOCK_COLUMNS, out += BLOCK_COLUMNS * depth)
         for (int64_t half = 0; half < BLOCK_COLUMNS; half += LANES) {
@@ -143,7 +144,7 @@ static void panel_product(const real *a, int64_t a_row, const real *panels, int6
     any_panel_product(a, a_row, panels, depth, rows, begin, end, c, c_row, SETTING, 1);
 }
 
-/* The same of pairs of bfloat16: C = scale A B'. */
+/* The same for pairs of bfloat16: C = scale A B'. */
 static void pair_panel_product(const real *a, int64_t a_row, const real *panels, int64_t depth, int64_t rows,
                                int64_t begin, int64_t end, real *c, int64_t c_row, real scale) {
     if (HAS_PAIRS) any_panel_product(a, a_row, panels, depth, rows, begin, end, c, c_row, OF_PAIRS, scale);

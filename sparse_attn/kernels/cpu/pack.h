@@ -1,7 +1,7 @@
-/* Packs the entries of a row that take part side by side, and puts results back in their places, for row.c.
+/* Packs the entries of a row that take part side by side, and puts results back in their places, for row.c and select.h.
  *
- * An entry takes part when its key is not <= threshold, so that NaN always does. `pack` and `unpack` see the same keys
- * and so need no indices. Both touch up to one vector past the last packed entry.
+ * An entry takes part if its number in `key` is not <= threshold, so that NaN always takes part. `pack` and `unpack` read
+ * the same keys and so need no indices. Both touch up to one vector past the last packed entry.
  */
 #ifndef SPARSE_ATTN_PACK_H
 #define SPARSE_ATTN_PACK_H
@@ -98,8 +98,8 @@ INLINE int unpack_lanes(const real *key, real threshold, const real *packed, rea
 }
 #endif
 
-/* Packs the keys that take part, in order, or the entries of `beside` at the same places if it is given; returns their
- * number. `out` may be `key` itself. */
+/* Packs the keys that take part into `out`, in order, and if `beside` is given, its entries at the same places into
+ * `beside_out`. Returns the number of packed keys. `out` may be `key` itself. */
 INLINE int64_t pack_both(const real *key, real threshold, const real *beside, int64_t size, real *out,
                          real *beside_out) {
     int64_t i = 0, count = 0;
@@ -117,7 +117,7 @@ static int64_t pack(const real *key, real threshold, int64_t size, real *out) {
     return pack_both(key, threshold, NULL, size, out, out);
 }
 
-/* factor * packed at the entries that take part, 0 elsewhere; `out` may be `key` itself. */
+/* Writes factor * packed to the entries that take part, and 0 elsewhere; `out` may be `key` itself. */
 static void unpack(const real *key, real threshold, const real *packed, real factor, int64_t size, real *out) {
     int64_t i = 0;
     for (; i + PACKED_AT_ONCE <= size; i += PACKED_AT_ONCE)
@@ -147,7 +147,7 @@ static void pack_places(const real *key, real threshold, int64_t size, int32_t *
     }
 }
 
-/* Drops zeros from packed p and their places, and multiplies the others by `scale`; returns the number left. */
+/* Multiplies packed p by `scale`, and drops zeros and their places; returns the number of entries left. */
 static int64_t keep_nonzero(const real *p, real scale, int64_t size, int32_t *places, real *out) {
     int64_t i = 0, count = 0;
 #if defined(__AVX512F__) && !defined(REAL_DOUBLE)
@@ -167,7 +167,7 @@ static int64_t keep_nonzero(const real *p, real scale, int64_t size, int32_t *pl
     return count;
 }
 
-/* Fills the row up to a multiple of PADDING; returns the padded size. */
+/* Fills the row with `value` up to a multiple of PADDING or beyond; returns the padded size. */
 static int64_t pad(real *x, int64_t size, real value) {
     for (int i = 0; i < PADDING; i++) x[size + i] = value;
     return (size + PADDING - 1) & -PADDING;

@@ -1,7 +1,7 @@
-/* Products of bfloat16 numbers by instructions of their own (AVX512-BF16), for the attention kernels.
+/* Products of bfloat16 numbers by special instructions (AVX512-BF16), or of reals, for the attention kernels.
  *
  * Such an instruction multiplies two numbers in each 32 bits, so a row of bfloat16 is read as a row of pairs, each in the
- * place of a real. The products are exact and their sums are float32; numbers below 1e-38 count as zero.
+ * place of a real. The products are exact and their sums are float32; numbers of a size below 1e-38 count as zero.
  */
 #ifndef SPARSE_ATTN_PAIRS_H
 #define SPARSE_ATTN_PAIRS_H
@@ -24,7 +24,7 @@ INLINE lanes add_products(lanes sum, lanes x, lanes y, const int pairs) {
     return sum + x * y;
 }
 
-/* A number or a pair in all lanes. A pair that begins with infinity would be a signalling NaN in floating arithmetic. */
+/* A number or a pair in all lanes. A pair is copied as an integer: as a float, it might be a signalling NaN. */
 INLINE lanes broadcast(const real *x, const int pairs) {
     if (!pairs) return splat(*x);
     word bits;
@@ -32,7 +32,7 @@ INLINE lanes broadcast(const real *x, const int pairs) {
     return (lanes)(bits - (words){0});
 }
 
-/* True if a vector of bfloat16 lies in memory as whole vectors of pairs. */
+/* True if a vector of bfloat16 lies in memory as whole, aligned vectors of pairs. */
 static int lies_in_pairs(vector x, int64_t size) {
     return x.stride == 1 && size % (2 * LANES) == 0 && (uintptr_t)x.data % sizeof(real) == 0;
 }

@@ -11,6 +11,7 @@ static inline uint64_t mixed(uint64_t x) {
     return x ^ x >> 31;
 }
 
+/* The random stream for the weights of a row. */
 static inline uint64_t stream_of(int64_t seed, int64_t row) {
     return mixed((uint64_t)seed + 0x9e3779b97f4a7c15u * (uint64_t)(row + 1));
 }

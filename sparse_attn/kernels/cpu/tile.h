@@ -1,4 +1,4 @@
-/* A tile of queries: its scores, and its weights as lists of those that are not zero; for the attention kernels. */
+/* Computes the scores of a tile of queries, and lists of their non-zero weights, for the attention kernels. */
 #ifndef SPARSE_ATTN_TILE_H
 #define SPARSE_ATTN_TILE_H
 
@@ -17,21 +17,22 @@ support_row ROW_KERNEL(support), ROW_KERNEL_IN_DOUBLE(support);
 /* With a larger share of non-zero weights, products with whole matrices are faster than with lists. */
 #define DENSE_FROM 0.3
 
-/* Up to this number of keys, and SHORT otherwise, rows are solved side by side: where the mapping needs exp and log, since
- * all keys may have weight there, and where only the largest scores take part, which reads a row many times. */
+/* Rows of up to SHORT keys are solved side by side. Two cases have these lower limits: a mapping with exp and log, since
+ * all keys may have weight there, and the k largest scores, since a search for them reads a row many times. */
 enum { SHORT_WITH_EXP = 128, SHORT_WITH_K = 64 };
 
-/* The keys within a range that query i sees by position, apart from masks. */
+/* Narrows a range of keys to those that query i sees by position, apart from masks. */
 static void narrow(const attention *c, int64_t i, int64_t *begin, int64_t *end) {
     if (i + c->right + 1 < *end) *end = i + c->right + 1 > *begin ? i + c->right + 1 : *begin;
     if (i - c->left > *begin) *begin = i - c->left < *end ? i - c->left : *end;
 }
 
+/* An entry of a floating mask with this value or less hides its key. */
 static double lowest_of(int64_t type) {
     return type == FLOAT32 ? -FLT_MAX : type == FLOAT64 ? -DBL_MAX : type == FLOAT16 ? -65504.0 : -0x1.fep127;
 }
 
-/* The mask of one row as numbers to add: 0 or -inf for a boolean mask, else the values of the mask. */
+/* The mask of one row as numbers to add: -inf for hidden keys, else 0 for a boolean mask or the value of a floating one. */
 static const real *mask_row(const workspace *w, int64_t i, int64_t begin, int64_t end, real *out) {
     const tensor *mask = &w->task->call.mask;
     vector from = entries_of(mask, w->batch, w->head, i);
@@ -51,7 +52,7 @@ static const real *mask_row(const workspace *w, int64_t i, int64_t begin, int64_
     return out;
 }
 
-/* Sets the queries of the tile, and the range of keys that at least one of them sees. */
+/* Sets the queries of the tile, and the range of keys that they see by position. */
 static void open_tile(workspace *w, int64_t tile) {
     const attention *c = &w->task->call;
     const int64_t left = w->of->queries - tile * c->tile_rows;
@@ -69,11 +70,11 @@ static void open_tile(workspace *w, int64_t tile) {
     else w->scored_queries = (rows){w->queries, w->depth};
 }
 
-/* The list of one row from its scores for the keys begin .. end. */
+/* Makes the list of one row from its scores for the keys begin .. end - 1. */
 static void solve_row(workspace *w, int64_t r, vector scores, int64_t begin, int64_t end) {
     const attention *c = &w->task->call;
     const double a = a_of(w->task, w->head), lowest = -(double)REAL_MAX;
-    /* Beyond α = 2 float has too few digits, see rows.c. */
+    /* For α > 2, float has too few digits, see rows.c. */
     support_row *solve = a > 1 ? ROW_KERNEL_IN_DOUBLE(support) : ROW_KERNEL(support);
     real *weights = w->weights + r * w->row;
     int32_t *places = w->places + r * w->row;
@@ -88,7 +89,7 @@ static void pack_keys(workspace *w) {
     w->have_key_panels = 1;
 }
 
-/* The scores of `count` queries and all keys in panels, or of keys and all queries in panels; see panel_product. */
+/* The products of `count` rows with the rows in panels: of queries with keys, or of keys with queries; see panel_product. */
 static void score_product(workspace *w, rows a, const real *panels, int64_t count, int64_t begin, int64_t end, int64_t row) {
     const int64_t depth = w->scored_depth;
     if (w->in_pairs)
@@ -97,7 +98,7 @@ static void score_product(workspace *w, rows a, const real *panels, int64_t coun
         panel_product(a.data, a.row, panels, depth, count, begin, end, w->scores, row);
 }
 
-/* Scores of few queries; the memory for panels of keys is free. */
+/* Scores of few queries. A key that must be copied goes to the memory for panels, which is not in use here. */
 static void few_scores(workspace *w) {
     const attention *c = &w->task->call;
     const rows queries = w->scored_queries;
@@ -116,7 +117,7 @@ static void few_scores(workspace *w) {
     }
 }
 
-/* Solves one row after the other; `added` is the mask where all rows share it. */
+/* Solves one row after the other; `added` is the mask if all rows share one, else NULL. */
 static void solve_rows(workspace *w, int masked, const real *added) {
     if (w->few) {
         few_scores(w);
@@ -138,7 +139,7 @@ static void solve_rows(workspace *w, int masked, const real *added) {
     }
 }
 
-/* True if rows can be solved side by side. */
+/* True if the rows of the tile are to be solved side by side. */
 static int are_short(const workspace *w, int has_own_masks) {
     const attention *c = &w->task->call;
     const double a = a_of(w->task, w->head);
@@ -152,12 +153,13 @@ static void hide(const workspace *w, int64_t r, real *scores, int64_t step) {
     const attention *c = &w->task->call;
     const int64_t i = w->first + r, last = i + LANES - 1;
     for (int64_t j = w->begin; j < w->end; j++) {
-        if (j >= last - c->left && j <= i + c->right) continue; /* all of them see it */
+        if (j >= last - c->left && j <= i + c->right) continue; /* all of these queries see key j */
         for (int64_t lane = 0; lane < LANES; lane++)
             if (j < i + lane - c->left || j > i + lane + c->right) scores[j * step + lane] = -INFINITY;
     }
 }
 
+/* Adds the mask that all rows share to the scores of the queries in the lanes of a vector. */
 static void hide_masked(const workspace *w, const real *added, real *scores, int64_t step) {
     for (int64_t j = w->begin; j < w->end; j++) {
         real *x = scores + j * step;
@@ -169,7 +171,7 @@ static void hide_masked(const workspace *w, const real *added, real *scores, int
 INLINE uint32_t nonzero_bits(lanes x) {
 #if defined(__AVX512F__)
     uint32_t bits = COMPARE(x, splat(0), _CMP_NEQ_UQ);
-    __asm__("" : "+r"(bits)); /* GCC 12 may store a mask of 16 bits and load 32: a register has zeros there */
+    __asm__("" : "+r"(bits)); /* GCC 12 may store 16 bits of the mask and load 32; in a register, the others are 0 */
     return bits;
 #elif defined(__SSE2__)
     return (uint32_t)OP(movemask)((lanes)(x != 0));
@@ -180,7 +182,7 @@ INLINE uint32_t nonzero_bits(lanes x) {
 #endif
 }
 
-/* Lists of the rows r, r + 1, ... from solved rows, whose p is to be multiplied by `scale`. */
+/* Makes the lists of the rows r, r + 1, ... from `solved`, whose p is to be multiplied by `scale`. */
 static void list_lanes(workspace *w, int64_t r, lanes scale) {
     int32_t *sizes = w->lane_sizes;
     memset(sizes, 0, LANES * sizeof *sizes);
@@ -216,14 +218,14 @@ static void list_lanes(workspace *w, int64_t r, lanes scale) {
     for (int64_t lane = 0; lane < LANES && r + lane < w->count; lane++) w->sizes[r + lane] = sizes[lane];
 }
 
-/* Solves the row in one lane alone. */
+/* Solves row r by itself, from its scores in one lane. */
 static void solve_lane(workspace *w, int64_t r, real *scores, int64_t step) {
     int64_t begin = w->begin, end = w->end;
     narrow(&w->task->call, w->first + r, &begin, &end);
     solve_row(w, r, (vector){scores + begin * step, step, REAL_TYPE}, begin, end);
 }
 
-/* Solves rows side by side: scores lie with queries along vectors. */
+/* Solves rows side by side: a vector has the scores of several queries for one key. */
 static void solve_short_rows(workspace *w, const real *added) {
     const attention *c = &w->task->call;
     const int64_t step = in_panels(w->count);
@@ -242,7 +244,7 @@ static void solve_short_rows(workspace *w, const real *added) {
             top = at_least(x, top);
             defined &= !any_beyond(x, splat(INFINITY));
         }
-        lanes alone = splat(!defined); /* 1 for rows to be solved alone; NaN or +inf are rare */
+        lanes alone = splat(!defined); /* 1: to be solved alone, as all rows if one has NaN or +inf, which is rare */
         if (defined) {
             const short_rows rows = {scores + w->begin * step, w->solved, step, w->end - w->begin};
             if (c->k > 0 && c->k < rows.size) {
@@ -262,8 +264,8 @@ static void solve_short_rows(workspace *w, const real *added) {
     }
 }
 
-/* The mask that all rows of a tile share, as numbers to add to the scores of the keys begin .. end. Narrows that range to
- * the keys that the mask shows; returns NULL if it shows all of the range. */
+/* The mask that all rows of a tile share, as numbers to add to the scores of the keys. Narrows the range of keys to begin
+ * and end with a visible key. Returns NULL if the mask adds 0 to all keys of this range. */
 static const real *shared_mask(workspace *w) {
     const real *added = mask_row(w, 0, w->begin, w->end, w->buffer) - w->begin;
     while (w->begin < w->end && added[w->end - 1] == -INFINITY) w->end--;
@@ -273,7 +275,7 @@ static const real *shared_mask(workspace *w) {
     return NULL;
 }
 
-/* Solves the rows of a tile. */
+/* Solves the rows of a tile and makes their lists. */
 static void make_lists(workspace *w) {
     const tensor *mask = &w->task->call.mask;
     const int shared = mask->data && mask->strides[2] == 0, own = mask->data && !shared;
@@ -285,6 +287,7 @@ static void make_lists(workspace *w) {
         w->list_places[r] = w->places + r * w->row, w->list_weights[r] = w->weights + r * w->row;
 }
 
+/* True if products with whole matrices are faster than with lists, and zero weights cannot cause NaN in them. */
 static int is_dense(workspace *w) {
     if (w->few) return 0;
     int64_t total = 0;
@@ -292,13 +295,13 @@ static int is_dense(workspace *w) {
     return (double)total > DENSE_FROM * (double)(w->count * (w->end - w->begin)) && is_finite(w);
 }
 
-/* Writes a list as a full row of a matrix. */
+/* Writes a list as a row of a matrix, with zeros for the other keys of the range. */
 static void expand(const workspace *w, const int32_t *places, const real *weights, int64_t count, real *out) {
     memset(out + w->begin, 0, (size_t)(w->end - w->begin) * sizeof *out);
     for (int64_t n = 0; n < count; n++) out[places[n]] = weights[n];
 }
 
-/* Multiplies weights by 0 or 1 / (1 - dropout_p). */
+/* Multiplies weights of row r, or their gradients, by 0 or 1 / (1 - dropout_p). */
 static void drop_out(const workspace *w, int64_t r, const int32_t *places, const real *weights, int64_t count,
                      real *out) {
     const attention *c = &w->task->call;

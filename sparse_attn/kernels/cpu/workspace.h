@@ -1,4 +1,4 @@
-/* The memory of a thread, and the keys and values of one batch entry and head; for the attention kernels. */
+/* The memory of a thread, and access to the rows of the tensors of a call, for the attention kernels. */
 #ifndef SPARSE_ATTN_WORKSPACE_H
 #define SPARSE_ATTN_WORKSPACE_H
 
@@ -10,10 +10,10 @@
 #include "pairs.h"
 #include "rows.h"
 
-/* Up to this number of keys, rows may be solved side by side. */
+/* Up to this number of keys, rows may be solved side by side (see tile.h). */
 enum { SHORT = 256 };
 
-/* Up to this number of queries, as in decoding, keys and values are read in place without a packed copy. */
+/* A forward of up to this number of queries, as in decoding, makes no packed copy of keys and values. */
 enum { FEW = 4 };
 
 /* The memory of a thread and its present content. */
@@ -24,7 +24,7 @@ typedef struct {
     int64_t batch, kv_head;
     rows keys, values;
     real *key_buffer, *value_buffer, *key_panels, *value_panels;
-    int few; /* no copies of keys and values have been made */
+    int few; /* true: there are at most FEW queries, and no copies of keys and values */
     /* Queries and keys as scores are computed from them: reals, with the scale in the queries, or pairs (see pairs.h). */
     int in_pairs;
     int64_t scored_depth; /* reals or pairs of a row, in whole vectors */
@@ -33,7 +33,7 @@ typedef struct {
     int have_key_panels, have_value_panels, finite; /* finite: -1 if unknown */
     /* One tile: queries, scores and lists of rows. */
     const sequence *of;
-    int64_t head, first, count; /* its queries */
+    int64_t head, first, count; /* the head, the first query and the number of queries */
     int64_t begin, end;         /* the range of keys that at least one query sees */
     int64_t row;                /* the stride between rows of scores, and between lists, in numbers */
     int64_t *sizes;             /* lengths of the lists */
@@ -73,6 +73,7 @@ static real *take_reals(memory *from, int64_t count) {
     return take(from, count, sizeof(real));
 }
 
+/* Divides the memory of a workspace. */
 static void lay_out(workspace *w, const attention_task *t, memory *m) {
     const attention *c = &t->call;
     const int64_t panels = in_panels(t->longest), rows_of_tile = c->tile_rows;
@@ -94,6 +95,7 @@ static void lay_out(workspace *w, const attention_task *t, memory *m) {
     w->queries = take_reals(m, rows_of_tile * w->depth), w->packed = take_reals(m, in_panels(rows_of_tile) * w->depth);
     const int64_t listed = in_vectors(rows_of_tile); /* lists of lanes without a query have room, too */
     const int64_t shortest = t->longest < SHORT ? t->longest : SHORT;
+    /* Scores with one row per query, or with one row per key. */
     const int64_t lying = rows_of_tile * w->row, standing = shortest * in_panels(rows_of_tile);
     w->scores = take_reals(m, lying > standing ? lying : standing), w->weights = take_reals(m, listed * w->row);
     w->places = take(m, listed * w->row, sizeof *w->places);
@@ -126,25 +128,27 @@ static size_t scratch_of(const attention_task *t) {
     return m.used;
 }
 
+/* The entries of row i of a tensor, for one batch entry and head. */
 static vector entries_of(const tensor *x, int64_t b, int64_t head, int64_t i) {
     static const int64_t bytes[] = {4, 8, 2, 2, 1};
     const int64_t offset = b * x->strides[0] + head * x->strides[1] + i * x->strides[2];
     return (vector){(const char *)x->data + offset * bytes[x->type], x->strides[3], (element)x->type};
 }
 
-/* Copies one row, as reals and followed by zeros. */
+/* Copies one row as reals times `scale`, followed by zeros. */
 static void copy_row(vector from, int64_t size, int64_t padded, real scale, real *out) {
     const real *x = fetch(from, size, out);
     for (int64_t i = 0; i < size; i++) out[i] = scale * x[i];
     for (int64_t i = size; i < padded; i++) out[i] = 0;
 }
 
+/* Writes one row to contiguous entries, in their type. */
 static void deliver_row(const real *from, int64_t size, vector to) {
     if (to.type == REAL_TYPE) memcpy((void *)to.data, from, (size_t)size * sizeof *from);
     else deliver(from, size, (void *)to.data, to.type);
 }
 
-/* Rows first .. first + count of a tensor: its own memory where that holds whole vectors of reals, else a copy. */
+/* `count` rows of a tensor: the memory of the tensor if it has whole vectors of reals, else a copy. */
 static rows rows_of(const tensor *x, int64_t b, int64_t head, int64_t first, int64_t count, int64_t size, real *buffer) {
     const int64_t padded = in_vectors(size);
     const vector start = entries_of(x, b, head, first);
@@ -154,7 +158,7 @@ static rows rows_of(const tensor *x, int64_t b, int64_t head, int64_t first, int
     return (rows){buffer, padded};
 }
 
-/* The same of a tensor of bfloat16, as rows of pairs. */
+/* The same for a tensor of bfloat16, as rows of pairs. */
 static rows pairs_of(const tensor *x, int64_t b, int64_t head, int64_t first, int64_t count, int64_t size, real *buffer) {
     const int64_t padded = in_vectors((size + 1) / 2);
     const vector start = entries_of(x, b, head, first);
@@ -164,11 +168,12 @@ static rows pairs_of(const tensor *x, int64_t b, int64_t head, int64_t first, in
     return (rows){buffer, padded};
 }
 
-/* The batch entry of a tensor that holds a sequence: all packed sequences are in the first entry. */
+/* The batch entry that holds the current sequence: all packed sequences are in the first entry. */
 static int64_t entry_of(const workspace *w) {
     return w->task->data.query_starts ? 0 : w->of - w->task->sequences;
 }
 
+/* Makes a head the current one, with its keys and values. */
 static void open_head(workspace *w, const sequence *of, int64_t head) {
     const attention *c = &w->task->call;
     const int64_t kv_head = head / (c->heads / c->kv_heads), batch = of - w->task->sequences;
@@ -186,7 +191,7 @@ static void open_head(workspace *w, const sequence *of, int64_t head) {
     w->values = rows_of(&c->value, b, kv_head, of->key_start, of->keys, c->width, w->value_buffer);
 }
 
-/* One key or value, read in place for few queries. */
+/* One key or value for few queries: its own memory if it has whole vectors of reals, else a copy. */
 static const real *row_in_place(const workspace *w, const tensor *x, int64_t j, int64_t size, real *buffer) {
     const vector from = entries_of(x, entry_of(w), w->kv_head, w->of->key_start + j);
     if (from.type == REAL_TYPE && from.stride == 1 && size % LANES == 0) return from.data;
@@ -194,7 +199,7 @@ static const real *row_in_place(const workspace *w, const tensor *x, int64_t j, 
     return buffer;
 }
 
-/* True if values, and in the backward keys, are finite: in a matrix product, a zero times infinity would be NaN. */
+/* True if values, and in the backward keys, are finite: in a matrix product, zero times infinity or NaN would be NaN. */
 static int is_finite(workspace *w) {
     if (w->finite >= 0) return w->finite;
     lanes sum = splat(0);

@@ -1,7 +1,8 @@
 """The backend "triton": kernels for a GPU, written in the language of the package Triton.
 
-This folder is ``sparse_attn.kernels.triton``; ``import triton`` means the package. The package is imported when the
-first kernel is called: all modules of this folder but ``launch`` and ``attention.plan`` import it; this file does not.
+This folder is ``sparse_attn.kernels.triton``; ``import triton`` means the package. The package is
+imported at the first call of a kernel or of :func:`status`. In this folder, only ``launch``, ``attention.plan`` and the
+``__init__`` files can be imported without the package.
 """
 
 from __future__ import annotations
@@ -12,19 +13,20 @@ import torch
 
 from sparse_attn.versions import mend_interpreter, triton_problem
 
-_OLDEST = (8, 0)  # compute capability: bfloat16 in matrix products
-# Major numbers for which Triton 3.6 and 3.7 fail to compile the attention kernels (scripts/compile_kernels.py).
+_OLDEST = (8, 0)  # the oldest compute capability with matrix products of bfloat16
+# Major numbers of compute capabilities for which Triton 3.6 and 3.7 fail to compile the attention kernels: see
+# scripts/compile_kernels.py.
 REFUSED = (10,)
 
 _failure: str | None = None
 
 
 class KernelError(RuntimeError):
-    """A kernel does not compile for the device, or needs more than the device has."""
+    """A kernel cannot be compiled for the device, or cannot be started on it."""
 
 
 def status() -> tuple[bool, str]:
-    """Whether the kernels are available, and a text that says where they run, or why they are not."""
+    """Whether the kernels are available, and a text that says where they run, or why they are not available."""
     return _of_this_machine() if _failure is None else (False, _failure)
 
 

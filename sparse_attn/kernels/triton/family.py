@@ -1,17 +1,16 @@
-"""Device functions that the kernels share: weights of scores on the chip for a given σ, and the gradient for α.
+"""Device functions that the kernels share: weights from scores for a given σ, and the gradient for α.
 
-As in ``kernels.reference.entmax``, formulas use ``a = α - 1`` and σ; α is data, not a constant. Scores and
-probabilities are float32. Scores ``x`` and σ are relative to the largest score of the row. In float32, σ is a pair
-(``pairs``): the rounding error of a single float32 threshold would change thousands of small entries in the same
-direction.
+As in ``kernels.reference.entmax``, formulas use ``a = α - 1`` and σ. Scores and probabilities are float32. Scores ``x``
+and σ are relative to the largest score of the row. σ is a pair of float32 (see ``pairs``): the rounding error of a
+single float32 would change thousands of small entries in the same direction.
 
-``MODE`` is 0 for any α, 1 for α = 1.5 and 2 for α = 2. The last two need neither logarithms nor powers. The forward
-pass of the operators also has 3, for α = 1 given as a number. Logarithms of
-numbers near 1 are computed by a polynomial: the hardware's logarithm is inexact there, where the arguments lie for α
-close to 1.
+``MODE`` is known at compile time, α is not. Mode 0 is for any α, 1 for α = 1.5 and 2 for α = 2, if α is given as a
+number. Modes 1 and 2 need no logarithms of entries. The forward kernels for rows also have mode 3, for α = 1 given as a
+number. Logarithms of numbers near 1 are computed by a polynomial: the hardware's logarithm is inexact there, and for α
+close to 1 most arguments are near 1.
 """
 
-# Triton functions have no type annotations; their docstrings describe the arguments.
+# Triton functions have no type annotations.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ from sparse_attn.kernels.triton.pairs import (
 )
 
 GENERAL, ENTMAX15, SPARSEMAX, SOFTMAX = 0, 1, 2, 3
-MODES = {0.5: ENTMAX15, 1.0: SPARSEMAX}  # by a
+MODES = {0.5: ENTMAX15, 1.0: SPARSEMAX}  # the mode for a value of `a`; 0 for any other
 
-# For α = 1, a is replaced by a number so small that log(1 + a t) / a equals t to the last bit.
+# For α at or very near 1, a is replaced by a number so small that log(1 + a t) / a equals t to the last bit.
 TINY = tl.constexpr(1e-10)
 # log2(1 + t) / t on [√½ - 1, √2 - 1], relative error 2.6e-8
 _LOG2 = tl.constexpr(
@@ -92,13 +91,13 @@ def log2(w, t):
 
 @triton.jit
 def log2_of_scores(w, t):
-    """The same to 2.4e-7 where ``w`` is far from 1, by fewer instructions."""
+    """As :func:`log2`, by fewer instructions; where ``w`` is far from 1, with an error of 2.4e-7."""
     return tl.where(tl.abs(t) < 0.29, _log2_near_1(t), fast_log2(w))
 
 
 @triton.jit
 def power(x, y):
-    """``x^y`` of positive numbers per row, with an error of 3e-7 for any size of the exponent."""
+    """``x^y`` of positive numbers per row, with a relative error of 3e-7 for any ``x`` and ``|y| <= 1``."""
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
     f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -108,13 +107,13 @@ def power(x, y):
 
 @triton.jit
 def away_from_zero(a):
-    """``a``, never exactly 0."""
+    """``a``, with numbers near 0 replaced by ``TINY``."""
     return tl.where(tl.abs(a) < TINY, TINY, a)
 
 
 @triton.jit
 def along(row, x):
-    """A number per row in the shape of scores (R, B) or (C, R, B)."""
+    """A number per row (R,) with further axes of size 1, so that it broadcasts to scores (R, B) or (C, R, B)."""
     if len(x.shape) == 3:
         return row[None, :, None]
     else:
@@ -132,7 +131,7 @@ def sum_of_row(x):
 
 @triton.jit
 def a_of(A, row, valid, number):
-    """``a`` of each row, never exactly 0."""
+    """``a`` of each row, never exactly 0: from ``A``, or ``number`` for all rows if ``A`` is None."""
     if A is None:  # noqa: SIM108, one branch does not exist
         a = number + 0.0 * row.to(tl.float32)
     else:
@@ -154,11 +153,12 @@ def place_rows(sigma, a, by_a, MODE: tl.constexpr):
         sigma: A pair, relative to the largest score of the row.
         a: In float32.
         by_a: ``1 / a``, as a pair.
-        MODE: As above.
+        MODE: See the top of this file.
 
     Returns:
-        The edge of the support as a pair, and for any α: the slope of ``p`` at the edge, the factor of ``u``, slope and
-        place of the base of the power, its exponent, and the logarithm of the factor of ``p`` as a pair.
+        The edge of the support as a pair, for α = 1.5 half of it. In mode 0 also: ``a``; the factor of ``u``;
+        ``rise`` and ``start`` of the base of the power, ``1 + start + rise x``; the exponent of the power,
+        ``1 / a - 1``; and as a pair, the natural logarithm of the factor of ``p``.
     """
     edge = subtract(sigma, by_a)
     if MODE == 2:
@@ -167,8 +167,8 @@ def place_rows(sigma, a, by_a, MODE: tl.constexpr):
         return edge[0] * 0.5, edge[1] * 0.5
     else:
         fall = scaled(sigma, a)
-        # For α < 1.5 first p / max p, a power of 1 + a x / (1 - a σ): in a long flat row p is small, and its logarithm
-        # has lost digits that the one of a number close to 1 has.
+        # For α < 1.5, p / max p is computed first, as a power of 1 + a x / (1 - a σ): in a long flat row p is small,
+        # and its logarithm has lost digits, which the logarithm of a number close to 1 keeps.
         gentle = a < 0.5
         largest = add((-fall[0], -fall[1]), 1.0)
         log_largest = tl.where(gentle, log2(largest[0], -fall[0]), 0.0)
@@ -182,9 +182,10 @@ def place_rows(sigma, a, by_a, MODE: tl.constexpr):
 
 @triton.jit
 def weigh(x, row, MODE: tl.constexpr):
-    """``p``, ``u = p^(2-α)`` and, for any α, log2 of the base of the power: ``log p - row[7]`` is its natural log by a.
+    """``p``, ``u = p^(2-α)`` and, in mode 0, log2 of the base of the power.
 
-    ``row`` is from :func:`place_rows`. Scores of ``-inf`` have p = u = 0. A row of NaN has p = u = NaN.
+    ``row`` is from :func:`place_rows`. The natural logarithm of the base, divided by ``a``, is ``log p - row[7]``.
+    Scores of ``-inf`` have p = u = 0. A row of NaN has p = u = NaN.
     """
     if MODE == 2:
         w = tl.maximum((x - along(row[0], x)) - along(row[1], x), 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -204,7 +205,7 @@ def weigh(x, row, MODE: tl.constexpr):
 
 @triton.jit
 def softmax_weights(x):
-    """``eˣ`` of scores relative to the largest, with a relative error of 2e-7 for any ``x``."""
+    """``eˣ`` of scores relative to the largest, with a relative error of 2e-7 for results above 1.2e-38."""
     high, low = times(x, 0.0 * x + LOG2E)
     p = exp2_of((high, fused(x, 0.0 * x + LOG2E_REST, low)))
     return tl.where(x == float("-inf"), 0.0, p)
@@ -235,7 +236,7 @@ def _phi2_near_0(x):
 
 @triton.jit
 def reference_of(log_reference, a):
-    """The numbers per row that :func:`deviation_of_y` needs; ``ℓ₀`` is the logarithm of a reference probability.
+    """The numbers per row that the next two functions need; ``ℓ₀`` is the logarithm of a reference probability.
 
     Returns:
         ``ℓ₀ φ₁(-a ℓ₀)``, ``exp(a ℓ₀)`` and ``y₀ = ℓ₀² φ₂(-a ℓ₀)``.
@@ -251,8 +252,8 @@ def reference_of(log_reference, a):
 def deviation_of_y(p, u, d, a, reference):
     """``p (y - y₀)`` with ``y = ℓ² φ₂(-a ℓ)``, ``φ₂(x) = (eˣ - 1 - x) / x²``, where ``ℓ = ℓ₀ + d``.
 
-    The gradient in α depends on the differences ``y - y₀``, which would cancel in a nearly flat row. The form
-    ``y - y₀ = d [ℓ₀ φ₁(-a ℓ₀) φ₁(-a d) + d φ₂(-a d)]`` subtracts no nearly equal numbers.
+    The gradient for α depends on the differences ``y - y₀``. In a nearly flat row, subtracting would lose their digits.
+    The form ``y - y₀ = d [ℓ₀ φ₁(-a ℓ₀) φ₁(-a d) + d φ₂(-a d)]`` subtracts no nearly equal numbers.
     """
     x = -along(a, d) * d
     near = tl.where(tl.abs(x) < 1.0, x, 0.0)
@@ -282,9 +283,12 @@ def deviation_from_scores(x, p, u, d, row, by_a, reference):
 
 @triton.jit
 def alpha_gradient(with_log, with_y, mean_log, mean_y, by_slope, a, log_reference, reference):
-    """The gradient in α from the covariances of ``ℓ`` and ``y`` with the upstream gradient, and their means minus ℓ₀.
+    """The gradient for α from covariances of ``ℓ`` and ``y`` with the upstream gradient, and from two means.
 
-    ``dα = -[B + a (Y A - H B)] / U`` with covariances ``A``, ``B`` and means ``H``, ``Y``, which have one or two parts.
+    ``mean_log`` and ``mean_y`` are the means of ``ℓ - ℓ₀`` and ``y - y₀``.
+
+    ``dα = -[B + a (Y A - H B)] / U`` with the covariances ``A``, ``B`` and the means ``H``, ``Y`` of ``ℓ`` and ``y``.
+    The covariances and means are numbers of one or two parts (see ``pairs``).
     This equals the formula of :func:`kernels.reference.entmax.entmax_backward` without the terms that cancel.
     """
     y, log = add(mean_y, reference[2]), add(mean_log, log_reference)

@@ -16,7 +16,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: 
     """Start ``programs`` programs of a kernel, on the device of the first tensor among the arguments.
 
     Returns:
-        The compiled kernel, as Triton has it; None in the interpreter.
+        The compiled kernel, as Triton returns it; None in the interpreter.
 
     Raises:
         KernelError: Triton cannot compile or start the kernel.
@@ -31,7 +31,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: 
             # The option for fused multiply-add is explicit, since its default differs between versions of Triton.
             return kernel[(programs,)](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
         except Exception as error:
-            # After an error of the device, plain torch would fail too, and memory is not a fault of the kernel.
+            # After an error of the device, plain torch would fail too. A lack of memory is not a fault of the kernel.
             if "CUDA" in str(error) or isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = str(error).splitlines()[:1] or [""]
@@ -39,7 +39,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: 
 
 
 def _as_a_device_sees(argument: Any) -> Any:
-    """Floats rounded to float32, as on a device: the interpreter would keep all digits."""
+    """The argument with floats rounded to float32, as on a device: the interpreter would keep all digits."""
     if isinstance(argument, float):
         return torch.tensor(argument, dtype=torch.float32).item()
     if isinstance(argument, tuple):

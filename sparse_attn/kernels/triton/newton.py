@@ -1,6 +1,6 @@
 """Device functions that the kernels share: Newton's method for σ.
 
-``MODE``, scores and σ are those of ``family``.
+``MODE``, scores and σ are those of ``family``; some functions also take σ as a single float32.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
@@ -33,23 +33,24 @@ def start_of(low, size, a):
 
 @triton.jit
 def step(sigma, low, high, error_before, total, slope, a, tolerance, MODE: tl.constexpr):
-    """A Newton step on the norm ``(Σ p)^a = 1``, or bisection if the step leaves the bracket.
+    """A Newton step on the norm ``(Σ p)^a = 1``.
 
-    For α up to 2 the iterates increase from the left, and a row has converged when a step no longer brings the sum
-    closer to 1. For larger α the slope at the edge of the support is infinite, and only the sum or an empty bracket
-    shows convergence. At the upper end of an empty bracket many equal scores may all be outside the support, so such a
-    row ends at the lower end.
+    In mode 0, bisection replaces a step that leaves the bracket, and for α > 2 also a step after one that did not halve
+    the error. For α up to 2 the iterates increase from the left, and a row has also converged when a step no longer
+    brings the sum closer to 1. For larger α the slope at the edge of the support is infinite, and only the sum or an
+    empty bracket shows convergence. At the upper end of an empty bracket many equal scores may all be outside the
+    support, so such a row ends at the lower end.
 
     Args:
         sigma: As a single float32 or a pair, like the bracket from ``low`` to ``high``.
         low: The lower end of the bracket.
         high: The upper end of the bracket.
-        error_before: Of the sum, before the last step.
+        error_before: The error of the sum before the last step.
         total: Σ p at σ.
         slope: Σ u at σ.
-        a: In float32, like all others.
-        tolerance: Of the sum.
-        MODE: As above.
+        a: One float32 per row, like the totals, slopes and errors.
+        tolerance: The error of the sum with which a row has converged.
+        MODE: As in ``family``.
 
     Returns:
         The next σ, the bracket, the error of the sum, and which rows have not converged: the others keep their σ.
@@ -87,7 +88,7 @@ def step(sigma, low, high, error_before, total, slope, a, tolerance, MODE: tl.co
 
 @triton.jit
 def fast_weights(x, sigma, a):
-    """``p`` and ``u`` by the hardware's logarithm: a third of the instructions, with a relative error of 2e-7 / a."""
+    """``p`` and ``u`` by the hardware's logarithm: a third of the instructions of ``weigh``; the error is 2e-7 / a."""
     w = x * along(a, x) + along(1.0 - a * single(sigma), x)
     w = tl.maximum(w, 0.0, propagate_nan=tl.PropagateNan.ALL)
     log = fast_log2(tl.maximum(w, SMALL, propagate_nan=tl.PropagateNan.ALL))
@@ -97,7 +98,7 @@ def fast_weights(x, sigma, a):
 
 @triton.jit
 def all_gentle(a):
-    """Whether the first steps of Newton's method may use the hardware's logarithm: α is from 1.1 to 2 in all rows."""
+    """Whether the first steps for these rows may use the hardware's logarithm: α is from 1.1 to 2 in all of them."""
     return (tl.min(a, 0) >= GENTLE) & (tl.max(a, 0) <= 1.0)
 
 
@@ -116,7 +117,7 @@ def open_after(error, still_open, total, a):
 def approach(x, start, size, a, empty, go):
     """A number near σ: Newton steps with the hardware's logarithm, the last one from a sum within ``LOOSE`` of 1.
 
-    The result may lie on either side of σ. Without ``go`` it is ``start``. For the other arguments see
+    The result may lie on either side of σ. Without ``go`` the result is ``start``. For the other arguments see
     :func:`solve_on_chip`.
     """
     sigma = start
@@ -135,17 +136,19 @@ def approach(x, start, size, a, empty, go):
 
 @triton.jit
 def solve_on_chip(x, start, size, a, by_a, empty, tolerance, MODE: tl.constexpr):
-    """The weights of rows of scores held on the chip, and their sum to a tolerance.
+    """The weights of rows of scores held on the chip, and the sum of each row, which is 1 up to a tolerance.
 
     Args:
         x: Scores (R, B) or (C, R, B), relative to the largest of each row.
         start: A lower bound of σ, as a pair.
-        size: The number of scores.
-        a: One number per row; a row with NaN is not solved.
+        size: The number of scores in a row.
+        a: One number per row.
         by_a: ``1 / a``, as a pair.
-        empty: Which rows have no score.
-        tolerance: Of the sum.
-        MODE: As above.
+        empty: Which rows have no visible score.
+        tolerance: The largest error of the sum.
+        MODE: As in ``family``.
+
+    A row of NaN stays NaN.
     """
     sigma = start
     if MODE == 0:
@@ -161,7 +164,7 @@ def solve_on_chip(x, start, size, a, by_a, empty, tolerance, MODE: tl.constexpr)
     while go:
         p, u, _ = weigh(x, place_rows(sigma, a, by_a, MODE), MODE)
         total, slope = sum_of_row(p), sum_of_row(u)
-        total = tl.where(empty, 1.0, total)  # a row without scores is solved
+        total = tl.where(empty, 1.0, total)  # a row without a visible score counts as solved
         if MODE == 0:
             last_sigma, last_u, last_slope = sigma, u, slope
         sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, tolerance, MODE)
@@ -178,7 +181,7 @@ def solve_on_chip(x, start, size, a, by_a, empty, tolerance, MODE: tl.constexpr)
 
 @triton.jit
 def bound_from_lanes(lanes, size, a, by_a, empty, MODE: tl.constexpr):
-    """A lower bound close to σ: the root for the largest scores of strided lanes (R, B) of a row."""
+    """A lower bound close to σ: the root for ``lanes`` (R, B), the largest score of each strided lane of a row."""
     start = zero(a, True)
     low = start
     high, error = start_of(start, size, a)
@@ -203,6 +206,6 @@ def bound_from_lanes(lanes, size, a, by_a, empty, MODE: tl.constexpr):
 
 @triton.jit
 def below(sigma):
-    """A pair less than σ by more than rounding errors, not less than 0."""
+    """A number less than σ by more than rounding errors, but at least 0, with as many parts as σ."""
     low = single(sigma)
     return add(zero(low, len(sigma) == 2), tl.maximum(low - 1e-6 * (1.0 + low), 0.0))

@@ -1,13 +1,13 @@
 """Numbers per row as one or two float32, and the logarithm and power of the hardware.
 
 A number per row is a tuple: of one float32 where that is exact enough, or of two float32 whose sum is the number, with
-48 bits. Pairs replace float64, which most devices compute at a 32nd or 64th of the speed of float32. The functions
-take tuples of either length; a tuple of one costs as much as a plain number.
+48 bits. Pairs replace float64, which many devices compute at a 32nd or 64th of the speed of float32. ``add`` and
+the functions after it take tuples of either length; a tuple of one costs as much as a plain number.
 
 Reference: Dekker 1971 (Numerische Mathematik 18), "A floating-point technique for extending the available precision".
 """
 
-# Triton functions have no type annotations; their docstrings describe the arguments.
+# Triton functions have no type annotations.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparse_attn.kernels.triton import interpreted
 INTERPRETED = tl.constexpr(interpreted())  # the interpreter has no inline assembly, and rounds twice in `tl.fma`
 
 LN2 = tl.constexpr(0.6931471805599453)
-LOG2E, LOG2E_REST = tl.constexpr(1.4426950216293335), tl.constexpr(1.925963e-08)  # log2 e, as a pair
+LOG2E, LOG2E_REST = tl.constexpr(1.4426950216293335), tl.constexpr(1.925963e-08)  # log2(e), as a pair
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _sum(x, y):
 
 @triton.jit
 def _ordered(high, low):
-    """The same sum, with a second part below the last digit of the first."""
+    """The sum ``high + low`` as a pair whose second part is below the last digit of the first."""
     total = high + low
     return total, low - (total - high)
 
@@ -80,7 +80,7 @@ def zero(like, WIDE: tl.constexpr):
 
 @triton.jit
 def times(x, y):
-    """The exact product of two float32."""
+    """The exact product of two float32, as a pair."""
     high = x * y
     return high, fused(x, y, -high)
 
@@ -108,7 +108,7 @@ def exp2_of(x):
 
 @triton.jit
 def natural_log(x):
-    """The natural logarithm of a number of which a pair is log2, as a pair."""
+    """The natural logarithm of a number, as a pair, from its log2, also a pair."""
     return add(scaled(x, 0.0 * x[0] + LN2), x[0] * -1.9046542e-9)  # LN2 rounded to float32 is too large by this
 
 
@@ -124,7 +124,7 @@ def add(x, y):
 
 @triton.jit
 def subtract(x, y):
-    """The difference of two numbers with as many parts."""
+    """The difference of two numbers with the same number of parts."""
     if len(x) == 1:
         return (x[0] - y[0],)
     else:
@@ -144,7 +144,7 @@ def scaled(x, y):
 
 @triton.jit
 def multiply(x, y):
-    """The product of two numbers with as many parts."""
+    """The product of two numbers with the same number of parts."""
     if len(x) == 1:
         return (x[0] * y[0],)
     else:
@@ -163,7 +163,7 @@ def difference(x, y):
 
 @triton.jit
 def choose(condition, x, y):
-    """``tl.where`` of numbers with as many parts."""
+    """``tl.where`` of two numbers with the same number of parts."""
     if len(x) == 1:
         return (tl.where(condition, x[0], y[0]),)
     else:

@@ -1,6 +1,7 @@
-"""Row kernels on a GPU: the contract of ``kernels.reference.entmax``, computed in float32 for every dtype.
+"""Row kernels on a GPU: the contract of ``kernels.reference.entmax``, computed in float32 also for half precision.
 
-A row of up to 16,384 entries is read once and stays on the chip; a longer row is read in chunks, several times.
+A row of up to 16,384 entries is read once and stays on the chip; a longer row is read in chunks, several times. For the
+gradient for α, the limit is 8,192 entries.
 ``rows_forward`` and ``rows_backward`` have the kernels.
 """
 
@@ -47,7 +48,7 @@ class Tile(NamedTuple):
 def entmax_forward(
     scores: Tensor, a: float | Tensor, lowest: float, k: int | None = None, *, in_place: bool = False
 ) -> Tensor:
-    """The probabilities. Scores at or below ``lowest`` are masked; a row of masked scores only is all zeros.
+    """The probabilities. Scores at or below ``lowest`` are masked; a fully masked row is all zeros.
 
     A row with NaN or ``+inf``, or with α outside ``(0, inf)``, is NaN throughout. With ``k``, only the k largest scores
     of each row take part; ties go to the lowest index. ``in_place`` allows the scores to be overwritten.
@@ -75,7 +76,7 @@ def entmax_forward(
 def entmax_backward(
     p: Tensor, a: float | Tensor, grad: Tensor, with_alpha: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient for the scores and, if wanted, for α per row ``(..., 1)``, in float32.
+    """The gradient for the scores, in the dtype of ``p``, and if wanted, for α per row ``(..., 1)``, in float32.
 
     Where ``p`` is 0 the gradient is 0 for any ``grad``, so the function serves the top-k mapping too.
     """
@@ -88,7 +89,7 @@ def entmax_backward(
     per_row, number, mode = _parameter(a, p)
     arguments = (x, g, per_row, result, grad_a, number, len(x), size, *x.stride(), *g.stride())
     mode = GENERAL if with_alpha or mode == SOFTMAX else mode
-    if size <= (_ON_CHIP // 2 if with_alpha else _ON_CHIP):  # a program holds several tensors
+    if size <= (_ON_CHIP // 2 if with_alpha else _ON_CHIP):  # for α, a program holds more tensors
         tile = Tile.of(size)
         warps = min(2 * tile.warps, 16)
         launch(backward_on_chip, triton.cdiv(len(x), tile.rows), *arguments, mode, *tile[:3], warps=warps)

@@ -24,7 +24,7 @@ from sparse_attn.kernels.triton.pairs import LN2, fast_exp2
 
 @triton.jit
 def _slope(p, a, largest, MODE: tl.constexpr):
-    """``u = p^(2-α)`` and, for any α, ``log(p / max p)``; 0 where p is 0, NaN where p is NaN."""
+    """``u = p^(2-α)`` and, in mode 0, ``log(p / max p)``; both are 0 where p is 0, and NaN where p is NaN."""
     if MODE == 2:
         return tl.where(p > 0.0, 1.0, p), p
     elif MODE == 1:
@@ -56,7 +56,7 @@ def backward_on_chip(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """A program computes the gradients of a few rows, each read once; ``DA`` is None if α needs none."""
+    """A program computes the gradients of one or more rows, each read once; ``DA`` is None if α needs no gradient."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     entry = (tl.arange(0, ENTRIES)[:, None] * LANES + tl.arange(0, LANES)[None, :]).to(tl.int64)
     inside = (row < count)[None, :, None] & (entry < size)[:, None, :]
@@ -93,6 +93,7 @@ def _log(largest):
 
 @triton.jit
 def _load_both(P, G, p_row, g_row, entry, size, stride_entry, stride_grad_entry):
+    """Probabilities and their upstream gradient, which is set to 0 where the probability is 0."""
     p = tl.load(P + p_row + entry * stride_entry, mask=entry < size, other=0.0).to(tl.float32)
     g = tl.load(G + g_row + entry * stride_grad_entry, mask=entry < size, other=0.0).to(tl.float32)
     return p, tl.where(p == 0.0, 0.0, g)

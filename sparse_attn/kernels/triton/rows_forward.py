@@ -1,6 +1,7 @@
 """Row kernels, forward: for rows held on the chip, also with only the k largest scores, and for rows read in chunks.
 
-Rows of 512 entries or more start from the largest scores of strided lanes, from which follows a lower bound close to σ.
+For rows of more than 256 entries, a lower bound close to σ is computed first, from the largest scores of strided lanes
+(not for softmax).
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
@@ -36,7 +37,7 @@ def _checked(top, a):
 
 @triton.jit
 def _largest(z):
-    """The largest score of each row (C, R, B); NaN if there is one."""
+    """The largest score of each row of scores (C, R, B); NaN if the row has a NaN."""
     broken = tl.max(tl.max((z != z).to(tl.int32), 0), 1) > 0
     return tl.where(broken, float("nan"), tl.max(tl.max(z, 0), 1))
 
@@ -58,8 +59,8 @@ def _order(z):
 def _largest_bound(order, k, bound, bit):
     """For each row, a bound that at least ``k`` entries reach, and a count.
 
-    The count is ``k`` if exactly ``k`` entries reach the bound; otherwise it is more than ``k``, and the bound is the
-    largest. The bound is found bit by bit, beginning with ``bit``; ``bound`` has the higher bits.
+    The count is ``k`` if exactly ``k`` entries reach the bound. Otherwise the count is more than ``k``, and the bound
+    is the largest possible. The bound is found bit by bit, beginning with ``bit``; ``bound`` has the higher bits.
     """
     found = tl.zeros([order.shape[-2]], tl.int32) + (k + 1)
     n = 0
@@ -81,7 +82,8 @@ def _only_largest(z, k):
     bound = tl.zeros([z.shape[1]], tl.uint32)
     bit = tl.full([z.shape[1]], 0x80000000, tl.uint32)
     if z.shape[2] >= 1024:  # with fewer lanes this costs more than it saves
-        # The k-th largest maximum of a lane is a lower bound. The bits in which it equals the largest score are known.
+        # The k-th largest of the maxima of lanes is a lower bound. Its first bits, as far as they equal those of the
+        # largest score, are also those of the bound.
         lanes = tl.max(order, 0)
         low, _ = _largest_bound(lanes, k, bound, bit)
         differ = low ^ tl.max(lanes, 1)
@@ -118,7 +120,7 @@ def forward_on_chip(
     LANES: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
-    """A program computes a few rows, each read once. With ``TOP_K`` only the ``k`` largest scores take part."""
+    """A program computes one or more rows, each read once. With ``TOP_K`` only the ``k`` largest scores take part."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     entry = (tl.arange(0, ENTRIES)[:, None] * LANES + tl.arange(0, LANES)[None, :]).to(tl.int64)
     inside = (row < count)[None, :, None] & (entry < size)[:, None, :]
@@ -145,7 +147,7 @@ def forward_on_chip(
 
 @triton.jit
 def _chunk(x, first, entry, size, stride_entry, lowest):
-    """Scores of a row; ``-inf`` for masked scores, and after the last."""
+    """Scores of a row; ``-inf`` for masked scores, and after the end of the row."""
     z = tl.load(x + (first + entry) * stride_entry, mask=first + entry < size, other=float("-inf")).to(tl.float32)
     return tl.where(z <= lowest, float("-inf"), z)
 
@@ -214,7 +216,7 @@ def forward_in_chunks(
             sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, a, _TOLERANCE, MODE)
             if MODE == 0:
                 still_open, nearly = open_after(error, still_open, total, a)
-                # The pass for the output computes the weights at the new σ.
+                # The pass for the output computes the weights at the new σ. Their sum is known without another pass.
                 placed = place_rows(sigma, a, by_a, MODE)
                 total = total - tl.where(nearly, difference(sigma, before), 0.0) * slope
             sweeps += 1

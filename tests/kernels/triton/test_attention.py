@@ -43,7 +43,7 @@ def test_one_alpha_with_key_lengths_and_a_boolean_mask(alpha, length, device):
 
 
 @pytest.mark.parametrize("shape", [(37, 53), (37, 1)])
-def test_a_learnt_mask_of_fewer_dimensions(shape, device):
+def test_a_learnt_mask_that_broadcasts(shape, device):
     mask = torch.randn(1, 1, *shape, device=device, requires_grad=True)
     if shape[1] == 1:  # a number that is the same for all keys of a query does not change the weights
         inputs = tensors(device)
@@ -182,7 +182,7 @@ def test_nan_in_the_padding_of_a_cache_changes_nothing(device, monkeypatch):
     torch.testing.assert_close(causal, output)
 
 
-def test_nan_after_the_last_key_that_any_query_sees_changes_nothing(length, device):
+def test_nan_after_the_last_visible_key_changes_nothing(length, device):
     query, key, value = tensors(device)
     with torch.no_grad():
         key[:, :, 41:] = value[:, :, 41:] = math.nan

@@ -1,4 +1,4 @@
-"""Kernels of fused attention are not compiled again for new α, nor for new lengths with a few exceptions."""
+"""Kernels of fused attention are not compiled again for a new α and, with a few exceptions, for new lengths."""
 
 from __future__ import annotations
 

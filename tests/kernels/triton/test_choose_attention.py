@@ -163,7 +163,7 @@ def test_calls_that_the_kernels_do_not_support_use_another_path(device, calls):
     assert len(calls) == 1
 
 
-def test_wrong_input_has_the_same_errors_as_without_the_kernels(device, calls):
+def test_wrong_input_raises_an_error_before_a_kernel_is_called(device, calls):
     query, key, value = tensors(device, 2, 3)
     with pytest.raises(ValueError, match=r"alpha must be in \(0, inf\), got -1"):
         entmax_attention(query, key, value, -1.0)

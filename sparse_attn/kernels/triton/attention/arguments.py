@@ -1,7 +1,7 @@
 """The arguments that all attention kernels take, grouped by what they describe.
 
-A kernel takes named tuples: Triton flattens them, so that the compiled kernel has the same registers as one with loose
-arguments. Compile-time constants stay loose, since Triton cannot read the fields of a constant.
+A kernel takes named tuples: Triton flattens them, so that the compiled kernel needs the same registers as with separate
+arguments. Compile-time constants stay separate, since Triton cannot read the fields of a constant.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Mask(NamedTuple):
 
     @staticmethod
     def of(x: Tensor | None, *, shared: bool = True) -> Mask:
-        """The mask of a tensor; without ``shared`` the stride of its queries is 0 instead of None."""
+        """The fields for a tensor; without ``shared``, a query stride of 0 stays 0 instead of becoming None."""
         if x is None:
             return Mask()
         n, h, query, key = (0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
@@ -54,7 +54,7 @@ class Mask(NamedTuple):
 
 
 class PerHead(NamedTuple):
-    """One number per head, and its stride; both are None if there is none."""
+    """One number per head, and the stride; both are None if there are no such numbers."""
 
     start: Any = None
     h: int | None = None
@@ -66,16 +66,16 @@ class PerHead(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """All arguments of an attention call."""
+    """The arguments of an attention call, except those in ``Lengths`` and ``Constants``."""
 
     query: Operand
     key: Operand
     value: Operand
-    alpha: PerHead  # without it, ``a`` is that of all heads
+    alpha: PerHead  # if it is empty, all heads have ``a``
     mask: Mask
     key_lengths: Tensor | None
     seed: Tensor | None  # of the dropout; None: no dropout
-    a: float  # α - 1
+    a: float  # α - 1; not used if there is α per head
     scale: float
     one_by_scale: float
     dropout_p: float
@@ -98,7 +98,7 @@ class Lengths(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """Compile-time constants of every kernel, in the order of its parameters."""
+    """Compile-time constants of the kernels, in the order of their parameters; ``decode`` takes some of them."""
 
     causal: bool
     mode: int

@@ -1,4 +1,6 @@
-"""Fused attention, backward: one pass for the queries and α, one for the keys and values, over tiles that have weight.
+"""Fused attention, backward: two passes over the tiles that have weight.
+
+The first pass computes the gradients for queries, α and a float mask, the second those for keys and values.
 
 ``dS = u ∘ (dP - δ)`` with ``dP = Z ∘ (dO Vᵀ)``, ``δ = dO · (Σ u Z v / Σ u)`` and the dropout multiplier ``Z``.
 """
@@ -24,7 +26,7 @@ from sparse_attn.kernels.triton.launch import launch
 
 @triton.jit(do_not_specialize=("lines", "size", "stride_head", "stride_line"))
 def _list_tiles(Flags, Lists, Counts, lines, size, stride_head, stride_line, stride_tile, BLOCK: tl.constexpr):
-    """The indices of the flags that are set in one line: the key tiles of a query tile, or the reverse."""
+    """List the tiles whose flags are set in one line: the key tiles of a query tile, or the reverse."""
     line = tl.program_id(0).to(tl.int64)
     Flags += (line // lines) * stride_head + (line % lines) * stride_line
     Lists += line * size
@@ -38,12 +40,12 @@ def _list_tiles(Flags, Lists, Counts, lines, size, stride_head, stride_line, str
 
 
 class Kept(NamedTuple):
-    """Tensors that the forward kept for the backward, and lists of the tiles with weight."""
+    """Tensors for both passes, and lists of the tiles with weight. The first pass writes ``delta`` for the second."""
 
     grad: Tensor  # gradient of the output
     delta: Tensor  # δ of each row: dO · (Σ u v / Σ u)
-    statistics: Tensor
-    lists: Tensor
+    statistics: Tensor  # of rows, from the forward
+    lists: Tensor  # see _lists
     counts: Tensor
 
 
@@ -114,7 +116,7 @@ def backward(
 
 
 def _lists(flags: Tensor) -> tuple[Tensor, Tensor]:
-    """The indices of the tiles that are set in the last dimension, packed at the front, and their number."""
+    """The indices of the flags that are set along the last dimension, packed at the front, and their number."""
     heads, lines, size = flags.shape
     lists = torch.empty((heads, lines, size), dtype=torch.int32, device=flags.device)
     counts = torch.empty((heads, lines), dtype=torch.int32, device=flags.device)

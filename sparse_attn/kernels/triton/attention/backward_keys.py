@@ -57,7 +57,10 @@ def _keys_sweep(
     EXACT: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Add the gradients of a tile of keys and values from listed tiles of queries, except ``skip`` in the middle."""
+    """Add the gradients of a tile of keys and values from listed tiles of queries.
+
+    ``skip`` tiles of the list, from position ``skip_from`` on, are left out.
+    """
     queries = lengths.queries
     j = first + tl.arange(0, BLOCK_N)
     for position in range(0, stop - skip - begin):  # from 0: see `_newton_sweep`
@@ -69,7 +72,7 @@ def _keys_sweep(
         q = load_tile(q_start, tile * BLOCK_M, inputs.query.row, inside, D, BLOCK_M, BLOCK_D, EDGE)
         do = load_tile(grad, tile * BLOCK_M, DV, inside, DV, BLOCK_M, BLOCK_DV, EDGE)
         delta = tl.load(kept.delta + row, mask=inside, other=0.0)
-        # Products of queries and keys, and not of keys and queries: all kernels round them alike.
+        # Q Kᵀ as in the other kernels, not K Qᵀ: all kernels must round the products in the same way.
         z = dot(q, k.T, UPCAST, PRECISION)
         if EDGE:
             end = end_of_keys(i, queries, limit, lengths.offset, CAUSAL)
@@ -90,7 +93,7 @@ def _keys_sweep(
 
 @triton.jit
 def _first_listed(listed, count, tile):
-    """The position in a list of tiles, in order, of the first that is not before ``tile``."""
+    """The position of the first tile that is not before ``tile``, in a list of tiles in ascending order."""
     low, high = count * 0, count
     while low < high:
         middle = (low + high) // 2
@@ -126,7 +129,7 @@ def _keys_of_member(
     FINE: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Add the gradients of a tile of keys and values from one of the heads that share them."""
+    """Add the gradients of a tile of keys and values from one of the query heads that share them."""
     queries = lengths.queries
     tiles_m, tiles_n = tl.cdiv(queries, BLOCK_M), tl.cdiv(inputs.keys, BLOCK_N)
     first = tile_n * BLOCK_N
@@ -138,8 +141,8 @@ def _keys_of_member(
     count = tl.load(kept.counts + line)
     begin, stop = count * 0, count * 0
     if inputs.mask.start is None and not EXACT:
-        # The tiles from `begin` to `stop` see all of these keys. The others are the first under a causal mask, and the
-        # last if it has fewer queries than the others.
+        # All queries of the tiles at the positions from `begin` to `stop` see all of these keys. Other tiles are the
+        # first ones under a causal mask, and the last one if it is not full.
         seen = queries * 0
         if CAUSAL:
             seen = tl.cdiv(tl.maximum(first + BLOCK_N - 1 - lengths.offset, 0), BLOCK_M)
@@ -177,7 +180,7 @@ def backward_keys(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A program computes a tile of keys, over all heads that share it."""
+    """A program computes the gradients of a tile of keys and values, over all query heads that share it."""
     keys = inputs.keys
     FINE: tl.constexpr = inputs.query.start.dtype.element_ty == tl.float32
     tiles_n = tl.cdiv(keys, BLOCK_N)

@@ -99,7 +99,7 @@ def _queries_sweep(
 ):
     """Add the gradients of the queries from listed tiles, and the sums for the gradient of α.
 
-    With ``PARTS`` each tile is computed in so many parts, to need fewer registers.
+    Each tile is computed in ``PARTS`` parts: more parts need fewer registers.
     """
     SIZE: tl.constexpr = BLOCK_N // PARTS
     for t in range(0, (stop - begin) * PARTS):  # from 0: see `_newton_sweep`
@@ -206,20 +206,21 @@ def _backward_rows(
     if EXACT:
         log_factor = placed[7]
         reference = reference_of(log_factor, each)
-        # exp(a ℓ₀) as the ratio of two factors that p and u contain: an error common to a row would not average out.
+        # exp(a ℓ₀) is the ratio of two factors that p and u contain. Computed otherwise, it would have another error,
+        # which all entries of the row would share, so that the error would not average out.
         reference = (reference[0], quotient(placed[2], (placed[4], 0.0)), reference[2])
     none = log_factor
     if EXACT:
         none = zero(each, True)
-    # Sums with EXACT: u; p ℓ and p y relative to ℓ₀; p, p ℓ and p y times the upstream gradient; p. Sums without: u;
-    # u and p times the upstream gradient; p ℓ; p ℓ times the upstream gradient.
+    # Sums with EXACT, where ℓ is relative to ℓ₀, y to y₀, and dp = dP - δ: u; p ℓ; p y; p dp; p ℓ dp; p y dp; p. Sums
+    # without EXACT: u; u dp; p dp; p ℓ; p ℓ dp.
     sums = (none, none, none, none, none, none, none)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     column = tl.zeros([BLOCK_M], tl.float32)
     count = tl.load(kept.counts + line)
     split = count * 0
     if inputs.mask.start is None and not EXACT:
-        # The list is in order, so the tiles that some query does not see as a whole are at its end.
+        # The list is in order, so the tiles that some query does not see completely are at the end of the list.
         whole = whole_tiles(inputs, lengths, limit, tile_m * BLOCK_M, BLOCK_N, CAUSAL, EXACT)
         split = count
         while (split > 0) & (tl.load(listed + tl.maximum(split - 1, 0)) >= whole):
@@ -249,7 +250,8 @@ def _backward_rows(
         if EXACT:
             slope = single(sums[0])
             by_slope = 1.0 / tl.where(slope == 0.0, 1.0, slope)
-            # Σ p is 1 but for rounding errors, which are common to the row and would not average out.
+            # Σ p differs from 1 by rounding errors that all entries of the row share and that would not average out. So
+            # the sums are divided by Σ p: 1 / Σ p is about 2 - Σ p.
             by_p = tl.where(slope == 0.0, 1.0, 2.0 - single(sums[6]))
             mean = scaled(sums[3], by_p)
             with_log = scaled(subtract(sums[4], multiply(sums[1], mean)), by_p)
@@ -286,7 +288,7 @@ def backward_queries(
     ONE_ROW: tl.constexpr,
     ONE_COLUMN: tl.constexpr,
 ):
-    """A program computes a tile of queries. ``second`` is ``Σ u v / Σ u`` of the forward."""
+    """A program computes the gradients of a tile of queries. ``second`` is ``Σ u v / Σ u`` of the forward."""
     FINE: tl.constexpr = inputs.query.start.dtype.element_ty == tl.float32
     a = head_a(inputs, head_of_program(inputs, lengths, BLOCK_M))
     if MODE == 0 and not FINE:  # see GENTLE

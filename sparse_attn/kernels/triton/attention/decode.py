@@ -1,9 +1,9 @@
 """Attention of few queries to many keys, as in decoding with a cache: the keys are split over programs.
 
-There are three steps, each with as many programs as the device can run. Scores are written to memory: for few queries
-this takes little time compared with reading the keys, which are then read only once, for any number of passes of the
-row kernel over their scores. Values are read only in tiles with weight. The sums of the splits are added in a fixed
-order.
+There are three steps: scores, weights and output. The first and the last split the keys over many programs. Scores are
+written to memory: for few queries this takes little time compared with reading the keys. The keys are then read only
+once, for any number of passes of the row kernel over the scores. Only values with weight are read. The sums of the
+splits are added in a fixed order.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
@@ -30,13 +30,13 @@ from sparse_attn.kernels.triton.attention.tiles import (
 from sparse_attn.kernels.triton.launch import launch
 
 _FEW = 16  # rows per head of the keys: the smallest tile of matrix units
-_MANY = 2048
+_MANY = 2048  # keys
 _KEYS = 64  # keys per tile
 _SPLITS = 64
 
 
 def pays(query: Tensor, key: Tensor) -> bool:
-    """Whether this method is faster: few queries per head of the keys, and many keys."""
+    """Whether this method is used: for few queries per head of the keys, and many keys."""
     return query.shape[2] * (query.shape[1] // key.shape[1]) <= _FEW and key.shape[2] >= _MANY
 
 
@@ -53,6 +53,7 @@ def _scores(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """A program computes the scores of a tile of keys, for all queries that share these keys."""
     queries, keys, group = lengths.queries, inputs.keys, inputs.group
     tiles = tl.cdiv(keys, BLOCK)
     first = (tl.program_id(0) % tiles) * BLOCK
@@ -91,6 +92,7 @@ def _outputs(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """A program computes the sums of weighted values over one split of the keys."""
     queries, keys, group = lengths.queries, inputs.keys, inputs.group
     split = tl.program_id(0) % splits
     pair = tl.program_id(0) // splits
@@ -104,7 +106,7 @@ def _outputs(
     for tile in range(split * tiles_of_a_split, (split + 1) * tiles_of_a_split):
         j = tile * BLOCK + tl.arange(0, BLOCK)
         p = tl.load(weights + place[:, None] * keys + j[None, :], mask=inside[:, None] & (j < keys)[None, :], other=0.0)
-        used = tl.max((p != 0.0).to(tl.int32), 0) > 0  # other values may be NaN, and 0 · NaN is NaN
+        used = tl.max((p != 0.0).to(tl.int32), 0) > 0  # values without weight may be NaN, and 0 · NaN is NaN
         if tl.max(used.to(tl.int32), 0) > 0:
             v = load_tile(v_start, tile * BLOCK, inputs.value.row, used, DV, BLOCK, BLOCK_DV)
             acc += dot(p.to(v.dtype), v, UPCAST, PRECISION)
@@ -123,7 +125,7 @@ def forward(
     seed: Tensor | None,
     setting: Setting,
 ) -> Tensor:
-    """The output (N, H, L, Dv) of :func:`attention.forward`, without a gradient."""
+    """The output (N, H, L, Dv) of ``forward.forward``, without the results for a backward."""
     batch, heads, queries, _ = query.shape
     key_heads, keys = key.shape[1:3]
     plan, device = Plan.of(query, value), query.device

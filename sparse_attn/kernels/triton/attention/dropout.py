@@ -24,7 +24,7 @@ def _multipliers(Seed, Out, queries, keys, dropout_p, kept_scale, BLOCK: tl.cons
 
 
 def multipliers(weights: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
-    """The factors of weights (N, H, L, S)."""
+    """The dropout factors of weights (N, H, L, S), in float32: 0 or ``1 / (1 - dropout_p)``."""
     *_, queries, keys = weights.shape
     output = torch.empty(weights.shape, dtype=torch.float32, device=weights.device)
     kept_scale = 0.0 if dropout_p >= 1 else 1 / (1 - dropout_p)

@@ -1,4 +1,4 @@
-"""The functions of the fused kernels that the rest of the library calls. Importing this imports Triton."""
+"""The functions of this folder that other modules call, except ``plan``. Importing this module imports Triton."""
 
 from sparse_attn.kernels.triton.attention.backward import backward
 from sparse_attn.kernels.triton.attention.dropout import multipliers

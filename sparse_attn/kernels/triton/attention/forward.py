@@ -1,4 +1,4 @@
-"""Fused attention, forward: chooses the kernel and its tiles, and makes the tensors that it writes."""
+"""Fused attention, forward: chooses the kernel and its tiles, makes the tensors of results and starts the kernel."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 
@@ -18,18 +18,19 @@ from sparse_attn.kernels.triton.attention.forward_short import forward_short
 from sparse_attn.kernels.triton.attention.plan import Plan, kept, shared_memory, statistics_of
 from sparse_attn.kernels.triton.launch import launch
 
-# Tolerances of a row's sum. With an error below the first one last step follows; below the second none is needed.
+# Errors of a row's sum, for float32 and for half precision. If the error is below the first number, one last step
+# follows; below the second, none is needed.
 _EXACT, _LOOSE = (2.4e-7, 2.4e-7), (2.0**-10, 2.0**-12)
 
 
 class Results(NamedTuple):
-    """Tensors that a forward kernel writes; all but the output are None if no backward follows."""
+    """Tensors that a forward kernel writes; those for the backward are None if no backward follows."""
 
     output: Tensor
-    second: Tensor | None  # Σ u v / Σ u
+    second: Tensor | None  # Σ u v / Σ u, for the backward
     statistics: Tensor | None  # numbers per row from which the backward recomputes the weights
-    flags: Tensor | None  # 1 for tiles of scores that have weight
-    sweeps: Tensor | None = None  # how many times Newton's method passed over the keys of a tile; for measurements
+    flags: Tensor | None  # 1 for tiles of scores that have weight, for the backward
+    sweeps: Tensor | None = None  # how many times Newton's method passed over the keys, per program; for measurements
 
 
 def forward(

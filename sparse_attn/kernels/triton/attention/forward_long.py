@@ -1,9 +1,9 @@
 """Fused attention for many keys, forward: scores and weights are never written to memory.
 
 A program computes a tile of queries of one head and passes over the keys several times: once for the largest score of
-each strided lane, from which follows a lower bound of σ close to the root; a few times with Newton's method; and once
-for the output. The list of key tiles that may have weight becomes shorter with each pass. The backward uses the final
-list.
+each strided lane, from which follows a lower bound close to σ; a few times with Newton's method; and once for the
+output. There is a list of the key tiles that may have weight; for α up to 2, each pass can remove tiles from it. The
+last pass marks the tiles that have weight, for the backward.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
@@ -55,10 +55,10 @@ def _largest_sweep(
     BLOCK_N: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """The largest product of each lane and row; for each tile, how near its rows come to their largest so far.
+    """Find the largest products of lanes and rows; store how near each tile comes to the largest of its rows so far.
 
-    The last tiles come first: under a causal mask, and where scores fall with the distance, they have the largest
-    products, against which the others are then compared.
+    The last tiles come first: under a causal mask, and where scores fall with the distance, they often have the largest
+    products, with which the products of the other tiles are then compared.
     """
     for t in range(0, stop - begin):
         tile = stop - 1 - t
@@ -75,7 +75,7 @@ def _largest_sweep(
 
 @triton.jit
 def _list_near(listed, begin, stop, distance):
-    """List, from ``begin`` on, the tiles that :func:`_largest_sweep` found nearer than a distance; their number."""
+    """List, from ``begin`` on, the tiles that ``_largest_sweep`` found nearer than a distance. Returns their number."""
     BLOCK: tl.constexpr = 128
     kept = begin * 0
     for first in range(begin, stop, BLOCK):
@@ -134,8 +134,8 @@ def _newton_sweep(
             slopes += u
         # The list is packed in place: the write position never passes the read position.
         tl.store(listed + kept, tile)
-        # For α up to 2, σ only increases from its lower bound: a tile without weight never has any later. Rows of NaN
-        # have weight.
+        # For α up to 2, σ only increases from its lower bound: a tile without weight has none in later passes. Rows of
+        # NaN count as weight.
         kept += tl.max((tl.max(u, 1) != 0.0).to(tl.int32) | (a > 1.0).to(tl.int32), 0)
     return totals, slopes, kept
 
@@ -176,7 +176,7 @@ def _output_sweep(
     EDGE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Add the outputs of listed tiles, and mark those that have weight. For ``PARTS`` see ``_queries_sweep``."""
+    """Add the outputs of listed tiles, and mark tiles with weight. ``PARTS`` is as in ``backward_queries``."""
     SIZE: tl.constexpr = BLOCK_N // PARTS
     for t in range(0, (stop - begin) * PARTS):  # from 0: see `_newton_sweep`
         tile = tl.load(listed + begin + t // PARTS)
@@ -260,10 +260,10 @@ def _forward_rows(
     distance = (single(low) - 1.0 / each) / inputs.scale - 1e-5 * tl.abs(top)
     distance = tl.where(each <= 0.0, float("-inf"), distance)
     distance = tl.min(tl.where(top == float("-inf"), float("inf"), distance), 0)
-    # A row that is not valid keeps all tiles, so that all of its gradients become NaN: nothing is less than NaN.
+    # If a row is not valid, all tiles are kept, so that all gradients from this row become NaN: nothing is below NaN.
     distance = tl.where(any_of(broken | (top == float("inf"))), float("nan"), distance)
     tl.debug_barrier()
-    # Tiles without an edge are listed from 0 on, the others from `first_edge` on.
+    # Tiles that all queries see completely are listed from 0 on, the others from `first_edge` on.
     first_edge = whole
     stop = first_edge + _list_near(listed, first_edge, count, distance)
     whole = _list_near(listed, 0, whole, distance)

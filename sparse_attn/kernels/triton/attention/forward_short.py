@@ -1,6 +1,6 @@
 """Fused attention for few keys, forward: one pass; all scores of a tile of queries stay on the chip.
 
-The number of keys up to which it is used is in ``plan``.
+``plan`` has the largest number of keys for which this kernel is used.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
@@ -111,7 +111,7 @@ def forward_short(
     TILES_N: tl.constexpr,
     BACKWARD_M: tl.constexpr,
 ):
-    """As ``forward_long``. The backward uses tiles of ``BACKWARD_M`` queries and ``BLOCK_N`` keys."""
+    """A program computes a tile of queries. The backward uses tiles of ``BACKWARD_M`` queries and ``BLOCK_N`` keys."""
     FINE: tl.constexpr = inputs.query.start.dtype.element_ty == tl.float32
     a = head_a(inputs, head_of_program(inputs, lengths, BLOCK_M))
     if MODE == 0 and not FINE:  # see GENTLE

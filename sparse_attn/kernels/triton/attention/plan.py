@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 LARGEST_HEAD = 256
-# Number of keys whose scores stay on the chip. Fewer for float32, which has no matrix units: operands need registers.
-# With more, the kernel for few keys takes about 190 instructions for each score, the other one about 51.
+# Largest number of keys whose scores stay on the chip. Smaller for float32: without TF32 there are no matrix units for
+# it, and operands need registers. With more keys, the kernel for few keys takes about 190 instructions for each score,
+# the kernel for many keys about 51.
 SHORT, SHORT_IN_FLOAT32 = 128, 32
 _ON_CHIP_SCORES = 2**13
-_LARGE_SHARED_MEMORY = 128 * 1024  # of compute capabilities 8.0 and 9.0; 8.6, 8.9 and 12.0 have 99 KiB
+_LARGE_SHARED_MEMORY = 128 * 1024  # compute capabilities 8.0 and 9.0 have more; 8.6, 8.9 and 12.0 have 99 KiB
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program can have; without a device, those of compute capability 9.0."""
+    """Bytes of shared memory that a program can have; for a CPU (the interpreter), those of compute capability 9.0."""
     if device.type != "cuda":
         return 227 * 1024
     properties: Any = torch.cuda.get_device_properties(device)
@@ -24,7 +25,7 @@ def shared_memory(device: torch.device) -> int:
 
 
 class Plan(NamedTuple):
-    """Sizes of tiles, and the sizes to which heads are padded."""
+    """Sizes of tiles, sizes to which heads are padded, and the numbers of warps and of pipeline stages."""
 
     block_m: int
     block_n: int
@@ -38,7 +39,7 @@ class Plan(NamedTuple):
         """Sizes with which kernels compile with almost no spilling (see `scripts/compile_kernels.py`)."""
         block_d, block_dv = padded(query.shape[-1]), padded(value.shape[-1])
         size = max(block_d, block_dv)
-        if query.dtype == torch.float32:  # without matrix units
+        if query.dtype == torch.float32:  # sizes for products without matrix units
             block_m, block_n, warps = {256: (16, 16, 8), 128: (32, 32, 8)}.get(size, (32, 32, 8))
         elif size == 256 and shared_memory(query.device) < _LARGE_SHARED_MEMORY:
             block_m, block_n, warps = 32, 32, 4
@@ -47,7 +48,7 @@ class Plan(NamedTuple):
         return Plan(block_m, block_n, block_d, block_dv, warps)
 
     def short(self, keys: int, itemsize: int, shared_memory: int) -> tuple[int, int] | None:
-        """Queries and warps of a program that holds the scores of all keys, or None if there are too many keys."""
+        """Queries and warps of a program that holds the scores of all keys, or None if the keys are too many."""
         padded_keys = max(padded(keys), self.block_n)
         if padded_keys > (SHORT_IN_FLOAT32 if itemsize == 4 else SHORT):
             return None
@@ -66,7 +67,7 @@ def padded(size: int) -> int:
 
 
 def statistics_of(a: float, alpha: Tensor | None) -> int:
-    """How many numbers per row the backward needs: the results of ``weights.place``."""
+    """How many numbers per row the forward keeps for the backward: see ``tiles.store_rows``."""
     return 3 if alpha is None and a in (0.5, 1.0) else 8
 
 

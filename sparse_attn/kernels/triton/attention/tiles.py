@@ -1,4 +1,4 @@
-"""Parts that the attention kernels share: tiles of rows, scores and dropout, and the rows that a forward stores."""
+"""Parts that the attention kernels share: tiles, products, masks, dropout, and statistics of rows for a backward."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 
@@ -16,8 +16,8 @@ from sparse_attn.kernels.triton.pairs import INTERPRETED, single
 def queries_of_program(inputs, lengths, BLOCK_M: tl.constexpr, AGAIN: tl.constexpr = False):
     """The tile of queries that a program computes; the last tiles, with most work under a causal mask, come first.
 
-    ``AGAIN`` has the same results, but the compiler computes them anew instead of keeping them from an earlier call. In
-    between, the loops need all registers.
+    With ``AGAIN`` the results are the same, but the compiler computes them anew and does not keep them since an earlier
+    call: the loops between the two calls need all registers.
 
     Returns:
         The number of tiles per head, the tile, the index of the pair of batch entry and head, the batch entry, the
@@ -53,7 +53,7 @@ def of_mask(mask, n, h):
 
 @triton.jit
 def head_a(inputs, h):
-    """``a = α - 1`` of a head, subtracted in float64 and never exactly 0."""
+    """``a = α - 1`` of a head, never exactly 0; 1 is subtracted from a tensor of α in float64."""
     if inputs.alpha.start is None:
         a = inputs.a + tl.zeros([1], tl.float32)
     else:
@@ -64,7 +64,7 @@ def head_a(inputs, h):
 
 @triton.jit
 def keys_of(inputs, lengths, n, CAUSAL: tl.constexpr):
-    """How many keys of a batch entry its queries can see, without padding."""
+    """How many keys, counted from the first, the queries of a batch entry can see, apart from masks."""
     limit = inputs.keys
     if inputs.key_lengths is not None:
         limit = tl.minimum(limit, tl.load(inputs.key_lengths + n).to(tl.int32))
@@ -75,7 +75,7 @@ def keys_of(inputs, lengths, n, CAUSAL: tl.constexpr):
 
 @triton.jit
 def keys_seen(inputs, n, h, j, limit):
-    """Whether each key ``j`` is visible to at least one query: it is below the limit, and no mask hides it from all.
+    """Which of the keys ``j`` are read: those below the limit, except keys hidden by a mask that all queries share.
 
     Other keys are not read. Their weight is 0, but padding may hold NaN, and 0 · NaN is NaN.
     """
@@ -94,7 +94,7 @@ def _shown(mask, lowest):
 
 @triton.jit
 def dot(x, y, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
-    """A matrix product in float32; the interpreter cannot multiply bfloat16."""
+    """A matrix product, summed in float32. ``UPCAST`` is for the interpreter, which cannot multiply bfloat16."""
     if UPCAST:
         return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision=PRECISION)
     else:
@@ -112,10 +112,10 @@ def end_of_keys(i, queries, limit, offset, CAUSAL: tl.constexpr):
 
 @triton.jit
 def hide(product, i, j, end, inputs, n, h):
-    """Products (M, N) with ``-inf`` where a query does not see a key; a float mask is added to the scores.
+    """Products (M, N) with ``-inf`` where a query does not see a key; a float mask, divided by the scale, is added.
 
-    All kernels call this for the same products: an entry at the edge of the support must be inside in all or outside in
-    all.
+    All kernels apply masks with this function, so that their products are the same: an entry at the edge of the support
+    must be inside it in all kernels, or outside it in all.
     """
     seen = j < end
     if inputs.mask.start is not None:
@@ -148,9 +148,9 @@ def products(
     BLOCK_N: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """A tile of keys, and its products with queries. ``inside`` is 0 or more rows of the tile that are read.
+    """A tile of keys, and its products with queries. ``inside`` says which rows of the tile are read.
 
-    Without ``EDGE`` all queries see all of its keys.
+    Without ``EDGE`` all queries see all keys of the tile.
     """
     k = load_tile(k_start, first, inputs.key.row, inside, D, BLOCK_N, BLOCK_D, EDGE)
     z = dot(q, k.T, UPCAST, PRECISION)
@@ -162,9 +162,10 @@ def products(
 
 @triton.jit
 def whole_tiles(inputs, lengths, limit, first, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr):
-    """How many tiles of keys, from the first on, all queries from ``first`` on see as a whole.
+    """How many tiles of keys, counted from the first, all queries from ``first`` on see completely.
 
-    0 under a mask and with ``EXACT``: separate loops for these tiles would gain little there and take long to compile.
+    The result is 0 under a mask and with ``EXACT``: separate loops for these tiles would
+    gain little there and take long to compile.
     """
     if inputs.mask.start is not None or EXACT:
         return limit * 0
@@ -178,7 +179,7 @@ def whole_tiles(inputs, lengths, limit, first, BLOCK_N: tl.constexpr, CAUSAL: tl
 def load_tile(
     X, first, stride, inside, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr = True
 ):
-    """Rows from ``first`` on; zeros for rows that are not ``inside``. Without ``EDGE`` all are."""
+    """Rows from ``first`` on; zeros for rows that are not ``inside``. Without ``EDGE`` all rows are inside."""
     row, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     X += tl.cast(first, tl.int64) * stride
     place = X + row.to(tl.int64)[:, None] * stride + d[None, :]
@@ -201,7 +202,7 @@ def dropout(inputs, head, i, first, queries, KEYS: tl.constexpr):
 
 @triton.jit
 def multiplier(seed, head, i, first, queries, keys, dropout_p, kept_scale, KEYS: tl.constexpr):
-    """0 with probability ``dropout_p``, else ``kept_scale``. The generator gives four numbers at a time."""
+    """0 with probability ``dropout_p``, else ``kept_scale``. The generator returns four numbers for each index."""
     quad = first // 4 + tl.arange(0, KEYS // 4)
     place = (head.to(tl.int64) * queries + i)[:, None] * ((keys + 3) // 4) + quad[None, :]
     a, b, c, d = tl.rand4x(tl.load(seed), place)
@@ -254,11 +255,11 @@ def store_rows(
 
 @triton.jit
 def load_rows(Stats, row, inside, rows, MODE: tl.constexpr):
-    """The results of ``weights.place`` for these rows, stored by the forward; rows outside get weights of 0."""
+    """The numbers from ``store_rows``. Rows that are not ``inside`` get numbers for which hidden keys have weight 0."""
     rows = tl.cast(rows, tl.int64)
     first = tl.load(Stats + row, mask=inside, other=0.0)
     second = tl.load(Stats + rows + row, mask=inside, other=0.0)
-    third = tl.load(Stats + 2 * rows + row, mask=inside, other=1.0)  # a factor of -inf must not be 0
+    third = tl.load(Stats + 2 * rows + row, mask=inside, other=1.0)  # 0 times a hidden product, -inf, would be NaN
     if MODE != 0:
         return first, second, third
     else:

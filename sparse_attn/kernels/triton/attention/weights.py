@@ -1,10 +1,13 @@
-"""Weights of attention from the products of queries and keys: few instructions for each, all else once per row.
+"""Weights of attention and σ from the products of queries and keys, and sums for the gradient for α.
+
+A product costs few instructions; everything else is computed once per row.
 
 With ``a = α - 1``, ``w = 1 + a (s - σ)`` and ``s = scale · product``, a weight is ``p = [w]₊^(1/a)``, and the backward
 needs ``u = p^(2-α) = [w]₊^(1/a - 1)``. Since ``w`` is an affine function of the product, it costs one fused
-multiply-add with two numbers per row. For α = 1.5 they contain the normalisation, too, and then ``p = w²`` and
-``u = w``. For other α the hardware's logarithm and power are used. Their error is about 2e-7 / a, relative to a weight.
-So below ``GENTLE``, and in float32, ``EXACT`` code takes over: that of ``family``, whose logarithm is a polynomial.
+multiply-add with two numbers per row. For α = 1.5 these numbers contain the normalisation, too, and then ``p = w²`` and
+``u = w``. For α = 2, ``p = w`` and ``u = 1`` on the support. For any other α the hardware's logarithm and power are
+used. Their error is about 2e-7 / a, relative to a weight. So for ``a`` below ``GENTLE``, and in float32, ``EXACT`` code
+takes over: the code of ``family``, whose logarithm is a polynomial.
 
 ``MODE`` is that of ``family``. ``FINE`` is set for float32: then ``w`` has the error of its own last digit, not of the
 score's.
@@ -32,9 +35,10 @@ from sparse_attn.kernels.triton.pairs import (
     zero,
 )
 
-# Below this a, the logarithm is computed by a polynomial. α is data, so kernels for half precision contain both
-# variants, and each program takes one. The branch is written in each kernel: a helper that calls one of two functions
-# would take their arguments as a tuple, and Triton's tuples cannot contain strings, such as the precision of products.
+# Below this `a`, the logarithm is computed by a polynomial. α is data, so kernels for half precision contain both
+# variants, and the α of a head decides which one runs. The branch is written in each kernel: a helper that calls one of
+# two functions would take their arguments as a tuple, and Triton's tuples cannot contain strings, such as the precision
+# of products.
 GENTLE = tl.constexpr(0.1)
 
 
@@ -50,15 +54,16 @@ def place(top, sigma, total, a, scale, MODE: tl.constexpr, EXACT: tl.constexpr):
 
     Args:
         top: The largest product of each row; ``-inf`` for a row without a visible key, whose weights are all 0.
-        sigma: σ relative to ``top``: a pair with ``EXACT`` and for float32 inputs, else one float32.
-        total: The sum of the weights, by which they are divided; None for 1. For any α see :func:`divided`.
+        sigma: σ relative to the largest score, ``scale · top``: a pair with ``EXACT`` and for float32 inputs, else one
+            float32.
+        total: The sum of the weights, by which they are divided; None for 1. In mode 0 it is None: see :func:`divided`.
         a: One number per row.
         scale: Factor of the scores, above 0.
         MODE: As in ``family``.
-        EXACT: Whether to compute as in ``family``; only for any α.
+        EXACT: Whether to compute as in ``family``; only in mode 0.
 
     Returns:
-        Three numbers for α = 1.5 and 2, eight for any α, and nine with ``EXACT``, of which the last two are a pair.
+        Three numbers in modes 1 and 2, eight in mode 0, and nine with ``EXACT``, of which the last two are a pair.
         A row whose largest score or α is not valid has NaN.
     """
     empty = top == float("-inf")
@@ -73,7 +78,7 @@ def place(top, sigma, total, a, scale, MODE: tl.constexpr, EXACT: tl.constexpr):
         if MODE == 1 and total is not None:
             by_root = 1.0 / tl.sqrt(total)
             rise = rise * by_root
-        # With the rounded slope the largest score has its exact weight.
+        # `high` is computed from the rounded slope: the rounding does not change the weight of the largest score.
         if len(sigma) == 1:
             rest = 1.0 - a * sigma[0]
             if MODE == 1 and total is not None:
@@ -102,7 +107,7 @@ def place(top, sigma, total, a, scale, MODE: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def divided(row, total, a, EXACT: tl.constexpr):
-    """The result of :func:`place` for any α, after the weights are divided by their sum."""
+    """The result of :func:`place` in mode 0, changed so that the weights are divided by their sum ``total``."""
     log_total = log2(total, total - 1.0)
     of_p, of_u = fast_exp2(-a * log_total), (a - 1.0) * log_total
     if EXACT:
@@ -122,10 +127,10 @@ def divided(row, total, a, EXACT: tl.constexpr):
 
 @triton.jit
 def weights(z, row, a, scale, MODE: tl.constexpr, FINE: tl.constexpr, EXACT: tl.constexpr, NORMALISED: tl.constexpr):
-    """``p``, ``u`` and, for any α, ``log2 w``.
+    """``p``, ``u`` and, in mode 0, log2 of the base of the power.
 
     ``z`` (M, N) are products, ``-inf`` where a query does not see a key. ``row`` is the result of :func:`place`, ``a``
-    one number for all rows (1,). Without ``NORMALISED`` the total was None.
+    one number for all rows (1,). With ``NORMALISED``, ``row`` divides the weights by their sum.
     """
     if EXACT:
         exponent = single(add(inverse(per_row(a, z.shape[0])), -1.0))
@@ -172,11 +177,11 @@ def log_weights(log, row, a):
 
 @triton.jit
 def alpha_gradient_of_sums(slope, with_slope, with_p, mean_log, with_log, a):
-    """The gradient in α of rows from ``Σ u`` and the sums of ``u dp``, ``p dp``, ``p ℓ`` and ``p ℓ dp``.
+    """The gradient for α of rows from ``Σ u`` and the sums of ``u dp``, ``p dp``, ``p ℓ`` and ``p ℓ dp``.
 
-    ``dp = dP - δ``, and ``r = Σ u dp / Σ u`` is the part of the mean that remains because δ is rounded. Then
-    ``dα = (D - a A) / a²`` with ``D = Σ p dp - r`` and ``A = Σ p ℓ dp - r Σ p ℓ``. For small ``a`` the two terms are
-    nearly equal, so this formula is not used below ``GENTLE``.
+    Here ``ℓ = log p`` and ``dp = dP - δ`` (see ``backward``). ``r = Σ u dp / Σ u`` is the part of the mean that remains
+    because δ is rounded. Then ``dα = (D - a A) / a²`` with ``D = Σ p dp - r`` and ``A = Σ p ℓ dp - r Σ p ℓ``. For small
+    ``a`` the two terms are nearly equal, so this formula is not used for ``a`` below ``GENTLE``.
     """
     rest = with_slope / slope
     return ((with_p - rest) - a * (with_log - rest * mean_log)) / (a * a)
@@ -197,7 +202,7 @@ def solve(
 ):
     """σ of rows of products (M, N) on the chip, to a tolerance of the sum, and the largest known lower bound of σ.
 
-    ``start`` is a lower bound.
+    ``start`` is a lower bound of σ.
     """
     each = per_row(a, z.shape[0])
     low = start
@@ -209,7 +214,7 @@ def solve(
         row = place(top, sigma, None, each, scale, MODE, EXACT)
         p, u, _ = weights(z, row, a, scale, MODE, FINE, EXACT, False)
         total, slope = tl.sum(p, 1), tl.sum(u, 1)
-        total = tl.where(top == float("-inf"), 1.0, total)  # a row without scores is solved
+        total = tl.where(top == float("-inf"), 1.0, total)  # a row without a visible key counts as solved
         sigma, low, high, error, still_open = step(sigma, low, high, error, total, slope, each, tolerance, MODE)
         sweeps += 1
         go = (sweeps < 100) & any_of(still_open)
@@ -218,7 +223,7 @@ def solve(
 
 @triton.jit
 def bound(lanes, top, size, a, scale, MODE: tl.constexpr, FINE: tl.constexpr, EXACT: tl.constexpr):
-    """A lower bound close to σ: the root for the largest products of strided lanes (M, N) of a row."""
+    """A lower bound close to σ: the root for ``lanes`` (M, N), the largest product of each strided lane of a row."""
     start = zero(per_row(a, lanes.shape[0]), FINE or EXACT)
     _, low = solve(lanes, top, start, size, a, scale, 1e-3, MODE, FINE, EXACT)
     return below(low)

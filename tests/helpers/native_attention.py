@@ -1,0 +1,47 @@
+"""Comparison of attention in C with attention with one matrix of scores in float64, including gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparse_attn.kernels.choose_attention as choose
+from sparse_attn import use_backend
+from sparse_attn.kernels.cpu import attention
+
+BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def run(attend, inputs: list[Tensor]) -> list[Tensor]:
+    """The output and the gradients of all inputs, for an upstream gradient that depends only on the shape."""
+    output = attend(*inputs)
+    upstream = torch.linspace(-9, 9, output.numel(), dtype=torch.float64).sin().view(output.shape).to(output.dtype)
+    return [output, *torch.autograd.grad(output, inputs, upstream)]
+
+
+def compare(attend, inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Check that the C kernel is called and agrees with plain torch in float64, relative to the largest entry."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    calls = []
+    forward = attention.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "forward", lambda *args, **options: calls.append(1) or forward(*args, **options))
+        got = run(attend, inputs)
+    assert calls
+    with monkeypatch.context() as patch, use_backend("torch"):
+        patch.setattr(choose, "_LARGE", 2**60)
+        wanted = run(attend, wide)
+    for i, (actual, right) in enumerate(zip(got, wanted, strict=True)):
+        assert not actual.isnan().any()
+        error = (actual.double() - right).abs().max() / right.abs().max().clamp(min=1e-3)
+        assert error < BOUNDS[inputs[0].dtype], (i, error)
+    return got
+
+
+def tensors(
+    dtype: torch.dtype, queries: int = 61, keys: int = 67, *, heads: int = 3, kv_heads: int = 3, sizes=(5, 7)
+) -> list[Tensor]:
+    shapes = ((heads, queries, sizes[0]), (kv_heads, keys, sizes[0]), (kv_heads, keys, sizes[1]))
+    return [torch.randn(2, *shape, dtype=torch.float64).to(dtype) for shape in shapes]
