@@ -1,4 +1,4 @@
-"""Checks of arguments, dtypes of computation and result, and a view of row parameters, for several modules."""
+"""Checks of arguments; the dtypes of computation and result; a view of row parameters. Used by several modules."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparse_attn.versions import autocast_enabled
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_floating(x: Tensor, name: str) -> None:
@@ -91,14 +92,27 @@ def check_row_parameter(value: Tensor, x: Tensor, dim: int, name: str) -> None:
 
 
 def check_k(k: int, size: int | None = None) -> None:
-    """Raise unless ``k`` is an int of at least 1, and at most ``size`` if ``size`` is given."""
-    one_number = not isinstance(k, Tensor) or k.numel() == 1
-    if isinstance(k, bool) or not one_number or not (isinstance(k, int) or hasattr(k, "__index__")):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    """Raise unless ``k`` is an int as in :func:`is_int`, at least 1, and at most ``size`` if ``size`` is given."""
+    if not is_int(k):
+        raise TypeError(f"k must be an int, got {described_type(k)}")
     if k < 1 or (size is not None and k > size):
         # The text is built only when an error is raised: formatting a length makes it a constant under torch.compile.
         upper = "" if size is None else f" and at most {size}, the size of dim"
         raise ValueError(f"k must be at least 1{upper}, got {k}")
+
+
+def is_int(value: object) -> bool:
+    """Whether ``value`` is an int of Python or NumPy, a traced int, or an integer tensor with one entry; not a bool."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.dtype in _INTEGERS
+    return isinstance(value, (int, Integral, torch.SymInt)) and not isinstance(value, bool)
+
+
+def described_type(value: object) -> str:
+    """The type of a value for an error; of a tensor also the dtype, and the shape if there is not exactly one entry."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"Tensor of {value.dtype}" + ("" if value.numel() == 1 else f" and shape {tuple(value.shape)}")
 
 
 def check_int(value: int, name: str) -> None:
@@ -116,8 +130,12 @@ def check_number(value: float, name: str) -> None:
 
 
 def check_scale(scale: float | None) -> None:
-    """Raise unless the factor of attention scores is a finite number or None. A tensor would lose its gradient."""
-    if scale is None or (torch._C._is_tracing() and isinstance(scale, Tensor)):  # a traced length is a tensor
+    """Raise unless the factor of attention scores is a finite number or None.
+
+    Tensors are refused, since they would get no gradient.
+    """
+    # Under torch.jit.trace sizes are tensors, and so is a scale that is computed from a size.
+    if scale is None or (torch._C._is_tracing() and isinstance(scale, Tensor)):
         return
     check_number(scale, "scale")
     if not -math.inf < scale < math.inf:

@@ -1,4 +1,4 @@
-"""Evaluation mode, and passes over batches that measure a model's loss, and the density of each head for given α."""
+"""Evaluation mode; and passes over batches, which measure a model's loss and the density of each head for given α."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from sparse_attn.swap import replaced_for_a_while
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Alpha = dict[str, list[float]]  # α of each head, by layer name
-Candidates = dict[str, list[list[float]]]  # ascending, (C, H)
+# By layer name, (C, H): C values of α for each of the H heads, ascending along C.
+Candidates = dict[str, list[list[float]]]
 
 
 @contextmanager
@@ -77,7 +78,10 @@ RunPass = Callable[[Iterable[Any], Mapping[str, _Probe]], tuple[float, int]]
 
 
 class SavedPasses:
-    """Results of finished passes in a file, which is replaced by a complete new file after each pass."""
+    """Results of finished passes.
+
+    If a file is given, the results are also in the file, which is replaced by a complete new file after each pass.
+    """
 
     def __init__(self, file: str | Path | None, call: dict[str, Any]) -> None:
         if file is not None and not isinstance(file, str | Path):
@@ -95,12 +99,12 @@ class SavedPasses:
             differs = next((key for key in call if earlier[key] != call[key]), None)
             if differs is not None:
                 raise ValueError(
-                    f"state must be of a call with the same {differs}, {call[differs]}, got {earlier[differs]} in "
-                    f"{str(file)!r}; delete the file to begin again"
+                    f"state must come from a call with {differs}={call[differs]} like this one, got {str(file)!r} of a "
+                    f"call with {differs}={earlier[differs]}; delete the file to begin again"
                 )
 
     def add(self, result: Result) -> None:
-        """Append a result and write the file."""
+        """Append a result, and write the file if there is one."""
         self.passes.append(result)
         if self.file is not None:
             unfinished = self.file.with_name(self.file.name + ".unfinished")
@@ -206,7 +210,7 @@ def loss_of_transformers(model: nn.Module, batch: Any) -> Tensor:
     """The loss that a model returns for a batch with labels, as the models of transformers do."""
     if not isinstance(batch, Mapping):
         raise TypeError(
-            f"batches must hold mappings of arguments of the model unless loss is given, got {type(batch).__name__}"
+            f"batches must hold dicts of arguments of the model unless loss is given, got {type(batch).__name__}"
         )
     found = getattr(model(**batch), "loss", None)
     if not isinstance(found, Tensor):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ Window = int | tuple[int | None, int | None]
 class Bounds(NamedTuple):
     """The keys that a query sees by position: query ``i`` those from ``i - left`` to ``i + right``; None: no limit.
 
-    Bounds replace a mask of (L, S) entries where all heads and batch entries have the same ones.
+    Bounds replace a mask of (L, S) entries if they are the same for all heads and batch entries.
     """
 
     left: int | None = None
@@ -58,7 +59,8 @@ def check_window(window: Window) -> tuple[int | None, int | None]:
     pair = isinstance(window, (tuple, list)) and len(window) == 2
     sides: Any = tuple(window) if pair else (window, window)  # type: ignore[arg-type]
     meaning = "window must be an int of at least 1, or a pair (left, right), each None or an int of at least 0"
-    if not all((pair and side is None) or (isinstance(side, int) and not isinstance(side, bool)) for side in sides):
+    ints = [isinstance(side, (int, Integral)) and not isinstance(side, bool) for side in sides]
+    if not all(is_int or (pair and side is None) for side, is_int in zip(sides, ints, strict=True)):
         raise TypeError(f"{meaning}, got {window!r}")
     if any(side is not None and side < (0 if pair else 1) for side in sides):
         raise ValueError(f"{meaning}, got {window!r}")

@@ -41,7 +41,8 @@ def alpha_param_groups(
     Args:
         model: The model. Every parameter that is not frozen is in exactly one group.
         lr: Learning rate of all parameters except α.
-        weight_decay: Weight decay of parameters with two dimensions or more; biases, norms and α do not decay.
+        weight_decay: Weight decay of parameters with two dimensions or more. Parameters with fewer dimensions (such as
+            biases and norms) and α do not decay.
         alpha_lr: Learning rate of α; ``lr`` by default.
         strict: Refuse a model without a learnt α.
 
@@ -286,7 +287,7 @@ def alpha_penalty(
         TypeError: ``model`` is not a module, ``target`` neither a string nor a number, ``strength`` not a number, or
             ``filter_fn`` not a function.
         ValueError: There is no learnt α, or none that ``filter_fn`` accepts; ``target`` is an unknown string or outside
-            an ``alpha_range``; or ``strength`` is negative.
+            an ``alpha_range``; or ``strength`` is negative or not finite.
 
     Example:
         >>> from sparse_attn import AdaptiveSparseMultiheadAttention

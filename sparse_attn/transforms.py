@@ -58,7 +58,8 @@ def writes_onnx() -> bool:
 def values_known(*tensors: Tensor) -> bool:
     """Whether entries of tensors can be read.
 
-    False under ``torch.compile``, in a trace or ``torch.func``, and for tensors of a subclass or on the meta device.
+    False under ``torch.compile``, in a trace or ``torch.func``, for tensors on the meta device, for tensors that torch
+    batches, and for subclasses other than ``nn.Parameter``.
     """
     if torch.compiler.is_compiling() or is_traced() or torch._C._are_functorch_transforms_active():
         return False

@@ -62,7 +62,10 @@ if triton_version() and triton_problem() and (TORCH >= (2, 8) or torch.cuda.devi
 
 
 def check_transformers() -> None:
-    """Raise if transformers is too old: before 5.15 T5 has no attention interface, and 5.15 renames modules of ViT."""
+    """Raise if transformers is older than 5.16.
+
+    In 5.15, modules of ViT have other names; before, T5 has no attention interface.
+    """
     found = metadata.version("transformers")
     if _numbers(found) < (5, 16):
         raise ImportError(f"sparse_attn needs transformers 5.16 or newer, got {found}")

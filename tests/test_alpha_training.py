@@ -89,7 +89,7 @@ def test_accumulated_gradients_give_the_steps_of_the_joined_batch() -> None:
             optimizer.step()
     torch.testing.assert_close(*[dict(m.named_parameters()) for m in models])
     alphas = torch.stack(list(alpha_per_head(models[0]).values()))
-    assert bool((alphas != torch.tensor([1.0, 2.0])).any()), "some head has left its bound"
+    assert bool((alphas != torch.tensor([1.0, 2.0])).any()), "no head has left its bound"
 
 
 def test_an_averaged_model_averages_alpha() -> None:

@@ -1,4 +1,4 @@
-"""`calibrate` finds α for a density or a loss in models of torch and leaves the model unchanged."""
+"""`calibrate` finds α for a density or for a bound on the loss in models of torch, and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -155,7 +155,8 @@ def test_an_interrupted_call_continues(tmp_path, capsys):
 
     with pytest.raises(KeyboardInterrupt):
         calibrate(encoder(), BATCHES, density=0.3, loss=counted, state=state)
-    assert calls == 11 and capsys.readouterr().err.count("\n") == 3  # three passes of three batches, a batch, the stop
+    # Three passes of three batches, one more batch, and the call that raises; one line for each finished pass.
+    assert calls == 11 and capsys.readouterr().err.count("\n") == 3
     calls, allowed = 0, 10**6
     found = calibrate(encoder(), BATCHES, density=0.3, loss=counted, state=state, progress=False)
     assert calls == 3 * 5 and list(tmp_path.iterdir()) == [state]
@@ -163,7 +164,7 @@ def test_an_interrupted_call_continues(tmp_path, capsys):
     calls = 0
     again = calibrate(encoder(), BATCHES, density=0.3, loss=counted, state=state, progress=False)
     assert calls == 0 and again == found and again.density == found.density
-    with pytest.raises(ValueError, match=r"state must be of a call with the same density, 0.2, got 0.3"):
+    with pytest.raises(ValueError, match=r"must come from a call with density=0.2 like this one, got .* density=0.3"):
         calibrate(encoder(), BATCHES, density=0.2, loss=loss, state=state)
     saved = json.loads(state.read_text())
     other_call, other_pass = saved["call"] | {"batches": 3}, {"loss": 1.0}
@@ -226,7 +227,7 @@ def test_causal_layers_count_visible_keys_alone():
         ({"batches": iter(BATCHES)}, TypeError, "batches must be iterable several times, .* got list_iterator"),
         ({"batches": 3}, TypeError, "batches must be iterable several times, .* got int"),
         ({"loss": "mse"}, TypeError, "loss must be a function of model and batch, got str"),
-        ({"loss": None}, TypeError, "batches must hold mappings .* unless loss is given, got Tensor"),
+        ({"loss": None}, TypeError, "batches must hold dicts .* unless loss is given, got Tensor"),
         ({"loss": lambda model, batch: model(batch)}, TypeError, r"loss must return .* one number, got shape \(3, 31"),
         (
             {"loss": lambda model, batch: model(batch).sum() * math.nan},

@@ -1,4 +1,4 @@
-"""Exported and compiled attention takes any length."""
+"""Exported and compiled attention accepts other lengths than that of the first input."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize(
     "length", [torch.export.Dim("S", min=2, max=4096), torch.export.Dim.AUTO], ids=["2-4096", "auto"]
 )
-def test_an_exported_program_accepts_any_length(make: Callable[[], nn.Module], length: object) -> None:
+def test_an_exported_program_accepts_other_lengths(make: Callable[[], nn.Module], length: object) -> None:
     model = make()
     program = torch.export.export(model, (torch.randn(1, 17, E),), dynamic_shapes=({1: length},)).module()
     for size in (2, 5, 601):
@@ -58,7 +58,7 @@ def test_an_exported_program_accepts_any_length(make: Callable[[], nn.Module], l
 
 
 @every_model
-def test_one_compiled_graph_serves_every_length(make: Callable[[], nn.Module]) -> None:
+def test_one_compiled_graph_accepts_several_lengths(make: Callable[[], nn.Module]) -> None:
     torch._dynamo.reset()
     model, counter = make(), CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, dynamic=True, fullgraph=True)

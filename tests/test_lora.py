@@ -34,7 +34,7 @@ class LowRank(nn.Module):
         return weight + self.left @ self.right
 
 
-def test_a_parametrised_in_projection() -> None:
+def test_a_layer_with_a_parametrised_in_projection_computes_and_trains() -> None:
     model = encoder(layers=1)
     layer = model.layers[0].self_attn
     plain = copy.deepcopy(model)

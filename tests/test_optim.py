@@ -122,7 +122,7 @@ def test_a_frozen_alpha_does_not_change_despite_momentum_and_can_be_unfrozen() -
     assert all((alpha != before[name]).all() for name, alpha in alpha_per_head(model).items())
 
 
-def test_set_alpha_reaches_every_kind_and_keeps_the_parameters() -> None:
+def test_set_alpha_reaches_layers_mappings_and_losses_and_keeps_the_parameters() -> None:
     model = Everything()
     before = dict(model.named_parameters())
     set_alpha(model, 1.75)

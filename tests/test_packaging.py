@@ -1,4 +1,4 @@
-"""Installation and import of the package."""
+"""The modules that an import or a command loads, the requirements of the package, and what its C library needs."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ assert build.get_class(build.located("recipes.callbacks.alpha_schedule.AlphaSche
     assert "recipes" not in modules_after(code, str(tmp_path))
 
 
-def test_transformer_is_plain_torch():
+def test_transformer_and_decoding_load_no_package_of_the_extras():
     loaded = loaded_by("recipes.seq2seq.model", "recipes.seq2seq.decode")
     assert not loaded & {"lightning", "hydra", "omegaconf", "matplotlib", "rich"}
 
@@ -107,7 +107,7 @@ def test_packages_are_typed(package):
     assert Path(package.__file__).with_name("py.typed").is_file()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="symbols have versions on Linux alone")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="symbols have versions only on Linux")
 def test_kernels_need_no_symbol_newer_than_glibc_2_17():
     library = Path(sparse_attn.__file__).parent / "kernels" / "cpu" / "rows.shared"
     if not library.is_file():

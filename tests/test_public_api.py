@@ -1,4 +1,7 @@
-"""The public names and signatures: every change, also an extension, needs a change of this test."""
+"""The public names of `sparse_attn`, `nn` and `ops`, and the promised signatures.
+
+A change of these, also an extension, needs a change of this test.
+"""
 
 from __future__ import annotations
 
@@ -171,6 +174,6 @@ def test_forward_of_sparse_attention() -> None:
     assert arguments(sparse_attn.SparseAttention.forward) == arguments(forward)
 
 
-def test_only_the_adaptive_layer_has_the_property_alpha() -> None:
+def test_the_adaptive_layer_has_the_property_alpha_and_the_top_k_layer_has_not() -> None:
     assert isinstance(vars(sparse_attn.AdaptiveSparseMultiheadAttention)["alpha"], property)
     assert not hasattr(sparse_attn.TopKMultiheadAttention(6, 3, k=2), "alpha")

@@ -39,7 +39,7 @@ def test_values_in_the_readme_are_those_of_the_operators():
         torch.testing.assert_close(eval(call, names), torch.tensor(eval(values)), atol=5e-5, rtol=0)
 
 
-def test_commands_are_those_of_the_makefile():
+def test_commands_that_install_train_and_test_are_those_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "$(BIN)/sparse-attn train" in makefile and ".venv/bin/sparse-attn train" in README
     assert "$(BIN)/python -m pytest -n 2" in makefile and ".venv/bin/python -m pytest -n 2" in README

@@ -203,11 +203,12 @@ def test_layers_that_were_built_sparse_become_torchs_layers() -> None:
     x = torch.randn(N, S, E)
     expected = block.eval()(x)
     assert list(restore_attention(block)) == ["self_attn"]
+    assert type(block.self_attn) is nn.MultiheadAttention
     torch.testing.assert_close(block(x), expected)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_second_call_has_no_effect_and_keeps_the_random_state(device: str) -> None:
+def test_devices_and_the_random_state_are_kept_and_a_second_call_has_no_effect(device: str) -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, **layer_arguments(device=device)), 2)
     assert restore_attention(model) == {}
     replace_attention(model)

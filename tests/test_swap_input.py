@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from sparse_attn import AdaptiveSparseMultiheadAttention, replace_attention, restore_attention
-from sparse_attn.nn import ALiBi, SparseMultiheadAttention
+from sparse_attn.nn import ALiBi
 
 E, H = 22, 2
 BACK_AND_FORTH = {"replace": replace_attention, "restore": restore_attention}
@@ -216,6 +216,8 @@ def test_an_adapter_that_torchs_layer_would_not_call_is_not_restored() -> None:
 
 
 class Halved(AdaptiveSparseMultiheadAttention):
+    """A user's layer with a bias of another shape."""
+
     def __init__(self, *args: Any, halve: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.in_proj_bias = nn.Parameter(torch.zeros(3))
@@ -228,7 +230,6 @@ def test_layer_arguments_that_change_the_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match=message):
         replace_attention(model, Halved, halve=True)
     assert everything(model) == before
-    assert issubclass(Halved, SparseMultiheadAttention)
 
 
 def test_the_error_for_a_checkpoint_of_another_model_names_the_parameters() -> None:

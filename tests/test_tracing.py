@@ -110,6 +110,7 @@ def fx_of_vmap(model: nn.Module, inputs: tuple[Tensor, ...], others: tuple[Tenso
     return make_fx(vmap(model))(*twice[0])(*twice[1])[1]
 
 
+# "functionalize", "linearize" and "aot_module" trace when they are called, so they get only the other input.
 WAYS: dict[str, Way] = {
     "jit": saved_by_jit,
     "onnx": onnx_by_jit,

@@ -17,8 +17,9 @@ def word_groups(tokens: Sequence[str]) -> list[int]:
     """The number of the word that each token belongs to, from the marks of the tokenizer.
 
     Supported marks: ``##`` before a piece that continues a word (WordPiece), ``@@`` after a piece whose word continues
-    (subword-nmt), ``</w>`` after the last piece of a word (CLIP, GPT-1), and ``▁`` or ``Ġ`` before the first piece of a
-    word (SentencePiece, byte-level BPE). With ``▁`` or ``Ġ``, a special token such as ``<s>`` or ``[CLS]`` is a word.
+    (subword-nmt), ``</w>`` after the last piece of a word (CLIP, GPT-1), and ``▁``, ``Ġ`` or ``Ċ`` before the first
+    piece of a word (SentencePiece, byte-level BPE). With these three, a special token such as ``<s>`` or ``[CLS]`` is a
+    word.
 
     Args:
         tokens: the tokens of one text. The most frequent kind of mark is used for all tokens.

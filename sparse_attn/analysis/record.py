@@ -64,8 +64,8 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractCont
 
     Raises:
         TypeError: if `model` is not a module, or `weights` not a bool.
-        ValueError: if the model has no attention that can be recorded, such as Hugging Face models that ignore their
-            `attn_implementation` (BLOOM).
+        ValueError: if the model has no attention that can be recorded, such as Hugging Face models that do not use
+            transformers' attention interface (BLOOM).
 
     Example:
         >>> from sparse_attn import record_attention, replace_attention

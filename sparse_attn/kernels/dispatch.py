@@ -1,6 +1,6 @@
 """Chooses the backend that computes rows and attention: a kernel if there is one for the tensor, else plain torch.
 
-Of the modules above the backends, only this one imports them.
+Modules outside the backends reach a backend through this module and import none themselves.
 """
 
 from __future__ import annotations
@@ -167,9 +167,10 @@ def _triton_computes(device: str) -> bool:
 
 @contextmanager
 def kernels_may_fail() -> Iterator[None]:
-    """If a Triton kernel in the block does not compile or start, warn and continue after the block, without Triton.
+    """If a Triton kernel in the block does not compile or start, the error becomes a warning.
 
-    Later calls do not use Triton either. If the backend "triton" is forced, the error is raised.
+    The code after the block then runs, and must compute the result without Triton. Later calls do not use Triton
+    either. If the backend "triton" is forced, the error is raised.
     """
     try:
         yield

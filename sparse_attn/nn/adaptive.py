@@ -61,8 +61,8 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
             learnt: None, or a buffer after a call of :func:`sparse_attn.optim.set_alpha`.
 
     Raises:
-        ValueError: ``embed_dim`` is not a multiple of ``num_heads``; ``alpha_init`` is outside ``alpha_range``, or
-            ``alpha_range`` outside ``(0, inf)``.
+        ValueError: ``embed_dim`` is not a multiple of ``num_heads``; ``alpha_init`` is outside ``alpha_range`` or,
+            without ``learn_alpha``, outside ``(0, inf)``; or ``alpha_range`` is not ``0 < low < high < inf``.
 
     Shape:
         As in ``nn.MultiheadAttention``; see :meth:`forward`.

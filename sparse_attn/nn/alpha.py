@@ -334,8 +334,9 @@ def hold(module: nn.Module, name: str, value: float | Tensor) -> None:
     """
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         if value.requires_grad:
+            argument = name.removeprefix("raw_")  # the argument `alpha` is held as `raw_alpha`
             raise ValueError(
-                f"{name} must be a number, a parameter or a tensor without gradient, got one with gradient"
+                f"{argument} must be a number, a parameter or a tensor without gradient, got a tensor with gradient"
             )
         module.register_buffer(name, value.clone())
     else:

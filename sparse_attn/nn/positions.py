@@ -266,8 +266,9 @@ def _per_pair(rotary: Rotary, x: Tensor) -> Rotary:
     shapes = [(*at, size) for at in ((length,), (1, length), (batch, length)) for size in (half, head_dim)]
     if head_dim % 2 or cos.shape != sin.shape or tuple(cos.shape) not in shapes:
         raise ValueError(
-            f"rotary must be cosines and sines (L, D / 2) or (N, L, D / 2) with N = {batch}, L = {length} and an even "
-            f"head size, D = {head_dim}, got {tuple(cos.shape)} and {tuple(sin.shape)}"
+            "rotary must be cosines and sines (L, D / 2) or (N, L, D / 2), or with D in place of D / 2, with "
+            f"N = {batch}, L = {length} and an even head size, D = {head_dim}, "
+            f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
     return cos[..., :half], sin[..., :half]
 

@@ -13,14 +13,14 @@ from sparse_attn.transforms import leaf
 
 
 class SparseAttention(HoldsAlpha):
-    """Attention to the ``k`` keys with the largest scores, by α-entmax to all keys, or by α-entmax to the ``k`` keys.
+    """Attention by softmax or α-entmax to the ``k`` keys with the largest scores, or by α-entmax to all keys.
 
     Args:
         k: How many keys a query keeps, or None for all. Ties go to the lowest index.
         alpha: α of the weights, a number or a tensor (H,); 1 (softmax) by default when ``k`` is given. An
             ``nn.Parameter`` is learnt, and becomes float32 in place if it is in half precision; any other tensor is
             copied into a buffer.
-        scale: Factor of the scores; ``1 / sqrt(E)`` by default.
+        scale: Factor of the scores; ``1 / sqrt(E)`` or, with heads, ``1 / sqrt(D)`` by default.
         dropout: Probability that a weight is dropped in training.
         learn_alpha: Learn α, also if ``alpha`` is a number (one α for all heads) or a plain tensor.
         alpha_range: The closed interval that a learnt α stays in. The initial α may be equal to a

@@ -270,7 +270,10 @@ class TransformerDecoderLayer(_Layer):
         size = getattr(self.multihead_attn, "kdim", self.d_model)
         if memory.dim() != tgt.dim() or memory.shape[-1] != size:
             form = "(S, E)" if tgt.dim() == 2 else _batched_form(self.multihead_attn, "S")
-            raise ValueError(f"memory must be {form} with E = {size}, like tgt, got shape {tuple(memory.shape)}")
+            raise ValueError(
+                f"memory must be {form} with E = {size}, and have {tgt.dim()} dimensions like tgt, "
+                f"got shape {tuple(memory.shape)}"
+            )
         if tgt.dim() == 3 and isinstance(self.multihead_attn, SparseMultiheadAttention):
             axis = 0 if self.multihead_attn.batch_first else 1
             if memory.shape[axis] != tgt.shape[axis]:
@@ -324,7 +327,8 @@ class TransformerDecoderLayer(_Layer):
             extra["cache"], of_cross["cache"] = cache.self_attention, cache.cross_attention
             if memory_is_causal:
                 raise ValueError(
-                    "memory_is_causal must be False with a cache: positions of tgt do not correspond to those of memory"
+                    "memory_is_causal must be False with a cache: tgt then holds only the newest positions, whose "
+                    "numbers the cache of the memory does not know"
                 )
         names = ("tgt_mask", "tgt_key_padding_mask")
         _check_masks(self.self_attn, tgt, tgt, extra.get("cache"), tgt_mask, tgt_key_padding_mask, names)
@@ -370,7 +374,10 @@ def _check_masks(
     key_padding_mask: Tensor | None,
     names: tuple[str, str],
 ) -> None:
-    """Raise unless the masks fit, with the names that the user gave; errors of the attention would use other names."""
+    """Raise unless the masks fit.
+
+    Errors name the argument of this layer, such as ``src_mask``; an error of the attention would say ``attn_mask``.
+    """
     if (mask is None and key_padding_mask is None) or not isinstance(attention, SparseMultiheadAttention):
         return
     batched = query.dim() == 3

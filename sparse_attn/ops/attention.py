@@ -37,6 +37,7 @@ from sparse_attn.masks import (
     with_bounds,
 )
 from sparse_attn.ops.entmax import entmax_along
+from sparse_attn.transforms import values_known
 
 Normalizer = Literal["softmax", "sparsemax"]
 
@@ -204,6 +205,8 @@ def entmax_mapping(alpha: float | Tensor, heads: int, k: int | None = None) -> S
 def topk_mapping(k: int, alpha: float | Tensor = 1.0, heads: int = 1) -> ScoreMapping:
     """α-entmax over the ``k`` keys with the largest scores, or over all keys if there are fewer."""
     check_k(k)
+    if isinstance(k, Tensor) and values_known(k):
+        k = int(k)  # plans of the C kernel are kept by k; a tensor could change in place
     return entmax_mapping(alpha, heads, k)
 
 
@@ -230,10 +233,10 @@ def attend(
     bounds: Bounds = NO_BOUNDS,
     need_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output of attention with any mapping, and the weights (after dropout), or None unless ``need_weights``.
+    """The output of attention with any mapping, and the weights (after dropout).
 
-    The weights (..., H, L, S) are those of the keys, without the weight of a sink. ``bounds`` hide keys in addition to
-    a mask. The other arguments are those of the public functions.
+    The weights (..., H, L, S) are those of the keys, without the weight of a sink. Without ``need_weights`` they may be
+    None. ``bounds`` hide keys in addition to a mask. The other arguments are those of the public functions.
     """
     known = mapping if isinstance(mapping, ScoreMapping) and not need_weights else None
     if is_causal and attn_mask is None:

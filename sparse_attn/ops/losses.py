@@ -27,6 +27,8 @@ from sparse_attn.checks import (
     check_floating,
     check_row_parameter,
     compute_dtype,
+    described_type,
+    is_int,
     rows_last,
 )
 from sparse_attn.kernels.functions.conjugate import conjugate_rows
@@ -294,8 +296,8 @@ def check_loss_arguments(weight: Tensor | None, ignore_index: int, reduction: st
         check_floating(weight, "weight")
         if weight.dim() != 1:
             raise ValueError(f"weight must have shape (C), got shape {tuple(weight.shape)}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not is_int(ignore_index):
+        raise TypeError(f"ignore_index must be an int, got {described_type(ignore_index)}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
     check_dropout(label_smoothing, "label_smoothing")

@@ -65,7 +65,8 @@ def entmax_attention_varlen(
 
     Raises:
         TypeError: An argument has a wrong type or dtype.
-        ValueError: Shapes do not fit; cumulative lengths decrease, do not begin with 0 or do not end with the total.
+        ValueError: Shapes do not fit; α, ``dropout_p``, ``scale`` or ``softcap`` is outside its range; cumulative
+            lengths decrease, do not begin with 0 or do not end with the total.
         RuntimeError: ``torch.jit.trace`` traces the call.
 
     Example:

@@ -1,4 +1,4 @@
-"""An HTML page of recorded attention (all heads, one head, α), for every model that `record_attention` can record."""
+"""A page, pictures and exports of recorded attention, for every model that `record_attention` can record."""
 
 from sparse_attn.viewer.handover import bertviz_arguments, circuitsvis_arguments
 from sparse_attn.viewer.view import AttentionView, attention_view

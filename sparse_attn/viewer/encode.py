@@ -24,8 +24,9 @@ class EncodedMap:
     """The weights of one layer for one example.
 
     Attributes:
-        data: base64 of the deflated bytes: the number of entries of each row, the distance of each entry from the one
-            before it in its row, then the high and the low bytes of the weights as float16.
+        data: base64 of the deflated bytes: the number of entries of each row, the number of keys without an entry
+            between each entry and the one before it in its row, then the high and the low bytes of the weights as
+            float16.
         entries: how many weights are written.
         sizes: how many bytes the first two parts take.
     """
@@ -44,7 +45,10 @@ def to_half_bits(weights: Tensor) -> Tensor:
 
 
 def with_fewer_bits(bits: Tensor) -> Tensor:
-    """Weights below 1/8 rounded to 9 significant bits, which makes a page a tenth smaller; no weight becomes zero."""
+    """Weights below 1/8 without the last two bits of float16, rounded; no weight becomes zero.
+
+    This makes a page a tenth smaller. From 6e-5 on, 9 significant bits remain; smaller weights have fewer.
+    """
     magnitude = bits & 0x7FFF
     rounded = (magnitude + 2) & 0x7FFC
     changed = (magnitude < _EIGHTH) & (rounded != 0)

@@ -1,4 +1,4 @@
-"""Attention as a picture for a paper, drawn with matplotlib: SVG and PDF as vectors, PNG as pixels."""
+"""Attention as a picture for a paper, drawn with matplotlib: SVG and PDF as vectors up to a size, PNG as pixels."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sparse_attn.analysis.statistics import AttentionRecord
-from sparse_attn.checks import check_int, check_number
+from sparse_attn.checks import check_int, check_number, described_type, is_int
 from sparse_attn.viewer.layers import Layer, Texts, batch_of_weights, read_layers
 from sparse_attn.viewer.page import Courses, page
 
@@ -81,7 +81,7 @@ class AttentionView:
         if ending not in (".html", *PICTURES):
             raise ValueError(f"path must end in .html, {', '.join(PICTURES)}, got {str(path)!r}")
         chosen = None if layer is None else self.layer_number(layer)
-        self._check_head(chosen, head)
+        head = self._head_number(chosen, head)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"path must lie in a folder that exists, got {str(path)!r}")
         if ending == ".html":
@@ -97,7 +97,7 @@ class AttentionView:
         """The position of a layer, given by its number or name.
 
         Raises:
-            TypeError: if ``layer`` is neither a number nor a name.
+            TypeError: if ``layer`` is neither an int nor a name.
             ValueError: if there is no such layer.
         """
         names = [each.name for each in self.layers]
@@ -105,22 +105,24 @@ class AttentionView:
             if layer not in names:
                 raise ValueError(f"layer must be one of {', '.join(map(repr, names))}, got {layer!r}")
             return names.index(layer)
-        if isinstance(layer, bool) or not isinstance(layer, int):
-            raise TypeError(f"layer must be a number or a name, got {type(layer).__name__}")
+        if not is_int(layer):
+            raise TypeError(f"layer must be an int or a name, got {described_type(layer)}")
         if not 0 <= layer < len(names):
-            raise ValueError(f"layer must be from 0 to {len(names) - 1}, got {layer}")
-        return layer
+            raise ValueError(f"layer must be from 0 to {len(names) - 1}, got {int(layer)}")
+        return int(layer)
 
-    def _check_head(self, layer: int | None, head: int | None) -> None:
+    def _head_number(self, layer: int | None, head: int | None) -> int | None:
         if head is None:
-            return
-        if isinstance(head, bool) or not isinstance(head, int):
-            raise TypeError(f"head must be a number, got {type(head).__name__}")
+            return None
+        if not is_int(head):
+            raise TypeError(f"head must be an int, got {described_type(head)}")
         if layer is None:
             raise ValueError(f"head can be given only together with layer, got head {head} without a layer")
         heads = len(self.layers[layer].roles)
         if not 0 <= head < heads:
-            raise ValueError(f"head must be from 0 to {heads - 1} in layer {self.layers[layer].name!r}, got {head}")
+            name = self.layers[layer].name
+            raise ValueError(f"head must be from 0 to {heads - 1} in layer {name!r}, got {int(head)}")
+        return int(head)
 
 
 def attention_view(
@@ -176,8 +178,9 @@ def attention_view(
     """
     batch = batch_of_weights(record)
     count = len(next(iter(batch.values())))
-    if isinstance(example, bool) or not isinstance(example, int):
-        raise TypeError(f"example must be a number, got {type(example).__name__}")
+    if not is_int(example):
+        raise TypeError(f"example must be an int, got {described_type(example)}")
+    example = int(example)
     if not 0 <= example < count:
         raise ValueError(f"example must be from 0 to {count - 1}, as the record holds {count}, got {example}")
     if title is not None and not isinstance(title, str):

@@ -167,7 +167,7 @@ def test_statistics_of_unbatched_input(assert_statistics: Callable[..., None]) -
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_recorded_weights_are_always_batch_first(batch_first: bool) -> None:
+def test_recorded_weights_are_batch_first_also_if_the_layer_is_not(batch_first: bool) -> None:
     layer = nn.MultiheadAttention(E, H, batch_first=batch_first)
     query, key = torch.randn(N, L, E), torch.randn(N, S, E)
     if not batch_first:

@@ -27,7 +27,7 @@ def build(kind: str, implementation: str) -> nn.Module:
 
 
 def traces(model: nn.Module) -> list[list[tuple[str, int]]]:
-    """The names of the attributes of every module, and the sizes of the dictionaries among them, such as of hooks."""
+    """The names of the attributes of every module, and the sizes of the dictionaries among them (such as hooks)."""
     return [
         sorted((name, len(value) if isinstance(value, dict) else 0) for name, value in vars(module).items())
         for module in model.modules()

@@ -63,7 +63,7 @@ def is_own_block(module: nn.Module) -> bool:
 def test_a_registered_module_reports_its_weights(assert_statistics: Callable[..., None]) -> None:
     model, other = nn.Sequential(nn.Identity(), OwnBlock()), OwnBlock()
     scores = torch.randn(N, H, L, S)
-    handle = [register_reporter(is_own_block) for _ in range(2)][-1]
+    handle = [register_reporter(is_own_block) for _ in range(2)][-1]  # the second call replaces the first
     with record_attention(model) as record:
         weights = model(scores)
         other(scores)  # not in the recorded model

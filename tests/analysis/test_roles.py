@@ -113,7 +113,7 @@ def test_monotonicity_is_the_correlation_with_the_mean_key_position() -> None:
         torch.testing.assert_close(monotonicity(weights)[head, 0], oracle)
 
 
-def test_mean_per_head_refuses_other_shapes() -> None:
+def test_mean_per_head_refuses_a_tensor_of_one_dimension() -> None:
     with pytest.raises(ValueError, match=r"\(N, H, L\) or \(H, L\), got \(5,\)"):
         mean_per_head(torch.zeros(5))
 

@@ -48,7 +48,7 @@ def test_each_change_of_a_head_equals_a_change_by_hand(model: nn.Module) -> None
             assert float(worth["off"][name][head]) != 0
 
 
-def test_head_worth_restores_the_model_also_after_an_error(model: nn.Module) -> None:
+def test_head_worth_restores_the_model_after_success_and_after_an_error(model: nn.Module) -> None:
     before = copy.deepcopy(model.state_dict())
     calls = []
 
@@ -58,10 +58,15 @@ def test_head_worth_restores_the_model_also_after_an_error(model: nn.Module) -> 
             raise RuntimeError("no more")
         return 0.0
 
+    def assert_unchanged() -> None:
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+    head_worth(model, lambda: 0.0)
+    assert_unchanged()
     with pytest.raises(RuntimeError, match="no more"):
         head_worth(model, fail)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert_unchanged()
 
 
 def test_layers_of_torch_can_only_be_switched_off() -> None:

@@ -1,4 +1,4 @@
-"""A page in a headless browser, with functions that use it and read from it."""
+"""A page in a headless browser, with functions that use the page and read its content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ARROWS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "En
 
 
 class Page:
-    """A page in the window of a browser, with functions that use the page and read its content."""
+    """A page in the window of a browser."""
 
     def __init__(self, driver: Any, folder: Path) -> None:
         self.driver, self.folder = driver, folder
@@ -30,7 +30,7 @@ class Page:
         self.go(address)
 
     def go(self, address: str) -> None:
-        """Load the page again."""
+        """Load the saved file with the given fragment of its URL."""
         self.driver.get("about:blank")
         self.driver.get(self.file.as_uri() + address)
         self.settle()

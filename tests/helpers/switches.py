@@ -1,4 +1,4 @@
-"""Settings of torch that a test changes temporarily."""
+"""A switch for torch's fused inference path, which is set back at the end of the context."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def fast_path(enabled: bool) -> Iterator[None]:
-    """torch's fused inference path for attention and encoders, on or off within the context."""
+    """Switch torch's fused inference path for attention and encoders on or off within the context."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(enabled)
     try:

@@ -1,4 +1,4 @@
-"""Tiny models of several transformers architectures, built from configs. Importing transformers takes two seconds."""
+"""Tiny models of several transformers architectures, built from configs."""
 
 from __future__ import annotations
 

@@ -275,8 +275,17 @@ def test_sinks_of_a_wrong_shape_raise_an_error(build, batch):
         model(batch("gpt_oss")["input_ids"])
 
 
-def test_one_of_our_names_can_be_registered_alone_and_other_names_do_not_change_it():
+def test_one_of_our_names_can_be_registered_alone(monkeypatch):
+    interfaces = (transformers.AttentionInterface, transformers.AttentionMaskInterface)
+    for interface in interfaces:
+        for name in SPARSE:
+            monkeypatch.delitem(interface._global_mapping, name)
     register("sparsemax")
+    for interface in interfaces:
+        assert set(SPARSE) & set(interface._global_mapping) == {"sparsemax"}
+
+
+def test_an_own_name_with_alpha_two_gives_the_results_of_sparsemax():
     torch.manual_seed(0)
     config = transformers.BertConfig(vocab_size=37, hidden_size=24, num_hidden_layers=1, num_attention_heads=3)
     model = transformers.BertModel._from_config(config, attn_implementation="sparsemax").eval()

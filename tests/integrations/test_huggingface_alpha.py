@@ -1,4 +1,7 @@
-"""A learnt α per head in transformers models: α is added, trained and removed; models and arguments are refused."""
+"""A learnt α per head in transformers models: α is added, trained and removed.
+
+Models that cannot have α, and wrong arguments, are refused.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +87,8 @@ def test_alpha_one_keeps_a_dense_model_and_can_leave_the_bound(build, batch):
     output = model(**inputs).logits
     torch.testing.assert_close(output, dense(**inputs).logits, rtol=1e-5, atol=2e-5)
     optimizer = torch.optim.SGD([alpha.raw_alpha for alpha in alphas.values()], lr=1e-2)
-    # The loss and its negative: for at least one head, one of the two falls as α rises, so that α leaves its bound.
+    # One step on the loss and one on its negative. The two gradients of a head differ, so the steps do not cancel; in
+    # this model, α of the first layer ends above its bound.
     for sign in (1, -1):
         optimizer.zero_grad()
         (sign * model(**inputs).logits.square().sum()).backward()
@@ -190,7 +194,7 @@ def test_models_offloaded_by_accelerate_can_have_alpha(build, batch):
     torch.testing.assert_close(model(**batch("llama")).logits, expected)
 
 
-def test_other_kinds_of_attention_in_a_model_are_not_changed():
+def test_parts_of_a_model_with_another_attn_implementation_get_no_alpha():
     text = {"vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
     image = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 15, "patch_size": 5}
     model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=image))

@@ -60,7 +60,7 @@ def test_the_dense_loss_is_the_loss_of_the_model_and_the_increase_is_limited(bui
     assert found.loss_after <= found.loss_before + 0.05
 
 
-def test_a_mapping_of_another_model_is_refused(build):
+def test_alpha_found_for_another_model_is_refused(build):
     found = calibrate(build("gpt2", "eager"), batches("gpt2"), density=0.5, progress=False)
     model = build("llama", "entmax")
     with pytest.raises(ValueError, match=r"alpha_init must have a value for the layer 'model.layers.0.self_attn', got"):

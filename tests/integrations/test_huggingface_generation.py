@@ -1,4 +1,7 @@
-"""Generation: caches, padding, drafts and compilation do not change the tokens (quantized caches: as with eager)."""
+"""Generation: caches, padding, drafts and compilation do not change the tokens.
+
+A quantized cache may change them; with such a cache, they are the tokens that eager attention gives with it.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ transformers = pytest.importorskip("transformers")
 
 FAMILIES = ["gpt2", "llama", "mistral", "gemma2", "gemma3", "gpt_oss", "mixtral", "qwen3_5", "mllama", "t5", "bart"]
 ENCODED = ["t5", "bart"]
-# Drafts: a linear layer of a hybrid model keeps a state, which cannot be restored if a draft is rejected; for mllama,
-# transformers itself makes a mask of another size.
+# Drafts: the linear attention of a hybrid model keeps a state, which cannot be restored if a draft is rejected. For
+# mllama, transformers makes a mask that does not fit the number of keys, also for its own attention.
 DRAFTED = [name for name in FAMILIES if name not in ("qwen3_5", "mllama")]
 DECODERS = [name for name in FAMILIES if name not in (*ENCODED, "mllama")]
 QUANTIZED = ["gpt2", "llama", "qwen3", "mixtral", "opt"]  # transformers quantizes the cache of full attention only
@@ -84,7 +87,7 @@ def test_sampling_with_a_cache_draws_the_same_tokens(name, build):
 @pytest.mark.parametrize("name", DRAFTED)
 def test_assisted_generation_equals_greedy_decoding(name, build):
     if name in ("gemma2", "gemma3") and transformers.__version__.startswith("5.17."):
-        pytest.skip("transformers 5.17 makes a mask of another size, with its own attention too")
+        pytest.skip("transformers 5.17 makes a mask that does not fit the number of keys; its own attention fails too")
     model, prompt = build(name, "entmax"), prompts(name)[0]
     expected = written(model, prompt)
     assistant = build(name, "sparsemax")
@@ -107,7 +110,7 @@ def test_a_static_cache_gives_the_result_of_a_dynamic_cache(name, build):
 
 @pytest.mark.parametrize("backend", ["fp8", "quanto"])
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_a_quantized_cache_is_read_as_by_eager(name, backend, build):
+def test_a_quantized_cache_gives_the_tokens_of_eager_attention_with_that_cache(name, backend, build):
     if backend == "quanto":
         pytest.importorskip("optimum.quanto")
     elif not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):

@@ -76,7 +76,7 @@ def test_packed_sequences_equal_separate_sequences(name, implementation, cache, 
     [[0, 0, 1, 1, 2, 2, 3], [0, 2, 4, 6, 8, 10, 12], [3, 4, 5, 0, 1, 2, 3], [1, 1, 1, 0, 1, 2, 3]],
     ids=["repeated", "strided", "not from 0", "padded"],
 )
-def test_other_position_ids_are_read_as_by_eager(positions, cache, masked, build):
+def test_position_ids_that_are_not_packed_mean_the_same_as_in_eager_attention(positions, cache, masked, build):
     register("dense", alpha=1.0)
     inputs = {"input_ids": torch.arange(5, 12)[None], "position_ids": torch.tensor([positions]), "use_cache": cache}
     if masked:
@@ -117,15 +117,15 @@ def test_returned_weights_are_within_sequences(name, build):
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
 
 
-def test_cu_seq_lens_separate_sequences_without_position_ids_also_in_encoders(build):
+def test_cu_seq_lens_alone_keep_sequences_apart_also_in_encoders(build):
     for name in ("bert", "gpt2"):
         model, ids = build(name, "entmax"), torch.cat(sequences())[None]
         lengths = {key: value for key, value in packed(cumulative=True).items() if "seq_lens" in key}
         changed = ids.clone()
-        changed[:, 7:] = torch.randint(3, 37, (1, 15))
+        changed[:, :7] = torch.randint(3, 37, (1, 7))  # in a causal model, only earlier tokens can have an effect
         before, after = model(input_ids=ids, **lengths).logits, model(input_ids=changed, **lengths).logits
-        torch.testing.assert_close(before[:, :7], after[:, :7])
-        assert not torch.allclose(before[:, 7:], after[:, 7:])
+        torch.testing.assert_close(before[:, 7:], after[:, 7:])
+        assert not torch.allclose(before[:, :7], after[:, :7])
 
 
 def test_lengths_are_combined_with_a_given_mask(build):
@@ -154,7 +154,7 @@ def test_models_can_use_a_lazy_mask_as_an_ordinary_mask(name, build, masks_compu
     embedded = torch.randn(2, 11, 24)
     for create in (create_causal_mask, create_sliding_window_causal_mask):
         for positions in (None, torch.cat([torch.arange(4), torch.arange(7)])[None]):
-            # Given by position: transformers 5.24 has other names.
+            # By position, since transformers 5.24 has other names for these arguments.
             arguments = (model.config, embedded, None, None, positions)
             mask = create(*arguments)
             model.config._attn_implementation = "eager"

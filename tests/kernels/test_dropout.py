@@ -1,4 +1,4 @@
-"""Dropout with a cheaper mask has the same distribution, gradient and repeatability as torch's dropout."""
+"""Dropout whose mask is cheaper than torch's: rate, mean, independence, gradients, and use like torch's dropout."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ def test_rate_and_mean_of_dropout(p):
     assert scale == pytest.approx(1 / (1 - p), rel=2e-5 / (1 - p))
 
 
-def test_neighbouring_entries_are_independent():
+def test_neighbouring_entries_are_uncorrelated():
     torch.manual_seed(0)
     kept = (dropout_noise(torch.empty(1_000_001), 0.3) > 0).double() - 0.7
     for lag in (1, 2, 3, 4, 8, 256):
@@ -38,7 +38,7 @@ def test_probabilities_zero_and_one_of_dropout(p, expected):
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (7, 11, 13), ()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_every_shape_and_dtype(shape, dtype):
+def test_the_output_has_the_shape_and_dtype_of_the_input(shape, dtype):
     x = torch.ones(shape, dtype=dtype)
     y = dropout(x, 0.5)
     assert (y.shape, y.dtype) == (x.shape, dtype)

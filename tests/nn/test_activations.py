@@ -53,7 +53,7 @@ def test_a_tensor_becomes_a_buffer_and_a_parameter_is_learnt(kind, name):
     twin = copy.deepcopy(learnt)
     twin.load_state_dict(fixed.state_dict())
     assert torch.equal(twin(x), fixed(x))
-    with pytest.raises(ValueError, match="without gradient, got one with gradient"):
+    with pytest.raises(ValueError, match="without gradient, got a tensor with gradient"):
         kind(nn.Parameter(values) * 1.0)
 
 

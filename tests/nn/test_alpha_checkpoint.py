@@ -35,7 +35,7 @@ def saved_and_loaded(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def state_of(alpha: float, **kwargs: Any) -> dict[str, Tensor]:
-    """A saved and loaded state in which the parameter has the given value, as after a training also past a bound."""
+    """A saved and loaded state whose parameter has the given value, which can be past a bound, as after a training."""
     model = nn.Sequential(layer_of(**kwargs))
     with torch.no_grad():
         model[0].raw_alpha.fill_(alpha)

@@ -8,6 +8,7 @@ import pickle
 from itertools import product
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from blocks import ALONE, TOGETHER, D, E, H, N, S, T, layer_of, short
@@ -254,6 +255,15 @@ def test_repr_shows_the_arguments_beyond_torchs() -> None:
     layer = TopKMultiheadAttention(E, H, k=2, num_kv_heads=3, window=4)
     assert layer.extra_repr() == "k=2, normalizer='softmax', num_kv_heads=3, window=(4, 4)"
     assert AdaptiveSparseMultiheadAttention(E, H, window=(4, None)).extra_repr().endswith("=True, window=(4, None)")
+
+
+def test_a_window_may_have_ints_of_numpy() -> None:
+    layer, x = AdaptiveSparseMultiheadAttention(E, H, window=3).eval(), torch.randn(7, 2, E)
+    expected = layer(x, x, x)[0]
+    for window in (numpy.int64(3), (numpy.int64(3), 3)):
+        other = AdaptiveSparseMultiheadAttention(E, H, window=window).eval()
+        other.load_state_dict(layer.state_dict())
+        assert torch.equal(other(x, x, x)[0], expected)
 
 
 WINDOW = "window must be an int of at least 1, or a pair .left, right., each None or an int of at least 0, got "

@@ -308,7 +308,7 @@ def test_compiled_and_exported_models_equal_torchs(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("swap", [*SWAPS.values(), {"layer": TopKMultiheadAttention, "k": 3}], ids=str)
-def test_one_graph_serves_every_length(swap: dict[str, Any]) -> None:
+def test_one_compiled_graph_accepts_several_lengths(swap: dict[str, Any]) -> None:
     """Two layers in one graph, in which lengths and other integers are symbols."""
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, WIDTH, 0.0, batch_first=True), 2).double()
     replace_attention(model, **swap)

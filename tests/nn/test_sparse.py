@@ -273,5 +273,5 @@ def test_a_tensor_is_copied_and_one_with_a_gradient_refused() -> None:
     attention = SparseAttention(alpha=alpha)
     alpha.fill_(2.0)
     assert attention.alpha.tolist() == [1.5]
-    with pytest.raises(ValueError, match="alpha must be a number, a parameter or a tensor without gradient"):
+    with pytest.raises(ValueError, match=r"^alpha must be a number, a parameter or a tensor without gradient"):
         SparseAttention(alpha=1 + torch.zeros(1, requires_grad=True).sigmoid())

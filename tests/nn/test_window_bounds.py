@@ -20,7 +20,8 @@ from sparse_attn.kernels.cpu import rows
 from sparse_attn.kernels.functions import blockwise
 from sparse_attn.nn import multihead
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # of its interpreter
+# Warnings of Triton's interpreter.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 BACKENDS = ["compiled", "blocks", "one matrix", "triton"]
 CASES: list[dict[str, Any]] = [
@@ -146,7 +147,7 @@ def test_a_window_may_be_wider_than_any_sequence(window, same):
 
 
 class LargestTensor(TorchDispatchMode):
-    """The number of entries of the largest tensor that an operation returns."""
+    """Records the number of entries in the largest storage of the tensors that operations return."""
 
     entries = 0
 
@@ -179,7 +180,7 @@ def test_no_tensor_has_the_size_of_the_scores(padded, is_causal, backend, monkey
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # a warning of the compiler
-def test_compiled_code_needs_no_mask():
+def test_compiled_code_has_no_mask_of_all_scores():
     if not rows.available():
         pytest.skip("no compiled kernels")
     layer = layer_of({"window": (5, 0)}, dtype=torch.float32)

@@ -17,14 +17,14 @@ ALPHAS = [1.0, 1.0001, 1.001, 1.01, 1.1, 1.25, 1.5, 1.75, 2.0]
 STEEP = [2.5, 3.0, 4.0]
 GRID = [1.0, 1 + 2**-23, 1.000001, 1.00001, 1.0001, 1.0003, 1.001, 1.003, 1.01, 1.03, 1.1, 1.2, 1.25, 1.3, 1.4, 1.5]
 GRID += [1.55, 1.6, 1.65, 1.7, 1.75, 1.8, 1.85, 1.9, 1.95, 1.99, 1.999, 1.9999, 1.99999, 2 - 1e-6, 2.0]
-# Errors relative to a smaller value are not tested: the relative rounding error of p grows with -log p.
+# Errors are relative to at least this number, since the relative rounding error of p grows with -log p.
 FLOOR = 1e-20
 
 by_each_backend = pytest.mark.usefixtures("backend")
 
 
 def in_float32(alpha: float) -> float:
-    """α rounded to float32, so that one result of the oracle serves α as a number and as a tensor."""
+    """α rounded to float32, so that the oracle's result is right for α as a number and as a float32 tensor."""
     return float(torch.tensor(alpha))
 
 
@@ -140,12 +140,13 @@ def test_float32_gradients_agree_with_float64(alpha):
         rows = {2: 32, 7: 32, 128: 16, 1024: 4}.get(size, 3)
         x, upstream = torch.randn(rows, size) * scale, torch.randn(rows, size)
         (scores, per_row), exact = (gradients(x, alpha, upstream, dtype) for dtype in (torch.float32, torch.float64))
-        # float32 loses the digits of the tiny gradient of an entry on the edge of the support. This matters if rows
-        # have few non-zero entries: in a batch from scale 10 on, in a single row from scale 1 on.
+        # float32 loses the digits of the tiny gradient of an entry on the edge of the support. This counts if rows
+        # have few non-zero entries: from scale 10 on where the error is compared with the largest gradient of the
+        # batch, and from scale 1 on where it is compared with the largest gradient of its row.
         lost = 2e-7 * upstream.abs().amax()
         edge = [lost if alpha > 1.001 and scale >= least else FLOOR for least in (10, 1)]
-        # Close to α = 2 the gradient is almost discontinuous where an entry enters the support: there, the rounding of
-        # p decides the gradient.
+        # The closer α is to 2, the more steeply the gradient changes where an entry enters the support; there, the
+        # rounding of p decides the gradient. The bound allows for this above α = 1.5.
         slopes = [torch.where(p > 0, p.double().clamp(min=1e-300) ** (2 - alpha), 0.0) for p in both_maps(x, alpha)]
         jumps = (slopes[0] - slopes[1]).abs().sum(-1) * upstream.abs().amax() if alpha > 1.5 else torch.zeros(rows)
         edge = [edge[0] + jumps.max(), edge[1] + jumps]

@@ -42,7 +42,7 @@ def test_short_attention(alpha: float, backend: str, dtype: torch.dtype) -> None
 
 @HALF
 @each_backend("torch", "compiled")
-def test_attention_in_blocks_and_its_gradient(backend: str, dtype: torch.dtype) -> None:
+def test_long_attention_and_its_gradient(backend: str, dtype: torch.dtype) -> None:
     inputs = spread(521, dtype)
     halves, wide = ([x.to(kind).requires_grad_() for x in inputs] for kind in (dtype, torch.float64))
     with use_backend(backend):
@@ -69,7 +69,7 @@ def exported(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("way", [compiled, exported, torch.func.vmap])
-def test_other_paths_compute_the_same_function(way: Callable[..., Callable[..., Tensor]]) -> None:
+def test_compiled_exported_and_vmapped_attention(way: Callable[..., Callable[..., Tensor]]) -> None:
     inputs = spread(23, torch.bfloat16)
     got = way(lambda *some: entmax_attention(*some, 1.5))(*inputs)
     assert_rounded_once(got, entmax_attention(*(x.double() for x in inputs), 1.5), inputs[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -102,7 +103,7 @@ def test_invalid_input_raises_an_error(error, message, args, keywords):
 def test_ignore_index_can_be_any_integer_if_the_target_holds_indices():
     x, target = torch.randn(N, C), torch.randint(C, (N,))
     expected = entmax_loss(x[1:], target[1:])
-    for ignored in (-100, -1, C, 10**12):
+    for ignored in (-100, -1, C, 10**12, numpy.int64(-1), torch.tensor(-1)):
         target[0] = ignored
         torch.testing.assert_close(entmax_loss(x, target, ignore_index=ignored), expected)
 

@@ -153,7 +153,7 @@ def test_second_derivatives_in_blocks():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_other_dtypes(dtype, options, backend):
+def test_float32_half_precision_and_autocast(dtype, options, backend):
     tensors = inputs(7, 11, dtype)
     wide = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
     with use_backend(backend):

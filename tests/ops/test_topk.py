@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import pytest
 import torch
 
-from sparse_attn import entmax, sparse_softmax, sparsemax, topk_softmax
+from sparse_attn import SparseAttention, entmax, sparse_softmax, sparsemax, topk_attention, topk_softmax
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 11])
@@ -76,7 +77,35 @@ def test_k_outside_its_range_raises_an_error(mapping, k):
         mapping(torch.randn(2, 7), k)
 
 
-def test_k_of_a_wrong_type_raises_an_error():
-    for k in (2.0, True, "2"):
-        with pytest.raises(TypeError, match=f"k must be an int, got {type(k).__name__}"):
-            topk_softmax(torch.randn(2, 7), k)
+@pytest.mark.parametrize(
+    ("k", "got"),
+    [
+        (2.0, "float"),
+        (True, "bool"),
+        ("2", "str"),
+        (numpy.array([2]), "ndarray"),
+        (torch.tensor(2.5), "Tensor of torch.float32"),
+        (torch.tensor(2.0), "Tensor of torch.float32"),
+        (torch.tensor(2 + 0j), "Tensor of torch.complex64"),
+        (torch.tensor(True), "Tensor of torch.bool"),
+        (torch.tensor([2, 3]), r"Tensor of torch.int64 and shape \(2,\)"),
+    ],
+)
+def test_k_of_a_wrong_type_raises_an_error(k, got):
+    x = torch.randn(1, 2, 5, 7)
+    for call in (lambda: topk_softmax(x, k), lambda: topk_attention(x, x, x, k), lambda: SparseAttention(k)):
+        with pytest.raises(TypeError, match=f"^k must be an int, got {got}$"):
+            call()
+
+
+@pytest.mark.parametrize("k", [numpy.int64(2), torch.tensor(2), torch.tensor([2], dtype=torch.int32)])
+def test_k_may_be_an_int_of_numpy_or_an_integer_tensor_with_one_entry(k):
+    x = torch.randn(1, 2, 5, 7)
+    assert torch.equal(topk_softmax(x, k), topk_softmax(x, 2))
+    assert torch.equal(topk_attention(x, x, x, k), topk_attention(x, x, x, 2))
+
+
+def test_attention_notices_a_change_of_k_in_place():
+    x, k = torch.randn(1, 2, 5, 7), torch.tensor(2)
+    topk_attention(x, x, x, k)
+    assert torch.equal(topk_attention(x, x, x, k.fill_(4)), topk_attention(x, x, x, 4))

@@ -115,7 +115,7 @@ class Scripts(HTMLParser):
         self.outside += [(key, value) for key, value in attrs if key in ("src", "href") and value]
 
 
-def test_hostile_tokens_are_shown_as_text(encoder_record: Records, read_page: Reader, hostile: list[str]) -> None:
+def test_hostile_tokens_add_no_tag_to_the_page(encoder_record: Records, read_page: Reader, hostile: list[str]) -> None:
     record = encoder_record(len(hostile))
     view = attention_view(record, hostile, title=hostile[0] + "\ud800")
     html = view.html()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -70,7 +71,7 @@ def batches_of_two_sizes() -> AttentionRecord:
         ),
         (lambda make: make(5, 2), {"example": 2}, ValueError, "example must be from 0 to 1, .* holds 2, got 2"),
         (lambda make: make(5, 2), {"example": -1}, ValueError, "example must be from 0 to 1"),
-        (lambda make: make(5), {"example": "0"}, TypeError, "example must be a number, got str"),
+        (lambda make: make(5), {"example": "0"}, TypeError, "example must be an int, got str"),
         (lambda make: make(5), {"title": 5}, TypeError, "title must be a string, got int"),
         (
             lambda make: make(5),
@@ -176,7 +177,7 @@ def test_both_sides_of_cross_attention_are_checked(translation: AttentionRecord)
         ("a.svg", {"layer": 2}, ValueError, "layer must be from 0 to 1, got 2"),
         ("a.svg", {"layer": -1}, ValueError, "layer must be from 0 to 1, got -1"),
         ("a.svg", {"layer": "nowhere"}, ValueError, "layer must be one of 'layers.0.self_attn', .* got 'nowhere'"),
-        ("a.svg", {"layer": 1.0}, TypeError, "layer must be a number or a name, got float"),
+        ("a.svg", {"layer": 1.0}, TypeError, "layer must be an int or a name, got float"),
         ("a.html", {"layer": 0, "head": HEADS}, ValueError, "head must be from 0 to 2 in layer .* got 3"),
         ("a.png", {"head": 0}, ValueError, "head can be given only together with layer, got head 0 without a layer"),
         ("missing/a.html", {}, FileNotFoundError, "path must lie in a folder that exists"),
@@ -188,6 +189,15 @@ def test_save_with_an_invalid_argument_writes_no_file(
     with pytest.raises(error, match=message):
         attention_view(encoder_record(5)).save(tmp_path / path, **arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_layer_head_and_example_may_be_ints_of_numpy_or_of_a_tensor(encoder_record: Records, tmp_path: Path) -> None:
+    view = attention_view(encoder_record(5, 2), example=1)
+    expected = view.save(tmp_path / "a.html", layer=1, head=2).read_bytes()
+    for one, two in ((numpy.int64(1), numpy.int64(2)), (torch.tensor(1), torch.tensor(2))):
+        other = attention_view(encoder_record(5, 2), example=one)  # type: ignore[arg-type]
+        assert other.first == view.first
+        assert view.save(tmp_path / "b.html", layer=one, head=two).read_bytes() == expected  # type: ignore[arg-type]
 
 
 def test_a_failed_save_keeps_the_existing_file(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sparse_attn.checks import described_type, is_int
+
 
 def check_hint(value: int | None, name: str) -> None:
     """Raise unless ``value``, an argument without effect, is None or an int of at least 1."""
     if value is None:
         return
-    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
-        raise TypeError(f"{name} must be None or an int, got {type(value).__name__}")
+    if not is_int(value):
+        raise TypeError(f"{name} must be None or an int, got {described_type(value)}")
     if value < 1:
         raise ValueError(f"{name} must be None or at least 1, got {value}")
 

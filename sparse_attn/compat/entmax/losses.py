@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.checks import result_dtype
+from sparse_attn.checks import described_type, is_int, result_dtype
 from sparse_attn.compat.entmax.arguments import check_hint, floating
 from sparse_attn.compat.entmax.root_finding import normmax_bisect
 from sparse_attn.ops.losses import check_target, entmax_loss
@@ -181,7 +180,9 @@ class _Loss(nn.Module):
         super().__init__()
         if reduction not in _REDUCTIONS:
             raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
-        self.ignore_index = operator.index(ignore_index)
+        if not is_int(ignore_index):
+            raise TypeError(f"ignore_index must be an int, got {described_type(ignore_index)}")
+        self.ignore_index = int(ignore_index)
         self.reduction = reduction
 
     def _reduced(self, loss: Callable[..., Tensor], X: Tensor, target: Tensor, alpha: float | Tensor) -> Tensor:

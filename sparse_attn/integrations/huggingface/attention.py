@@ -154,8 +154,6 @@ def attention_function(mapping_of: MappingOf) -> Callable[..., tuple[Tensor, Ten
             is_causal = getattr(module, "is_causal", None)
         if is_causal is None:
             is_causal = _no_mask_is_causal(getattr(module, "config", None))
-        # The rule is that of transformers' function for `scaled_dot_product_attention`: a causal module with more than
-        # one query and no mask attends causally.
         if isinstance(attention_mask, LazyMask) and attention_mask.shape != (
             len(query),
             1,
@@ -163,6 +161,8 @@ def attention_function(mapping_of: MappingOf) -> Callable[..., tuple[Tensor, Ten
             key.shape[2],
         ):
             attention_mask = attention_mask.dense()
+        # The rule is that of transformers' function for `scaled_dot_product_attention`: a causal module with more than
+        # one query and no mask attends causally.
         unmasked = attention_mask is None or isinstance(attention_mask, LazyMask)
         is_causal = query.shape[2] > 1 and unmasked and (is_causal or attention_mask is not None)
         mapping = mapping_of(module, query.shape[1], s_aux)
@@ -223,7 +223,10 @@ def _attend_packed(
 
 
 def mask_function(*, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:
-    """The boolean mask of transformers; None for a causal mask if the modules apply ``is_causal`` themselves."""
+    """The boolean mask of transformers, as a :class:`LazyMask` if it is causal without padding.
+
+    None for a causal mask if the modules apply ``is_causal`` themselves.
+    """
     from transformers.masking_utils import sdpa_mask
 
     _check_interface(config)
@@ -237,7 +240,7 @@ def mask_function(*, config: Any = None, allow_is_causal_skip: bool = True, **kw
 
 
 def _check_interface(config: Any) -> None:
-    """Raise if a model does not use the attention interface: it would add the boolean mask to its scores."""
+    """Raise if a model does not use the attention interface: such a model would add the boolean mask to its scores."""
     if torch.compiler.is_compiling():  # the compiler cannot trace the table of modules
         return
     modeling = sys.modules.get(type(config).__module__.replace("configuration_", "modeling_"))

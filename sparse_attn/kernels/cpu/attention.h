@@ -1,5 +1,5 @@
-/* What a call of attention consists of, for attention.c, for the kernels attention_forward.c and attention_backward.c, and
- * for attention.py.
+/* The parts of an attention call, for attention.c, for the kernels attention_forward.c and attention_backward.c, and for
+ * attention.py.
  *
  * Scores are z = scale q k' + mask, weights p = entmax(z) (see rows.h for the letters), the output is Σ p v. Queries are
  * taken in tiles of `tile_rows`. A query at place i sees the keys i - left .. i + right.

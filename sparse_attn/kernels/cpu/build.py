@@ -24,7 +24,8 @@ _X86_VARIANTS = {
     "avx2": ["-mavx2", "-mfma", "-mpopcnt"],
     "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mpopcnt", "-mprefer-vector-width=512"],
 }
-# Attention in float32 for these instructions; all other kernels are those of avx512. Compilers before 2020 lack them.
+# Attention in float32 for these instructions; all other kernels are those of avx512.
+# Compilers before 2020 do not know these instructions.
 _BFLOAT16 = [*_X86_VARIANTS["avx512"], "-mavx512bf16"]
 
 

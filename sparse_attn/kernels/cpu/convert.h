@@ -1,5 +1,5 @@
-/* Converts vectors of any floating element type and stride to contiguous `real`, and `real` back to contiguous elements,
- * for row.c and the attention kernels. */
+/* Converts vectors of every element type in rows.h and of any stride to contiguous `real`, and `real` back to contiguous
+ * elements, for row.c and the attention kernels. */
 #ifndef SPARSE_ATTN_CONVERT_H
 #define SPARSE_ATTN_CONVERT_H
 

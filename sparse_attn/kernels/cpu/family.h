@@ -3,14 +3,14 @@
 #ifndef SPARSE_ATTN_FAMILY_H
 #define SPARSE_ATTN_FAMILY_H
 
-/* α = 2, 1.5 and 1, of which the first two need neither exp nor log; any other α below 1.5, and above. */
+/* α = 2, 1.5 and 1, of which the first two need neither exp nor log; any other α below 1.5; any other α above 1.5. */
 typedef enum { SPARSEMAX, ENTMAX15, SOFTMAX, GENTLE, STEEP } family;
 
 static family family_of(double a) {
     return a == 1 ? SPARSEMAX : a == 0.5 ? ENTMAX15 : a == 0 ? SOFTMAX : a < 0.5 ? GENTLE : STEEP;
 }
 
-/* True if p is computed by exp and log, possibly for all entries of a row. */
+/* True if each p is a power that needs exp and log. */
 static int needs_power(double a) {
     return family_of(a) == GENTLE || family_of(a) == STEEP;
 }

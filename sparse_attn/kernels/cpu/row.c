@@ -1,8 +1,8 @@
 /* Computes one row, or several short rows side by side: the probabilities, their non-zero entries for the attention kernels,
  * and the gradients. Compiled for float and for double in each variant.
  *
- * A row is read for its maximum, the entries that can have weight are packed together, Newton's method runs on those,
- * and the result is unpacked. The notation is defined in rows.h.
+ * In the forward, a row is read for its maximum, the entries that can have weight are packed together, Newton's or Halley's
+ * method runs on those, and the result is unpacked. The notation is defined in rows.h.
  */
 #include "convert.h"
 #include "exported.h"

@@ -3,8 +3,8 @@
  *
  * Sums over a row are then sums of vectors, without the delay of a sum across lanes. The notation is defined in rows.h.
  * `reach` is 1/a - σ, with σ counted from the largest score: an entry has weight if its distance from the largest score is
- * smaller (unused for softmax). For α >= 1.5, 1/a - σ is the sum of two numbers, `reach` and `rest`: the rounding error of a
- * single number would change the weights of all entries near the edge of the support.
+ * smaller than `reach`. Softmax does not use `reach`. For α >= 1.5, 1/a - σ is the sum of two numbers, `reach` and `rest`: the
+ * rounding error of a single number would change the weights of all entries near the edge of the support.
  */
 #ifndef SPARSE_ATTN_SHORT_H
 #define SPARSE_ATTN_SHORT_H
@@ -24,7 +24,8 @@ typedef struct {
 } short_rows;
 
 typedef struct {
-    lanes total, slope, curve; /* Σ p, Σ u and, for α <= 1.5 except 1, Σ u²/p; below 1.5 except 1, of p / max p in place of p */
+    /* Σ p, Σ u and Σ u²/p, the last only for α <= 1.5 except 1. For α < 1.5 except 1, p / max p takes the place of p. */
+    lanes total, slope, curve;
 } lane_sums;
 
 INLINE lane_sums evaluate_lanes(const short_rows *x, const family of, real a, lanes top, lanes reach, lanes rest) {

@@ -15,7 +15,8 @@
 
 enum { MAX_SWEEPS = 100 };
 
-/* A distance from σ or from the largest score that gives weight zero for every α, and is not large enough to cause overflow. */
+/* A distance from σ or from the largest score that gives weight zero, or a negligible weight for α < 1, and is not large enough
+ * to cause overflow. */
 static const real NOWHERE = -REAL_MAX / 2;
 
 typedef struct {
@@ -105,15 +106,16 @@ INLINE double halley_step(norms at, const family of, double a, double newton, do
     return step < end ? step : newton;
 }
 
-/* Computes p at σ + step from the stored p at σ, for 1 < α < 1.5 and a step that is small compared with 1 + a (z - σ) of most
- * entries. Their p changes by the factor (1 - a r)^(1/a), r = step / (1 + a (z - σ)), which a short series gives. The
- * other entries are computed anew. Returns the sum of the stored p. */
+/* `refine` is tried if Σ p differs from 1 by less than this number. */
 #ifdef REAL_DOUBLE
-static const double SHORT_STEP = 0; /* 0: in double, three terms of the series are too few for every step */
+static const double SHORT_STEP = 0; /* never: in double, three terms of its series are too few for every step */
 #else
 static const double SHORT_STEP = 1e-2;
 #endif
 
+/* Computes p at σ + step from the stored p at σ, for 1 < α < 1.5 and a step that is small compared with 1 + a (z - σ) of most
+ * entries. Their p changes by the factor (1 - a r)^(1/a), r = step / (1 + a (z - σ)), which a short series gives. The
+ * other entries are computed anew. Returns the sum of the stored p. */
 INLINE double refine(const real *scores, int64_t size, real a, real top, double sigma, double step, real *p) {
     const lanes zero = splat(0), half = splat(-0.5), most_ratio = splat((real)0.03);
     const double most = 1 - (double)a * sigma;
@@ -193,9 +195,9 @@ static double climb(const real *x, int64_t size, double a, real top, double *sig
 }
 
 #ifdef REAL_DOUBLE
-/* Solves for σ when α > 2: Newton's method within a bracket, with bisection where a step leaves the bracket
- * or the error is not halved. The slope at the edge of
- * the support is infinite, so a short step is no sign of convergence: the sum must be 1, or the bracket empty. */
+/* Solves for σ when α > 2: Newton's method within a bracket, with bisection where a step leaves the bracket or the error is
+ * not halved. The slope at the edge of the support is infinite, so a short step is no sign of convergence: the sum must be
+ * 1, or the bracket empty. */
 static double bracket(const real *x, int64_t size, double a, real top, real *p) {
     double low = 0, high = -expm1(-a * log((double)size)) / a * (1 + REAL_EPS), sigma = 0, error_before = INFINITY;
     norms at = {0, 0, 0, 1};

@@ -45,7 +45,7 @@ typedef struct {
     real *solved; /* p of short rows */
     real *buffer; /* room for one row */
     void *row_scratch;
-    /* Used only in the forward, or only in the backward. */
+    /* The output of a tile, or in the backward the gradients of its queries. All others are for the backward only. */
     real *output, *grads, *second, *slopes, *dropped, *key_sums, *value_sums;
 } workspace;
 

@@ -1,4 +1,4 @@
-// Shows every head on the axis from softmax to sparsemax, and curves of α over training, for one run or two.
+// Shows α of every head on an axis, also for a second run if there is one, and curves of α over training for all runs.
 
 const HEAD_COLOURS = ["--c0", "--c1", "--c2", "--c3", "--c4", "--c5", "--c6"];
 const DASHES = ["", "6 3", "2 3"];
@@ -76,7 +76,7 @@ function strips(kind, layers, otherRun) {
   const mean = all.reduce((sum, alpha) => sum + alpha, 0) / all.length;
   const sorted = [...all].sort((a, b) => a - b);
   const median = (sorted[(sorted.length - 1) >> 1] + sorted[sorted.length >> 1]) / 2;
-  const caption = `${all.length} heads \u00b7 mean \u03b1 ${mean.toFixed(3)} \u00b7 median ${median.toFixed(3)}`;
+  const caption = `${all.length} head${all.length === 1 ? "" : "s"} \u00b7 mean \u03b1 ${mean.toFixed(3)} \u00b7 median ${median.toFixed(3)}`;
   const legend = otherRun
     ? element("p", { className: "soft" }, element("span", { className: "dot-key" }), ` ${data.runs[0]}  `, element("span", { className: "diamond-key" }), ` ${otherRun}`)
     : null;
@@ -124,7 +124,7 @@ function histogram(values, low, high, x, bottom) {
     if (!count) return [];
     const height = Math.max(3, (58 * count) / most);
     const bar = svg("rect", { x: x(low + bin * step) + 0.5, y: bottom - height, width: Math.max(1, x(low + step) - x(low) - 1), height, class: "bin" });
-    bar.append(svg("title", {}, `${count} heads with \u03b1 from ${(low + bin * step).toFixed(3)} to ${(low + (bin + 1) * step).toFixed(3)}`));
+    bar.append(svg("title", {}, `${count} head${count === 1 ? "" : "s"} with \u03b1 from ${(low + bin * step).toFixed(3)} to ${(low + (bin + 1) * step).toFixed(3)}`));
     return [bar];
   });
 }

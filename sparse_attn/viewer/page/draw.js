@@ -1,4 +1,4 @@
-// Colours, text and numbers, the same in every view.
+// Functions that all views use: colours, texts of tokens and numbers, small maps, elements, tooltips.
 
 const TERMS = {
   place: ["layer and head", "the order of the model"],
@@ -97,7 +97,7 @@ function largestInRow(map, row) {
   return largest || 1;
 }
 
-// Sets the size of a canvas in CSS pixels, sharp at every pixel density; returns null if there is no room.
+// Sets the size of a canvas in CSS pixels, with up to three device pixels in each; returns null if there is no room.
 function prepare(canvas, width, height) {
   const ratio = Math.min(window.devicePixelRatio || 1, 3);
   const [pixelsAcross, pixelsDown] = [Math.round(width * ratio), Math.round(height * ratio)];

@@ -92,7 +92,7 @@ function showHeads() {
   thumbnails.disconnect();
   const chosen = chosenHeads();
   const total = allHeads().length;
-  place("count").value = chosen.length === total ? `${total} heads` : `${chosen.length} of ${total} heads`;
+  place("count").value = chosen.length === total ? `${total} head${total === 1 ? "" : "s"}` : `${chosen.length} of ${total} heads`;
   place("cards").hidden = state.table;
   place("cards-note").hidden = state.table || !chosen.length;
   place("heads-table").hidden = !state.table;

@@ -104,7 +104,7 @@ function start() {
   place("terms").replaceChildren(
     ...numberKeys().concat("role").filter((key) => key in TERMS).flatMap((key) => [element("dt", {}, TERMS[key][0]), element("dd", {}, TERMS[key][1])]),
   );
-  place("rounding").textContent = `Weights are rounded to float16 (1 part in 2,048)${data.coarse ? ", those below 1/8 to 1 part in 400, since the page has many weights" : ""}; zeros are exact.`;
+  place("rounding").textContent = `Weights of at least 6e-5 are rounded to 1 part in 2,048 (float16)${data.coarse ? ", those below 1/8 to 1 part in 400, since the page has many weights" : ""}; smaller weights are less exact, and zeros are exact.`;
   fillSelect(place("example"), data.examples.map((example, index) => [example, `${example} \u00b7 ${exampleLabel(index)}`]));
   place("example-box").hidden = data.examples.length < 2;
   place("example").addEventListener("change", () => change({ example: Number(place("example").value) }));

@@ -1,4 +1,4 @@
-// The matrix of one head. Only the visible part is drawn, so that long inputs are not slower.
+// The matrix of one head. If cells have two pixels or more, only the visible part is drawn, so that long inputs are not slower.
 
 const LARGEST_CELL = 60;
 const LARGEST_FITTING = 40;
@@ -244,7 +244,7 @@ function showLegend() {
   const labels = ["0+", "0.06", "0.25", "0.56", "1"].map((text) => element("span", {}, text));
   const parts = [
     element("span", { className: "swatch zero" }),
-    "exactly 0",
+    state.threshold || data.leftOut ? "0 or not shown" : "exactly 0",
     element("span", { className: "ramp-box" }, bar, element("span", { className: "ramp-labels" }, ...labels)),
   ];
   if (matrix.map.mask) parts.push(element("span", { className: "swatch never" }), "never visible");

@@ -50,7 +50,7 @@ def test_compiles_as_one_graph():
 
 
 @since_torch(2, 8, "the smaller of two symbolic lengths limits a graph")
-def test_one_graph_trains_with_every_length():
+def test_one_graph_trains_with_several_lengths():
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(entmax_attention, fullgraph=True, backend=graphs, dynamic=True)
     first = None
@@ -77,7 +77,7 @@ def test_vmap_and_batched_gradients():
             torch.testing.assert_close(got[i], wanted)
 
 
-def test_autocast_gives_an_output_in_its_dtype():
+def test_the_output_under_autocast_has_the_dtype_of_autocast():
     query, key, value = tensors(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert entmax_attention(query, key, value).dtype == torch.bfloat16

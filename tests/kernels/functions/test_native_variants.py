@@ -1,4 +1,4 @@
-"""Every compiled variant of attention in C, and pairs of bfloat16, which equal widening to float32."""
+"""Attention in C in every variant that this processor has; products of pairs of bfloat16 equal those in float32."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def force(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("variant", rows.variants())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(1, 1), (16, 16), (33, 40), (64, 128), (256, 3)])
-def test_every_variant_and_head_size(sizes, dtype, variant, monkeypatch):
+def test_every_variant_at_several_head_sizes(sizes, dtype, variant, monkeypatch):
     force(variant, monkeypatch)
     alpha = torch.tensor([1.0, 1.1, 1.4, 1.5, 1.7, 2.0], dtype=torch.float64)
     inputs = [*tensors(dtype, 71, 73, heads=6, kv_heads=2, sizes=sizes), alpha]
@@ -34,7 +34,7 @@ def test_every_variant_and_head_size(sizes, dtype, variant, monkeypatch):
 
 NEEDS_PAIRS = pytest.mark.skipif("avx512_bf16" not in rows.variants(), reason="no AVX512-BF16")
 
-PLACEMENTS = {  # in memory; only the first is read in place
+PLACEMENTS = {  # how numbers lie in memory; only "whole" is read in place
     "whole": lambda *shape: torch.empty(*shape, 64, dtype=torch.bfloat16),
     "odd size": lambda *shape: torch.empty(*shape, 61, dtype=torch.bfloat16),
     "odd start": lambda *shape: torch.empty(*shape, 128, dtype=torch.bfloat16)[..., 1:65],

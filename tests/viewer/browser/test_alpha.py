@@ -36,7 +36,7 @@ def test_runs_whose_names_are_numbers_keep_their_order(page: Page, translation: 
     assert "3 and 0 side by side" in page.text("#alphas")
 
 
-def test_more_points_than_a_function_takes_arguments_are_drawn(page: Page, translation: AttentionRecord) -> None:
+def test_a_curve_may_have_more_points_than_a_call_may_have_arguments(page: Page, translation: AttentionRecord) -> None:
     name = next(iter(translation))
     rows = [(step, name, head, 1.5) for head in range(2) for step in range(75_000)]
     page.open(attention_view(translation, TOKENS, MEMORY, courses={"a": rows}), "#view=alpha")
