@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Run the kernels in C, in all variants that this processor has, at many sizes under the address and undefined-behaviour
-# sanitizers, and those in float32 with several threads under the thread sanitizer. Needs a C compiler.
+# sanitizers, and those in float32 and bfloat16 with several threads under the thread sanitizer. Needs a C compiler. The
+# variant with AMX runs in an emulator of these instructions if the processor has AVX512-BF16 but no AMX.
 set -euo pipefail
 cd "$(dirname "$0")/../sparse_attn/kernels/cpu"
 
 cc=${CC:-cc}
+emulator=$PWD/../../../tests/helpers/amx_emulator.c
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -125,11 +127,26 @@ static void attend(int variant, int threads, int type, int64_t queries, int64_t 
     free(d.kept);
 }
 
+#ifdef WITH_AVX512_AMX
+void amx_emulate(int on);
+long amx_configurations(void), amx_releases(void);
+#endif
+
+static const char *name_of(int variant) {
+#ifdef WITH_AVX512_AMX
+    if (variant == 4 && rows_variant(3) && !rows_variant(4)) return "avx512_amx, emulated";
+#endif
+    return rows_variant(variant);
+}
+
 /* With an argument, only the cases with several threads run. */
 int main(int arguments, char **unused) {
     (void)unused;
     const int64_t sizes[] = {1, 2, 7, 15, 16, 17, 31, 33, 127, 128, 129, 255, 256, 257, 1021, 1030, 4099, 4400};
-    for (int variant = 0; rows_variant(variant); variant++) {
+#ifdef WITH_AVX512_AMX
+    amx_emulate(1);
+#endif
+    for (int variant = 0; name_of(variant); variant++) {
         for (int type = 0; type < TYPES && arguments == 1; type++)
             for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
                 for (int64_t step = 1; step <= 3; step += 2) exercise(variant, 1, type, 18, sizes[s], step);
@@ -139,9 +156,13 @@ int main(int arguments, char **unused) {
                 for (size_t s = 0; s < sizeof lengths / sizeof *lengths; s++)
                     attend(variant, 1, type, lengths[s][0], lengths[s][1], s % 2 ? 32 : 5, kind);
         for (int kind = 0; kind < 8; kind++) attend(variant, 3, FLOAT32, 150, 300, 16, kind);
+        for (int kind = 0; kind < 8; kind++) attend(variant, 3, BFLOAT16, 150, 300, 61, kind);
         exercise(variant, 3, FLOAT32, 97, 1021, 1);
-        printf("%s: ok\n", rows_variant(variant));
+        printf("%s: ok\n", name_of(variant));
     }
+#ifdef WITH_AVX512_AMX
+    check(amx_configurations() == amx_releases(), "tiles are released");
+#endif
 }
 C
 
@@ -165,11 +186,21 @@ build() {
         done
     done
     if [ ${#defines[@]} -gt 0 ]; then
-        local pairs=("${avx512[@]}" -mavx512bf16 -DVARIANT=avx512_bf16 -DROW_VARIANT=avx512 -DREAL_FLOAT)
+        local pairs=("${avx512[@]}" -mavx512bf16 -DREAL_FLOAT)
         for source in attention_forward attention_backward; do
             objects+=("$work/${source}_pairs.o")
-            "$cc" "${flags[@]}" "${pairs[@]}" -c $source.c -o "${objects[-1]}"
+            "$cc" "${flags[@]}" "${pairs[@]}" -DVARIANT=avx512_bf16 -DROW_VARIANT=avx512 -c $source.c -o "${objects[-1]}"
         done
+        if [ "$(uname -s)" = Linux ]; then
+            defines+=(-DWITH_AVX512_AMX)
+            for source in attention_forward attention_backward amx; do
+                objects+=("$work/${source}_tiles.o")
+                "$cc" "${flags[@]}" "${pairs[@]}" -DVARIANT=avx512_amx -DROW_VARIANT=avx512 -DWITH_TILES \
+                    -c $source.c -o "${objects[-1]}"
+            done
+            objects+=("$work/amx_emulator.o")
+            "$cc" "${flags[@]}" -mfma -c "$emulator" -o "${objects[-1]}"
+        fi
     fi
     "$cc" "${flags[@]}" "${defines[@]}" -I. threads.c rows.c attention.c "$work/main.c" "${objects[@]}" -o "$work/main" -lm -pthread
 }

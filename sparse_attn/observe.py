@@ -54,7 +54,7 @@ _reporters: OrderedDict[int, Callable[[nn.Module], bool]] = OrderedDict()  # by 
 
 
 def weights_are_observed() -> bool:
-    """Whether an observer is active in this thread. If not, a module need not compute weights only for a report."""
+    """Whether an observer receives weights of this thread. If not, a module need not compute weights for a report."""
     return bool(_observers) and not (_paused and get_ident() in _paused)
 
 

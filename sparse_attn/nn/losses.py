@@ -120,7 +120,7 @@ class Entmax15Loss(nn.Module):
 class EntmaxLoss(HoldsAlpha):
     """:func:`sparse_attn.entmax_loss`, whose docstring says which α to choose; α is a number, a buffer, or learnt.
 
-    Learn α only if the objective has another term that depends on α: this loss decreases as α grows, on any data.
+    Learn α only if the objective has another term that depends on α: on any data, this loss never grows with α.
 
     Args:
         alpha: A number or a tensor in ``(0, inf)``. A tensor must have size 1 along the classes and broadcast

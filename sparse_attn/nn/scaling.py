@@ -14,8 +14,8 @@ class LengthScaling(nn.Module):
     """A factor for queries: ``1 + β (log n) ** γ``, where n is the number of keys that a query sees.
 
     ``β = softplus(w_β · x + b_β)`` and ``γ = 2 tanh(w_γ · x + b_γ)`` are learnt per head from the layer's input x. Both
-    weights and b_γ start at zero, and b_β starts at the value that gives β = 0.05: every factor starts at 1.05. A
-    random start gives factors of up to 20, from which training often does not recover.
+    weights and b_γ start at zero, and b_β starts at the value that gives β = 0.05: the factor of a scaled head starts
+    at 1.05. A random start gives factors of up to 20, from which training often does not recover.
 
     Args:
         embed_dim: Size E of the input.

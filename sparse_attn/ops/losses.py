@@ -60,7 +60,7 @@ def entmax_loss(
     contains too: the loss has its minimum at ``p = y``, and the minimum is ``H_α(y)``.
 
     Use α = 1 for probabilities (likelihood, calibration, sampling), 1.5 for decisions among many classes, 2 where the
-    support is the answer. Do not learn α by this loss alone: the loss decreases in α on any data.
+    support is the answer. Do not learn α by this loss alone: on any data, the loss never grows with α.
 
     Args:
         x: Scores of any floating dtype. ``-inf`` is masked, as in cross-entropy. With class indices and without

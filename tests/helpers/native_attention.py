@@ -13,6 +13,13 @@ from sparse_attn.kernels.cpu import attention
 BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
+def force(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all calls of attention in C use a variant."""
+    forward, backward = attention.forward, attention.backward
+    monkeypatch.setattr(attention, "forward", lambda *args: forward(*args, variant=variant))
+    monkeypatch.setattr(attention, "backward", lambda *args: backward(*args, variant=variant))
+
+
 def run(attend, inputs: list[Tensor]) -> list[Tensor]:
     """The output and the gradients of all inputs, for an upstream gradient that depends only on the shape."""
     output = attend(*inputs)

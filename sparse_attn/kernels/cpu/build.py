@@ -27,6 +27,8 @@ _X86_VARIANTS = {
 # Attention in float32 for these instructions; all other kernels are those of avx512.
 # Compilers before 2020 do not know these instructions.
 _BFLOAT16 = [*_X86_VARIANTS["avx512"], "-mavx512bf16"]
+# The same with tiles (AMX), whose instructions are in assembler: the compiler itself must not use tiles. Linux only.
+_TILES = [*_BFLOAT16, "-DWITH_TILES"]
 
 
 def build(target_dir: str | Path, extra_flags: tuple[str, ...] = ()) -> Path:
@@ -56,9 +58,15 @@ def build(target_dir: str | Path, extra_flags: tuple[str, ...] = ()) -> Path:
         with_x86 = ["-DWITH_X86_VARIANTS"] if len(variants) > 1 else []
         if with_x86 and _knows_bfloat16(compiler):
             with_x86.append("-DWITH_AVX512_BF16")
-            for source in ("attention_forward", "attention_backward"):
-                defines = ["-DVARIANT=avx512_bf16", "-DROW_VARIANT=avx512", "-DREAL_FLOAT"]
-                compile_source(source, f"{source}_avx512_bf16", [*_BFLOAT16, *defines])
+            kinds = {"avx512_bf16": _BFLOAT16}
+            if _knows_tiles(compiler):
+                with_x86.append("-DWITH_AVX512_AMX")
+                kinds["avx512_amx"] = _TILES
+                compile_source("amx", "amx", [*_TILES, "-DREAL_FLOAT"])
+            for variant, flags in kinds.items():
+                for source in ("attention_forward", "attention_backward"):
+                    defines = [f"-DVARIANT={variant}", "-DROW_VARIANT=avx512", "-DREAL_FLOAT"]
+                    compile_source(source, f"{source}_{variant}", [*flags, *defines])
         for source in ("threads", "rows", "attention"):
             compile_source(source, source, with_x86)
         for variant, flags in variants.items():
@@ -101,6 +109,18 @@ def _knows_bfloat16(compiler: list[str]) -> bool:
     """Whether the compiler has the flag, and the name by which a program asks for these instructions."""
     program = 'int supported(void) { return __builtin_cpu_supports("avx512bf16"); }'
     command = [*compiler, "-mavx512bf16", "-S", "-x", "c", "-", "-o", os.devnull]
+    return subprocess.run(command, input=program, capture_output=True, text=True).returncode == 0
+
+
+def _knows_tiles(compiler: list[str]) -> bool:
+    """Whether the target is Linux, and the assembler knows the instructions for tiles (binutils from 2.35 on)."""
+    program = """
+        #ifndef __linux__
+        #error "the variant asks Linux for the permission to use tiles"
+        #endif
+        void multiply(void) { __asm__("tdpbf16ps %tmm2, %tmm1, %tmm0"); }
+    """
+    command = [*compiler, "-c", "-x", "c", "-", "-o", os.devnull]
     return subprocess.run(command, input=program, capture_output=True, text=True).returncode == 0
 
 

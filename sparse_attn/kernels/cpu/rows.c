@@ -33,6 +33,8 @@ static const kernels variants[] = {FOR_EACH_VARIANT(KERNELS)};
 
 enum { VARIANTS = sizeof variants / sizeof *variants };
 
+int amx_works(void); /* in amx.c */
+
 EXPORT int rows_interface(void) {
     return INTERFACE;
 }
@@ -48,6 +50,9 @@ EXPORT const char *rows_variant(int index) {
 #endif
 #ifdef WITH_AVX512_BF16
     if (index == 3 && !(rows_variant(2) && __builtin_cpu_supports("avx512bf16"))) return NULL;
+#endif
+#ifdef WITH_AVX512_AMX
+    if (index == 4 && !(rows_variant(3) && amx_works())) return NULL;
 #endif
     return variants[index].name;
 }

@@ -2,6 +2,7 @@
 #ifndef SPARSE_ATTN_TILE_H
 #define SPARSE_ATTN_TILE_H
 
+#include "amx.h"
 #include "attention.h"
 #include "exported.h"
 #include "lanes.h"
@@ -93,7 +94,7 @@ static void pack_keys(workspace *w) {
 static void score_product(workspace *w, rows a, const real *panels, int64_t count, int64_t begin, int64_t end, int64_t row) {
     const int64_t depth = w->scored_depth;
     if (w->in_pairs)
-        pair_panel_product(a.data, a.row, panels, depth, count, begin, end, w->scores, row, (real)w->task->call.scale);
+        pair_product(a.data, a.row, panels, depth, count, begin, end, w->scores, row, (real)w->task->call.scale);
     else
         panel_product(a.data, a.row, panels, depth, count, begin, end, w->scores, row);
 }

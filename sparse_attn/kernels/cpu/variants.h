@@ -10,8 +10,14 @@
 #else
 #define FOR_AVX512_BF16(DO)
 #endif
+#ifdef WITH_AVX512_AMX
+#define FOR_AVX512_AMX(DO) DO(avx512_amx, avx512)
+#else
+#define FOR_AVX512_AMX(DO)
+#endif
 #ifdef WITH_X86_VARIANTS
-#define FOR_EACH_VARIANT(DO) DO(baseline, baseline) DO(avx2, avx2) DO(avx512, avx512) FOR_AVX512_BF16(DO)
+#define FOR_EACH_VARIANT(DO) \
+    DO(baseline, baseline) DO(avx2, avx2) DO(avx512, avx512) FOR_AVX512_BF16(DO) FOR_AVX512_AMX(DO)
 #else
 #define FOR_EACH_VARIANT(DO) DO(baseline, baseline)
 #endif

@@ -6,8 +6,9 @@ import pytest
 
 from sparse_attn.kernels.cpu import rows
 
+ATTENTION_ONLY = ("avx512_bf16", "avx512_amx")  # they differ from avx512 in attention only
 
-# The variant avx512_bf16 differs from avx512 in attention only.
-@pytest.fixture(params=[name for name in rows.variants() if name != "avx512_bf16"] or ["none"])
+
+@pytest.fixture(params=[name for name in rows.variants() if name not in ATTENTION_ONLY] or ["none"])
 def variant(request) -> str:
     return request.param

@@ -26,7 +26,7 @@ def test_a_header_compiles_alone(header):
     variants: list[list[str]] = [[]]
     if build._targets_x86_64(command):
         variants += build._X86_VARIANTS.values()
-        variants += [build._BFLOAT16] if build._knows_bfloat16(command) else []
+        variants += [build._BFLOAT16, build._TILES] if build._knows_bfloat16(command) else []
     for flags in variants:
         for real in ("FLOAT", "DOUBLE"):
             checks = ["-std=c11", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-unused-function", "-Werror"]

@@ -7,18 +7,12 @@ import math
 import pytest
 import torch
 from c_rows import needs_library
-from native_attention import compare, run, tensors
+from native_attention import compare, force, run, tensors
 
 from sparse_attn import entmax_attention
-from sparse_attn.kernels.cpu import attention, rows
+from sparse_attn.kernels.cpu import rows
 
 pytestmark = needs_library
-
-
-def force(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, backward = attention.forward, attention.backward
-    monkeypatch.setattr(attention, "forward", lambda *args: forward(*args, variant=variant))
-    monkeypatch.setattr(attention, "backward", lambda *args: backward(*args, variant=variant))
 
 
 @pytest.mark.parametrize("variant", rows.variants())
