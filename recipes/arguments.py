@@ -116,9 +116,11 @@ def check_flags(flags: Sequence[str]) -> None:
         raise ValueError(f"--resolve can only be given with --cfg or --help, got {' '.join(names)}")
 
 
-def check_deletions(overrides: Sequence[str]) -> None:
-    """Raise if a required config group is deleted."""
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raise if an override has no key, or deletes a required config group."""
     for override in overrides:
+        if override.startswith("="):
+            raise ValueError(f"{override!r} is not of the form key=value")
         group = override.partition("=")[0].removeprefix("~")
         if override.startswith("~") and group in _NEEDED_GROUPS:
             raise ValueError(f"{group} cannot be left out, got {override!r}; choose one with {group}=NAME")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
+import re
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -55,6 +57,29 @@ def check_arguments(
             raise ValueError(f"{section}.{name} must be a number of at most 64 bits, got {value}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{section}.{name} must be a finite number, got {value}")
+
+
+@contextlib.contextmanager
+def keys_named(section: str, names: Collection[str]) -> Iterator[None]:
+    """Puts the section before the message of an error that begins with the name of one of its keys.
+
+    Args:
+        section: Name of the config section.
+        names: The keys, which are arguments of the functions that raise the errors.
+
+    Example:
+        >>> with keys_named("model", ["dim"]):
+        ...     raise ValueError("dim must be at least 1, got 0")
+        Traceback (most recent call last):
+            ...
+        ValueError: model.dim must be at least 1, got 0
+    """
+    try:
+        yield
+    except (TypeError, ValueError, OSError) as error:
+        if re.split(r"[ .\[]", str(error), maxsplit=1)[0] not in names:
+            raise
+        raise type(error)(f"{section}.{error}") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:

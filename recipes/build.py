@@ -17,11 +17,12 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from .bind import check_arguments
+from .bind import check_arguments, keys_named
 from .callbacks.alpha import AlphaCourse
 from .callbacks.checkpoints import BestAndLast
 from .callbacks.learning_rate import LearningRate
 from .callbacks.progress import progress
+from .launch import MANDATORY
 from .seq2seq.data import Seq2SeqData, make_sequences
 from .seq2seq.decode import Decoding
 from .seq2seq.metrics import MEANS, METRICS, Metric, computed
@@ -50,6 +51,11 @@ _PLAIN = ("seed", "resume", "threads", "monitor", "keep_checkpoints")
 # Keys that may be missing, as in runs of older versions.
 _NEW = ("callbacks", "decoding", "keep_checkpoints", "monitor", "schedule")
 _INSTANTIATED = ("callbacks", "logger")
+# The sections whose keys are arguments of Seq2SeqTask.
+_TASK_KEYS = {
+    "optimizer": ("learning_rate", "alpha_learning_rate", "weight_decay", "warmup_steps", "max_steps"),
+    "loss": ("label_smoothing",),
+}
 # Keys of the config that are used only in the values of other keys.
 _SHORTHANDS = {"data": ("path", "language", "tokens"), "model": ("attention",)}
 _LOGGER_NEEDS = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
@@ -150,11 +156,15 @@ def _without_unused(cfg: DictConfig) -> DictConfig:
 
 def build_data(section: dict[str, Any]) -> Seq2SeqData:
     """The data of a config section, read, with tokenizers."""
+    for key in ("path", "language"):
+        if key in section and section[key] in (None, ""):
+            raise ValueError(f"data.{key} has no value; give it as data.{key}={MANDATORY[f'data.{key}']}")
     arguments = _without_shorthands("data", section)
     check_arguments(Seq2SeqData, "data", arguments)
     check_arguments(make_sequences, "data.generate", arguments.get("generate") or {})
-    data = Seq2SeqData(**arguments)
-    data.setup()
+    with keys_named("data", arguments):
+        data = Seq2SeqData(**arguments)
+        data.setup()
     return data
 
 
@@ -165,9 +175,9 @@ def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
     schedule = settings.get("schedule") or {"name": "linear"}
     check_arguments(check_schedule, "schedule", schedule)
     own = {"schedule": schedule["name"], **({"warmup": schedule["warmup"]} if "warmup" in schedule else {})}
-    given = ("source_tokenizer", "target_tokenizer", "model", "max_length", "seed", "schedule", "warmup", "metrics")
-    for section in ("optimizer", "loss"):
-        check_arguments(Seq2SeqTask, section, settings[section], reserved=given)
+    for section, keys in _TASK_KEYS.items():
+        others = [name for name in inspect.signature(Seq2SeqTask).parameters if name not in keys]
+        check_arguments(Seq2SeqTask, section, settings[section], reserved=others)
     if model.get("language_dim") and data.languages is None:
         raise ValueError(f"model.language_dim needs data.languages, got {model['language_dim']} and no languages")
     if model.get("share_embeddings") and data.source_tokenizer.state() != data.target_tokenizer.state():
@@ -183,19 +193,22 @@ def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
     warmup = settings["optimizer"].get("warmup_steps")
     if warmup is not None and not 0 <= warmup <= _LONGEST_WARMUP:
         raise ValueError(f"optimizer.warmup_steps must be from 0 to {_LONGEST_WARMUP:,} or null, got {warmup:,}")
-    check_size(model, len(data.source_tokenizer), len(data.target_tokenizer))
-    return Seq2SeqTask(
-        source_tokenizer=data.source_tokenizer.state(),
-        target_tokenizer=data.target_tokenizer.state(),
-        model=model,
-        max_length=data.longest_output(),
-        seed=settings["seed"],
-        metrics=data.metrics,
-        bleu_tokenize=data.bleu_tokenize,
-        **own,
-        **settings["optimizer"],
-        **settings["loss"],
-    )
+    with keys_named("data", ["max_length"]):
+        longest = data.longest_output()
+    with keys_named("model", model), keys_named("optimizer", _TASK_KEYS["optimizer"]):
+        check_size(model, len(data.source_tokenizer), len(data.target_tokenizer))
+        return Seq2SeqTask(
+            source_tokenizer=data.source_tokenizer.state(),
+            target_tokenizer=data.target_tokenizer.state(),
+            model=model,
+            max_length=longest,
+            seed=settings["seed"],
+            metrics=data.metrics,
+            bleu_tokenize=data.bleu_tokenize,
+            **own,
+            **settings["optimizer"],
+            **settings["loss"],
+        )
 
 
 def build_decoding(section: dict[str, Any] | None) -> Decoding:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_attn import calibrate as find_alpha
 
-from .folders import write_text
+from .folders import check_output, check_output_folder, write_text
 from .launch import run_hydra
 from .report import alpha_table
 from .report.huggingface import load_model, longest_input, model_folder, quiet
@@ -49,6 +49,8 @@ def calibrate(cfg: DictConfig) -> dict[str, list[float]]:
             raise ValueError(
                 f"{name} must be a whole number of at least {2 if name == 'tokens' else 1}, got {cfg[name]}"
             )
+    files = {key: check_output(key, str(cfg[key])) for key in ("output", "state") if cfg[key] is not None}
+    save = None if cfg.save is None else check_output_folder("save", str(cfg.save))
     folder, text = model_folder(cfg.hf_model), _read(cfg.text)
     with quiet():
         model, tokenizer = load_model(folder, "softmax")
@@ -63,12 +65,12 @@ def calibrate(cfg: DictConfig) -> dict[str, list[float]]:
     densities = [density for values in found.density.values() for density in values]
     console.print(f"\nloss {found.loss_before:.4f} dense, {found.loss_after:.4f} with these α, on {pieces:,} tokens")
     console.print(f"density {sum(densities) / len(densities):.4f}, the mean of all heads")
-    if cfg.output is not None:
-        write_text(Path(cfg.output).expanduser(), json.dumps(found, indent=2) + "\n")
+    if "output" in files:
+        write_text(files["output"], json.dumps(found, indent=2) + "\n")
         console.print(f"written: {cfg.output}", markup=False, soft_wrap=True)
-    if cfg.save is not None:
-        _save(model, tokenizer, found, cfg.alpha_max, Path(cfg.save).expanduser())
-        console.print(f"written: {short_path(Path(cfg.save).expanduser().resolve())}", markup=False, soft_wrap=True)
+    if save is not None:
+        _save(model, tokenizer, found, cfg.alpha_max, save)
+        console.print(f"written: {short_path(save.resolve())}", markup=False, soft_wrap=True)
     return dict(found)
 
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from .arguments import sweep_arguments
 from .bootstrap import Difference, paired_bootstrap, statistics
-from .folders import write_text
+from .folders import check_output, write_text
 from .launch import run_hydra
 from .predictions import PREDICTIONS, read_predictions
 from .report.comparison import FORMATS, render
@@ -85,6 +85,7 @@ def compare(cfg: DictConfig) -> list[Setting]:
     check_choice("format", cfg.format, FORMATS)
     if type(cfg.samples) is not int or cfg.samples < 1:
         raise ValueError(f"samples must be a whole number of at least 1, got {cfg.samples!r}")
+    output = None if cfg.output is None else check_output("output", str(cfg.output))
     folders = [str(folder) for folder in (cfg.sweep if isinstance(cfg.sweep, ListConfig) else [cfg.sweep])]
     runs, unfinished = find_runs(folders)
     metrics = _metrics(cfg.metrics, runs)
@@ -93,10 +94,10 @@ def compare(cfg: DictConfig) -> list[Setting]:
     if cfg.baseline is not None:
         notes += add_differences(settings, str(cfg.baseline), metrics, samples=cfg.samples)
     text = render(settings, metrics, cfg.format, notes)
-    if cfg.output is None:
+    if output is None:
         print(text)
     else:
-        write_text(Path(str(cfg.output)).expanduser(), text + "\n")
+        write_text(output, text + "\n")
     return settings
 
 
@@ -152,6 +153,8 @@ def _metrics(asked: Any, runs: Sequence[FinishedRun]) -> list[str]:
                 "the runs must have a metric in common, got runs with none; compare them one folder at a time"
             )
     metrics = [str(name) for name in asked] if not isinstance(asked, str) else [asked]
+    if not metrics:
+        raise ValueError("metrics must hold at least one metric, or be null, got []")
     for name in metrics:
         check_choice("metrics", name, list(METRICS))
         for run in runs:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from .bind import check_arguments
+from .bind import check_arguments, keys_named
 from .build import build_decoding
 from .ensemble import load_ensemble
+from .folders import check_output
 from .launch import run_hydra
+from .report.overlap import overlap, overlap_table
 from .report.scores import print_scores
 from .report.search import search_table
 from .run import Run, short_path, write_json
 from .seq2seq.data import Seq2SeqData
+from .seq2seq.data.examples import subset
+from .seq2seq.data.tsv import read_split
 from .seq2seq.decode import DECODINGS, Decoding
 from .seq2seq.scores import score
 from .seq2seq.search_space import SearchSpace
@@ -53,9 +56,11 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         cfg: ``configs/evaluate.yaml`` as composed by Hydra.
 
     Returns:
-        ``val/loss``, ``val/support``, ``val/per``, ``val/wer``, ``val/words`` and the same for ``test``, if ``split``
-        includes them. An ensemble has no loss and no support. With ``decoding=exact``, the values of
-        ``SearchSpace.summary`` are added.
+        ``val/loss``, ``val/support``, the metrics of the data, such as ``val/per`` and ``val/wer``, ``val/words`` and
+        the same for ``test``, if ``split`` includes them. An ensemble has no loss and no support. With
+        ``decoding=exact``, the values of ``SearchSpace.summary`` are added. If the data have features and the
+        training file of the run exists, ``val/known_both/accuracy`` and ``val/known_both/words``, and the same for the
+        other parts of :func:`~recipes.report.overlap.overlap`, are added.
 
     Raises:
         FileNotFoundError: If a run, its checkpoint or a data file is missing.
@@ -65,6 +70,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     """
     splits = _splits(cfg.split)
     decoding = chosen_decoding(cfg)
+    output = None if cfg.output is None else check_output("output", str(cfg.output))
     ensemble = load_ensemble(cfg.run, cfg.checkpoint, cfg.average)
     run, several = ensemble.first, len(ensemble.runs) > 1
     section = data_section(run, given_data(cfg), splits)
@@ -83,11 +89,22 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     results.update({f"{split}/words": len(found.sources) for split, found in scores.items()})
     results.update({f"{split}/{name}": value for split, found in searches.items() for name, value in found.items()})
     print_scores(console, scores)
+    trained_on = training_sources(run)
+    if trained_on:
+        fields = run.task.source_tokenizer.fields
+        parts = {split: overlap(found, fields, trained_on) for split, found in scores.items()}
+        for split, found in parts.items():
+            for part, (words, accuracy) in found.items():
+                results |= {f"{split}/{part}/words": words, f"{split}/{part}/accuracy": accuracy}
+        console.print()
+        console.print(overlap_table(parts))
     if searches:
         console.print()
         console.print(search_table(searches, beam_size=decoding.beam_size, budget=decoding.budget))
-    own = run.folder / (ENSEMBLE if several else EVALUATION)
-    file = own if cfg.output is None else Path(str(cfg.output)).expanduser()
+    for split in splits:
+        for note in data.notes_of(split):
+            console.print(f"note: {note}", markup=False, soft_wrap=True)
+    file = output or run.folder / (ENSEMBLE if several else EVALUATION)
     settings = {
         **({"runs": [str(member.folder) for member in ensemble.runs]} if several else {}),
         "checkpoint": cfg.checkpoint,
@@ -98,9 +115,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     try:
         write_json(file, {**settings, **results})
     except OSError as error:
-        raise OSError(
-            error.errno, f"{error.strerror}; the scores above were not saved: give output=FILE", str(file)
-        ) from None
+        advice = "" if output else ": give output=FILE"
+        raise OSError(error.errno, f"{error.strerror}; the scores above were not saved{advice}", str(file)) from None
     console.print(f"\nwritten to {short_path(file)}", markup=False, soft_wrap=True)
     return results
 
@@ -158,10 +174,10 @@ def data_section(run: Run, given: dict[str, Any], splits: tuple[str, ...]) -> di
         return section
     for split in splits:
         if section.get(split) is None:
+            other = f" or split={'test' if split == 'val' else 'val'}" if len(splits) > 1 else ""
             raise ValueError(
                 f"no {split} file: the run was trained on {run.config.data.name}, got "
-                f"{', '.join(f'data.{key}' for key in files) or 'data.name=tsv'}; "
-                f"give data.{split}=FILE or split={'test' if split == 'val' else 'val'}"
+                f"{', '.join(f'data.{key}' for key in files) or 'data.name=tsv'}; give data.{split}=FILE{other}"
             )
     if section.get("limit") is None:
         # The training words are needed only for a limit, which keeps the same share of every split.
@@ -181,10 +197,23 @@ def evaluation_data(section: dict[str, Any], task: Seq2SeqTask) -> Seq2SeqData:
         ValueError: If a key is unknown, or the data cannot be read.
     """
     check_arguments(Seq2SeqData, "data", section)
-    data = Seq2SeqData(**section)
-    data.use_tokenizers(task.source_tokenizer, task.target_tokenizer)
-    data.setup()
+    with keys_named("data", section):
+        data = Seq2SeqData(**section)
+        data.use_tokenizers(task.source_tokenizer, task.target_tokenizer)
+        data.setup()
     return data
+
+
+def training_sources(run: Run) -> list[str]:
+    """The inputs that a run was trained on; none if they have no features, or a training file is missing."""
+    if "features" not in run.task.source_tokenizer.fields:
+        return []
+    own: Any = OmegaConf.to_container(run.config.data, resolve=True)
+    try:
+        examples = read_split(own["train"], own["columns"], own.get("languages"))
+    except FileNotFoundError:
+        return []
+    return [example.source for example in subset(examples, own.get("limit"))]
 
 
 def _splits(split: Any) -> tuple[str, ...]:

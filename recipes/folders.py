@@ -42,17 +42,18 @@ def new_folder(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def claimed(folder: Path, *, fixed: bool = True) -> Iterator[Path]:
-    """Locks a folder against other processes during a ``with`` block; a missing folder is made.
+    """Locks a folder against other calls of this function during a ``with`` block; a missing folder is made.
 
-    The folder itself is locked, so that no lock file is left. The lock ends with the process, also after a kill.
+    The folder itself is locked, so that no lock file is left. The lock ends with the process, also after a kill. Where
+    the system cannot lock a folder, as on Windows and some network file systems, nothing is locked.
 
     Args:
         folder: The requested folder.
         fixed: Whether only this folder may be used. Otherwise the first free one of ``folder``, ``folder_2``, ... is
-            used: one that is not locked and has no file.
+            used: one that is empty and not locked.
 
     Yields:
-        The folder, which is removed at the end if nothing was written into it.
+        The folder, which is removed at the end if it is empty.
 
     Raises:
         Busy: If another process has locked the folder, and ``fixed`` is true.
@@ -87,11 +88,12 @@ def remove_if_empty(folder: Path) -> None:
 def replacing(file: Path) -> Iterator[Path]:
     """A path to write to in a ``with`` block; at its end, the complete new file replaces ``file``.
 
-    After an error or a kill, ``file`` is either the complete old file or the complete new one. A link stays, and the
-    file that it names is replaced. A pipe or a device, such as ``/dev/stdout``, is written to directly.
+    After an error or a kill, ``file`` is either the complete old file or the complete new one; a kill may leave the
+    temporary file, whose name is that of ``file`` between a dot and ``.XXXXXXXX.tmp``. A link stays, and the file that
+    the link names is replaced. A pipe or a device, such as ``/dev/stdout``, is written to directly.
 
     Raises:
-        OSError: If the file cannot be written; the error names ``file``.
+        OSError: If the file cannot be written. Unless it is a pipe or a device, the error names ``file``.
     """
     if file.exists() and not file.is_file():
         yield file
@@ -112,14 +114,59 @@ def replacing(file: Path) -> Iterator[Path]:
         raise
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes the temporary files that a killed process left in a folder while it replaced a file.
+
+    No other process may be writing into the folder.
+    """
+    for file in folder.glob(".*.tmp"):
+        file.unlink(missing_ok=True)
+
+
 def write_text(file: Path, text: str) -> None:
     """Writes UTF-8 text with :func:`replacing`."""
     with replacing(file) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as stream:
         stream.write(text)
 
 
+def check_output(key: str, given: str) -> Path:
+    """The path of a file that a command writes at its end, checked before its work begins.
+
+    Args:
+        key: The key of the command, for the message.
+        given: The value of the key.
+
+    Raises:
+        OSError: If ``given`` is a folder, or lies in a folder that does not exist or cannot be written to.
+    """
+    file = Path(given).expanduser()
+    folder = file.resolve().parent
+    if file.is_dir():
+        raise IsADirectoryError(f"{key} must be a file, got the folder {given!r}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{key} must be a file in an existing folder, got {given!r}")
+    if (file.is_file() or not file.exists()) and not os.access(folder, os.W_OK):
+        raise PermissionError(f"{key} must be a file in a folder that can be written to, got {given!r}")
+    return file
+
+
+def check_output_folder(key: str, given: str) -> Path:
+    """As :func:`check_output`, for a folder, which is made if it does not exist.
+
+    Raises:
+        OSError: If a file has the name of the folder or of a folder above it, or the folder cannot be written to.
+    """
+    folder = Path(given).expanduser()
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{key} must be a folder, got {given!r}, where {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"{key} must be a folder that can be written to, got {given!r}")
+    return folder
+
+
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error means that the disk is full."""
+    """Whether an error means that the disk is full, or that a quota or the largest size of a file is reached."""
     return isinstance(error, OSError) and error.errno in _DISK_FULL
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from sparse_attn import alpha_per_head
 
 from .evaluate import data_section, evaluation_data, given_data
+from .folders import check_output, check_output_folder
 from .launch import run_hydra
 from .report import alpha_table, attention_density, measure_at, measure_heads, roles_table, top_k_per_layer
 from .report.alignments import RULES, alignment_lines, check_alignment, write_lines
@@ -54,6 +55,9 @@ def inspect(cfg: DictConfig) -> dict[str, list[float]]:
         )
     if cfg.run is not None and cfg.hf_model is not None:
         raise ValueError(f"only one of run and model can be given, got run={cfg.run} and model={cfg.hf_model}")
+    for name, check in {"output": check_output_folder, "alignments": check_output}.items():
+        if cfg[name] is not None:
+            check(name, str(cfg[name]))
     if cfg.hf_model is not None:
         from .report.huggingface import inspect_model
 
@@ -62,13 +66,24 @@ def inspect(cfg: DictConfig) -> dict[str, list[float]]:
 
 
 def _inspect_run(cfg: DictConfig) -> dict[str, list[float]]:
-    for name in ("text", "target", "attention"):
+    instead = {
+        "text": "the words of a run are given as words=[...] or input=FILE",
+        "target": "a run generates the output of its words itself",
+        "attention": "a run keeps the attention that it was trained with",
+    }
+    for name, reason in instead.items():
         if cfg[name] is not None:
-            raise ValueError(f"{name} is for model=DIR; the words of a run are given as words=[...] or input=FILE")
+            raise ValueError(f"{name} is for model=DIR, got {name}={cfg[name]} with run={cfg.run}; {reason}")
     run = load_run(cfg.run, cfg.checkpoint)
     task = run.task
     other = load_run(cfg.compare, cfg.checkpoint) if cfg.compare is not None else None
-    given = given_words(_plain(cfg.words), cfg.word, cfg.input, task.source_tokenizer.fields)
+    fields = task.source_tokenizer.fields
+    if other is not None and (found := other.task.source_tokenizer.fields) != fields:
+        raise ValueError(
+            f"compare must be a run whose inputs have the fields {', '.join(fields)}, got {other.folder} with "
+            f"{', '.join(found)}"
+        )
+    given = given_words(_plain(cfg.words), cfg.word, cfg.input, fields)
     crossing = sum(layer_kind(name) == "cross" for name, _ in task.model.named_modules() if name.endswith("_attn"))
     check_alignment(cfg.align.heads, cfg.align.layer, crossing)
     if type(cfg.worth_words) is not int or cfg.worth_words < 1:

@@ -34,7 +34,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from .arguments import check_deletions, check_flags, is_multirun, quoted, read_as_text, split, with_config_names
+from .arguments import check_flags, check_overrides, is_multirun, quoted, read_as_text, split, with_config_names
 from .folders import remove_if_empty
 
 WRONG_INPUT, INTERRUPTED = 2, 130
@@ -99,7 +99,7 @@ def run_hydra(
     with reported(name), contextlib.ExitStack() as stack:
         flags, overrides = split(arguments)
         check_flags(flags)
-        check_deletions(overrides)
+        check_overrides(overrides)
         if config is None:
             check_groups(name, overrides, sweep=is_multirun(flags))
         overrides = with_config_names(name, overrides)
@@ -276,8 +276,20 @@ def _composition_message(error: HydraException, name: str) -> str:
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         return _config_message(cause, name)
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r} is not of the form key=value: {str(error).partition('See https')[0]}"
+        return _unreadable(error.override)
     return str(error)
+
+
+def _unreadable(override: str) -> str:
+    """The message for an override that Hydra's parser refuses."""
+    key, equals, value = override.partition("=")
+    if not equals or not re.fullmatch(r"\+{0,2}[\w.@/-]+", key):
+        return f"{override!r} is not of the form key=value"
+    key = key.lstrip("+")
+    return (
+        f"the value of {key} cannot be read, got {value!r}; close brackets and quotation marks, and put a text with "
+        f"special characters into both kinds of quotation marks: {key}=\"'TEXT'\""
+    )
 
 
 def _config_message(error: OmegaConfBaseException, name: str) -> str:

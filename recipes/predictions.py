@@ -36,12 +36,12 @@ class Prediction:
 
 
 def write_predictions(file: Path, scores: Scores, fields: Sequence[str]) -> None:
-    """Writes one line per input, with columns separated by tabs; the first line names the columns.
+    """Writes a line with the names of the columns, and one line per input; tabs separate the columns.
 
     Args:
         file: The output file.
         scores: The scores of a whole split.
-        fields: The fields of an input, which are the first columns.
+        fields: The names of the fields of an input, which are the first columns; ``_COLUMNS`` are the others.
     """
     lines = ["\t".join([*fields, *_COLUMNS])]
     closest = closest_references(scores.predictions, scores.references)
@@ -79,7 +79,10 @@ def read_predictions(file: Path) -> list[Prediction]:
         parts = line.split("\t")
         *source, prediction, reference, distance, length, group = parts if len(parts) == width else ["", *_COLUMNS]
         if not (distance.isdecimal() and length.isdecimal()):
-            raise ValueError(f"{file}:{number}: a line must have the columns {lines[0].split()}, got {line!r}")
+            raise ValueError(
+                f"{file}:{number}: a line must be {'<TAB>'.join(header)}, with whole numbers as distance and length, "
+                f"got {line!r}"
+            )
         found.append(Prediction("\t".join(source), prediction, reference, int(distance), int(length), group))
     if not found:
         raise ValueError(f"{file} must hold at least one prediction, got only the names of the columns")

@@ -10,7 +10,7 @@ from .arguments import is_multirun, quoted
 from .launch import config_groups
 from .sweep import SWEEP, resumed_sweep
 
-# Only the keys in these three lists may change: the state in the checkpoint depends on all others.
+# Only the keys in these three lists may change: what the checkpoint holds may depend on any other.
 _ALLOWED = ("trainer.", "logger.", "hydra.", "decoding.")
 _FILES = ("data.train", "data.val", "data.test")
 _MACHINE = ("threads",)
@@ -27,8 +27,9 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
 
     Raises:
         FileNotFoundError: If ``DIR`` is not a run folder or has no last checkpoint.
-        ValueError: If several runs are requested, a key is changed that is not one of the trainer, the loggers, the
-            decoding or the data files, or the checkpoint is damaged.
+        ValueError: If several runs are requested, a group is chosen, a key is changed that is not one of the trainer,
+            the loggers, the decoding, Hydra, the data files or the threads, another run folder is requested, or the
+            checkpoint is damaged.
     """
     runs = [argument.partition("=")[2] for argument in arguments if argument.startswith("resume=")]
     if not runs or runs[-1] in ("", "null"):
@@ -45,12 +46,14 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
         if argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
             continue  # a flag of Hydra, or the value of a flag
         key = argument.partition("=")[0].lstrip("+~")
+        if key == "hydra.run.dir":
+            raise ValueError(f"resume continues a run in its own folder, got also {argument!r}")
         if not key.startswith(_ALLOWED) and key not in (*_FILES, *_MACHINE):
-            wrong = "chooses a group" if _is_group(key) else "would change what has been learnt"
+            group = ", which chooses a group" if _is_group(key) else ""
             raise ValueError(
-                f"resume continues a run with its own configuration: {argument!r} {wrong}; "
-                "allowed are single keys of trainer, decoding and logger, such as trainer.max_epochs=8, and "
-                f"{', '.join(_FILES)}"
+                f"resume continues a run with its own configuration, got also {argument!r}{group}; allowed are single "
+                "keys of trainer, logger, decoding and hydra, such as trainer.max_epochs=8, and "
+                f"{', '.join((*_FILES, *_MACHINE))}"
             )
     folder = run_folder(place)
     check_config(folder / CONFIG)

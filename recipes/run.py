@@ -1,9 +1,13 @@
 """A run folder: the files that a training writes, and functions to read them.
 
-config.yaml      the resolved configuration          versions.json    Python, libraries, git commit
-overrides.yaml   what the command line changed       results.json     final metrics
-metrics.csv      losses and error rates by step      alpha.csv        α of every head by step
-checkpoints/     best, last, weights by epoch           tensorboard/     the same curves for TensorBoard
+config.yaml      the resolved configuration          versions.json           Python, libraries, git commit
+overrides.yaml   what the command line changed       results.json            final metrics
+metrics.csv      losses and metrics by step          test_predictions.tsv    predictions of the test words
+alpha.csv        α of every head by step             tensorboard/            curves for TensorBoard
+checkpoints/     best, last, weights by epoch        bpe_SIDE.json           subwords, if there are any
+
+``logger`` chooses whether metrics.csv and tensorboard/ are written. Other commands add evaluation.json, ensemble.json
+and report/.
 """
 
 from __future__ import annotations
@@ -24,12 +28,23 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from .curves import drop_rows_after
-from .folders import write_text
+from .folders import remove_unfinished, write_text
 from .seq2seq.task import LAYOUT, Seq2SeqTask
 
 CONFIG, OVERRIDES, VERSIONS, RESULTS = "config.yaml", "overrides.yaml", "versions.json", "results.json"
 METRICS, ALPHA, CHECKPOINTS = "metrics.csv", "alpha.csv", "checkpoints"
-_WRITTEN = (CONFIG, OVERRIDES, VERSIONS, RESULTS, METRICS, ALPHA)
+# Patterns of the files that a training writes.
+_WRITTEN = (
+    CONFIG,
+    OVERRIDES,
+    VERSIONS,
+    RESULTS,
+    METRICS,
+    ALPHA,
+    "bpe_*.json",
+    f"{CHECKPOINTS}/*.ckpt",
+    "tensorboard/events.out.tfevents.*",
+)
 _PACKAGES = (
     "torch",
     "lightning",
@@ -57,7 +72,7 @@ def load_run(run: str | Path, checkpoint: str = "best") -> Run:
 
     Args:
         run: The folder.
-        checkpoint: ``"best"`` or ``"last"``.
+        checkpoint: ``"best"``, ``"last"``, or the name of another file in ``checkpoints/`` without its ending.
 
     Raises:
         FileNotFoundError: If there is no such folder, it is not a run folder, or it has no such checkpoint.
@@ -156,7 +171,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 def start_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Writes the files that are known when a run starts: its configuration, the overrides and the versions.
 
-    A run that was stopped before its first checkpoint cannot be resumed, so a new run in its folder replaces it.
+    A run that was stopped before its first last.ckpt cannot be resumed, so a new run in its folder replaces it: the
+    files that a training writes are removed.
 
     Raises:
         FileExistsError: If the folder already has a run with a checkpoint, or a ``config.yaml`` that is not of a run.
@@ -165,9 +181,10 @@ def start_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> Non
     refuse_taken(folder)
     if (folder / VERSIONS).is_file():
         # versions.json is removed last: after a kill, `refuse_taken` still recognises the folder by this file.
-        others = [folder / name for name in (*_WRITTEN, f"{CHECKPOINTS}/best.ckpt") if name != VERSIONS]
-        for old in (*others, *folder.glob("tensorboard/events.out.tfevents.*"), folder / VERSIONS):
+        others = [file for pattern in _WRITTEN if pattern != VERSIONS for file in folder.glob(pattern)]
+        for old in (*others, folder / VERSIONS):
             old.unlink(missing_ok=True)
+    remove_unfinished(folder)
     write_json(folder / VERSIONS, versions())
     write_text(folder / OVERRIDES, OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
     write_text(folder / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
@@ -192,7 +209,7 @@ def continue_record(folder: Path, cfg: DictConfig, overrides: Sequence[str], ste
     """Updates the record of a run that is continued after ``step``.
 
     Adds the current overrides and versions, and removes the curves after the checkpoint, which will be written again.
-    Earlier results stay until the next checkpoint is saved.
+    Earlier results stay until the end of the next epoch.
 
     Raises:
         FileNotFoundError: If a file of the record is missing.
@@ -208,6 +225,7 @@ def continue_record(folder: Path, cfg: DictConfig, overrides: Sequence[str], ste
     write_json(folder / VERSIONS, {**before, "resumed": [*before.get("resumed", []), versions()]})
     for curves in (METRICS, ALPHA):
         drop_rows_after(folder / curves, step)
+    remove_unfinished(folder)
 
 
 def _recorded_overrides(file: Path) -> list[Any]:

@@ -1,7 +1,8 @@
 """Train a model: ``sparse-attn train`` or ``python -m recipes.train``.
 
-The steps: data, model and trainer are built from the configuration and checked before a file is written; the run
-folder is made, or continued from its last checkpoint; the best checkpoint is scored on all validation and test words.
+The steps: data, model and trainer are built from the configuration and checked before a file of the run is written; the
+model is trained from the start, or from the last checkpoint of a run; the best checkpoint is scored on all validation
+and test words.
 """
 
 from __future__ import annotations
@@ -30,17 +31,21 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """Trains, writes all results to the run folder, and prints the scores.
 
     Args:
-        cfg: ``configs/train.yaml`` as composed by Hydra, with ``paths.output_dir`` as the run folder; if
-            ``resume`` names a run folder, its training is continued.
+        cfg: ``configs/train.yaml`` as composed by Hydra, with ``paths.output_dir`` as the run folder; a folder whose
+            name is the time gets a number if it is taken. If ``resume`` names a run folder, its training is continued.
 
     Returns:
-        ``val/loss``, ``val/per``, ``val/wer``, the same for ``test``, and ``seconds``, which includes earlier sessions
-        up to their last checkpoint. If several processes train together, only the first one returns these values.
+        ``val/loss``, ``val/support`` and the metrics of the data, such as ``val/per`` and ``val/wer``; the same for
+        ``test``; and ``seconds``, which includes earlier sessions up to their last checkpoint. If several processes
+        train together, only the first one returns these values.
 
     Raises:
         FileNotFoundError: If a file or checkpoint is missing.
         FileExistsError: If the folder contains another run, or another process uses it.
-        Interrupted: After Ctrl-C or SIGTERM; the message says how to continue.
+        Interrupted: After Ctrl-C once the run has been recorded, or SIGTERM during the epochs; the message says how to
+            continue.
+        MissingMandatoryValue: If a value without a default is not given.
+        OSError: If a file cannot be written; if the disk is full, the message says how to continue.
         TypeError: If a value has the wrong type.
         ValueError: If a value or the content of a file is not allowed.
     """

@@ -20,6 +20,15 @@ from sparse_attn.checks import check_floating
 Window = int | tuple[int | None, int | None]
 
 
+class ScoreShape(NamedTuple):
+    """The sizes of the scores of a multi-head layer, (N, H, L, S)."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+
+
 class Bounds(NamedTuple):
     """The keys that a query sees by position: query ``i`` those from ``i - left`` to ``i + right``; None: no limit.
 
@@ -209,7 +218,7 @@ def multihead_mask(
     window: Window | None,
     is_causal: bool,
     *,
-    shape: tuple[int, int, int, int],
+    shape: ScoreShape,
     offset: int,
     device: torch.device,
     with_bounds_apart: bool,
@@ -223,7 +232,7 @@ def multihead_mask(
         own_bias: The bias of the layer's ``positions``, like ``position_bias``.
         window: As in :func:`window_mask`.
         is_causal: Query ``i`` sees the keys up to ``i + offset``. No effect if there is an ``attn_mask``.
-        shape: (N, H, L, S).
+        shape: The sizes of the scores.
         offset: How many keys come before the key of the first query.
         device: The device of the mask.
         with_bounds_apart: Whether the caller applies the window and causality itself, so that no mask of (L, S)
@@ -236,38 +245,28 @@ def multihead_mask(
         TypeError: A mask is neither boolean nor floating, or a bias not floating.
         ValueError: A mask or a bias has a wrong shape.
     """
-    batch, heads, queries, keys = shape
-    mask = merge_multihead_masks(attn_mask, key_padding_mask, batch=batch, heads=heads, queries=queries, keys=keys)
+    mask = merge_multihead_masks(attn_mask, key_padding_mask, shape)
     bounds = window_bounds(window, is_causal and attn_mask is None, offset=offset)
     if not with_bounds_apart:
-        mask, bounds = with_bounds(mask, bounds, queries, keys, device), NO_BOUNDS
+        mask, bounds = with_bounds(mask, bounds, shape.queries, shape.keys, device), NO_BOUNDS
     for name, bias in (("position_bias", position_bias), ("the bias of positions", own_bias)):
         if bias is not None:
             check_floating(bias, name)
             check_mask(bias, shape, name)
             # The bias is expanded to all S keys, since the layer may append keys (add_bias_kv, add_zero_attn).
-            mask = combine_masks(mask, with_infinities(bias).expand(*bias.shape[:-1], keys))
+            mask = combine_masks(mask, with_infinities(bias).expand(*bias.shape[:-1], shape.keys))
     return mask, bounds
 
 
 def merge_multihead_masks(
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    *,
-    batch: int,
-    heads: int,
-    queries: int,
-    keys: int,
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, shape: ScoreShape
 ) -> Tensor | None:
     """``nn.MultiheadAttention``'s two masks (``True`` = masked, float = added) as one in the internal form.
 
     Args:
         attn_mask: (L, S) or (N * H, L, S).
         key_padding_mask: (N, S).
-        batch: N.
-        heads: H.
-        queries: L.
-        keys: S.
+        shape: The sizes of the scores.
 
     Returns:
         A mask broadcastable to (N, H, L, S): float if one of the two is float, otherwise boolean; None without masks.
@@ -276,14 +275,14 @@ def merge_multihead_masks(
         TypeError: A mask is neither boolean nor floating.
         ValueError: A mask has a wrong shape.
     """
-    check_multihead_masks(attn_mask, key_padding_mask, batch=batch, heads=heads, queries=queries, keys=keys)
+    check_multihead_masks(attn_mask, key_padding_mask, shape)
     merged: Tensor | None = None
     if attn_mask is not None:
         merged = _to_internal(attn_mask)
         if merged.dim() == 3:
-            merged = merged.view(batch, heads, queries, keys)
+            merged = merged.view(*shape)
     if key_padding_mask is not None:
-        padding = _to_internal(key_padding_mask).view(batch, 1, 1, keys)
+        padding = _to_internal(key_padding_mask).view(shape.batch, 1, 1, shape.keys)
         merged = combine_masks(merged, padding)
     return merged
 
@@ -291,11 +290,8 @@ def merge_multihead_masks(
 def check_multihead_masks(
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
+    shape: ScoreShape,
     *,
-    batch: int,
-    heads: int,
-    queries: int,
-    keys: int,
     batched: bool = True,
     names: tuple[str, str] = ("attn_mask", "key_padding_mask"),
 ) -> None:
@@ -303,6 +299,7 @@ def check_multihead_masks(
 
     ``names`` are the names of the masks in errors. Without ``batched``, ``key_padding_mask`` is (S,).
     """
+    batch, heads, queries, keys = shape
     if attn_mask is not None:
         check_mask_dtype(attn_mask, names[0])
         shapes = ((queries, keys), (batch * heads, queries, keys))
@@ -313,9 +310,9 @@ def check_multihead_masks(
             )
     if key_padding_mask is not None:
         check_mask_dtype(key_padding_mask, names[1])
-        shape, form = ((batch, keys), "(N, S)") if batched else ((keys,), "(S,)")
-        if tuple(key_padding_mask.shape) != shape:
-            raise ValueError(f"{names[1]} must have shape {form} = {shape}, got {tuple(key_padding_mask.shape)}")
+        expected, form = ((batch, keys), "(N, S)") if batched else ((keys,), "(S,)")
+        if tuple(key_padding_mask.shape) != expected:
+            raise ValueError(f"{names[1]} must have shape {form} = {expected}, got {tuple(key_padding_mask.shape)}")
 
 
 def check_mask_dtype(mask: Tensor, name: str) -> None:

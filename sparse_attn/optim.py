@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn.checks import check_alpha, check_filter, check_number, check_number_or_tensor
-from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_inside, fill, has_learnt_alpha, one_or_per_head, whole
+from sparse_attn.nn.alpha import WideAlpha, fill, has_learnt_alpha, one_or_per_head, whole
+from sparse_attn.nn.alpha_range import bounded_alpha, check_inside
 from sparse_attn.nn.model_alpha import FilterFn, alpha_modules, of_attention
 
 __all__ = [

@@ -118,7 +118,10 @@ def test_without_time_no_task_starts_and_the_next_call_runs_all_of_them(gpu_chec
     record = gpu_check.Record(path, WHERE)
     gpu_check.run(three, record, -1.0)
     assert [x["skipped"] for x in record.results("check")] == ["no time left"] * 3
-    assert not gpu_check.Record(path, WHERE).results("check")
+    again = gpu_check.Record(path, WHERE)
+    assert not again.results("check")
+    gpu_check.run(three, again, 1e6)
+    assert sorted(bool(x.get("right")) for x in again.results("check")) == [False, True, True]
 
 
 def test_results_of_another_torch_and_other_files_are_refused(gpu_check, tmp_path):

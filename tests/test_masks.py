@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from sparse_attn.masks import (
+    ScoreShape,
     apply_mask,
     causal_mask,
     check_mask_dtype,
@@ -117,7 +118,7 @@ def test_a_mask_that_does_not_broadcast_raises_an_error(shape: tuple[int, ...]) 
 
 
 def merge(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
-    return merge_multihead_masks(attn_mask, key_padding_mask, batch=N, heads=H, queries=L, keys=S)
+    return merge_multihead_masks(attn_mask, key_padding_mask, ScoreShape(N, H, L, S))
 
 
 def added(mask: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A trained dense model that is made sparse and then dense again has the same function and the same objects."""
+"""A trained dense model that is made sparse and then dense again keeps its function and its parameters."""
 
 from __future__ import annotations
 

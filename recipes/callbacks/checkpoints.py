@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from ..folders import replacing
+from ..folders import remove_unfinished, replacing
 from ..run import CHECKPOINTS, RESULTS, epoch_checkpoints
 from .metrics_csv import MetricsCsv
 
@@ -43,8 +43,7 @@ class BestAndLast(Checkpoint):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Removes incomplete checkpoints that a killed training left."""
         if trainer.is_global_zero:
-            for unfinished in self.folder.glob(".*.tmp"):
-                unfinished.unlink()
+            remove_unfinished(self.folder)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the checkpoints. Lightning calls this after every other callback, with all metrics of the epoch.

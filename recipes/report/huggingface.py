@@ -45,7 +45,9 @@ def inspect_model(cfg: DictConfig) -> dict[str, list[float]]:
         FileNotFoundError: If there is no such folder.
         ValueError: If the folder contains no model, the text does not fit the model, or a value is not allowed.
     """
-    for name in ("compare", "words", "word", "input"):
+    if cfg.compare is not None:
+        raise ValueError(f"compare is only for run=DIR, got compare={cfg.compare} with model={cfg.hf_model}")
+    for name in ("words", "word", "input"):
         if cfg[name] is not None:
             raise ValueError(f'{name} is only for run=DIR; the input of a Hugging Face model is given as text="..."')
     if cfg.worth:

@@ -1,4 +1,4 @@
-"""Pictures of the attention of one word, head by head, in which exact zeros differ from small weights."""
+"""Pictures of the attention of one word, head by head or as rollout, in which zeros differ from small weights."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ NON_ZERO = LinearSegmentedColormap.from_list("non-zero", matplotlib.colormaps["B
 LONGEST_NICE_WORD = 8
 HEADS_PER_ROW = 4
 AXES_MEAN: dict[Kind, str] = {
-    "encoder": "letter × letter",
-    "decoder": "symbol read × symbol read",
-    "cross": "symbol written × letter",
+    "encoder": "input × input",
+    "decoder": "output read × output read",
+    "cross": "output written × input",
 }
 
 
@@ -47,7 +47,7 @@ class AttentionMap:
 
 @dataclass(frozen=True)
 class WordMaps:
-    """One word, the output of the model for it, and the attention of its layers."""
+    """One word, the output of the model for it, and the attention of the last layer of each kind."""
 
     word: str
     prediction: str
@@ -55,7 +55,7 @@ class WordMaps:
 
 
 def choose_word(words: Iterable[str]) -> str:
-    """The first of the longest words whose picture is still readable."""
+    """The first of the longest words whose picture is still readable; if all words are longer, the first word."""
     return max(words, key=lambda word: (len(word) <= LONGEST_NICE_WORD, min(len(word), LONGEST_NICE_WORD)))
 
 

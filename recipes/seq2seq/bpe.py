@@ -38,8 +38,9 @@ def load_bpe(state: str) -> Tokenizer:
     Raises:
         ValueError: If ``state`` is not such JSON.
     """
+    library = _library()
     try:
-        return _library().Tokenizer.from_str(state)
+        return library.Tokenizer.from_str(state)
     except Exception as error:  # the library raises nothing more specific
         raise ValueError(f"bpe must be the JSON of a tokenizer, got something else: {error}") from None
 

@@ -104,6 +104,7 @@ class Seq2SeqTransformer(nn.Module):
             "source_size": source_size,
             "target_size": target_size,
             "dim": dim,
+            "num_heads": num_heads,
             "ff_dim": ff_dim,
             "encoder_layers": encoder_layers,
             "decoder_layers": decoder_layers,
@@ -111,7 +112,7 @@ class Seq2SeqTransformer(nn.Module):
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
-        if num_heads < 1 or dim % num_heads:
+        if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, got dim={dim} and num_heads={num_heads}")
         if not 0 <= language_dim < dim:
             raise ValueError(f"language_dim must be from 0 to dim - 1 = {dim - 1}, got {language_dim}")

@@ -1,4 +1,7 @@
-"""The output of the model: from logits to the distribution of the next token, and its Fenchel-Young loss."""
+"""The output of the model: the distribution of the next token in decoding, and the Fenchel-Young loss in training.
+
+The loss includes padding, beginning of sequence and unknown among the possible tokens; the distribution excludes them.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def next_token_log_probabilities(logits: Tensor, alpha: float) -> Tensor:
 
     Args:
         logits: (..., target_size), the output of the model.
-        alpha: 1 for softmax; above 1 a token can have the log-probability ``-inf``.
+        alpha: 1 for softmax; above 1, a token other than these three can have the log-probability ``-inf`` too.
 
     Returns:
         (..., target_size), in the dtype of ``logits`` or at least float32.
@@ -56,7 +59,7 @@ def next_token_log_probabilities(logits: Tensor, alpha: float) -> Tensor:
 def output_loss(
     logits: Tensor, target: Tensor, alpha: float, *, label_smoothing: float = 0.0, reduction: str = "mean"
 ) -> Tensor:
-    r"""The Fenchel-Young loss of the α-entmax output; cross-entropy at α = 1. Padding is ignored.
+    r"""The Fenchel-Young loss of α-entmax over all tokens; cross-entropy at α = 1. Padding as a target is ignored.
 
     With label smoothing ε the loss is :math:`L(z, y) + ε (z_y - \bar z)`, which is that of cross-entropy at α = 1.
 

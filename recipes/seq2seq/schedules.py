@@ -1,4 +1,4 @@
-"""Schedules of the learning rate, as factors of its highest value."""
+"""Schedules of the learning rate, as factors of the configured value."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def check_schedule(name: str, warmup: float) -> None:
 def rate_factor(step: int, warmup: int, total: int, *, schedule: str = "linear", dim: int = 1) -> float:
     r"""The factor of the learning rate at a step, counted from 0.
 
-    With :math:`s = \text{step} + 1`, all schedules rise linearly for :math:`w` steps. Afterwards ``linear`` decreases
-    linearly to zero at ``total``, ``cosine`` as half a cosine wave, and ``inverse_sqrt`` as :math:`\sqrt{w / s}`.
-    ``noam`` is
+    With :math:`s = \text{step} + 1`, all schedules rise linearly for :math:`w` steps, at least one; all but ``noam``
+    rise to 1. Afterwards ``linear`` decreases linearly to zero at ``total``, ``cosine`` decreases to zero at
+    ``total`` as half a cosine wave, and ``inverse_sqrt`` decreases as :math:`\sqrt{w / s}`. ``noam`` is
 
     .. math:: d^{-1/2} \min(s^{-1/2}, s \, w^{-3/2})
 
@@ -33,8 +33,8 @@ def rate_factor(step: int, warmup: int, total: int, *, schedule: str = "linear",
 
     Args:
         step: Number of finished updates.
-        warmup: Number of updates in which the rate rises.
-        total: Number of updates of the whole training.
+        warmup: Number :math:`w` of updates in which the rate rises.
+        total: Number of updates of the whole training; used by ``linear`` and ``cosine``.
         schedule: ``"linear"``, ``"inverse_sqrt"``, ``"noam"`` or ``"cosine"``.
         dim: Size :math:`d` of the model, for ``noam``.
 

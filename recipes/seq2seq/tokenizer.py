@@ -43,7 +43,7 @@ class Tokenizer:
 
     Raises:
         ValueError: If ``split`` or ``normalization`` is unknown, or ``symbols`` is unsorted, repeats a symbol
-            or holds a special one, or ``bpe`` is missing or cannot be read.
+            or holds a special one, or ``bpe`` is missing, does not fit ``split`` or cannot be read.
 
     Example:
         >>> tokenizer = Tokenizer.fit(["bad", "cab"], split="characters", normalization="NFC")
@@ -72,7 +72,8 @@ class Tokenizer:
         if special := sorted(set(symbols) & set(SPECIALS)):
             raise ValueError(f"symbols must not hold the special tokens, got {', '.join(special)}")
         if (bpe is None) == (split == "bpe"):
-            raise ValueError(f"bpe must be given with split 'bpe' and with no other, got split {split!r}")
+            found = "no bpe" if bpe is None else "bpe"
+            raise ValueError(f"bpe must be given if split is 'bpe', and only then, got {found} and split {split!r}")
         self.symbols = list(symbols)
         self.split = split
         self.normalization = normalization

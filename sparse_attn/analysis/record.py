@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_attn.analysis.statistics import AttentionRecord
-from sparse_attn.masks import causal_mask, merge_multihead_masks, visible_pairs
+from sparse_attn.masks import ScoreShape, causal_mask, merge_multihead_masks, visible_pairs
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.nn.sparse import SparseAttention
 from sparse_attn.observe import Observer, is_reporter, observe_weights, pause_observers, weights_are_observed
@@ -244,7 +244,7 @@ def _visible(layer: nn.MultiheadAttention, asked: dict[str, Any], weights: Tenso
     try:
         if padding is not None and padding.dim() == 1:
             padding = padding[None]
-        mask = merge_multihead_masks(attn_mask, padding, batch=batch, heads=heads, queries=queries, keys=keys)
+        mask = merge_multihead_masks(attn_mask, padding, ScoreShape(batch, heads, queries, keys))
     except (ValueError, TypeError):  # the layer has its own mask convention
         return None
     visible = visible_pairs(mask, False, weights)

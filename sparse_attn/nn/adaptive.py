@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sparse_attn.checks import check_bool
 from sparse_attn.masks import Window
-from sparse_attn.nn.alpha import WideAlpha, bounded_alpha, check_alpha_range, fill, initial_alpha
+from sparse_attn.nn.alpha import WideAlpha, fill, initial_alpha
+from sparse_attn.nn.alpha_range import bounded_alpha, check_alpha_range
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.nn.positions import Positions
 from sparse_attn.ops.attention import ScoreMapping, entmax_mapping

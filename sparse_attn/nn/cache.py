@@ -145,3 +145,14 @@ class DecoderCache:
     def crop(self, length: int) -> None:
         """Remove all decoded positions but the first ``length``."""
         self.self_attention.crop(length)
+
+
+def contents(cache: KVCache | None) -> list[tuple[KVCache, Tensor | None, Tensor | None]]:
+    """A cache with the keys and values that it holds now; the attention checks the type."""
+    return [(cache, cache.key, cache.value)] if isinstance(cache, KVCache) else []
+
+
+def set_back(before: list[tuple[KVCache, Tensor | None, Tensor | None]]) -> None:
+    """Undo the changes of caches after an error: otherwise a second try would attend to the same position twice."""
+    for cache, key, value in before:
+        cache.key, cache.value = key, value

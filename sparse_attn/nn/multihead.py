@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparse_attn.checks import check_bool, check_dropout, check_floating, check_int
 from sparse_attn.masks import (
     Bounds,
+    ScoreShape,
     Window,
     check_mask_dtype,
     check_window,
@@ -213,7 +214,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             own_bias,
             self.window,
             is_causal,
-            shape=(*q.shape[:-1], k.shape[-2]),
+            shape=ScoreShape(q.shape[0], self.num_heads, q.shape[-2], k.shape[-2]),
             offset=offset,
             device=q.device,
             # The weights are reported with all visible pairs; extra keys lie outside the bounds, but are visible.

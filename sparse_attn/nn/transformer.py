@@ -3,76 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_attn.checks import check_bool, check_dropout, check_floating, check_int, check_number
-from sparse_attn.masks import check_multihead_masks
+from sparse_attn.checks import check_floating
 from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
-from sparse_attn.nn.cache import DecoderCache, KVCache
-from sparse_attn.nn.dropout import Dropout
+from sparse_attn.nn.cache import DecoderCache, KVCache, contents, set_back
 from sparse_attn.nn.multihead import SparseMultiheadAttention
 from sparse_attn.nn.positions import Rotary
+from sparse_attn.nn.residual import (
+    Activation,
+    NormKind,
+    ResidualLayer,
+    batched_form,
+    check_attention,
+    check_masks,
+    given,
+    make_norm,
+)
 from sparse_attn.transforms import leaf
 
-Activation = Callable[[Tensor], Tensor]
-NormKind = Literal["layer", "rms"]
 
-
-class _Layer(nn.Module):
-    """Base class of the layers: the feed-forward block, and residual branches with a norm before or after each."""
-
-    self_attn: nn.MultiheadAttention
-
-    def __init__(
-        self,
-        d_model: int,
-        dim_feedforward: int | None,
-        dropout: float,
-        activation: Activation,
-        norm_first: bool,
-        factory: Any,
-    ) -> None:
-        super().__init__()
-        check_dropout(dropout)
-        check_bool(norm_first, "norm_first")
-        check_int(d_model, "d_model")
-        width = 4 * d_model if dim_feedforward is None else dim_feedforward
-        for name, size in (("d_model", d_model), ("dim_feedforward", width)):
-            check_int(size, name)
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if not callable(activation):
-            raise TypeError(f"activation must be a function of a tensor such as F.gelu, got {activation!r}")
-        self.d_model = d_model
-        self.linear1 = nn.Linear(d_model, width, **factory)
-        self.linear2 = nn.Linear(width, d_model, **factory)
-        self.dropout = Dropout(dropout)
-        self.activation = activation
-        self.norm_first = norm_first
-
-    def _check_input(self, x: Tensor, name: str) -> None:
-        check_floating(x, name)
-        if x.is_nested:
-            raise TypeError(f"{name} must be a dense tensor, got a nested tensor")
-        if x.dim() not in (2, 3) or x.shape[-1] != self.d_model:
-            form = _batched_form(self.self_attn, "L")
-            raise ValueError(f"{name} must be {form} or (L, E) with E = {self.d_model}, got shape {tuple(x.shape)}")
-
-    def _add(self, x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """``x`` plus the output of a branch, with the norm before or after."""
-        if self.norm_first:
-            return x + self.dropout(branch(norm(x)))
-        return norm(x + self.dropout(branch(x)))
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(self.activation(self.linear1(x))))
-
-
-class TransformerEncoderLayer(_Layer):
+class TransformerEncoderLayer(ResidualLayer):
     """Self-attention and a feed-forward block. With ``is_causal=True`` and a cache: a layer of a language model.
 
     Keyword arguments of ``attention``, such as ``alpha_init=1.0``, ``num_kv_heads=2`` or
@@ -136,9 +91,9 @@ class TransformerEncoderLayer(_Layer):
         factory: Any = {"bias": bias, "device": device, "dtype": dtype}
         super().__init__(d_model, dim_feedforward, dropout, activation, norm_first, factory)
         factory_of_attention = {"dropout": dropout, "batch_first": batch_first, **factory}
-        _check_attention(attention)
+        check_attention(attention)
         self.self_attn = attention(d_model, nhead, **factory_of_attention, **attention_kwargs)
-        self.norm1, self.norm2 = (_make_norm(norm, d_model, layer_norm_eps, factory) for _ in range(2))
+        self.norm1, self.norm2 = (make_norm(norm, d_model, layer_norm_eps, factory) for _ in range(2))
 
     @leaf
     def forward(
@@ -168,23 +123,23 @@ class TransformerEncoderLayer(_Layer):
         """
         self._check_input(src, "src")
         names = ("src_mask", "src_key_padding_mask")
-        _check_masks(self.self_attn, src, src, cache, src_mask, src_key_padding_mask, names)
-        extra = _given(cache=cache, rotary=rotary, position_bias=position_bias)
+        check_masks(self.self_attn, src, src, cache, src_mask, src_key_padding_mask, names)
+        extra = given(cache=cache, rotary=rotary, position_bias=position_bias)
 
         def attend(x: Tensor) -> Tensor:
             arguments = (src_key_padding_mask, False, src_mask, True, is_causal)
             return self.self_attn(x, x, x, *arguments, **extra)[0]
 
-        before = _contents(cache)
+        before = contents(cache)
         try:
             x = self._add(src, self.norm1, attend)
             return self._add(x, self.norm2, self._feed_forward)
         except Exception:
-            _set_back(before)
+            set_back(before)
             raise
 
 
-class TransformerDecoderLayer(_Layer):
+class TransformerDecoderLayer(ResidualLayer):
     """Self-attention, attention to an encoder's output, and a feed-forward block.
 
     Keyword arguments of ``attention`` are passed on to both attention layers, except ``positions`` and ``window``,
@@ -256,20 +211,20 @@ class TransformerDecoderLayer(_Layer):
         factory: Any = {"bias": bias, "device": device, "dtype": dtype}
         super().__init__(d_model, dim_feedforward, dropout, activation, norm_first, factory)
         factory_of_attention = {"dropout": dropout, "batch_first": batch_first, **factory}
-        of_cross = {name: given for name, given in attention_kwargs.items() if name not in ("positions", "window")}
+        of_cross = {name: value for name, value in attention_kwargs.items() if name not in ("positions", "window")}
         if cross_attention is not None:
-            _check_attention(cross_attention, "cross_attention")
+            check_attention(cross_attention, "cross_attention")
             of_cross = {}
-        _check_attention(attention)
+        check_attention(attention)
         self.self_attn = attention(d_model, nhead, **factory_of_attention, **attention_kwargs)
         self.multihead_attn = (cross_attention or attention)(d_model, nhead, **factory_of_attention, **of_cross)
-        self.norm1, self.norm2, self.norm3 = (_make_norm(norm, d_model, layer_norm_eps, factory) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (make_norm(norm, d_model, layer_norm_eps, factory) for _ in range(3))
 
     def _check_memory(self, memory: Tensor, tgt: Tensor) -> None:
         check_floating(memory, "memory")
         size = getattr(self.multihead_attn, "kdim", self.d_model)
         if memory.dim() != tgt.dim() or memory.shape[-1] != size:
-            form = "(S, E)" if tgt.dim() == 2 else _batched_form(self.multihead_attn, "S")
+            form = "(S, E)" if tgt.dim() == 2 else batched_form(self.multihead_attn, "S")
             raise ValueError(
                 f"memory must be {form} with E = {size}, and have {tgt.dim()} dimensions like tgt, "
                 f"got shape {tuple(memory.shape)}"
@@ -319,7 +274,7 @@ class TransformerDecoderLayer(_Layer):
         """
         self._check_input(tgt, "tgt")
         self._check_memory(memory, tgt)
-        extra = _given(rotary=rotary, position_bias=position_bias)
+        extra = given(rotary=rotary, position_bias=position_bias)
         of_cross = {}
         if cache is not None:
             if not isinstance(cache, DecoderCache):
@@ -331,10 +286,10 @@ class TransformerDecoderLayer(_Layer):
                     "numbers the cache of the memory does not know"
                 )
         names = ("tgt_mask", "tgt_key_padding_mask")
-        _check_masks(self.self_attn, tgt, tgt, extra.get("cache"), tgt_mask, tgt_key_padding_mask, names)
+        check_masks(self.self_attn, tgt, tgt, extra.get("cache"), tgt_mask, tgt_key_padding_mask, names)
         names = ("memory_mask", "memory_key_padding_mask")
         of_memory = (memory_mask, memory_key_padding_mask)
-        _check_masks(self.multihead_attn, tgt, memory, of_cross.get("cache"), *of_memory, names)
+        check_masks(self.multihead_attn, tgt, memory, of_cross.get("cache"), *of_memory, names)
 
         def attend(x: Tensor) -> Tensor:
             arguments = (tgt_key_padding_mask, False, tgt_mask, True, tgt_is_causal)
@@ -344,79 +299,11 @@ class TransformerDecoderLayer(_Layer):
             arguments = (memory_key_padding_mask, False, memory_mask, True, memory_is_causal)
             return self.multihead_attn(x, memory, memory, *arguments, **of_cross)[0]
 
-        before = [] if cache is None else _contents(cache.self_attention) + _contents(cache.cross_attention)
+        before = [] if cache is None else contents(cache.self_attention) + contents(cache.cross_attention)
         try:
             x = self._add(tgt, self.norm1, attend)
             x = self._add(x, self.norm2, attend_to_memory)
             return self._add(x, self.norm3, self._feed_forward)
         except Exception:
-            _set_back(before)
+            set_back(before)
             raise
-
-
-def _contents(cache: KVCache | None) -> list[tuple[KVCache, Tensor | None, Tensor | None]]:
-    """A cache with the keys and values that it holds now; the attention checks the type."""
-    return [(cache, cache.key, cache.value)] if isinstance(cache, KVCache) else []
-
-
-def _set_back(before: list[tuple[KVCache, Tensor | None, Tensor | None]]) -> None:
-    """Undo the changes of caches after an error: otherwise a second try would attend to the same position twice."""
-    for cache, key, value in before:
-        cache.key, cache.value = key, value
-
-
-def _check_masks(
-    attention: nn.MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    cache: KVCache | None,
-    mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    names: tuple[str, str],
-) -> None:
-    """Raise unless the masks fit.
-
-    Errors name the argument of this layer, such as ``src_mask``; an error of the attention would say ``attn_mask``.
-    """
-    if (mask is None and key_padding_mask is None) or not isinstance(attention, SparseMultiheadAttention):
-        return
-    batched = query.dim() == 3
-    length = 1 if batched and attention.batch_first else 0  # the axis of the length
-    keys = key.shape[length]
-    if isinstance(cache, KVCache):
-        keys = len(cache) if cache.complete else len(cache) + keys
-    check_multihead_masks(
-        mask,
-        key_padding_mask,
-        batch=query.shape[1 - length] if batched else 1,
-        heads=attention.num_heads,
-        queries=query.shape[length],
-        keys=keys,
-        batched=batched,
-        names=names,
-    )
-
-
-def _batched_form(attention: nn.MultiheadAttention, length: str) -> str:
-    """The shape of batched input, for errors: (N, L, E), or (L, N, E) without ``batch_first``."""
-    return f"(N, {length}, E)" if getattr(attention, "batch_first", True) else f"({length}, N, E)"
-
-
-def _given(**arguments: Any) -> dict[str, Any]:
-    """The arguments that are not None: a plain ``nn.MultiheadAttention`` would not accept the keywords."""
-    return {name: value for name, value in arguments.items() if value is not None}
-
-
-def _check_attention(attention: object, name: str = "attention") -> None:
-    if not callable(attention) or isinstance(attention, nn.Module):
-        got = type(attention).__name__
-        raise TypeError(f"{name} must be a class or a function that makes an attention layer, got {got}")
-
-
-def _make_norm(kind: str, size: int, eps: float, factory: Any) -> nn.Module:
-    check_number(eps, "layer_norm_eps")
-    if kind == "layer":
-        return nn.LayerNorm(size, eps, **factory)
-    if kind == "rms":
-        return nn.RMSNorm(size, eps, device=factory["device"], dtype=factory["dtype"])
-    raise ValueError(f"norm must be one of layer, rms, got {kind!r}")

@@ -161,7 +161,7 @@ def test_generation_with_a_cache_equals_generation_without(name, implementation,
 
 
 def test_generation_with_a_static_cache(build, batch):
-    # From the first step on, there are as many keys as the cache has positions, most of them empty.
+    # From the first step on, there are as many keys as the cache has positions, some of them empty.
     model, inputs = build("llama", "entmax"), {"input_ids": batch("llama")["input_ids"]}
     how = {"max_new_tokens": 5, "do_sample": False}
     static = model.generate(**inputs, **how, cache_implementation="static", disable_compile=True)
@@ -213,7 +213,7 @@ def test_observers_receive_the_weights(name, build, batch):
 
 
 def test_weights_are_not_computed_unless_requested(build):
-    # 1,031 x 1,031 scores per head are too many for one block.
+    # So many scores, 1,031 x 1,031 per head, are not computed as one matrix.
     model = build("gpt2", "entmax", n_layer=1, n_positions=1031, n_embd=6)
     with saved_sizes() as sizes:
         model.transformer(torch.randint(0, 37, (1, 1031))).last_hidden_state.sum().backward()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from sparse_attn import AdaptiveSparseMultiheadAttention, Entmax, EntmaxLoss, SparseAttention, alpha_per_head
-from sparse_attn.nn.alpha import bounded_alpha
+from sparse_attn.nn.alpha_range import bounded_alpha
 from sparse_attn.optim import project_alpha, set_alpha
 
 # Warnings of torch itself, at the first use of forward mode or of the compiler in a process.

@@ -36,12 +36,14 @@ pytestmark = [
 ]
 
 # name -> the mapping of scores (N, d) and a parameter (N, 1), and the values of the parameter (None: no parameter).
-# The values of entmax include one α of each kind that the kernels distinguish; the tensor of "entmax" has all kinds.
-ALPHAS = [[0.7], [1.0], [1.0001], [1.5], [2.0], [2.7]]
+# The α of entmax: one of each kind that the kernels distinguish. The entry "entmax" has all of them in one tensor, the
+# entries "entmax 0.7", ... have one number each.
+ALPHAS = [[0.7], [1.0], [1.0001], [1.5], [1.75], [2.0], [2.7]]
+N = len(ALPHAS)
 MAPPINGS: dict[str, tuple[Callable[..., Tensor], list[list[float]] | None]] = {
     "entmax": (entmax, ALPHAS),
-    "normmax": (normmax, [[1.1], [1.5], [2.0], [2.5], [3.0], [4.0]]),
-    "budget_sparsemax": (budget_sparsemax, [[0.3], [1.3], [1.7], [2.2], [3.1], [4.5]]),
+    "normmax": (normmax, [[1.1], [1.5], [2.0], [2.5], [3.0], [3.5], [4.0]]),
+    "budget_sparsemax": (budget_sparsemax, [[0.3], [1.3], [1.7], [2.2], [3.1], [3.8], [4.5]]),
     **{f"entmax {alpha}": (partial(entmax, alpha=alpha), None) for (alpha,) in ALPHAS},
     "normmax 3": (partial(normmax, alpha=3.0), None),
     "budget_sparsemax 1.7": (partial(budget_sparsemax, budget=1.7), None),
@@ -52,7 +54,7 @@ every_mapping = pytest.mark.parametrize(("mapping", "values"), MAPPINGS.values()
 
 
 def arguments(values: list[list[float]] | None) -> tuple[Tensor, ...]:
-    x = torch.randn(6, 5, dtype=torch.float64)
+    x = torch.randn(N, 5, dtype=torch.float64)
     return (x,) if values is None else (x, torch.tensor(values, dtype=torch.float64))
 
 
@@ -91,7 +93,7 @@ def test_jacobians_and_hessians_agree_in_every_order_of_modes(mapping, values, a
 @every_mapping
 def test_vmap_equals_a_loop(mapping, values):
     inputs = arguments(values)
-    rows = [mapping(*(x[i] for x in inputs)) for i in range(6)]
+    rows = [mapping(*(x[i] for x in inputs)) for i in range(N)]
     torch.testing.assert_close(vmap(mapping)(*inputs), torch.stack(rows))
     last = tuple(x.movedim(0, -1) for x in inputs)
     torch.testing.assert_close(vmap(mapping, in_dims=-1, out_dims=-1)(*last), torch.stack(rows, -1))
@@ -131,7 +133,7 @@ def test_a_compiled_graph_without_breaks_trains_like_eager_code(mapping, values,
     torch._dynamo.reset()
     compiled = torch.compile(mapping, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     inputs = arguments(values)
-    for rows in (6, 4, 5):  # other shapes after the first
+    for rows in (N, 4, 5):  # other shapes after the first
         some = require(tuple(x[:rows] for x in inputs))
         upstream = torch.randn(rows, 5, dtype=torch.float64)
         got, expected = (f(*some) for f in (compiled, mapping))
@@ -153,9 +155,9 @@ def test_torch_func_inside_a_compiled_function(mapping, transform):
 
 def test_inductor_compiles_the_mapping():
     torch._dynamo.reset()
-    inputs = require((torch.randn(6, 5), torch.tensor(ALPHAS)))
+    inputs = require((torch.randn(N, 5), torch.tensor(ALPHAS)))
     compiled = torch.compile(lambda x, alpha: entmax(x * 2, alpha).square(), fullgraph=True)
-    upstream = torch.randn(6, 5)
+    upstream = torch.randn(N, 5)
     got, expected = compiled(*inputs), entmax(inputs[0] * 2, inputs[1]).square()
     torch.testing.assert_close(got, expected)
     for a, b in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (got, expected)), strict=True):
@@ -258,7 +260,7 @@ def test_onnx_runtime_computes_the_same_values(tmp_path):
             torch.testing.assert_close(torch.from_numpy(got), expected.detach(), atol=3e-7, rtol=1e-6)
 
 
-@since_torch(2, 8, "an exported ONNX model of attention has one batch size and length")
+@since_torch(2, 8, "an exported ONNX model of attention accepts only the batch size and length of its export")
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_runtime_runs_a_swapped_encoder(tmp_path):
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 11, batch_first=True), 1)
@@ -284,7 +286,7 @@ class CausalDecoder(nn.Module):
         return self.decoder(tgt, memory, tgt_mask, memory_mask, tgt_is_causal=True)
 
 
-@since_torch(2, 8, "an exported ONNX model of attention has one batch size and length")
+@since_torch(2, 8, "an exported ONNX model of attention accepts only the batch size and length of its export")
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_runtime_runs_a_swapped_decoder_with_boolean_masks_of_other_lengths(tmp_path):
     decoder = CausalDecoder()
@@ -333,19 +335,20 @@ def test_gradients_of_an_empty_batch_have_a_graph(mapping, values):
 def test_shapes_without_data(mapping, values):
     inputs = arguments(values)
     meta = mapping(*(x.to("meta") for x in inputs))
-    assert meta.is_meta and meta.shape == (6, 5)
+    assert meta.is_meta and meta.shape == (N, 5)
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x).requires_grad_() for x in inputs]
         y = mapping(*fakes)
-        assert y.shape == (6, 5)
+        assert y.shape == (N, 5)
         y.sum().backward()
 
 
-def test_modules_can_be_copied_and_mappings_pickled():
+def test_a_module_and_the_mappings_can_be_copied_and_pickled():
     layer = Entmax(torch.full((3, 1), 1.3), learn_alpha=True)
     x = torch.randn(3, 5)
     expected = layer(x)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(x), expected) and twin.raw_alpha is not layer.raw_alpha
-    for mapping, _ in MAPPINGS.values():
-        assert pickle.loads(pickle.dumps(mapping)) is not None
+    for mapping, values in MAPPINGS.values():
+        inputs = arguments(values)
+        assert torch.equal(pickle.loads(pickle.dumps(mapping))(*inputs), mapping(*inputs))

@@ -99,7 +99,11 @@ def test_train_help_lists_groups_and_keys(command, flag):
         ("trainer.epochs=1", "unknown key 'trainer.epochs', did you mean 'max_epochs'?; allowed in trainer: "),
         ("seed.x=1", "'seed.x' cannot be set: seed is a value, not a group of keys"),
         ("seed", "'seed' is not of the form key=value"),
-        ("seed=[1", "'seed=[1' is not of the form key=value"),
+        ("=1", "'=1' is not of the form key=value"),
+        ("seed=[1", "the value of seed cannot be read, got '[1'; close brackets and quotation marks, and put a text "),
+        ("+trainer.x='1", 'the value of trainer.x cannot be read, got "\'1"; close brackets'),
+        ("data=tsv data.path=", "data.path has no value; give it as data.path=DIR, the folder of the data files"),
+        ("data=tsv data.path=null", "data.path has no value; give it as data.path=DIR, the folder of the data files"),
         ("--sweep", "unknown option '--sweep'; allowed: --help, "),
         ("data=tsv", "data.path has no value; give it as data.path=DIR, the folder of the data files"),
         ("+speed=1", "unknown key 'speed'; allowed: seed, resume, threads, keep_checkpoints, data, "),
@@ -109,7 +113,7 @@ def test_train_help_lists_groups_and_keys(command, flag):
     ],
 )  # fmt: skip
 def test_a_wrong_argument_of_train_gives_a_one_line_error(command, tmp_path, argument, message):
-    status, output, error = command("train", argument)
+    status, output, error = command("train", *argument.split(" "))
     assert (status, output) == (2, "")
     assert one_line(error).startswith(f"sparse-attn train: {message}")
     assert not list(tmp_path.glob("runs/*")), "an invalid argument creates no run folder"

@@ -258,11 +258,28 @@ def test_equal_inputs_of_two_groups_have_the_same_order_in_every_run(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("metrics=[]", "metrics must hold at least one metric, or be null, got []"),
+        ("output=none/table", "output must be a file in an existing folder, got 'none/table'"),
+    ],
+)
+def test_an_invalid_value_is_named(sweep, argument, message, capsys):
+    with pytest.raises(SystemExit):
+        printed(capsys, f"sweep={sweep}", argument)
+    assert capsys.readouterr().err == f"sparse-attn compare: {message}\n"
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "the last columns must be prediction, reference, distance, length, group, got ''"),
         ("source\tprediction\nw\tA\n", "the last columns must be prediction"),
         ("source\tprediction\treference\tdistance\tlength\tgroup\n", "must hold at least one prediction"),
+        (
+            "source\tprediction\treference\tdistance\tlength\tgroup\nw\tA\tB\tone\t1\t\n",
+            "a line must be source<TAB>prediction<TAB>reference<TAB>distance<TAB>length<TAB>group, with whole ",
+        ),
     ],
 )
 def test_damaged_predictions_are_named_in_a_note(sweep, tmp_path, capsys, content, message):

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from recipes.arguments import with_config_names
 from recipes.bind import check_arguments
 from recipes.build import _SHORTHANDS, SECTIONS, build_callbacks
 from recipes.launch import config_dir, config_groups
@@ -61,7 +62,7 @@ def test_every_file_begins_with_the_command_that_launches_it(file):
     # The command itself handles a folder without a key.
     given = [argument for argument in shlex.split(optional) if "=" in argument]
     overrides = [argument for argument in given if not argument.startswith("hydra.run.dir=")]
-    assert composed(command[1], *overrides)
+    assert composed(command[1], *with_config_names(command[1], overrides))
     group = file.parent.name
     if group in config_groups() and group not in ("paths", "trainer"):
         assert f"{group}={file.stem}" in first

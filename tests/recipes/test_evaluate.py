@@ -97,6 +97,30 @@ def test_invalid_input_gives_a_one_line_error(run_folder: Path, capsys: pytest.C
     assert refused(capsys) == "run has no value; give it as run=DIR, the run folder of a training"
     assert "no run folder 'nowhere'" in refused(capsys, "run=nowhere")
     assert "no checkpoint 'first'; checkpoints there: best, last" in refused(capsys, run, "checkpoint=first")
+    assert refused(capsys, run, "data.limit=0") == "data.limit must be at least 1, got 0"
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run_evaluate(f"run={run_folder}", f"output={tmp_path}/none/scores.json")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (
+        f"sparse-attn evaluate: output must be a file in an existing folder, got '{tmp_path}/none/scores.json'\n"
+    )
+    assert (
+        refused(capsys, f"run={run_folder}", f"output={tmp_path}")
+        == f"output must be a file, got the folder '{tmp_path}'"
+    )
+
+
+def test_symbols_never_seen_in_training_are_reported(run_folder: Path, tmp_path: Path, capsys) -> None:
+    other = tmp_path / "other.tsv"
+    other.write_text("cab\tC A B\nxylo\tC A\n", encoding="utf-8")
+    run_evaluate(f"run={run_folder}", f"data.test={other}", "split=test")
+    assert 'note: 1 of 2 test inputs hold symbols never seen in training: "x", "y", "l"' in capsys.readouterr().out
 
 
 def test_a_damaged_or_missing_checkpoint_gives_a_one_line_error(

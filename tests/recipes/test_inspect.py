@@ -114,10 +114,17 @@ def test_only_the_validation_words_and_the_checkpoint_are_needed(run_folder: Pat
         (["align.heads=few"], "align.heads must be one of any, most, all, best, got 'few'"),
         (["align.layer=2"], "align.layer must be all or a number from -2 to 1, got 2"),
         (["worth_words=0"], "worth_words must be a whole number of at least 1, got 0"),
-        (["alignments=nowhere/file"], "cannot write the file"),
+        (["alignments=nowhere/file"], "alignments must be a file in an existing folder, got 'nowhere/file'"),
+        (["alignments=."], "alignments must be a file, got the folder '.'"),
+        (["output=pyproject.toml/report"], "output must be a folder, got 'pyproject.toml/report', where "),
         (["worth=no"], "worth must be true or false, got 'no'"),
         (["baselines=0"], "baselines must be true or false, got 0"),
-        (["text=cab"], "text is for model=DIR"),
+        (["text=cab"], "text is for model=DIR, got text=cab with run="),
+        (["attention=softmax"], "attention is for model=DIR, got attention=softmax with run="),
+        (
+            ["+data.test=x.tsv", "data.val=null"],
+            "no val file: the run was trained on tsv, got data.test; give data.val=FILE",
+        ),
         (["model=nowhere"], "only one of run and model can be given"),
         (["run=null"], "run has no value; give it as run=DIR"),
         (["wrds=cab"], "unknown key 'wrds', did you mean 'words'?"),
@@ -132,6 +139,8 @@ def test_invalid_input_gives_a_one_line_error(
     assert stopped.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith(f"sparse-attn inspect: {message}") and err.count("\n") == 1
+    assert "split=" not in err and (arguments != ["attention=softmax"] or "words=" not in err)
+    assert not (run_folder / "report").exists(), "the error comes before the work"
 
 
 def test_damaged_rows_of_alpha_csv_are_left_out(run_folder: Path) -> None:

@@ -35,7 +35,7 @@ def test_a_launcher_runs_every_run_and_a_failed_run_is_recorded(sweep, tmp_path,
     assert "1 of 2 runs failed" in done.stderr
     first, second = (outcome for _, outcome in read_outcomes(tmp_path / "s"))
     assert "val/per" in first
-    assert second == "dim must be a multiple of num_heads, got dim=9 and num_heads=2"
+    assert second == "model.dim must be a multiple of num_heads, got dim=9 and num_heads=2"
 
 
 @pytest.mark.slow

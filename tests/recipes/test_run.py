@@ -113,6 +113,19 @@ def test_rows_after_a_step_are_removed(tmp_path):
     assert read_rows(file) == [{"step": "1", "b": "", "a": "0.5"}, {"step": "3", "b": "", "a": "0.5"}]
 
 
+def test_a_run_stopped_before_its_first_last_checkpoint_is_replaced_with_all_its_files(tmp_path):
+    start_record(tmp_path, OmegaConf.create({"seed": 5}), ["seed=5"])
+    stale = ["checkpoints/best.ckpt", "checkpoints/epoch_0001.ckpt", "bpe_source.json", ".config.yaml.0123abcd.tmp"]
+    for name in stale:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "notes.txt").touch()
+    start_record(tmp_path, OmegaConf.create({"seed": 7}), ["seed=7"])
+    assert not [name for name in stale if (tmp_path / name).exists()]
+    assert (tmp_path / "notes.txt").exists(), "a file of the user stays"
+    assert OmegaConf.load(tmp_path / "overrides.yaml") == ["seed=7"]
+
+
 def test_another_kind_of_config_is_not_overwritten(tmp_path):
     (tmp_path / "config.yaml").write_text("mine: 1\n", encoding="utf-8")
     with pytest.raises(FileExistsError, match=r"already holds a config\.yaml; choose another hydra\.run\.dir"):

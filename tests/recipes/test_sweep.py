@@ -36,12 +36,12 @@ def test_a_failed_run_does_not_stop_the_others_and_can_be_repeated(run, tmp_path
     status, output, error = run("-m", "model.dim=8,9,10", "hydra.sweep.dir=s")
     assert status == 1
     assert error.splitlines() == [
-        "sparse-attn train: run 1 failed: dim must be a multiple of num_heads, got dim=9 and num_heads=2",
+        "sparse-attn train: run 1 failed: model.dim must be a multiple of num_heads, got dim=9 and num_heads=2",
         "sparse-attn train: 1 of 3 runs failed; to run the missing ones: sparse-attn train resume=s",
     ]
     table = [line.split() for line in output.splitlines()[-3:]]
     assert [row[0] for row in table] == ["model.dim=8", "model.dim=9", "model.dim=10"]
-    assert " ".join(table[1]).endswith("- - - - - dim must be a multiple of num_heads, got dim=9 and num_heads=2")
+    assert " ".join(table[1]).endswith("- - - - - model.dim must be a multiple of num_heads, got dim=9 and num_heads=2")
     kept = (tmp_path / "s/0" / RESULTS).read_bytes()
 
     status, output, error = run("resume=s", alone=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+
+from ...folders import replacing
 
 Ids = list[list[int]]
 # Part of every name. Increase it when the encoding changes.
@@ -38,6 +40,9 @@ def cached_ids(folder: str | Path | None, parts: Sequence[str], encode: Callable
         folder: The folder of the results; None: no file is read or written.
         parts: All texts on which the result depends.
         encode: Computes the result.
+
+    Raises:
+        OSError: If a result cannot be written. No incomplete file stays.
     """
     if folder is None:
         return encode()
@@ -48,8 +53,10 @@ def cached_ids(folder: str | Path | None, parts: Sequence[str], encode: Callable
     except Exception:  # the file is missing or damaged; each kind of damage raises another exception
         ids = encode()
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
     lengths = torch.tensor([len(row) for row in ids])
-    torch.save((torch.tensor([token for row in ids for token in row], dtype=torch.int32), lengths), unfinished)
-    unfinished.replace(file)
+    # torch.save in memory: on a full disk, it raises an error that does not name the cause.
+    content = io.BytesIO()
+    torch.save((torch.tensor([token for row in ids for token in row], dtype=torch.int32), lengths), content)
+    with replacing(file) as unfinished:
+        unfinished.write_bytes(content.getvalue())
     return ids

@@ -143,7 +143,8 @@ class Seq2SeqData(L.LightningDataModule):
             "output_length": output_length,
         }.items():
             check_optional_count(key, count)
-        check_metrics(metrics or METRICS_OF_WORDS, target_split)
+        metrics = list(METRICS_OF_WORDS) if metrics is None else metrics
+        check_metrics(metrics, target_split)
         check_choice("bleu_tokenize", bleu_tokenize, BLEU_TOKENIZERS)
         if not feature_split:
             raise ValueError("feature_split must hold at least one character, got ''")
@@ -169,7 +170,7 @@ class Seq2SeqData(L.LightningDataModule):
         self.max_length = max_length
         self.output_length = output_length
         self.cache = cache
-        self.metrics = metrics or list(METRICS_OF_WORDS)
+        self.metrics = metrics
         self.bleu_tokenize = bleu_tokenize
         self._rows: dict[str, list[Row]] = {}
         self._left_out = 0
@@ -216,18 +217,22 @@ class Seq2SeqData(L.LightningDataModule):
                 f"{self._left_out:,} of {self._left_out + len(self._rows['train']):,} training pairs have more than "
                 f"{self.max_length} tokens on a side and are left out (data.max_length)"
             )
-        for split, name in {"val": "validation", "test": "test"}.items():
-            examples: list[Example] = getattr(self.splits, split)
-            long = sum(len(self.source_tokenizer.tokenize(example.source)) > self.max_length for example in examples)
-            if long:
-                notes.append(
-                    f"{long:,} of {len(examples):,} {name} inputs have more than {self.max_length} tokens and are cut "
-                    "off (data.max_length)"
-                )
-            notes += unseen_symbols(self.source_tokenizer, [example.source for example in examples], f"{name} inputs")
-            targets = [example.references[0] for example in examples]
-            notes += unseen_symbols(self.target_tokenizer, targets, f"{name} targets")
-        return notes
+        return [*notes, *self.notes_of("val"), *self.notes_of("test")]
+
+    def notes_of(self, split: str) -> list[str]:
+        """Messages on the ``"val"`` or ``"test"`` split: inputs cut off, symbols never seen in training."""
+        name = {"val": "validation", "test": "test"}[split]
+        examples: list[Example] = getattr(self.splits, split)
+        long = sum(len(self.source_tokenizer.tokenize(example.source)) > self.max_length for example in examples)
+        notes = []
+        if long:
+            notes.append(
+                f"{long:,} of {len(examples):,} {name} inputs have more than {self.max_length} tokens and are cut "
+                "off (data.max_length)"
+            )
+        notes += unseen_symbols(self.source_tokenizer, [example.source for example in examples], f"{name} inputs")
+        targets = [example.references[0] for example in examples]
+        return notes + unseen_symbols(self.target_tokenizer, targets, f"{name} targets")
 
     def save_vocabularies(self, folder: Path) -> None:
         """Writes the subwords of each side as ``bpe_SIDE.json``, which ``tokenizers.Tokenizer.from_file`` reads."""
@@ -327,6 +332,11 @@ def _check_source(name: str, files: dict[str, str], given: dict[str, Any]) -> No
         raise ValueError(f"data name {name!r} needs the files train, val and test, got {', '.join(files) or 'none'}")
     if name == "synthetic" and "task" not in given.get("generate", {}):
         raise ValueError(f"data name 'synthetic' needs generate.task, got {given.get('generate')}")
+    for split, path in files.items():
+        if not path:
+            raise ValueError(f"{split} must be a file, got ''")
+        if name == "tsv" and LANGUAGE in path and "languages" not in given:
+            raise ValueError(f"languages must be given, since {split} holds {LANGUAGE}, got no languages and {path!r}")
     check_columns(given.get("columns", COLUMNS))
     needed = {"languages": LANGUAGE} if "languages" in given else {"sides": SIDE} if name == "parallel" else {}
     for key, placeholder in needed.items():

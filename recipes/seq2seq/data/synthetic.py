@@ -56,17 +56,18 @@ def make_sequences(
     test: int = 500,
     seed: int = 0,
 ) -> Splits:
-    """Random sequences with the answer to a simple task, longer in the test split than in training.
+    """Random sequences with the answer to a simple task; the test split has longer sequences than training.
 
     Training and validation sequences have lengths from 1 to ``length``. The test split holds, for every factor,
-    ``test`` sequences of exactly ``factor * length`` tokens; their group is ``x`` and the factor. A length n is that of
-    the input; for ``"retrieval"``, the input has ``max(1, n // 2)`` pairs and one more key: n + 1 tokens if n is even.
+    ``test`` sequences of length ``factor * length``; their group is ``x`` and the factor. A sequence of length n has n
+    input tokens; for ``"retrieval"``, it has ``max(1, n // 2)`` pairs and one more key: n + 1 tokens if n is even.
 
     Args:
         task: ``"copy"``, ``"reverse"``, ``"sort"``, or ``"retrieval"`` (pairs of a key and a value, then a key,
             whose value is the answer).
-        length: Longest sequence in training, in tokens.
-        factors: Lengths of the test sequences, as multiples of ``length``.
+        length: Length of the longest sequence in training.
+        factors: Lengths of the test sequences, as multiples of ``length``. With a factor of 1, they are as long as the
+            longest sequence in training.
         symbols: Number of different symbols, or of values.
         train: Number of training sequences.
         val: Number of validation sequences.

@@ -44,7 +44,7 @@ def read_examples(
     """Every line of a file as an example with one reference.
 
     A word on several lines gives several examples, so that the number of words is the number of lines, as in
-    the official scores. Blank lines are skipped.
+    the official scores. Lines that are empty or hold only spaces are skipped; a line of tabs is an error.
 
     Args:
         path: The file, in a format of :func:`read_lines`.
@@ -100,19 +100,33 @@ def load_tsv(
         languages: Languages to read, with one file per split each; ``"all"``: those with a training file.
 
     Raises:
-        FileNotFoundError: If a file is missing, or a language has none.
+        FileNotFoundError: If a file is missing, a language has none, or ``"all"`` finds no training file.
         ValueError: If a file is empty, malformed or not UTF-8. For a malformed line, the message begins with
             ``file:line``.
     """
+    if languages == ALL_LANGUAGES:
+        languages = find_languages(str(train))
+        if not languages:
+            raise FileNotFoundError(f"languages=all must find a training file, got none that is named {train}")
+    return Splits(*(read_split(path, columns, languages) for path in (train, val, test)))
+
+
+def read_split(path: str | Path, columns: Sequence[str], languages: Sequence[str] | str | None = None) -> list[Example]:
+    """The examples of a split: of one file, or of one file per language.
+
+    Args:
+        path: The file; with ``languages``, the path contains ``{language}``.
+        columns: The names of the columns; see :func:`read_examples`.
+        languages: The languages; ``"all"``: those with a file of this name.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is empty, malformed or not UTF-8.
+    """
     if languages is None:
-        return Splits(*(read_examples(path, columns) for path in (train, val, test)))
-    chosen = find_languages(str(train)) if languages == ALL_LANGUAGES else list(languages)
-    return Splits(*(_read_languages(str(path), columns, chosen) for path in (train, val, test)))
-
-
-def _read_languages(pattern: str, columns: Sequence[str], languages: Sequence[str]) -> list[Example]:
-    examples = []
-    for language in languages:
+        return read_examples(path, columns)
+    pattern, examples = str(path), []
+    for language in find_languages(pattern) if languages == ALL_LANGUAGES else languages:
         path = Path(pattern.replace(LANGUAGE, language))
         if not path.expanduser().is_file():
             raise FileNotFoundError(

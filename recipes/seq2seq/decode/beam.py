@@ -12,6 +12,8 @@ from sparse_attn.evaluation import evaluating
 from ..tokenizer import BOS, EOS
 from .prefixes import Hypothesis, Models, Prefixes, as_models
 
+STRONGEST_PENALTY = 10
+
 
 def beam_search(
     model: Models,
@@ -37,7 +39,7 @@ def beam_search(
         source: (N, S) token ids, 0 = padding.
         beam_size: Prefixes kept per row, at least 1.
         max_length: Maximum number of tokens of a hypothesis, without the end-of-sequence token; at least 1.
-        length_penalty: 0 ranks by probability; larger values favour longer hypotheses.
+        length_penalty: 0 ranks by probability; larger values favour longer hypotheses. Within [-10, 10].
         n_best: Maximum number of hypotheses returned per row, from 1 to ``beam_size``.
 
     Returns:
@@ -62,11 +64,20 @@ def beam_search(
             raise ValueError(f"{name} must be at least 1, got {count}")
     if n_best > beam_size:
         raise ValueError(f"n_best must be at most beam_size, {beam_size}, got {n_best}")
-    if not math.isfinite(length_penalty):
-        raise ValueError(f"length_penalty must be a finite number, got {length_penalty}")
+    check_length_penalty("length_penalty", length_penalty)
     models = as_models(model)
     with evaluating(*models), torch.no_grad():
         return _search(Prefixes(models, source), beam_size, max_length, length_penalty, n_best)
+
+
+def check_length_penalty(name: str, value: float) -> None:
+    """Raises for a length penalty with which the score of a long hypothesis could overflow or be zero.
+
+    Raises:
+        ValueError: If ``value`` is outside [-10, 10].
+    """
+    if not -STRONGEST_PENALTY <= value <= STRONGEST_PENALTY:
+        raise ValueError(f"{name} must be a number from {-STRONGEST_PENALTY} to {STRONGEST_PENALTY}, got {value}")
 
 
 def _search(

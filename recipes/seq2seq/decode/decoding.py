@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..tokenizer import check_choice
-from .beam import beam_search
+from .beam import beam_search, check_length_penalty
 from .exact import exact_search
 from .greedy import greedy_decode
 from .prefixes import Hypothesis, Models
@@ -25,7 +24,7 @@ class Decoding:
     Args:
         name: "greedy", "beam" or "exact".
         beam_size: Beam size of "beam", and of the beam search with which "exact" is compared.
-        length_penalty: Length penalty of "beam".
+        length_penalty: Length penalty of "beam", within [-10, 10].
         n_best: Hypotheses per input, for "beam".
         budget: Maximum number of expansions per input, for "exact".
 
@@ -44,8 +43,7 @@ class Decoding:
         for key in ("beam_size", "n_best", "budget"):
             if getattr(self, key) < 1:
                 raise ValueError(f"decoding.{key} must be at least 1, got {getattr(self, key)}")
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"decoding.length_penalty must be a finite number, got {self.length_penalty}")
+        check_length_penalty("decoding.length_penalty", self.length_penalty)
         if self.n_best > 1 and self.name != "beam":
             raise ValueError(
                 f"n_best must be 1 with decoding={self.name}, which gives one hypothesis, got {self.n_best}; "

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sparse_attn.checks import check_filter
 from sparse_attn.integrations.huggingface.attention import calls_interface, learns_alpha, require_transformers
-from sparse_attn.nn.alpha import HeadAlpha, check_alpha_range, head_alpha, value_for
+from sparse_attn.nn.alpha import HeadAlpha, head_alpha, value_for
+from sparse_attn.nn.alpha_range import check_alpha_range
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn.integrations.huggingface.alpha import RANGE_KEY, attach, attention_modules, num_heads
-from sparse_attn.nn.alpha import HeadAlpha, check_alpha_range
+from sparse_attn.nn.alpha import HeadAlpha
+from sparse_attn.nn.alpha_range import check_alpha_range
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

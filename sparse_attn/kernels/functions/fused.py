@@ -69,15 +69,7 @@ def fused_attention(
         return _attention(*tensors, a, setting.scale, setting.dropout_p, offset, training)[0]
     if training:
         return _Attention.apply(*tensors, setting)
-    return _forward(*tensors, setting, False)[0]
-
-
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return dispatch.fused_kernels().forward(*arguments)
-
-
-def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return dispatch.fused_kernels().backward(*arguments)
+    return dispatch.fused_kernels().forward(*tensors, setting, False)[0]
 
 
 class _Attention(torch.autograd.Function):
@@ -85,7 +77,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, ctx.setting = arguments
         ctx.backend = dispatch.forced_backend()
-        output, *kept = _forward(*tensors, ctx.setting, True)
+        output, *kept = dispatch.fused_kernels().forward(*tensors, ctx.setting, True)
         ctx.save_for_backward(*tensors, *kept)
         return output
 
@@ -97,7 +89,7 @@ class _Attention(torch.autograd.Function):
             if not torch.is_grad_enabled() and values_known(grads[0]):
                 arguments = (*tensors, second, statistics, flags, ctx.setting, *ctx.needs_input_grad[3:5])
                 with dispatch.kernels_may_fail():
-                    gradients = _to_inputs(_backward(grads[0], *arguments), tensors)
+                    gradients = _to_inputs(dispatch.fused_kernels().backward(grads[0], *arguments), tensors)
             if gradients is None:
                 gradients = _plain_gradients(grads[0], tensors, ctx.setting)
         needed = zip(gradients, ctx.needs_input_grad[:5], strict=True)
@@ -173,7 +165,7 @@ def _attention(
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     setting = Setting(a, scale, dropout_p, offset)
-    return _forward(query, key, value, alpha, mask, lengths, seed, setting, training)
+    return dispatch.fused_kernels().forward(query, key, value, alpha, mask, lengths, seed, setting, training)
 
 
 @_attention.register_fake
@@ -204,7 +196,9 @@ def _attention_backward(
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (query, key, value, alpha, mask, lengths, seed, second, statistics, flags)
-    return _backward(grad, *tensors, Setting(a, scale, dropout_p, offset), with_alpha, with_mask)
+    return dispatch.fused_kernels().backward(
+        grad, *tensors, Setting(a, scale, dropout_p, offset), with_alpha, with_mask
+    )
 
 
 @_attention_backward.register_fake

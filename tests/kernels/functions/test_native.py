@@ -11,6 +11,7 @@ from native_attention import BOUNDS, compare, run, tensors
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+import sparse_attn.kernels.choose_attention as choose
 from sparse_attn import entmax_attention, topk_attention, use_backend
 from sparse_attn.kernels.cpu import attention
 from sparse_attn.kernels.functions import native
@@ -21,6 +22,16 @@ pytestmark = needs_library
 
 def plain_attention(*qkv: Tensor, setting: Setting, seed: Tensor | None = None) -> Tensor:
     return native.plain_attention(native.Tensors(*qkv, None, None, seed, None, None), setting)
+
+
+@pytest.fixture
+def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The calls of attention in C, which then also computes dropout of few scores; by default, torch draws it."""
+    calls: list[int] = []
+    forward = attention.forward
+    monkeypatch.setattr(choose, "_LARGE", 1)
+    monkeypatch.setattr(attention, "forward", lambda *args, **options: calls.append(1) or forward(*args, **options))
+    return calls
 
 
 def masks(queries: int, keys: int) -> dict[str, Tensor | None]:
@@ -71,8 +82,9 @@ def test_alpha_outside_1_to_2_or_close_to_a_bound(alpha, monkeypatch):
 
 
 def test_weights_beyond_the_kept_memory_are_recomputed(monkeypatch):
-    inputs = [x / 10 for x in tensors(torch.float32, 53, 401)]  # flat rows: nearly all keys have weight
-    for attend in (entmax_attention, lambda *qkv: entmax_attention(*qkv, 2.0, is_causal=True)):
+    # Flat rows: far more keys have weight than the 64 per query for which the forward keeps memory.
+    inputs, causal = [x / 10 for x in tensors(torch.float32, 53, 401)], causal_lower_right(53, 401)
+    for attend in (entmax_attention, lambda *qkv: entmax_attention(*qkv, 2.0, attn_mask=causal)):
         compare(attend, inputs, monkeypatch)
 
 
@@ -160,7 +172,7 @@ def test_ties_go_to_the_first_keys(keys):
     torch.testing.assert_close(topk_attention(query, key, value, 7), wanted)
 
 
-def test_dropout_agrees_with_the_plain_path_and_the_backward():
+def test_dropout_agrees_with_the_plain_path_and_the_backward(native_calls):
     inputs = [x.requires_grad_() for x in tensors(torch.float64, 31, 300)]
     seed, setting = torch.tensor(12345), Setting(0.5, 0.3, 0.4, None)
     plain = run(lambda *qkv: plain_attention(*qkv, seed=seed, setting=setting), inputs)
@@ -168,6 +180,7 @@ def test_dropout_agrees_with_the_plain_path_and_the_backward():
     ours = run(lambda *qkv: native.planned_attention(*qkv, None, None, seed, None, None, plan), inputs)
     for x, y in zip(ours, plain, strict=True):
         torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-10)
+    native_calls.clear()
     query, key, _ = inputs
     ones = torch.ones(2, 3, 300, 1, dtype=torch.float64)
     output = entmax_attention(query, key, ones, 1.0, dropout_p=0.3)
@@ -178,9 +191,10 @@ def test_dropout_agrees_with_the_plain_path_and_the_backward():
     assert not torch.equal(entmax_attention(query, key, ones, dropout_p=0.3), first)
     torch.manual_seed(3)
     assert torch.equal(entmax_attention(query, key, ones, dropout_p=0.3), first)
+    assert len(native_calls) == 5
 
 
-def test_derivatives_of_first_and_second_order():
+def test_derivatives_of_first_and_second_order(native_calls):
     qkv = [x.requires_grad_() for x in torch.randn(3, 1, 2, 7, 3, dtype=torch.float64)]
     alpha = torch.tensor([1.2, 1.6], dtype=torch.float64, requires_grad=True)
     bias = torch.randn(7, 7, dtype=torch.float64, requires_grad=True)
@@ -190,8 +204,10 @@ def test_derivatives_of_first_and_second_order():
             torch.manual_seed(1)
             return entmax_attention(*inputs, dropout_p=dropout_p)
 
+        native_calls.clear()
         assert torch.autograd.gradcheck(attend, (*qkv, alpha, bias))
         assert torch.autograd.gradgradcheck(attend, (*qkv, alpha, bias))
+        assert native_calls
 
 
 def test_invalid_input_raises_an_error():

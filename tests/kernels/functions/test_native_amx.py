@@ -67,7 +67,7 @@ def assert_same(with_tiles, paired):
 
 @pytest.mark.parametrize("size", [1, 2, 15, 31, 32, 33, 61, 64, 65, 127, 128, 129, 251, 255, 256])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_every_head_size(size, is_causal, emulator, monkeypatch):
+def test_several_head_sizes(size, is_causal, emulator, monkeypatch):
     inputs = tensors(torch.bfloat16, 37, 41, heads=2, kv_heads=1, sizes=(size, 7))
     compare_variants(
         lambda q, k, v: entmax_attention(q, k, v, enable_gqa=True, is_causal=is_causal), inputs, emulator, monkeypatch
@@ -77,7 +77,7 @@ def test_every_head_size(size, is_causal, emulator, monkeypatch):
 # The numbers of queries fill tiles of 16 rows exactly, partly, and with rows that are computed twice.
 @pytest.mark.parametrize("queries", [5, 15, 16, 17, 31, 32, 33, 47, 48, 49, 97])
 @pytest.mark.parametrize("keys", [1, 16, 31, 33, 131, 257])
-def test_every_length(queries, keys, emulator, monkeypatch):
+def test_several_lengths(queries, keys, emulator, monkeypatch):
     inputs = tensors(torch.bfloat16, queries, keys, heads=1, kv_heads=1, sizes=(61, 8))
     compare_variants(lambda q, k, v: entmax_attention(q, k, v, 1.7, scale=0.3), inputs, emulator, monkeypatch)
 

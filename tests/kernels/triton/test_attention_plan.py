@@ -10,10 +10,9 @@ from fused import ALPHAS, compare, expected, tensors
 from old_torch import since_torch
 from torch import Tensor
 
-from sparse_attn.kernels.functions import fused as operator
 from sparse_attn.kernels.functions.fused import fused_attention
 from sparse_attn.kernels.setting import Setting
-from sparse_attn.kernels.triton.attention import arguments, decode, plan
+from sparse_attn.kernels.triton.attention import arguments, decode, entry, plan
 from sparse_attn.kernels.triton.attention import forward as attention
 
 
@@ -54,8 +53,8 @@ def test_the_decoding_kernels_are_used_for_few_queries_and_many_keys(alpha, devi
 def test_entries_that_are_not_contiguous_are_copied(device, monkeypatch):
     inputs = [torch.randn(1, 2, 16, 5, device=device).transpose(-2, -1) for _ in range(3)]
     seen = []
-    forward = operator._forward
-    monkeypatch.setattr(operator, "_forward", lambda *args: seen.extend(args[:3]) or forward(*args))
+    forward = entry.forward
+    monkeypatch.setattr(entry, "forward", lambda *args: seen.extend(args[:3]) or forward(*args))
     output = fused_attention(*inputs, 1.5, scale=0.3)
     assert all(x.stride(-1) == 1 for x in seen)
     torch.testing.assert_close(output, fused_attention(*(x.contiguous() for x in inputs), 1.5, scale=0.3))

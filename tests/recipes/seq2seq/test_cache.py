@@ -30,6 +30,18 @@ def test_a_damaged_cache_file_is_written_again(tmp_path, damage):
     assert cached_ids(tmp_path, ["a"], lambda: pytest.fail("not written again")) == IDS
 
 
+def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # as a full disk: no file may be longer
+    try:
+        with pytest.raises(OSError, match=r"^\[Errno \d+\] File too large: '.*\.pt'$"):
+            cached_ids(tmp_path, ["a"], lambda: IDS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_a_folder_no_file_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cached_ids(None, ["a"], lambda: IDS) == IDS

@@ -349,6 +349,12 @@ def test_a_cache_does_not_change_the_data(files, tmp_path, monkeypatch):
         ({"feature_split": ""}, "feature_split must hold at least one character, got ''"),
         ({"batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"metrics": []}, "metrics must hold at least one metric, and each once, got []"),
+        ({"val": ""}, "val must be a file, got ''"),
+        (
+            {"test": "{language}"},
+            "languages must be given, since test holds {language}, got no languages and '{language}'",
+        ),
     ],
 )
 def test_invalid_or_incompatible_arguments_are_refused(arguments, message):

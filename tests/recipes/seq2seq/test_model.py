@@ -228,7 +228,7 @@ def test_dropout_is_applied_only_in_training() -> None:
         ({"encoder_attention": "dense"}, "attention must be one of softmax, .*, adaptive, topk, got 'dense'"),
         ({"cross_attention": "Softmax"}, "attention must be one of softmax, .*, adaptive, topk, got 'Softmax'"),
         ({"dim": 22, "num_heads": 4}, "dim must be a multiple of num_heads, got dim=22 and num_heads=4"),
-        ({"num_heads": 0}, "dim must be a multiple of num_heads, got dim=22 and num_heads=0"),
+        ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"dim": 0}, "dim must be at least 1, got 0"),
         ({"ff_dim": 0}, "ff_dim must be at least 1, got 0"),
         ({"encoder_layers": 0}, "encoder_layers must be at least 1, got 0"),

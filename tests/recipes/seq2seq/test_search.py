@@ -288,7 +288,7 @@ def test_search_restores_the_mode_of_the_model(training: bool) -> None:
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"n_best": 0}, "n_best must be at least 1, got 0"),
         ({"n_best": 4}, "n_best must be at most beam_size, 3, got 4"),
-        ({"length_penalty": math.inf}, "length_penalty must be a finite number, got inf"),
+        ({"length_penalty": math.inf}, "length_penalty must be a number from -10 to 10, got inf"),
     ],
 )
 def test_an_invalid_argument_of_beam_search_raises_an_error(settings: dict[str, Any], message: str) -> None:
@@ -328,7 +328,7 @@ def test_a_decoding_calls_its_search(name: str) -> None:
         ({"name": "exact", "budget": 0}, "decoding.budget must be at least 1, got 0"),
         ({"name": "beam", "n_best": 6}, "n_best must be at most decoding.beam_size, 5, got 6"),
         ({"name": "exact", "n_best": 2}, "n_best must be 1 with decoding=exact, .* got 2; decoding=beam gives several"),
-        ({"name": "beam", "length_penalty": math.nan}, "length_penalty must be a finite number, got nan"),
+        ({"name": "beam", "length_penalty": math.nan}, "length_penalty must be a number from -10 to 10, got nan"),
     ],
 )
 def test_an_invalid_decoding_raises_an_error(settings: dict[str, Any], message: str) -> None:

@@ -174,9 +174,12 @@ def test_the_state_for_plain_text_has_the_keys_of_earlier_versions():
     assert set(Tokenizer(["a"], split="spaces").state()) == {"symbols", "split", "normalization"}
 
 
-@pytest.mark.parametrize(("split", "bpe"), [("bpe", None), ("spaces", "{}")])
-def test_subwords_must_be_given_with_split_bpe_and_with_no_other(split, bpe):
-    with pytest.raises(ValueError, match=r"^bpe must be given with split 'bpe' and with no other, got split"):
+@pytest.mark.parametrize(
+    ("split", "bpe", "got"),
+    [("bpe", None, "got no bpe and split 'bpe'"), ("spaces", "{}", "got bpe and split 'spaces'")],
+)
+def test_subwords_must_be_given_with_split_bpe_and_with_no_other(split, bpe, got):
+    with pytest.raises(ValueError, match=rf"^bpe must be given if split is 'bpe', and only then, {got}$"):
         Tokenizer([], split=split, bpe=bpe)
 
 

@@ -129,6 +129,13 @@ def test_error_for_a_language_without_a_file_names_the_language(write, tmp_path)
     )
 
 
+def test_all_languages_need_at_least_one_training_file(tmp_path):
+    pattern = tmp_path / "{language}_train.tsv"
+    with pytest.raises(FileNotFoundError) as error:
+        load_tsv(pattern, pattern, pattern, languages="all")
+    assert str(error.value) == f"languages=all must find a training file, got none that is named {pattern}"
+
+
 def test_a_long_malformed_line_is_not_printed_whole(write):
     with pytest.raises(ValueError) as error:
         read_examples(write("a" * 100_000))
