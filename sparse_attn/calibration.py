@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from sparse_attn.checks import check_interval, check_module, check_number
+from sparse_attn.checks import check_bool, check_interval, check_module, check_number
 from sparse_attn.evaluation import (
     Alpha,
     Candidates,
@@ -112,6 +112,7 @@ def calibrate(
         The mapping is that of Correia, Niculae & Martins 2019 (EMNLP), "Adaptively Sparse Transformers".
     """
     check_module(model)
+    check_bool(progress, "progress")
     _check(batches, density, loss_increase, per, loss, alpha_max)
     loss = loss_of_transformers if loss is None else loss
     with evaluating(model), measured_attention(model, loss) as (heads, run_pass):
@@ -229,6 +230,8 @@ def _check(
         raise ValueError(f"per must be 'head' or 'layer', got {per!r}")
     if loss is not None and not callable(loss):
         raise TypeError(f"loss must be a function of model and batch, got {type(loss).__name__}")
+    if isinstance(batches, Mapping):
+        raise TypeError(f"batches must be a list of batches or a DataLoader, got one {type(batches).__name__}")
     if not isinstance(batches, Iterable) or isinstance(batches, Iterator | str):
         raise TypeError(
             f"batches must be iterable several times, such as a list or a DataLoader, got {type(batches).__name__}"

@@ -151,6 +151,18 @@ def check_bool(value: bool, name: str) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def check_flag(value: object, name: str) -> None:
+    """Raise if a flag of torch's own layer is a string or a tensor with more than one entry.
+
+    Torch takes the truth of any object. So ``"False"`` from a configuration would count as True, and a mask in the
+    place of a flag would raise an error that names neither of the two.
+    """
+    if isinstance(value, str):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    if isinstance(value, Tensor) and value.dim():
+        raise TypeError(f"{name} must be True or False, got a tensor of shape {tuple(value.shape)}")
+
+
 def check_module(model: nn.Module, name: str = "model") -> None:
     """Raise unless ``model`` is a module."""
     if not isinstance(model, nn.Module):

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.checks import check_alpha, check_filter, check_number, check_number_or_tensor
+from sparse_attn.checks import check_alpha, check_bool, check_filter, check_number, check_number_or_tensor
 from sparse_attn.nn.alpha import WideAlpha, fill, has_learnt_alpha, one_or_per_head, whole
 from sparse_attn.nn.alpha_range import bounded_alpha, check_inside
 from sparse_attn.nn.model_alpha import FilterFn, alpha_modules, of_attention
@@ -51,7 +51,7 @@ def alpha_param_groups(
         Up to three groups: weights that decay, other parameters that do not, and α. Empty groups are omitted.
 
     Raises:
-        TypeError: ``model`` is not a module, or a rate or ``weight_decay`` not a number.
+        TypeError: ``model`` is not a module, a rate or ``weight_decay`` not a number, or ``strict`` not a bool.
         ValueError: A rate or ``weight_decay`` is negative, or there is no learnt α and ``strict`` is True.
 
     Example:
@@ -62,9 +62,12 @@ def alpha_param_groups(
         [(2, 0.001, 0.01), (2, 0.001, 0.0), (1, 0.01, 0.0)]
         >>> optimizer = torch.optim.AdamW(groups)
     """
+    check_bool(strict, "strict")
     alpha_lr = lr if alpha_lr is None else alpha_lr
     for name, value in {"lr": lr, "weight_decay": weight_decay, "alpha_lr": alpha_lr}.items():
         check_number_or_tensor(value, name)
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
         if not value >= 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
     alphas = {id(raw_alpha) for _, raw_alpha in _learnt(model, strict=strict)}

@@ -237,8 +237,11 @@ def test_causal_layers_count_visible_keys_alone():
         ({"model": only_topk()}, ValueError, "model must have layers of .* got neither in TransformerEncoder"),
         ({"model": nn.Linear(3, 5)}, ValueError, "model must hold at least one nn.MultiheadAttention, got none in Lin"),
         ({"model": 3}, TypeError, "model must be a torch.nn.Module, got int"),
+        ({"batches": {"x": BATCHES[0]}}, TypeError, "batches must be a list of batches or a DataLoader, got one dict"),
+        ({"progress": "no"}, TypeError, "progress must be True or False, got 'no'"),
         ({"state": "/no/such/folder/state"}, ValueError, "state must be a file in a folder that exists"),
         ({"state": {"passes": []}}, TypeError, "^state must be the path of a file or None, got dict$"),
+        ({"state": "/"}, ValueError, "^state must be a file, got the folder '/'$"),
     ],
 )
 def test_wrong_input_raises_an_error(change, error, message):

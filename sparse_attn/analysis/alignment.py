@@ -6,6 +6,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from sparse_attn.checks import check_floating
+
 __all__ = ["AlignmentRule", "align"]
 
 #: How many heads must give a pair weight; see :func:`align`.
@@ -27,6 +29,7 @@ def align(weights: Tensor, rule: AlignmentRule = "most") -> Tensor:
         (..., L, S) bool.
 
     Raises:
+        TypeError: if `weights` is not a floating tensor.
         ValueError: if there is no head, or the rule is unknown.
 
     Example:
@@ -35,6 +38,7 @@ def align(weights: Tensor, rule: AlignmentRule = "most") -> Tensor:
         >>> {rule: align(weights, rule).int().tolist() for rule in ("any", "most", "all", "best")}
         {'any': [[1, 1, 1]], 'most': [[1, 1, 0]], 'all': [[1, 0, 0]], 'best': [[1, 0, 0]]}
     """
+    check_floating(weights, "weights")
     if weights.dim() < 3 or not weights.shape[-3]:
         raise ValueError(f"weights must be (..., H, L, S) with a head or more, got {tuple(weights.shape)}")
     used = weights != 0

@@ -34,7 +34,8 @@ def head_diversity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
     Reference:
         Correia, Niculae & Martins 2019, "Adaptively Sparse Transformers", section 5.1.
     """
-    used = weights.masked_fill(~full_visible(weights, visible), 0.0)
+    pairs = full_visible(weights, visible)
+    used = weights.masked_fill(~pairs, 0.0)
     # In float32: the difference of two entropies is small beside their rounding errors in half precision.
     used = used.to(torch.promote_types(weights.dtype, torch.float32))
     entropy_of_mean = torch.special.entr(used.mean(-3)).sum(-1)

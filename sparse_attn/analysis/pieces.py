@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparse_attn.checks import check_floating, check_int
+
 __all__ = ["merge_pieces", "own_word_weight", "word_groups"]
 
 # SentencePiece and byte-level BPE mark the first piece of a word.
@@ -27,12 +29,18 @@ def word_groups(tokens: Sequence[str]) -> list[int]:
     Returns:
         One number per token, from 0, that increases by one at each new word. Without any mark every token is a word.
 
+    Raises:
+        TypeError: if `tokens` is a string, or holds something else than strings.
+
     Example:
         >>> word_groups(["[CLS]", "un", "##believ", "##able", "story", "[SEP]"])
         [0, 1, 1, 1, 2, 3]
         >>> word_groups(["<s>", "▁un", "believ", "able", "▁story", "</s>"])
         [0, 1, 1, 1, 2, 3]
     """
+    if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
+        wrong = tokens if isinstance(tokens, str) else next(token for token in tokens if not isinstance(token, str))
+        raise TypeError(f"tokens must be a list of strings, got {wrong!r}")
     counts = {
         "continues": sum(token.startswith("##") and len(token) > 2 for token in tokens),
         "continued": sum(token.endswith("@@") and len(token) > 2 for token in tokens),
@@ -65,14 +73,15 @@ def merge_pieces(weights: Tensor, query_groups: Sequence[int], key_groups: Seque
 
     Args:
         weights: (..., L, S).
-        query_groups: the word of each query, L numbers as :func:`word_groups` returns them.
+        query_groups: the word of each query, L numbers as :func:`word_groups` returns them, from 0 without a gap.
         key_groups: the word of each key, S numbers.
 
     Returns:
         (..., words among the queries, words among the keys).
 
     Raises:
-        ValueError: if the number of groups differs from the number of queries or keys.
+        TypeError: if `weights` is not a floating tensor, or a group not an int.
+        ValueError: if the number of groups differs from the number of queries or keys, or a word has no piece.
 
     Example:
         >>> merge_pieces(torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.25, 0.75]]), [0, 0], [0, 0, 1])
@@ -81,6 +90,7 @@ def merge_pieces(weights: Tensor, query_groups: Sequence[int], key_groups: Seque
     Reference:
         Clark et al. 2019, "What Does BERT Look At?", section 4.1.
     """
+    check_floating(weights, "weights")
     sides = {"query_groups": (query_groups, -2, "queries"), "key_groups": (key_groups, -1, "keys")}
     for name, (groups, dim, side) in sides.items():
         if weights.dim() < 2 or len(groups) != weights.shape[dim]:
@@ -88,7 +98,7 @@ def merge_pieces(weights: Tensor, query_groups: Sequence[int], key_groups: Seque
             raise ValueError(
                 f"{name} must have one number for each of the {side} of weights {shape}, got {len(groups)}"
             )
-    rows, columns = _membership(query_groups, weights), _membership(key_groups, weights)
+    rows, columns = (_membership(name, groups, weights) for name, (groups, _, _) in sides.items())
     with torch.autocast(weights.device.type, enabled=False):  # rows of a product in bfloat16 do not sum to one
         return (rows / rows.sum(-1, keepdim=True)) @ weights @ columns.mT
 
@@ -106,6 +116,7 @@ def own_word_weight(weights: Tensor, groups: Sequence[int]) -> Tensor:
         (..., L); NaN for a word of one piece.
 
     Raises:
+        TypeError: if `weights` is not a floating tensor, or a group not an int.
         ValueError: if the weights are not square, or the number of groups differs from the number of positions.
 
     Example:
@@ -115,21 +126,32 @@ def own_word_weight(weights: Tensor, groups: Sequence[int]) -> Tensor:
     Reference:
         Correia, Niculae & Martins 2019, "Adaptively Sparse Transformers", section 5.2.
     """
+    check_floating(weights, "weights")
     if weights.dim() < 2 or weights.shape[-1] != weights.shape[-2] or len(groups) != weights.shape[-1]:
         raise ValueError(
             "groups must have one number for each position of weights (..., L, L), "
             f"got {len(groups)} for {tuple(weights.shape)}"
         )
-    index = torch.tensor(groups, device=weights.device)
+    index = _index("groups", groups, weights)
     others = (index[:, None] == index) & ~torch.eye(len(groups), dtype=torch.bool, device=weights.device)
     return (weights * others).sum(-1).masked_fill(~others.any(-1), torch.nan)
 
 
-def _membership(groups: Sequence[int], like: Tensor) -> Tensor:
+def _index(name: str, groups: Sequence[int], like: Tensor) -> Tensor:
+    """The words of the tokens as a tensor of ints."""
+    for group in groups:
+        check_int(group.item() if isinstance(group, Tensor) else group, name)
+    return torch.as_tensor(groups, dtype=torch.int64, device=like.device)
+
+
+def _membership(name: str, groups: Sequence[int], like: Tensor) -> Tensor:
     """(words, tokens): 1 where a token belongs to a word."""
-    index = torch.tensor(groups, device=like.device)
+    index = _index(name, groups, like)
     words: Tensor = torch.arange(int(index.max()) + 1 if len(groups) else 0, device=like.device)
-    return (words[:, None] == index).to(like.dtype)
+    member = words[:, None] == index
+    if not bool(member.any(0).all() and member.any(1).all()):  # a mean over no piece would be NaN
+        raise ValueError(f"{name} must number the words from 0 without a gap, got {index.tolist()}")
+    return member.to(like.dtype)
 
 
 def _special(token: str) -> bool:

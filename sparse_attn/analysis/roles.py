@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.analysis.density import full_visible
+from sparse_attn.checks import check_int
 
 __all__ = [
     "ROLE_THRESHOLDS",
@@ -34,17 +35,24 @@ def mean_per_head(values: Tensor) -> Tensor:
         values: (N, H, L) or (H, L), as the statistics of this module give them; NaN marks "no value".
 
     Returns:
-        (H,); NaN for a head without any value.
+        (H,), floating; NaN for a head without any value.
+
+    Raises:
+        TypeError: if `values` is not a tensor.
+        ValueError: if `values` has another number of dimensions.
 
     Example:
         >>> mean_per_head(torch.tensor([[0.5, 1.0, float("nan")], [0.0, 0.0, 3.0]]))
         tensor([0.7500, 1.0000])
     """
+    if not isinstance(values, Tensor):
+        raise TypeError(f"values must be a torch.Tensor, got {type(values).__name__}")
     if values.dim() not in (2, 3):
         raise ValueError(f"values must have the shape (N, H, L) or (H, L), got {tuple(values.shape)}")
     # In float32: float16 cannot hold the sum over many queries.
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    return wide.nanmean(dim=[dim for dim in range(values.dim()) if dim != values.dim() - 2]).to(values.dtype)
+    mean = wide.nanmean(dim=[dim for dim in range(values.dim()) if dim != values.dim() - 2])
+    return mean.to(values.dtype) if values.is_floating_point() else mean
 
 
 def entropy(weights: Tensor, visible: Tensor | None = None, *, relative: bool = False) -> Tensor:
@@ -90,7 +98,7 @@ def offset_weight(weights: Tensor, offset: int, visible: Tensor | None = None) -
         (N, H, L) or (H, L); NaN for a query that does not see that position.
 
     Raises:
-        TypeError: if `weights` is not floating point or `visible` is not bool.
+        TypeError: if `weights` is not floating point, `offset` not an int or `visible` not bool.
         ValueError: if the shapes do not fit.
 
     Example:
@@ -100,6 +108,7 @@ def offset_weight(weights: Tensor, offset: int, visible: Tensor | None = None) -
     Reference:
         Correia, Niculae & Martins 2019, "Adaptively Sparse Transformers", section 5.2.
     """
+    check_int(offset, "offset")
     pairs = full_visible(weights, visible)
     if not weights.shape[-1]:
         return weights.new_full(weights.shape[:-1], torch.nan)
@@ -125,7 +134,7 @@ def strongest_at_offset(weights: Tensor, offset: int, visible: Tensor | None = N
         position.
 
     Raises:
-        TypeError: if `weights` is not floating point or `visible` is not bool.
+        TypeError: if `weights` is not floating point, `offset` not an int or `visible` not bool.
         ValueError: if the shapes do not fit.
 
     Example:
@@ -204,7 +213,8 @@ def name_roles(shares: Mapping[str, Tensor], thresholds: Mapping[str, float] = R
         the largest factor; if none does, "mixed".
 
     Raises:
-        ValueError: if there is no share at all, or a role has no threshold.
+        TypeError: if a share is not a tensor.
+        ValueError: if there is no share at all, a role has no threshold, or shares differ in their shapes.
 
     Example:
         >>> name_roles({"previous": torch.tensor([0.97, 0.1]), "next": torch.tensor([0.01, 0.4])})
@@ -214,6 +224,12 @@ def name_roles(shares: Mapping[str, Tensor], thresholds: Mapping[str, float] = R
         roles, got = ", ".join(thresholds), ", ".join(shares) or "none"
         raise ValueError(f"shares must be of the roles {roles}, got {got}")
     names = list(shares)
+    for name, share in shares.items():
+        if not isinstance(share, Tensor):
+            raise TypeError(f"shares must be tensors (H,), got {type(share).__name__} for {name!r}")
+        if share.shape != shares[names[0]].shape:
+            shapes = ", ".join(str(tuple(each.shape)) for each in shares.values())
+            raise ValueError(f"shares must all have the same shape (H,), got {shapes}")
     ratios = torch.stack([shares[name].nan_to_num(0.0) / thresholds[name] for name in names])
     largest, index = ratios.max(dim=0)
     named = zip((largest >= 1).tolist(), index.tolist(), strict=True)

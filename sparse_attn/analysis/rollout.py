@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparse_attn.checks import check_floating, check_number
+
 __all__ = ["attention_rollout"]
 
 
@@ -24,7 +26,7 @@ def attention_rollout(weights: Sequence[Tensor], residual: float = 0.5) -> Tenso
         (N, L, L) or (L, L): row i holds the share of each input in position i of the last layer.
 
     Raises:
-        TypeError: if `weights` is a single tensor.
+        TypeError: if `weights` is not a list of floating tensors, or `residual` not a number.
         ValueError: if there is no layer, the shapes do not fit or `residual` is out of range.
 
     Example:
@@ -35,10 +37,14 @@ def attention_rollout(weights: Sequence[Tensor], residual: float = 0.5) -> Tenso
     Reference:
         Abnar & Zuidema 2020, "Quantifying Attention Flow in Transformers", section 3.
     """
-    if isinstance(weights, Tensor):
-        raise TypeError(f"weights must be a list of one tensor per layer, got a tensor of shape {tuple(weights.shape)}")
+    if not isinstance(weights, Sequence):
+        got = f"a tensor of shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"weights must be a list of one tensor per layer, got {got}")
     if not weights:
         raise ValueError("weights must be of at least one layer, got none")
+    for layer in weights:
+        check_floating(layer, "weights of a layer")
+    check_number(residual, "residual")
     if not 0 <= residual <= 1:
         raise ValueError(f"residual must lie in [0, 1], got {residual}")
     first = weights[0]

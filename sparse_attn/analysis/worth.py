@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from sparse_attn.checks import check_module
 from sparse_attn.nn.adaptive import AdaptiveSparseMultiheadAttention
 from sparse_attn.nn.alpha import has_learnt_alpha
 
@@ -49,7 +50,7 @@ def head_worth(
         value means that the change makes the model worse. Layers without a head that can be changed are missing.
 
     Raises:
-        TypeError: if `changes` is a string.
+        TypeError: if `model` is not a module, or `changes` is a string.
         ValueError: if a change is unknown, no change applies to any layer of the model, or the weight of an output
             projection is not a parameter (adapters, parametrizations, pruning), so that "off" would have no effect.
 
@@ -63,6 +64,7 @@ def head_worth(
     Reference:
         Michel, Levy & Neubig 2019, "Are Sixteen Heads Really Better than One?", section 3.
     """
+    check_module(model)
     if isinstance(changes, str):
         raise TypeError(f"changes must be a list of changes such as {[changes]!r}, got the string {changes!r}")
     if unknown := [change for change in changes if change not in get_args(HeadChange)]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sparse_attn.checks import check_bool, check_dropout, check_floating, check_int
+from sparse_attn.checks import check_bool, check_dropout, check_flag, check_floating, check_int
 from sparse_attn.masks import (
     Bounds,
     ScoreShape,
@@ -90,6 +90,14 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
                 f"got embed_dim={embed_dim} and num_heads={num_heads}"
             )
         check_dropout(dropout)
+        flags = {"bias": bias, "add_bias_kv": add_bias_kv, "add_zero_attn": add_zero_attn, "batch_first": batch_first}
+        for name, flag in flags.items():
+            check_flag(flag, name)
+        for name, size in (("kdim", kdim), ("vdim", vdim)):
+            if size is not None:
+                check_int(size, name)
+                if size < 1:
+                    raise ValueError(f"{name} must be at least 1 or None, got {size}")
         check_bool(qk_norm, "qk_norm")
         check_bool(length_scaling, "length_scaling")
         if num_kv_heads < 1 or num_heads % num_kv_heads:
@@ -193,10 +201,15 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             The output, of the query's shape, and the weights, (N, L, S) or (N, H, L, S) (no N when unbatched), or None.
 
         Raises:
-            TypeError: An input is nested or not floating; a mask is neither boolean nor floating.
+            TypeError: An input is nested or not floating; a mask is neither boolean nor floating; a flag is a string or
+                a tensor of several entries.
             ValueError: Shapes do not fit; ``is_causal``, ``rotary``, positions or a window is used with a static cache,
                 for which queries have no position; ``rotary`` is given although the layer's ``positions`` rotate.
         """
+        flags = {"need_weights": need_weights, "average_attn_weights": average_attn_weights, "is_causal": is_causal}
+        for name, flag in flags.items():
+            if type(flag) is not bool:
+                check_flag(flag, name)
         batched = self._check_inputs(query, key, value)
         if not batched:
             query, key, value, key_padding_mask = _as_batch(query, key, value, key_padding_mask)

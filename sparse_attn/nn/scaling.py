@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_attn.checks import check_int
+
 
 class LengthScaling(nn.Module):
     """A factor for queries: ``1 + β (log n) ** γ``, where n is the number of keys that a query sees.
@@ -25,7 +27,8 @@ class LengthScaling(nn.Module):
         dtype: The dtype of the parameters.
 
     Raises:
-        ValueError: ``unscaled_heads`` is negative or leaves no head to scale.
+        TypeError: A size or number is not an int.
+        ValueError: ``embed_dim`` is below 1, or ``unscaled_heads`` is negative or leaves no head to scale.
 
     Shape:
         ``x`` (N, L, E) and ``visible`` broadcastable to (N, H, L) -> (N, H, L, 1).
@@ -48,6 +51,11 @@ class LengthScaling(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        numbers = {"embed_dim": embed_dim, "num_heads": num_heads, "unscaled_heads": unscaled_heads}
+        for name, number in numbers.items():
+            check_int(number, name)
+        if embed_dim < 1:
+            raise ValueError(f"embed_dim must be at least 1, got {embed_dim}")
         if not 0 <= unscaled_heads < num_heads:
             raise ValueError(f"unscaled_heads must be in [0, {num_heads}), the number of heads, got {unscaled_heads}")
         self.unscaled_heads = unscaled_heads

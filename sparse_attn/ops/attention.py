@@ -31,6 +31,7 @@ from sparse_attn.masks import (
     Bounds,
     apply_mask,
     check_mask,
+    check_mask_dtype,
     clear_padding,
     dense_mask,
     described_causal,
@@ -250,8 +251,10 @@ def attend(
     check_dropout(dropout_p, "dropout_p")
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal=True, got both; combine them into one mask")
-    if isinstance(attn_mask, Tensor) and described_causal(attn_mask) is None and attn_mask.device != query.device:
-        raise ValueError(f"attn_mask must be on the query's device, {query.device}, got {attn_mask.device}")
+    if attn_mask is not None and described_causal(attn_mask) is None:
+        check_mask_dtype(attn_mask, "attn_mask")
+        if attn_mask.device != query.device:
+            raise ValueError(f"attn_mask must be on the query's device, {query.device}, got {attn_mask.device}")
     check_softcap_and_sinks(softcap, sinks, query, max(_heads(query), _heads(key)))
     query, key, value = _of_one_rank(query, key, value)
     scale = default_scale(query) if scale is None else scale

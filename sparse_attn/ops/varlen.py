@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparse_attn.checks import check_dropout, check_starts
+from sparse_attn.checks import check_dropout, check_floating, check_starts
 from sparse_attn.kernels.choose_attention import Call, attend_packed
 from sparse_attn.masks import Bounds
 from sparse_attn.ops.attention import (
@@ -80,7 +80,8 @@ def entmax_attention_varlen(
         The layout of ``torch.nn.attention.varlen.varlen_attn``; the mapping of :func:`entmax_attention`.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if isinstance(x, Tensor) and x.dim() != 3:
+        check_floating(x, name)
+        if x.dim() != 3:
             raise ValueError(f"{name} must have the shape (total, H, D), got {tuple(x.shape)}")
     _check_cumulative(cu_seqlens_q, "cu_seqlens_q", query)
     _check_cumulative(cu_seqlens_k, "cu_seqlens_k", query)
@@ -124,8 +125,10 @@ def attend_varlen(
         raise RuntimeError("packed sequences cannot be traced by torch.jit: the lengths would become constants")
     check_starts(query_starts, query.shape[2], "cu_seqlens_q")
     check_starts(key_starts, key.shape[2], "cu_seqlens_k")
-    outputs = [query.new_empty(*query.shape[:2], 0, value.shape[-1])]
-    for queries, keys in zip(pairwise(query_starts.tolist()), pairwise(key_starts.tolist()), strict=True):
+    spans = list(zip(pairwise(query_starts.tolist()), pairwise(key_starts.tolist()), strict=True))
+    outputs = []
+    # A batch without sequences is computed as one empty sequence, so that its output has a gradient.
+    for queries, keys in spans or [((0, 0), (0, 0))]:
         one = query[:, :, slice(*queries)], key[:, :, slice(*keys)], value[:, :, slice(*keys)]
         outputs.append(attend(*one, mapping, None, dropout_p, bounds=bounds, **options, need_weights=False)[0])
     return torch.cat(outputs, 2)

@@ -118,6 +118,10 @@ def test_mean_per_head_refuses_a_tensor_of_one_dimension() -> None:
         mean_per_head(torch.zeros(5))
 
 
+def test_mean_per_head_of_counts_is_not_rounded() -> None:
+    assert mean_per_head(torch.tensor([[1, 2], [0, 1]])).tolist() == [1.5, 0.5]
+
+
 def test_offset_statistics_without_keys_are_nan() -> None:
     for statistic in (offset_weight, strongest_at_offset):
         values = statistic(torch.zeros(3, 2, 0), 0)

@@ -266,6 +266,14 @@ def test_keys_or_values_that_do_not_continue_the_cache_raise_an_error(shape):
     assert len(cache) == 1
 
 
+def test_a_cache_refuses_arguments_of_a_wrong_type():
+    with pytest.raises(TypeError, match="static must be True or False, got 'no'"):
+        KVCache(static="no")
+    for key, value in (([0.0], torch.randn(2, 4, 1, 8)), (torch.randn(2, 4, 1, 8), None)):
+        with pytest.raises(TypeError, match=r"must be a torch\.Tensor"):
+            KVCache().append(key, value)
+
+
 @pytest.mark.parametrize(
     ("rows", "error"), [([0], TypeError), (torch.tensor([True]), TypeError), (torch.tensor([[0]]), ValueError)]
 )

@@ -202,6 +202,36 @@ def test_wrong_sizes_and_dropout_raise_an_error(kind: str, args: tuple[float, ..
         LAYERS[kind](*args)
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"kdim": 0}, ValueError, "kdim must be at least 1 or None, got 0"),
+        ({"vdim": -7}, ValueError, "vdim must be at least 1 or None, got -7"),
+        ({"vdim": 7.0}, TypeError, "vdim must be an int, got 7.0"),
+        ({"bias": "False"}, TypeError, "bias must be True or False, got 'False'"),
+        ({"add_bias_kv": "no"}, TypeError, "add_bias_kv must be True or False, got 'no'"),
+        ({"add_zero_attn": "no"}, TypeError, "add_zero_attn must be True or False, got 'no'"),
+        ({"batch_first": "no"}, TypeError, "batch_first must be True or False, got 'no'"),
+    ],
+)
+def test_wrong_sizes_of_keys_and_flags_raise_an_error(kind, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        LAYERS[kind](E, H, **kwargs)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_mask_or_a_string_in_the_place_of_a_flag_raises_an_error(kind):
+    layer, x = LAYERS[kind](E, H), torch.randn(L, N, E)
+    with pytest.raises(TypeError, match=r"need_weights must be True or False, got a tensor of shape \(5, 5\)"):
+        layer(x, x, x, None, torch.zeros(L, L))
+    with pytest.raises(TypeError, match="average_attn_weights must be True or False, got 'no'"):
+        layer(x, x, x, average_attn_weights="no")
+    with pytest.raises(TypeError, match="is_causal must be True or False, got 'False'"):
+        layer(x, x, x, is_causal="False")
+    assert layer(x, x, x, need_weights=None)[1] is None  # as in torch, any other object counts by its truth
+
+
 WRONG_INPUTS = [
     (((N, 1, L, E),) * 3, r"all be 3-D \(batched\) or all 2-D \(unbatched\); got query \(2, 1, 5, 33\)"),
     (((E,),) * 3, r"all be 3-D \(batched\) or all 2-D \(unbatched\); got query \(33,\)"),

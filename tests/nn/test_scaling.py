@@ -151,3 +151,17 @@ def test_length_scaling_gets_gradients_and_is_off_by_default() -> None:
 def test_a_wrong_number_of_unscaled_heads_is_refused(unscaled: int) -> None:
     with pytest.raises(ValueError, match=rf"unscaled_heads must be in \[0, 3\), the number of heads, got {unscaled}"):
         LengthScaling(E, H, unscaled)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0, 2), ValueError, "embed_dim must be at least 1, got 0"),
+        ((8.0, 2), TypeError, "embed_dim must be an int, got 8.0"),
+        ((8, "2"), TypeError, "num_heads must be an int, got '2'"),
+        ((8, 2, None), TypeError, "unscaled_heads must be an int, got None"),
+    ],
+)
+def test_wrong_sizes_of_length_scaling_raise_an_error(arguments, error, message) -> None:
+    with pytest.raises(error, match=message):
+        LengthScaling(*arguments)

@@ -264,3 +264,10 @@ def test_one_query_head_against_many_key_heads() -> None:
     for head in range(4):
         alone = entmax_attention(query, key[:, [head]], value[:, [head]], alpha[head])
         torch.testing.assert_close(together[:, [head]], alone)
+
+
+@each_backend("torch", "compiled")
+def test_a_mask_that_is_no_tensor_raises_an_error(backend: str) -> None:
+    x = torch.randn(1, 2, 3, 5)
+    with use_backend(backend), pytest.raises(TypeError, match=r"attn_mask must be a torch\.Tensor, got list"):
+        entmax_attention(x, x, x, 1.5, [[True]])

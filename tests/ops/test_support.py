@@ -25,6 +25,13 @@ def test_tau_is_differentiable_and_minus_one_at_softmax():
     assert (tau(x, 1.0) == -1).all()
 
 
+@pytest.mark.parametrize("alpha", [1.0, 1.25, 2.5])
+def test_second_derivatives_of_tau(alpha):
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    given = torch.tensor(alpha, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(tau, (x, given))
+
+
 def test_rows_with_one_or_no_visible_score():
     x = torch.full((2, 3), -math.inf)
     x[0, 1] = 0.5

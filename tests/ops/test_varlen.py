@@ -73,10 +73,13 @@ def test_derivatives_of_second_order_and_dropout(backend, monkeypatch):
 
 
 def test_empty_batches_and_empty_sequences():
-    query = torch.randn(0, 2, 3)
+    query, alpha = torch.randn(0, 2, 3, requires_grad=True), torch.tensor([1.5, 1.2], requires_grad=True)
     for lengths in ([0], [0, 0]):
         cumulative = torch.tensor(lengths)
-        assert entmax_attention_varlen(query, query, query, cumulative, cumulative).shape == (0, 2, 3)
+        output = entmax_attention_varlen(query, query, query, cumulative, cumulative, alpha)
+        assert output.shape == (0, 2, 3)
+        gradients = torch.autograd.grad(output.sum(), (query, alpha))
+        assert gradients[0].shape == (0, 2, 3) and gradients[1].tolist() == [0.0, 0.0]
     key = torch.randn(4, 2, 3)
     output = entmax_attention_varlen(key, key, key, torch.tensor([0, 4, 4]), torch.tensor([0, 0, 4]))
     assert (output == 0).all()  # no query sees a key
@@ -95,6 +98,7 @@ def test_compiles_as_one_graph():
 
 
 WRONG: list[tuple[dict[str, object], type[Exception], str]] = [
+    ({"query": torch.randn(3, 2, 4).numpy()}, TypeError, "query must be a torch.Tensor, got ndarray"),
     ({"cu_seqlens_q": [0, 3]}, TypeError, "cu_seqlens_q must be a torch.Tensor, got list"),
     ({"cu_seqlens_q": torch.tensor([0.0, 3.0])}, TypeError, "cu_seqlens_q must have the dtype int32 or int64, got"),
     (

@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from sparse_attn.checks import check_number
 from sparse_attn.evaluation import evaluating
 
 from ..tokenizer import BOS, EOS
-from .prefixes import Hypothesis, Models, Prefixes, as_models
+from .prefixes import Hypothesis, Models, Prefixes, as_models, check_counts, check_source
 
 STRONGEST_PENALTY = 10
 
@@ -47,6 +48,7 @@ def beam_search(
         zero or left the beam. A row gets unfinished hypotheses only if none has ended after ``max_length`` tokens.
 
     Raises:
+        TypeError: An argument has a wrong type.
         ValueError: An argument is outside its range.
 
     Example:
@@ -59,12 +61,12 @@ def beam_search(
     Reference:
         The length penalty of Wu et al. 2016, "Google's Neural Machine Translation System", section 7.
     """
-    for name, count in {"beam_size": beam_size, "max_length": max_length, "n_best": n_best}.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+    check_counts(beam_size=beam_size, max_length=max_length, n_best=n_best)
     if n_best > beam_size:
         raise ValueError(f"n_best must be at most beam_size, {beam_size}, got {n_best}")
+    check_number(length_penalty, "length_penalty")
     check_length_penalty("length_penalty", length_penalty)
+    check_source(source)
     models = as_models(model)
     with evaluating(*models), torch.no_grad():
         return _search(Prefixes(models, source), beam_size, max_length, length_penalty, n_best)

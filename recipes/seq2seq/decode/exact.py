@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_attn.evaluation import evaluating
 
 from ..tokenizer import EOS
-from .prefixes import Hypothesis, Models, Sources, as_models
+from .prefixes import Hypothesis, Models, Sources, as_models, check_counts, check_source
 
 # Limits of memory: words that are searched at the same time, and positions (prefixes × tokens) of one model call.
 WORDS, POSITIONS = 64, 8192
@@ -63,7 +63,8 @@ def exact_search(model: Models, source: Tensor, *, budget: int, max_length: int)
         One hypothesis per row, with a probability above zero; an unfinished prefix if no finished hypothesis was seen.
 
     Raises:
-        ValueError: ``budget`` or ``max_length`` is below 1.
+        TypeError: An argument has a wrong type.
+        ValueError: ``budget`` or ``max_length`` is below 1, or ``source`` has another number of dimensions.
 
     Example:
         >>> import torch
@@ -76,9 +77,8 @@ def exact_search(model: Models, source: Tensor, *, budget: int, max_length: int)
     Reference:
         Stahlberg & Byrne 2019 (EMNLP), "On NMT Search Errors and Model Errors: Cat Got Your Tongue?".
     """
-    for name, count in {"budget": budget, "max_length": max_length}.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+    check_counts(budget=budget, max_length=max_length)
+    check_source(source)
     models = as_models(model)
     with evaluating(*models), torch.no_grad():
         sources = Sources(models, source)

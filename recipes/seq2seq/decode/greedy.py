@@ -8,7 +8,7 @@ from torch import Tensor
 from sparse_attn.evaluation import evaluating
 
 from ..tokenizer import BOS, EOS
-from .prefixes import Models, Prefixes, as_models
+from .prefixes import Models, Prefixes, as_models, check_counts, check_source
 
 
 def greedy_decode(model: Models, source: Tensor, *, max_length: int) -> list[list[int]]:
@@ -24,7 +24,8 @@ def greedy_decode(model: Models, source: Tensor, *, max_length: int) -> list[lis
         One list of target ids per row, without special tokens.
 
     Raises:
-        ValueError: ``max_length`` is below 1.
+        TypeError: An argument has a wrong type.
+        ValueError: ``max_length`` is below 1, or ``source`` has another number of dimensions.
 
     Example:
         >>> from recipes.seq2seq.model import Seq2SeqTransformer
@@ -32,8 +33,8 @@ def greedy_decode(model: Models, source: Tensor, *, max_length: int) -> list[lis
         >>> len(greedy_decode(model, torch.randint(4, 11, (3, 7)), max_length=5))
         3
     """
-    if max_length < 1:
-        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    check_counts(max_length=max_length)
+    check_source(source)
     models = as_models(model)
     with evaluating(*models), torch.no_grad():
         prefixes = Prefixes(models, source)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from sparse_attn.checks import check_int
 
 from ..model import Seq2SeqTransformer
 from ..output import next_token_log_probabilities
@@ -38,17 +40,38 @@ def as_models(models: Models) -> list[Seq2SeqTransformer]:
     """The members of an ensemble, or the one model.
 
     Raises:
+        TypeError: A member is not a Seq2SeqTransformer.
         ValueError: There is no model, or two models have vocabularies of different sizes.
     """
-    members = [models] if isinstance(models, Seq2SeqTransformer) else list(models)
+    members = list(models) if isinstance(models, Iterable) else [models]
     if not members:
         raise ValueError("model must be a Seq2SeqTransformer or several, got none")
+    for member in members:
+        if not isinstance(member, Seq2SeqTransformer):
+            raise TypeError(f"model must be a Seq2SeqTransformer or several, got {type(member).__name__}")
     for side in ("source", "target"):
         sizes = {getattr(model, f"{side}_embedding").tokens.num_embeddings for model in members}
         if len(sizes) > 1:
             got = ", ".join(map(str, sorted(sizes)))
             raise ValueError(f"models of an ensemble must have the same {side} vocabulary, got sizes {got}")
     return members
+
+
+def check_counts(**counts: int) -> None:
+    """Raise unless every argument is an int of at least 1."""
+    for name, count in counts.items():
+        check_int(count, name)
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+
+
+def check_source(source: Tensor) -> None:
+    """Raise unless the source is a matrix of token ids."""
+    if not isinstance(source, Tensor) or source.dtype not in (torch.int32, torch.int64):
+        got = source.dtype if isinstance(source, Tensor) else type(source).__name__
+        raise TypeError(f"source must be a tensor of int32 or int64 token ids, got {got}")
+    if source.dim() != 2:
+        raise ValueError(f"source must be (N, S), got shape {tuple(source.shape)}")
 
 
 class Prefixes:

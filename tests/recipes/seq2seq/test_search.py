@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recipes.seq2seq.decode import Decoding, Hypothesis, beam_search, exact_search, greedy_decode
 from recipes.seq2seq.model import Seq2SeqTransformer
@@ -294,6 +294,30 @@ def test_search_restores_the_mode_of_the_model(training: bool) -> None:
 def test_an_invalid_argument_of_beam_search_raises_an_error(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         beam_search(model_of(), words(), **{"beam_size": 3, "max_length": 3, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": nn.Linear(3, 5)}, "model must be a Seq2SeqTransformer or several, got Linear"),
+        ({"model": ["x"]}, "model must be a Seq2SeqTransformer or several, got str"),
+        ({"source": [[4, 5]]}, "source must be a tensor of int32 or int64 token ids, got list"),
+        ({"source": torch.ones(3, 5)}, "source must be a tensor of int32 or int64 token ids, got torch.float32"),
+        ({"beam_size": 2.5}, "beam_size must be an int, got 2.5"),
+        ({"max_length": None}, "max_length must be an int, got None"),
+        ({"length_penalty": "1"}, "length_penalty must be a number, got '1'"),
+    ],
+)
+def test_an_argument_of_a_wrong_type_raises_an_error(settings: dict[str, Any], message: str) -> None:
+    arguments = {"model": model_of(), "source": words(), "beam_size": 3, "max_length": 3, **settings}
+    with pytest.raises(TypeError, match=message):
+        beam_search(**arguments)
+
+
+def test_one_source_without_a_batch_raises_an_error() -> None:
+    for decode, settings in ((greedy_decode, {}), (beam_search, {"beam_size": 2}), (exact_search, {"budget": 2})):
+        with pytest.raises(ValueError, match=r"source must be \(N, S\), got shape \(2,\)"):
+            decode(model_of(), torch.tensor([4, 5]), max_length=3, **settings)
 
 
 def test_an_invalid_argument_of_exact_search_raises_an_error() -> None:
