@@ -158,13 +158,13 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"state_dict", "hyper_parameters"} <= state.keys():
         raise ValueError(f"{file} must be a checkpoint of sparse-attn train, got other data")
     if (layout := state.get("layout", 1)) != LAYOUT:
-        cause = (
-            "the model is now made of sparse_attn's own layers" if layout == 1 else "the weights changed their names"
+        of_version = (
+            "an earlier version of sparse-attn: the model is now made of sparse_attn's own layers; train again, or "
+            "read it with that version"
+            if layout == 1
+            else "a later version of sparse-attn; install that version to read it"
         )
-        raise ValueError(
-            f"checkpoint {file} must have layout {LAYOUT}, got layout {layout} of another version of sparse-attn: "
-            f"{cause}; train again, or read it with that version"
-        )
+        raise ValueError(f"checkpoint {file} must have layout {LAYOUT}, got layout {layout} of {of_version}")
     return state
 
 

@@ -10,6 +10,7 @@
 #   VENV    folder of the environment: it is kept and used again. If not given, the environment is removed at the end
 #   JOBS    number of processes that run the tests
 set -euo pipefail
+here=$PWD
 cd "$(dirname "$0")/.."
 
 TORCH="" PYTHON=python3 WITH="" PART="" VENV="" JOBS=2
@@ -19,6 +20,9 @@ for argument in "$@"; do
         *) echo "$argument is not an argument; there are TORCH=, PYTHON=, WITH=, PART=, VENV= and JOBS=" >&2; exit 2 ;;
     esac
 done
+# Relative paths are those of the caller.
+case $VENV in ""|/*) ;; *) VENV=$here/$VENV ;; esac
+case $PYTHON in /*) ;; */*) PYTHON=$here/$PYTHON ;; esac
 if [ -z "$TORCH" ]; then echo "TORCH must be a version of torch or \"newest\", as in TORCH=2.8.0" >&2; exit 2; fi
 
 work=$(mktemp -d)

@@ -95,8 +95,8 @@ def calibrate(
     Raises:
         TypeError: An argument has a wrong type, or ``batches`` can be read only once.
         ValueError: Both or neither of ``density`` and ``loss_increase`` are given, or one is out of range; there are no
-            batches; the model has no attention or no loss; a loss is not finite; or ``state`` is in a folder that
-            does not exist, was not written by this function or belongs to another call.
+            batches; the model has no attention or no loss; a loss is not finite; or ``state`` is a folder, is in a
+            folder that does not exist, was not written by this function or belongs to another call.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(16, nhead=2, batch_first=True)

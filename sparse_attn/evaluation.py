@@ -84,30 +84,45 @@ class SavedPasses:
     """
 
     def __init__(self, file: str | Path | None, call: dict[str, Any]) -> None:
+        if file is not None and not isinstance(file, str | Path):
+            raise TypeError(f"state must be the path of a file or None, got {type(file).__name__}")
         self.file, self.call = None if file is None else Path(file), call
-        self.passes: list[dict[str, Any]] = []
-        if self.file is not None and (self.file.is_dir() or not self.file.parent.is_dir()):
+        self.passes: list[Result] = []
+        if self.file is None:
+            return
+        if self.file.is_dir():
+            raise ValueError(f"state must be a file, got the folder {str(file)!r}")
+        if not self.file.parent.is_dir():
             raise ValueError(f"state must be a file in a folder that exists, got {str(file)!r}")
-        if self.file is not None and self.file.exists():
-            try:
-                saved = json.loads(self.file.read_text(encoding="utf-8"))
-                earlier, self.passes = dict(saved["call"]), list(saved["passes"])
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"state must be a file that calibrate wrote, got {str(file)!r}") from None
-            if earlier != call:
-                differs = next(key for key in call if earlier.get(key) != call[key])
+        if self.file.exists():
+            earlier, self.passes = _read_passes(self.file, call)
+            differs = next((key for key in call if earlier[key] != call[key]), None)
+            if differs is not None:
                 raise ValueError(
                     f"state must come from a call with {differs}={call[differs]} like this one, got {str(file)!r} of a "
-                    f"call with {differs}={earlier.get(differs)}; delete the file to begin again"
+                    f"call with {differs}={earlier[differs]}; delete the file to begin again"
                 )
 
     def add(self, result: Result) -> None:
         """Append a result, and write the file if there is one."""
-        self.passes.append(vars(result))
+        self.passes.append(result)
         if self.file is not None:
             unfinished = self.file.with_name(self.file.name + ".unfinished")
-            unfinished.write_text(json.dumps({"call": self.call, "passes": self.passes}), encoding="utf-8")
+            saved = {"call": self.call, "passes": [vars(one) for one in self.passes]}
+            unfinished.write_text(json.dumps(saved), encoding="utf-8")
             os.replace(unfinished, self.file)
+
+
+def _read_passes(file: Path, call: dict[str, Any]) -> tuple[dict[str, Any], list[Result]]:
+    """The call that wrote a file, with the same keys as ``call``, and the results of its passes."""
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        earlier, passes = dict(saved["call"]), [Result(**one) for one in saved["passes"]]
+        if earlier.keys() == call.keys():
+            return earlier, passes
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"state must be a file that calibrate wrote, got {str(file)!r}, which has other content")
 
 
 class Passes:
@@ -123,7 +138,7 @@ class Passes:
         """The result of the next pass, in which the heads use ``alpha`` and the probes also try ``candidates``."""
         self.made += 1
         if self.made <= len(self.saved.passes):
-            return Result(**self.saved.passes[self.made - 1])
+            return self.saved.passes[self.made - 1]
         probes = {
             name: _Probe(_float64(alpha[name]), _float64(candidates[name]).view(-1, n))
             for name, n in self.heads.items()

@@ -201,7 +201,7 @@ def linear_alpha(step: float, start: float, end: float, *, first_step: float = 0
 
     Raises:
         TypeError: An argument is not a number.
-        ValueError: An α is outside ``(0, inf)``, a step is NaN, or ``last_step`` is not above ``first_step``.
+        ValueError: An α is outside ``(0, inf)``, a step is not finite, or ``last_step`` is not above ``first_step``.
 
     Example:
         >>> [linear_alpha(step, 1.0, 1.5, first_step=2, last_step=4) for step in range(6)]
@@ -218,13 +218,13 @@ def linear_alpha(step: float, start: float, end: float, *, first_step: float = 0
     """
     for name, value in {"step": step, "first_step": first_step, "last_step": last_step}.items():
         check_number(value, name)
-    check_alpha(start, "start")
-    check_alpha(end, "end")
+        if not -math.inf < value < math.inf:
+            raise ValueError(f"{name} must be finite, got {value}")
     if not last_step > first_step:
         raise ValueError(f"last_step must be above first_step, got {last_step} and {first_step}")
+    check_alpha(start, "start")
+    check_alpha(end, "end")
     share = min(max((step - first_step) / (last_step - first_step), 0.0), 1.0)
-    if math.isnan(share):
-        raise ValueError(f"step, first_step and last_step must be finite, got {step}, {first_step} and {last_step}")
     # From the nearer end: rounding of (1 - share) * start + share * end can leave the interval from start to end.
     return start + share * (end - start) if share < 0.5 else end - (1 - share) * (end - start)
 

@@ -8,7 +8,12 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, is_legacy_batchedtensor
+from torch._C._functorch import (
+    TransformType,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+)
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.fx import Proxy
 
@@ -63,6 +68,16 @@ def values_known(*tensors: Tensor) -> bool:
         if type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or is_legacy_batchedtensor(x):
             return False
     return True
+
+
+def readable(x: Tensor) -> Tensor | None:
+    """A tensor whose entries a check can read, or None: ``x`` itself or, in ``torch.func``, the tensor it wraps."""
+    if torch.compiler.is_compiling() or is_traced():
+        return None
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+    known = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not is_legacy_batchedtensor(x)
+    return x if known else None
 
 
 def needs_plain_operations() -> bool:

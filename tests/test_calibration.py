@@ -166,9 +166,14 @@ def test_an_interrupted_call_continues(tmp_path, capsys):
     assert calls == 0 and again == found and again.density == found.density
     with pytest.raises(ValueError, match=r"must come from a call with density=0.2 like this one, got .* density=0.3"):
         calibrate(encoder(), BATCHES, density=0.2, loss=loss, state=state)
-    state.write_text("{}")
-    with pytest.raises(ValueError, match="state must be a file that calibrate wrote"):
-        calibrate(encoder(), BATCHES, density=0.3, loss=loss, state=state)
+    saved = json.loads(state.read_text())
+    other_call, other_pass = saved["call"] | {"batches": 3}, {"loss": 1.0}
+    for content in ({}, [], {**saved, "call": "x"}, {**saved, "call": other_call}, {**saved, "passes": [other_pass]}):
+        state.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"^state must be a file that calibrate wrote, got '.*state.json'"):
+            calibrate(encoder(), BATCHES, density=0.3, loss=loss, state=state)
+    with pytest.raises(ValueError, match=r"^state must be a file, got the folder '.*'$"):
+        calibrate(encoder(), BATCHES, density=0.3, loss=loss, state=tmp_path)
 
 
 def test_the_result_can_be_saved_as_json_and_given_to_replace_attention(tmp_path):
@@ -235,7 +240,8 @@ def test_causal_layers_count_visible_keys_alone():
         ({"batches": {"x": BATCHES[0]}}, TypeError, "batches must be a list of batches or a DataLoader, got one dict"),
         ({"progress": "no"}, TypeError, "progress must be True or False, got 'no'"),
         ({"state": "/no/such/folder/state"}, ValueError, "state must be a file in a folder that exists"),
-        ({"state": "/"}, ValueError, "state must be a file in a folder that exists, got '/'"),
+        ({"state": {"passes": []}}, TypeError, "^state must be the path of a file or None, got dict$"),
+        ({"state": "/"}, ValueError, "^state must be a file, got the folder '/'$"),
     ],
 )
 def test_wrong_input_raises_an_error(change, error, message):

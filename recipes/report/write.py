@@ -191,15 +191,7 @@ def _sections(report: Report, pictures: Mapping[str, bytes]) -> list[tuple[str, 
         ),
         ("Heads in numbers", html.table(_heads(report)) + html.paragraph(f"Roles. {ROLES_EXPLAINED}")),
         *_worth(report),
-        (
-            "Diversity of heads",
-            html.paragraph(
-                "Jensen-Shannon divergence between the heads of a layer, in nats, averaged over queries: 0 if all "
-                "heads have the same weights. For comparison, the same model with one α in all heads, with which it "
-                "was not trained (Correia, Niculae & Martins 2019, section 5.1)."
-            )
-            + html.table(_diversity_rows(report)),
-        ),
+        ("Diversity of heads", html.paragraph(_diversity_explained(report)) + html.table(_diversity_rows(report))),
         (
             "Attention rollout in the encoder",
             html.paragraph(
@@ -232,8 +224,22 @@ def _worth(report: Report) -> list[tuple[str, str]]:
     return [("Effect of each head on the loss", html.paragraph(explained) + html.table(rows))]
 
 
+def _diversity_explained(report: Report) -> str:
+    explained = (
+        "Jensen-Shannon divergence between the heads of a layer, in nats, averaged over queries: 0 if all heads have "
+        "the same weights (Correia, Niculae & Martins 2019, section 5.1)."
+    )
+    if not report.baselines:
+        return explained
+    return explained + (
+        " For comparison, the same model with one α in all heads that learn α. It was not trained with this α."
+    )
+
+
 def _diversity_rows(report: Report) -> list[dict[str, str]]:
-    found = {name: _diversities(measured) for name, measured in _by_alpha(report).items()}
+    # Without other columns, nothing is compared with the learnt α; the α may also be fixed.
+    columns = _by_alpha(report) if report.baselines else {"diversity": report.heads}
+    found = {name: _diversities(measured) for name, measured in columns.items()}
     return [
         {"layer": layer, **{name: f"{values[layer]:.3f}" for name, values in found.items()}} for layer in report.heads
     ]

@@ -43,6 +43,10 @@ def backends() -> dict[str, str]:
 def use_backend(name: str) -> Iterator[None]:
     """Compute with one backend only, in this thread, until the context ends.
 
+    The gradients of an operation are computed by the backend that computed the operation, also after the context has
+    ended and in the threads in which autograd computes on a GPU. This does not hold for ``torch.utils.checkpoint``,
+    which calls the operation again during the backward.
+
     Args:
         name: A key of :func:`backends`. An operation for which the backend has no kernel is computed by torch.
             "triton" computes CPU tensors only in Triton's interpreter (``TRITON_INTERPRET=1``), and only under this
@@ -64,6 +68,21 @@ def use_backend(name: str) -> Iterator[None]:
     available, why = _status()[name]
     if not available:
         raise RuntimeError(f"the backend {name!r} is not available: {why}")
+    with backend_of_forward(name):
+        yield
+
+
+def forced_backend() -> str | None:
+    """The backend that :func:`use_backend` has set here, or None: a forward keeps it for its backward."""
+    return _forced.get()
+
+
+@contextmanager
+def backend_of_forward(name: str | None) -> Iterator[None]:
+    """Compute a backward as its forward was computed; ``name`` is the result of :func:`forced_backend` there.
+
+    A backward may run in a thread of autograd, or outside the context of the forward.
+    """
     token = _forced.set(name)
     try:
         yield

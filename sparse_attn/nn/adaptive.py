@@ -56,9 +56,10 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
     Attributes:
         alpha: (H,) the current α per head, differentiable when learnt.
         raw_alpha: (H,) the parameter behind ``alpha``. A state dict without this parameter (a dense checkpoint) loads
-            and keeps the current α. Give it no weight decay, which would decrease α to its lower bound and keep α
-            there: :func:`sparse_attn.optim.alpha_param_groups` makes such parameter groups. If α is not learnt: None,
-            or a buffer after a call of :func:`sparse_attn.optim.set_alpha`.
+            and keeps the current α. Give it no weight decay, which pulls the parameter towards 0, below its range:
+            unless the gradient of the loss is larger, α decreases to its lower bound and stays there.
+            :func:`sparse_attn.optim.alpha_param_groups` makes parameter groups without weight decay. If α is not
+            learnt: None, or a buffer after a call of :func:`sparse_attn.optim.set_alpha`.
 
     Raises:
         ValueError: ``embed_dim`` is not a multiple of ``num_heads``; ``alpha_init`` is outside ``alpha_range`` or,

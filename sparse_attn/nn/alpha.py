@@ -236,7 +236,11 @@ class HoldsAlpha(WideAlpha):
 
 
 def hold(module: nn.Module, name: str, value: float | Tensor) -> None:
-    """Set a number, register a parameter, or register a copy of any other tensor as a buffer."""
+    """Set a number, register a parameter, or register a copy of any other tensor as a buffer.
+
+    Raises:
+        ValueError: ``value`` has a gradient and is not a parameter: a copy in a buffer would lose the gradient.
+    """
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         if value.requires_grad:
             argument = name.removeprefix("raw_")  # the argument `alpha` is held as `raw_alpha`

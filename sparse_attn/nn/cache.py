@@ -18,6 +18,9 @@ class KVCache:
     Args:
         static: Fill once instead of appending.
 
+    Raises:
+        TypeError: ``static`` is not True or False.
+
     Attributes:
         key: (N, H, S, D), or None while empty; H is the number of heads of keys and values, ``num_kv_heads``. Keys
             are stored after normalisation and rotary positions.
@@ -50,8 +53,11 @@ class KVCache:
 
         Raises:
             TypeError: ``key`` or ``value`` is not a floating tensor.
-            ValueError: ``key`` and ``value`` are not (N, H, L, D) each, or do not continue what the cache holds.
+            ValueError: ``key`` and ``value`` are not (N, H, L, D) each, or do not continue what the cache holds; or the
+                cache is static and already filled.
         """
+        if self.complete:
+            raise ValueError(f"a static cache is filled only once, and this one holds {len(self)} positions")
         for name, x, before in (("key", key, self.key), ("value", value, self.value)):
             check_floating(x, name)
             fits = x.dim() == 4 and x.shape[:3] == key.shape[:3]

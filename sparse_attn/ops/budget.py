@@ -13,7 +13,8 @@ from sparse_attn.checks import (
     result_dtype,
     rows_last,
 )
-from sparse_attn.transforms import double_noticing_changes, values_known
+from sparse_attn.kernels.functions.interval import in_interval
+from sparse_attn.transforms import double_noticing_changes
 
 
 def budget_sparsemax(x: Tensor, budget: float | Tensor = 2.0, dim: int = -1) -> Tensor:
@@ -51,7 +52,9 @@ def budget_sparsemax(x: Tensor, budget: float | Tensor = 2.0, dim: int = -1) -> 
     size = x.shape[dim] if x.dim() else 1
     if isinstance(budget, Tensor):
         check_row_parameter(budget, x, dim, "budget")
-    if size and (not isinstance(budget, Tensor) or values_known(budget)):
+        if size:
+            budget = in_interval(budget, "budget", 0, size)
+    elif size:
         check_interval(budget, "budget", above=0.0, below=size, closed=True)
     return spend(x, budget, dim)
 

@@ -11,9 +11,9 @@ Which loss to use:
   possible. A lead of 1 is enough for loss zero, and wrong classes outside the support get no gradient. For sequences,
   published results are better with 1.5.
 - **A learnt α** only if another term of the objective depends on α. The entropy ``H_α(p)`` decreases in α for every
-  ``p`` that is not one-hot, so the gradient of the loss never lowers α: trained by the loss alone, α reaches the upper
-  end of its range on any data. For the same reason losses at different α cannot be compared; choose α by a metric that
-  does not contain α, such as accuracy.
+  ``p`` that is not one-hot, and so does the loss: trained by the loss alone, α grows on any data, until it reaches the
+  upper end of its range or the ``p`` of every example is one-hot. For the same reason losses at different α cannot be
+  compared; choose α by a metric that does not contain α, such as accuracy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sparse_attn.checks import (
     rows_last,
 )
 from sparse_attn.kernels.functions.conjugate import conjugate_rows
-from sparse_attn.transforms import values_known
+from sparse_attn.transforms import readable
 from sparse_attn.versions import autocast_enabled
 
 _REDUCTIONS = ("none", "mean", "sum")
@@ -326,8 +326,9 @@ def check_target(x: Tensor, target: Tensor, ignore_index: int) -> None:
         )
     if target.dtype not in (torch.int64, torch.uint8):
         raise TypeError(f"target must be int64 or uint8 where it has class indices, got {target.dtype}")
-    if values_known(target):
-        classes = target.long()
+    values = readable(target)
+    if values is not None:
+        classes = values.long()
         wrong = ((classes < 0) | (classes >= size)) & (classes != ignore_index)
         if bool(wrong.any()):
             raise IndexError(

@@ -14,8 +14,9 @@ from sparse_attn.checks import (
     check_scores,
     result_dtype,
 )
+from sparse_attn.kernels.functions.interval import in_interval
 from sparse_attn.ops.entmax import entmax
-from sparse_attn.transforms import double_noticing_changes, values_known
+from sparse_attn.transforms import double_noticing_changes
 
 
 def normmax(x: Tensor, alpha: float | Tensor = 2.0, dim: int = -1) -> Tensor:
@@ -52,10 +53,8 @@ def normmax(x: Tensor, alpha: float | Tensor = 2.0, dim: int = -1) -> Tensor:
     check_number_or_tensor(alpha, "alpha")
     if isinstance(alpha, Tensor):
         check_row_parameter(alpha, x, dim, "alpha")
-        if values_known(alpha):
-            check_interval(alpha, "alpha", above=1.0, below=math.inf)
-        alpha = double_noticing_changes(alpha)
-        alpha = torch.where(alpha > 1, alpha, math.nan)  # where values are unknown, a wrong α gives NaN, not an error
+        alpha = double_noticing_changes(in_interval(alpha, "alpha", 1))
+        alpha = torch.where(alpha > 1, alpha, math.nan)  # where values are not checked, a wrong α gives NaN
     else:
         check_interval(alpha, "alpha", above=1.0, below=math.inf)
     scores = x.double().masked_fill(x <= torch.finfo(x.dtype).min, -math.inf)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -95,6 +97,33 @@ def test_alpha_is_saved_and_merged_with_lora_on_the_projections(build, batch, tm
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
     assert list(alpha_per_head(merged)) == names
+
+
+@pytest.mark.parametrize("noted", [None, "sparse", [2.0, 1.0]])
+def test_a_checkpoint_without_a_range_of_alpha_is_refused(noted, build, tmp_path, with_alpha):
+    with_alpha(build("gpt2", "entmax")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "sparse_attn_alpha_range": noted}))
+    fresh = build("gpt2", "entmax")
+    with pytest.raises(ValueError, match=r"path must be .* config.json has 'sparse_attn_alpha_range', two numbers"):
+        load_alpha(fresh, tmp_path)
+    assert not alpha_per_head(fresh)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_checkpoint_with_unknown_tensors_of_alpha_is_refused(shards, build, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    build("gpt2", "entmax").save_pretrained(tmp_path)
+    file, key = tmp_path / "model.safetensors", "transformer.h.0.attn.sparse_alpha.per_query"
+    safetensors.save_file({key: torch.ones(3)}, file, metadata={"format": "pt"})
+    if shards == 2:
+        file = file.rename(tmp_path / "model-00002-of-00002.safetensors")
+        index = {"metadata": {}, "weight_map": {key: file.name}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ValueError, match=rf"path must be .* of this version of sparse-attn, got '{key}' in '.*', which"
+    ):
+        load_alpha(build("gpt2", "entmax"), tmp_path)
 
 
 def test_a_checkpoint_with_a_nan_alpha_is_refused(build, tmp_path, with_alpha):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from sparse_attn import backends, entmax, sparsemax, topk_softmax, use_backend
-from sparse_attn.kernels import dispatch
+from sparse_attn import backends, entmax, entmax_attention, sparsemax, topk_softmax, use_backend
+from sparse_attn.kernels import choose_attention, dispatch
 from sparse_attn.kernels.cpu import rows
 
 compiled = pytest.mark.skipif(not rows.available(), reason="the kernels are not compiled here")
@@ -57,6 +61,61 @@ def test_backends_agree_with_gradients_included(k):
         for got, expected in zip(*results, strict=True):
             bound = 1e-6 if dtype == torch.float32 else 1e-11
             assert (got - expected).abs().max() <= bound * max(1, float(expected.abs().max()))
+
+
+def by_rows(x: Tensor, alpha: Tensor) -> Tensor:
+    return entmax(x, alpha)
+
+
+def by_attention(x: Tensor, alpha: Tensor) -> Tensor:
+    return entmax_attention(x, x, x, alpha.sum())
+
+
+def by_blocks(x: Tensor, alpha: Tensor) -> Tensor:
+    return entmax_attention(x, x, x, alpha.sum(), softcap=7.0)
+
+
+def in_another_thread(backward: Callable[[], object]) -> None:
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+
+
+def in_the_context_of_another_backend(backward: Callable[[], object], other: str) -> None:
+    with use_backend(other):
+        backward()
+
+
+@compiled
+@pytest.mark.parametrize("twice", [False, True], ids=["first derivatives", "second derivatives"])
+@pytest.mark.parametrize("operation", [by_rows, by_attention, by_blocks])
+@pytest.mark.parametrize("name", ["compiled", "torch"])
+def test_a_backward_uses_the_backend_of_its_forward(name, operation, twice, monkeypatch):
+    """Autograd computes a backward on a GPU in a thread of its own; a backward may be called after the context."""
+    monkeypatch.setattr(choose_attention, "_LARGE", 1)
+    used = set()
+
+    def note(backend: str, function: Callable[..., object]) -> Callable[..., object]:
+        return lambda *arguments, **options: used.add(backend) or function(*arguments, **options)
+
+    for backend, module in (("compiled", rows), ("torch", dispatch.plain_rows)):
+        for function in ("entmax_forward", "entmax_backward"):
+            monkeypatch.setattr(module, function, note(backend, getattr(module, function)))
+    other = "torch" if name == "compiled" else "compiled"
+    x = torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True)
+    alpha = torch.tensor([1.3], dtype=torch.float64, requires_grad=True)
+
+    def backward(output: Tensor) -> None:
+        grads = torch.autograd.grad(output.sin().sum(), (x, alpha), create_graph=twice)
+        if twice:
+            torch.autograd.grad(sum(grad.cos().sum() for grad in grads), (x, alpha))
+
+    with use_backend(name):
+        first, second = operation(x, alpha), operation(x, alpha)
+    in_another_thread(lambda: backward(first))
+    in_the_context_of_another_backend(lambda: backward(second), other)
+    assert used <= {name}
+    assert used or (name, operation, twice) == ("compiled", by_attention, False)  # only the attention kernel is used
 
 
 def test_without_the_c_library_plain_torch_is_used(monkeypatch, tmp_path):

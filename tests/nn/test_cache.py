@@ -217,6 +217,21 @@ def test_cropping_a_static_cache_raises_an_error() -> None:
         cache.crop(1)
 
 
+def test_a_filled_static_cache_refuses_more_keys() -> None:
+    cache = KVCache(static=True)
+    key, value = cache.append(torch.randn(N, H, 2, 3), torch.randn(N, H, 2, 5))
+    with pytest.raises(ValueError, match=r"^a static cache is filled only once, and this one holds 2 positions$"):
+        cache.append(torch.randn(N, H, 1, 3), torch.randn(N, H, 1, 5))
+    assert cache.key is key and cache.value is value
+
+
+def test_wrong_types_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"^static must be True or False, got 'no'$"):
+        KVCache(static="no")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^value must be a torch\.Tensor, got list$"):
+        KVCache().append(torch.randn(N, H, 2, 3), [1.0])  # type: ignore[arg-type]
+
+
 def test_a_decoder_cache_holds_both_caches() -> None:
     cache = DecoderCache()
     for part, length in ((cache.self_attention, T), (cache.cross_attention, S)):

@@ -106,3 +106,11 @@ def test_ignore_index_can_be_any_integer_if_the_target_holds_indices():
     for ignored in (-100, -1, C, 10**12, numpy.int64(-1), torch.tensor(-1)):
         target[0] = ignored
         torch.testing.assert_close(entmax_loss(x, target, ignore_index=ignored), expected)
+
+
+def test_a_class_out_of_range_is_refused_under_vmap_and_grad():
+    for function in (entmax_loss, torch.func.grad(entmax_loss)):
+        with pytest.raises(IndexError, match=r"target must be in \[0, 4\] or ignore_index \(-100\), got"):
+            torch.func.vmap(function)(X[..., 0], TARGET[:, 0] + 5)
+        with pytest.raises(IndexError, match=r"target must be in \[0, 4\] or ignore_index \(-100\), got"):
+            torch.func.vmap(function, in_dims=(0, None))(X[..., 0], torch.tensor(7))

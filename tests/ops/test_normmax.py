@@ -5,6 +5,7 @@ import math
 import entmax as peer
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparse_attn import normmax
 
@@ -86,6 +87,10 @@ def test_invalid_input_raises_an_error():
         normmax(x, dim=2)
 
 
-def test_a_wrong_alpha_under_vmap_raises_an_error():
-    with pytest.raises(ValueError, match=r"alpha must be in \(0, inf\), got nan"):
-        torch.func.vmap(normmax)(torch.randn(2, 3), torch.tensor([2.0, 0.9]))
+def test_a_wrong_alpha_in_a_trace_gives_nan():
+    x, alpha = torch.randn(5, 3), torch.full((5, 1), 2.0)
+    traced = make_fx(lambda x, alpha: normmax(x, alpha))(x, alpha)
+    alpha = torch.tensor([[2.0], [1.0], [0.3], [math.inf], [math.nan]])
+    got = traced(x, alpha)
+    assert torch.equal(got.isnan().any(-1), torch.tensor([False, True, True, True, True]))
+    torch.testing.assert_close(got[0], normmax(x[0], 2.0))

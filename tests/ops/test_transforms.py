@@ -179,13 +179,24 @@ def test_a_learnt_alpha_causes_no_recompilation():
     assert len(seen) == 4 and counter.frame_count == 1
 
 
-def test_an_alpha_outside_its_range_is_refused_when_compiled_and_under_vmap():
+@pytest.mark.parametrize(
+    ("mapping", "wrong", "message"),
+    [
+        (entmax, -1.0, r"alpha must be in \(0, inf\), got -1"),
+        (normmax, 0.75, r"alpha must be in \(1, inf\), got 0.75"),
+        (budget_sparsemax, 3.5, r"budget must be in \(0, 3\], got 3.5"),
+    ],
+)
+def test_a_parameter_outside_its_range_is_refused_when_compiled_and_under_vmap(mapping, wrong, message):
     torch._dynamo.reset()
-    compiled = torch.compile(entmax, fullgraph=True, backend="aot_eager")
-    with pytest.raises(ValueError, match=r"alpha must be in \(0, inf\), got -1"):
-        compiled(torch.randn(2, 3), torch.full((2, 1), -1.0))
-    with pytest.raises(ValueError, match=r"alpha must be in \(0, inf\), got -1"):
-        vmap(entmax)(torch.randn(2, 3), torch.full((2,), -1.0))
+    compiled = torch.compile(mapping, fullgraph=True, dynamic=True, backend="aot_eager")
+    x, parameter = torch.randn(2, 3), torch.tensor([2.0, wrong])
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        compiled(x, parameter[:, None])
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        vmap(mapping)(x, parameter)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        vmap(grad(lambda x, parameter: mapping(x, parameter).square().sum(), argnums=1))(x, parameter)
 
 
 class EveryMapping(nn.Module):

@@ -286,8 +286,11 @@ def test_other_alphas_are_measured_unless_switched_off(run_folder: Path) -> None
     assert [head["density at α = 1"] for head in numbers["heads"][:6]] == [1.0] * 6
     assert set(numbers["diversity"]) == {"learnt", "α = 1.5", "α = 1"}
     assert all(0 <= value <= math.log(3) for by_layer in numbers["diversity"].values() for value in by_layer.values())
+    assert "with one α in all heads that learn α" in page_of(run_folder)
     run_inspect(f"run={run_folder}", "baselines=false")
     assert set(numbers_of(run_folder)["diversity"]) == {"learnt"}
+    without = page_of(run_folder)
+    assert "Jensen-Shannon divergence" in without and "For comparison, the same model" not in without
 
 
 def test_format_and_folder_of_the_pictures_can_be_chosen(run_folder: Path, tmp_path: Path) -> None:

@@ -61,14 +61,18 @@ def test_a_damaged_configuration_raises_an_error(run_folder, content):
 
 
 @pytest.mark.parametrize(
-    ("layout", "reason"), [(1, "the model is now made of sparse_attn's own layers"), (99, "the weights changed")]
+    ("layout", "reason"),
+    [
+        (1, "an earlier version .*: the model is now made of sparse_attn's own layers"),
+        (99, "a later version .* install"),
+    ],
 )
 def test_a_checkpoint_of_another_layout_raises_an_error(run_folder, layout, reason):
     file = run_folder / "checkpoints/best.ckpt"
     state = read_checkpoint(file)
     assert state.pop("layout") == 2  # the first layout had no number
     torch.save(state if layout == 1 else {**state, "layout": layout}, file)
-    with pytest.raises(ValueError, match=rf"must have layout 2, got layout {layout} of another .*: {reason}"):
+    with pytest.raises(ValueError, match=rf"must have layout 2, got layout {layout} of {reason}"):
         load_run(run_folder)
 
 

@@ -10,7 +10,7 @@ from sparse_attn.ops.budget import budget_sparsemax
 from sparse_attn.ops.entmax import entmax, sparsemax
 from sparse_attn.ops.normmax import normmax
 from sparse_attn.ops.topk import topk_softmax
-from sparse_attn.transforms import values_known
+from sparse_attn.transforms import readable
 
 
 def entmax_bisect(
@@ -113,9 +113,10 @@ def normmax_bisect(X: Tensor, alpha: float | Tensor = 2, dim: int = -1, n_iter: 
         check_alpha(alpha)
         return normmax(X, alpha, dim) if alpha > 1 else topk_softmax(X, 1, dim)
     corner = alpha <= 1
-    if values_known(alpha):
-        check_alpha(alpha)
-        if not bool(corner.any()):
+    values = readable(alpha)
+    if values is not None:
+        check_alpha(values)
+        if not bool((values <= 1).any()):
             return normmax(X, alpha, dim)
     return topk_softmax(X, 1, dim).where(corner, normmax(X, alpha.masked_fill(corner, 2.0), dim))
 

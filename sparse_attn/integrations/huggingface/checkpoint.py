@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from sparse_attn.nn.alpha_range import check_alpha_range
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_SUFFIX = ".sparse_alpha.raw_alpha"
+_MODULE = ".sparse_alpha."
+_SUFFIX = f"{_MODULE}raw_alpha"
 
 
 def load_alpha(model: PreTrainedModel, path: str | Path) -> dict[str, HeadAlpha]:
@@ -36,8 +37,9 @@ def load_alpha(model: PreTrainedModel, path: str | Path) -> dict[str, HeadAlpha]
         ImportError: transformers is not installed.
         OSError: There is no checkpoint in safetensors files at ``path``.
         TypeError: ``model`` is not a ``PreTrainedModel``.
-        ValueError: The model's ``attn_implementation`` is not ``"entmax"``; the checkpoint has no α (a dense model), or
-            one that does not fit the model. The model is unchanged in this case.
+        ValueError: The model's ``attn_implementation`` is not ``"entmax"``; the checkpoint has no α (a dense model), no
+            range of α, tensors of an unknown name, or an α that does not fit the model. The model is unchanged in this
+            case.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -74,17 +76,29 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], tuple[float, float]]:
         files = {SAFE_WEIGHTS_NAME}
     else:
         weight_map = json.loads(Path(index).read_text())["weight_map"]
-        files = {file for key, file in weight_map.items() if key.endswith(_SUFFIX)}
+        files = {file for key, file in weight_map.items() if _MODULE in key}
     saved = {}
     for file in sorted(files):
         with safe_open(cached_file(path, file), framework="pt") as tensors:
-            saved.update({key: tensors.get_tensor(key) for key in tensors.offset_keys() if key.endswith(_SUFFIX)})
-    alpha_range = PreTrainedConfig.get_config_dict(path)[0].get(RANGE_KEY)
-    if not saved or alpha_range is None:
+            saved.update({key: tensors.get_tensor(key) for key in tensors.offset_keys() if _MODULE in key})
+    if not saved:
         raise ValueError(
             f"path must be a checkpoint with learnt α, got {str(path)!r} without α; add_alpha adds a new one"
         )
-    return saved, check_alpha_range(alpha_range)
+    unknown = next((key for key in saved if not key.endswith(_SUFFIX)), None)
+    if unknown is not None:
+        raise ValueError(
+            f"path must be a checkpoint of this version of sparse-attn, got {unknown!r} in {str(path)!r}, "
+            "which this version does not know"
+        )
+    alpha_range: Any = PreTrainedConfig.get_config_dict(path)[0].get(RANGE_KEY)
+    try:
+        return saved, check_alpha_range(alpha_range)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"path must be a checkpoint whose config.json has {RANGE_KEY!r}, two numbers (low, high) with "
+            f"0 < low < high < inf, got {alpha_range} in {str(path)!r}"
+        ) from None
 
 
 def _by_module(model: PreTrainedModel, saved: dict[str, Tensor], modules: dict[str, nn.Module]) -> dict[str, Tensor]:

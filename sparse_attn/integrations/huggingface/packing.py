@@ -80,9 +80,10 @@ def lazy_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> LazyMask | None:
-    """The lazy mask for the arguments of transformers' mask functions.
+    """The causal mask for the arguments of transformers' mask functions, or None if ``build`` has to compute the mask.
 
-    None if the mask has padding, is not causal or has more keys than queries, and in compiled or traced code.
+    None: in compiled code, a trace or ``vmap``; for a single query, or other positions of queries than of keys (a
+    cache); with padding; for a mask function that is not causal, or that :func:`_described` does not recognise.
     """
     if torch.compiler.is_compiling() or torch._C._is_tracing() or use_vmap or not 1 < q_length == kv_length:
         return None

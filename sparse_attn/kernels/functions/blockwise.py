@@ -163,7 +163,7 @@ class _Blockwise(torch.autograd.Function):
         setting: Setting,
         softcap: float | None,
     ) -> Tensor:
-        ctx.setting, ctx.softcap = setting, softcap
+        ctx.setting, ctx.softcap, ctx.backend = setting, softcap, dispatch.forced_backend()
         ctx.seed = int(torch.randint(2**62, ())) if setting.dropout_p > 0 else 0
         ctx.save_for_backward(query, key, value, alpha, mask)  # a mask that changed in between raises an error
         output = value.new_empty(*query.shape[:2], value.shape[-1])
@@ -175,36 +175,40 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, alpha, mask = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _backward_once_more(ctx, grads[0])
-        setting: Setting = ctx.setting
-        grad = grads[0].contiguous()  # the gradient of a sum is an expanded scalar
-        generator, buffer = torch.Generator(query.device).manual_seed(ctx.seed), _buffer(query, key)
-        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
-        grad_alpha = None if alpha is None else torch.zeros_like(alpha)
-        for block in _blocks(query, key, setting):
-            row, queries, keys = block
-            one_alpha = None if alpha is None else alpha[row].view(1, 1)
-            scores, tanh = _scores(query, key, mask, block, setting, ctx.softcap, buffer)
-            weights = _weights(scores, one_alpha, setting)
-            grad_output, values, its_keys = grad[row, queries], value[row, keys], key[row, keys]
-            grad_weights = grad_output @ values.T
-            dropped = weights
-            if setting.dropout_p > 0:
-                dropout = dropout_noise(weights, setting.dropout_p, generator)
-                grad_weights, dropped = grad_weights * dropout, weights * dropout
-            grad_value[row, keys].addmm_(dropped.T, grad_output)
-            a, with_alpha = shift_alpha(one_alpha, setting.a, weights), alpha is not None
-            grad_scores, grad_a = dispatch.entmax_backward(weights, a, grad_weights, with_alpha=with_alpha)
-            grad_scores = grad_scores * setting.scale
-            if tanh is not None:
-                grad_scores = grad_scores * (1 - tanh * tanh)
-            grad_query[row, queries] = grad_scores @ its_keys
-            grad_key[row, keys].addmm_(grad_scores.T, query[row, queries])
-            if grad_alpha is not None and grad_a is not None:
-                grad_alpha[row] += grad_a.sum().to(grad_alpha.dtype)
-        return grad_query, grad_key, grad_value, grad_alpha, None, None, None
+        with dispatch.backend_of_forward(ctx.backend):
+            return _backward_once_more(ctx, grads[0]) if torch.is_grad_enabled() else _backward(ctx, grads[0])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients one block at a time, not differentiable."""
+    query, key, value, alpha, mask = ctx.saved_tensors
+    setting: Setting = ctx.setting
+    grad = grad.contiguous()  # the gradient of a sum is an expanded scalar
+    generator, buffer = torch.Generator(query.device).manual_seed(ctx.seed), _buffer(query, key)
+    grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
+    grad_alpha = None if alpha is None else torch.zeros_like(alpha)
+    for block in _blocks(query, key, setting):
+        row, queries, keys = block
+        one_alpha = None if alpha is None else alpha[row].view(1, 1)
+        scores, tanh = _scores(query, key, mask, block, setting, ctx.softcap, buffer)
+        weights = _weights(scores, one_alpha, setting)
+        grad_output, values, its_keys = grad[row, queries], value[row, keys], key[row, keys]
+        grad_weights = grad_output @ values.T
+        dropped = weights
+        if setting.dropout_p > 0:
+            dropout = dropout_noise(weights, setting.dropout_p, generator)
+            grad_weights, dropped = grad_weights * dropout, weights * dropout
+        grad_value[row, keys].addmm_(dropped.T, grad_output)
+        a, with_alpha = shift_alpha(one_alpha, setting.a, weights), alpha is not None
+        grad_scores, grad_a = dispatch.entmax_backward(weights, a, grad_weights, with_alpha=with_alpha)
+        grad_scores = grad_scores * setting.scale
+        if tanh is not None:
+            grad_scores = grad_scores * (1 - tanh * tanh)
+        grad_query[row, queries] = grad_scores @ its_keys
+        grad_key[row, keys].addmm_(grad_scores.T, query[row, queries])
+        if grad_alpha is not None and grad_a is not None:
+            grad_alpha[row] += grad_a.sum().to(grad_alpha.dtype)
+    return grad_query, grad_key, grad_value, grad_alpha, None, None, None
 
 
 def _backward_once_more(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

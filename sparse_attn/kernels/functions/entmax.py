@@ -78,6 +78,7 @@ def _forward(scores: Tensor, per_row: Tensor | None, number: float, lowest: floa
 def _setup_context(ctx: Any, inputs: _Arguments, output: Tensor) -> None:
     _, per_row, ctx.number, _, _ = inputs
     ctx.save_for_backward(output, per_row)
+    ctx.backend = dispatch.forced_backend()
 
 
 def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
@@ -86,9 +87,11 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | No
         return None, None, None, None, None
     a = shift_alpha(per_row, ctx.number, p)
     # Second derivatives and traces need plain operations.
-    fast = not torch.is_grad_enabled() and values_known(p) and values_known(grad)
-    backward = dispatch.entmax_backward if fast else entmax_backward
-    grad_scores, grad_alpha = backward(p, a, grad, with_alpha=ctx.needs_input_grad[1])
+    if torch.is_grad_enabled() or not values_known(p) or not values_known(grad):
+        grad_scores, grad_alpha = entmax_backward(p, a, grad, with_alpha=ctx.needs_input_grad[1])
+    else:
+        with dispatch.backend_of_forward(ctx.backend):
+            grad_scores, grad_alpha = dispatch.entmax_backward(p, a, grad, with_alpha=ctx.needs_input_grad[1])
     if grad_alpha is not None:
         grad_alpha = grad_alpha.sum_to_size(per_row.shape).to(per_row.dtype)
     return grad_scores, grad_alpha, None, None, None

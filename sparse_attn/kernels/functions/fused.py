@@ -76,6 +76,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, ctx.setting = arguments
+        ctx.backend = dispatch.forced_backend()
         output, *kept = dispatch.fused_kernels().forward(*tensors, ctx.setting, True)
         ctx.save_for_backward(*tensors, *kept)
         return output
@@ -84,12 +85,13 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, second, statistics, flags = ctx.saved_tensors
         gradients = None
-        if not torch.is_grad_enabled() and values_known(grads[0]):
-            arguments = (*tensors, second, statistics, flags, ctx.setting, *ctx.needs_input_grad[3:5])
-            with dispatch.kernels_may_fail():
-                gradients = _to_inputs(dispatch.fused_kernels().backward(grads[0], *arguments), tensors)
-        if gradients is None:
-            gradients = _plain_gradients(grads[0], tensors, ctx.setting)
+        with dispatch.backend_of_forward(ctx.backend):
+            if not torch.is_grad_enabled() and values_known(grads[0]):
+                arguments = (*tensors, second, statistics, flags, ctx.setting, *ctx.needs_input_grad[3:5])
+                with dispatch.kernels_may_fail():
+                    gradients = _to_inputs(dispatch.fused_kernels().backward(grads[0], *arguments), tensors)
+            if gradients is None:
+                gradients = _plain_gradients(grads[0], tensors, ctx.setting)
         needed = zip(gradients, ctx.needs_input_grad[:5], strict=True)
         return *(gradient if wanted else None for gradient, wanted in needed), None, None, None
 

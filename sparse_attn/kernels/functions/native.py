@@ -98,7 +98,8 @@ class _Attention(torch.autograd.Function):
         saved, needed = ctx.saved_tensors, ctx.needs_input_grad
         tensors, kept = Tensors(*saved[:-1]), saved[-1]
         if torch.is_grad_enabled() or not values_known(grads[0]):
-            gradients = _plain_gradients(grads[0], tensors, needed, ctx.plan.setting)
+            with dispatch.backend_of_forward("compiled"):  # this class computes only by the C kernels
+                gradients = _plain_gradients(grads[0], tensors, needed, ctx.plan.setting)
         else:
             gradients = _backward(grads[0], tensors, ctx.plan, kept, needed[3], needed[4])
         if not (needed[0] and needed[1] and needed[2]):
