@@ -1,4 +1,4 @@
-"""A training that is killed or stopped by a full disk gives the same results if it is resumed or started again."""
+"""A training that is killed, finds the disk full, or runs in two processes ends as an undisturbed one."""
 
 import errno
 import os
@@ -39,13 +39,13 @@ def assert_same(one: Path, other: Path) -> None:
             assert torch.equal(tensor, states[1]["state_dict"][key]), key
 
 
-def in_a_process(cfg, *, epochs: int | None = None, delay: float = 0.0) -> bool:
+def in_a_process(cfg, *, steps: int | None = None, delay: float = 0.0) -> bool:
     """Trains in a copy of this process; returns whether the training finished.
 
-    With ``epochs``, the process is killed ``delay`` seconds after it has finished this number of further epochs.
+    With ``steps``, the process is killed ``delay`` seconds after it has written α of this number of further steps.
     """
     curves = Path(cfg.resume or cfg.paths.output_dir) / "alpha.csv"
-    before = finished_epochs(curves)
+    before = written_steps(curves)
     child = os.fork()
     if child == 0:
         status = 1
@@ -56,11 +56,11 @@ def in_a_process(cfg, *, epochs: int | None = None, delay: float = 0.0) -> bool:
             status = 0
         finally:
             os._exit(status)
-    while epochs is not None:
+    while steps is not None:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return status == 0
-        if finished_epochs(curves) >= before + epochs:
+        if written_steps(curves) >= before + steps:
             time.sleep(delay)
             os.kill(child, signal.SIGKILL)
             break
@@ -68,8 +68,8 @@ def in_a_process(cfg, *, epochs: int | None = None, delay: float = 0.0) -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
-def finished_epochs(curves: Path) -> int:
-    """The number of epochs with α in the file; an epoch writes α just before its checkpoints."""
+def written_steps(curves: Path) -> int:
+    """The number of steps with α in the file, the start included."""
     try:
         return len({row["step"] for row in read_rows(curves)})
     except (FileNotFoundError, ValueError, KeyError):
@@ -91,8 +91,8 @@ def test_a_training_killed_several_times_equals_an_uninterrupted_training(tiny_c
     for _ in range(kills):
         going = (folder / "checkpoints/last.ckpt").exists()
         cfg = resumed_config(folder) if going else tiny_config(*options)
-        # The process is killed during the first epochs, or while the files of an epoch are written.
-        killed += not in_a_process(cfg, epochs=times.choice((0, 1, 1, 1)), delay=times.uniform(0.0, one_epoch))
+        # The process is killed at any time in its first two epochs, also while it writes files.
+        killed += not in_a_process(cfg, steps=times.choice((0, 1, 1, 1)), delay=times.uniform(0.0, one_epoch))
     assert killed == kills
     assert in_a_process(resumed_config(folder))
     assert_same(folder, tmp_path / "straight")

@@ -119,7 +119,7 @@ def test_batches_by_tokens_contain_every_example_once_within_the_limit(shuffle, 
     assert sorted(itertools.chain(*got)) == list(range(1010))
     sizes = [len(batch) * max(max(lengths[index]) for index in batch) for batch in got]
     assert all(size <= 113 or batch == [1009] for size, batch in zip(sizes, got, strict=True))
-    assert max(map(len, got)) == (11 if batch_size else max(map(len, got)))
+    assert batch_size is None or max(map(len, got)) == 11
     # Without another limit, shuffled batches are more than three quarters full on average.
     assert shuffle is False or batch_size or sum(sizes) / len(sizes) > 0.75 * 113
 

@@ -37,7 +37,7 @@ def test_a_word_without_phones_is_refused():
         parse_dictionary(["a AH0", "b"])
 
 
-def test_the_published_split(splits):
+def test_the_splits_have_the_published_sizes(splits):
     assert (len(splits.train), len(splits.val), len(splits.test)) == (107_146, 6_302, 12_604)
 
 

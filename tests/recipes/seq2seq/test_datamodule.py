@@ -148,7 +148,7 @@ def test_eval_limit_is_for_quick_validation_only(files):
     assert sizes == [4, 30, 31]
 
 
-def test_characters_on_both_sides(files, tmp_path):
+def test_a_target_can_be_split_into_characters(files, tmp_path):
     for name in files:
         (tmp_path / f"{name}.tsv").write_text("gehen\tgeht ab\n", encoding="utf-8")
     module = Seq2SeqData("tsv", target_split="characters", **files)
@@ -246,7 +246,7 @@ def test_features_and_languages_are_read_with_the_source(inflection):
     assert set(batch["groups"]) == {"xx", "yy"}
 
 
-def test_one_language_by_its_name(inflection):
+def test_one_language_can_be_chosen_by_its_name(inflection):
     module = Seq2SeqData("tsv", languages="xx", **inflection)
     module.setup()
     assert {example.group for example in module.splits.train} == {"xx"}
@@ -262,7 +262,7 @@ def sentences(tmp_path):
 
 
 @pytest.mark.parametrize("joint", [True, False])
-def test_subwords_of_parallel_text(sentences, tmp_path, joint):
+def test_parallel_text_is_split_into_joint_or_separate_subwords(sentences, tmp_path, joint):
     module = Seq2SeqData("parallel", bpe_size=60, bpe_joint=joint, **sentences)
     module.setup()
     assert (module.source_tokenizer.state() == module.target_tokenizer.state()) is joint
@@ -276,7 +276,7 @@ def test_subwords_of_parallel_text(sentences, tmp_path, joint):
     assert "".join(kept.encode("das Haus").tokens) == "▁das▁Haus"
 
 
-def test_synthetic_sequences():
+def test_synthetic_sequences_are_batched_with_their_groups():
     generate = {"task": "reverse", "length": 5, "factors": [2], "train": 17, "val": 3, "test": 7}
     module = Seq2SeqData("synthetic", generate=generate, source_split="spaces")
     batch = next(iter(module.test_dataloader()))
@@ -308,7 +308,7 @@ def test_long_pairs_are_left_out_long_inputs_are_cut_and_both_are_reported(files
     ]
 
 
-def test_an_error_if_no_training_pair_is_short_enough(files):
+def test_a_max_length_that_leaves_no_training_pair_is_refused(files):
     with pytest.raises(ValueError, match=r"^max_length must leave at least one training pair, got 1 tokens where"):
         Seq2SeqData("tsv", max_length=1, **files).train_dataloader()
 

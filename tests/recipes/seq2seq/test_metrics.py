@@ -17,7 +17,7 @@ from recipes.seq2seq.metrics import by_group, check_metrics, edit_scores, error_
         ("t͡s a", "t s a", 2),  # whole tokens are compared
     ],
 )
-def test_distances_counted_by_hand(prediction, reference, distance):
+def test_error_rates_agree_with_distances_counted_by_hand(prediction, reference, distance):
     reference = reference.split()
     rates = error_rates([prediction.split()], [[reference]])
     assert rates == {"wer": 100.0, "per": 100 * distance / len(reference)}
@@ -28,7 +28,7 @@ def test_correct_predictions_have_no_errors():
     assert error_rates(words, [[word] for word in words]) == {"wer": 0.0, "per": 0.0}
 
 
-def test_per_if_the_last_token_of_each_word_is_wrong():
+def test_per_counts_one_wrong_token_of_each_word():
     """Word `i` of `n` has `i` tokens, and only the last token is wrong: PER is 100 n / (n (n + 1) / 2)."""
     n = 13
     references = [[[str(place) for place in range(length)]] for length in range(1, n + 1)]
@@ -92,7 +92,7 @@ def test_invalid_input_raises_an_error(predictions, references, message):
     assert str(error.value) == message
 
 
-def test_all_scores_of_edit_distances():
+def test_edit_scores_agree_with_values_computed_by_hand():
     scores = edit_scores([["a"], ["b", "c"], []], [[["a"]], [["b"]], [["d", "e", "f"]]])
     assert scores == {
         "per": pytest.approx(100 * 4 / 5),

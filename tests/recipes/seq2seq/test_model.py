@@ -164,7 +164,7 @@ def test_every_block_is_normalised_before_and_added_after() -> None:
     queries += [norm(x) for layer in decoder for norm in (layer.norm1, layer.norm2)]
     for args, query in zip(seen, queries, strict=True):
         torch.testing.assert_close(args[0], query)
-    torch.testing.assert_close(seen[-1][1], model.encode(source))  # keys and values of cross-attention are the memory
+    torch.testing.assert_close(seen[-1][1], model.encode(source))  # the keys of cross-attention are the memory
 
 
 def by_steps(model: Seq2SeqTransformer, source: Tensor, target: Tensor, sizes: list[int]) -> Tensor:

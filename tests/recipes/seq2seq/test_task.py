@@ -90,20 +90,20 @@ def test_predictions_do_not_depend_on_the_batch():
     assert all(set(tokens) <= {"A", "B", "C", "<unk>"} and len(tokens) <= 5 for tokens in together)
 
 
-def test_scores_of_a_task(monkeypatch):
+def test_score_computes_loss_support_and_error_rates(monkeypatch):
     task = make_task().train()
     monkeypatch.setattr(task, "_decode", lambda source: [["A"], ["B"]])
     scores = score(task, [BATCH])
     assert task.training
     logits = task.model(BATCH["source"], BATCH["target_in"])
     expected = F.cross_entropy(logits.flatten(0, 1), BATCH["target_out"].flatten(), ignore_index=0)
-    # Under softmax, every token except the three that are never generated is possible: A, B, C and the end.
+    # Under softmax, four tokens are possible: A, B, C and the end. Padding, beginning and unknown are never generated.
     means = {"loss": pytest.approx(expected.item()), "support": 4.0}
     assert scores.metrics() == {**means, "per": 0.0, "wer": 0.0, "accuracy": 100.0, "edit_distance": 0.0}
     assert scores.sources == ["ab", "cde"]
 
 
-def test_scores_are_in_the_unit_of_the_output_and_count_its_support():
+def test_loss_and_support_are_those_of_the_output_mapping():
     task = make_task(model={**MODEL, "output": "sparsemax"}).eval()
     with torch.no_grad():
         task.model.output.weight.mul_(0.5)
@@ -173,7 +173,7 @@ def test_groups_have_separate_scores_and_the_total_is_their_mean():
     assert "wer/x" not in scores.metrics()
 
 
-def test_texts_are_scored_as_sentences():
+def test_bleu_and_chrf_score_the_joined_tokens():
     pytest.importorskip("sacrebleu")
     scores = make_task(metrics=["bleu"]).new_scores()
     scores.predictions, scores.references = [["A", "B", "C", "A", "B"]], [[["A", "B", "C", "A", "B"]]]

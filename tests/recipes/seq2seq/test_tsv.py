@@ -69,7 +69,7 @@ def test_error_for_a_malformed_line_has_file_and_line_number(write, content, lin
     assert str(error.value) == f"{path}:{line}: {message}"
 
 
-def test_columns_in_any_order(write):
+def test_columns_can_be_in_any_order(write):
     expected = [Example("gehen\tV;PST", ("ging",))]
     assert read_examples(write("gehen\tging\tV;PST\n"), ["source", "target", "features"]) == expected
     assert read_examples(write("gehen\tV;PST\tging\n"), ["source", "features", "target"]) == expected
