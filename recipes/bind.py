@@ -1,4 +1,4 @@
-"""Checks that the values of a config section are valid arguments of a function."""
+"""Checks the keys and values of a config section as arguments of a function; errors name the section."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check_arguments(
 
 @contextlib.contextmanager
 def keys_named(section: str, names: Collection[str]) -> Iterator[None]:
-    """Puts the section before the message of an error that begins with the name of one of its keys.
+    """Puts the section before the message of an error, if the message begins with a key of the section.
 
     Args:
         section: Name of the config section.

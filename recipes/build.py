@@ -87,7 +87,8 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         MissingMandatoryValue: If a value without a default is not given.
-        TypeError: If a section is not a group of keys, or ``paths.output_dir`` is not a folder.
+        TypeError: If a section, or an entry of ``logger`` or ``callbacks``, is not a group of keys, or
+            ``paths.output_dir`` is not a text.
         ValueError: If a section is missing or unknown, the package of a logger is missing, or the value of ``seed``,
             ``threads`` or ``keep_checkpoints`` is not allowed.
     """
@@ -142,7 +143,11 @@ def recorded(cfg: DictConfig) -> DictConfig:
 
 
 def _without_unused(cfg: DictConfig) -> DictConfig:
-    """A copy without the shorthands of ``data`` that have no value, if no other key of ``data`` refers to them."""
+    """A copy without the shorthands of ``data`` that have no value.
+
+    Raises:
+        InterpolationToMissingValueError: If another key of ``data`` refers to such a shorthand.
+    """
     cfg = copy.deepcopy(cfg)
     unused = [key for key in _SHORTHANDS["data"] if OmegaConf.is_missing(cfg.data, key)]
     for key in cfg.data:
@@ -155,7 +160,7 @@ def _without_unused(cfg: DictConfig) -> DictConfig:
 
 
 def build_data(section: dict[str, Any]) -> Seq2SeqData:
-    """The data of a config section, read, with tokenizers."""
+    """The data of a config section; their files are read, and their tokenizers made."""
     for key in ("path", "language"):
         if key in section and section[key] in (None, ""):
             raise ValueError(f"data.{key} has no value; give it as data.{key}={MANDATORY[f'data.{key}']}")

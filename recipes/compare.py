@@ -199,7 +199,7 @@ def add_differences(settings: Sequence[Setting], baseline: str, metrics: Sequenc
         Notes on settings that could not be compared.
 
     Raises:
-        ValueError: If one of these values is not that of any setting.
+        ValueError: If a key or a value of ``baseline`` is not that of any setting.
     """
     wanted = dict(part.partition("=")[::2] for part in re.split(r",(?=[^,=\]]+=)", baseline))
     known = {key: list(dict.fromkeys(one.values[key] for one in settings)) for key in settings[0].values}

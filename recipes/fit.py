@@ -21,7 +21,7 @@ def fit(trainer: L.Trainer, task: Seq2SeqTask, data: Seq2SeqData, checkpoint: Pa
 
     Raises:
         KeyboardInterrupt: After Ctrl-C or SIGTERM.
-        ValueError: If the trainer's settings do not fit the data.
+        ValueError: If the trainer's settings do not fit the data, or the training has diverged.
     """
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)

@@ -1,4 +1,4 @@
-"""Locks on folders that several processes may use, and files that are replaced by complete new files or not at all."""
+"""New and locked folders, files that are replaced by complete new files or not at all, and checks of output paths."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def replacing(file: Path) -> Iterator[Path]:
     the link names is replaced. A pipe or a device, such as ``/dev/stdout``, is written to directly.
 
     Raises:
-        OSError: If the file cannot be written. Unless it is a pipe or a device, the error names ``file``.
+        OSError: If the file cannot be written. The error names ``file``, unless ``file`` is a pipe or a device.
     """
     if file.exists() and not file.is_file():
         yield file

@@ -1,9 +1,10 @@
 """Outputs of a trained model: ``sparse-attn predict run=DIR [input=FILE]`` or ``python -m recipes.predict``.
 
 The input has one word per line, from a file or standard input. For a model that also reads features or a language, a
-line has these in tab-separated columns too. The output has one line ``word<TAB>prediction`` per
-input line, or with ``n_best`` one line for each of the best predictions, best first; an empty line gives an empty line.
-``scores=true`` adds the log-probability in a third column.
+line has these in tab-separated columns too. The output has one line per input line: the input, a tab, and the
+prediction. With ``n_best``, it has a line for each of the best predictions, best first. A blank line gives an empty
+line.
+``scores=true`` adds the log-probability in a further column.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Prediction:
         source: The fields of the input, with tabs between them.
         prediction: The output.
         reference: The closest reference.
-        distance: Edit distance between the two, in tokens.
+        distance: Edit distance between prediction and reference, in tokens.
         length: Tokens of the reference.
         group: The part of the data to which the input belongs, such as a language; empty without parts.
     """
@@ -86,5 +86,6 @@ def read_predictions(file: Path) -> list[Prediction]:
         found.append(Prediction("\t".join(source), prediction, reference, int(distance), int(length), group))
     if not found:
         raise ValueError(f"{file} must hold at least one prediction, got only the names of the columns")
-    # Of an input with several references, runs may have different closest ones. The group distinguishes equal inputs.
+    # The reference comes last: for one input, runs may have different closest references. The group comes before it,
+    # since several groups may have the same input.
     return sorted(found, key=lambda one: (one.source, one.group, one.reference))

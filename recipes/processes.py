@@ -1,9 +1,8 @@
-"""Training by several processes: the number of this process, and its share of a batch.
+"""Training by several processes: the number of this process, its share of a batch, and the environment variables.
 
-``data.batch_size`` counts the examples of all processes together. Each of n processes takes every n-th row of the same
-batch and weights its loss by its number of tokens, so that the mean gradient is that of the whole batch. Apart from
-dropout, which each process draws independently, results do not depend on the number of processes,
-except for rounding.
+``data.batch_size`` counts the examples of all processes together. Each of ``n`` processes takes every ``n``-th row of
+the same batch and weights its loss by its number of tokens, so that the mean gradient is that of the whole batch.
+Results depend on the number of processes only by rounding and by dropout, which each process draws independently.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Converts ``resume=DIR`` to a command line for Hydra."""
+"""Converts ``resume=DIR`` to a command line for Hydra, and checks that a training can continue from a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .arguments import is_multirun, quoted
 from .launch import config_groups
 from .sweep import SWEEP, resumed_sweep
 
-# Only the keys in these three lists may change: what the checkpoint holds may depend on any other.
+# Only the keys in these three lists may change: the content of the checkpoint may depend on any other key.
 _ALLOWED = ("trainer.", "logger.", "hydra.", "decoding.")
 _FILES = ("data.train", "data.val", "data.test")
 _MACHINE = ("threads",)
@@ -130,7 +130,8 @@ def check_weights(state: Mapping[str, Any], weights: Mapping[str, Any], file: Pa
     for name in {**weights, **kept}:
         shapes = [tuple(found[name].shape) if name in found else None for found in (weights, kept)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"{file} must hold {name} of shape {shapes[0]}, got {shapes[1] or 'no such weights'}")
+            wanted, got = ("no such weights" if shape is None else f"shape {shape}" for shape in shapes)
+            raise ValueError(f"{file} must fit the model: {name} must have {wanted}, got {got}")
 
 
 def _is_group(key: str) -> bool:

@@ -1,4 +1,4 @@
-"""A run folder: the files that a training writes, and functions to read them.
+"""A run folder: the files that a training writes, and functions to write and read them.
 
 config.yaml      the resolved configuration          versions.json           Python, libraries, git commit
 overrides.yaml   what the command line changed       results.json            final metrics
@@ -33,7 +33,7 @@ from .seq2seq.task import LAYOUT, Seq2SeqTask
 
 CONFIG, OVERRIDES, VERSIONS, RESULTS = "config.yaml", "overrides.yaml", "versions.json", "results.json"
 METRICS, ALPHA, CHECKPOINTS = "metrics.csv", "alpha.csv", "checkpoints"
-# Patterns of the files that a training writes.
+# Patterns of the files of a stopped training that a new run in the same folder removes.
 _WRITTEN = (
     CONFIG,
     OVERRIDES,
@@ -60,7 +60,7 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Run:
-    """A finished or interrupted training: its folder, its configuration, and its model ready on the CPU."""
+    """A finished or interrupted training: folder, configuration, and the model in evaluation mode on the CPU."""
 
     folder: Path
     config: DictConfig

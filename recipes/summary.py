@@ -1,4 +1,4 @@
-"""Messages at the start and the end of a training, and its results."""
+"""Messages at the start and the end of a training, its results, and the table of a sweep."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ LONGEST_EXAMPLE = 48
 
 
 def headline(folder: Path, data: Seq2SeqData, task: Seq2SeqTask, trainer: L.Trainer, step: int) -> str:
-    """The first line of a training: model, data, device and first step."""
+    """The first two lines of a training.
+
+    The first line describes the data. The second line has the number of parameters, the device, the last finished step
+    if a run is continued, and the run folder.
+    """
     splits = data.splits
     words = f"{len(splits.train):,} training, {len(splits.val):,} validation and {len(splits.test):,} test words"
     weights = sum(parameter.numel() for parameter in task.parameters())
@@ -43,7 +47,7 @@ def headline(folder: Path, data: Seq2SeqData, task: Seq2SeqTask, trainer: L.Trai
 
 
 def early_stop(trainer: L.Trainer) -> str | None:
-    """The reason why a callback ended a training early; None if no callback did."""
+    """A message on why an ``EarlyStopping`` callback ended a training early; None if none did."""
     if not trainer.should_stop:  # a resumed callback still has the reason of its earlier stop
         return None
     for callback in trainer.early_stopping_callbacks:
@@ -68,7 +72,7 @@ def farewell(folder: Path) -> str:
         return f"stopped; the checkpoint of the last finished epoch is kept, to continue: {command}"
     return (
         f"stopped before the end of the first epoch: {short_path(folder)} has no checkpoint to continue from; "
-        "the same command begins again"
+        "to train from the start, run the same command again"
     )
 
 
@@ -83,7 +87,7 @@ def conclude(
         data: Its data.
         decoding: The decoding of the words.
         device: The device of the computation.
-        begin: ``time.monotonic()`` at the start of the run, minus the duration of earlier sessions.
+        begin: ``time.monotonic()`` at the start of this session, minus the duration of earlier sessions of the run.
     """
     console = Console(highlight=False)
     task.load_state_dict(read_checkpoint(checkpoint_file(folder, "best"))["state_dict"])

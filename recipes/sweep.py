@@ -74,8 +74,8 @@ def run_of_sweep(cfg: DictConfig) -> float:
     """One training of a sweep, unless it is finished already.
 
     Returns:
-        The value that a sweeper such as Optuna's minimises: the monitored score at the end of the run, negated if
-        higher is better, infinite if the run failed.
+        The value that a sweeper such as Optuna's minimises: the monitored score of the best checkpoint, negated if
+        higher is better; infinite if the run failed.
     """
     from .train import train
 
@@ -129,7 +129,7 @@ def _recorded(folder: Path) -> list[str]:
 
 
 def read_outcomes(folder: Path) -> list[tuple[list[str], dict[str, float] | str]]:
-    """The overrides of every run in a sweep folder, with its results or a text with the reason for their absence."""
+    """The overrides of every started run in a sweep, with its results or a text with the reason for their absence."""
     from .run import OVERRIDES, RESULTS
 
     runs = (run for run in folder.iterdir() if run.name.isdecimal()) if folder.is_dir() else ()

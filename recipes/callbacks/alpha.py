@@ -22,11 +22,10 @@ COLUMNS = ("step", "layer", "head", "alpha")
 
 
 class AlphaCourse(L.Callback):
-    """Writes α of every head to ``alpha.csv`` and to the loggers.
+    """Writes α of every head to ``alpha.csv`` and to each logger but ``MetricsCsv``.
 
     α is written at the start of a new run, every ``log_every_n_steps`` steps, and at the end of every epoch. A logger
-    other than ``MetricsCsv`` gets one number for each head, ``alpha/LAYER/headN``; TensorBoard also gets a histogram of
-    each layer.
+    gets one number for each head, ``alpha/LAYER/headN``; TensorBoard also gets a histogram of each layer.
 
     Args:
         folder: The run folder.

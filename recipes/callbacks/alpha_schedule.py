@@ -11,7 +11,7 @@ from sparse_attn.optim import FilterFn, check_set_alpha, linear_alpha, of_attent
 
 
 class AlphaSchedule(L.Callback):
-    """Changes the α of attention, learnt or fixed, linearly between two optimizer steps.
+    """Changes α, learnt or fixed, linearly between two optimizer steps; by default, only α of attention.
 
     A learnt α follows the line up to ``last_step`` and is trained from then on. The callback works with
     any LightningModule.
@@ -26,9 +26,9 @@ class AlphaSchedule(L.Callback):
 
     Raises:
         TypeError: A step or an α is not a number.
-        ValueError: α is outside ``(0, inf)``, or ``last_step`` is not above ``first_step``; before the training begins,
-            the model has no α that ``filter_fn`` accepts, or ``start`` or ``end`` is outside the range of a learnt α.
-            No α is changed in this case.
+        ValueError: At once, if α is outside ``(0, inf)`` or ``last_step`` is not above ``first_step``. When a training
+            starts, if the model has no α that ``filter_fn`` accepts, or ``start`` or ``end`` is outside the range of a
+            learnt α; then no α is changed.
     """
 
     def __init__(
@@ -58,7 +58,11 @@ class AlphaSchedule(L.Callback):
         self._begin(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Stores the step: with several optimizers, a batch has several steps and may pass the end of the line."""
+        """Stores the step before the batch.
+
+        With several optimizers, a batch has several steps: a batch that begins before ``last_step`` may end after it,
+        and α must still be set to ``end``.
+        """
         self._began = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:

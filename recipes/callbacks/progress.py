@@ -20,7 +20,7 @@ from ..seq2seq.task import Seq2SeqTask
 
 
 def progress() -> L.Callback:
-    """A bar if the output is a terminal, plain lines if it is a file or another program."""
+    """A bar if the output of the first process is a terminal; otherwise plain lines."""
     return EpochBar() if sys.stdout.isatty() and rank() == 0 else EpochLines()
 
 
@@ -48,7 +48,7 @@ class EpochBar(RichProgressBar):
         super().__init__(theme=RichProgressBarTheme(metrics_format=".2f"))
 
     def configure_columns(self, trainer: L.Trainer) -> list[Any]:
-        """Epoch, bar, batches and time; the speed is left out, since the remaining time follows from it."""
+        """Epoch, bar, batches and time; the speed is left out: the remaining time already shows it."""
         columns = super().configure_columns(trainer)[:-1]
         for column in columns:
             if isinstance(column, BarColumn):
@@ -71,7 +71,7 @@ class EpochBar(RichProgressBar):
         return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """The loss of the last step, and the first metric in the last validation."""
+        """The loss of the last step, and the value of the first configured metric in the last validation."""
         first = cast(Seq2SeqTask, pl_module).hparams["metrics"][0]
         shown = {"train/loss_step": "loss", f"val/{first}": short_label(first)}
         metrics = super().get_metrics(trainer, pl_module)

@@ -44,7 +44,8 @@ def alignment_lines(task: Any, words: list[str], rule: AlignmentRule, layer: int
         task: a `Seq2SeqTask` in evaluation mode.
         words: any number of words.
         rule: how heads are combined; see :func:`sparse_attn.analysis.align`.
-        layer: number of the cross-attention layer, counted from the end if negative, or "all" for all heads.
+        layer: number of the cross-attention layer, counted from the end if negative, or "all" for the heads of all
+            layers.
         longest: maximum number of tokens of an input; a longer input is cut.
     """
     batches = in_batches(task, [word for word in words if word], longest)

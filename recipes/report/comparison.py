@@ -108,7 +108,7 @@ def _latex(header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence
 
 
 def escaped(text: str) -> str:
-    """A text as LaTeX that prints it."""
+    """LaTeX code that prints the text."""
     return "".join(_LATEX.get(character, character) for character in text)
 
 

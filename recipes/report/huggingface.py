@@ -90,7 +90,7 @@ def model_folder(given: str) -> Path:
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If something is missing in it, or transformers is not installed.
+        ValueError: If a file is missing in the folder, or transformers is not installed.
     """
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("model=DIR needs transformers: pip install 'sparse-attn[hf]'")
@@ -114,7 +114,7 @@ def load_model(folder: Path, attention: str | None) -> tuple[Any, Any]:
         attention: The attn_implementation; None for the model's learnt α, or for softmax if the model has none.
 
     Raises:
-        ValueError: If they cannot be loaded.
+        ValueError: If ``attention`` is unknown, or the model or the tokenizer cannot be loaded.
     """
     import transformers
     from safetensors import SafetensorError
@@ -226,7 +226,7 @@ def _alignment(view: AttentionView, cfg: DictConfig, special: set[str]) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppresses messages and progress bars of transformers while a model is loaded."""
+    """Suppresses messages and progress bars of transformers during a ``with`` block."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -241,5 +241,5 @@ def quiet() -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    """The beginning of an error message that may have many lines."""
+    """The first line of an error message."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

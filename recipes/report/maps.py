@@ -60,7 +60,7 @@ def choose_word(words: Iterable[str]) -> str:
 
 
 def word_maps(task: Any, word: str) -> WordMaps:
-    """Predict one word and record the attention of the last layer of each kind.
+    """Predict the output of one word and record the attention of the last layer of each kind.
 
     Args:
         task: a `Seq2SeqTask` in evaluation mode.

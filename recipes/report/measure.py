@@ -44,8 +44,8 @@ class LayerHeads:
         kind: "encoder" or "decoder" for self-attention, "cross" for attention of the decoder to the encoder.
         density: share of the visible pairs with a non-zero weight.
         entropy: mean entropy of a query's weights, in nats.
-        weight: mean weight on the "previous", "self" and "next" position; none for cross-attention.
-        strongest: share of the queries whose largest weight is on that position; none for cross-attention.
+        weight: mean weight on the "previous", "self" and (encoder only) "next" position; empty for cross-attention.
+        strongest: share of the queries whose largest weight is on each of these positions.
         monotonicity: how steadily the head moves forward over the input; only for cross-attention.
         roles: the name of each head's role (`sparse_attn.analysis.name_roles`).
         diversity: mean Jensen-Shannon divergence between the heads, in nats (`head_diversity`).
@@ -85,7 +85,7 @@ def top_k_per_layer(model: nn.Module) -> dict[str, int]:
 def parts(lengths: Sequence[int], pairs: int = PAIRS_AT_ONCE) -> Iterator[slice]:
     """Slices of consecutive rows: their number times the square of the longest length is at most ``pairs``.
 
-    A slice has at least one row.
+    A single row that exceeds ``pairs`` is a slice of its own.
 
     Example:
         >>> list(parts([2, 2, 2, 5, 1], 8))
@@ -153,7 +153,7 @@ def attention_density(task: Any, loader: Iterable[dict[str, Any]]) -> dict[str, 
 
 
 def measure_heads(task: Any, loader: Iterable[dict[str, Any]]) -> dict[str, LayerHeads]:
-    """Density, entropy, positional shares and role of every head over the batches of a loader.
+    """The measurements of :class:`LayerHeads` for every layer over the batches of a loader.
 
     Args:
         task: a `Seq2SeqTask`, or any object with a `Seq2SeqTransformer` as `model`; its mode is not changed.

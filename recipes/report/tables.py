@@ -1,4 +1,4 @@
-"""Tables of the attention heads, for a terminal of 80 columns and as rows for a file."""
+"""Tables of the attention heads and of scores, for a terminal of 80 columns; rows of the heads for a file."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def alpha_table(
     top_k: Mapping[str, int] | None = None,
     compared: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Table:
-    """α and attention density of every head: two lines per layer, and one column per head.
+    """α and attention density of every head: a line each for up to ``HEADS_PER_LINE`` heads of a layer.
 
     Args:
         alpha: layer name -> (H,), learnt or fixed.

@@ -56,7 +56,7 @@ def read_batch(task: Any, words: Sequence[str], longest: int = LONGEST_SHOWN) ->
         ValueError: if there is no word, or a word is empty.
     """
     if not words or not all(words):
-        raise ValueError(f"words must hold at least one, none of them empty, got {list(words)!r}")
+        raise ValueError(f"words must hold at least one word, none of them empty, got {list(words)!r}")
     device = next(task.model.parameters()).device
     source: Tensor = pad([cut(task.source_tokenizer.encode(word), longest) for word in words]).to(device)
     rows = greedy_decode(task.model, source, max_length=min(longest, task.hparams["max_length"]))

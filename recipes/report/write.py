@@ -1,4 +1,4 @@
-"""The report of a run: pictures, a CSV file, a JSON file, and a page that contains them all."""
+"""The report of a run: pictures, a CSV file, a JSON file, and a page with the pictures and the numbers."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def write_report(report: Report, folder: Path, figures: str = "png") -> list[Pat
 
 
 def _numbers(report: Report, table: list[dict[str, str]]) -> dict[str, Any]:
-    """Every number of a report, for programs."""
+    """The measurements of a report, for programs."""
 
     def value(text: str) -> float | int | str | None:
         for kind in (int, float):

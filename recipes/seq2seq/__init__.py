@@ -1,1 +1,1 @@
-"""Sequence to sequence: words to pronunciations, or any pairs of short strings."""
+"""Sequence to sequence: words to pronunciations, or any pairs of texts."""

@@ -44,9 +44,9 @@ class SearchSpace:
 
         Returns:
             ``proved``: inputs whose best hypothesis is proved; ``greedy_errors`` and ``beam_errors``: of these, inputs
-            for which greedy decoding or beam search found a less probable one; ``single``: inputs with one possible
-            hypothesis; ``expansions`` and ``mass``: means of the exact search. For the empty hypothesis:
-            ``empty_impossible``, inputs for which its probability is zero; ``empty_best``, inputs for which it is the
+            for which greedy decoding or beam search found a less probable hypothesis, or none that ends; ``single``:
+            inputs with one possible hypothesis; ``expansions`` and ``mass``: means of the exact search. For the empty
+            hypothesis: ``empty_impossible``, inputs for which its probability is zero; ``empty_best``, inputs for which it is the
             best; ``empty_log_probability`` and ``empty_rank``, medians over the inputs for which it is possible, or
             missing if there are none. A rank counts only the hypotheses that were seen, so the true rank may be larger.
         """

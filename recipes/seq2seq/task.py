@@ -1,4 +1,4 @@
-"""The LightningModule: the model with its loss, its optimizer and its error rates."""
+"""The LightningModule: the model with its loss, its optimizer and its metrics."""
 
 from __future__ import annotations
 

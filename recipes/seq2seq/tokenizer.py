@@ -96,7 +96,7 @@ class Tokenizer:
     ) -> Tokenizer:
         """Learns the symbols of ``texts``: all tokens that occur, or at most ``bpe_size`` subwords.
 
-        A text that looks like a special token (``<unk>``) is not a symbol: it is encoded as unknown.
+        A token that looks like a special one (``<unk>``) is not a symbol: it is encoded as unknown.
         """
         options: dict[str, Any] = {"normalization": normalization, "fields": fields, "feature_split": feature_split}
         check_choice("split", split, SPLITS)

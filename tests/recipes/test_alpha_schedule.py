@@ -139,7 +139,7 @@ def test_a_model_can_be_built_in_configure_model(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
-def test_only_a_training_sets_alpha(stage):
+def test_a_validation_a_test_or_a_prediction_does_not_set_alpha(stage):
     module = Own(learn_alpha=False, alpha_init=1.75)
     AlphaSchedule(last_step=5).setup(L.Trainer(accelerator="cpu", logger=False), module, stage)
     assert module.attention.alpha.tolist() == [1.75] * H

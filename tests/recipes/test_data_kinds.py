@@ -59,7 +59,7 @@ def languages(tmp_path: Path) -> list[str]:
     return ["data=tsv", "data.columns=[source,target,features]", "data.target_split=characters", *files]
 
 
-def test_features_and_languages(trained, languages, tmp_path, capsys, monkeypatch):
+def test_all_commands_accept_features_and_languages(trained, languages, tmp_path, capsys, monkeypatch):
     trained(*languages, "data.languages=[bb,aa]", "model.language_dim=3", "data.title=two")
     assert "two: 80 training, 28 validation and 20 test words" in capsys.readouterr().out
     command("evaluate", evaluate, tmp_path, "split=test", "data.languages=[aa]")
@@ -102,7 +102,7 @@ def parallel(tmp_path: Path) -> list[str]:
     return ["data=parallel", "data.sides=[en,de]", "data.bpe_size=40", "data.batch_tokens=50", *files]
 
 
-def test_parallel_text_with_subwords(trained, parallel, tmp_path, capsys):
+def test_all_commands_accept_parallel_text_with_subwords(trained, parallel, tmp_path, capsys):
     trained(*parallel)
     assert "parallel: 30 training, 7 validation and 5 test" in capsys.readouterr().out
     assert (tmp_path / "run" / "bpe_source.json").is_file()
@@ -128,7 +128,7 @@ def test_shared_embeddings_need_one_vocabulary(trained, parallel):
         trained(*parallel, "model.share_embeddings=true", "data.bpe_joint=false")
 
 
-def test_synthetic_sequences(trained, tmp_path, capsys):
+def test_train_and_evaluate_accept_synthetic_sequences(trained, tmp_path, capsys):
     sizes = ["length=5", "factors=[1,2]", "train=40", "val=7", "test=5", "task=retrieval"]
     trained("data=synthetic", "data.output_length=12", *(f"data.generate.{size}" for size in sizes))
     assert "retrieval: 40 training, 7 validation and 10 test" in capsys.readouterr().out

@@ -239,7 +239,7 @@ def test_an_empty_list_of_runs_and_a_missing_run_are_refused_and_load_run_takes_
         load_run(["a", "b"])  # type: ignore[arg-type]
 
 
-def test_the_search_table_is_finite(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_results_of_exact_search_are_finite(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_command("evaluate", f"run={run_folder}", "decoding=exact", "decoding.budget=2")
     written = json.loads((run_folder / "evaluation.json").read_text(encoding="utf-8"))
     numbers = [value for key, value in written.items() if key.startswith(("val/", "test/"))]

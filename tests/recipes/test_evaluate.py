@@ -78,7 +78,7 @@ def test_a_limit_keeps_the_share_of_the_run_and_can_be_lifted(run_folder: Path) 
     assert written["test/words"] == 4
 
 
-def test_other_words_for_a_run_on_cmudict(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_on_cmudict_can_be_scored_on_a_given_file(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run_folder / "config.yaml").write_text("data: {name: cmudict, limit: 100}\n", encoding="utf-8")
     file = run_folder.parent / "test.tsv"
     message = "no val file: the run was trained on cmudict, got data.test; give data.val=FILE or split=test"

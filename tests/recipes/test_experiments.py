@@ -101,7 +101,7 @@ def test_the_page_has_the_command_of_every_experiment():
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_experiment(experiment, tmp_path, capsys):
+def test_every_experiment_trains_and_prints_its_scores(experiment, tmp_path, capsys):
     write_data, arguments, expected = DATA[experiment]
     if experiment == "multi30k":
         pytest.importorskip("sacrebleu")

@@ -122,7 +122,7 @@ def test_error_for_a_full_disk_has_the_file_and_how_to_continue(tiny_config, tmp
     folder = tmp_path / "run"
     assert not list(folder.rglob("*.tmp"))
     if fails_at <= 2:  # best.ckpt, then epoch_0001.ckpt: the first epoch has no last.ckpt yet
-        assert "no checkpoint to continue from; the same command begins again" in str(told.value)
+        assert "no checkpoint to continue from; to train from the start, run the same command again" in str(told.value)
         train(tiny_config())
     else:
         assert (

@@ -1,4 +1,4 @@
-"""Two processes never share a folder, and a replaced file is always complete, old or new."""
+"""A folder is locked against other processes; a replaced file is always complete, old or new."""
 
 import errno
 import os

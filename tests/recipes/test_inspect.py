@@ -88,7 +88,7 @@ def test_the_word_to_draw_can_be_chosen(run_folder: Path) -> None:
     assert "Attention for one word: acacia →" in page_of(run_folder)
 
 
-def test_only_the_validation_words_and_the_checkpoint_are_needed(run_folder: Path) -> None:
+def test_training_words_test_words_curves_and_results_are_not_needed(run_folder: Path) -> None:
     for split in ("train", "test"):
         (run_folder.parent / f"{split}.tsv").unlink()
     (run_folder / "alpha.csv").unlink()
@@ -251,7 +251,7 @@ def test_alignments_are_the_pairs_to_which_heads_give_weight(run_folder: Path, t
     assert all(lines[1] == "" and len(lines) == 3 for lines in found.values())
 
 
-def test_the_effect_of_each_head_on_the_loss(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_effect_of_each_head_on_the_loss_is_reported(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_inspect(f"run={run_folder}", "worth=true", "worth_words=3")
     out = capsys.readouterr().out
     # Once unchanged, 18 heads switched off, and 6 heads with a learnt α made dense and sparse: 1 + 18 + 2 · 6.
@@ -280,7 +280,7 @@ def test_the_effect_is_measured_on_words_of_all_lengths(run_folder: Path, monkey
     assert max(map(len, words)) == 6  # the three shortest of the five words have up to four letters
 
 
-def test_measurements_with_other_alphas(run_folder: Path) -> None:
+def test_other_alphas_are_measured_unless_switched_off(run_folder: Path) -> None:
     run_inspect(f"run={run_folder}")
     numbers = numbers_of(run_folder)
     assert [head["density at α = 1"] for head in numbers["heads"][:6]] == [1.0] * 6
@@ -293,7 +293,7 @@ def test_measurements_with_other_alphas(run_folder: Path) -> None:
     assert "Jensen-Shannon divergence" in without and "For comparison, the same model" not in without
 
 
-def test_pictures_in_another_format_and_folder(run_folder: Path, tmp_path: Path) -> None:
+def test_format_and_folder_of_the_pictures_can_be_chosen(run_folder: Path, tmp_path: Path) -> None:
     run_inspect(f"run={run_folder}", "figures=svg", f"output={tmp_path / 'out' / 'here'}")
     written = sorted(path.name for path in (tmp_path / "out" / "here").iterdir())
     assert written == sorted(name.replace(".png", ".svg") for name in FILES)

@@ -73,7 +73,7 @@ def page_data(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_a_model_that_reads_one_text(
+def test_an_encoder_or_a_decoder_is_reported_with_softmax(
     model_folder: Callable[..., Path], kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = model_folder(kind)
@@ -106,7 +106,7 @@ def test_a_learnt_alpha_is_found(model_folder: Callable[..., Path], capsys: pyte
     assert "2.00   2.00   2.00" in capsys.readouterr().out
 
 
-def test_an_encoder_and_a_decoder(
+def test_an_encoder_with_a_decoder_is_reported_with_alignments(
     model_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = model_folder("both")

@@ -27,7 +27,7 @@ from recipes.train import train
         ({"max_epochs": None}, 1009, Plan(FEWEST_EPOCHS, 1009, 1009, 1009 * FEWEST_EPOCHS)),
     ],
 )
-def test_the_length_of_a_training(section, batches, plan):
+def test_a_plan_counts_epochs_batches_and_updates(section, batches, plan):
     assert plan_training(section, batches) == plan
 
 
@@ -59,7 +59,7 @@ def test_notes_report_a_long_warm_up_and_unseen_symbols(tiny_config, tmp_path, c
 
 
 @pytest.mark.parametrize("schedule", ["inverse_sqrt", "noam", "cosine"])
-def test_the_schedules_other_than_the_default_train(tiny_config, tmp_path, schedule):
+def test_a_training_runs_with_every_schedule_but_the_default(tiny_config, tmp_path, schedule):
     train(tiny_config(f"schedule={schedule}", "trainer.max_epochs=1"))
     assert load_run(tmp_path / "run").task.hparams["schedule"] == schedule
 
@@ -115,7 +115,7 @@ def test_a_training_that_a_threshold_stops_prints_this_reason(tiny_config, tmp_p
         (3.0, None),
     ],
 )
-def test_the_reason_of_an_early_stop(score, reason):
+def test_a_first_score_stops_a_training_only_if_it_is_not_finite(score, reason):
     stopping = EarlyStopping("val/per", patience=1)
     trainer = SimpleNamespace(
         should_stop=False,
@@ -150,5 +150,5 @@ def test_predictions_of_the_test_words_are_kept(tiny_config, tmp_path):
 def test_error_for_a_damaged_predictions_line_has_file_and_line_number(tmp_path):
     file = tmp_path / "test_predictions.tsv"
     file.write_text("source\tprediction\treference\tdistance\tlength\tgroup\na\tA\tB\tone\t1\t\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"test_predictions\.tsv:2: a line must have the columns "):
+    with pytest.raises(ValueError, match=r"test_predictions\.tsv:2: a line must be source<TAB>prediction<TAB>.* got "):
         read_predictions(file)

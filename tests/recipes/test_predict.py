@@ -45,7 +45,7 @@ def test_more_lines_than_a_batch_keep_their_order(
     assert capsys.readouterr().out.splitlines() == expected(run_folder, words)
 
 
-def test_unseen_characters_are_reported_and_the_word_is_predicted(
+def test_unseen_characters_are_reported_and_every_line_is_written(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     give_stdin(monkeypatch, "cab\n\nnaïn\ncab\u200b\n".encode())

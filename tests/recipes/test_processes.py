@@ -1,4 +1,4 @@
-"""Several processes: their shares add up to the batch, and torchrun and srun start them."""
+"""Several processes: their shares add up to the batch; torchrun, or the environment variables of srun, connect them."""
 
 import os
 import socket

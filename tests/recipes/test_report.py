@@ -142,7 +142,7 @@ def test_measuring_at_another_alpha_keeps_a_parameter_past_the_bound_of_alpha() 
     assert torch.equal(layer.raw_alpha, before)
 
 
-def test_only_heads_with_a_learnt_alpha_are_measured_at_another_alpha() -> None:
+def test_a_model_without_a_learnt_alpha_is_not_measured_at_another_alpha() -> None:
     task = small_task(encoder_attention="entmax15", decoder_attention="entmax15", cross_attention="entmax15")
     set_alpha(task.model, 1.5)
     assert measure_at(task, [batch()], 1.0) == {}
@@ -235,7 +235,7 @@ def test_the_course_has_a_line_for_each_head(heads: int, layers: int, steps: int
     draw(figure, tmp_path / "course.png")
 
 
-def test_the_maps_of_a_word(run_folder: Path, tmp_path: Path) -> None:
+def test_the_maps_of_a_word_have_its_tokens_and_a_panel_for_each_head(run_folder: Path, tmp_path: Path) -> None:
     task = load_run(run_folder).task
     sample = word_maps(task, "bacca")
     assert [layer.layer for layer in sample.layers] == [name.format(1) for name in KINDS]

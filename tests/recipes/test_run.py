@@ -8,7 +8,7 @@ from recipes.curves import drop_rows_after, read_rows, write_rows
 from recipes.run import epoch_checkpoints, git_commit, load_run, read_checkpoint, short_path, start_record, versions
 
 
-def test_load_run(run_folder):
+def test_a_run_is_loaded_in_evaluation_mode_on_the_cpu(run_folder):
     run = load_run(str(run_folder), "last")
     assert run.folder == run_folder
     assert run.config.data.name == "tsv"
@@ -98,7 +98,7 @@ def test_outside_a_checkout_there_is_no_commit(tmp_path):
     assert git_commit(tmp_path) is None
 
 
-def test_short_path(tmp_path, monkeypatch):
+def test_only_a_path_in_the_working_directory_is_shortened(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert short_path(tmp_path / "runs" / "x") == "runs/x"
     assert short_path(tmp_path.parent) == str(tmp_path.parent)

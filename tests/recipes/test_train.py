@@ -128,7 +128,7 @@ def test_attention_is_set_for_all_layers_or_for_one_kind_of_layer(tiny_config, t
     assert finals.get("encoder.layers.0.self_attn") == {"softmax": "1.000000", "topk": None}[kind]
 
 
-def test_all_loggers_write_into_the_run_folder(tiny_config, tmp_path):
+def test_the_default_loggers_write_into_the_run_folder(tiny_config, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(tiny_config("logger=default", "trainer.max_epochs=1"))

@@ -143,7 +143,7 @@ class BatchByLength(Sampler[list[int]]):
 
 
 def cut(ids: list[int], most: int) -> list[int]:
-    """The ids of a text, or its first ``most`` and ``EOS``.
+    """The ids of a text, which end in ``EOS``; if more than ``most`` others precede it, the first ``most`` and ``EOS``.
 
     Example:
         >>> cut([5, 6, 7, 2], 3), cut([5, 6, 7, 8, 2], 3)

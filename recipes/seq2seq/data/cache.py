@@ -54,7 +54,7 @@ def cached_ids(folder: str | Path | None, parts: Sequence[str], encode: Callable
         ids = encode()
     file.parent.mkdir(parents=True, exist_ok=True)
     lengths = torch.tensor([len(row) for row in ids])
-    # torch.save in memory: on a full disk, it raises an error that does not name the cause.
+    # torch.save writes to memory: on a full disk, its own error would not name the cause.
     content = io.BytesIO()
     torch.save((torch.tensor([token for row in ids for token in row], dtype=torch.int32), lengths), content)
     with replacing(file) as unfinished:

@@ -59,8 +59,9 @@ def make_sequences(
     """Random sequences with the answer to a simple task; the test split has longer sequences than training.
 
     Training and validation sequences have lengths from 1 to ``length``. The test split holds, for every factor,
-    ``test`` sequences of length ``factor * length``; their group is ``x`` and the factor. A sequence of length n has n
-    input tokens; for ``"retrieval"``, it has ``max(1, n // 2)`` pairs and one more key: n + 1 tokens if n is even.
+    ``test`` sequences of length ``factor * length``; their group is ``x`` and the factor. A sequence of length ``n``
+    has ``n`` input tokens; for ``"retrieval"``, it has ``max(1, n // 2)`` pairs and one more key: ``n + 1`` tokens if
+    ``n`` is even, 3 if ``n`` is 1.
 
     Args:
         task: ``"copy"``, ``"reverse"``, ``"sort"``, or ``"retrieval"`` (pairs of a key and a value, then a key,

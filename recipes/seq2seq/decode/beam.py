@@ -143,7 +143,7 @@ def _best_extensions(
 
 
 def _merge(to_beat: Tensor, word: Tensor, scores: Tensor) -> Tensor:
-    """The n best scores of every word, after new scores were added."""
+    """The ``n_best`` highest scores of every word, after new scores were added."""
     if len(word) == 0:
         return to_beat
     slot = torch.arange(len(word), device=word.device) - torch.searchsorted(word, word)

@@ -119,7 +119,7 @@ class Sources:
         self.memories = [model.encode(source) for model in models]
 
     def next_tokens(self, rows: Sequence[int], prefixes: Sequence[Sequence[int]]) -> Tensor:
-        """Log-probabilities (n, V) of the next token of n prefixes; ``rows`` has the source row of each prefix."""
+        """Log-probabilities (n, V) of the next token of ``n`` prefixes; ``rows`` has the source row of each prefix."""
         device = self.padding.device
         row = torch.tensor(rows, device=device)
         length = max(map(len, prefixes))
