@@ -28,7 +28,7 @@ extensions = [
     "public_names",
 ]
 exclude_patterns = ["_build", "extensions"]
-nitpicky = True  # a reference without a target is a warning, and a warning ends the build
+nitpicky = True  # a reference without a target is a warning, and with a warning the build fails
 # Names of other packages, whose documentation is on other sites; the build uses no network.
 _OTHERS = (
     "torch|nn|F|np|numpy|hydra|lightning|L|omegaconf|transformers|collections.abc|contextlib|matplotlib|os|pathlib|rich"
@@ -50,9 +50,9 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # waiting threads do not occupy cores
 # A build runs the tutorials. Results are cached by their code, so that a second build is fast.
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE / "_build" / "notebooks")
-nb_execution_show_tb = True  # an error in a tutorial becomes a warning that names the page and ends the build
+nb_execution_show_tb = True  # the warning about an error in a tutorial contains the traceback
 nb_execution_timeout = 300
-nb_execution_in_temp = True  # files that a tutorial writes are removed with this folder
+nb_execution_in_temp = True  # a tutorial runs in a temporary folder, so its files are removed
 nb_merge_streams = True
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # the default loads scripts from the network
 

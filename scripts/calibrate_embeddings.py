@@ -51,7 +51,7 @@ def main(folder: str) -> None:
     dense = {number: embedding(model, part) for number, part in batches}
     everything = torch.cat(list(dense.values()))
     others = cosine_similarity(everything[:-1], everything[1:], dim=-1).mean()
-    print(f"{len(rows)} passages of {TOKENS} tokens; cosine similarity of two different passages: {others:.3f}\n")
+    print(f"{len(rows)} passages of {TOKENS} tokens; mean cosine similarity of two different passages: {others:.3f}\n")
     print("| density wanted | found | α from | to | cosine similarity to the dense embedding, on other passages |")
     print("|---|---|---|---|---|")
     for wanted in DENSITIES:

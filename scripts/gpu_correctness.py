@@ -64,7 +64,7 @@ def tasks(device: torch.device) -> list[Callable[[], Measured]]:
 
 
 def guarded(check: partial[Measured]) -> Measured:
-    """Run a check; an error, as of a kernel that does not compile, is reported as a wrong result."""
+    """Run a check; an error, for example from a kernel that does not compile, is reported as a wrong result."""
     try:
         return check()
     except Exception as error:
@@ -132,7 +132,7 @@ def check_rows(size: int, dtype: torch.dtype, device: torch.device) -> Measured:
 
 
 def check_top_k(size: int, device: torch.device) -> Measured:
-    """Check top-7 entmax, with equal scores."""
+    """Check top-7 softmax, with equal scores."""
     x, upstream = torch.randint(-9, 9, (8, size), device=device).float(), torch.randn(8, size, device=device)
     got = with_gradients(lambda x: topk_softmax(x, 7), [x], upstream)
     with use_backend("torch"):
@@ -160,7 +160,7 @@ def check_attention(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Measured:
-    """Check attention with grouped heads and one more feature, against a matrix of weights in float64."""
+    """Check attention with grouped heads and one more feature, against plain torch in float64."""
     shapes = ((2, HEADS, queries, head), (2, KEY_HEADS, keys, head), (2, KEY_HEADS, keys, head))
     inputs = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     if alpha == "per head":

@@ -63,7 +63,7 @@ class Timing(NamedTuple):
                 synchronize()
                 return {}
             result = self.named() | measured(run)
-        except Exception as error:  # an error, as of another package, becomes a line of the table
+        except Exception as error:  # an error, for example from another package, becomes a line of the table
             result = self.named() | {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
             result |= {"lost": True} if "CUDA error" in str(error) else {}
         if torch.cuda.is_available():

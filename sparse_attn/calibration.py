@@ -64,9 +64,9 @@ def calibrate(
     """Find α of every attention head of a dense model, without training it and without changing it.
 
     Give one of two targets. With ``density``, every head (or every layer) gives weight to this share of the keys that
-    its queries see. With ``loss_increase``, the function finds the lowest density, at least 0.01 and equal for all
-    heads, at which the loss exceeds that of the dense model by at most this amount. All heads are made sparse at the
-    same time, since a sparse layer changes the scores of later layers.
+    its queries see. With ``loss_increase``, the function finds the lowest target density, at least 0.01 and the same
+    for every head (or every layer), at which the loss exceeds that of the dense model by at most this amount. All heads
+    are made sparse at the same time, since a sparse layer changes the scores of later layers.
 
     The function makes 8 passes over the batches for ``density``, and for ``loss_increase`` one pass plus 4 for each of
     up to 7 densities. Memory does not grow with the number of batches. A head that would need a larger α than

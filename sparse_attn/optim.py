@@ -359,7 +359,8 @@ def _fitted(model: nn.Module, value: Any, filter_fn: FilterFn | None) -> list[tu
         held = [module for inner, module in modules.items() if inner.rpartition(".")[0] == name]
         module = modules.get(name, held[0] if len(held) == 1 else None)
         if module is None:
-            raise ValueError(f"value must name modules with an α, {', '.join(map(repr, modules))}, got {name!r}")
+            kind = "modules with an α" + (" that filter_fn accepts" if filter_fn else "")
+            raise ValueError(f"value must name {kind} (one of {', '.join(map(repr, modules))}), got {name!r}")
         fitted.append((module, _fitting(name, module, alpha)))
     return fitted
 

@@ -217,8 +217,11 @@ def test_a_filter_can_exclude_the_alpha_of_a_loss() -> None:
     set_alpha(model, 1.25, filter_fn=lambda name, module: seen.setdefault(name, module) is model.loss)
     assert seen["attention"] is model.attention and list(seen)[-1] == "block.sparse_alpha"
     assert model.loss.alpha.item() == 1.25 and set(model.attention.alpha.tolist()) == {1.75}
-    with pytest.raises(ValueError, match="value must name modules with an α, 'loss', got 'attention'"):
+    message = r"value must name modules with an α that filter_fn accepts \(one of 'loss'\), got 'attention'"
+    with pytest.raises(ValueError, match=message):
         set_alpha(model, {"attention": 1.5}, filter_fn=lambda name, module: name == "loss")
+    with pytest.raises(ValueError, match=r"value must name modules with an α \(one of .*'loss'.*\), got 'decoder'"):
+        set_alpha(model, {"decoder": 1.5})
 
 
 @pytest.mark.parametrize(

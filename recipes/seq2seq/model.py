@@ -194,7 +194,8 @@ class Seq2SeqTransformer(nn.Module):
             target: (N, T) ids; with caches, only those after the cached positions.
             memory: (N, S, dim), the result of :meth:`encode`.
             source_padding: (N, S), True = padding.
-            caches: The result of :meth:`new_caches`, extended in place; None: attend only to ``target``.
+            caches: The result of :meth:`new_caches`. Each call appends keys and values of ``target``; the first call
+                adds those of ``memory``. None: attend only to ``target``.
 
         Returns:
             (N, T, target_size) logits.

@@ -23,8 +23,9 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     Args:
         x: Of any shape and floating dtype.
-        p: Probability of a zero, in [0, 1]. On a CPU, ``p`` is rounded to a multiple of 1/65536, except to 0 and 1.
-            The other entries are multiplied by ``1 / (1 - p)`` with the rounded ``p``, so that the mean is kept.
+        p: Probability of a zero, in [0, 1]. On a CPU, ``p`` is rounded to a multiple of 1/65536; a ``p`` that
+            would become 0 or 1 stays exact. The other entries are multiplied by ``1 / (1 - p)`` with the rounded
+            ``p``, so that the mean is kept.
 
     Example:
         >>> _ = torch.manual_seed(0)

@@ -191,7 +191,8 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             attn_mask: (L, S) or (N * num_heads, L, S): True = masked, or a float added to the scores.
             average_attn_weights: Weights averaged over the heads, or one map per head.
             is_causal: Without ``attn_mask``, query ``i`` sees keys up to ``i``; with a cache, up to its own position.
-            cache: Past keys and values, extended in place by this call. Masks cover all S keys, including past ones.
+            cache: Keys and values of earlier calls, to which this call appends its own; a static cache is filled by its
+                first call only. Masks cover all S keys, including those of earlier calls.
             rotary: Cosines and sines that rotate the queries and keys of this call, each (L, D / 2) or (N, L, D / 2),
                 as ``RotaryPositions.rotary`` returns them. The last size may also be D, with both halves equal, as in
                 Hugging Face's models.
@@ -230,7 +231,8 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             shape=ScoreShape(q.shape[0], self.num_heads, q.shape[-2], k.shape[-2]),
             offset=offset,
             device=q.device,
-            # The weights are reported with all visible pairs; extra keys lie outside the bounds, but are visible.
+            # The bounds become part of the mask where the whole mask is needed: to report the visible pairs with the
+            # weights, to append keys (which the bounds would hide), and to count visible keys for `length_scaling`.
             with_bounds_apart=not (
                 with_weights or self.bias_k is not None or self.add_zero_attn or self.length_scaling is not None
             ),
@@ -301,7 +303,10 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         cache: KVCache | None,
         rotary: Rotary | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values (N, heads, length, D): queries and keys normalised and rotated, cached ones first."""
+        """Queries, keys and values (N, heads, length, D); cached keys and values come before the new ones.
+
+        Normalisation and rotation, if any, are already applied.
+        """
         sizes = [self.embed_dim] + 2 * [self.num_kv_heads * self.head_dim]
         if self.in_proj_weight is None:
             weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]

@@ -114,7 +114,7 @@ class TransformerEncoderLayer(ResidualLayer):
             src_mask: (L, S) or (N * nhead, L, S): True = masked, or a float added to the scores.
             src_key_padding_mask: (N, S): True = ignore this key.
             is_causal: Without ``src_mask``, position ``i`` sees positions up to ``i``.
-            cache: Past keys and values, extended in place.
+            cache: Keys and values of earlier calls, to which this call appends its own.
             rotary: As in :meth:`SparseMultiheadAttention.forward`.
             position_bias: As in :meth:`SparseMultiheadAttention.forward`.
 
@@ -265,7 +265,8 @@ class TransformerDecoderLayer(ResidualLayer):
             memory_key_padding_mask: (N, S): True = ignore this key.
             tgt_is_causal: Without ``tgt_mask``, position ``i`` sees positions up to ``i``.
             memory_is_causal: Without ``memory_mask``, position ``i`` sees the memory up to ``i``. Not with a cache.
-            cache: Past keys and values, extended in place.
+            cache: Keys and values of earlier calls. Each call appends those of ``tgt``; the first call adds those of
+                ``memory``.
             rotary: For the self-attention, as in :meth:`SparseMultiheadAttention.forward`.
             position_bias: For the self-attention, as in :meth:`SparseMultiheadAttention.forward`.
 

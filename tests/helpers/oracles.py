@@ -1,7 +1,8 @@
 """Mappings by bisection in float64, in the form of the papers, without code of this library.
 
-Each takes scores of any floating dtype along the last dimension. Scores and α are taken as given: an earlier rounding
-to another dtype is not undone. Scores of ``-inf`` and of the lowest finite number of their dtype are masked.
+Each takes scores of any floating dtype along the last dimension. Scores and α are converted to float64 as they are: if
+a test rounded them before, the result is that of the rounded numbers. Scores of ``-inf`` and of the lowest finite
+number of their dtype are masked.
 """
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "suppress_tokens": None}
         | {"begin_suppress_tokens": None},
     ),
-    # Of transformers' own implementations, the next three models support only "eager". Their modules have no attribute
-    # that says whether attention is causal, so only the mask shows this.
+    # The next three models do not support transformers' "sdpa". Their modules have no `is_causal`, or one that is False
+    # in a causal decoder too, so only the mask shows whether attention is causal.
     "pegasus_x": ("PegasusXForConditionalGeneration", "PegasusXConfig", {**ENCODER_DECODER, "block_size": 8}),
     "nllb_moe": (
         "NllbMoeForConditionalGeneration",

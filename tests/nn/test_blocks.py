@@ -30,7 +30,10 @@ from sparse_attn.nn import SparseMultiheadAttention
 
 
 def by_hand(layer: SparseMultiheadAttention, query: Tensor, memory: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and weights for α = 1.5, by loops over heads and queries; `visible` (N, L, S) is without the window."""
+    """Output and weights for α = 1.5, by loops over heads and queries.
+
+    `visible` (N, L, S) holds only the masks; this function applies the window.
+    """
     groups, positions = layer.num_heads // layer.num_kv_heads, layer.positions
     state = {name: value.detach() for name, value in layer.state_dict().items()}
     if "in_proj_weight" in state:
@@ -147,7 +150,8 @@ def test_the_layer_compiles_into_one_graph(options: dict[str, Any], need_weights
 
 
 @pytest.mark.skipif(
-    (2, 9) <= versions.TORCH < (2, 13), reason="torch 2.9 to 2.12 cannot compare two multiples of a length"
+    (2, 9) <= versions.TORCH < (2, 13),
+    reason="the export of torch 2.9 to 2.12 cannot compare two multiples of one symbolic length",
 )
 def test_an_exported_layer_takes_another_length() -> None:
     class Causal(nn.Module):
@@ -259,7 +263,7 @@ def test_a_bias_is_broadcast_to_the_scores(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(layer(x, x, x, position_bias=bias), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_repr_shows_the_arguments_beyond_torchs() -> None:
+def test_repr_shows_the_arguments_that_torch_does_not_have() -> None:
     layer = TopKMultiheadAttention(E, H, k=2, num_kv_heads=3, window=4)
     assert layer.extra_repr() == "k=2, normalizer='softmax', num_kv_heads=3, window=(4, 4)"
     assert AdaptiveSparseMultiheadAttention(E, H, window=(4, None)).extra_repr().endswith("=True, window=(4, None)")

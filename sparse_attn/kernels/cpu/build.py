@@ -24,8 +24,8 @@ _X86_VARIANTS = {
     "avx2": ["-mavx2", "-mfma", "-mpopcnt"],
     "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mpopcnt", "-mprefer-vector-width=512"],
 }
-# Attention in float32 for these instructions; all other kernels are those of avx512.
-# Compilers before 2020 do not know these instructions.
+# Flags for AVX512-BF16. Only attention in C's type float, which also computes bfloat16, is compiled with them; all
+# other kernels of this variant are those of avx512. Compilers before 2020 do not know these instructions.
 _BFLOAT16 = [*_X86_VARIANTS["avx512"], "-mavx512bf16"]
 # The same with tiles (AMX), whose instructions are in assembler: the compiler itself must not use tiles. Linux only.
 _TILES = [*_BFLOAT16, "-DWITH_TILES"]
@@ -106,14 +106,14 @@ def _targets_x86_64(compiler: list[str]) -> bool:
 
 
 def _knows_bfloat16(compiler: list[str]) -> bool:
-    """Whether the compiler has the flag, and the name by which a program asks for these instructions."""
+    """Whether the compiler knows the flag ``-mavx512bf16`` and this name in ``__builtin_cpu_supports``."""
     program = 'int supported(void) { return __builtin_cpu_supports("avx512bf16"); }'
     command = [*compiler, "-mavx512bf16", "-S", "-x", "c", "-", "-o", os.devnull]
     return subprocess.run(command, input=program, capture_output=True, text=True).returncode == 0
 
 
 def _knows_tiles(compiler: list[str]) -> bool:
-    """Whether the target is Linux, and the assembler knows the instructions for tiles (binutils from 2.35 on)."""
+    """Whether the target is Linux, and the assembler knows the instructions for tiles (binutils from 2.36 on)."""
     program = """
         #ifndef __linux__
         #error "the variant asks Linux for the permission to use tiles"

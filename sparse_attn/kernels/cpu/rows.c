@@ -141,7 +141,7 @@ static void compute_alone(const task *t, int64_t row, void *scratch) {
     compute_row(t, row, index, scratch);
 }
 
-/* Computes the rows with the numbers `rows`, which share one `a` in [0, 1]. */
+/* Computes the rows whose indices are in `rows`, which share one `a` in [0, 1]. */
 static void compute_together(const task *t, const int64_t *rows, int64_t count, double a, void *scratch) {
     vector scores[ROWS_AT_ONCE], grads[ROWS_AT_ONCE];
     void *out[ROWS_AT_ONCE];

@@ -25,7 +25,7 @@ from sparse_attn.kernels.reference import entmax as reference
 from sparse_attn.kernels.reference.entmax import away_from_zero, norm_step
 
 _MAX_SWEEPS = 100
-_SHORT, _LANES = 256, 16  # for rows of 256 entries or more, Newton starts at the root for the largest of every 16
+_SHORT, _LANES = 256, 16  # for rows of 256 entries or more, Newton starts at the root for the largest of each 16
 _FIRST_SWEEPS = 5  # Newton steps on these largest entries, without a check for convergence
 _NEAR = 1e-4  # if |Σ p - 1| is smaller, one Newton step reaches the root
 _LONG, _FEW = 4096, 4  # rows of 4096 or more are shortened if at most one entry in 4 may have weight
@@ -81,7 +81,8 @@ def _probabilities(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
     error_before: float | Tensor = math.inf
     for _ in range(_MAX_SWEEPS):
         total, largest = _write(p, scores, top, a, sigma, rows, buffers)
-        error = (total - 1).abs_() * largest.clamp(min=0.1)  # no entry of p is off by more than (Σ p - 1) max p
+        # After the division, no entry is off by more than |Σ p - 1| max p. Here max p counts as at least 0.1.
+        error = (total - 1).abs_() * largest.clamp(min=0.1)
         late = _where((error > torch.finfo(p.dtype).eps) & (error < error_before))
         if not len(late):
             break
@@ -89,12 +90,15 @@ def _probabilities(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
         its_a = _of(a, rows)
         blocks = _blocks(buffers, p, rows, its_a)
         slope = _joined(_slopes(block, b, spare[0]).sum(-1, keepdim=True) for spare, block, b in blocks)
-        sigma[rows] += norm_step(total, slope * total ** (1 - its_a), its_a)  # these p are divided by their sum
+        # `p` is already divided by Σ p: the power of `total` gives the slope of the undivided p.
+        sigma[rows] += norm_step(total, slope * total ** (1 - its_a), its_a)
     return p if index is None else p.new_zeros(len(p), size).scatter_(-1, index, p)
 
 
 def _maxima(scores: Tensor) -> Tensor:
-    """The largest of every sixteen entries of each row, and its last entries; short rows are returned unchanged.
+    """The largest of each group of 16 entries of a row, and the fewer than 16 entries left over.
+
+    The entries of a group are ``size // 16`` apart. Rows of fewer than 256 entries are returned unchanged.
 
     The root of Σ p = 1 over these entries is a lower bound of the root for the whole row.
     """
@@ -333,7 +337,7 @@ def _step(buffers: list[Tensor], rows: Tensor) -> int:
 
 
 def _blocks(buffers: list[Tensor], x: Tensor, rows: Tensor | None, *per_row: Any) -> Iterator[tuple[Any, ...]]:
-    """Blocks of the rows of ``x`` with the numbers ``rows``, or of all rows.
+    """Blocks of the rows of ``x`` whose indices are in ``rows``; of all rows if ``rows`` is None.
 
     Yields for each block the buffers in the shape of the block, the rows of ``x`` in the block, and the matching part
     of every value in ``per_row``. Selected rows are copied into the last buffer.

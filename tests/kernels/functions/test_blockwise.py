@@ -63,7 +63,7 @@ def test_blocks_equal_one_large_matrix(alpha, mask, queries, keys, dtype, monkey
         compare(lambda *qkv: entmax_attention(*qkv, alpha, **settings), inputs, monkeypatch)
 
 
-def test_grouped_heads_broadcast_batches_and_scale(monkeypatch):
+def test_grouped_heads_with_a_scale_and_broadcast_batches_and_no_batch(monkeypatch):
     query, key, value = tensors(37, 41, torch.float64, kv_heads=1)
     compare(lambda *qkv: entmax_attention(*qkv, enable_gqa=True, scale=0.3), (query, key, value), monkeypatch)
     compare(lambda *qkv: entmax_attention(*qkv), (query, key[:1], value[:1]), monkeypatch)
@@ -155,7 +155,7 @@ def test_a_mask_that_changed_before_the_backward_raises_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize("empty", ["batch", "depth", "values"])
-def test_empty_tensors_with_many_pairs(empty, monkeypatch):
+def test_empty_tensors_in_a_call_large_enough_for_blocks(empty, monkeypatch):
     monkeypatch.setattr(ops, "_LARGE", 1)
     batch, depth, values = (
         0 if empty == name else size for name, size in {"batch": 2, "depth": 5, "values": 7}.items()
