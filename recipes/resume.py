@@ -45,8 +45,10 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     for argument in others:
         if argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
             continue  # a flag of Hydra, or the value of a flag
-        key = argument.partition("=")[0].lstrip("+~")
-        if key == "hydra.run.dir":
+        key, _, given = argument.partition("=")
+        key = key.lstrip("+~")
+        # Lightning passes the run's own folder to the processes that it starts.
+        if key == "hydra.run.dir" and not _is_same_path(given, place):
             raise ValueError(f"resume continues a run in its own folder, got also {argument!r}")
         if not key.startswith(_ALLOWED) and key not in (*_FILES, *_MACHINE):
             group = ", which chooses a group" if _is_group(key) else ""
@@ -66,6 +68,12 @@ def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
         "hydra.output_subdir=null",
     ]
     return [*others, *own, "hydra/job_logging=none", "hydra/hydra_logging=none"], folder / CONFIG
+
+
+def _is_same_path(one: str, other: str) -> bool:
+    """Whether two values of a command line name the same path; they may be quoted."""
+    first, second = (Path(value.strip("'\"")).expanduser().resolve() for value in (one, other))
+    return first == second
 
 
 def check_state(state: Mapping[str, Any], file: Path) -> None:

@@ -24,7 +24,7 @@ from sparse_attn.nn.cache import KVCache
 from sparse_attn.nn.positions import Positions, Rotary, places, turn
 from sparse_attn.nn.scaling import LengthScaling
 from sparse_attn.observe import report_weights, weights_are_observed
-from sparse_attn.ops.attention import ScoreMapping, attend
+from sparse_attn.ops.attention import ScoreMapping, attend, computes_weights_apart
 from sparse_attn.transforms import leaf
 
 
@@ -220,7 +220,8 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         q, k, v = self._project(query, key, value, batch_first=batch_first, cache=cache, rotary=rotary)
         to_keep, offset = (k, v), 0 if cache is None else k.shape[-2] - q.shape[-2]
         own_bias = None if self.positions is None else self.positions.bias(places(offset, q), places(0, k))
-        with_weights = need_weights or weights_are_observed()
+        dropout_p = self.dropout if self.training else 0.0
+        in_one_matrix = weights_are_observed() or (need_weights and not computes_weights_apart(dropout_p))
         mask, bounds = multihead_mask(
             attn_mask,
             key_padding_mask,
@@ -234,14 +235,14 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             # The bounds become part of the mask where the whole mask is needed: to report the visible pairs with the
             # weights, to append keys (which the bounds would hide), and to count visible keys for `length_scaling`.
             with_bounds_apart=not (
-                with_weights or self.bias_k is not None or self.add_zero_attn or self.length_scaling is not None
+                in_one_matrix or self.bias_k is not None or self.add_zero_attn or self.length_scaling is not None
             ),
         )
         k, v, mask = self._extend_keys(k, v, mask)
         if self.length_scaling is not None:
             rows = query if batch_first else query.transpose(0, 1)
             q = q * self.length_scaling(rows, visible_keys(mask, k.shape[-2], q.device)).to(q.dtype)
-        output, weights = self._attend(q, k, v, mask, bounds, with_weights=with_weights, batched=batched)
+        output, weights = self._attend(q, k, v, mask, bounds, dropout_p, need_weights=need_weights, batched=batched)
         output = self.out_proj(rearrange(output, "n h l d -> n l (h d)"))
         if cache is not None:
             cache.key, cache.value = to_keep  # last, so that a call that raises leaves the cache unchanged
@@ -356,15 +357,16 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         v: Tensor,
         mask: Tensor | None,
         bounds: Bounds,
+        dropout_p: float,
         *,
-        with_weights: bool,
+        need_weights: bool,
         batched: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The heads' outputs (N, H, L, D), and the weights if they are needed or observed."""
         output, weights = attend(
-            *(q, k, v, self.mapping(), mask, self.dropout if self.training else 0.0),
+            *(q, k, v, self.mapping(), mask, dropout_p),
             bounds=bounds,
-            need_weights=with_weights,
+            need_weights=need_weights or weights_are_observed(),
             enable_gqa=self.num_kv_heads < self.num_heads,
         )
         if weights is not None and weights_are_observed():

@@ -39,6 +39,7 @@ from sparse_attn.masks import (
 )
 from sparse_attn.ops.entmax import entmax_along
 from sparse_attn.transforms import values_known
+from sparse_attn.versions import is_exporting
 
 Normalizer = Literal["softmax", "sparsemax"]
 
@@ -239,7 +240,8 @@ def attend(
     The weights (..., H, L, S) are those of the keys, without the weight of a sink. Without ``need_weights`` they may be
     None. ``bounds`` hide keys in addition to a mask. The other arguments are those of the public functions.
     """
-    known = mapping if isinstance(mapping, ScoreMapping) and not need_weights else None
+    apart = need_weights and computes_weights_apart(dropout_p)
+    known = mapping if isinstance(mapping, ScoreMapping) and (apart or not need_weights) else None
     if is_causal and attn_mask is None:
         bounds = CAUSAL
     plain = dropout_p == 0.0 and softcap is None and sinks is None and not (is_causal and attn_mask is not None)
@@ -258,22 +260,32 @@ def attend(
     check_softcap_and_sinks(softcap, sinks, query, max(_heads(query), _heads(key)))
     query, key, value = _of_one_rank(query, key, value)
     scale = default_scale(query) if scale is None else scale
+    output_of_kernel = None
     if known:
         call = Call(query, key, value, known.alpha, known.k, attn_mask, dropout_p, bounds, scale, softcap, sinks)
         compute = choose_attention(call)
-        output = None if compute is None else compute(call)
-        if output is not None:
-            return output, None
+        output_of_kernel = None if compute is None else compute(call)
+        if output_of_kernel is not None and not apart:
+            return output_of_kernel, None
     arguments = (mapping, attn_mask, bounds, dropout_p, scale, softcap, sinks)
     dtype = autocast_dtype(query)
     if dtype is None:
-        return _by_one_matrix(query, key, value, *arguments)
+        output, weights = _by_one_matrix(query, key, value, *arguments)
+        return output if output_of_kernel is None else output_of_kernel, weights
     # Autocast chooses the dtypes of the inputs and of the weights; it would also round the scores.
     weights_dtype = result_dtype(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.autocast(query.device.type, enabled=False):
         output, weights = _by_one_matrix(query, key, value, *arguments)
-    return output, weights.to(weights_dtype)
+    return output if output_of_kernel is None else output_of_kernel, weights.to(weights_dtype)
+
+
+def computes_weights_apart(dropout_p: float) -> bool:
+    """Whether the output is computed without the matrix of weights, even if the weights are requested.
+
+    Compiled code contains only what its caller uses. If the caller drops the weights, no matrix of them is computed.
+    """
+    return dropout_p == 0.0 and torch.compiler.is_compiling() and not is_exporting()
 
 
 def _by_one_matrix(

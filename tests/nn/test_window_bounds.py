@@ -1,4 +1,4 @@
-"""The window and the causality of a layer, which kernels get as bounds, equal a mask of all scores."""
+"""Windows and causality of a layer, which kernels get as bounds, equal masks; compiled code has no unused matrix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from blocks import E, H, N, layer_of, short
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -205,3 +207,33 @@ def test_compiled_code_has_no_mask_of_all_scores():
     for actual, right in zip(run(layer, lambda _: call(compiled), [x]), run(layer, call, [x]), strict=True):
         torch.testing.assert_close(actual, right, atol=1e-5, rtol=1e-4)
     assert sizes and max(sizes) <= N * 37
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # a warning of the compiler
+@pytest.mark.parametrize("options", [{}, {"window": (5, 0)}], ids=short)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_compiled_code_has_no_matrix_of_weights_that_the_caller_drops(is_causal, options):
+    if not rows.available():
+        pytest.skip("no compiled kernels")
+    layer = layer_of(options, dtype=torch.float32)
+    x = torch.randn(N, 37, E, requires_grad=True)
+    shapes: list[tuple[int, ...]] = []
+
+    def keep_shapes(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        values = [value for node in graph.graph.nodes for value in tree_leaves(node.meta.get("val"))]
+        shapes.extend(tuple(value.shape) for value in values if isinstance(value, Tensor))
+        return make_boxed_func(graph.forward)
+
+    def call(layer: Any) -> Tensor:
+        return layer(x, x, x, is_causal=is_causal)[0]  # need_weights=True, as in torch's layer
+
+    compiled = torch.compile(call, fullgraph=True, backend=aot_autograd(fw_compiler=keep_shapes))
+    for actual, right in zip(run(layer, compiled, [x]), run(layer, call, [x]), strict=True):
+        torch.testing.assert_close(actual, right, atol=1e-5, rtol=1e-4)
+    assert shapes and all(shape[-2:] != (37, 37) for shape in shapes)
+
+    def call_with_weights(layer: Any) -> list[Tensor]:
+        return list(layer(x, x, x, is_causal=is_causal))
+
+    actual, right = torch.compile(call_with_weights, backend="aot_eager")(layer), call_with_weights(layer)
+    torch.testing.assert_close(actual, right, atol=1e-5, rtol=1e-4)
