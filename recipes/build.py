@@ -86,7 +86,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     """The configuration as plain data.
 
     Raises:
-        MissingMandatoryValue: If a value without a default is not given.
+        omegaconf.errors.MissingMandatoryValue: If a value without a default is not given.
         TypeError: If a section, or an entry of ``logger`` or ``callbacks``, is not a group of keys, or
             ``paths.output_dir`` is not a text.
         ValueError: If a section is missing or unknown, the package of a logger is missing, or the value of ``seed``,

@@ -60,7 +60,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         the same for ``test``, if ``split`` includes them. An ensemble has no loss and no support. With
         ``decoding=exact``, the values of ``SearchSpace.summary`` are added. If the data have features and the
         training file of the run exists, ``val/known_both/accuracy`` and ``val/known_both/words``, and the same for the
-        other parts of :func:`~recipes.report.overlap.overlap`, are added.
+        other parts of `recipes.report.overlap`, are added.
 
     Raises:
         FileNotFoundError: If a run, its checkpoint or a data file is missing.

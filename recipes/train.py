@@ -44,7 +44,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         FileExistsError: If the folder contains another run, or another process uses it.
         Interrupted: After Ctrl-C once the run has been recorded, or SIGTERM during the epochs; the message says how to
             continue.
-        MissingMandatoryValue: If a value without a default is not given.
+        omegaconf.errors.MissingMandatoryValue: If a value without a default is not given.
         OSError: If a file cannot be written; if the disk is full, the message says how to continue.
         TypeError: If a value has the wrong type.
         ValueError: If a value or the content of a file is not allowed.
