@@ -2,8 +2,8 @@
 
     python scripts/benchmark_viewer.py
 
-The times need chromium, chromedriver and selenium; without them only sizes are printed. Weights are α-entmax of random
-scores, whose standard deviation determines the density.
+The times to open and to scroll need chromium, chromedriver and selenium; without them, only sizes and the time to make
+a page are printed. Weights are α-entmax of random scores, whose standard deviation determines the density.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def layer_of(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
     ("raw", "alpha", "grads"),
     [
         (1.5, 1.5, (-1.0, 1.0)),
-        (1.0, 1.0, (-1.0, 1.0)),  # on a bound, both signs pass, so that sums are correct
+        (1.0, 1.0, (-1.0, 1.0)),  # on a bound, both signs pass, so that the gradients of several backward passes add up
         (2.0, 2.0, (-1.0, 1.0)),
         (0.985, 1.0, (-1.0, 1.0)),  # in the margin, both signs pass
         (2.015, 2.0, (-1.0, 1.0)),

@@ -1,7 +1,7 @@
 """Packed sequences in transformers: position ids that start again, or ``cu_seq_lens_*``, instead of padding.
 
-transformers writes a causal mask of packed sequences as a tensor of the scores' size. `LazyMask` stands for that tensor
-and is computed only if a model reads it; attention reads the starts of the sequences instead.
+transformers writes a causal mask of packed sequences as a tensor (N, 1, L, L). `LazyMask` stands for that tensor and is
+computed only if a model reads it; attention reads the starts of the sequences instead.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def lazy_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> LazyMask | None:
-    """The causal mask for the arguments of transformers' mask functions, or None if ``build`` has to compute the mask.
+    """The causal mask for the arguments of transformers' mask functions, or None if it must be computed at once.
 
-    None: in compiled code, a trace or ``vmap``; for a single query, or other positions of queries than of keys (a
-    cache); with padding; for a mask function that is not causal, or that :func:`_described` does not recognise.
+    None is returned in compiled code, a trace or ``vmap``; for a single query; if queries and keys are not at the same
+    positions (a cache); with padding; for a mask function that is not causal, or that :func:`_described` does not know.
     """
     if torch.compiler.is_compiling() or torch._C._is_tracing() or use_vmap or not 1 < q_length == kv_length:
         return None
@@ -168,8 +168,9 @@ def _check_given(starts: Any, name: str, total: int) -> Tensor:
 def _starts_of_positions(position_ids: Any, query: Tensor, key: Tensor) -> Tensor | None:
     """Starts of the sequences, if position ids (N, L) or (1, L) count 0, 1, 2, … and start again at 0.
 
-    This is for calls with a mask or a cache, in which transformers itself does not read position ids. Ids that repeat
-    or leave out numbers (several inputs at one position, strides) belong to one sequence, not to packed sequences.
+    This is for models that are called with an ``attention_mask`` without padding, or with a cache that is still empty:
+    transformers itself does not look for packed sequences then. Ids that repeat or leave out numbers (several
+    inputs at one position, strides) belong to one sequence, not to packed sequences.
     """
     length = query.shape[2]
     if torch.compiler.is_compiling() or not isinstance(position_ids, Tensor) or length < 2:

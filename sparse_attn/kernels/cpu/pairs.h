@@ -32,7 +32,7 @@ INLINE lanes broadcast(const real *x, const int pairs) {
     return (lanes)(bits - (words){0});
 }
 
-/* True if a vector of bfloat16 lies in memory as whole, aligned vectors of pairs. */
+/* True if a strided vector of bfloat16 can be read in place as pairs: contiguous, aligned to a pair, in whole registers. */
 static int lies_in_pairs(vector x, int64_t size) {
     return x.stride == 1 && size % (2 * LANES) == 0 && (uintptr_t)x.data % sizeof(real) == 0;
 }

@@ -42,7 +42,7 @@ def emulator(emulator_path):
 
 
 def compare_variants(attend, inputs, emulator, monkeypatch):
-    """Compare the results of both variants, and those with AMX with float64."""
+    """Compare the results of the variant with AMX to those in float64, and to those of avx512_bf16."""
     before = emulator.amx_products()
     with monkeypatch.context() as patch:
         force(amx.VARIANT, patch)
