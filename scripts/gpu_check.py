@@ -6,9 +6,10 @@
     python scripts/gpu_check.py --interpret          only correctness, in Triton's interpreter, without a device
     python scripts/gpu_check.py --dry-run            everything, in the interpreter, on tensors of a few rows
 
-A part takes at most four minutes from the start of the process; `--seconds` changes this. Every result is appended to
-DIR/gpu_results.jsonl at once, and DIR/gpu.md and gpu.json are rewritten after every phase. The same call continues
-where an earlier one was interrupted: no task is repeated, not even one that never ended.
+Each part has four minutes, or `--seconds`: the first from the start of the process; if both run, the second from the
+end of these. In the interpreter there is no limit. Every result is appended to DIR/gpu_results.jsonl at once,
+and DIR/gpu.md and gpu.json are rewritten after every phase. The same call continues where an earlier one was
+interrupted: no task is repeated, not even one that never ended.
 
 The script needs torch, Triton and this checkout; adasplash, entmax and flex attention are timed if they are installed
 and work. The exit status is 0 if all checks passed, 1 if a check failed or did not end, and 2 if there is no device or
@@ -100,7 +101,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=240.0, help="time of a part, from the process's start")
     parser.add_argument("--interpret", action="store_true", help="check correctness in Triton's interpreter")
     parser.add_argument("--dry-run", action="store_true", help="run all in Triton's interpreter, on tiny tensors")
-    parser.add_argument("--out", type=Path, help="folder of results; benchmarks/ if not given, or none to --interpret")
+    parser.add_argument(
+        "--out", type=Path, help="folder of results; default: benchmarks/, or no files with --interpret"
+    )
     parser.add_argument("--tasks", nargs=3, help=argparse.SUPPRESS)  # for the processes that this script starts
     options = parser.parse_args()
     if options.seconds <= 0:
@@ -241,7 +244,7 @@ def name_of(task: Any) -> str:
 
 
 def named(kind: str, number: int) -> Measured:
-    """The key of a task without a result."""
+    """The fields that name a task in an entry without measured values."""
     task = tasks(kind)[number]
     return task.named() if isinstance(task, gpu_timing.Timing) else {"case": gpu_correctness.name_of(task)}  # type: ignore[arg-type]
 
@@ -252,7 +255,7 @@ def timings(record: Record) -> list[Measured]:
 
 
 def write(out: Path, record: Record) -> None:
-    """The page and its figures, each as a whole file."""
+    """Write gpu.json and gpu.md; each replaces its old file at once, so that a reader never sees half a file."""
     result = {"environment": record.environment, "checks": record.results("check"), "timings": timings(record)}
     texts = {"gpu.json": json.dumps(result, indent=1), "gpu.md": "\n".join(page(result))}
     for name, text in texts.items():

@@ -30,8 +30,9 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractCont
 
     Four kinds of modules are recorded: `nn.MultiheadAttention`, of this library and of torch; `SparseAttention`; the
     attention of a Hugging Face model with an `attn_implementation` of this library, such as "entmax"; and any other
-    module that calls `sparse_attn.observe.report_weights`. Memory is constant in the number of passes: the record holds
-    sums over the queries for each head.
+    module that calls `sparse_attn.observe.report_weights` (if a model has no other attention, its modules must be
+    known to `sparse_attn.observe.register_reporter`). Memory is constant in the number of passes: the record holds sums
+    over the queries for each head.
 
     Every call of a layer counts, and in each call every query that gives weight to some key. A fully masked query does
     not count. A query at a padded position counts, since no mask marks it. Density is measured over the pairs that the
@@ -136,7 +137,7 @@ _opening = threading.Lock()
 
 @contextmanager
 def _plain_process() -> Iterator[None]:
-    """The settings of the process that change from the first record opened to the last one closed, in any order."""
+    """The settings of the process that are changed while any record is open; records may close in any order."""
     global _open_records
     with _opening:
         if not _open_records:
@@ -215,7 +216,7 @@ class _Ask:
             else:
                 named[argument] = wanted
         devices = {x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.device.type != "cpu"}
-        kind = next(iter(devices)).type if devices else "cuda"  # fork_rng's default, which torch before 2.12 requires
+        kind = next(iter(devices)).type if devices else "cuda"  # torch before 2.12 does not accept None
         with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind), pause_observers():
             answer = self.layer.forward(*positional, **named)
         weights = answer[1] if isinstance(answer, tuple) and len(answer) == 2 else None

@@ -25,7 +25,8 @@ BACKENDS = [name for name in ("compiled", "torch") if not backends()[name].start
 N, H, HK, D, DV = 2, 6, 2, 5, 3
 CAP = 0.7  # below the size of most scores, so that the cap has an effect
 OPTIONS = [{"softcap": CAP}, {"sinks": True}, {"softcap": CAP, "sinks": True}]
-# Large calls are computed in blocks, except by the C kernel (without a soft-cap) and with both a soft-cap and sinks.
+# Large calls are computed in blocks, with two exceptions: the C kernel computes calls without a soft-cap, and
+# one matrix those with both a soft-cap and sinks.
 SIZES = {"small": (7, 11), "large": (521, 523)}
 
 

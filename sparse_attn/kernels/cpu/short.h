@@ -107,8 +107,8 @@ INLINE lanes start_lanes_power(const short_rows *x, const int n, real a, lanes t
             total += u * w;
         }
         const lanes root = n == 1 ? total : n == 2 ? square_root(total) : exp_lanes(log1p_lanes(total - one) / (real)n);
-        /* A Newton step on the n-norm does not pass the root. An approximate quotient would: entries that have weight would
-         * then be left out. */
+        /* A Newton step on the n-norm does not pass the root if its quotients are exact. With rough_ratio it could, and
+         * entries that have weight would then be left out. */
         sigma += (n == 1 ? total - one : total - total / root) / (a * slope);
         if (!any_beyond(total, splat((real)1.02))) break;
     }
@@ -124,7 +124,7 @@ static lanes start_lanes(const short_rows *x, real a, lanes top, int sweeps) {
     const lanes masked = select_below(top, splat(-REAL_MAX), splat(1), splat(0));
     top = select_below(splat(0), masked, splat(0), top);
     lanes sigma;
-    switch ((int)n) { /* n is a compile-time constant in each copy of the function */
+    switch ((int)n) { /* up to 4, n is a compile-time constant in a copy of the function */
     case 1: sigma = start_lanes_power(x, 1, a, top, sweeps); break;
     case 2: sigma = start_lanes_power(x, 2, a, top, sweeps); break;
     case 3: sigma = start_lanes_power(x, 3, a, top, sweeps); break;
@@ -178,8 +178,8 @@ INLINE lanes solve_lanes_family(const short_rows *x, const family of, real a, la
 enum { SHORT_CUTS = 24 };
 
 /* For each of the first `rows` rows, a number above which lie its k largest scores and no others, found by bisection;
- * -inf if at most k scores are above -inf. `open` is 1 if no such number was found, in particular for equal scores at the
- * k-th place, else 0. */
+ * -inf if at most k scores are above -inf. `open` is 1 if no such number was found, in particular if the k-th largest
+ * score and the next are equal, else 0. */
 static lanes cut_lanes(const short_rows *x, int64_t k, lanes top, int64_t rows, lanes *open) {
     const lanes zero = splat(0), one = splat(1), nothing = splat(-INFINITY), wanted = splat((real)k);
     lanes low = top, seen = zero, high = top;
