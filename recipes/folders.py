@@ -119,7 +119,7 @@ def remove_unfinished(folder: Path) -> None:
 
     No other process may be writing into the folder.
     """
-    for file in folder.glob(".*.tmp"):
+    for file in folder.glob(f".*.{'[0-9a-f]' * 8}.tmp"):  # the names of `replacing`; other files may be the user's
         file.unlink(missing_ok=True)
 
 

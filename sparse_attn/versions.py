@@ -10,9 +10,10 @@ import functools
 import importlib.util
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 if sys.version_info < (3, 10):  # noqa: UP036  pip checks this, but a checkout can be imported without pip
     raise ImportError(f"sparse_attn needs Python 3.10 or newer, got {sys.version.split()[0]}")
@@ -27,9 +28,19 @@ def _numbers(version: str) -> tuple[int, int]:
 
 
 TORCH = _numbers(torch.__version__)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 if TORCH < (2, 6):
     raise ImportError(f"sparse_attn needs torch 2.6 or newer, got {torch.__version__}")
+
+
+def constant_in_compiled_code(function: _Function) -> _Function:
+    """Let Dynamo take the result of a function as a constant.
+
+    ``torch.compiler.assume_constant_result`` sets the same attribute, but imports Dynamo, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @functools.cache
@@ -84,6 +95,7 @@ def is_exporting() -> bool:
     return _dynamo_is_exporting() if torch.compiler.is_dynamo_compiling() else torch.compiler._is_compiling_flag
 
 
+@constant_in_compiled_code
 def _dynamo_is_exporting() -> bool:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
@@ -114,14 +126,10 @@ def autocast_enabled(device: torch.device) -> bool:
     return _autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
+@constant_in_compiled_code
 def _autocast_available(device_type: str) -> bool:
-    """Torch's function. Dynamo before 2.13 cannot trace it, but takes the result of this wrapper, marked below."""
+    """Call torch's function, which Dynamo before 2.13 cannot trace."""
     return torch.amp.is_autocast_available(device_type)
-
-
-# The same as torch.compiler.assume_constant_result, whose import of Dynamo would take a second.
-_dynamo_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_autocast_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def tf32_allowed() -> bool:

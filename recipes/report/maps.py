@@ -47,7 +47,7 @@ class AttentionMap:
 
 @dataclass(frozen=True)
 class WordMaps:
-    """One word, the output of the model for it, and the attention of the last layer of each kind."""
+    """A word, the model's output for this word, and the attention of the last layer of each kind."""
 
     word: str
     prediction: str

@@ -21,6 +21,7 @@ from sparse_attn.kernels.cpu import attention as native_attention
 from sparse_attn.kernels.cpu import rows
 from sparse_attn.kernels.plain import rows as plain_rows
 from sparse_attn.kernels.triton.attention import plan
+from sparse_attn.versions import constant_in_compiled_code
 
 _NAMES = ("triton", "compiled", "torch")
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -153,6 +154,7 @@ def by_triton(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     return (x.dtype if dtype is None else dtype) in _TRITON_DTYPES and _triton_computes(x.device.type)
 
 
+@constant_in_compiled_code
 def _triton_computes(device: str) -> bool:
     """Whether kernels in Triton compute on a type of device. Compiled code keeps the answer from its compilation."""
     if device == "cpu":  # only in the interpreter, see use_backend
@@ -195,11 +197,7 @@ def by_c(device: torch.device) -> bool:
     return c_computes(device.type)
 
 
+@constant_in_compiled_code
 def c_computes(device: str) -> bool:
     """As :func:`by_c`, for the type of a device, such as "cpu"."""
     return device == "cpu" and _forced.get() in (None, "compiled") and rows.available()
-
-
-# The same as torch.compiler.assume_constant_result, whose import of Dynamo would take a second.
-_triton_computes._dynamo_marked_constant = True  # type: ignore[attr-defined]
-c_computes._dynamo_marked_constant = True  # type: ignore[attr-defined]

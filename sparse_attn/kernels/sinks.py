@@ -47,7 +47,7 @@ def with_sink(
 def with_packed_sinks(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, scale: float, key_starts: Tensor
 ) -> tuple[Padded, Tensor]:
-    """The same for packed sequences, each with one more key, and the new starts of their keys; N is 1."""
+    """Packed sequences with the sink as one more key of each sequence, and the new starts of their keys; N is 1."""
     sequences, keys = len(key_starts) - 1, key.shape[2]
     old = torch.arange(keys, device=key.device)
     place = old + torch.bucketize(old, key_starts[:-1], right=True)

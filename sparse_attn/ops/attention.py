@@ -271,13 +271,14 @@ def attend(
     dtype = autocast_dtype(query)
     if dtype is None:
         output, weights = _by_one_matrix(query, key, value, *arguments)
-        return output if output_of_kernel is None else output_of_kernel, weights
-    # Autocast chooses the dtypes of the inputs and of the weights; it would also round the scores.
-    weights_dtype = result_dtype(query)
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    with torch.autocast(query.device.type, enabled=False):
-        output, weights = _by_one_matrix(query, key, value, *arguments)
-    return output if output_of_kernel is None else output_of_kernel, weights.to(weights_dtype)
+    else:
+        # Autocast chooses the dtypes of the inputs and of the weights; it would also round the scores.
+        weights_dtype = result_dtype(query)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        with torch.autocast(query.device.type, enabled=False):
+            output, weights = _by_one_matrix(query, key, value, *arguments)
+        weights = weights.to(weights_dtype)
+    return output if output_of_kernel is None else output_of_kernel, weights
 
 
 def computes_weights_apart(dropout_p: float) -> bool:

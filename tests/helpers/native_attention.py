@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 import sparse_attn.kernels.choose_attention as choose
-from sparse_attn import use_backend
+from sparse_attn import entmax_attention, use_backend
 from sparse_attn.kernels.cpu import attention
 
+SPECIAL_NUMBERS = (math.inf, -math.inf, math.nan, 1e-39)  # 1e-39 is below the smallest normal number
 BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -45,6 +48,23 @@ def compare(attend, inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> li
         error = (actual.double() - right).abs().max() / right.abs().max().clamp(min=1e-3)
         assert error < BOUNDS[inputs[0].dtype], (i, error)
     return got
+
+
+def compare_special_numbers(
+    number: float, place: str, keys: int, variants: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that two variants agree in bfloat16 if some entries of the queries, the keys or both are ``number``."""
+    inputs = [x.bfloat16() for x in tensors(torch.float32, 31, keys, sizes=(64, 8))]
+    if place in ("query", "both"):
+        inputs[0][0, 1, 5, 7] = inputs[0][1, 0, 3, 8] = number
+    if place in ("key", "both"):
+        inputs[1][0, 0, 11, 7] = inputs[1][1, 2, 3, 8] = number
+    outputs = []
+    for variant in variants:
+        with monkeypatch.context() as patch:
+            force(variant, patch)
+            outputs.append(entmax_attention(*inputs))
+    torch.testing.assert_close(*outputs, rtol=2**-7, atol=1e-3, equal_nan=True)
 
 
 def tensors(

@@ -197,7 +197,6 @@ def test_a_logger_without_its_package_is_refused_before_files_are_written(
         (["data.batch_size=2.5"], "data.batch_size must be a whole number, got 2.5"),
         (["data.normalization=NFX"], "normalization must be one of NFC, NFD, none, got 'NFX'"),
         (["optimizer.learning_rate=fast"], "optimizer.learning_rate must be a number, got 'fast'"),
-        (["optimizer.learning_rate=0"], "learning_rate must be above 0, got 0"),
         (["optimizer.max_steps=0"], "max_steps must be at least 1 or null, got 0"),
         (["optimizer.weight_decay=-1"], "weight_decay must be at least 0, got -1"),
         (["loss.label_smoothing=1"], r"label_smoothing must lie in \[0, 0.9\], since nothing is learnt above; got 1"),

@@ -15,7 +15,7 @@
 
 #if defined(WITH_TILES) && !defined(REAL_DOUBLE)
 
-/* What LDTILECFG reads: the number of rows, and of bytes in a row, of tiles 0 to 7. The other entries must be 0. */
+/* The operand of LDTILECFG. It sets the number of rows, and of bytes in a row, of tiles 0 to 7; other entries must be 0. */
 typedef struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
@@ -72,7 +72,7 @@ INLINE void tile_block_product(const real *a, const real *second_a, int64_t a_ro
     }
 }
 
-/* The same as pair_panel_product. All tiles of A and C have `height` rows, so the last of them may begin earlier and compute
+/* Computes what pair_panel_product computes. All tiles of A and C have `height` rows, so the last of them may begin earlier and compute
  * some rows once more, to the same numbers. */
 static void tile_panel_product(const real *a, int64_t a_row, const real *panels, int64_t depth, int64_t rows, int64_t begin,
                                int64_t end, real *c, int64_t c_row, real scale) {

@@ -27,7 +27,8 @@ _X86_VARIANTS = {
 # Flags for AVX512-BF16. Only attention in C's type float, which also computes bfloat16, is compiled with them; all
 # other kernels of this variant are those of avx512. Compilers before 2020 do not know these instructions.
 _BFLOAT16 = [*_X86_VARIANTS["avx512"], "-mavx512bf16"]
-# The same with tiles (AMX), whose instructions are in assembler: the compiler itself must not use tiles. Linux only.
+# Attention in float32 with tiles (AMX), on Linux only. No flag allows AMX: its instructions are in assembler, since the
+# compiler itself must not use tiles.
 _TILES = [*_BFLOAT16, "-DWITH_TILES"]
 
 

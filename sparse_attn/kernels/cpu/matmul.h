@@ -144,7 +144,7 @@ static void panel_product(const real *a, int64_t a_row, const real *panels, int6
     any_panel_product(a, a_row, panels, depth, rows, begin, end, c, c_row, SETTING, 1);
 }
 
-/* The same for pairs of bfloat16: C = scale A B'. */
+/* Computes C = scale A B' from A and B of pairs of bfloat16. */
 static void pair_panel_product(const real *a, int64_t a_row, const real *panels, int64_t depth, int64_t rows,
                                int64_t begin, int64_t end, real *c, int64_t c_row, real scale) {
     if (HAS_PAIRS) any_panel_product(a, a_row, panels, depth, rows, begin, end, c, c_row, OF_PAIRS, scale);

@@ -21,7 +21,7 @@ typedef struct {
  * the `k` largest take part. `scratch` holds SCRATCH_ROWS rows of padded_size(size) numbers of 8 bytes. */
 typedef void forward_row(vector scores, int64_t size, int64_t k, double a, double lowest, void *out, void *scratch);
 
-/* The same for up to ROWS_AT_ONCE rows of up to SHORT_ROW scores that share one `a` in [0, 1] and are solved side by side.
+/* p of up to ROWS_AT_ONCE rows of up to SHORT_ROW scores, which share one `a` in [0, 1] and are solved side by side.
  * `scratch` holds short_scratch(size) bytes. The other rows change p of a row by rounding at most. */
 typedef void forward_rows(const vector *scores, void *const *out, int64_t rows, int64_t size, int64_t k, double a,
                           double lowest, void *scratch);
@@ -34,7 +34,7 @@ typedef int64_t support_row(vector scores, int64_t size, int64_t k, double a, do
 /* The gradient for the scores of one row into `out`; with `with_alpha`, the gradient for α is returned, else 0. */
 typedef double backward_row(vector p, vector grad, int64_t size, double a, int with_alpha, void *out, void *scratch);
 
-/* The same for up to ROWS_AT_ONCE rows with one `a` in [0, 1], as above; `grad_alpha` is NULL if it is not needed. */
+/* The gradients of up to ROWS_AT_ONCE rows that share one `a` in [0, 1]; `grad_alpha` is NULL if it is not needed. */
 typedef void backward_rows(const vector *p, const vector *grad, void *const *out, int64_t rows, int64_t size, double a,
                            double *grad_alpha, void *scratch);
 

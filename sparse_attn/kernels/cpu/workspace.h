@@ -158,7 +158,7 @@ static rows rows_of(const tensor *x, int64_t b, int64_t head, int64_t first, int
     return (rows){buffer, padded};
 }
 
-/* The same for a tensor of bfloat16, as rows of pairs. */
+/* Rows of a tensor of bfloat16, read as pairs: in place where the memory allows it, else from a copy in `buffer`. */
 static rows pairs_of(const tensor *x, int64_t b, int64_t head, int64_t first, int64_t count, int64_t size, real *buffer) {
     const int64_t padded = in_vectors((size + 1) / 2);
     const vector start = entries_of(x, b, head, first);
@@ -191,7 +191,7 @@ static void open_head(workspace *w, const sequence *of, int64_t head) {
     w->values = rows_of(&c->value, b, kv_head, of->key_start, of->keys, c->width, w->value_buffer);
 }
 
-/* One key or value for few queries: its own memory if it has whole vectors of reals, else a copy. */
+/* Returns one key or value for few queries: its own memory if it has whole vectors of reals, else a copy. */
 static const real *row_in_place(const workspace *w, const tensor *x, int64_t j, int64_t size, real *buffer) {
     const vector from = entries_of(x, entry_of(w), w->kv_head, w->of->key_start + j);
     if (from.type == REAL_TYPE && from.stride == 1 && size % LANES == 0) return from.data;

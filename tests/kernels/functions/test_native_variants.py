@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from c_rows import needs_library
-from native_attention import compare, force, run, tensors
+from native_attention import SPECIAL_NUMBERS, compare, compare_special_numbers, force, run, tensors
 
 from sparse_attn import entmax_attention
 from sparse_attn.kernels.cpu import rows
@@ -56,16 +54,6 @@ def test_pairs_of_bfloat16_equal_widening_to_float32(placement, queries, keys, m
 @NEEDS_PAIRS
 @pytest.mark.parametrize("keys", [37, 401])
 @pytest.mark.parametrize("place", ["query", "key", "both"])
-@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan, 1e-39])
+@pytest.mark.parametrize("number", SPECIAL_NUMBERS)
 def test_pairs_of_bfloat16_with_special_numbers(number, place, keys, monkeypatch):
-    inputs = [x.bfloat16() for x in tensors(torch.float32, 31, keys, sizes=(64, 8))]
-    if place in ("query", "both"):
-        inputs[0][0, 1, 5, 7] = inputs[0][1, 0, 3, 8] = number
-    if place in ("key", "both"):
-        inputs[1][0, 0, 11, 7] = inputs[1][1, 2, 3, 8] = number
-    outputs = []
-    for variant in ("avx512", "avx512_bf16"):
-        with monkeypatch.context() as patch:
-            force(variant, patch)
-            outputs.append(entmax_attention(*inputs))
-    torch.testing.assert_close(*outputs, rtol=2**-7, atol=1e-3, equal_nan=True)
+    compare_special_numbers(number, place, keys, ("avx512", "avx512_bf16"), monkeypatch)

@@ -54,7 +54,7 @@ class Mask(NamedTuple):
 
 
 class PerHead(NamedTuple):
-    """One number per head, and the stride; both are None if there are no such numbers."""
+    """A tensor with one number per head, and its stride; both are None if the call has no such tensor."""
 
     start: Any = None
     h: int | None = None

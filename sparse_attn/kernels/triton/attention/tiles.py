@@ -75,9 +75,9 @@ def keys_of(inputs, lengths, n, CAUSAL: tl.constexpr):
 
 @triton.jit
 def keys_seen(inputs, n, h, j, limit):
-    """Which of the keys ``j`` are read: those below the limit, except keys hidden by a mask that all queries share.
+    """Mark the keys ``j`` that are read: keys below the limit, except keys hidden by a mask that all queries share.
 
-    Other keys are not read. Their weight is 0, but padding may hold NaN, and 0 · NaN is NaN.
+    Other keys have weight 0, but must not be read: padding may hold NaN, and 0 · NaN is NaN.
     """
     seen = j < limit
     if inputs.mask.start is not None and inputs.mask.query is None:
@@ -88,7 +88,7 @@ def keys_seen(inputs, n, h, j, limit):
 
 @triton.jit
 def _shown(mask, lowest):
-    """Where a boolean mask, or a float mask that hides at ``lowest``, shows a key."""
+    """Mark the keys that a mask shows: a boolean mask where it is True, a float mask where it is above ``lowest``."""
     return mask != 0 if mask.dtype.is_int() else ~(mask.to(tl.float32) <= lowest)
 
 
