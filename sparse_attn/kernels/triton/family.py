@@ -290,7 +290,10 @@ def alpha_gradient(with_log, with_y, mean_log, mean_y, by_slope, a, log_referenc
     ``dα = -[B + a (Y A - H B)] / U`` with the covariances ``A``, ``B`` and the means ``H``, ``Y`` of ``ℓ`` and ``y``.
     The covariances and means are numbers of one or two parts (see ``pairs``).
     This equals the formula of :func:`kernels.reference.entmax.entmax_backward` without the terms that cancel.
+
+    If ``y₀`` overflows, ``exp(a ℓ₀)`` is too small for a normal float32: the scores in the support are equal, α does not
+    change their weights, and the gradient is 0.
     """
     y, log = add(mean_y, reference[2]), add(mean_log, log_reference)
     rest = scaled(subtract(multiply(log, with_y), multiply(y, with_log)), a)
-    return single(subtract(rest, with_y)) * by_slope
+    return tl.where(reference[2] == float("inf"), 0.0, single(subtract(rest, with_y)) * by_slope)

@@ -24,17 +24,26 @@ from sparse_attn.kernels.triton.pairs import LN2, fast_exp2
 
 @triton.jit
 def _slope(p, a, largest, MODE: tl.constexpr):
-    """``u = p^(2-α)`` and, in mode 0, ``log(p / max p)``; both are 0 where p is 0, and NaN where p is NaN."""
+    """``u = p^(2-α)`` and, in mode 0, ``log(p / max p)``; both are 0 where p is 0, and NaN where p is NaN.
+
+    In mode 0, ``u`` is divided by that of the largest probability: for large α and many equal probabilities, ``Σ u``
+    would exceed the range of float32.
+    """
     if MODE == 2:
         return tl.where(p > 0.0, 1.0, p), p
     elif MODE == 1:
         return tl.sqrt(p), p
     else:
-        known = tl.where(largest == 0.0, 1.0, largest)
-        scale = along(1.0 / known, p)
+        scale = along(1.0 / tl.where(largest == 0.0, 1.0, largest), p)
         log_p = log2_of_scores(p * scale, (p - along(largest, p)) * scale)
-        u = fast_exp2(log_p * along(1.0 - a, p)) * along(power(known, 1.0 - a), p)
+        u = fast_exp2(log_p * along(1.0 - a, p))
         return tl.where(p == 0.0, p, u), tl.where(p == 0.0, 0.0, log_p * LN2)
+
+
+@triton.jit
+def _largest_slope(a, largest, MODE: tl.constexpr):
+    """The factor of each row by which :func:`_slope` has divided ``u``."""
+    return power(tl.where(largest == 0.0, 1.0, largest), 1.0 - a) if MODE == 0 else 1.0 + 0.0 * largest
 
 
 @triton.jit(do_not_specialize=("count",))
@@ -71,16 +80,18 @@ def backward_on_chip(
     # The mean is subtracted twice, so that a constant common to the row does not cost digits.
     g -= along(sum_of_row(u * g) * by_total, g)
     g -= along(sum_of_row(u * g) * by_total, g)
-    tl.store(DZ + places(row, entry, size, 1), (u * g).to(DZ.dtype.element_ty), mask=inside)
+    factor = _largest_slope(a, largest, MODE)
+    dz = tl.where(u == 0.0, u, u * g * along(factor, g))
+    tl.store(DZ + places(row, entry, size, 1), dz.to(DZ.dtype.element_ty), mask=inside)
     if DA is not None:
         log_largest = _log(largest)
-        reference = reference_of(log_largest, a)
+        reference = _reference(log_largest, largest, a)
         y = deviation_of_y(p, u, log_p, a, reference)
         mean_log, mean_y = sum_of_row(p * log_p), sum_of_row(y)
         with_log = sum_of_row(p * (log_p - along(mean_log, p)) * g)
         with_y = sum_of_row((y - p * along(mean_y, p)) * g)
         sums = ((with_log,), (with_y,), (mean_log,), (mean_y,))
-        da = alpha_gradient(*sums, by_total, a, log_largest, reference)
+        da = alpha_gradient(*sums, by_total / factor, a, log_largest, reference)
         tl.store(DA + row, da, mask=row < count)
 
 
@@ -89,6 +100,13 @@ def _log(largest):
     """The logarithm of the largest probability of each row; 0 for a row of zeros."""
     known = tl.where(largest == 0.0, 1.0, largest)
     return log2(known, known - 1.0) * LN2
+
+
+@triton.jit
+def _reference(log_largest, largest, a):
+    """As ``reference_of``; the second number is for a ``u`` from :func:`_slope`, so that both are divided alike."""
+    with_phi1, _, y = reference_of(log_largest, a)
+    return with_phi1, largest, y
 
 
 @triton.jit
@@ -129,7 +147,8 @@ def backward_in_chunks(
             lanes = tl.maximum(lanes, p)
     largest = tl.max(lanes, 1)
     log_largest = _log(largest)
-    reference = reference_of(log_largest, a)
+    reference = _reference(log_largest, largest, a)
+    factor = _largest_slope(a, largest, MODE)
     totals = tl.zeros([1, CHUNK], tl.float32)
     products = tl.zeros([1, CHUNK], tl.float32)
     logs = tl.zeros([1, CHUNK], tl.float32)
@@ -161,10 +180,10 @@ def backward_in_chunks(
     for first in range(0, size, CHUNK):
         p, g = _load_both(P, G, p_row, g_row, first + entry, size, stride_entry, stride_grad_entry)
         u, _ = _slope(p, a, largest, MODE)
-        dz = u * ((g - centre) - rest_of_centre)
+        dz = tl.where(u == 0.0, u, u * ((g - centre) - rest_of_centre) * factor[:, None])
         tl.store(DZ + row[:, None] * size + first + entry, dz.to(DZ.dtype.element_ty), mask=first + entry < size)
     if DA is not None:
         with_log, with_y = tl.sum(logs, 1), tl.sum(ys, 1)
         sums = ((with_log,), (with_y,), (mean_log,), (mean_y,))
-        da = alpha_gradient(*sums, by_total, a, log_largest, reference)
+        da = alpha_gradient(*sums, by_total / factor, a, log_largest, reference)
         tl.store(DA + row, da)

@@ -71,6 +71,19 @@ def test_equal_scores_get_equal_weights_at_large_alpha(size, device):
         assert (rows.entmax_forward(x, alpha - 1, LOWEST) * size - 1).abs().max() <= 1e-6, alpha
 
 
+@pytest.mark.parametrize(("size", "alpha"), [(61, 23.0), (61, 40.0), (8191, 11.0), (16411, 11.0)])
+def test_gradients_of_equal_scores_do_not_overflow_at_large_alpha(size, alpha, device):
+    p = torch.full((3, size), 1 / size, device=device)
+    p[1, 1::2] = 0.0
+    upstream = torch.randn_like(p) * 1e-3
+    got = rows.entmax_backward(p, alpha - 1, upstream, True)
+    wanted = reference.entmax_backward(p.double(), alpha - 1, upstream.double(), with_alpha=True)
+    if alpha < 40:  # then p^(2-α) is within the range of float32, but its sum is not
+        assert_close(got[0], wanted[0], 3e-6)
+    assert not got[0][1, 1::2].any()
+    assert got[1].abs().max() <= 1e-6 * float(upstream.abs().max())
+
+
 @pytest.mark.parametrize("size", [61, 8191, 16411])
 def test_top_k_takes_the_first_of_ties(size, device):
     x = torch.randint(-3, 4, (5, size), device=device).float()
