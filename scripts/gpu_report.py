@@ -64,8 +64,9 @@ def page(result: dict[str, Any]) -> Iterator[str]:
     yield "| case | largest relative error | bound |"
     yield "|---|---|---|"
     for check in checks:
-        wrong = "" if check.get("right") else " WRONG"
-        yield f"| {check['case']} | {check.get('error', check.get('skipped'))}{wrong} | {check.get('bound', 0):.0e} |"
+        found = f"not run: {check['unsuited']}" if "unsuited" in check else check.get("error", check.get("skipped"))
+        wrong = "" if check.get("right") or "unsuited" in check else " WRONG"
+        yield f"| {check['case']} | {found}{wrong} | {check.get('bound', 0):.0e} |"
 
 
 def figures_of(line: Measured) -> str:

@@ -112,6 +112,17 @@ def test_an_interrupted_run_continues_after_the_task_that_was_running(gpu_check,
     ]
 
 
+def test_a_check_that_does_not_fit_on_the_device_is_neither_right_nor_wrong(gpu_check, monkeypatch, capsys):
+    import gpu_correctness
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**34, 2**34))
+    result = gpu_correctness.check_far_places(torch.device("cpu"), True)
+    assert gpu_check.report([result, {"case": "a", "error": "0", "bound": 1.0, "right": True}]) == 0
+    assert capsys.readouterr().out.startswith("NOT RUN more than 2³¹ entries, sequence first: needs 48 GiB")
+    page = "\n".join(gpu_check.page({"environment": WHERE, "checks": [result], "timings": []}))
+    assert "| not run: needs 48 GiB of free device memory |" in page and "WRONG" not in page
+
+
 def test_without_time_no_task_starts_and_the_next_call_runs_all_of_them(gpu_check, three, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_check.triton, "interpreted", lambda: False)
     path = tmp_path / "results.jsonl"

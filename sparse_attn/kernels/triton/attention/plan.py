@@ -48,7 +48,10 @@ class Plan(NamedTuple):
         return Plan(block_m, block_n, block_d, block_dv, warps)
 
     def short(self, keys: int, itemsize: int, shared_memory: int) -> tuple[int, int] | None:
-        """Queries and warps of a program that holds the scores of all keys, or None if the keys are too many."""
+        """Queries and warps of a program that holds the scores of all keys, or None if the keys are too many.
+
+        The limits by size are for larger values of ``SHORT``, which `scripts/gpu_check.py` times.
+        """
         padded_keys = max(padded(keys), self.block_n)
         if padded_keys > (SHORT_IN_FLOAT32 if itemsize == 4 else SHORT):
             return None
