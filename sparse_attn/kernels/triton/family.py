@@ -291,8 +291,8 @@ def alpha_gradient(with_log, with_y, mean_log, mean_y, by_slope, a, log_referenc
     The covariances and means are numbers of one or two parts (see ``pairs``).
     This equals the formula of :func:`kernels.reference.entmax.entmax_backward` without the terms that cancel.
 
-    If ``y₀`` overflows, ``exp(a ℓ₀)`` is too small for a normal float32. Then the scores in the support are equal, and α
-    does not change their weights: the gradient is 0.
+    If ``y₀`` overflows, ``exp(a ℓ₀)`` is too small for a normal float32. Then the scores in the support are equal. α
+    does not change their weights, so the gradient is 0.
     """
     y, log = add(mean_y, reference[2]), add(mean_log, log_reference)
     rest = scaled(subtract(multiply(log, with_y), multiply(y, with_log)), a)
