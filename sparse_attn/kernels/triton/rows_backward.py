@@ -42,8 +42,17 @@ def _slope(p, a, largest, MODE: tl.constexpr):
 
 @triton.jit
 def _largest_slope(a, largest, MODE: tl.constexpr):
-    """The factor of each row by which :func:`_slope` has divided ``u``."""
+    """The number of each row by which :func:`_slope` has divided ``u``."""
     return power(tl.where(largest == 0.0, 1.0, largest), 1.0 - a) if MODE == 0 else 1.0 + 0.0 * largest
+
+
+@triton.jit
+def _score_gradient(u, g, factor, MODE: tl.constexpr):
+    """The gradient of scores from ``u``, the deviation ``g`` from its mean, and the result of :func:`_largest_slope`."""
+    if MODE == 0:
+        return tl.where(u == 0.0, u, u * g * along(factor, g))  # the factor may be infinite
+    else:
+        return u * g
 
 
 @triton.jit(do_not_specialize=("count",))
@@ -81,7 +90,7 @@ def backward_on_chip(
     g -= along(sum_of_row(u * g) * by_total, g)
     g -= along(sum_of_row(u * g) * by_total, g)
     factor = _largest_slope(a, largest, MODE)
-    dz = tl.where(u == 0.0, u, u * g * along(factor, g))
+    dz = _score_gradient(u, g, factor, MODE)
     tl.store(DZ + places(row, entry, size, 1), dz.to(DZ.dtype.element_ty), mask=inside)
     if DA is not None:
         log_largest = _log(largest)
@@ -180,7 +189,7 @@ def backward_in_chunks(
     for first in range(0, size, CHUNK):
         p, g = _load_both(P, G, p_row, g_row, first + entry, size, stride_entry, stride_grad_entry)
         u, _ = _slope(p, a, largest, MODE)
-        dz = tl.where(u == 0.0, u, u * ((g - centre) - rest_of_centre) * factor[:, None])
+        dz = _score_gradient(u, (g - centre) - rest_of_centre, factor, MODE)
         tl.store(DZ + row[:, None] * size + first + entry, dz.to(DZ.dtype.element_ty), mask=first + entry < size)
     if DA is not None:
         with_log, with_y = tl.sum(logs, 1), tl.sum(ys, 1)
