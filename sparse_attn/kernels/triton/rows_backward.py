@@ -48,7 +48,7 @@ def _largest_slope(a, largest, MODE: tl.constexpr):
 
 @triton.jit
 def _score_gradient(u, g, factor, MODE: tl.constexpr):
-    """The gradient of scores from ``u``, the deviation ``g`` from its mean, and the result of :func:`_largest_slope`."""
+    """The gradient of scores. ``g`` is relative to its mean; ``factor`` is from :func:`_largest_slope`."""
     if MODE == 0:
         return tl.where(u == 0.0, u, u * g * along(factor, g))  # the factor may be infinite
     else:
