@@ -13,7 +13,7 @@ Measured = dict[str, Any]
 class Record:
     """The results of this call and of earlier ones, by the kind and the name of the task.
 
-    A task that began in an earlier call and has no result stopped that call: it is not started again.
+    A task is not started again if it began in an earlier call and has no result: that call ended during the task.
     """
 
     def __init__(self, path: Path | None, environment: dict[str, str]) -> None:
@@ -74,7 +74,7 @@ class Record:
         self._left[kind, name] = result
 
     def results(self, kind: str) -> list[Measured]:
-        """The results of one kind, also of the tasks that were left out."""
+        """The results of one kind, and the reports of the tasks that were not started."""
         found = self._left | self._found
         return [result for (other, _), result in found.items() if other == kind]
 

@@ -253,9 +253,8 @@ def reference_of(log_reference, a):
 def deviation_of_y(p, u, d, a, reference):
     """``p (y - y₀)`` with ``y = ℓ² φ₂(-a ℓ)``, ``φ₂(x) = (eˣ - 1 - x) / x²``, where ``ℓ = ℓ₀ + d``.
 
-    The gradient for α depends on the differences ``y - y₀``. In a nearly flat row, these
-    numbers are nearly equal, and a subtraction loses digits. This form contains no such subtraction:
-    ``y - y₀ = d [ℓ₀ φ₁(-a ℓ₀) φ₁(-a d) + d φ₂(-a d)]``.
+    The gradient for α depends on the differences ``y - y₀``. In a nearly flat row, ``y`` and ``y₀`` are nearly equal,
+    and a subtraction would lose digits. The form ``y - y₀ = d [ℓ₀ φ₁(-a ℓ₀) φ₁(-a d) + d φ₂(-a d)]`` avoids this.
     """
     x = -along(a, d) * d
     near = tl.where(tl.abs(x) < 1.0, x, 0.0)
