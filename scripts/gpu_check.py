@@ -8,8 +8,8 @@
 
 Each part has four minutes, or `--seconds`. The time begins at the start of the process. If both parts run, the time of
 part 2 begins when the time of part 1 ends. In the interpreter there is no limit. Every result is appended to
-DIR/gpu_results.jsonl at once, and DIR/gpu.md and gpu.json are rewritten after every phase. The same call continues where an earlier one was
-interrupted: no task is repeated, not even a task that never ended.
+DIR/gpu_results.jsonl at once, and DIR/gpu.md and gpu.json are rewritten after every phase. The same call continues
+where an earlier call was interrupted: no task is repeated, not even a task that never ended.
 
 The script needs torch, Triton and this checkout; adasplash, entmax and flex attention are timed if they are installed
 and work. The exit status is 0 if all checks passed, 1 if a check failed or did not end, and 2 if there is no device or
