@@ -49,7 +49,7 @@ PAGE = Path(__file__).parents[1] / "benchmarks" / "cpu.md"
 
 
 def main(rounds: int, write: bool, threads: list[int], only: list[str]) -> None:
-    """Measure and print all chosen sections with the first number of threads, then those in _THREADED with the rest."""
+    """Measure and print all chosen sections on ``threads[0]`` threads, and those in _THREADED on each other number."""
     lines = []
     for number in threads:
         torch.set_num_threads(number)
@@ -338,7 +338,7 @@ if __name__ == "__main__":
     parser.add_argument("rounds", type=int, nargs="?", default=15)
     parser.add_argument("--write", action="store_true", help="keep the tables in benchmarks/cpu.md")
     parser.add_argument(
-        "--threads", type=int, nargs="+", default=[1, 2], help="threads; for 2 or more, wall-clock times are compared"
+        "--threads", type=int, nargs="+", default=[1, 2], help="threads; above 1, wall-clock times are compared"
     )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=[], help="sections to measure")
     parser.add_argument("--peak", help=argparse.SUPPRESS)

@@ -3,8 +3,8 @@
     python scripts/compare_checkouts.py OTHER [ROUNDS]
 
 OTHER is the folder of a checkout, for example a `git worktree` of the last release, with its C kernels built. Each
-checkout runs in a separate process, with one thread. Times are medians over the rounds. They are times of
-the processor, which other processes affect least. A ratio above 1 means that this checkout is slower. `steps` is the
+checkout runs in a separate process, with one thread. Times are medians over the rounds. Processor time
+is measured, because other processes affect it least. A ratio above 1 means that this checkout is slower. `steps` is the
 number of Python functions that a call enters.
 """
 

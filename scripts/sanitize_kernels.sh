@@ -55,7 +55,7 @@ static double any_score(int64_t i) {
 }
 
 /* Runs the row kernels. Scores and grad have a stride of `step`. Buffers end at most `step - 1` entries after the last
- * entry in use, so that a sanitizer finds accesses behind it. */
+ * entry in use, so that a sanitizer finds accesses behind the end. */
 static void exercise(int variant, int threads, int type, int64_t count, int64_t size, int64_t step) {
     const int64_t layout[] = {count, size, size * step, step, size * step, step, 1, 0};
     void *scores = malloc(BYTES[type] * count * size * step), *grad = malloc(BYTES[type] * count * size * step);

@@ -67,7 +67,7 @@ def interpreted() -> bool:
     from triton import knobs, language  # type: ignore[import-untyped, unused-ignore]
     from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped, unused-ignore]
 
-    # For its own functions, Triton reads the variable only at import: both choices must agree.
+    # Triton reads the variable at import for its own functions, and later for kernels: both values must agree.
     if not (knobs.runtime.interpret and isinstance(language.sum, InterpretedFunction)):
         return False
     mend_interpreter()

@@ -37,8 +37,8 @@ def step(sigma, low, high, error_before, total, slope, a, tolerance, MODE: tl.co
 
     In mode 0, bisection replaces a step that leaves the bracket. For α > 2, bisection also replaces a step if the
     previous step did not halve the error. For α up to 2, a row has also converged when a step no longer brings the sum
-    closer to 1. For α > 2 this rule is not used, because the slope at the edge of the support is infinite. A row with
-    an empty bracket ends at the lower end: at the upper end, many equal scores may all be outside the support.
+    closer to 1. For α > 2 this rule is not used, because the slope at the edge of the support is infinite. Instead, a
+    row with an empty bracket ends at the lower end: at the upper end, many equal scores may all be outside the support.
 
     Args:
         sigma: As a single float32 or a pair, like the bracket from ``low`` to ``high``.

@@ -34,8 +34,8 @@ class Operand(NamedTuple):
 class Mask(NamedTuple):
     """A mask that broadcasts to the scores, or the gradient for a mask; a stride is 0 where the mask has size 1.
 
-    Without a mask all fields are None. Kernels compare ``start`` with None, not the tuple: Triton 3.6 cannot compare a
-    tuple with None if a field is known at compile time, and the values None and 1 are known at compile time.
+    Without a mask all fields are None. Kernels compare ``start`` with None, because Triton 3.6 cannot compare a tuple
+    with None if a field is known at compile time. The values None and 1 are known at compile time.
     """
 
     start: Any = None
