@@ -1,10 +1,10 @@
-"""Compare the time of operators, losses, attention and layers with that of softmax and of the entmax package.
+"""Compare the time of operators, losses, attention and layers with the times of torch and the entmax package.
 
 OMP_WAIT_POLICY=passive python scripts/benchmark.py [ROUNDS] [--write] [--threads N ...] [--only SECTION ...]
 
-All functions run in turn in one process. Prints times relative to torch's softmax (forward / forward + backward): all
-sections on one thread, and attention, padding and decoding on two. ``--write`` also writes them to benchmarks/cpu.md.
-Takes about ten minutes with the default of 15 rounds on an idle machine.
+All functions run in turn in one process. Prints times divided by the times of torch's functions, as forward / forward +
+backward. All sections run on one thread; attention, padding and decoding also run on two threads. ``--write`` also
+writes the tables to benchmarks/cpu.md. Takes about ten minutes with the default of 15 rounds on an idle machine.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Record:
             raise ValueError(f"{path} is not a file of results: {error}") from error
         differs = [name for name in environment if name != "date" and environment[name] != self.environment.get(name)]
         if differs:
-            pairs = ", ".join(f"{name} {self.environment.get(name)} and now {environment[name]}" for name in differs)
+            pairs = ", ".join(f"{name} {self.environment.get(name)} instead of {environment[name]}" for name in differs)
             raise ValueError(f"{path} has results of {pairs}; give another folder")
         if not path.read_bytes().endswith(b"\n"):
             with path.open("a", encoding="utf-8") as file:

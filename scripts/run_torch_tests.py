@@ -7,9 +7,9 @@ Both commands need the package expecttest. For samples, outputs and gradients ar
 function, in float64. Samples with dropout cannot agree, because our functions draw other random numbers: these samples
 are counted separately. Every other difference gives the exit status 1.
 
-FILE is a file of the installed version of torch, for example ``test/nn/test_multihead_attention.py``,
+FILE is a test file of the installed version of torch, for example ``test/nn/test_multihead_attention.py``,
 ``test/test_transformers.py``, and ``test/test_nn.py`` with ``-k "softmax or cross_entropy"``, which selects tests as in
-pytest. Each file runs twice: with torch's functions, and with ours under the names of torch's. Tests that fail only
+pytest. Each file runs twice: with torch's functions, and with our functions under torch's names. Tests that fail only
 with ours are printed. They do not change the exit status, because our functions may raise other exceptions and lack
 the fast path of torch's layers.
 """
