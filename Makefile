@@ -10,7 +10,8 @@ ARGS   ?=
 BIN     := $(VENV)/bin
 INSTALL  = $(BIN)/python -m pip install --constraint constraints.txt
 
-# Two processes share the machine in `make test`: waiting threads of one must not occupy the cores of the other.
+# Two processes share the machine in `make test`: waiting threads of one process must not occupy the cores of
+# the other process.
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help train test docs peer-tests sanitize lint format format-check types wheels wheel-check clean
@@ -24,7 +25,7 @@ train: $(VENV)/.installed-recipes  ## train the default model on CMUdict and sho
 test: $(VENV)/.installed-dev       ## run the tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-docs: $(VENV)/.installed-docs       ## build the documentation into docs/_build/html and check it; ARGS are sphinx-build's
+docs: $(VENV)/.installed-docs       ## build the documentation into docs/_build/html and check it; ARGS go to sphinx-build
 	$(BIN)/python -m sphinx -b html -W --keep-going -q $(ARGS) docs docs/_build/html
 	$(BIN)/python scripts/check_site.py
 

@@ -1,10 +1,10 @@
-"""Compare the time of operators, losses, attention and layers with that of softmax and of the entmax package.
+"""Compare the time of operators, losses, attention and layers with the times of torch and the entmax package.
 
 OMP_WAIT_POLICY=passive python scripts/benchmark.py [ROUNDS] [--write] [--threads N ...] [--only SECTION ...]
 
-All functions run in turn in one process. Prints times relative to torch's softmax (forward / forward + backward): all
-sections on one thread, and attention, padding and decoding on two. ``--write`` also writes them to benchmarks/cpu.md.
-Takes about ten minutes with the default of 15 rounds on an idle machine.
+All functions run in turn in one process. Prints times divided by the times of torch's functions, as forward / forward +
+backward. All sections run on one thread; attention, padding and decoding also run on two threads. ``--write`` also
+writes the tables to benchmarks/cpu.md. Takes about ten minutes with the default of 15 rounds on an idle machine.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PAGE = Path(__file__).parents[1] / "benchmarks" / "cpu.md"
 
 
 def main(rounds: int, write: bool, threads: list[int], only: list[str]) -> None:
-    """Measure and print: all chosen sections with the first number of threads, those in _THREADED with the others."""
+    """Measure and print all chosen sections on ``threads[0]`` threads, and those in _THREADED on each other number."""
     lines = []
     for number in threads:
         torch.set_num_threads(number)
@@ -151,7 +151,7 @@ def attention(rounds: int) -> Iterator[str]:
 
 
 def head_sizes(rounds: int) -> Iterator[str]:
-    """The same with other sizes of the head, for the main functions."""
+    """Attention with one head of size 32 or 128, for the main functions."""
     for name, dtype in _DTYPES.items():
         for size in (32, 128):
             columns = [_attention(n, size, dtype, _fewer(rounds, n), only=_MAIN) for n in _LENGTHS]
@@ -297,7 +297,7 @@ def _resident(field: str) -> int:
 
 
 def layers(rounds: int) -> Iterator[str]:
-    """A training step of an encoder layer, and one of the recipes' default model."""
+    """A training step of an encoder layer, and a training step of the recipes' default model."""
     yield from heading("A training step, multiples of softmax", ["forward + backward"])
     x = torch.randn(8, 256, 512)
     dense = nn.TransformerEncoderLayer(512, 8, 2048, dropout=0.0, batch_first=True)
@@ -338,7 +338,7 @@ if __name__ == "__main__":
     parser.add_argument("rounds", type=int, nargs="?", default=15)
     parser.add_argument("--write", action="store_true", help="keep the tables in benchmarks/cpu.md")
     parser.add_argument(
-        "--threads", type=int, nargs="+", default=[1, 2], help="with more than one, wall-clock times are compared"
+        "--threads", type=int, nargs="+", default=[1, 2], help="threads; above 1, wall-clock times are compared"
     )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=[], help="sections to measure")
     parser.add_argument("--peak", help=argparse.SUPPRESS)

@@ -3,7 +3,8 @@
     python scripts/benchmark_viewer.py
 
 The times to open and to scroll need chromium, chromedriver and selenium; without them, only sizes and the time to make
-a page are printed. Weights are α-entmax of random scores, whose standard deviation determines the density.
+a page are printed. Weights are α-entmax of random scores. α and the standard deviation of the scores determine
+the density.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ for compiler in x86_64-linux-gnu-gcc aarch64-linux-gnu-gcc; do
     if command -v "$compiler" >/dev/null; then
         CC=$compiler "$python" -m build --wheel --outdir "$folder" .
     else
-        echo "no $compiler: no wheel for ${compiler%%-*}, unless it is this machine's own"
+        echo "no $compiler: no wheel for ${compiler%%-*}, unless this machine is ${compiler%%-*}"
     fi
 done
 CC=false "$python" -m build --wheel --outdir "$folder" .

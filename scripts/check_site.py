@@ -6,7 +6,8 @@ python scripts/check_site.py [FOLDER] [--axe FILE] [--pictures FOLDER]
 - From the file system, with the network off, no page sends a request or logs an error, and the search finds names.
 - axe-core finds nothing serious on any page, in the light and in the dark scheme.
 
-The last two checks need Chromium and chromedriver; without these, they are skipped and a line reports this.
+The last two checks need Chromium and chromedriver, and the last check also needs axe-core. Without these, a check is
+skipped, and a line reports this.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _SEARCHED = {"topk_softmax": "reference/operators", "label_smoothing": "referenc
 # A page of each kind: text, tutorial, reference, tables.
 _PICTURES = ("index", "tutorials/ten_minutes", "reference/layers", "reference/configuration")
 
-# The dark scheme changes colours and pictures; everything else has been checked in the light one.
+# The dark scheme changes colours and pictures; everything else has been checked in the light scheme.
 _DARK_RULES = ["color-contrast", "link-in-text-block", "image-alt"]
 
 
@@ -154,7 +155,7 @@ def main() -> None:
     """Check, and end with status 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("site", type=Path, nargs="?", default=SITE)
-    parser.add_argument("--axe", type=Path, help="another axe.min.js than that of the package axe-core-python")
+    parser.add_argument("--axe", type=Path, help="an axe.min.js to use in place of the package axe-core-python")
     parser.add_argument("--pictures", type=Path, help="a folder for screenshots of four pages")
     given = parser.parse_args()
     site = given.site.resolve()

@@ -1,11 +1,11 @@
-"""Compare the time of small calls in this checkout and in another one, alternately in one run.
+"""Compare the time of small calls in this checkout and in another checkout, alternately in one run.
 
     python scripts/compare_checkouts.py OTHER [ROUNDS]
 
 OTHER is the folder of a checkout, for example a `git worktree` of the last release, with its C kernels built. Each
-checkout runs in a separate process, with one thread. Times are processor times, which other processes affect least, and
-medians over the rounds. A ratio above 1 means that this checkout is slower. Steps are the Python functions that a call
-enters.
+checkout runs in a separate process, with one thread. Times are medians over the rounds. Processor time
+is measured, because other processes affect it least. A ratio above 1 means that this checkout is slower. `steps` is the
+number of Python functions that a call enters.
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ def aim_at(capability: int) -> None:
 def main() -> int:
     """Compile the parts named on the command line, or all, for each of the capabilities."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all but the last by default")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; by default, all except few")
     parser.add_argument("--for", nargs="+", type=int, default=[90], choices=SHARED_MEMORY, dest="capabilities")
     options = parser.parse_args()
     if wrong := [part for part in options.parts if part not in PARTS]:

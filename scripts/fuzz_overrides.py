@@ -3,7 +3,7 @@
 Each override changes one key of a tiny training on random data. Two outcomes are allowed: a one-line error with status
 2, and a training that ends with finite numbers. A traceback, a longer message, another status, a result that is not
 finite or a training of more than --seconds is a fault. The script prints each fault, and then has exit status 1.
-Everything runs in one process, since the import of torch would take most of the time.
+Everything runs in one process, because importing torch in each process would take most of the time.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Check and time the Triton kernels on this machine's GPU, and time other packages for comparison.
 
-    python scripts/gpu_check.py --part 1 --out DIR   values and gradients, figures of the targets, each kernel by itself
+    python scripts/gpu_check.py --part 1 --out DIR   values and gradients, the main timings, each kernel by itself
     python scripts/gpu_check.py --part 2 --out DIR   sizes of tiles, rows, long lengths
     python scripts/gpu_check.py                      both, into benchmarks/
     python scripts/gpu_check.py --interpret          only correctness, in Triton's interpreter, without a device
     python scripts/gpu_check.py --dry-run            everything, in the interpreter, on tensors of a few rows
 
-Each part has four minutes, or `--seconds`: the first from the start of the process; if both run, the second from the
-end of these. In the interpreter there is no limit. Every result is appended to DIR/gpu_results.jsonl at once,
-and DIR/gpu.md and gpu.json are rewritten after every phase. The same call continues where an earlier one was
-interrupted: no task is repeated, not even one that never ended.
+Each part has four minutes, or `--seconds`. The time begins at the start of the process. If both parts run, the time of
+part 2 begins when the time of part 1 ends. In the interpreter there is no limit. Every result is appended to
+DIR/gpu_results.jsonl at once, and DIR/gpu.md and gpu.json are rewritten after every phase. The same call continues
+where an earlier call was interrupted: no task is repeated, not even a task that never ended.
 
 The script needs torch, Triton and this checkout; adasplash, entmax and flex attention are timed if they are installed
 and work. The exit status is 0 if no check failed, 1 if a check failed or did not end, and 2 if there is no device or
@@ -98,7 +98,7 @@ def main() -> int:
     """Check, time, write the report, and print a short table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", type=int, choices=PARTS, help="one of the two parts; both if not given")
-    parser.add_argument("--seconds", type=float, default=240.0, help="time of a part, from the process's start")
+    parser.add_argument("--seconds", type=float, default=240.0, help="time for each part; default: 240")
     parser.add_argument("--interpret", action="store_true", help="check correctness in Triton's interpreter")
     parser.add_argument("--dry-run", action="store_true", help="run all in Triton's interpreter, on tiny tensors")
     parser.add_argument(
@@ -162,7 +162,7 @@ def run(phase: Phase, record: Record, until: float) -> None:
     todo = [number for number, name in enumerate(names) if not record.knows(phase.kind, name)]
     until = float("inf") if triton.interpreted() else until
     if phase.warm_up and triton.interpreted():
-        todo = todo[:1]  # nothing is compiled there
+        todo = todo[:1]  # nothing is compiled in the interpreter
     processes = 1
     if phase.kind == "check" or phase.warm_up:
         processes = min(os.cpu_count() or 1, 12) if not triton.interpreted() else 1
@@ -237,7 +237,7 @@ def run_process(
 
 
 def name_of(task: Any) -> str:
-    """The name of a task, by which its result is known in the file."""
+    """The name that identifies a task in the file of results."""
     if isinstance(task, gpu_timing.Timing):
         return f"{task.group}, {task.length}, {task.what}, {task.step}"
     return gpu_correctness.name_of(task)

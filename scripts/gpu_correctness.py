@@ -19,7 +19,7 @@ ALPHAS = (1.0, 1.0001, 1.01, 1.3, 1.5, 1.8, 2.0, 2.5)
 PER_HEAD = (1.0, 1.01, 1.4, 2.0)
 BOUNDS = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 HEADS, KEY_HEADS = 4, 2
-# Cases that together cover every feature; some features with one α per head and also with one α for all heads.
+# Together these cases cover every feature. Some features occur with one α per head and with one α for all heads.
 FEATURES = (
     ("per head", "learnt mask"),
     ("per head", "causal"),
@@ -73,7 +73,7 @@ def guarded(check: partial[Measured]) -> Measured:
 
 
 def name_of(task: partial[Measured]) -> str:
-    """The name of a check without a result."""
+    """The name of a check: its function and its arguments."""
     check = task.args[0] if task.func is guarded else task
     return " ".join(str(x) for x in (check.func.__name__, *check.args))
 
@@ -132,7 +132,7 @@ def check_rows(size: int, dtype: torch.dtype, device: torch.device) -> Measured:
 
 
 def check_top_k(size: int, device: torch.device) -> Measured:
-    """Check top-7 softmax, with equal scores."""
+    """Check top-7 softmax of rows in which many scores are equal."""
     x, upstream = torch.randint(-9, 9, (8, size), device=device).float(), torch.randn(8, size, device=device)
     got = with_gradients(lambda x: topk_softmax(x, 7), [x], upstream)
     with use_backend("torch"):

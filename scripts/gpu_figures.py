@@ -45,21 +45,21 @@ def figures(timings: list[Measured]) -> Iterator[Figure]:
     local, published = "causal attention", "causal attention, published share"
     shared = (4096, 16384)
     yield figure("causal α 1.5, time / adasplash_v2's, 1k to 16k", "≤1.0", ratios(local, LENGTHS[2:7], FIXED, V2))
-    yield figure("the same at the published share of tiles", "≤1.0", ratios(published, shared, FIXED, V2))
+    yield figure("published share of tiles, time / adasplash_v2's", "≤1.0", ratios(published, shared, FIXED, V2))
     yield figure("causal α 1.5, time / flash attention's, from 16k", "≤1.0", ratios(local, LENGTHS[6:], FIXED, FLASH))
     at = (16384, 65536)
-    yield figure("the same at the published share of tiles", "≤1.0", ratios(published, at, FIXED, FLASH))
+    yield figure("published share of tiles, time / flash attention's", "≤1.0", ratios(published, at, FIXED, FLASH))
     yield figure("learnt α with its gradient, time / fixed α 1.5's", "≤1.3", ratios(local, LENGTHS, LEARNT, FIXED))
     short = LENGTHS[:3]
     yield figure("N up to 1024, graph, time / flash attention's", "≤1.5", ratios(local, short, FIXED, FLASH, REPLAY))
     full = ((value("full attention", n, FIXED) / (2 * value(local, n, FIXED)), f"N {n}") for n in shared)
-    yield figure("not causal, time / what the causal one predicts", "≤1.2", full)
+    yield figure("not causal, time / twice the causal time", "≤1.2", full)
 
     def cross() -> Iterator[tuple[float, str]]:
         predicted = value(local, 16384, FIXED) * 2 * 2048 / 16384
         yield value("cross-attention of 2048 queries", 16384, FIXED) / predicted, "2048 to 16384"
 
-    yield figure("cross-attention, time / what the causal one predicts", "≤1.2", cross())
+    yield figure("cross-attention, time / time predicted from causal", "≤1.2", cross())
     yield figure("rows, share of the bandwidth of a copy", "≥0.5", bandwidths(found))
 
     def memory() -> Iterator[tuple[float, str]]:

@@ -13,7 +13,7 @@ Measured = dict[str, Any]
 class Record:
     """The results of this call and of earlier ones, by the kind and the name of the task.
 
-    A task that began in an earlier call and has no result stopped that call: it is not started again.
+    A task is not started again if it began in an earlier call and has no result: that call ended during the task.
     """
 
     def __init__(self, path: Path | None, environment: dict[str, str]) -> None:
@@ -42,7 +42,7 @@ class Record:
             raise ValueError(f"{path} is not a file of results: {error}") from error
         differs = [name for name in environment if name != "date" and environment[name] != self.environment.get(name)]
         if differs:
-            pairs = ", ".join(f"{name} {self.environment.get(name)} and now {environment[name]}" for name in differs)
+            pairs = ", ".join(f"{name} {self.environment.get(name)} instead of {environment[name]}" for name in differs)
             raise ValueError(f"{path} has results of {pairs}; give another folder")
         if not path.read_bytes().endswith(b"\n"):
             with path.open("a", encoding="utf-8") as file:
@@ -74,7 +74,7 @@ class Record:
         self._left[kind, name] = result
 
     def results(self, kind: str) -> list[Measured]:
-        """The results of one kind, also of the tasks that were left out."""
+        """The results of one kind, and the reports of the tasks that were not started."""
         found = self._left | self._found
         return [result for (other, _), result in found.items() if other == kind]
 

@@ -28,7 +28,7 @@ def short_table(timings: list[Measured]) -> Iterator[str]:
 
 
 def page(result: dict[str, Any]) -> Iterator[str]:
-    """The dated page of benchmarks/."""
+    """The page benchmarks/gpu.md, with its date."""
     checks, timings = result["checks"], result["timings"]
     yield "# The Triton kernels on a GPU"
     yield ""
@@ -70,7 +70,7 @@ def page(result: dict[str, Any]) -> Iterator[str]:
 
 
 def figures_of(line: Measured) -> str:
-    """Time and memory of a timing, a share, or why there are none."""
+    """Time and memory of a timing, or a share, or the reason why it was not measured."""
     if "seconds" in line:
         return f"{line['seconds'] * 1e3:.3f} | {line['bytes'] / 2**20:.0f}"
     return f"{line['share']:.2f} |" if "share" in line else f"{line['skipped']} |"

@@ -39,9 +39,9 @@ from sparse_attn.kernels.triton.attention.plan import Plan
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 ROWS = (128, 1024, 4096, 16384, 32000, 131072)
 VOCABULARIES = (32000, 128256, 256000)
-# Queries, keys and warps of a tile; the first is in use for heads of 64 in half precision.
+# Queries, keys and warps of a tile; the first tile is in use for heads of 64 in half precision.
 TILES = ((64, 64, 4), (128, 64, 8), (64, 32, 4), (128, 128, 8), (128, 32, 8))
-STAGES = (3, 4)  # of the software pipeline, beside the 2 in use
+STAGES = (3, 4)  # of the software pipeline; 2 stages are in use
 
 
 class Timing(NamedTuple):
@@ -71,13 +71,13 @@ class Timing(NamedTuple):
         return result
 
     def named(self) -> Measured:
-        """The key of the result."""
+        """The fields that identify the result."""
         key = {"group": self.group, "length": self.length, "who": self.what, "step": self.step}
         return key | {"case": f"{self.group}, {self.length}", "what": f"{self.what}, {self.step}"}
 
 
 def key_timings() -> Iterator[Timing]:
-    """The figures of the targets: causal attention up to 16k, also at the share of tiles that AdaSplash-2 publishes."""
+    """The main timings: causal attention up to 16k, also with the share of tiles that AdaSplash-2 publishes."""
     for length in (4096, 16384, 1024, 8192, 2048):
         for what in (FIXED, LEARNT, FLASH):
             yield attention("causal attention", length, length, what, BOTH)
@@ -104,7 +104,7 @@ def kernel_timings() -> Iterator[Timing]:
 
 
 def tile_timings() -> Iterator[Timing]:
-    """Each kernel with other tiles and pipelines, as `predict_gpu.py` predicts them, and the kernel for few keys."""
+    """Each kernel with other tiles (`predict_gpu.py` predicts these) and pipelines, and the kernel for few keys."""
     for what in (FIXED, LEARNT):
         for tile in TILES[1:]:
             group = f"kernels, tiles of {tile[0]} × {tile[1]}, {tile[2]} warps"
@@ -121,7 +121,7 @@ def tile_timings() -> Iterator[Timing]:
 
 
 def row_timings() -> Iterator[Timing]:
-    """Operators beside a copy, losses, decoding."""
+    """Operators, with a copy for comparison; losses; decoding."""
     for size in ROWS:
         yield from rows(size, torch.float32)
     for size in (1024, 32000):
@@ -135,7 +135,7 @@ def row_timings() -> Iterator[Timing]:
 
 
 def long_timings() -> Iterator[Timing]:
-    """Long lengths, without a causal mask, the forward alone, the other packages."""
+    """Long lengths, attention without a causal mask, the forward alone, and other packages."""
     for length in (65536, 32768):
         for what in (FIXED, LEARNT, FLASH):
             yield attention("causal attention", length, length, what, BOTH)
@@ -158,7 +158,7 @@ def long_timings() -> Iterator[Timing]:
 
 
 def rows(size: int, dtype: torch.dtype) -> Iterator[Timing]:
-    """Operators over 2²⁶ scores, beside a copy and softmax."""
+    """Operators over 2²⁶ scores, with a copy and softmax for comparison."""
     group = f"rows, {str(dtype)[6:]}"
     for what in ("copy", "softmax", "sparsemax", "1.5-entmax", "α per row", "top-32 softmax", "entmax package, 1.5"):
         yield Timing(group, size, what, FORWARD, partial(row_operator, size, dtype, what, FORWARD))

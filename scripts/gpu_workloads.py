@@ -36,7 +36,7 @@ FIXED, LEARNT, FLASH, V2 = "ours, α 1.5", "ours, α learnt", "flash attention",
 # 1.5 % have weight.
 PUBLISHED = {4096: 1.56, 16384: 1.42, 65536: 1.3}
 LOCAL = 2.5
-# For each autotuner of a peer. One configuration compiles in 13 s at a length of 4k, 30 s at 16k and 210 s at 64k.
+# For each autotuner of another package. One configuration compiles in 13 s at 4k keys, 30 s at 16k and 210 s at 64k.
 _PEER_CONFIGURATIONS = 2
 
 
@@ -77,7 +77,7 @@ def elapsed(run: Run) -> float:
 
 @contextlib.contextmanager
 def stopwatch() -> Iterator[Callable[[], float]]:
-    """Time of a block on the device, between two events; of the processor in a dry run."""
+    """Time of a block on the device, between two events; in a dry run, its wall-clock time."""
     if not torch.cuda.is_available():
         began = time.perf_counter()
         yield lambda: time.perf_counter() - began
@@ -158,7 +158,7 @@ def attend(queries: int, keys: int, causal: bool, what: str, step: str, local: f
 
 
 def replayed(length: int, what: str, device: torch.device) -> Run:
-    """A training step captured as a CUDA graph: for few keys, the host's time for launches exceeds the device's."""
+    """A training step captured as a CUDA graph: for few keys, launches by the host take longer than the kernels."""
     run = attend(length, length, True, what, BOTH, LOCAL, device)
     if device.type != "cuda":
         return run
@@ -181,7 +181,7 @@ def plan_of(tile: tuple[int, int, int], stages: int = 2) -> Planner:
 
 @contextlib.contextmanager
 def planned(planner: Planner) -> Iterator[None]:
-    """Attention with the tiles of a planner, while the context lasts."""
+    """Within the context, attention uses the tiles of a planner."""
     of, Plan.of = Plan.of, staticmethod(planner)  # type: ignore[method-assign, assignment]
     try:
         yield
@@ -301,7 +301,7 @@ def attending(what: str, causal: bool, learnt: Tensor) -> Attend:
 
 
 def few_configurations(package: Any) -> None:
-    """Keep only the first configurations of a peer's autotuners: all of them would compile for many minutes."""
+    """Keep only the first configurations of another package's autotuners: compiling all takes many minutes."""
     import sys
 
     from triton.runtime.autotuner import Autotuner

@@ -73,6 +73,6 @@ def _platform_tag(target: str, library: Path) -> str:
     if "linux" in target and versions:
         # 2.17 is the oldest glibc version with a manylinux tag for every architecture.
         return "manylinux_{}_{}_{}".format(*max(versions | {(2, 17)}), target.partition("-")[0])
-    # A universal2 Python supports two processor types, but the library is compiled only for that of this machine.
+    # A universal2 Python supports two processor types, but the library is compiled only for this machine's type.
     tag = sysconfig.get_platform().replace("universal2", platform.machine())
     return tag.replace("-", "_").replace(".", "_")

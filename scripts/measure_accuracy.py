@@ -130,7 +130,7 @@ def exact_normmax(x: Tensor, alpha: float) -> Tensor:
 
 
 def exact_budget(x: Tensor, budget: float) -> Tensor:
-    """``clip(z - τ, 0, 1)`` with the τ at which it sums to the budget; ``z = x - max x``."""
+    """``p = clip(z - τ, 0, 1)``, where τ makes ``Σ p`` equal to the budget; ``z = x - max x``."""
     z = x.double() - x.double().amax(-1, keepdim=True)
     low = z.amin(-1, keepdim=True) - 1
     tau = bisect(lambda t: (z - t).clamp(0, 1).sum(-1, keepdim=True) - budget, low, torch.zeros_like(low))
@@ -323,7 +323,7 @@ def relative(got: Tensor, exact: Tensor) -> float:
 
 
 def hard_inputs() -> str:
-    """Results for rows on which other packages fail."""
+    """Errors for rows that are hard to compute: masked entries, scores far from 0."""
     inf, low = math.inf, torch.finfo(torch.float32).min
     torch.manual_seed(2)
     random = torch.randn(8, 128)
@@ -347,7 +347,7 @@ def hard_inputs() -> str:
     }
     lines = []
     for name, x in inputs.items():
-        # For the oracles, a masked entry is an entry far below all others.
+        # The exact mappings get a score far below all others in place of a masked score.
         far = x.double().masked_fill(x <= torch.finfo(x.dtype).min, -1e4)
         cells = []
         for ours, theirs, right in maps.values():

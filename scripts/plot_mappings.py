@@ -2,7 +2,7 @@
 
 python scripts/plot_mappings.py [FILE]
 
-The same picture in dark colours is written beside it, as docs/mappings_dark.png.
+The same picture in dark colours is written to the same folder, as docs/mappings_dark.png.
 """
 
 from __future__ import annotations

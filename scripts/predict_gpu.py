@@ -5,8 +5,8 @@
 The script takes five minutes. --write saves the page as benchmarks/gpu_predictions.md, --beside also counts the kernels
 of another commit. For attention the script counts the instructions per score in the innermost loops over tiles of keys
 or of queries; of several loops of a kind it takes the shortest, which is the loop for tiles without a mask and for α of
-at least 1.1. These kernels have far more other arithmetic than matrix products, so their speed is limited by the number
-of instructions. A prediction is a ratio of these counts. It ignores latencies, caches and the number of tiles with
+at least 1.1. In these kernels most instructions are not matrix products, so their speed is limited by the number
+of instructions. A prediction is a ratio of these counts, and ignores latencies, caches and the number of tiles with
 weight. For the row kernels see `predict_rows.py`.
 """
 
@@ -147,7 +147,7 @@ def line(name: str, shape: str, one: Count, now: float) -> str:
 
 
 def counts_of(revision: str) -> tuple[list[Any], list[Any]]:
-    """The counts of another commit's kernels, with the tiles that it uses: of attention, and of rows."""
+    """The counts for another commit, with the tiles that it uses: for the attention kernels and for the row kernels."""
     root = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory() as folder:
         packed = subprocess.run(["git", "archive", revision, "sparse_attn"], cwd=root, capture_output=True, check=True)
@@ -159,7 +159,7 @@ def counts_of(revision: str) -> tuple[list[Any], list[Any]]:
 
 
 def count(tile: tuple[int, int, int] | None, alpha: torch.Tensor | None) -> Count:
-    """The instruction counts of the three attention kernels, compiled with these tiles or those in use."""
+    """The instruction counts of the three attention kernels, compiled with this tile or with the tile in use."""
     found: dict[str, list[Loop]] = {}
     spilled: list[int] = []
     query, key = (torch.zeros(1, 2, length, 64, dtype=torch.bfloat16) for length in (256, 5120))

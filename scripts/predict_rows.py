@@ -1,9 +1,10 @@
 """The share of the bandwidth of a copy that the row kernels would reach, predicted from their compiled code.
 
-The code outside of loops runs once, a loop over the bits of scores or over Newton's method as often as for rows of
-`torch.randn`, and a loop over chunks once per chunk. The time of a kernel is the time of its slowest unit: the units
-that start instructions, or those for float64, or those for logarithms, powers and roots. The time of a copy is that of
-its memory accesses. All rates are the peak rates of the device, as if nothing ever waited.
+The model counts code outside of loops once, and a loop over chunks once per chunk. It counts a loop over the bits of
+scores or over Newton steps as often as the loop runs for rows of `torch.randn`. The time of a kernel is the time of its
+slowest units: the units that start instructions, the units for float64, or the units for logarithms, powers and roots.
+The time of a copy is the time of its memory accesses. All rates are the peak rates of the device, as if nothing ever
+waited.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ MAPPINGS = ("sparsemax", "1.5-entmax", "any α", "learnt α", "top-32")
 
 
 class Prediction(NamedTuple):
-    """Of one pass of one mapping over float32 rows of one width."""
+    """The prediction for one pass of one mapping over float32 rows of one width."""
 
     instructions: float  # per entry
     share: float  # of the bandwidth of a copy on an H200
-    share_without_float64: float  # the same on a device whose float64 units are few: an RTX 4090
+    share_without_float64: float  # the same share on an RTX 4090, which has few float64 units
 
 
 def predictions() -> Iterator[tuple[str, int, str, Prediction]]:
@@ -56,12 +57,12 @@ def predictions() -> Iterator[tuple[str, int, str, Prediction]]:
             if mapping == "top-32" and width > 2**14:
                 continue  # torch sorts such rows
             yield mapping, width, "forward", predicted(mapping, width, backward=False)
-            if mapping != "top-32":  # the backward of the mapping within the k largest
+            if mapping != "top-32":  # its backward is the backward of softmax
                 yield mapping, width, "backward", predicted(mapping, width, backward=True)
 
 
 def predicted(mapping: str, width: int, *, backward: bool) -> Prediction:
-    """The prediction for one pass, of which every kernel is compiled."""
+    """The prediction for one pass, whose kernel is compiled."""
     x = torch.zeros(max(_ENTRIES // width, 1), width)
     alpha = {"sparsemax": 1.0, "1.5-entmax": 0.5, "any α": 0.3, "top-32": 0.0}
     a: float | Tensor = torch.zeros(len(x), 1) if mapping == "learnt α" else alpha[mapping]
@@ -134,7 +135,7 @@ def on_chip(kernel: str, mapping: str, width: int) -> Trips:
 
 
 def chunks(kernel: str, mapping: str, width: int) -> Trips:
-    """The loops of a kernel that reads rows in chunks: one encloses another only in Newton's method."""
+    """The loops of a kernel that reads rows in chunks: only the loops of Newton's method enclose another loop."""
     sweeps = newton_sweeps(mapping, width)
     number = float(math.ceil(width / _CHUNK))
     both = mapping not in ("sparsemax", "1.5-entmax")
@@ -197,8 +198,9 @@ def _newton(
 def bits_until_k(width: int) -> tuple[float, float]:
     """How many bits of the scores are tried to find the k-th largest, for rows of `torch.randn`.
 
-    A search ends with the first bit in which the k-th largest differs from the next. The first number is for the
-    largest scores of lanes. Their result starts the search in a row after the bits that it shares with the largest.
+    A search ends with the first bit in which the k-th largest score differs from the next score. The first number is
+    for a search in the largest scores of lanes. The search in the row begins after the bits that the result of the
+    first search shares with the largest score.
     """
     x = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
     tile = rows.Tile.of(width)
@@ -210,7 +212,7 @@ def bits_until_k(width: int) -> tuple[float, float]:
         return kth >> last << last, last
 
     def mean(bits: Tensor) -> float:
-        """The mean over programs of the most bits of their rows."""
+        """The mean, over programs, of the largest number of bits in the rows of a program."""
         return float(bits.view(-1, tile.rows).amax(1).float().mean())
 
     last = search(x)[1]

@@ -4,8 +4,8 @@ python scripts/run_peer_tests.py [WHEEL | FOLDER] [--seed SEED]
 
 WHEEL is the wheel of entmax 1.3; FOLDER is a folder with the package, such as site-packages. Without either, the wheel
 is downloaded. The tests draw random data without a seed, some of them on import; this script sets the seed before each
-test and each import of a test module. The
-private functions that the tests import have the same names in ``sparse_attn/compat/entmax/activations.py``.
+test and each import of a test module. The private functions that the tests import have the same names in
+``sparse_attn/compat/entmax/activations.py``.
 
 ``test_budget_grad_multiple_k`` is flaky upstream: it calls normmax with four α drawn from (0, 6), and below 1 the
 package returns noise. The default seed draws all four above 1, so that the test passes with both packages.

@@ -3,15 +3,15 @@
     python scripts/run_torch_tests.py                            the samples (OpInfo), which come with torch
     python scripts/run_torch_tests.py FILE ... [-k EXPRESSION]   files of tests, from a checkout of torch
 
-Both need expecttest. For samples, outputs and gradients are compared with those of torch's function, in float64.
-Samples with dropout cannot agree, since our functions draw other random numbers: they are counted separately. Every
-other difference gives the exit status 1.
+Both commands need the package expecttest. For samples, outputs and gradients are compared with those of torch's
+function, in float64. Samples with dropout cannot agree, because our functions draw other random numbers: these samples
+are counted separately. Every other difference gives the exit status 1.
 
-FILE is a file of the installed version of torch, for example ``test/nn/test_multihead_attention.py``,
+FILE is a test file of the installed version of torch, for example ``test/nn/test_multihead_attention.py``,
 ``test/test_transformers.py``, and ``test/test_nn.py`` with ``-k "softmax or cross_entropy"``, which selects tests as in
-pytest. Each file runs twice: with torch's functions, and with ours under the names of torch's. Tests that fail only
-with ours are printed. They do not change the exit status, since our functions may raise other
-exceptions and lack the fast path.
+pytest. Each file runs twice: with torch's functions, and with our functions under torch's names. Tests that fail only
+with ours are printed. They do not change the exit status, because our functions may raise other exceptions and lack
+the fast path of torch's layers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DROPOUT = "dropout draws other random numbers"
 
 
 def softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Our function in place of ``torch.softmax``, whose ``dtype`` casts the scores first."""
+    """Our function in place of ``torch.softmax``. With ``dtype``, the scores are converted first."""
     return entmax(x if dtype is None else x.to(dtype), 1.0, dim)
 
 
@@ -80,7 +80,7 @@ def difference(torchs: Callable[..., Tensor], ours: Callable[..., Tensor], sampl
 
 
 def compare_samples() -> bool:
-    """Whether all samples agree; prints one line per function, followed by one line per kind of failure."""
+    """Whether all samples agree; prints one line per function, followed by one line per kind of difference."""
     from torch.testing._internal.common_methods_invocations import op_db
 
     agree = True

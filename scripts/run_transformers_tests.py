@@ -7,9 +7,9 @@ CHECKOUT is a checkout of transformers at the tag of the installed version: neit
 distribution contains the tests of the models (`tests/models`), so this script cannot fetch them. Without CHECKOUT it
 prints the tag. The tests need the extra hf, and datasets, parameterized, Pillow and timeout-decorator.
 
-Every model whose class supports `scaled_dot_product_attention` gets the implementation, whatever its test asks for. A
-test with "eager" in its name compares with the implementation "eager", so models that ask for "eager" keep it there.
-A test that checks that the name is "sdpa" would therefore fail with ours.
+Every model whose class supports `scaled_dot_product_attention` gets the tested implementation in place of "sdpa" and
+"eager". Tests with "eager" in their names compare with "eager": in these tests, models that ask for "eager" keep it. A
+test that checks that the name is "sdpa" fails with ours, because the name is then "entmax".
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NAME, _RESULTS = "SPARSE_ATTN_TESTED", "SPARSE_ATTN_RESULTS"
 
 
 class Replaced:
-    """The plugin of pytest in a run: gives models the implementation, and notes the outcome of each test."""
+    """The plugin of pytest in a run: it gives models the tested implementation, and notes the outcome of each test."""
 
     def __init__(self, name: str, file: Path) -> None:
         from sparse_attn.integrations.huggingface import register

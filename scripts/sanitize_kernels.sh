@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Run the kernels in C, in all variants that this processor has, at many sizes under the address and undefined-behaviour
-# sanitizers, and those in float32 and bfloat16 with several threads under the thread sanitizer. Needs a C compiler. The
-# variant with AMX runs in an emulator of these instructions if the processor has AVX512-BF16 but no AMX.
+# Run the C kernels under sanitizers, in all variants that this processor has. The address and undefined-behaviour
+# sanitizers check many sizes; the thread sanitizer checks float32 and bfloat16 with several threads. Needs a C compiler.
+# The variant with AMX runs in an emulator of the AMX instructions if the processor has AVX512-BF16 but no AMX.
 set -euo pipefail
 cd "$(dirname "$0")/../sparse_attn/kernels/cpu"
 
@@ -35,7 +35,7 @@ static void check(int holds, const char *what) {
     exit(1);
 }
 
-/* Stores x at place i; in float16 random bits instead, NaN and infinities included. */
+/* Stores x at place i. For float16, random bits are stored instead, NaN and infinities included. */
 static void put(void *to, int type, int64_t i, double x) {
     float single = (float)x;
     uint32_t bits;
@@ -54,14 +54,15 @@ static double any_score(int64_t i) {
     return rand() % 4 ? 6.0 * rand() / RAND_MAX - 3 : rand() % 3;
 }
 
-/* Runs the row kernels. Scores and grad have a stride of `step`. No buffer has room behind its end, but for step - 1 entries. */
+/* Runs the row kernels. Scores and grad have a stride of `step`. Buffers end at most `step - 1` entries after the last
+ * entry in use, so that a sanitizer finds accesses behind the end. */
 static void exercise(int variant, int threads, int type, int64_t count, int64_t size, int64_t step) {
     const int64_t layout[] = {count, size, size * step, step, size * step, step, 1, 0};
     void *scores = malloc(BYTES[type] * count * size * step), *grad = malloc(BYTES[type] * count * size * step);
     void *p = malloc(BYTES[type] * count * size), *out = malloc(BYTES[type] * count * size);
     double *a = malloc(sizeof *a * count), *grad_a = malloc(sizeof *grad_a * count);
     const double alphas[] = {1, 1.5, 2, 1.3, 1.75, 1.0001, 0.6, 2.5, 4, 1 + 1e-13};
-    /* Groups of four: from four rows on, short rows with one α from 1 to 2 are solved side by side. */
+    /* Four successive rows have the same α: the kernels solve four or more short rows with one α from 1 to 2 together. */
     for (int64_t i = 0; i < count; i++) a[i] = alphas[(i / 4 + size) % 10] - 1;
     for (int64_t i = 0; i < count * size * step; i++) {
         put(scores, type, i, any_score(i));
@@ -74,7 +75,7 @@ static void exercise(int variant, int threads, int type, int64_t count, int64_t 
         check(!rows_backward(variant, threads, 2, backward, type, p, grad, a, out, NULL), "backward");
         check(!rows_backward(variant, threads, 2, backward, type, p, grad, a, out, grad_a), "backward with alpha");
     }
-    /* The forward never returns such a p, but a caller may pass any tensor to the backward. */
+    /* Here the scores are passed as p. The forward never returns such a p, but a caller can pass any tensor. */
     check(!rows_backward(variant, threads, 2, layout, type, scores, grad, a, out, grad_a), "backward of anything");
     free(scores), free(grad), free(p), free(out), free(a), free(grad_a);
 }
@@ -86,9 +87,9 @@ static tensor filled(int type, int64_t batch, int64_t heads, int64_t size, int64
     return x;
 }
 
-/* Runs attention forward and backward. No buffer has room behind its end, except with packed sequences, which use half of
- * each buffer. `kind` chooses what else the call has: 1 k, 2 a causal window, 3 causality and dropout, 4 any scores, 5 a
- * floating mask, 6 a boolean mask, 7 packed sequences. */
+/* Runs attention forward and backward. Buffers end at the last entry in use; only packed sequences use half of each
+ * buffer. `kind` chooses what the call has: 0 nothing else, 1 only the 3 largest scores, 2 a causal window, 3 causality and
+ * dropout, 4 any scores, 5 a floating mask, 6 a boolean mask, 7 packed sequences. */
 static void attend(int variant, int threads, int type, int64_t queries, int64_t keys, int64_t width, int kind) {
     const int64_t batch = 2, heads = 4, kv_heads = 2, packed[] = {0, queries / 3, queries}, packed_keys[] = {0, keys, keys};
     const double alphas[] = {1, 1.25, 1.5, 2}, steep[] = {1 + 1e-9, 1.75, 3, 2};

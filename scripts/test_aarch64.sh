@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Run the tests of the C kernels on an emulated ARM processor: cross-compiled, in qemu's user mode, with Python and
-# torch for aarch64. Takes about ten minutes on an idle machine, after downloads of 300 MB. Needs these Debian packages:
+# Run the tests of the C kernels on an emulated ARM processor. The kernels are cross-compiled; Python and torch for
+# aarch64 run in qemu's user mode. Takes about ten minutes on an idle machine, after downloads of 300 MB. Needs these
+# Debian packages:
 #   apt-get install debootstrap qemu-user gcc-aarch64-linux-gnu
 # Usage: test_aarch64.sh PYTHON [FOLDER] [pytest arguments ...]
 #   PYTHON   an interpreter with pip;  FOLDER   a folder in which the downloaded system is kept for later runs

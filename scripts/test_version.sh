@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Test one version of torch in a separate environment, installed without the constraints; add a row to docs/versions.md.
+# Test one version of torch in a separate environment, installed without the constraints.
+# The script appends a row to docs/versions.md; move this row into the table by hand.
 #
 #   scripts/test_version.sh TORCH=2.8.0 [PYTHON=3.10] [WITH="numpy==1.26.4 einops==0.7.0"] [PART="tests/ops -m 'not slow'"] [VENV=folder] [JOBS=2]
 #
@@ -20,7 +21,7 @@ for argument in "$@"; do
         *) echo "$argument is not an argument; there are TORCH=, PYTHON=, WITH=, PART=, VENV= and JOBS=" >&2; exit 2 ;;
     esac
 done
-# Relative paths are those of the caller.
+# Relative paths in VENV and PYTHON start at the caller's folder.
 case $VENV in ""|/*) ;; *) VENV=$here/$VENV ;; esac
 case $PYTHON in /*) ;; */*) PYTHON=$here/$PYTHON ;; esac
 if [ -z "$TORCH" ]; then echo "TORCH must be a version of torch or \"newest\", as in TORCH=2.8.0" >&2; exit 2; fi

@@ -138,7 +138,7 @@ def test_without_time_no_task_starts_and_the_next_call_runs_all_of_them(gpu_chec
 def test_results_of_another_torch_and_other_files_are_refused(gpu_check, tmp_path):
     path = tmp_path / "results.jsonl"
     gpu_check.Record(path, WHERE)
-    with pytest.raises(ValueError, match=r"results of torch 2\.11 and now 2\.13; give another folder"):
+    with pytest.raises(ValueError, match=r"results of torch 2\.11 instead of 2\.13; give another folder"):
         gpu_check.Record(path, WHERE | {"torch": "2.13"})
     path.write_text("not JSON}\n")
     with pytest.raises(ValueError, match="is not a file of results"):

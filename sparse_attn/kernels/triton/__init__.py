@@ -67,7 +67,7 @@ def interpreted() -> bool:
     from triton import knobs, language  # type: ignore[import-untyped, unused-ignore]
     from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped, unused-ignore]
 
-    # Triton also reads the variable at import, and keeps that choice for its own functions.
+    # Triton reads the variable at import for its own functions, and later for kernels: both values must agree.
     if not (knobs.runtime.interpret and isinstance(language.sum, InterpretedFunction)):
         return False
     mend_interpreter()

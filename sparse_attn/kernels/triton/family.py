@@ -82,7 +82,7 @@ def _log2_near_1(t):
 
 @triton.jit
 def log2(w, t):
-    """log2 of ``w = 1 + t > 0`` to the last digit, for numbers per row; a small ``t`` has more digits than ``w``."""
+    """log2 of ``w = 1 + t > 0`` to the last digit, for numbers per row; ``w`` has lost digits of a small ``t``."""
     bits = w.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
     f = tl.where(exponent == 0, t, (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0)
@@ -91,7 +91,7 @@ def log2(w, t):
 
 @triton.jit
 def log2_of_scores(w, t):
-    """As :func:`log2`, by fewer instructions; where ``w`` is far from 1, with an error of 2.4e-7."""
+    """Like :func:`log2`, with fewer instructions; where ``w`` is far from 1, the error is 2.4e-7."""
     return tl.where(tl.abs(t) < 0.29, _log2_near_1(t), fast_log2(w))
 
 
@@ -113,7 +113,7 @@ def away_from_zero(a):
 
 @triton.jit
 def along(row, x):
-    """A number per row (R,) with further axes of size 1, so that it broadcasts to scores (R, B) or (C, R, B)."""
+    """Add axes of size 1 to numbers per row (R,), so that they broadcast to scores (R, B) or (C, R, B)."""
     if len(x.shape) == 3:
         return row[None, :, None]
     else:
@@ -156,9 +156,10 @@ def place_rows(sigma, a, by_a, MODE: tl.constexpr):
         MODE: See the top of this file.
 
     Returns:
-        The edge of the support as a pair, for α = 1.5 half of it. In mode 0 also: ``a``; the factor of ``u``;
-        ``rise`` and ``start`` of the base of the power, ``1 + start + rise x``; the exponent of the power,
-        ``1 / a - 1``; and as a pair, the natural logarithm of the factor of ``p``.
+        The edge of the support (the score at which ``p`` becomes 0) as a pair; for α = 1.5, half of the edge.
+        In mode 0 also: ``a``; the factor of ``u``; ``rise`` and ``start`` of the base of the power,
+        ``1 + start + rise x``; the exponent of the power, ``1 / a - 1``; and as a pair, the natural logarithm of the
+        factor of ``p``.
     """
     edge = subtract(sigma, by_a)
     if MODE == 2:
@@ -167,8 +168,8 @@ def place_rows(sigma, a, by_a, MODE: tl.constexpr):
         return edge[0] * 0.5, edge[1] * 0.5
     else:
         fall = scaled(sigma, a)
-        # For α < 1.5, p / max p is computed first, as a power of 1 + a x / (1 - a σ): in a long flat row p is small,
-        # and its logarithm has lost digits, which the logarithm of a number close to 1 keeps.
+        # In a long flat row p is small, and log p loses digits. So for α < 1.5, p / max p is computed first, as a power
+        # of 1 + a x / (1 - a σ): this number is close to 1, and its logarithm keeps the digits.
         gentle = a < 0.5
         largest = add((-fall[0], -fall[1]), 1.0)
         log_largest = tl.where(gentle, log2(largest[0], -fall[0]), 0.0)
@@ -236,7 +237,7 @@ def _phi2_near_0(x):
 
 @triton.jit
 def reference_of(log_reference, a):
-    """The numbers per row that the next two functions need; ``ℓ₀`` is the logarithm of a reference probability.
+    """The numbers per row that the next three functions need; ``ℓ₀`` is the logarithm of a reference probability.
 
     Returns:
         ``ℓ₀ φ₁(-a ℓ₀)``, ``exp(a ℓ₀)`` and ``y₀ = ℓ₀² φ₂(-a ℓ₀)``.
@@ -252,8 +253,8 @@ def reference_of(log_reference, a):
 def deviation_of_y(p, u, d, a, reference):
     """``p (y - y₀)`` with ``y = ℓ² φ₂(-a ℓ)``, ``φ₂(x) = (eˣ - 1 - x) / x²``, where ``ℓ = ℓ₀ + d``.
 
-    The gradient for α depends on the differences ``y - y₀``. In a nearly flat row, subtracting would lose their digits.
-    The form ``y - y₀ = d [ℓ₀ φ₁(-a ℓ₀) φ₁(-a d) + d φ₂(-a d)]`` subtracts no nearly equal numbers.
+    The gradient for α depends on the differences ``y - y₀``. In a nearly flat row, ``y`` and ``y₀`` are nearly equal,
+    and a subtraction would lose digits. The form ``y - y₀ = d [ℓ₀ φ₁(-a ℓ₀) φ₁(-a d) + d φ₂(-a d)]`` avoids this.
     """
     x = -along(a, d) * d
     near = tl.where(tl.abs(x) < 1.0, x, 0.0)
@@ -265,10 +266,10 @@ def deviation_of_y(p, u, d, a, reference):
 
 @triton.jit
 def deviation_from_scores(x, p, u, d, row, by_a, reference):
-    """:func:`deviation_of_y` from scores and ``p``, ``u`` and ``d`` as in :func:`deviation_of_y`, without powers.
+    """The result of :func:`deviation_of_y`, computed from scores and the same ``p``, ``u`` and ``d``, without powers.
 
-    With ``w = exp(a d) = 1 + t`` it equals ``[ℓ₀ φ₁(-a ℓ₀)] (p / w) q + p q² g(t)`` where ``q = t / a`` and
-    ``g(t) = (log w - t / w) / t²``. Near 0, ``g`` is a polynomial with relative error 3.5e-8; elsewhere the formula.
+    With ``w = exp(a d) = 1 + t`` the result is ``[ℓ₀ φ₁(-a ℓ₀)] (p / w) q + p q² g(t)``, where ``q = t / a`` and
+    ``g(t) = (log w - t / w) / t²``. For ``|t| < 1/4``, a polynomial with relative error 3.5e-8 replaces ``g``.
     """
     outside = (u == 0.0) | (x == float("-inf"))
     t = tl.where(outside, 0.0, x * along(row[4], x) + along(row[5], x))
@@ -289,7 +290,7 @@ def alpha_gradient(with_log, with_y, mean_log, mean_y, by_slope, a, log_referenc
 
     ``dα = -[B + a (Y A - H B)] / U`` with the covariances ``A``, ``B`` and the means ``H``, ``Y`` of ``ℓ`` and ``y``.
     The covariances and means are numbers of one or two parts (see ``pairs``).
-    This equals the formula of :func:`kernels.reference.entmax.entmax_backward` without the terms that cancel.
+    The result equals the formula of :func:`kernels.reference.entmax.entmax_backward` without the terms that cancel.
 
     If ``y₀`` overflows, ``exp(a ℓ₀)`` is too small for a normal float32. Then the scores in the support are equal. α
     does not change their weights, so the gradient is 0.

@@ -1,6 +1,6 @@
 """Device functions that the kernels share: Newton's method for σ.
 
-``MODE``, scores and σ are those of ``family``; some functions also take σ as a single float32.
+``family`` explains ``MODE``, scores and σ. Some functions also take σ as a single float32.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
@@ -14,16 +14,16 @@ from sparse_attn.kernels.triton.family import along, place_rows, sum_of_row, wei
 from sparse_attn.kernels.triton.pairs import LN2, add, choose, difference, fast_exp2, fast_log2, single, zero
 
 SMALL = tl.constexpr(1.2e-38)  # a normal float32, whose logarithm is finite
-# From this a on, the error of the hardware's logarithm is small enough for the first steps of Newton's method.
+# For `a` of at least this value, the hardware's logarithm is exact enough for the first steps of Newton's method.
 GENTLE = tl.constexpr(0.1)
-# Errors of a row's sum: below the first, exact passes begin after one more step; below the second, the weights are
-# corrected instead of computed again.
+# Two bounds for the error of a row's sum. Below LOOSE, one more step is made, and exact passes begin. Below NEARLY, the
+# weights are corrected and not computed again.
 LOOSE, NEARLY = tl.constexpr(2.0**-7), tl.constexpr(1e-5)
 
 
 @triton.jit
 def start_of(low, size, a):
-    """Initial values: a number above σ (the root of a flat row), and an error larger than any."""
+    """Initial values: a number above σ (computed from the σ of a row of equal scores), and an infinite error."""
     x = -a * tl.log(size + 0.0 * a)
     small = tl.abs(x) < 1e-2
     rise = tl.where(small, x * (1.0 + x * (0.5 + x / 6.0)), tl.exp(tl.where(small, 0.0, x)) - 1.0)
@@ -35,17 +35,16 @@ def start_of(low, size, a):
 def step(sigma, low, high, error_before, total, slope, a, tolerance, MODE: tl.constexpr):
     """A Newton step on the norm ``(Σ p)^a = 1``.
 
-    In mode 0, bisection replaces a step that leaves the bracket, and for α > 2 also a step after one that did not halve
-    the error. For α up to 2 the iterates increase from the left, and a row has also converged when a step no longer
-    brings the sum closer to 1. For larger α the slope at the edge of the support is infinite, and only the sum or an
-    empty bracket shows convergence. At the upper end of an empty bracket many equal scores may all be outside the
-    support, so such a row ends at the lower end.
+    In mode 0, bisection replaces a step that leaves the bracket. For α > 2, bisection also replaces a step if the
+    previous step did not halve the error. For α up to 2, a row has also converged when a step no longer brings the sum
+    closer to 1. For α > 2 this rule is not used, because the slope at the edge of the support is infinite. Instead, a
+    row with an empty bracket ends at the lower end: at the upper end, many equal scores may all be outside the support.
 
     Args:
         sigma: As a single float32 or a pair, like the bracket from ``low`` to ``high``.
         low: The lower end of the bracket.
         high: The upper end of the bracket.
-        error_before: The error of the sum before the last step.
+        error_before: The error of the sum before the previous step.
         total: Σ p at σ.
         slope: Σ u at σ.
         a: One float32 per row, like the totals, slopes and errors.
@@ -53,7 +52,8 @@ def step(sigma, low, high, error_before, total, slope, a, tolerance, MODE: tl.co
         MODE: As in ``family``.
 
     Returns:
-        The next σ, the bracket, the error of the sum, and which rows have not converged: the others keep their σ.
+        The next σ, the bracket, the error of the sum, and which rows have not converged. Converged rows keep
+        their σ.
     """
     excess = total - 1.0
     error = tl.abs(excess)
@@ -104,10 +104,10 @@ def all_gentle(a):
 
 @triton.jit
 def open_after(error, still_open, total, a):
-    """Returns two masks of rows: those that need another pass, and those whose last pass a linear correction replaces.
+    """Two masks of rows: rows that need another pass, and rows for which a linear correction replaces the final pass.
 
-    The correction leaves out terms of second order. It also leaves out entries that enter the support where σ
-    decreases; up to α = 1.7 their weights are negligible.
+    The correction leaves out terms of second order. It also leaves out entries that enter the support because σ
+    decreases; up to α = 1.7 the weights of these entries are negligible.
     """
     nearly = still_open & (error <= NEARLY) & (a > 0.0) & (a <= 1.0) & ((total >= 1.0) | (a <= 0.7))
     return still_open & ~nearly, nearly
@@ -115,9 +115,9 @@ def open_after(error, still_open, total, a):
 
 @triton.jit
 def approach(x, start, size, a, empty, go):
-    """A number near σ: Newton steps with the hardware's logarithm, the last one from a sum within ``LOOSE`` of 1.
+    """A number near σ, from Newton steps with the hardware's logarithm; they end when a sum was within ``LOOSE`` of 1.
 
-    The result may lie on either side of σ. Without ``go`` the result is ``start``. For the other arguments see
+    The result can be below or above σ. Without ``go`` the result is ``start``. For the other arguments see
     :func:`solve_on_chip`.
     """
     sigma = start
@@ -181,7 +181,10 @@ def solve_on_chip(x, start, size, a, by_a, empty, tolerance, MODE: tl.constexpr)
 
 @triton.jit
 def bound_from_lanes(lanes, size, a, by_a, empty, MODE: tl.constexpr):
-    """A lower bound close to σ: the root for ``lanes`` (R, B), the largest score of each strided lane of a row."""
+    """A lower bound close to σ: σ for ``lanes`` (R, B), the largest score of each strided lane of a row.
+
+    Lane ``b`` of a row has every ``B``-th score, from score ``b`` on.
+    """
     start = zero(a, True)
     low = start
     high, error = start_of(start, size, a)

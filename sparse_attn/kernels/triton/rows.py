@@ -28,11 +28,11 @@ _OF_A_WARP = 2**10  # entries: 32 for each thread
 class Tile(NamedTuple):
     """The shape in which a program holds rows: entry ``e`` of a row is at ``(e // lanes, row, e % lanes)``.
 
-    The lanes of a row belong to as few threads as memory accesses allow, because each of these threads repeats the
-    computations per row. The entries of a lane belong to one thread.
+    Few threads share a row, because each of them repeats the computations per row. The entries of a lane belong to one
+    thread.
     """
 
-    entries: int  # of a lane
+    entries: int  # number of entries of a lane
     rows: int
     lanes: int
     warps: int

@@ -74,7 +74,7 @@ def backward_on_chip(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """A program computes the gradients of one or more rows, each read once; ``DA`` is None if α needs no gradient."""
+    """A program reads one or more rows once and computes their gradients; ``DA`` is None if α needs no gradient."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     entry = (tl.arange(0, ENTRIES)[:, None] * LANES + tl.arange(0, LANES)[None, :]).to(tl.int64)
     inside = (row < count)[None, :, None] & (entry < size)[:, None, :]

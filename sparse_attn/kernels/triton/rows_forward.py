@@ -1,7 +1,7 @@
 """Row kernels, forward: for rows held on the chip, also with only the k largest scores, and for rows read in chunks.
 
-For rows of more than 256 entries, a lower bound close to σ is computed first, from the largest scores of strided lanes
-(not for softmax).
+Except for softmax, the kernels first compute a lower bound close to σ for rows of more than 256 entries. The bound
+follows from the largest scores of strided lanes.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
@@ -60,7 +60,8 @@ def _largest_bound(order, k, bound, bit):
     """For each row, a bound that at least ``k`` entries reach, and a count.
 
     The count is ``k`` if exactly ``k`` entries reach the bound. Otherwise the count is more than ``k``, and the bound
-    is the largest possible. The bound is found bit by bit, beginning with ``bit``; ``bound`` has the higher bits.
+    is the largest possible. The bound is found bit by bit, beginning with ``bit``; the argument
+    ``bound`` contains the higher bits.
     """
     found = tl.zeros([order.shape[-2]], tl.int32) + (k + 1)
     n = 0
@@ -82,8 +83,8 @@ def _only_largest(z, k):
     bound = tl.zeros([z.shape[1]], tl.uint32)
     bit = tl.full([z.shape[1]], 0x80000000, tl.uint32)
     if z.shape[2] >= 1024:  # with fewer lanes this costs more than it saves
-        # The k-th largest of the maxima of lanes is a lower bound. Its first bits, as far as they equal those of the
-        # largest score, are also those of the bound.
+        # The k-th largest of the maxima of lanes is a lower bound. The leading bits that this lower bound and the
+        # largest score share are also the leading bits of the result.
         lanes = tl.max(order, 0)
         low, _ = _largest_bound(lanes, k, bound, bit)
         differ = low ^ tl.max(lanes, 1)

@@ -1,7 +1,7 @@
 """The arguments that all attention kernels take, grouped by what they describe.
 
-A kernel takes named tuples: Triton flattens them, so that the compiled kernel needs the same registers as with separate
-arguments. Compile-time constants stay separate, since Triton cannot read the fields of a constant.
+A kernel takes named tuples: Triton flattens them, so that the compiled kernel needs as many registers as with separate
+arguments. Compile-time constants stay separate, because Triton cannot read the fields of a constant.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Operand(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """A mask that broadcasts to the scores, or its gradient; a stride is 0 where the mask has size 1.
+    """A mask that broadcasts to the scores, or the gradient for a mask; a stride is 0 where the mask has size 1.
 
-    Without a mask all fields are None. Kernels ask whether ``start`` is None: Triton 3.6 cannot compare a tuple with
-    None if one of its fields is known at compile time, as None and 1 are.
+    Without a mask all fields are None. Kernels compare ``start`` with None, because Triton 3.6 cannot compare a tuple
+    with None if a field is known at compile time. The values None and 1 are known at compile time.
     """
 
     start: Any = None
@@ -71,7 +71,7 @@ class Inputs(NamedTuple):
     query: Operand
     key: Operand
     value: Operand
-    alpha: PerHead  # if it is empty, all heads have ``a``
+    alpha: PerHead  # if its fields are None, all heads have ``a``
     mask: Mask
     key_lengths: Tensor | None
     seed: Tensor | None  # of the dropout; None: no dropout

@@ -1,8 +1,10 @@
-"""Fused attention, backward: two passes over the tiles that have weight.
+"""Fused attention, backward: two passes over the tiles (blocks of the matrix of scores) in which a weight is not 0.
 
-The first pass computes the gradients for queries, α and a float mask, the second those for keys and values.
+The first pass computes the gradients for queries, α and a float mask, the second pass the gradients for keys and
+values.
 
-``dS = u ∘ (dP - δ)`` with ``dP = Z ∘ (dO Vᵀ)``, ``δ = dO · (Σ u Z v / Σ u)`` and the dropout multiplier ``Z``.
+``dS = u ∘ (dP - δ)`` with ``u = p^(2-α)``, ``dP = Z ∘ (dO Vᵀ)``, ``δ = dO · (Σ u Z v / Σ u)`` and the dropout
+factors ``Z``.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
@@ -26,7 +28,7 @@ from sparse_attn.kernels.triton.launch import launch
 
 @triton.jit(do_not_specialize=("lines", "size", "stride_head", "stride_line"))
 def _list_tiles(Flags, Lists, Counts, lines, size, stride_head, stride_line, stride_tile, BLOCK: tl.constexpr):
-    """List the tiles whose flags are set in one line: the key tiles of a query tile, or the reverse."""
+    """List the key tiles whose flags are set for one query tile, or the query tiles for one key tile."""
     line = tl.program_id(0).to(tl.int64)
     Flags += (line // lines) * stride_head + (line % lines) * stride_line
     Lists += line * size
@@ -43,7 +45,7 @@ class Kept(NamedTuple):
     """Tensors for both passes, and lists of the tiles with weight. The first pass writes ``delta`` for the second."""
 
     grad: Tensor  # gradient of the output
-    delta: Tensor  # δ of each row: dO · (Σ u v / Σ u)
+    delta: Tensor  # δ of each row
     statistics: Tensor  # of rows, from the forward
     lists: Tensor  # see _lists
     counts: Tensor
@@ -65,7 +67,7 @@ def backward(
     with_alpha: bool,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for query, key, value, α and a float mask; the last two are empty if they are not wanted."""
+    """Gradients for query, key, value, α and a float mask; the gradients for α and the mask are empty if not wanted."""
     plan = Plan.of(query, value)
     device, (batch, heads, queries), key_heads = query.device, query.shape[:3], key.shape[1]
     rows, (tiles_m, tiles_n) = batch * heads, flags.shape[1:]
@@ -116,7 +118,7 @@ def backward(
 
 
 def _lists(flags: Tensor) -> tuple[Tensor, Tensor]:
-    """The indices of the flags that are set along the last dimension, packed at the front, and their number."""
+    """The indices of the set flags in each row of the last dimension, packed at the front, and how many there are."""
     heads, lines, size = flags.shape
     lists = torch.empty((heads, lines, size), dtype=torch.int32, device=flags.device)
     counts = torch.empty((heads, lines), dtype=torch.int32, device=flags.device)

@@ -72,7 +72,7 @@ def _keys_sweep(
         q = load_tile(q_start, tile * BLOCK_M, inputs.query.row, inside, D, BLOCK_M, BLOCK_D, EDGE)
         do = load_tile(grad, tile * BLOCK_M, DV, inside, DV, BLOCK_M, BLOCK_DV, EDGE)
         delta = tl.load(kept.delta + row, mask=inside, other=0.0)
-        # Q Kᵀ as in the other kernels, not K Qᵀ: all kernels must round the products in the same way.
+        # Q Kᵀ is computed, not K Qᵀ: all kernels must round the products in the same way.
         z = dot(q, k.T, UPCAST, PRECISION)
         if EDGE:
             end = end_of_keys(i, queries, limit, lengths.offset, CAUSAL)
@@ -141,8 +141,8 @@ def _keys_of_member(
     count = tl.load(kept.counts + line)
     begin, stop = count * 0, count * 0
     if inputs.mask.start is None and not EXACT:
-        # All queries of the tiles at the positions from `begin` to `stop` see all of these keys. Other tiles are the
-        # first ones under a causal mask, and the last one if it is not full.
+        # All queries of the tiles at the positions from `begin` to `stop` see all of these keys. The other
+        # tiles are the first tiles under a causal mask, and the last tile if it is not full.
         seen = queries * 0
         if CAUSAL:
             seen = tl.cdiv(tl.maximum(first + BLOCK_N - 1 - lengths.offset, 0), BLOCK_M)

@@ -50,7 +50,7 @@ from sparse_attn.kernels.triton.pairs import (
 
 
 class Gradients(NamedTuple):
-    """Tensors that the pass over the queries writes; those of α and of a mask are None if they are not wanted."""
+    """Tensors that the pass over the queries writes; ``alpha`` and the fields of ``mask`` are None if not wanted."""
 
     query: Tensor
     alpha: Tensor | None
@@ -206,14 +206,14 @@ def _backward_rows(
     if EXACT:
         log_factor = placed[7]
         reference = reference_of(log_factor, each)
-        # exp(a ℓ₀) is the ratio of two factors that p and u contain. Computed otherwise, it would have another error,
-        # which all entries of the row would share, so that the error would not average out.
+        # exp(a ℓ₀) is computed as the ratio of two factors that p and u contain. Another computation would have another
+        # rounding error. All entries of the row would share this error, so it would not average out.
         reference = (reference[0], quotient(placed[2], (placed[4], 0.0)), reference[2])
     none = log_factor
     if EXACT:
         none = zero(each, True)
-    # Sums with EXACT, where ℓ is relative to ℓ₀, y to y₀, and dp = dP - δ: u; p ℓ; p y; p dp; p ℓ dp; p y dp; p. Sums
-    # without EXACT: u; u dp; p dp; p ℓ; p ℓ dp.
+    # With EXACT, these are the sums of: u; p ℓ; p y; p dp; p ℓ dp; p y dp; p. Here ℓ stands for ℓ - ℓ₀, y for y - y₀,
+    # and dp for dP - δ. Without EXACT, these are the sums of: u; u dp; p dp; p ℓ; p ℓ dp, where ℓ is log p.
     sums = (none, none, none, none, none, none, none)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     column = tl.zeros([BLOCK_M], tl.float32)
@@ -288,7 +288,7 @@ def backward_queries(
     ONE_ROW: tl.constexpr,
     ONE_COLUMN: tl.constexpr,
 ):
-    """A program computes the gradients of a tile of queries. ``second`` is ``Σ u v / Σ u`` of the forward."""
+    """A program computes the gradients of a tile of queries. ``second`` is a result of the forward: see ``Results``."""
     FINE: tl.constexpr = inputs.query.start.dtype.element_ty == tl.float32
     a = head_a(inputs, head_of_program(inputs, lengths, BLOCK_M))
     if MODE == 0 and not FINE:  # see GENTLE

@@ -1,9 +1,9 @@
 """Attention of few queries to many keys, as in decoding with a cache: the keys are split over programs.
 
-There are three steps: scores, weights and output. The first and the last split the keys over many programs. Scores are
-written to memory: for few queries this takes little time compared with reading the keys. The keys are then read only
-once, for any number of passes of the row kernel over the scores. Only values with weight are read. The sums of the
-splits are added in a fixed order.
+There are three steps: scores, weights and output. The steps for scores and for the output split the keys over many
+programs. Scores are written to memory: for few queries this takes little time compared with reading the keys. The keys
+are then read only once, for any number of passes of the row kernel over the scores. Only values with weight are read.
+The sums of the splits are added in a fixed order.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"

@@ -18,8 +18,8 @@ from sparse_attn.kernels.triton.attention.forward_short import forward_short
 from sparse_attn.kernels.triton.attention.plan import Plan, kept, shared_memory, statistics_of
 from sparse_attn.kernels.triton.launch import launch
 
-# Errors of a row's sum, for float32 and for half precision. If the error is below the first number, one last step
-# follows; below the second, none is needed.
+# Two bounds for the error of a row's sum, for float32 and for half precision. If the error is below the first bound,
+# one last Newton step follows; below the second bound, no step follows.
 _EXACT, _LOOSE = (2.4e-7, 2.4e-7), (2.0**-10, 2.0**-12)
 
 
@@ -27,7 +27,7 @@ class Results(NamedTuple):
     """Tensors that a forward kernel writes; those for the backward are None if no backward follows."""
 
     output: Tensor
-    second: Tensor | None  # Σ u v / Σ u, for the backward
+    second: Tensor | None  # Σ u v / Σ u, for the backward; in the first sum, dropout scales u
     statistics: Tensor | None  # numbers per row from which the backward recomputes the weights
     flags: Tensor | None  # 1 for tiles of scores that have weight, for the backward
     sweeps: Tensor | None = None  # how many times Newton's method passed over the keys, per program; for measurements

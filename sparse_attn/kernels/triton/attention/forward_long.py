@@ -1,9 +1,9 @@
 """Fused attention for many keys, forward: scores and weights are never written to memory.
 
-A program computes a tile of queries of one head and passes over the keys several times: once for the largest score of
-each strided lane, from which follows a lower bound close to σ; a few times with Newton's method; and once for the
-output. There is a list of the key tiles that may have weight; for α up to 2, each pass can remove tiles from it. The
-last pass marks the tiles that have weight, for the backward.
+A program computes a tile of queries of one head and passes over the keys several times: once to find the largest
+score of each strided lane (every ``BLOCK_N``-th key), from which a lower bound close to σ follows; a few times for
+Newton's method; and once for the output. There is a list of the key tiles that may have weight; for α up to 2, each
+Newton pass can remove tiles from this list. The output pass marks the tiles that have weight, for the backward.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
@@ -55,10 +55,10 @@ def _largest_sweep(
     BLOCK_N: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Find the largest products of lanes and rows; store how near each tile comes to the largest of its rows so far.
+    """Find the largest product of each lane and row; store how near each tile comes to the largest of a row so far.
 
-    The last tiles come first: under a causal mask, and where scores fall with the distance, they often have the largest
-    products, with which the products of the other tiles are then compared.
+    The last tiles are visited first: under a causal mask, and where scores fall with the distance, they often have the
+    largest products. The products of the other tiles are then compared with these.
     """
     for t in range(0, stop - begin):
         tile = stop - 1 - t
@@ -75,7 +75,7 @@ def _largest_sweep(
 
 @triton.jit
 def _list_near(listed, begin, stop, distance):
-    """List, from ``begin`` on, the tiles that ``_largest_sweep`` found nearer than a distance. Returns their number."""
+    """List, from ``begin`` on, the tiles that ``_largest_sweep`` found nearer than ``distance``; return how many."""
     BLOCK: tl.constexpr = 128
     kept = begin * 0
     for first in range(begin, stop, BLOCK):
@@ -126,7 +126,7 @@ def _newton_sweep(
         inside = first + tl.arange(0, BLOCK_N) < limit
         _, z = products(q, k_start, first, i, end, inside, inputs, n, h, UPCAST, PRECISION, D, BLOCK_D, BLOCK_N, EDGE)
         p, u, _ = weights(z, row, a, inputs.scale, MODE, FINE, EXACT, False)
-        if EXACT:  # these weights need the registers of the accumulators
+        if EXACT:  # exact weights leave too few registers for accumulators (M, N)
             totals = add(totals, tl.sum(p, 1))
             slopes = add(slopes, tl.sum(u, 1))
         else:
@@ -134,8 +134,8 @@ def _newton_sweep(
             slopes += u
         # The list is packed in place: the write position never passes the read position.
         tl.store(listed + kept, tile)
-        # For α up to 2, σ only increases from its lower bound: a tile without weight has none in later passes. Rows of
-        # NaN count as weight.
+        # For α up to 2, σ only increases: a tile without weight will have no weight in later passes. NaN counts as
+        # weight.
         kept += tl.max((tl.max(u, 1) != 0.0).to(tl.int32) | (a > 1.0).to(tl.int32), 0)
     return totals, slopes, kept
 
@@ -256,11 +256,11 @@ def _forward_rows(
     low = bound(lanes, top, keys, a, inputs.scale, MODE, FINE, EXACT)
     sigma = low
     high, error = start_of(low, keys, each)
-    # A product this far below the row's largest has no weight; the number is negative.
+    # A product has no weight if the product minus the largest of its row is at most this negative number.
     distance = (single(low) - 1.0 / each) / inputs.scale - 1e-5 * tl.abs(top)
     distance = tl.where(each <= 0.0, float("-inf"), distance)
     distance = tl.min(tl.where(top == float("-inf"), float("inf"), distance), 0)
-    # If a row is not valid, all tiles are kept, so that all gradients from this row become NaN: nothing is below NaN.
+    # If a row is not valid, all gradients from this row must become NaN. So all tiles are kept: no number is below NaN.
     distance = tl.where(any_of(broken | (top == float("inf"))), float("nan"), distance)
     tl.debug_barrier()
     # Tiles that all queries see completely are listed from 0 on, the others from `first_edge` on.

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 LARGEST_HEAD = 256
-# Largest number of keys whose scores stay on the chip. Smaller for float32: without TF32 there are no matrix units for
-# it, and operands need registers. With more keys, the kernel for few keys takes about 190 instructions for each score,
-# the kernel for many keys about 51.
+# Largest number of keys whose scores stay on the chip. The number for float32 is smaller: without TF32, no matrix units
+# compute float32 products, and the operands need registers. With more keys, the kernel for few keys would take about
+# 190 instructions for each score, but the kernel for many keys takes about 51.
 SHORT, SHORT_IN_FLOAT32 = 128, 32
 _ON_CHIP_SCORES = 2**13
 _LARGE_SHARED_MEMORY = 128 * 1024  # compute capabilities 8.0 and 9.0 have more; 8.6, 8.9 and 12.0 have 99 KiB

@@ -16,8 +16,8 @@ from sparse_attn.kernels.triton.pairs import INTERPRETED, single
 def queries_of_program(inputs, lengths, BLOCK_M: tl.constexpr, AGAIN: tl.constexpr = False):
     """The tile of queries that a program computes; the last tiles, with most work under a causal mask, come first.
 
-    With ``AGAIN`` the results are the same, but the compiler computes them anew and does not keep them since an earlier
-    call: the loops between the two calls need all registers.
+    With ``AGAIN`` the results are the same, but the program computes them again. Otherwise the compiler would keep the
+    results of the earlier call in registers, and the loops between the two calls need all registers.
 
     Returns:
         The number of tiles per head, the tile, the index of the pair of batch entry and head, the batch entry, the
@@ -53,7 +53,7 @@ def of_mask(mask, n, h):
 
 @triton.jit
 def head_a(inputs, h):
-    """``a = α - 1`` of a head, never exactly 0; 1 is subtracted from a tensor of α in float64."""
+    """``a = α - 1`` of a head, never exactly 0. If α is a tensor, 1 is subtracted in float64."""
     if inputs.alpha.start is None:
         a = inputs.a + tl.zeros([1], tl.float32)
     else:
@@ -64,7 +64,7 @@ def head_a(inputs, h):
 
 @triton.jit
 def keys_of(inputs, lengths, n, CAUSAL: tl.constexpr):
-    """How many keys, counted from the first, the queries of a batch entry can see, apart from masks."""
+    """How many keys, counted from the first, the queries of a batch entry can see without a mask tensor."""
     limit = inputs.keys
     if inputs.key_lengths is not None:
         limit = tl.minimum(limit, tl.load(inputs.key_lengths + n).to(tl.int32))
@@ -103,7 +103,7 @@ def dot(x, y, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def end_of_keys(i, queries, limit, offset, CAUSAL: tl.constexpr):
-    """How many keys each of the queries ``i`` sees, apart from masks; 0 beyond the last query."""
+    """How many keys each of the queries ``i`` sees without a mask tensor; 0 beyond the last query."""
     end = tl.zeros_like(i) + limit
     if CAUSAL:
         end = tl.minimum(end, i + offset + 1)
@@ -114,8 +114,8 @@ def end_of_keys(i, queries, limit, offset, CAUSAL: tl.constexpr):
 def hide(product, i, j, end, inputs, n, h):
     """Products (M, N) with ``-inf`` where a query does not see a key; a float mask, divided by the scale, is added.
 
-    All kernels apply masks with this function, so that their products are the same: an entry at the edge of the support
-    must be inside it in all kernels, or outside it in all.
+    All kernels apply masks with this function, so that their products are the same. An entry at the edge of the support
+    must not be inside the support in one kernel and outside in another.
     """
     seen = j < end
     if inputs.mask.start is not None:
@@ -164,8 +164,8 @@ def products(
 def whole_tiles(inputs, lengths, limit, first, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr):
     """How many tiles of keys, counted from the first, all queries from ``first`` on see completely.
 
-    The result is 0 under a mask and with ``EXACT``: separate loops for these tiles would
-    gain little there and take long to compile.
+    The result is 0 under a mask and with ``EXACT``: separate loops for these tiles would gain little there and
+    take long to compile.
     """
     if inputs.mask.start is not None or EXACT:
         return limit * 0
@@ -195,7 +195,7 @@ def load_tile(
 def dropout(inputs, head, i, first, queries, KEYS: tl.constexpr):
     """Dropout factors (M, KEYS) of the weights of the queries ``i`` (M,) and the keys from ``first`` on.
 
-    They depend only on seed and position: all kernels get the same factors.
+    The factors depend only on seed and position: all kernels get the same factors.
     """
     return multiplier(inputs.seed, head, i, first, queries, inputs.keys, inputs.dropout_p, inputs.kept_scale, KEYS)
 

@@ -1,16 +1,16 @@
 """Weights of attention and σ from the products of queries and keys, and sums for the gradient for α.
 
-A product costs few instructions; everything else is computed once per row.
+For each product, only a few instructions are needed; the other computations are needed once per row.
 
 With ``a = α - 1``, ``w = 1 + a (s - σ)`` and ``s = scale · product``, a weight is ``p = [w]₊^(1/a)``, and the backward
-needs ``u = p^(2-α) = [w]₊^(1/a - 1)``. Since ``w`` is an affine function of the product, it costs one fused
+needs ``u = p^(2-α) = [w]₊^(1/a - 1)``. Since ``w`` is an affine function of the product, ``w`` costs one fused
 multiply-add with two numbers per row. For α = 1.5 these numbers contain the normalisation, too, and then ``p = w²`` and
 ``u = w``. For α = 2, ``p = w`` and ``u = 1`` on the support. For any other α the hardware's logarithm and power are
 used. Their error is about 2e-7 / a, relative to a weight. So for ``a`` below ``GENTLE``, and in float32, ``EXACT`` code
 takes over: the code of ``family``, whose logarithm is a polynomial.
 
-``MODE`` is that of ``family``. ``FINE`` is set for float32: then ``w`` has the error of its own last digit, not of the
-score's.
+``family`` explains ``MODE``. ``FINE`` is set for float32: then the rounding error of ``w`` is in the last digit of
+``w``, not in the last digit of the score.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
@@ -36,9 +36,9 @@ from sparse_attn.kernels.triton.pairs import (
 )
 
 # Below this `a`, the logarithm is computed by a polynomial. α is data, so kernels for half precision contain both
-# variants, and the α of a head decides which one runs. The branch is written in each kernel: a helper that calls one of
-# two functions would take their arguments as a tuple, and Triton's tuples cannot contain strings, such as the precision
-# of products.
+# variants, and the α of a head decides which variant runs. The branch is written in each kernel: a helper that calls
+# one of two functions would take their arguments as a tuple, and Triton's tuples cannot contain strings, such as the
+# precision of products.
 GENTLE = tl.constexpr(0.1)
 
 
@@ -56,7 +56,8 @@ def place(top, sigma, total, a, scale, MODE: tl.constexpr, EXACT: tl.constexpr):
         top: The largest product of each row; ``-inf`` for a row without a visible key, whose weights are all 0.
         sigma: σ relative to the largest score, ``scale · top``: a pair with ``EXACT`` and for float32 inputs, else one
             float32.
-        total: The sum of the weights, by which they are divided; None for 1. In mode 0 it is None: see :func:`divided`.
+        total: The sum by which the weights are divided; None for 1. In mode 0, ``total`` is None, and
+            :func:`divided` divides.
         a: One number per row.
         scale: Factor of the scores, above 0.
         MODE: As in ``family``.
@@ -78,7 +79,7 @@ def place(top, sigma, total, a, scale, MODE: tl.constexpr, EXACT: tl.constexpr):
         if MODE == 1 and total is not None:
             by_root = 1.0 / tl.sqrt(total)
             rise = rise * by_root
-        # `high` is computed from the rounded slope: the rounding does not change the weight of the largest score.
+        # `high` is computed from the rounded `rise`: the rounding does not change the weight of the largest score.
         if len(sigma) == 1:
             rest = 1.0 - a * sigma[0]
             if MODE == 1 and total is not None:
@@ -129,8 +130,8 @@ def divided(row, total, a, EXACT: tl.constexpr):
 def weights(z, row, a, scale, MODE: tl.constexpr, FINE: tl.constexpr, EXACT: tl.constexpr, NORMALISED: tl.constexpr):
     """``p``, ``u`` and, in mode 0, log2 of the base of the power.
 
-    ``z`` (M, N) are products, ``-inf`` where a query does not see a key. ``row`` is the result of :func:`place`, ``a``
-    one number for all rows (1,). With ``NORMALISED``, ``row`` divides the weights by their sum.
+    ``z`` (M, N) are products, ``-inf`` where a query does not see a key. ``row`` is the result of :func:`place`;
+    ``a`` (1,) is one number for all rows. With ``NORMALISED``, ``row`` divides the weights by their sum.
     """
     if EXACT:
         exponent = single(add(inverse(per_row(a, z.shape[0])), -1.0))
@@ -223,7 +224,10 @@ def solve(
 
 @triton.jit
 def bound(lanes, top, size, a, scale, MODE: tl.constexpr, FINE: tl.constexpr, EXACT: tl.constexpr):
-    """A lower bound close to σ: the root for ``lanes`` (M, N), the largest product of each strided lane of a row."""
+    """A lower bound close to σ: σ for ``lanes`` (M, N), the largest product of each strided lane of a row.
+
+    Lane ``n`` of a row has every ``N``-th product, from product ``n`` on.
+    """
     start = zero(per_row(a, lanes.shape[0]), FINE or EXACT)
     _, low = solve(lanes, top, start, size, a, scale, 1e-3, MODE, FINE, EXACT)
     return below(low)
@@ -231,5 +235,5 @@ def bound(lanes, top, size, a, scale, MODE: tl.constexpr, FINE: tl.constexpr, EX
 
 @triton.jit
 def any_of(rows):
-    """Whether a statement (M,) is true of any row."""
+    """Whether a statement (M,) is true of at least one row."""
     return tl.max(rows.to(tl.int32), 0) > 0
