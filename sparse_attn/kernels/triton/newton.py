@@ -14,7 +14,8 @@ from sparse_attn.kernels.triton.family import along, place_rows, sum_of_row, wei
 from sparse_attn.kernels.triton.pairs import LN2, add, choose, difference, fast_exp2, fast_log2, single, zero
 
 SMALL = tl.constexpr(1.2e-38)  # a normal float32, whose logarithm is finite
-# For `a` of at least this value, the hardware's logarithm is exact enough for the first steps of Newton's method.
+# For `a` of at least this value, the hardware's logarithm is exact enough for the first steps of Newton's method, and
+# in half precision also for the weights of attention.
 GENTLE = tl.constexpr(0.1)
 # Two bounds for the error of a row's sum. Below LOOSE, one more step is made, and exact passes begin. Below NEARLY, the
 # weights are corrected and not computed again.

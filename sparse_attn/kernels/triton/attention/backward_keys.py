@@ -18,7 +18,8 @@ from sparse_attn.kernels.triton.attention.tiles import (
     load_tile,
     of_head,
 )
-from sparse_attn.kernels.triton.attention.weights import GENTLE, weights
+from sparse_attn.kernels.triton.attention.weights import weights
+from sparse_attn.kernels.triton.newton import GENTLE
 
 
 @triton.jit
@@ -199,7 +200,7 @@ def backward_keys(
     for member in range(0, inputs.group):
         h = key_head * inputs.group + member
         a = head_a(inputs, h)
-        if MODE == 0 and not FINE:  # see GENTLE
+        if MODE == 0 and not FINE:  # see newton.GENTLE
             if tl.max(a, 0) < GENTLE:
                 dk, dvalue = _keys_of_member(
                     *(k, v, kept, dk, dvalue, a, tile_n, limit, inputs, lengths, n, h, CAUSAL, MODE, UPCAST),

@@ -28,7 +28,6 @@ from sparse_attn.kernels.triton.attention.tiles import (
     whole_tiles,
 )
 from sparse_attn.kernels.triton.attention.weights import (
-    GENTLE,
     alpha_gradient_of_sums,
     log_weights,
     per_row,
@@ -36,6 +35,7 @@ from sparse_attn.kernels.triton.attention.weights import (
     weights,
 )
 from sparse_attn.kernels.triton.family import alpha_gradient, deviation_from_scores, reference_of
+from sparse_attn.kernels.triton.newton import GENTLE
 from sparse_attn.kernels.triton.pairs import (
     add,
     inverse,
@@ -291,7 +291,7 @@ def backward_queries(
     """A program computes the gradients of a tile of queries. ``second`` is a result of the forward: see ``Results``."""
     FINE: tl.constexpr = inputs.query.start.dtype.element_ty == tl.float32
     a = head_a(inputs, head_of_program(inputs, lengths, BLOCK_M))
-    if MODE == 0 and not FINE:  # see GENTLE
+    if MODE == 0 and not FINE:  # see newton.GENTLE
         if tl.max(a, 0) < GENTLE:
             _backward_rows(
                 *(inputs, lengths, kept, second, gradients, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV),

@@ -28,8 +28,8 @@ from sparse_attn.kernels.triton.attention.tiles import (
     store_rows,
     whole_tiles,
 )
-from sparse_attn.kernels.triton.attention.weights import GENTLE, any_of, bound, per_row, place, weights
-from sparse_attn.kernels.triton.newton import start_of, step
+from sparse_attn.kernels.triton.attention.weights import any_of, bound, per_row, place, weights
+from sparse_attn.kernels.triton.newton import GENTLE, start_of, step
 from sparse_attn.kernels.triton.pairs import add, single, zero
 
 
@@ -354,7 +354,7 @@ def forward_long(
     """A program computes a tile of queries; it uses its line of ``tiles`` for the list of key tiles."""
     FINE: tl.constexpr = inputs.query.start.dtype.element_ty == tl.float32
     a = head_a(inputs, head_of_program(inputs, lengths, BLOCK_M))
-    if MODE == 0 and not FINE:  # see GENTLE
+    if MODE == 0 and not FINE:  # see newton.GENTLE
         if tl.max(a, 0) < GENTLE:
             _forward_rows(
                 *(inputs, lengths, results, tiles, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),

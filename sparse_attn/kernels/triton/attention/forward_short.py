@@ -24,7 +24,8 @@ from sparse_attn.kernels.triton.attention.tiles import (
     queries_of_program,
     store_rows,
 )
-from sparse_attn.kernels.triton.attention.weights import GENTLE, bound, per_row, place, solve, weights
+from sparse_attn.kernels.triton.attention.weights import bound, per_row, place, solve, weights
+from sparse_attn.kernels.triton.newton import GENTLE
 from sparse_attn.kernels.triton.pairs import zero
 
 
@@ -114,7 +115,7 @@ def forward_short(
     """A program computes a tile of queries. The backward uses tiles of ``BACKWARD_M`` queries and ``BLOCK_N`` keys."""
     FINE: tl.constexpr = inputs.query.start.dtype.element_ty == tl.float32
     a = head_a(inputs, head_of_program(inputs, lengths, BLOCK_M))
-    if MODE == 0 and not FINE:  # see GENTLE
+    if MODE == 0 and not FINE:  # see newton.GENTLE
         if tl.max(a, 0) < GENTLE:
             _short_rows(
                 *(inputs, lengths, results, a, CAUSAL, MODE, UPCAST, PRECISION, D, DV, BLOCK_D, BLOCK_DV),

@@ -7,7 +7,10 @@ needs ``u = p^(2-α) = [w]₊^(1/a - 1)``. Since ``w`` is an affine function of 
 multiply-add with two numbers per row. For α = 1.5 these numbers contain the normalisation, too, and then ``p = w²`` and
 ``u = w``. For α = 2, ``p = w`` and ``u = 1`` on the support. For any other α the hardware's logarithm and power are
 used. Their error is about 2e-7 / a, relative to a weight. So for ``a`` below ``GENTLE``, and in float32, ``EXACT`` code
-takes over: the code of ``family``, whose logarithm is a polynomial.
+takes over: the code of ``family``, whose logarithm is a polynomial. α is data, so kernels for half precision contain
+both variants, and the α of a head decides which variant runs. The branch is written in each kernel: a helper that calls
+one of two functions would take their arguments as a tuple, and Triton's tuples cannot contain strings, such as the
+precision of products.
 
 ``family`` explains ``MODE``. ``FINE`` is set for float32: then the rounding error of ``w`` is in the last digit of
 ``w``, not in the last digit of the score.
@@ -34,12 +37,6 @@ from sparse_attn.kernels.triton.pairs import (
     times,
     zero,
 )
-
-# Below this `a`, the logarithm is computed by a polynomial. α is data, so kernels for half precision contain both
-# variants, and the α of a head decides which variant runs. The branch is written in each kernel: a helper that calls
-# one of two functions would take their arguments as a tuple, and Triton's tuples cannot contain strings, such as the
-# precision of products.
-GENTLE = tl.constexpr(0.1)
 
 
 @triton.jit
