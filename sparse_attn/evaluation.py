@@ -20,7 +20,7 @@ from sparse_attn.swap import replaced_for_a_while
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Alpha = dict[str, list[float]]  # α of each head, by layer name
-# By layer name, (C, H): C values of α for each of the H heads, ascending along C.
+# By layer name, (C, H): for each of the H heads, C values of α in ascending order.
 Candidates = dict[str, list[list[float]]]
 
 
@@ -114,7 +114,7 @@ class SavedPasses:
 
 
 def _read_passes(file: Path, call: dict[str, Any]) -> tuple[dict[str, Any], list[Result]]:
-    """The call that wrote a file, with the same keys as ``call``, and the results of its passes."""
+    """The arguments of the call that wrote a file (they have the keys of ``call``), and the results of its passes."""
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
         earlier, passes = dict(saved["call"]), [Result(**one) for one in saved["passes"]]

@@ -1,6 +1,6 @@
 """Chooses the implementation of an attention call, and reshapes the tensors for it.
 
-Only ``direct`` chooses before this module: calls whose tensors the C kernel takes as they are.
+Before this module, only ``direct`` chooses: it runs the calls whose tensors the C kernel takes as they are.
 
 fused        `functions.fused`: Triton kernels, no tensor of scores
 native       `functions.native`: a C kernel for CPUs, no tensor of scores
@@ -61,7 +61,7 @@ class Call(NamedTuple):
 def choose_attention(call: Call) -> Callable[[Call], Tensor | None] | None:
     """The function that computes the output (..., H, L, Dv) of a call without weights.
 
-    None, or None as the function's result: use one matrix.
+    If the choice is one matrix, None is returned, or a function that returns None.
     """
     if _is_native(call):
         return _native
@@ -210,7 +210,7 @@ def _in_heads(call: Call) -> _Heads:
 
 
 def _fused(call: Call) -> Tensor | None:
-    """Attention by the fused kernels; by torch for the number α = 1. If a kernel fails: in blocks, or None."""
+    """Attention by the fused kernels, or by torch if α is the number 1. If a kernel fails: in blocks, or None."""
     q, k, v, alpha, mask, (left, offset), shape = _in_heads(call)
     padding = mask
     if left is not None:

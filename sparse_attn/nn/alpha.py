@@ -16,7 +16,7 @@ from sparse_attn.nn.alpha_range import MARGIN, bounded_alpha, check_alpha_range,
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# A share of the range: how far past a bound a loaded α may lie if the checkpoint does not record the range.
+# A loaded α may lie past a bound by this share of the range if the checkpoint does not record the range.
 _CARRIED = 0.5
 # The range that a checkpoint records for a fixed α.
 _ANY = (0.0, math.inf)
@@ -148,8 +148,8 @@ class WideAlpha(nn.Module):
         elif isinstance(state_dict[key], Tensor):
             current, saved_range = self.alpha_as_tensor().detach(), local_metadata.get("alpha_range")
             if saved_range not in (None, _ANY) and not self._has_range(saved_range):
-                # A parameter past a bound stands for α on the bound. Unclamped, the number would be another α in a
-                # module with another range or with a fixed α.
+                # A parameter past a bound stands for α on the bound. In a module with another range, or with a fixed
+                # α, the number itself would be a different α, so it is clamped to the saved range.
                 raw = state_dict[key].detach()
                 state_dict[key] = torch.where(raw.isfinite(), raw.clamp(*saved_range), raw)
             error = self._misfit(key, state_dict[key], saved_range)

@@ -120,8 +120,8 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             device,
             dtype,
         )
-        # False keeps nn.TransformerEncoderLayer from calling its fused softmax kernel in eval mode instead of this
-        # forward. So this attribute does not say which projections exist: code here tests `in_proj_weight` for that.
+        # With False, nn.TransformerEncoderLayer calls this class's forward in eval mode, not its own fused softmax
+        # kernel. The attribute therefore does not say which projections exist: this class tests `in_proj_weight`.
         self._qkv_same_embed_dim = False
         factory: Any = {"device": device, "dtype": dtype}
         self.num_kv_heads = num_kv_heads

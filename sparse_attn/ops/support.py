@@ -76,7 +76,7 @@ def tau(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
     empty = largest == 0
     a = alpha - 1
     # The largest entry is always in the support, so its probability determines τ.
-    # This is largest ** a, by exp and log: of a power with exponent 0, torch takes all second derivatives as zero.
+    # largest ** a is computed by exp and log: torch's own power has second derivatives of zero if the exponent is 0.
     power = torch.exp(a * torch.where(empty, 1.0, largest).log())
     threshold = a * torch.where(empty, 0.0, top) - power
     return torch.where(empty, math.inf, threshold).to(dtype)

@@ -105,9 +105,9 @@ def learns_alpha(name: str | None) -> bool:
 
 def calls_interface(module: nn.Module) -> bool:
     """Whether a module calls the attention function selected by ``attn_implementation``."""
-    # All such modules use the name ALL_ATTENTION_FUNCTIONS, and transformers itself searches for it (in
-    # `PreTrainedModel._can_set_attn_implementation`). The class's forward is read, since accelerate sets another one
-    # on the instance.
+    # The forward of every such module contains the name ALL_ATTENTION_FUNCTIONS; transformers itself searches for this
+    # name (in `PreTrainedModel._can_set_attn_implementation`). The forward of the class is read, since accelerate
+    # replaces the forward of the instance.
     forward = inspect.unwrap(type(module).forward)
     return hasattr(forward, "__code__") and "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
 
@@ -303,7 +303,7 @@ def _fixed_mapping(alpha: float | None, k: int | None) -> ScoreMapping:
 def _check_name(name: str, taken: dict[str, Any]) -> None:
     if not isinstance(name, str):
         raise TypeError(f"name must be a str, got {type(name).__name__}")
-    # transformers searches for these words within names.
+    # transformers treats every name that contains one of these words as the attention of that name.
     reserved = any(word in name for word in ("eager", "sdpa", "flash", "flex"))
     if not name.isidentifier() or reserved or (name in taken and name not in _registered):
         raise ValueError(

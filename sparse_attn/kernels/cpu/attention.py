@@ -104,12 +104,12 @@ def _kept_per_query(keys: int) -> int:
 
 
 def _least(x: int, y: int) -> int:
-    """``min``, also of the symbols of a traced call: a branch on them would limit a graph to some of the lengths."""
+    """The smaller number. In a traced call these are symbols, and a branch would limit the graph to some lengths."""
     return min(x, y) if type(x) is type(y) is int else torch.sym_min(x, y)
 
 
 def _most(x: int, y: int) -> int:
-    """``max``, likewise."""
+    """The larger number; see :func:`_least`."""
     return max(x, y) if type(x) is type(y) is int else torch.sym_max(x, y)
 
 

@@ -104,8 +104,8 @@ def _entropy_slope_in_blocks(p: Tensor, a: Tensor) -> Tensor:
 def _where_there_is_weight(p: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """The arguments without the columns in which ``p`` is 0 in every row: in a vocabulary, these are nearly all.
 
-    The arguments themselves if ``p`` is not on a CPU, if its values are unknown, or if less than half of the columns
-    could be left out.
+    The arguments are returned unchanged if ``p`` is not on a CPU, if the values of ``p`` are unknown, or if less than
+    half of the columns could be left out.
     """
     # Reading values would break a trace, or make the host wait for a device.
     if p.device.type != "cpu" or not values_known(p):

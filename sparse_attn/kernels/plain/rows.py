@@ -81,7 +81,7 @@ def _probabilities(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
     error_before: float | Tensor = math.inf
     for _ in range(_MAX_SWEEPS):
         total, largest = _write(p, scores, top, a, sigma, rows, buffers)
-        # After the division, no entry is off by more than |Σ p - 1| max p. Here max p counts as at least 0.1.
+        # After the division, the error of every entry is at most |Σ p - 1| max p. A max p below 0.1 counts as 0.1.
         error = (total - 1).abs_() * largest.clamp(min=0.1)
         late = _where((error > torch.finfo(p.dtype).eps) & (error < error_before))
         if not len(late):
