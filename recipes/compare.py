@@ -156,11 +156,17 @@ def _metrics(asked: Any, runs: Sequence[FinishedRun]) -> list[str]:
     if not metrics:
         raise ValueError("metrics must hold at least one metric, or be null, got []")
     for name in metrics:
-        check_choice("metrics", name, list(METRICS))
+        if name.partition("/")[0] not in METRICS:
+            raise ValueError(
+                f"metrics must be one of {', '.join(METRICS)}, or one of these for a group, such as wer/hun, "
+                f"got {name!r}"
+            )
         for run in runs:
             if f"test/{name}" not in run.results:
                 there = ", ".join(
-                    key.removeprefix("test/") for key in run.results if key.removeprefix("test/") in METRICS
+                    key.removeprefix("test/")
+                    for key in run.results
+                    if key.removeprefix("test/").partition("/")[0] in METRICS
                 )
                 raise ValueError(f"metrics must be in the results of all runs, got {name!r}; {run.folder} has {there}")
     return metrics
@@ -225,7 +231,11 @@ def add_differences(settings: Sequence[Setting], baseline: str, metrics: Sequenc
 
 
 def _difference(base: Setting, setting: Setting, metric: str, samples: int) -> Difference | None:
-    tables = [[read_predictions(run.folder / PREDICTIONS) for run in side.runs] for side in (base, setting)]
+    metric, _, group = metric.partition("/")
+    tables = [
+        [[one for one in read_predictions(run.folder / PREDICTIONS) if group in ("", one.group)] for run in side.runs]
+        for side in (base, setting)
+    ]
     first = tables[0][0]
     for table in (*tables[0], *tables[1]):
         if [one.source for one in table] != [one.source for one in first]:

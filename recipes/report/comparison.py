@@ -46,7 +46,9 @@ def render(settings: Sequence[Setting], metrics: Sequence[str], form: str, notes
     compared = [name for name in metrics if any(name in setting.differences for setting in settings)]
     header = ["setting", "runs"]
     for name in metrics:
-        header += [METRICS[name].label, *([f"Δ {METRICS[name].label}", "p"] if name in compared else [])]
+        metric, _, group = name.partition("/")  # such as wer/hun
+        label = f"{METRICS[metric].label} {group}".rstrip()
+        header += [label, *([f"Δ {label}", "p"] if name in compared else [])]
     rows = [_row(setting, metrics, compared) for setting in settings]
     if form == "markdown":
         return _markdown(header, rows, notes)

@@ -175,11 +175,28 @@ def test_the_table_has_the_metrics_that_all_runs_share(run, tmp_path, capsys):
     assert "the runs must have a metric in common" in refused(capsys, f"sweep={tmp_path / 'sweep'}")
 
 
+def test_a_metric_of_one_group_is_compared_on_the_words_of_this_group(run, tmp_path, capsys):
+    for number, attention, right in ((0, "softmax", 10), (1, "adaptive", 30)):
+        folder = run(number, attention, 0, right)
+        lines = (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()
+        # Words 0 to 19 are in group x1, the others in group x2.
+        grouped = [lines[0], *(f"{line}x{1 + (index >= 20)}" for index, line in enumerate(lines[1:]))]
+        (folder / PREDICTIONS).write_text("\n".join(grouped) + "\n", encoding="utf-8")
+        results = {"test/wer": 75.0, "test/wer/x1": 100.0 * max(0, 20 - right) / 20, "test/wer/x2": 0.0}
+        (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    given = [f"sweep={tmp_path / 'sweep'}", "metrics=[wer/x1]", "baseline=model.attention=softmax"]
+    text = printed(capsys, *given)
+    assert "WER % x1" in text and "Δ WER % x1" in text and "50.00" in text and "-50.00 [" in text
+    assert "metrics must be in the results of all runs, got 'wer/x9'" in refused(capsys, given[0], "metrics=[wer/x9]")
+
+
 def test_invalid_input_raises_an_error(sweep, tmp_path, capsys):
     given = f"sweep={sweep}"
     assert refused(capsys, given, "format=html") == "format must be one of text, markdown, latex, csv, got 'html'"
     allowed = "per, wer, accuracy, edit_distance, bleu, chrf"
-    assert refused(capsys, given, "metrics=[ter]") == f"metrics must be one of {allowed}, got 'ter'"
+    assert refused(capsys, given, "metrics=[ter]") == (
+        f"metrics must be one of {allowed}, or one of these for a group, such as wer/hun, got 'ter'"
+    )
     assert "metrics must be in the results of all runs, got 'bleu'; " in refused(capsys, given, "metrics=[bleu]")
     assert refused(capsys, given, "baseline=model.attention=soft") == (
         "baseline must be of model.attention=softmax|adaptive, got 'model.attention=soft'"
