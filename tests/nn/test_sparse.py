@@ -78,7 +78,9 @@ def test_a_parameter_is_learnt_and_a_tensor_is_a_buffer() -> None:
 @pytest.mark.parametrize(
     ("arguments", "shape"), [({"k": 3}, ()), ({"alpha": 1.25}, ()), ({"k": 3, "alpha": torch.full((H,), 1.25)}, (H,))]
 )
-def test_alpha_is_learnt_from_no_value_a_number_or_a_tensor(arguments: dict[str, Any], shape: tuple[int, ...]) -> None:
+def test_a_learnt_alpha_starts_at_one_or_at_the_given_number_or_tensor(
+    arguments: dict[str, Any], shape: tuple[int, ...]
+) -> None:
     attention = SparseAttention(**arguments, learn_alpha=True)
     (alpha,) = attention.parameters()
     assert alpha.shape == shape and set(alpha.flatten().tolist()) == {1.25 if "alpha" in arguments else 1.0}

@@ -25,8 +25,8 @@ BACKENDS = [name for name in ("compiled", "torch") if not backends()[name].start
 N, H, HK, D, DV = 2, 6, 2, 5, 3
 CAP = 0.7  # below the size of most scores, so that the cap has an effect
 OPTIONS = [{"softcap": CAP}, {"sinks": True}, {"softcap": CAP, "sinks": True}]
-# Large calls are computed in blocks, with two exceptions: the C kernel computes calls without a soft-cap, and
-# one matrix those with both a soft-cap and sinks.
+# Large calls are computed in blocks, with two exceptions. On the compiled backend, the C kernel computes calls without a
+# soft-cap. Calls with both a soft-cap and sinks are computed with one matrix.
 SIZES = {"small": (7, 11), "large": (521, 523)}
 
 
