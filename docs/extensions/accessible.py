@@ -12,7 +12,7 @@ _PARAMETERS = re.compile(r"<dl>\s*((?:<dd><em class=\"sig-param\">.*?</dd>\s*)+)
 
 
 def corrected(html: str) -> str:
-    """The HTML with levels for captions, keyboard focus for scrolling parts, and signatures that are not lists."""
+    """The HTML with a heading level for captions and keyboard focus for scrolling parts; no signature is a list."""
     html = html.replace('role="heading"><span class="caption', 'role="heading" aria-level="2"><span class="caption')
     html = html.replace("<pre", '<pre tabindex="0"')
     html = html.replace('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper')

@@ -1,7 +1,7 @@
 """The pages on commands and configuration keys, made from the YAML files and from docstrings.
 
-The meaning of a key is the comment after its value, and the description of the argument to which the value is passed.
-A key that has neither causes a warning, which ends ``make docs``.
+The meaning of a key is the description of the argument to which its value is passed, or else the comment after the
+value. For ``trainer`` the comment comes first. A key without a meaning causes a warning, which ends ``make docs``.
 """
 
 from __future__ import annotations
@@ -128,7 +128,10 @@ def _target(section: str, file: Path) -> Callable[..., Any] | None:
 
 @cache
 def _home_comments() -> dict[str, str]:
-    """The comment after each key in the file of its group, for other files that set the key, such as experiments."""
+    """The comment after each key in the file of its group.
+
+    Other files that set the key, such as experiments, show this comment.
+    """
     found: dict[str, str] = {}
     for file in files():
         for key in keys(file):

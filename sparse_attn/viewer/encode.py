@@ -1,7 +1,7 @@
 """Weights and masks as short texts: only non-zero weights are written.
 
-Integers are written as one byte each; a byte of 255 means that the next byte is added to it. The bytes are deflated and
-written in base64; `decode.js` reads them.
+Integers are written as one byte each; after a byte of 255, the next byte is added to the number. The bytes are deflated
+and written in base64; `decode.js` reads them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class EncodedMap:
     """The weights of one layer for one example.
 
     Attributes:
-        data: base64 of the deflated bytes: the number of entries of each row, the number of keys without an entry
-            between each entry and the one before it in its row, then the high and the low bytes of the weights as
+        data: base64 of the deflated bytes: the number of entries of each row; for each entry, the number of keys
+            without an entry directly before its key in the row; then the high and the low bytes of the weights as
             float16.
         entries: how many weights are written.
-        sizes: how many bytes the first two parts take.
+        sizes: how many bytes the first two parts of ``data`` take before they are deflated.
     """
 
     data: str
@@ -37,7 +37,7 @@ class EncodedMap:
 
 
 def to_half_bits(weights: Tensor) -> Tensor:
-    """Weights as the bits of float16, int32; no weight other than zero becomes zero."""
+    """Weights as the bits of float16, in an int32 tensor; no weight other than zero becomes zero."""
     half = weights.float().clamp(-65504, 65504).half()
     bits = half.view(torch.int16).int() & 0xFFFF
     lost = (weights != 0) & (bits & 0x7FFF == 0)
@@ -45,7 +45,7 @@ def to_half_bits(weights: Tensor) -> Tensor:
 
 
 def with_fewer_bits(bits: Tensor) -> Tensor:
-    """Weights below 1/8 without the last two bits of float16, rounded; no weight becomes zero.
+    """Round weights below 1/8 to float16 without its last two bits; no weight becomes zero.
 
     This makes a page a tenth smaller. From 6e-5 on, 9 significant bits remain; smaller weights have fewer.
     """

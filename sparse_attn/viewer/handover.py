@@ -18,7 +18,8 @@ def bertviz_arguments(view: AttentionView) -> dict[str, Any]:
 
     Returns:
         ``attention`` and ``tokens``, or with cross-attention ``encoder_attention``, ``decoder_attention``,
-        ``cross_attention``, ``encoder_tokens`` and ``decoder_tokens``: a list of (1, H, L, S) per layer.
+        ``cross_attention``, ``encoder_tokens`` and ``decoder_tokens``. Attention is a list with a tensor
+            (1, H, L, S) for each layer.
 
     Raises:
         ValueError: if layers of one kind differ in length or number of heads, or if there is self-attention outside
@@ -65,7 +66,7 @@ def circuitsvis_arguments(view: AttentionView, layer: int | str) -> dict[str, An
         ``attention`` (H, L, L) and ``tokens``.
 
     Raises:
-        ValueError: if there is no such layer, or its queries and keys belong to two texts.
+        ValueError: if there is no such layer, or its queries and keys have different tokens.
 
     Example:
         ``circuitsvis.attention.attention_heads(**circuitsvis_arguments(view, layer=0))``
@@ -73,5 +74,7 @@ def circuitsvis_arguments(view: AttentionView, layer: int | str) -> dict[str, An
     chosen = view.layers[view.layer_number(layer)]
     shown = chosen.maps[view.first]
     if shown.queries != shown.keys:
-        raise ValueError(f"CircuitsVis shows attention of a text to itself, got layer {chosen.name!r} with two texts")
+        raise ValueError(
+            f"CircuitsVis shows attention of a text to itself, got layer {chosen.name!r} whose queries and keys differ"
+        )
     return {"attention": shown.weights, "tokens": list(shown.keys)}

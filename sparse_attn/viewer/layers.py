@@ -93,7 +93,7 @@ def read_layers(record: AttentionRecord, tokens: Texts, memory_tokens: Texts, ex
         maps = []
         for place, example in enumerate(examples):
             memory = None if memory_tokens is None else Names.of(memory_tokens, place)
-            # The tokens of encoder layers are the keys of cross-attention; without cross-attention they are ``tokens``.
+            # Encoder layers read ``memory_tokens`` if they are given or there is cross-attention, else ``tokens``.
             reads_memory = kinds[name] == "encoder" and (memory is not None or "cross" in kinds.values())
             own = memory if reads_memory else (None if tokens is None else Names.of(tokens, place))
             seen = None if visible is None else visible[example].any(0)

@@ -1,4 +1,4 @@
-"""Attention as a picture for a paper, drawn with matplotlib: SVG and PDF as vectors up to a size, PNG as pixels."""
+"""Attention as a picture for a paper, drawn with matplotlib: few weights are drawn as squares, many as pixels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def draw(view: AttentionView, file_format: str, *, layer: int | None, head: int 
             f"a picture as .{file_format} needs matplotlib: pip install 'sparse-attn[viewer]'"
         ) from error
     layers = view.layers if layer is None else [view.layers[layer]]
-    # Without a date and with fixed identifiers, the same view always gives the same file.
+    # Without a date and with fixed identifiers, the same view gives the same file.
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[file_format]
     with matplotlib.rc_context({"svg.hashsalt": "sparse-attn", "pdf.fonttype": 42}):
         if layer is not None and head is not None:

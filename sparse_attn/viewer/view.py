@@ -64,8 +64,9 @@ class AttentionView:
 
         Args:
             path: ends in ``.html``, or in ``.svg``, ``.pdf`` or ``.png`` for a picture, which needs matplotlib. A file
-                of this name is replaced once the new one is complete.
-            layer: number or name of the layer in the picture, or with which the page opens; None: all layers.
+                of this name is replaced when the new file is complete.
+            layer: number or name of the layer that the picture shows, or with which the page opens; None: all
+                layers.
             head: number of the head; None: all heads.
 
         Returns:
@@ -182,7 +183,7 @@ def attention_view(
         raise TypeError(f"example must be an int, got {described_type(example)}")
     example = int(example)
     if not 0 <= example < count:
-        raise ValueError(f"example must be from 0 to {count - 1}, as the record holds {count}, got {example}")
+        raise ValueError(f"example must be from 0 to {count - 1}, since the record holds {count}, got {example}")
     if title is not None and not isinstance(title, str):
         raise TypeError(f"title must be a string, got {type(title).__name__}")
     texts, batched = _texts("tokens", tokens, count, example)

@@ -43,7 +43,7 @@ def test_arguments_for_an_encoder_and_a_decoder(translation: AttentionRecord) ->
         "cross_attention": [(1, 3, 5, 7)] * 2,
     }
     assert (arguments["decoder_tokens"], arguments["encoder_tokens"]) == (QUERIES, KEYS)
-    with pytest.raises(ValueError, match=r"a text to itself, got layer 'decoder\.layers\.0\.multihead_attn' with two"):
+    with pytest.raises(ValueError, match=r"a text to itself, got layer 'decoder\.layers\.0\.multihead_attn' whose"):
         circuitsvis_arguments(view, "decoder.layers.0.multihead_attn")
     with pytest.raises(ValueError, match="layer must be from 0 to 4, got 9"):
         circuitsvis_arguments(view, 9)

@@ -18,7 +18,7 @@ from sparse_attn.viewer import page as page_module
 Records = Callable[..., AttentionRecord]
 Reader = Callable[[str], Any]
 HEADS, QUERIES, KEYS = 3, 5, 7  # sizes used by the fixtures that record a model
-HALF = 2**-11  # the largest relative error of float16
+HALF = 2**-11  # the largest relative error of float16 for numbers of at least 6.1e-5
 
 
 def recorded(weights: Tensor, visible: Tensor | None = None, name: str = "layer") -> AttentionRecord:
@@ -189,7 +189,7 @@ def test_keys_that_a_layer_adds_are_labelled(read_page: Reader) -> None:
     assert keys == ["a", "b", "c", "[added 1]", "[added 2]"]
 
 
-def test_the_last_step_of_decoding_with_a_cache(read_page: Reader) -> None:
+def test_a_step_of_decoding_with_a_cache_has_the_last_token_as_its_query(read_page: Reader) -> None:
     weights = torch.rand(1, 2, 1, 7).softmax(-1)
     page = read_page(attention_view(recorded(weights), list("abcdefg")).html())
     shown = page.data["layers"][0]["maps"][0]

@@ -8,7 +8,7 @@ function lastOf(run, layer, head) {
   return points ? points[points.length - 1][1] : null;
 }
 
-// Not Math.min(...numbers): a call has at most about 100,000 arguments.
+// Math.min(...numbers) would fail for many numbers: a call accepts only about 100,000 arguments.
 function extremes(numbers) {
   let [low, high] = [Infinity, -Infinity];
   for (const number of numbers) [low, high] = [Math.min(low, number), Math.max(high, number)];
@@ -147,14 +147,14 @@ function courses(runs) {
   );
 }
 
-// One range of α for all panels makes them comparable.
+// One range of α for all panels makes the panels comparable.
 function courseRange(runs) {
   const [low, high] = extremes(valuesOf(runs));
   const margin = Math.max(0.02, 0.06 * (high - low), (0.1 - (high - low)) / 2);
   return [low - margin, high + margin];
 }
 
-// About three round numbers in a range.
+// Returns a few round numbers in a range.
 function ticks(low, high) {
   const step = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5].find((size) => (high - low) / size <= 4) ?? high - low;
   const found = [];

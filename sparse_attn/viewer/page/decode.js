@@ -35,7 +35,8 @@ function wholeNumbers(bytes, begin, end) {
   return numbers;
 }
 
-// A map of one head: the entries of row r are start[r] to start[r + 1] - 1, in the order of their columns.
+// Finds the index of an entry in the map of one head, or returns -1. The entries of row `r` have the indices from
+// start[r] to start[r + 1] - 1, in the order of their columns.
 function entryAt(map, row, column) {
   let low = map.start[row];
   let high = map.start[row + 1];

@@ -97,7 +97,7 @@ function largestInRow(map, row) {
   return largest || 1;
 }
 
-// Sets the size of a canvas in CSS pixels, with up to three device pixels in each; returns null if there is no room.
+// Sets the size of a canvas in CSS pixels, with up to three device pixels in each; returns null if the canvas would have no pixel.
 function prepare(canvas, width, height) {
   const ratio = Math.min(window.devicePixelRatio || 1, 3);
   const [pixelsAcross, pixelsDown] = [Math.round(width * ratio), Math.round(height * ratio)];
@@ -161,7 +161,7 @@ function paint(pixels, largest, map, across, down) {
   }
 }
 
-// The range of pixels of a place if `count` places share the room, at least one pixel.
+// The range of pixels of the row or column `index`, if `count` rows or columns share `pixels`: at least one pixel.
 function span(index, count, pixels) {
   const from = Math.floor((index * pixels) / count);
   return [from, Math.max(from + 1, Math.floor(((index + 1) * pixels) / count))];

@@ -182,7 +182,8 @@ function sharedText(map) {
   return `; ${counted(shared, "key")} weight in all of them`;
 }
 
-// The slider is logarithmic: 0 is no threshold, then from 0.0001 to 1.
+// Position 0 of the slider means no threshold. The positions from 1 to 100 are thresholds from about 0.0001 to 1, on a
+// logarithmic scale.
 function thresholdOf(position) {
   return position === 0 ? 0 : Number((10 ** (-4 + (4 * position) / 100)).toPrecision(3));
 }

@@ -72,7 +72,7 @@ function drawLines() {
     : "";
 }
 
-// Lines from the visible queries, and all lines to the key under the pointer; larger weights later, coloured lines last.
+// Lines from the visible queries, and all lines to the key under the pointer; larger weights are drawn later, coloured lines last.
 function linesInSight(map, first, last) {
   const found = [];
   const add = (row, entry) => {

@@ -204,7 +204,7 @@ function drawNames(context, x0, y0, firstRow, lastRow, firstColumn, lastColumn, 
   context.restore();
 }
 
-// The smallest of 1, 2 or 5 times a power of ten that is not below a number.
+// The smallest number that is not below `atLeast`, among 1, 2 and 5 times the powers of ten from 1 on.
 function stepOf(atLeast) {
   const power = 10 ** Math.floor(Math.log10(atLeast));
   return Math.max(1, [1, 2, 5, 10].find((factor) => factor * power >= atLeast) * power);

@@ -43,7 +43,7 @@ def page(driver: Any, tmp_path: Path) -> Iterator[Page]:
     """A page. During the test, it must log no message and send no request over a network."""
     driver.get_log("browser"), driver.get_log("performance")
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    driver.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})  # otherwise focus() has no event
+    driver.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})  # else focus() causes no event
     yield Page(driver, tmp_path)
     driver.get("about:blank")
     messages = [entry["message"] for entry in driver.get_log("browser")]
