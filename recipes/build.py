@@ -287,7 +287,10 @@ def monitored(monitor: Any, data: Seq2SeqData) -> tuple[str, bool]:
     if not known or (parts[2:] and (len(groups) < 2 or parts[1] in MEANS or "/".join(parts[2:]) not in groups)):
         allowed = ", ".join(f"val/{name}" for name in names)
         one = f", or a metric of one group, such as val/{data.metrics[0]}/{min(groups)}" if len(groups) > 1 else ""
-        raise ValueError(f"monitor must be one of {allowed} (as computed for data.metrics){one}, got {monitor!r}")
+        raise ValueError(
+            f"monitor must be one of {allowed} (data.metrics determines which metrics are computed){one}, "
+            f"got {monitor!r}"
+        )
     return monitor, names[parts[1]].higher_is_better
 
 
