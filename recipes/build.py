@@ -176,7 +176,7 @@ def build_data(section: dict[str, Any]) -> Seq2SeqData:
 def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
     """The model with the vocabularies of the data, its loss and its optimizer."""
     model = _without_shorthands("model", settings["model"])
-    check_arguments(Seq2SeqTransformer, "model", model, reserved=("source_size", "target_size"))
+    check_arguments(Seq2SeqTransformer, "model", model, reserved=("source_size", "target_size", "feature_ids"))
     schedule = settings.get("schedule") or {"name": "linear"}
     check_arguments(check_schedule, "schedule", schedule)
     own = {"schedule": schedule["name"], **({"warmup": schedule["warmup"]} if "warmup" in schedule else {})}
@@ -185,6 +185,8 @@ def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
         check_arguments(Seq2SeqTask, section, settings[section], reserved=others)
     if model.get("language_dim") and data.languages is None:
         raise ValueError(f"model.language_dim needs data.languages, got {model['language_dim']} and no languages")
+    if not model.get("feature_positions", True) and not data.source_tokenizer.feature_ids():
+        raise ValueError("model.feature_positions=false needs features in data.columns, got data without features")
     if model.get("share_embeddings") and data.source_tokenizer.state() != data.target_tokenizer.state():
         raise ValueError(
             "model.share_embeddings needs data with one vocabulary for source and target, such as data=parallel "
@@ -287,10 +289,7 @@ def monitored(monitor: Any, data: Seq2SeqData) -> tuple[str, bool]:
     if not known or (parts[2:] and (len(groups) < 2 or parts[1] in MEANS or "/".join(parts[2:]) not in groups)):
         allowed = ", ".join(f"val/{name}" for name in names)
         one = f", or a metric of one group, such as val/{data.metrics[0]}/{min(groups)}" if len(groups) > 1 else ""
-        raise ValueError(
-            f"monitor must be one of {allowed} (data.metrics determines which metrics are computed){one}, "
-            f"got {monitor!r}"
-        )
+        raise ValueError(f"monitor must be one of {allowed} (data.metrics chooses the metrics){one}, got {monitor!r}")
     return monitor, names[parts[1]].higher_is_better
 
 

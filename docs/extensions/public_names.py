@@ -48,7 +48,7 @@ def public_names() -> Iterator[tuple[str, object]]:
 
 
 def _own_functions(module: object) -> list[str]:
-    """Public functions and classes of a module without ``__all__``, and names that it exports as ``x as x``."""
+    """The public functions and classes of a module without ``__all__``, and the names that it imports as ``x as x``."""
     source = inspect.getsource(module)  # type: ignore[arg-type]
     exported = re.findall(r"import (\w+) as \1$", source, re.MULTILINE)
     defined = re.findall(r"^(?:def|class) ([a-z]\w*|[A-Z]\w*)", source, re.MULTILINE)
@@ -81,7 +81,7 @@ def missing(folder: Path) -> list[str]:
 
 
 def linked(app: Any, env: Any, node: Any, content: Any) -> Any:
-    """A link to the entry of an object that is listed under another name, such as that in the parent package."""
+    """The link for a name whose object has its entry under another name, such as the name in the parent package."""
     from sphinx.util.nodes import make_refnode
 
     target = str(node.get("reftarget", ""))

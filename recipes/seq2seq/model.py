@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +47,11 @@ class Seq2SeqTransformer(nn.Module):
         cross_attention: Kind of the decoder's attention to the encoder's output.
         alpha: The fixed α of "entmax", or the initial α of "adaptive".
         k: Number of keys that "topk" keeps.
+        feature_ids: The source token ids of features.
         language_dim: How many of the ``dim`` entries of every source embedding embed the language, which is the first
             token; 0: none.
+        feature_positions: With False, feature tokens have position 0, and the positions of all other source tokens are
+            counted from 1 without the features (Wu et al. 2021). Only for sinusoidal positions.
         positions: Position encoding: "sinusoidal" (added to the embeddings), or only in self-attention "rotary",
             "alibi" or "nape".
         length_scaling: Whether attention scores grow with the number of visible keys, by a learnt factor.
@@ -73,7 +76,8 @@ class Seq2SeqTransformer(nn.Module):
         torch.Size([3, 5, 13])
 
     Reference:
-        Vaswani et al. 2017, "Attention Is All You Need"; pre-norm after Xiong et al. 2020 (ICML).
+        Vaswani et al. 2017, "Attention Is All You Need"; pre-norm after Xiong et al. 2020 (ICML); positions of features
+        after Wu, Cotterell & Hulden 2021 (EACL), "Applying the Transformer to Character-level Transduction".
     """
 
     def __init__(
@@ -92,7 +96,9 @@ class Seq2SeqTransformer(nn.Module):
         cross_attention: str = "adaptive",
         alpha: float = 1.5,
         k: int = 4,
+        feature_ids: Sequence[int] = (),
         language_dim: int = 0,
+        feature_positions: bool = True,
         positions: str = "sinusoidal",
         length_scaling: bool = False,
         output: str = "softmax",
@@ -137,6 +143,8 @@ class Seq2SeqTransformer(nn.Module):
 
         if positions not in POSITIONS:
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
+        if not feature_positions and positions != "sinusoidal":
+            raise ValueError(f"feature_positions=False needs positions='sinusoidal', got {positions!r}")
         make = {
             place: attention_factory(kind, alpha=alpha, k=k, length_scaling=length_scaling)
             for place, kind in kinds.items()
@@ -160,7 +168,8 @@ class Seq2SeqTransformer(nn.Module):
                 dim, num_heads, attention=make["decoder"], cross_attention=make["cross"], **places
             )
 
-        self.source_embedding = Embedding(source_size, dim, dropout, language_dim, positions == "sinusoidal")
+        unplaced = () if feature_positions else feature_ids
+        self.source_embedding = Embedding(source_size, dim, dropout, language_dim, positions == "sinusoidal", unplaced)
         self.target_embedding = Embedding(target_size, dim, dropout, 0, positions == "sinusoidal")
         self.encoder = Encoder([encoder_layer() for _ in range(encoder_layers)], dim)
         self.decoder = Decoder([decoder_layer() for _ in range(decoder_layers)], dim)
@@ -213,10 +222,21 @@ class Embedding(nn.Module):
     """Token embeddings, with sinusoidal positions of any length unless attention encodes positions.
 
     The last ``language_dim`` entries at every position embed the first token, which is the language (Peters & Martins
-    2020, "One-Size-Fits-All Multilingual Models").
+    2020, "One-Size-Fits-All Multilingual Models"). Tokens in ``unplaced`` have position 0; if there are any, the
+    positions of the others are counted from 1.
     """
 
-    def __init__(self, size: int, dim: int, dropout: float, language_dim: int = 0, sinusoidal: bool = True) -> None:
+    unplaced: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        dropout: float,
+        language_dim: int = 0,
+        sinusoidal: bool = True,
+        unplaced: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(size, dim - language_dim, padding_idx=PAD)
         nn.init.normal_(self.tokens.weight, std=dim**-0.5)
@@ -226,6 +246,7 @@ class Embedding(nn.Module):
         if self.language is not None:
             nn.init.normal_(self.language.weight, std=dim**-0.5)
         self.sinusoidal = sinusoidal
+        self.register_buffer("unplaced", torch.tensor(unplaced, dtype=torch.long), persistent=False)
         self.dropout = Dropout(dropout)
 
     def forward(self, ids: Tensor, start: int = 0) -> Tensor:
@@ -236,7 +257,13 @@ class Embedding(nn.Module):
         dim = embedded.shape[-1]
         embedded = embedded * math.sqrt(dim)
         if self.sinusoidal:
-            embedded = embedded + sinusoids(start, ids.shape[1], dim, ids.device).to(embedded.dtype)
+            if self.unplaced.numel():
+                unplaced = torch.isin(ids, self.unplaced)
+                places = (~unplaced).cumsum(1).masked_fill(unplaced, 0)
+                encoded = sinusoids(0, ids.shape[1] + 1, dim, ids.device)[places]
+            else:
+                encoded = sinusoids(start, ids.shape[1], dim, ids.device)
+            embedded = embedded + encoded.to(embedded.dtype)
         return self.dropout(embedded)
 
 

@@ -93,7 +93,8 @@ class Seq2SeqTask(L.LightningModule):
         self.save_hyperparameters(logger=False)
         self.source_tokenizer = Tokenizer(**source_tokenizer)
         self.target_tokenizer = Tokenizer(**target_tokenizer)
-        self.model = Seq2SeqTransformer(len(self.source_tokenizer), len(self.target_tokenizer), **model)
+        sizes = (len(self.source_tokenizer), len(self.target_tokenizer))
+        self.model = Seq2SeqTransformer(*sizes, feature_ids=self.source_tokenizer.feature_ids(), **model)
         self._scores = self.new_scores()
 
     def new_scores(self) -> Scores:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, cast
@@ -187,6 +188,12 @@ class Tokenizer:
     def unknown(self, text: str) -> list[str]:
         """The distinct tokens of ``text`` never seen in training, in order of appearance."""
         return list(dict.fromkeys(token for token in self.tokenize(text) if token not in self._id_of))
+
+    def feature_ids(self) -> list[int]:
+        """The ids of the features; none if the texts have no features."""
+        if "features" not in self.fields:
+            return []
+        return [index for symbol, index in self._id_of.items() if re.fullmatch(r"\[.+\]", symbol)]
 
     def __len__(self) -> int:
         """Size of the vocabulary, including the four special tokens."""

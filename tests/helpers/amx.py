@@ -1,4 +1,4 @@
-"""The variant ``avx512_amx`` on any processor that runs ``avx512_bf16``: `amx_emulator.c` executes its instructions."""
+"""Tests of the variant ``avx512_amx`` on processors without AMX: `amx_emulator.c` executes the AMX instructions."""
 
 from __future__ import annotations
 

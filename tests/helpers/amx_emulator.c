@@ -1,6 +1,6 @@
 /* Executes AMX instructions on processors without AMX, for tests: a handler of SIGILL decodes the instruction that the
- * processor has refused, and computes its result as Intel's manual describes (Software Developer's Manual, volume 2). A use
- * that a processor would refuse ends the process with a message. Linux on x86-64.
+ * processor has refused, and computes its result as Intel's manual describes (Software Developer's Manual, volume 2). If
+ * a processor with AMX would refuse this use of an instruction, the process ends with a message. Needs Linux on x86-64.
  */
 #define _GNU_SOURCE
 #include <float.h>
@@ -26,7 +26,7 @@ static atomic_long configurations, releases, products;
 static atomic_int fault;
 static struct sigaction before;
 
-/* For tests: how often tiles were configured, released and multiplied; a fault makes all products wrong. */
+/* For tests: how often tiles were configured, released and multiplied. While `fault` is set, all products are wrong. */
 long amx_configurations(void) { return configurations; }
 long amx_releases(void) { return releases; }
 long amx_products(void) { return products; }
@@ -47,7 +47,7 @@ static void load_config(const uint8_t *from) {
     for (int t = 0; t < TILES; t++) {
         state.rows[t] = from[48 + t], state.row_bytes[t] = from[16 + 2 * t] | from[17 + 2 * t] << 8;
         require(state.rows[t] <= ROWS && state.row_bytes[t] <= ROW_BYTES, "a tile is too large");
-        require(!state.rows[t] == !state.row_bytes[t], "a tile has only one of rows and bytes");
+        require(!state.rows[t] == !state.row_bytes[t], "a tile has rows without bytes, or bytes without rows");
     }
     state.configured = 1;
     configurations++;
@@ -82,8 +82,8 @@ static float number_at(const uint8_t *row, int i) {
 static void multiply(int c, int a, int b) {
     require_tile(a), require_tile(b), require_tile(c);
     require(a != b && a != c && b != c, "a tile is used twice in a product");
-    require(state.row_bytes[a] % 4 == 0 && state.row_bytes[b] % 4 == 0, "a row has a part of a pair");
-    require(state.row_bytes[a] / 4 == state.rows[b], "the rows of A do not fit the columns of B");
+    require(state.row_bytes[a] % 4 == 0 && state.row_bytes[b] % 4 == 0, "the bytes of a row are not a multiple of 4");
+    require(state.row_bytes[a] / 4 == state.rows[b], "the columns of A do not fit the rows of B");
     require(state.rows[a] == state.rows[c] && state.row_bytes[b] == state.row_bytes[c], "A B does not fit C");
     for (int m = 0; m < state.rows[c]; m++) {
         float row[ROW_BYTES / 4], even[ROW_BYTES / 4] = {0}, odd[ROW_BYTES / 4] = {0};
@@ -107,7 +107,7 @@ static long long *register_of(ucontext_t *context, int number) {
     return &context->uc_mcontext.gregs[places[number]];
 }
 
-/* A memory operand from its ModRM byte on: its address, the index register times its scale, and the end of its bytes. */
+/* A memory operand: the address without the index, the index times the scale, and the end of the operand's bytes. */
 typedef struct {
     int64_t address, stride;
     int has_sib;
@@ -134,8 +134,9 @@ static operand operand_at(ucontext_t *context, const uint8_t *p, int x_bit, int 
     return of;
 }
 
-/* Executes the instruction at the program counter and moves past it; returns false for any other instruction. All have a
- * VEX prefix of three bytes with the opcode map 0F38, a length of 128 bits and W = 0. */
+/* Executes the AMX instruction at the program counter and moves the counter past it. Returns false if the
+ * instruction is not one of those below. Each has a VEX prefix of three bytes with the opcode map 0F38, a length of
+ * 128 bits and W = 0. */
 static int execute(ucontext_t *context) {
     long long *counter = &context->uc_mcontext.gregs[REG_RIP];
     const uint8_t *p = (const uint8_t *)*counter;
@@ -172,7 +173,7 @@ static void handle(int number, siginfo_t *info, void *context) {
         sigaction(number, &before, NULL); /* the instruction is refused again, and the former handler is called */
         return;
     }
-    while (execute(context)) {} /* a signal costs more than the instructions that follow */
+    while (execute(context)) {} /* the next AMX instructions, too: one signal for each would be slow */
 }
 
 /* Starts or stops the emulator for all threads of the process. */

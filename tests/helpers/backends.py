@@ -1,4 +1,4 @@
-"""Tests that run with one backend after another; a backend that is not available here is skipped."""
+"""A decorator that runs a test with several backends, and skips backends that are not available."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def short(options: dict[str, Any]) -> str:
 def layer_of(
     options: dict[str, Any], kind: type[SparseMultiheadAttention] = AdaptiveSparseMultiheadAttention, **kwargs: Any
 ) -> Any:
-    """The layer of a case with random parameters except α: norms of one and biases of zero would hide errors."""
+    """The layer of a case. All parameters except α are random: the initial values one and zero could hide errors."""
     options = {**options, "positions": MAKE_POSITIONS[options.get("positions", "none")]()}
     if kind is TopKMultiheadAttention:
         options["k"] = 3

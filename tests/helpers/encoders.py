@@ -16,12 +16,12 @@ def dense_encoder(width: int, heads: int, hidden: int, layers: int = 2, **kwargs
 
 
 def sparse_encoder(width: int, heads: int, hidden: int, layers: int = 2, **kwargs: Any) -> nn.TransformerEncoder:
-    """The same encoder with our attention; further arguments are passed to :func:`replace_attention`."""
+    """The encoder of `dense_encoder` with our attention; further arguments are passed to :func:`replace_attention`."""
     model = dense_encoder(width, heads, hidden, layers)
     replace_attention(model, **kwargs)
     return model
 
 
 def layer_of_four_heads(width: int, **kwargs: Any) -> AdaptiveSparseMultiheadAttention:
-    """A layer whose heads have α from 1 to 2, batch first; further arguments are passed to the layer."""
+    """A layer whose four heads have different α from 1 to 2; further arguments are passed to the layer."""
     return AdaptiveSparseMultiheadAttention(width, 4, batch_first=True, alpha_init=[1.0, 1.25, 1.5, 2.0], **kwargs)

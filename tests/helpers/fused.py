@@ -17,7 +17,7 @@ ALPHAS = (1.0, 1.0001, 1.01, 1.3, 1.5, 2.0)
 def tensors(
     device: torch.device, *, batch: int = 1, heads: int = 2, groups: int = 1, queries: int = 37, keys: int = 53
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value with different head sizes that are not powers of two."""
+    """Query, key and value. Query and key have another head size than value; neither size is a power of two."""
     shapes = (batch, heads, queries, 19), (batch, heads // groups, keys, 19), (batch, heads // groups, keys, 23)
     return tuple(torch.randn(shape, device=device, requires_grad=True) for shape in shapes)
 
@@ -53,7 +53,7 @@ def expected(
 
 
 def compare(inputs: tuple[Tensor, ...], alpha: float | Tensor, bound: float = 2e-6, **how: Any) -> list[Tensor]:
-    """Compare output and gradients with float64, relative to the largest entry; return those of the kernels."""
+    """Compare output and gradients with float64, relative to the largest entry; return the results of the kernels."""
     mask = how.pop("mask", None)
     multiplier = how.pop("multiplier", None)
     scale = how.setdefault("scale", 0.3)

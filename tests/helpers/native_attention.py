@@ -17,14 +17,14 @@ BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch
 
 
 def force(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let all calls of attention in C use a variant."""
+    """Let all calls of attention in C use the given variant."""
     forward, backward = attention.forward, attention.backward
     monkeypatch.setattr(attention, "forward", lambda *args: forward(*args, variant=variant))
     monkeypatch.setattr(attention, "backward", lambda *args: backward(*args, variant=variant))
 
 
 def run(attend, inputs: list[Tensor]) -> list[Tensor]:
-    """The output and the gradients of all inputs, for an upstream gradient that depends only on the shape."""
+    """The output and the gradients of all inputs, for an upstream gradient that depends only on the output's shape."""
     output = attend(*inputs)
     upstream = torch.linspace(-9, 9, output.numel(), dtype=torch.float64).sin().view(output.shape).to(output.dtype)
     return [output, *torch.autograd.grad(output, inputs, upstream)]

@@ -8,7 +8,7 @@ from sparse_attn import versions
 
 
 def since_torch(major: int, minor: int, reason: str) -> pytest.MarkDecorator:
-    """Skip a test with torch before this version; the reason says what such a torch does or lacks."""
+    """Skip a test if torch is older than this version; the reason says what an older torch does or lacks."""
     return pytest.mark.skipif(
         (major, minor) > versions.TORCH, reason=f"needs torch {major}.{minor} or newer: before, {reason}"
     )

@@ -1,8 +1,8 @@
 """Mappings by bisection in float64, in the form of the papers, without code of this library.
 
-Each takes scores of any floating dtype along the last dimension. Scores and α are converted to float64 as they are: if
-a test rounded them before, the result is that of the rounded numbers. Scores of ``-inf`` and of the lowest finite
-number of their dtype are masked.
+Each mapping takes scores of any floating dtype along the last dimension, and converts scores and α to float64. If a
+test has rounded scores or α before, the result is that of the rounded numbers. Scores of ``-inf`` and of the lowest
+finite number of their dtype are masked.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ def _shifted(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bisect_entmax(x: Tensor, alpha: float | Tensor) -> Tensor:
-    """α-entmax (Peters, Niculae & Martins 2019, algorithm 1); ``alpha`` a number or (..., 1)."""
+    """α-entmax (Peters, Niculae & Martins 2019, algorithm 1); ``alpha`` is a number or has shape (..., 1)."""
     z, seen = _shifted(x)
     if not isinstance(alpha, Tensor) and alpha == 1:
         return torch.softmax(z.masked_fill(~seen, 0.0), -1) * seen
     a = alpha - 1 if not isinstance(alpha, Tensor) else alpha.double() - 1
-    # p = [a z - tau]_+^(1/a). At tau = -1 the largest entry alone is 1; at tau = -n^-a, n equal scores sum to 1.
+    # p = [a z - tau]_+^(1/a). At tau = -1 the largest entry of p is 1. At tau = -n^-a it is 1 / n: the n entries of p
+    # sum to at most 1.
     low = torch.full_like(z[..., :1], -1.0)
     high = -(z.shape[-1] ** -a) + torch.zeros_like(low)
     low, high = torch.minimum(low, high), torch.maximum(low, high)
@@ -56,7 +57,7 @@ def bisect_normmax(x: Tensor, alpha: float) -> Tensor:
 
 
 def bisect_budget(x: Tensor, budget: float | Tensor) -> Tensor:
-    """Budget sparsemax: ``clip(z - tau, 0, 1)``, or 1 at all visible entries if there are at most ``budget``."""
+    """Budget sparsemax: ``clip(z - tau, 0, 1)``, or 1 at all visible entries if these are at most ``budget``."""
     z, _ = _shifted(x)
     visible = z > -math.inf
     low = z.masked_fill(~visible, 0.0).amin(-1, keepdim=True) - 1

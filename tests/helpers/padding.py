@@ -1,4 +1,4 @@
-"""Comparison of attention with padding of zeros and with padding of another number, NaN by default."""
+"""Check that attention gives the same results if padding holds zeros or another number, NaN by default."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ALPHAS = torch.tensor([1.0, 1.3, 2.0])
 
 
 def padding_mask(keys: int, side: str, kind: str, device: torch.device) -> Tensor:
-    """A mask (2, 1, 1, S) that hides a third of the keys of the second batch entry, on one side."""
+    """A mask (2, 1, 1, S) that hides a third of the keys of the second batch entry, at the left or right end."""
     key = torch.arange(keys, device=device)
     first = key < keys - keys // 3 if side == "right" else key >= keys // 3
     seen = torch.stack([torch.ones_like(first), first]).view(2, 1, 1, keys)
@@ -29,7 +29,7 @@ def assert_padding_is_ignored(
     groups: int = 1,
     fill: float = math.nan,
 ) -> None:
-    """The output (with and without gradients) and the gradients are the same if padding holds zeros or ``fill``."""
+    """Check that outputs, with and without autograd, and gradients are equal if padding holds zeros or ``fill``."""
     for side, kind in (("right", "boolean"), ("left", "float")):
         mask = padding_mask(keys, side, kind, device)
         hidden = ~(mask == (kind == "boolean")).transpose(-2, -1)

@@ -9,7 +9,7 @@ import pytest
 
 
 def cover_all_pairs(factors: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Cases that contain every pair of values of any two factors, far fewer than the product of all factors."""
+    """Cases that together contain every pair of values of any two factors: far fewer cases than all combinations."""
     generator = random.Random(0)
     names = list(factors)
     wanted = {

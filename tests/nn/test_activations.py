@@ -62,7 +62,7 @@ def test_a_learnt_alpha_can_leave_its_lower_bound_but_not_cross_it():
     x = torch.randn(64, 11)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
     seen = [layer.alpha.item()]
-    for sign in (-1, 1, 1, 1, 1):  # α increases, then would decrease below its bound
+    for sign in (-1, 1, 1, 1, 1):  # the first step increases α; without a bound, the last would end below 1
         optimizer.zero_grad()
         (sign * layer(x).square().sum(-1).mean()).backward()
         optimizer.step()

@@ -16,7 +16,7 @@ from sparse_attn import AdaptiveSparseMultiheadAttention, Entmax, EntmaxLoss, Sp
 from sparse_attn.nn.alpha_range import bounded_alpha
 from sparse_attn.optim import project_alpha, set_alpha
 
-# Warnings of torch itself, at the first use of forward mode or of the compiler in a process.
+# torch warns at the first use of forward mode or of the compiler in a process.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -34,11 +34,11 @@ def layer_of(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
     ("raw", "alpha", "grads"),
     [
         (1.5, 1.5, (-1.0, 1.0)),
-        (1.0, 1.0, (-1.0, 1.0)),  # on a bound, both signs pass, so that the gradients of several backward passes add up
+        (1.0, 1.0, (-1.0, 1.0)),  # on a bound, both signs pass, so that gradients of micro-batches add up
         (2.0, 2.0, (-1.0, 1.0)),
-        (0.985, 1.0, (-1.0, 1.0)),  # in the margin, both signs pass
+        (0.985, 1.0, (-1.0, 1.0)),  # past a bound by less than the margin 0.02: both signs pass
         (2.015, 2.0, (-1.0, 1.0)),
-        (0.975, 1.0, (-1.0, 0.0)),  # beyond the margin, only a gradient whose step moves α back passes
+        (0.975, 1.0, (-1.0, 0.0)),  # past the margin: only a gradient whose step moves α back passes
         (2.025, 2.0, (0.0, 1.0)),
         (-7.0, 1.0, (-1.0, 0.0)),
         (9.0, 2.0, (0.0, 1.0)),
@@ -105,7 +105,7 @@ def test_alpha_leaves_a_bound_soon_after_a_long_stay(make_optimizer: type[torch.
 
 def test_noise_in_micro_batches_does_not_move_alpha_off_its_bound() -> None:
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(300, 8, generator=generator) + 0.5  # gradients of both signs whose mean points outwards
+    noise = torch.randn(300, 8, generator=generator) + 0.5  # gradients of both signs; their mean would move α below 1
     raw = nn.Parameter(torch.tensor([1.0]))
     optimizer = torch.optim.SGD([raw], lr=1e-3)
     for batch in noise:

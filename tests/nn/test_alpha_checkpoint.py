@@ -1,4 +1,4 @@
-"""α in a checkpoint: a value that fits the module is loaded, another one is refused; half precision becomes float32."""
+"""α in a checkpoint: values that fit the module are loaded, others are refused; half precision becomes float32."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def saved_and_loaded(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def state_of(alpha: float, **kwargs: Any) -> dict[str, Tensor]:
-    """A saved and loaded state whose parameter has the given value, which can be past a bound, as after a training."""
+    """A saved and loaded state whose parameter has the given value. As after a training, it can be past a bound."""
     model = nn.Sequential(layer_of(**kwargs))
     with torch.no_grad():
         model[0].raw_alpha.fill_(alpha)
@@ -137,7 +137,7 @@ def test_a_layer_with_fixed_alpha_or_another_range_gets_the_clamped_alpha(
     assert state["0.raw_alpha"].tolist() == [torch.tensor(raw).item()] * H
 
 
-def test_a_fixed_alpha_outside_the_range_of_a_learnt_one_is_refused() -> None:
+def test_a_fixed_alpha_outside_the_range_of_a_learnt_alpha_is_refused() -> None:
     fixed = Entmax(torch.tensor([1.5, 2.25]))
     learnt = Entmax(torch.tensor([1.25, 1.25]), learn_alpha=True)
     with pytest.raises(RuntimeError, match=r"alpha_range \[1, 2\], got 2.25$"):

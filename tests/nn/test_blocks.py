@@ -125,7 +125,7 @@ def test_blocks_of_queries_equal_one_large_matrix(options: dict[str, Any], monke
     outcomes = []
     for large in (2**20, 1):
         monkeypatch.setattr(choose, "_LARGE", large)
-        with use_backend("torch"):  # the C kernel would compute both calls
+        with use_backend("torch"):  # with the compiled backend, the C kernel would compute both calls
             output = layer(x, x, x, is_causal=True, need_weights=False)[0]
             outcomes.append([output, *torch.autograd.grad(output.square().sum(), list(layer.parameters()))])
     assert len(calls) == 1
@@ -194,7 +194,7 @@ def test_new_tensors_are_created_on_the_device_of_the_layer(options: dict[str, A
 
 
 @pytest.mark.parametrize("options", [*ALONE, TOGETHER], ids=short)
-def test_copies_and_pickles_are_the_same_layer(options: dict[str, Any]) -> None:
+def test_copied_pickled_and_loaded_layers_give_the_same_output(options: dict[str, Any]) -> None:
     layer = layer_of(options)
     x = torch.randn(N, T, E, dtype=torch.float64)
     expected = layer(x, x, x, is_causal=True)

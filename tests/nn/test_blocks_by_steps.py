@@ -27,7 +27,7 @@ OPTIONS = [
 
 
 def steps(layer: SparseMultiheadAttention, x: Tensor, sizes: list[int], padding: Tensor | None) -> tuple[Tensor, Any]:
-    """The causal pass over (N, T, E) in blocks of the given sizes, and the cache."""
+    """The output of the causal pass over (N, T, E) in blocks of the given sizes, and the cache."""
     cache, outputs = KVCache(), []
     for block in x.split(sizes, 1):
         seen = None if padding is None else padding[:, : len(cache) + block.shape[1]]

@@ -61,7 +61,7 @@ def test_self_attention_by_steps_equals_the_full_pass(
 
 
 def test_gradients_by_steps_equal_those_of_the_full_pass() -> None:
-    # α is inside its range: far past a bound, the gradient is projected in each call, and the sums would differ.
+    # α is inside its range. Far past a bound, the gradient is projected in each call: the sum over calls would differ.
     layer = AdaptiveSparseMultiheadAttention(E, H, alpha_init=(1.3, 1.8), **F64)
     x = torch.randn(N, T, E, dtype=torch.float64)
     upstream = torch.randn(N, T, E, dtype=torch.float64)

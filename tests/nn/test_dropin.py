@@ -39,7 +39,7 @@ def layer_of(kind: str, **kwargs: Any) -> SparseMultiheadAttention:
     return layer(E, H, **{"batch_first": True, "dtype": torch.float64, **own, **kwargs})
 
 
-# In eval mode with grad off, nn.TransformerEncoderLayer would call a fused softmax kernel instead of our forward.
+# In eval mode without gradients, nn.TransformerEncoderLayer calls a fused softmax kernel unless our layer prevents it.
 
 
 def no_grad(module: nn.Module) -> AbstractContextManager[None]:
@@ -66,7 +66,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 def test_torch_uses_its_fused_kernel_under_the_tested_conditions(
     grad_off: Callable[[nn.Module], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nn.MultiheadAttention, "forward", None)  # the fused kernel does not call it
+    monkeypatch.setattr(nn.MultiheadAttention, "forward", None)  # the fused kernel does not call this method
     block = encoder_layer().eval()
     with grad_off(block):
         block(torch.randn(N, S, E))

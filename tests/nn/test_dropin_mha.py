@@ -1,7 +1,7 @@
 """All arguments of `nn.MultiheadAttention` in several modes: at α = 1 or with all keys kept, results equal torch's.
 
 `test_multihead.py` tests the product of most arguments in one mode; here, in each mode, the cases contain every pair
-of values of any two factors. Gradients are compared where they exist.
+of values of any two arguments. Gradients are compared where they exist.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def forward_arguments(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Any
         "need_weights": case["need_weights"],
         "attn_mask": None if kind == "none" else mask,
         "average_attn_weights": case["average_attn_weights"],
-        # With extra keys, torch's own paths disagree: see ARCHITECTURE.md.
+        # With extra keys and `is_causal`, torch's own paths disagree: see ARCHITECTURE.md.
         "is_causal": kind.startswith("hint") and not (case["add_bias_kv"] or case["add_zero_attn"]),
     }
 
@@ -178,7 +178,7 @@ def test_arguments_have_torchs_order_and_defaults_and_our_own_are_keyword_only(l
     assert all(p.kind is Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
 
 
-# torch's layer warns for a boolean padding mask with a float mask; our layer accepts both.
+# torch's layer warns if the padding mask is boolean and the attention mask is float.
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask:UserWarning")
 @pytest.mark.parametrize("way", WAYS)
 def test_every_argument_in_every_way_of_running(way: str, all_pairs: Callable[..., Any]) -> None:
@@ -235,7 +235,7 @@ def test_nested_tensors_are_refused(layer: str) -> None:
         dense(nested, nested, nested, need_weights=False)
 
 
-# If torch raises an error, our layer must raise one too.
+# If torch raises an error, our layer must raise an error, too.
 
 
 WRONG: list[dict[str, Any]] = [
@@ -255,7 +255,7 @@ def test_constructors_raise_for_the_same_arguments_as_torch(layer: str, wrong: d
 
 
 def spoilt(arguments: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The arguments with one wrong tensor: an axis longer or shorter by 1, removed, added, moved, or another dtype."""
+    """The arguments with one changed tensor: an axis longer, shorter, removed, added or swapped, or another dtype."""
     for name, tensor in arguments.items():
         if not isinstance(tensor, Tensor):
             continue

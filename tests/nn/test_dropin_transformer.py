@@ -26,7 +26,7 @@ PADDING = ("none", "bool", "float")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),  # from torch's own encoder
-    # torch's layer warns for a boolean padding mask with a float mask; our layer accepts both.
+    # torch's layer warns if the padding mask is boolean and the attention mask is float.
     pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning"),
 ]
 
@@ -167,7 +167,7 @@ def twins(kind: str, case: dict[str, Any], dtype: torch.dtype) -> tuple[nn.Modul
     for parameter in dense.parameters():
         nn.init.normal_(parameter, std=0.3)
     for module in dense.modules():
-        if isinstance(module, nn.Dropout):  # random numbers follow the order in memory, which can differ
+        if isinstance(module, nn.Dropout):  # dropout draws in the order of memory, which can differ between the models
             module.p = 0.0
     sparse = copy.deepcopy(dense)
     replace_attention(sparse, **SWAPS[case["swap"]])
@@ -217,7 +217,8 @@ def test_every_argument_in_every_way_of_running(kind: str, all_pairs: Callable[.
         dense, sparse = (change(model) for model in twins(kind, case, case["dtype"]))
         assert not any(type(module) is nn.MultiheadAttention for module in sparse.modules())
         arguments = forward_arguments(kind, case, case["dtype"])
-        # In torch's fused kernel, every non-zero entry of a float mask hides the pair of query and key.
+        # In torch's fused kernel, every non-zero entry of a float mask hides a key. Cases with such a mask run without
+        # this kernel.
         honoured = case.get("src_mask") != "float"
         with fast_path(case["fast path"] and honoured), context():
             expected, actual = results(dense, arguments), results(sparse, arguments)
@@ -256,7 +257,7 @@ def test_calls_that_torch_computes_with_its_fused_kernel_agree(
 
 
 def spoilt(arguments: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The arguments with one wrong tensor: an axis longer or shorter by 1, removed or added, or another dtype."""
+    """The arguments with one tensor changed: an axis longer or shorter by 1, removed or added, or the dtype int64."""
     for name, tensor in arguments.items():
         if isinstance(tensor, Tensor):
             changed = [torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis) for axis in range(tensor.dim())]

@@ -77,7 +77,7 @@ def test_shapes_and_names_of_grouped_parameters() -> None:
     assert all(parameter.is_meta for name, parameter in on_meta.named_parameters() if name != "raw_alpha")
 
 
-def test_alpha_of_a_grouped_layer_is_one_per_query_head() -> None:
+def test_a_grouped_layer_has_one_alpha_per_query_head() -> None:
     alphas = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
     layer = grouped_layer(2, alpha_init=alphas, bias=False)
     x = torch.randn(N, T, E, dtype=torch.float64)

@@ -52,7 +52,7 @@ def padding_mask_of(kind: str, batched: bool, keys: int) -> Tensor | None:
 
 
 def results(layer: nn.MultiheadAttention, inputs: list[Tensor], **kwargs: object) -> dict[str, Tensor]:
-    """Output, weights, and the gradients of a loss computed from both, for the inputs and every parameter except α."""
+    """Output, weights, and the gradients of a loss of these results for the inputs and all parameters except α."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     query, key, value = inputs if len(inputs) == 3 else inputs * 3
     output, weights = layer(query, key, value, **kwargs)
@@ -75,7 +75,7 @@ def assert_same_results(
         assert torch.allclose(actual[name], tensor, rtol=1e-9, atol=1e-11), (name, kwargs)
 
 
-# torch's layer warns for a boolean padding mask with a float mask; our layer accepts both.
+# torch's layer warns if the padding mask is boolean and the attention mask is float.
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask:UserWarning")
 @pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch_first", "length_first"])
@@ -180,7 +180,7 @@ def test_autocast_gives_the_same_dtype_as_torch(kind: str) -> None:
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in layer.parameters())
 
 
-def test_the_shared_base_has_no_mapping() -> None:
+def test_the_shared_base_class_cannot_be_called() -> None:
     x = torch.randn(L, N, E)
     with pytest.raises(NotImplementedError):
         SparseMultiheadAttention(E, H)(x, x, x)
@@ -229,7 +229,7 @@ def test_a_mask_or_a_string_in_the_place_of_a_flag_raises_an_error(kind):
         layer(x, x, x, average_attn_weights="no")
     with pytest.raises(TypeError, match="is_causal must be True or False, got 'False'"):
         layer(x, x, x, is_causal="False")
-    assert layer(x, x, x, need_weights=None)[1] is None  # as in torch, any other object counts by its truth
+    assert layer(x, x, x, need_weights=None)[1] is None  # as in torch, None counts as False
 
 
 WRONG_INPUTS = [

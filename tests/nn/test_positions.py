@@ -1,4 +1,4 @@
-"""Rotations compared with complex numbers, slopes with the published ones, and both in a layer."""
+"""Rotations compared with complex numbers, slopes with published slopes, and rotations and biases in a layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def layer_with(**kwargs: Any) -> AdaptiveSparseMultiheadAttention:
 
 
 def turned_by_hand(x: Tensor, base: float, first: int = 0) -> Tensor:
-    """(..., L, D) with entry i and entry i + D / 2 as one complex number, multiplied by exp(1j * position * speed)."""
+    """Rotate (..., L, D): entries `i` and `i + D / 2` are one complex number, multiplied by `exp(1j * angle)`."""
     half = x.shape[-1] // 2
     z = torch.complex(x[..., :half], x[..., half:])
     for position in range(x.shape[-2]):
@@ -180,7 +180,7 @@ def test_parameters_of_user_defined_positions_get_gradients() -> None:
 
 
 @pytest.mark.parametrize("positions", [RotaryPositions(D, base=500.0), ALiBi(H), NAPE(H)], ids=str)
-def test_copies_pickles_and_state_dicts(positions: Positions) -> None:
+def test_positions_survive_copies_and_pickles_and_are_not_in_the_state_dict(positions: Positions) -> None:
     layer = layer_with(positions=positions)
     x = torch.randn(N, L, E, dtype=torch.float64)
     expected = layer(x, x, x)

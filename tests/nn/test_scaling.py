@@ -129,7 +129,7 @@ def test_a_layer_multiplies_its_queries_by_the_factor(nape: bool, batch_first: b
         for h in range(H):
             for i in range(L):
                 scaled = plain(factor[n, h, i] * x[n, i, None], memory[n], memory[n], average_attn_weights=False)[1]
-                if nape:  # in the layer the query has position i, but alone it has position 0
+                if nape:  # the query has position `i` in the layer, but position 0 if it is computed alone
                     bias = plain.positions.bias(torch.tensor([i]).double(), torch.arange(S).double())
                     zero = plain.positions.bias(torch.tensor([0]).double(), torch.arange(S).double())
                     args = (factor[n, h, i] * x[n, i, None], memory[n], memory[n])

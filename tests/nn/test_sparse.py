@@ -24,7 +24,7 @@ def inputs(*, heads: bool = True) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def keep_best(scores: Tensor, k: int | None) -> Tensor:
-    """Scores in which all but the k largest are masked; without ties, the k-th largest is a threshold."""
+    """Mask all scores except the `k` largest. Without ties, no other score reaches the `k`-th largest."""
     if k is None:
         return scores
     return scores.masked_fill(scores < scores.sort(-1, descending=True).values[..., k - 1, None], -1e4)
@@ -78,7 +78,7 @@ def test_a_parameter_is_learnt_and_a_tensor_is_a_buffer() -> None:
 @pytest.mark.parametrize(
     ("arguments", "shape"), [({"k": 3}, ()), ({"alpha": 1.25}, ()), ({"k": 3, "alpha": torch.full((H,), 1.25)}, (H,))]
 )
-def test_alpha_is_learnt_from_no_value_a_number_or_a_tensor(arguments: dict[str, Any], shape: tuple[int, ...]) -> None:
+def test_a_learnt_alpha_starts_at_one_or_at_the_given_value(arguments: dict[str, Any], shape: tuple[int, ...]) -> None:
     attention = SparseAttention(**arguments, learn_alpha=True)
     (alpha,) = attention.parameters()
     assert alpha.shape == shape and set(alpha.flatten().tolist()) == {1.25 if "alpha" in arguments else 1.0}
@@ -268,7 +268,7 @@ def test_invalid_input_raises_an_error() -> None:
         SparseAttention(alpha=torch.tensor([1.5, 2.0]))(query, key, value)
 
 
-def test_a_tensor_is_copied_and_one_with_a_gradient_refused() -> None:
+def test_a_tensor_is_copied_and_a_tensor_with_a_gradient_is_refused() -> None:
     alpha = torch.tensor([1.5])
     attention = SparseAttention(alpha=alpha)
     alpha.fill_(2.0)

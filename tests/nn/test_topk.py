@@ -84,7 +84,7 @@ def test_a_query_keeps_k_keys_or_all_that_it_sees() -> None:
 def test_ties_go_to_the_first_keys_so_that_k_keys_are_kept() -> None:
     layer = layer_of(k=2)
     query, memory = inputs()
-    memory = torch.zeros_like(memory)  # equal keys other than zero would differ in their last bits after the projection
+    memory = torch.zeros_like(memory)  # the projection of equal, non-zero keys could differ in the last bits
     weights = layer(query, memory, memory, average_attn_weights=False)[1]
     expected = torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0], dtype=torch.float64).expand(N, H, L, S)
     torch.testing.assert_close(weights, expected)
@@ -122,7 +122,7 @@ def test_bfloat16_forward_and_backward() -> None:
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in layer.parameters())
 
 
-def test_the_state_dict_equals_that_of_torch() -> None:
+def test_the_state_dict_has_torchs_names_and_shapes() -> None:
     dense = nn.MultiheadAttention(E, H, batch_first=True)
     layer = layer_of(k=3, dtype=torch.float32)
     assert list(layer.state_dict()) == list(dense.state_dict())

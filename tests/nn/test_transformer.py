@@ -153,7 +153,7 @@ def test_dropout_is_applied_only_in_training(norm_first: bool) -> None:
     layer.eval()
     assert torch.equal(layer(x), layer(x))
     layer = TransformerEncoderLayer(E, H, dropout=1.0)
-    assert torch.equal(layer(x), x)  # the branches are dropped completely
+    assert torch.equal(layer(x), x)  # only the residual connection is left
 
 
 @pytest.mark.parametrize("kind", [TransformerEncoderLayer, TransformerDecoderLayer])

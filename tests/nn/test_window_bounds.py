@@ -1,4 +1,6 @@
-"""Windows and causality of a layer, which kernels get as bounds, equal masks; compiled code has no unused matrix."""
+"""Kernels get the window and causality of a layer as bounds: results equal those with a mask. Compiled code has no
+unused matrix.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,7 @@ def run(layer: Any, call: Callable[[Any], Tensor], inputs: list[Tensor]) -> list
 
 
 def compare(layer: Any, call: Callable[[Any], Tensor], inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare bounds with the same bounds in the mask, computed by one matrix."""
+    """Compare the results with those of one matrix of scores, whose mask contains the bounds."""
     got = run(layer, call, inputs)
     with computed_by("one matrix", monkeypatch), bounds_in_the_mask(monkeypatch):
         wanted = run(layer, call, inputs)

@@ -17,7 +17,7 @@ from sparse_attn.kernels.dispatch import backends, use_backend
 def _eighty_digits(x: Tensor, alpha: float, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """α-entmax of rows (n, d) for 1 ≤ α ≤ 2, its gradient for the scores, and its gradient for α, (n, 1).
 
-    The published formulas, including the division by ``(α - 1)²``, with eighty digits, which is exact enough; α = 1 is
+    The published formulas divide by ``(α - 1)²``, which loses digits: they are computed with eighty digits. α = 1 is
     replaced by ``1 + 1e-15``.
     """
     with decimal.localcontext(decimal.Context(prec=80)):
@@ -77,7 +77,7 @@ def eighty_digits() -> Callable[[Tensor, float, Tensor], tuple[Tensor, Tensor, T
 
 @pytest.fixture(params=["torch", "compiled"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once with each of these two backends."""
+    """Run a test once with each of the two backends; skip a backend that is not available."""
     if backends()[request.param].startswith("not available"):
         pytest.skip(backends()[request.param])
     with use_backend(request.param):

@@ -17,7 +17,7 @@ ALPHAS = [1.0, 1.0001, 1.001, 1.01, 1.1, 1.25, 1.5, 1.75, 2.0]
 STEEP = [2.5, 3.0, 4.0]
 GRID = [1.0, 1 + 2**-23, 1.000001, 1.00001, 1.0001, 1.0003, 1.001, 1.003, 1.01, 1.03, 1.1, 1.2, 1.25, 1.3, 1.4, 1.5]
 GRID += [1.55, 1.6, 1.65, 1.7, 1.75, 1.8, 1.85, 1.9, 1.95, 1.99, 1.999, 1.9999, 1.99999, 2 - 1e-6, 2.0]
-# Errors are relative to at least this number, since the relative rounding error of p grows with -log p.
+# Relative errors are divided by at least this number: the relative rounding error of p grows with -log p.
 FLOOR = 1e-20
 
 by_each_backend = pytest.mark.usefixtures("backend")
@@ -31,7 +31,7 @@ def in_float32(alpha: float) -> float:
 def hard_rows(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows (n, size) of all SCALES: random, ties, a slope, one large score, offset by 1e6, masked entries.
 
-    The last two rows are masked. Above size 1024 the others are only random or offset.
+    The last two rows are masked. Above size 1024, all other rows are random, with or without the offset.
     """
     repeats = {1: 1, 2: 20, 7: 20, 128: 5, 1024: 2}.get(size, 1)
     rows = []
@@ -140,13 +140,13 @@ def test_float32_gradients_agree_with_float64(alpha):
         rows = {2: 32, 7: 32, 128: 16, 1024: 4}.get(size, 3)
         x, upstream = torch.randn(rows, size) * scale, torch.randn(rows, size)
         (scores, per_row), exact = (gradients(x, alpha, upstream, dtype) for dtype in (torch.float32, torch.float64))
-        # float32 loses the digits of the tiny gradient of an entry on the edge of the support. This counts if rows
-        # have few non-zero entries: from scale 10 on where the error is compared with the largest gradient of the
-        # batch, and from scale 1 on where it is compared with the largest gradient of its row.
+        # In float32, the tiny gradient of an entry on the edge of the support loses its digits. This matters in rows
+        # with few non-zero entries: the bound of the batch allows for it from scale 10 on, the bounds of the rows from
+        # scale 1 on.
         lost = 2e-7 * upstream.abs().amax()
         edge = [lost if alpha > 1.001 and scale >= least else FLOOR for least in (10, 1)]
         # The closer α is to 2, the more steeply the gradient changes where an entry enters the support; there, the
-        # rounding of p decides the gradient. The bound allows for this above α = 1.5.
+        # rounding of p decides the gradient. Above α = 1.5, all bounds allow for this.
         slopes = [torch.where(p > 0, p.double().clamp(min=1e-300) ** (2 - alpha), 0.0) for p in both_maps(x, alpha)]
         jumps = (slopes[0] - slopes[1]).abs().sum(-1) * upstream.abs().amax() if alpha > 1.5 else torch.zeros(rows)
         edge = [edge[0] + jumps.max(), edge[1] + jumps]
@@ -157,7 +157,7 @@ def test_float32_gradients_agree_with_float64(alpha):
         if size > 1024:
             continue
         # In the gradient for α, terms of both signs cancel, and p in float32 cannot distinguish nearly equal scores:
-        # the error of a row is compared with the sum of the absolute terms of this row.
+        # therefore the error of a row is compared with the sum of the absolute terms of this row.
         slope = (entmax(x.double(), alpha + 1e-6) - entmax(x.double(), alpha - 1e-6)) / 2e-6
         terms = (slope * upstream).abs().sum(-1, keepdim=True)
         assert ((per_row - exact[1]).abs() <= 1e-4 * terms + lost).all(), (size, scale)
@@ -189,6 +189,7 @@ def test_bfloat16_gradient_for_alpha(alpha):
     for size in (7, 128, 1024):
         x, upstream = torch.randn(20, size).bfloat16(), torch.randn(20, size).bfloat16()
         # In bfloat16, some entries are exactly on the edge of the support, where the gradient at α = 2 jumps.
+        # Rows with such entries are omitted.
         off_edge = ((alpha - 1) * x.double() - tau(x.double(), alpha)).abs().amin(-1) > 1e-6
         x, upstream = x[off_edge][:16], upstream[off_edge][:16]
         exact = gradients(x, in_float32(alpha), upstream, torch.float64)[1]

@@ -26,7 +26,7 @@ def inputs(*, queries: int = L, keys: int = S) -> tuple[Tensor, Tensor, Tensor]:
 def formula(
     query: Tensor, key: Tensor, value: Tensor, alpha: float, *, visible: Tensor | None = None, k: int | None = None
 ) -> Tensor:
-    """Attention, one row at a time, over only the visible keys, or the ``k`` best of these."""
+    """Attention, one query at a time, over the visible keys or the ``k`` visible keys with the largest scores."""
     output = torch.zeros(*query.shape[:-1], value.shape[-1], dtype=torch.float64)
     for n in range(N):
         for h in range(H):
@@ -57,7 +57,7 @@ def masks() -> dict[str, Tensor]:
 
 
 def assert_equals_torch(tensors: tuple[Tensor, ...], **kwargs: Any) -> None:
-    """Check that output and gradients of both functions equal torch's where they compute softmax."""
+    """Check that entmax attention at α = 1 and top-k attention with all keys have torch's output and gradients."""
     expected = F.scaled_dot_product_attention(*tensors, **kwargs)
     upstream = torch.randn_like(expected)
     expected_grads = torch.autograd.grad(expected, tensors, upstream)

@@ -1,4 +1,4 @@
-"""Arguments of the attention functions: the messages of errors, and types of numpy, which are accepted."""
+"""Arguments of the attention functions: error messages, and numbers and flags of numpy, which are accepted."""
 
 from __future__ import annotations
 

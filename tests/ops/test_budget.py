@@ -11,9 +11,9 @@ from sparse_attn import budget_sparsemax, sparsemax
 
 @pytest.mark.parametrize("budget", [0.3, 1.0, 2.0, 3.7, 5.0, 11.0])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
-def test_agrees_with_the_peer_package(budget, scale):
+def test_agrees_with_the_package_entmax(budget, scale):
     x = torch.randn(7, 11, dtype=torch.float64) * scale
-    exact = torch.tensor(budget, dtype=torch.float64)  # the peer rounds a number to float32
+    exact = torch.tensor(budget, dtype=torch.float64)  # the package entmax rounds a number to float32
     ours, theirs = budget_sparsemax(x, budget), peer.budget_bisect(x, exact, n_iter=100)
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(ours.sum(-1), torch.full((7,), budget, dtype=torch.float64))

@@ -61,7 +61,7 @@ def test_derivatives_of_first_and_second_order(alpha, backend):
 
 
 def by_newton(x, alpha):
-    """α-entmax whose derivatives autograd takes through two steps of Newton's method from the solution."""
+    """α-entmax by two steps of Newton's method that start at the solution; autograd differentiates the steps."""
     a = alpha - 1
     with torch.no_grad():
         p = bisect_entmax(x, alpha)
@@ -75,7 +75,7 @@ def by_newton(x, alpha):
 
 @pytest.mark.parametrize("size", [2, 31, 257])
 def test_second_derivatives_of_rows_of_several_lengths(size, backend):
-    # Near the edge of the support, second derivatives for α > 1.5 grow without bound, and rounding errors with them.
+    # Near the edge of the support, second derivatives and their errors for α > 1.5 grow without bound: omit such rows.
     alpha = torch.tensor([1.1, 1.25, 1.5, 1.75, 2.0, 2.5], dtype=torch.float64).repeat_interleave(97)[:, None]
     x = torch.randn(len(alpha), size, dtype=torch.float64)
     weight = bisect_entmax(x, alpha) ** (alpha - 1)  # the distance from the edge of the support
@@ -100,7 +100,7 @@ def test_float32_gradients_keep_their_digits_from_softmax_to_sparsemax(alpha, sc
     scores, upstream = torch.randn(7, 31) * scale, torch.randn(7, 31)
     for dtype in (torch.float32, torch.float64):
         x = scores.to(dtype).requires_grad_()
-        per_row = torch.full((7, 1), alpha).to(dtype).requires_grad_()  # the same α in both, rounded to float32
+        per_row = torch.full((7, 1), alpha).to(dtype).requires_grad_()  # rounded to float32 for both dtypes
         grads[dtype] = torch.autograd.grad(entmax(x, per_row), (x, per_row), upstream.to(dtype))
     for got, exact, bound in zip(grads[torch.float32], grads[torch.float64], (1e-5, 1e-4), strict=True):
         assert (got - exact).abs().max() <= bound * exact.abs().max()
@@ -187,7 +187,7 @@ def test_large_scores_and_offsets(alpha):
     assert entmax(torch.tensor([60000.0, 4096.0], dtype=torch.float16), alpha).tolist() == [1.0, 0.0]
 
 
-def test_agrees_with_the_peer_package():
+def test_agrees_with_the_package_entmax():
     x = torch.randn(13, 101, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn_like(x)
     for ours, theirs in ((sparsemax, peer.sparsemax), (entmax15, peer.entmax15)):

@@ -1,4 +1,4 @@
-"""Half-precision attention computes its scores in float32 on every path, since rounded scores change the support."""
+"""Half-precision attention computes its scores in float32, because rounded scores change the support."""
 
 from __future__ import annotations
 

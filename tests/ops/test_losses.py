@@ -32,7 +32,7 @@ def class_dim(x: Tensor) -> int:
 
 
 def target_for(kind: str, shape: tuple[int, ...], ignore_index: int = -100) -> Tensor:
-    """A target of probabilities, or of indices of which some are ignored (unless there is only one)."""
+    """A target of probabilities or of indices; a single index is not ignored, but some of several indices can be."""
     if kind == "probabilities":
         return torch.softmax(torch.randn(shape, dtype=torch.float64), min(len(shape) - 1, 1))
     target = torch.randint(C, rows_of(shape))
@@ -98,7 +98,7 @@ def test_cross_entropy_at_alpha_1_to_rounding_in_float32(kind):
 
 
 def conjugate_by_definition(x: Tensor, alpha: float, oracle: Callable[[Tensor, float], Tensor]) -> Tensor:
-    """``⟨p, x⟩ + H(p)`` of the last dimension in float64, with p of the oracle."""
+    """``⟨p, x⟩ + H(p)`` along the last dimension in float64; the oracle computes p."""
     p, x = oracle(x, alpha), x.double()
     entropy = -torch.xlogy(p, p).sum(-1) if alpha == 1 else (1 - (p**alpha).sum(-1)) / (alpha * (alpha - 1))
     return (p * x).sum(-1) + entropy
@@ -166,7 +166,7 @@ def test_losses_over_large_vocabularies(alpha, oracle):
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_never_negative_and_zero_only_if_the_target_has_probability_one(alpha):
     x = torch.randn(4001, C) * torch.logspace(-2, 3, 4001).unsqueeze(1)
-    # Rounding gives ties, and for some α differences of exactly 1 / (α - 1), from where on the loss is zero.
+    # Rounded scores have ties. For some α, the target leads by exactly 1 / (α - 1), where the loss becomes 0.
     x[::3] = x[::3].round()
     for target in (x.argmax(1), torch.randint(C, (4001,))):
         loss = entmax_loss(x, target, alpha, reduction="none")
@@ -182,7 +182,7 @@ def test_never_negative_and_zero_only_if_the_target_has_probability_one(alpha):
 
 
 def on_the_edge_of_the_support(alpha: float) -> Tensor:
-    """Rows in which class 0 is the target and all other scores are inside the support, mostly close to its edge.
+    """Rows in which class 0 is the target, and most other scores are close to the edge of the support.
 
     Rounding could make some losses of such rows negative.
     """
@@ -201,7 +201,7 @@ def test_never_negative_on_the_edge_of_the_support(alpha):
 @pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
 def test_scores_far_from_zero(alpha):
     x, target = torch.randn(N, C).round(decimals=1), torch.randint(C, (N,))
-    far = x + 2.0**17  # exact to 2**-7 in float32
+    far = x + 2.0**17  # in float32, rounded by at most 2**-7
     expected = entmax_loss(far - 2.0**17, target, alpha, reduction="none")
     torch.testing.assert_close(entmax_loss(far, target, alpha, reduction="none"), expected)
     soft = torch.softmax(torch.randn(N, C), 1)
@@ -233,7 +233,7 @@ def test_minus_infinity_and_ignored_examples_are_treated_as_in_cross_entropy(smo
     x = torch.randn(5, C)
     same_as_cross_entropy(x, torch.full((5,), -100), **keywords)
     masked = x.clone()
-    # Not at the target, at the target, and in an ignored example.
+    # -inf at another class than the target, at the target, and in an ignored example.
     masked[0, 4] = masked[1, 1] = masked[3, 0] = -torch.inf
     masked[2, [0, 1, 3, 4]] = -torch.inf  # only the target is visible
     same_as_cross_entropy(masked, target, **keywords)

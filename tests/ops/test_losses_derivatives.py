@@ -75,7 +75,7 @@ def test_float32_gradients_keep_their_digits(alpha, scale):
     scores, target = torch.randn(7, 31) * scale, torch.randint(31, (7,))
     for dtype in (torch.float32, torch.float64):
         x = scores.to(dtype).requires_grad_()
-        per_row = torch.full((7, 1), alpha).to(dtype).requires_grad_()  # the same α in both, rounded to float32
+        per_row = torch.full((7, 1), alpha).to(dtype).requires_grad_()  # rounded to float32 for both dtypes
         grads[dtype] = torch.autograd.grad(entmax_loss(x, target, per_row, reduction="sum"), (x, per_row))
     for got, exact, bound in zip(grads[torch.float32], grads[torch.float64], (1e-6, 1e-5), strict=True):
         assert (got - exact).abs().max() <= bound * exact.abs().max()

@@ -11,7 +11,7 @@ from sparse_attn import normmax
 
 
 @pytest.mark.parametrize("alpha", [1.2, 1.5, 2.0, 3.0, 10.0])
-def test_agrees_with_the_peer_package(alpha):
+def test_agrees_with_the_package_entmax(alpha):
     x = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn_like(x)
     ours, theirs = normmax(x, alpha), peer.normmax_bisect(x, alpha, n_iter=100)

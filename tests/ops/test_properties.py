@@ -18,7 +18,7 @@ from sparse_attn import budget_sparsemax, entmax, entmax15, normmax, sparse_soft
 from sparse_attn.kernels.reference.unrolled import entmax_unrolled
 
 MORE = int(os.environ.get("SPARSE_ATTN_EXAMPLES", "0"))
-# The same examples in every run, unless more are requested.
+# Every run has the same examples, unless more are requested.
 examples = settings(
     max_examples=MORE or 120,
     derandomize=not MORE,
@@ -192,7 +192,7 @@ def test_raising_a_score_does_not_lower_its_probability(x, alpha, at, step):
 @given(x=rows(), alpha=alphas(low=1.001), more=st.floats(1.0001, 2.0))
 def test_the_support_shrinks_as_alpha_grows(x, alpha, more):
     less, larger = entmax(x, alpha), entmax(x, 1 + (alpha - 1) * more)
-    # An entry on the edge of the support can be rounded to either side, and a small one to zero.
+    # An entry on the edge of the support can be rounded to either side, and a small probability to zero.
     assert (less[larger > tolerance(x, 1 + (alpha - 1) * more)] > 0).all()
     assert larger.double().amax() >= less.double().amax() - 2 * tolerance(x, 1 + (alpha - 1) * more)
 

@@ -25,8 +25,8 @@ BACKENDS = [name for name in ("compiled", "torch") if not backends()[name].start
 N, H, HK, D, DV = 2, 6, 2, 5, 3
 CAP = 0.7  # below the size of most scores, so that the cap has an effect
 OPTIONS = [{"softcap": CAP}, {"sinks": True}, {"softcap": CAP, "sinks": True}]
-# Large calls are computed in blocks, with two exceptions: the C kernel computes calls without a soft-cap, and
-# one matrix those with both a soft-cap and sinks.
+# Large calls are computed in blocks, with two exceptions. The compiled backend computes calls without a
+# soft-cap in its C kernel. Calls with both a soft-cap and sinks are computed as one matrix.
 SIZES = {"small": (7, 11), "large": (521, 523)}
 
 
@@ -56,7 +56,7 @@ def formula(
 
 
 def called(tensors: dict[str, Tensor], options: dict[str, Any], k: int | None = None, **more: Any) -> Tensor:
-    """The output of the tested function."""
+    """The output of `entmax_attention`, or of `topk_attention` if ``k`` is given."""
     options = options | more | {"enable_gqa": True}
     if "sinks" in options:
         options["sinks"] = tensors["sinks"]
@@ -167,7 +167,7 @@ def test_float32_half_precision_and_autocast(dtype, options, backend):
                 assert called(inputs(7, 11, torch.float32), options).dtype == autocast
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's forward mode calls it
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's forward mode calls this function
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_compiled_vmapped_and_in_forward_mode(options):
     tensors = {name: x.detach() for name, x in inputs(7, 11).items()}

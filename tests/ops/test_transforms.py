@@ -36,8 +36,8 @@ pytestmark = [
 ]
 
 # name -> the mapping of scores (N, d) and a parameter (N, 1), and the values of the parameter (None: no parameter).
-# The α of entmax: one of each kind that the kernels distinguish. The entry "entmax" has all of them in one tensor, the
-# entries "entmax 0.7", ... have one number each.
+# ALPHAS has one α of each kind that the kernels distinguish. The entry "entmax" has them all in one tensor, the entries
+# "entmax 0.7", ... have one number each.
 ALPHAS = [[0.7], [1.0], [1.0001], [1.5], [1.75], [2.0], [2.7]]
 N = len(ALPHAS)
 MAPPINGS: dict[str, tuple[Callable[..., Tensor], list[list[float]] | None]] = {

@@ -56,7 +56,7 @@ def test_packed_sequences_equal_one_call_per_sequence(dtype, alpha, kv_heads, is
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_derivatives_of_second_order_and_dropout(backend, monkeypatch):
-    if backend == "compiled":  # otherwise torch, not the C kernel, draws the dropout of so few scores
+    if backend == "compiled":  # with so few scores and dropout, torch would be used instead of the C kernel
         monkeypatch.setattr(choose, "_LARGE", 1)
     query, key, value = (torch.randn(7, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
     alpha, cumulative = torch.tensor([1.2, 1.6], dtype=torch.float64, requires_grad=True), torch.tensor([0, 3, 7])

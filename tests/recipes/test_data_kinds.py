@@ -91,6 +91,19 @@ def test_a_language_embedding_needs_languages(trained, languages):
         trained(*files, "model.language_dim=3")
 
 
+def test_features_can_have_no_positions(trained, languages, tmp_path, capsys):
+    trained(*languages, "data.languages=all", "model.feature_positions=false")
+    expected = json.loads((tmp_path / "run" / "results.json").read_text())["test/loss"]
+    command("evaluate", evaluate, tmp_path, "split=test")
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["test/loss"] == pytest.approx(expected)
+
+
+def test_features_without_positions_need_features(trained):
+    message = r"^model\.feature_positions=false needs features in data\.columns, got data without features$"
+    with pytest.raises(ValueError, match=message):
+        trained("data=synthetic", "data.generate.train=20", "model.feature_positions=false")
+
+
 @pytest.fixture
 def parallel(tmp_path: Path) -> list[str]:
     """Arguments for compressed parallel text."""

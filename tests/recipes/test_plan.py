@@ -81,7 +81,7 @@ def test_the_monitored_metric_chooses_the_best_checkpoint(tiny_config, tmp_path,
 def test_monitoring_a_metric_that_is_not_computed_is_refused(tiny_config, tmp_path, monitor):
     message = (
         "^monitor must be one of val/loss, val/support, val/per, val/wer, val/accuracy, val/edit_distance "
-        rf"\(data.metrics determines which metrics are computed\), got '{monitor}'$"
+        rf"\(data.metrics chooses the metrics\), got '{monitor}'$"
     )
     with pytest.raises(ValueError, match=message):
         train(tiny_config(f"monitor={monitor}"))

@@ -262,6 +262,19 @@ def test_the_language_is_in_every_source_embedding_and_takes_part_in_training():
     assert (model.source_embedding.language.weight.grad[[5, 6]] != 0).any(-1).all()
 
 
+def test_features_without_positions_have_no_order_and_do_not_count_in_other_positions():
+    options = {"dim": 16, "num_heads": 2, "ff_dim": 32, "feature_ids": [9, 10], "feature_positions": False}
+    model = Seq2SeqTransformer(11, 13, **options).eval()
+    # Ids 9 and 10 are features, 2 ends the source.
+    first = model.source_embedding(torch.tensor([[5, 6, 9, 10, 2], [9, 10, 5, 6, 2]]))
+    torch.testing.assert_close(first[0, [0, 1, 2, 3, 4]], first[1, [2, 3, 0, 1, 4]])
+    longer = model.source_embedding(torch.tensor([[5, 6, 7, 8, 9, 2]]))
+    assert torch.equal(longer[0, 4], first[0, 2]) and torch.equal(longer[0, :2], first[0, :2])
+    assert not torch.equal(longer[0, 5], first[0, 4])
+    with pytest.raises(ValueError, match=r"^feature_positions=False needs positions='sinusoidal', got 'rotary'$"):
+        Seq2SeqTransformer(11, 13, **options, positions="rotary")
+
+
 @pytest.mark.parametrize("language_dim", [-1, 16])
 def test_a_language_dim_out_of_range_raises_an_error(language_dim):
     with pytest.raises(ValueError, match=rf"^language_dim must be from 0 to dim - 1 = 15, got {language_dim}$"):

@@ -156,6 +156,8 @@ def test_language_and_features_become_separate_tokens():
     assert tokenizer.tokenize(texts[0]) == ["<deu>", "a", "b", "[V]", "[PST]"]
     assert tokenizer.symbols == sorted(["<deu>", "<nld>", "[V]", "[PST]", "[N]", "a", "b"])
     assert tokenizer.unknown("eng\tV\tV;FUT") == ["<eng>", "V", "[FUT]"]
+    assert [tokenizer.symbols[index - 4] for index in tokenizer.feature_ids()] == ["[N]", "[PST]", "[V]"]
+    assert Tokenizer.fit(["[V]"], split="spaces", normalization="NFC").feature_ids() == []
     assert Tokenizer(**tokenizer.state()).encode(texts[1]) == tokenizer.encode(texts[1])
 
 
