@@ -21,7 +21,7 @@ TEXT = " ".join(f"{first}{second}" for first in "aeiou" for second in "bcdfghjkl
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Callable[..., Path]:
-    """Saves a tiny model with its tokenizer, and a text beside the folder of the model; returns this folder."""
+    """Saves a tiny model with its tokenizer, and a text beside the model; returns the folder of the model."""
 
     def save(kind: str) -> Path:
         torch.manual_seed(0)
@@ -118,7 +118,7 @@ def test_a_model_without_a_language_model_head_and_an_empty_text_are_refused(fol
     assert "text must be a file with text" in capsys.readouterr().err
 
 
-def test_blocks_fit_a_model_that_counts_positions_from_the_padding(folder, capsys):
+def test_blocks_fit_a_model_whose_first_positions_are_not_used_by_tokens(folder, capsys):
     model = folder("offset")
     run(model, "density=0.5", "tokens=100", "batches=2", "batch_size=2")
     # Positions 0 and 1 are not used by tokens: 29 of 31 remain.
@@ -139,7 +139,7 @@ class Words:
         (" " * 2000 + "a bc def", [[1, 1, 1]]),
     ],
 )
-def test_a_text_of_long_words_or_gaps_gives_blocks(text, expected):
+def test_a_text_with_long_words_or_much_white_space_gives_blocks(text, expected):
     """At first, 12 characters are read for each token that is needed; here, a token needs more."""
     assert read_blocks(Words(), text, length=8, number=4) == expected
 

@@ -27,7 +27,7 @@ WORDS = 40
 
 
 def predictions(right: int, *, prefix: str = "w") -> list[Prediction]:
-    """Predictions for forty words of four phones: a given number is correct, the others have one edit."""
+    """Predictions for forty words of four phones: the first ``right`` are correct, the others have one wrong phone."""
     return [
         Prediction(f"{prefix}{word}", "A B C D", "A B C D" if word < right else "A B C E", int(word >= right), 4, "")
         for word in range(WORDS)
@@ -120,7 +120,7 @@ def test_each_language_is_compared_with_its_own_baseline(run, tmp_path, capsys):
     assert found["hun", "topk"]["wer_std"] == ""
 
 
-def test_markdown_and_latex(sweep, capsys, tmp_path):
+def test_the_table_in_markdown_and_in_latex(sweep, capsys, tmp_path):
     (tmp_path / "sweep" / "9" / "results.json").unlink()
     arguments = [f"sweep={sweep}", "baseline=model.attention=softmax", "metrics=[wer]"]
     markdown = printed(capsys, *arguments, "format=markdown").splitlines()
@@ -140,7 +140,7 @@ def test_markdown_and_latex(sweep, capsys, tmp_path):
     assert latex[7].endswith(r" & $<$0.001 \\")
 
 
-def test_latex_prints_the_characters_of_a_setting():
+def test_special_characters_of_a_setting_are_escaped_in_latex():
     assert escaped(r"x_{language}.tsv a$b ~^ 5% #&|<> \_") == (
         r"x\_\{language\}.tsv a\$b \textasciitilde{}\textasciicircum{} 5\% \#\&\textbar{}$<$$>$ \textbackslash{}\_"
     )
@@ -229,7 +229,7 @@ def test_folders_can_be_given_without_a_key(sweep, tmp_path, program):
 
 
 def test_the_bootstrap_agrees_with_the_normal_approximation():
-    """One system is wrong on the first 300 of 1,000 words, the other on the first 260: the difference is -4."""
+    """One system is wrong on 300 of 1,000 words, the other on 260 of the 300: the error rate falls by 4 points."""
     size, worse, better = 1000, 300, 260
     words = [[Prediction(str(i), "", "", int(i < wrong), 5, "") for i in range(size)] for wrong in (worse, better)]
     base, system = ([statistics_of("wer", table)] for table in words)
@@ -254,7 +254,7 @@ def test_all_groups_have_the_same_weight():
     assert paired_bootstrap(base, system, ["a"] * 2 + ["b"] * 8, samples=10).mean == 25.0
 
 
-def test_bleu_from_statistics_is_that_of_the_corpus():
+def test_bleu_from_statistics_equals_bleu_of_the_corpus():
     sacrebleu = pytest.importorskip("sacrebleu")
     texts = [("the cat sat on the mat", "the cat sat on a mat"), ("a dog is there", "a dog was there today")]
     table = [Prediction(str(i), *pair, 1, 1, "") for i, pair in enumerate(texts)]

@@ -33,7 +33,7 @@ TINY = [
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Callable[..., dict[str, float]]:
-    """Trains with these arguments into tmp_path / run."""
+    """Trains a tiny model with the given arguments; the run folder is tmp_path / run."""
 
     def trained(*arguments: str) -> dict[str, float]:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -59,7 +59,7 @@ def languages(tmp_path: Path) -> list[str]:
     return ["data=tsv", "data.columns=[source,target,features]", "data.target_split=characters", *files]
 
 
-def test_all_commands_accept_features_and_languages(trained, languages, tmp_path, capsys, monkeypatch):
+def test_four_commands_accept_features_and_languages(trained, languages, tmp_path, capsys, monkeypatch):
     trained(*languages, "data.languages=[bb,aa]", "model.language_dim=3", "data.title=two")
     assert "two: 80 training, 28 validation and 20 test words" in capsys.readouterr().out
     command("evaluate", evaluate, tmp_path, "split=test", "data.languages=[aa]")
@@ -115,7 +115,7 @@ def parallel(tmp_path: Path) -> list[str]:
     return ["data=parallel", "data.sides=[en,de]", "data.bpe_size=40", "data.batch_tokens=50", *files]
 
 
-def test_all_commands_accept_parallel_text_with_subwords(trained, parallel, tmp_path, capsys):
+def test_four_commands_accept_parallel_text_with_subwords(trained, parallel, tmp_path, capsys):
     trained(*parallel)
     assert "parallel: 30 training, 7 validation and 5 test" in capsys.readouterr().out
     assert (tmp_path / "run" / "bpe_source.json").is_file()

@@ -84,7 +84,7 @@ def test_n_best_lists_are_printed_in_order_of_rank(run_folder, capsys, monkeypat
 
 
 @pytest.mark.parametrize("decoding", ["greedy", "exact"])
-def test_other_decodings_have_one_prediction_with_its_score(run_folder, capsys, monkeypatch, decoding) -> None:
+def test_greedy_and_exact_decoding_give_one_prediction_and_score(run_folder, capsys, monkeypatch, decoding) -> None:
     lines = predicted(capsys, monkeypatch, f"run={run_folder}", f"decoding={decoding}", "scores=true")
     task = load_run(run_folder).task
     assert [line[0] for line in lines] == WORDS
@@ -140,7 +140,7 @@ def test_exact_search_prints_its_results(run_folder: Path, capsys: pytest.Captur
     assert written["test/proved"] == pytest.approx(100 * sum(proved) / len(words))
     assert written["test/greedy_errors"] == pytest.approx(100 * sum(errors) / max(1, sum(proved)))
     assert written["test/single"] == 0
-    assert written["test/empty_impossible"] == 0  # softmax gives every word a probability above zero
+    assert written["test/empty_impossible"] == 0  # softmax gives every output a probability above zero
     assert written["test/empty_log_probability"] < 0 and written["test/empty_rank"] >= 1
 
 

@@ -15,7 +15,7 @@ def run_evaluate(*arguments: str) -> None:
 
 
 def by_hand(run_folder: Path, file: Path) -> dict[str, float]:
-    """Error rates of the words of a file, one word at a time."""
+    """Error rates of the words of a file, predicted one word at a time."""
     task = load_run(run_folder).task
     pairs = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()]
     predictions = [task.predict_words([word])[0] for word, _ in pairs]

@@ -1,4 +1,4 @@
-"""Every experiment from start to end, on a few synthetic lines in the format of its data."""
+"""Every experiment is trained from start to end, on a few synthetic lines in the format of its data."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_every_experiment_has_a_test():
     assert set(EXPERIMENTS) == set(DATA)
 
 
-def test_the_page_has_the_command_of_every_experiment():
+def test_the_readme_has_a_valid_command_for_every_experiment():
     page = (config_dir().parent / "recipes/seq2seq/README.md").read_text(encoding="utf-8")
     first, *sections = re.findall(r"^## (\w+)\n\n    sparse-attn train *(.*)$", page, re.MULTILINE)
     assert first == ("default", "")

@@ -1,4 +1,4 @@
-"""A training that is killed, finds the disk full, or runs in two processes ends as an undisturbed one."""
+"""A training that is killed, finds the disk full or runs in two processes ends like an undisturbed training."""
 
 import errno
 import os
@@ -42,7 +42,7 @@ def assert_same(one: Path, other: Path) -> None:
 def in_a_process(cfg, *, steps: int | None = None, delay: float = 0.0) -> bool:
     """Trains in a copy of this process; returns whether the training finished.
 
-    With ``steps``, the process is killed ``delay`` seconds after it has written α of this number of further steps.
+    With ``steps``, the process is killed ``delay`` seconds after it has written α of ``steps`` further steps.
     """
     curves = Path(cfg.resume or cfg.paths.output_dir) / "alpha.csv"
     before = written_steps(curves)
@@ -91,7 +91,7 @@ def test_a_training_killed_several_times_equals_an_uninterrupted_training(tiny_c
     for _ in range(kills):
         going = (folder / "checkpoints/last.ckpt").exists()
         cfg = resumed_config(folder) if going else tiny_config(*options)
-        # The process is killed at any time in its first two epochs, also while it writes files.
+        # The process is killed at a random time in its first two epochs, possibly while it writes files.
         killed += not in_a_process(cfg, steps=times.choice((0, 1, 1, 1)), delay=times.uniform(0.0, one_epoch))
     assert killed == kills
     assert in_a_process(resumed_config(folder))
@@ -121,7 +121,7 @@ def test_error_for_a_full_disk_has_the_file_and_how_to_continue(tiny_config, tmp
             train(tiny_config())
     folder = tmp_path / "run"
     assert not list(folder.rglob("*.tmp"))
-    if fails_at <= 2:  # best.ckpt, then epoch_0001.ckpt: the first epoch has no last.ckpt yet
+    if fails_at <= 2:  # the first epoch saves best.ckpt and epoch_0001.ckpt before last.ckpt
         assert "no checkpoint to continue from; to train from the start, run the same command again" in str(told.value)
         train(tiny_config())
     else:

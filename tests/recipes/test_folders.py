@@ -106,5 +106,5 @@ def test_two_writers_of_a_file_use_different_temporary_files(tmp_path):
     with replacing(tmp_path / "a") as first, replacing(tmp_path / "a") as second:
         first.write_text("first")
         second.write_text("second")
-    assert (tmp_path / "a").read_text() == "first"  # the block of `first` ends last
+    assert (tmp_path / "a").read_text() == "first"  # the block of `second` ends before the block of `first`
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -254,7 +254,8 @@ def test_alignments_are_the_pairs_to_which_heads_give_weight(run_folder: Path, t
 def test_the_effect_of_each_head_on_the_loss_is_reported(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_inspect(f"run={run_folder}", "worth=true", "worth_words=3")
     out = capsys.readouterr().out
-    # Once unchanged, 18 heads switched off, and 6 heads with a learnt α made dense and sparse: 1 + 18 + 2 · 6.
+    # The model is measured unchanged, with each of 18 heads switched off, and with each of the 6 heads with a learnt α
+    # made dense and made sparser: 1 + 18 + 2 · 6 = 31.
     assert "change of the loss for each head: 31 times 3 words, about" in out and "made dense" in out
     heads = numbers_of(run_folder)["heads"]
     assert all(isinstance(head["loss when switched off"], float) for head in heads)

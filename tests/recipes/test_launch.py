@@ -172,7 +172,7 @@ def test_the_task_sees_the_command_line_that_starts_the_program_again(spec, pref
     assert seen == [["/bin/sparse-attn", *prefix, "seed=3"]]
 
 
-def test_cli_keeps_the_program_of_the_command_line(monkeypatch, capsys):
+def test_cli_removes_the_command_from_sys_argv_and_keeps_the_program(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["/bin/sparse-attn", "evaluate", "foo=1"])
     refused(capsys, cli.main)
     assert sys.argv == ["/bin/sparse-attn", "foo=1"]

@@ -97,7 +97,7 @@ def test_a_bug_in_the_task_shows_a_traceback(tmp_path, monkeypatch):
         run_hydra("train", task, arguments=[])
 
 
-def test_an_unknown_monitor_raises_an_error(tiny_config):
+def test_a_callback_with_an_unknown_monitor_raises_an_error(tiny_config):
     stop = "lightning.pytorch.callbacks.EarlyStopping"
     with pytest.raises(ValueError, match=r"trainer: Early stopping conditioned on metric `val/foo` .*`val/per`"):
         train(tiny_config(f"+callbacks.stop={{_target_: {stop}, monitor: val/foo}}"))
@@ -140,7 +140,7 @@ def test_resuming_a_damaged_configuration_gives_a_one_line_error(run_folder, con
         resume_arguments([f"resume={run_folder}"])
 
 
-def test_resuming_from_weights_without_state_gives_a_one_line_error(run_folder):
+def test_resuming_without_the_state_of_the_training_gives_a_one_line_error(run_folder):
     (run_folder / "checkpoints/best.ckpt").replace(run_folder / "checkpoints/last.ckpt")
     with pytest.raises(ValueError, match=r"last\.ckpt must hold the state of a training .*; it has no epoch"):
         resume_arguments([f"resume={run_folder}"])

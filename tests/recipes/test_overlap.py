@@ -16,7 +16,7 @@ def test_sources_and_features_are_known_only_in_the_same_language():
     training = ["hun\tab\tV;PST", "hun\tcd\tN", "kat\tef\tN"]
     expected = {
         "hun\tab\tV;PST": "known_both",
-        "hun\tab\tN": "known_both",  # each is known, though not together
+        "hun\tab\tN": "known_both",  # source and features are known, from two different inputs
         "hun\tab\tV": "known_source",
         "hun\tx\tN": "known_features",
         "kat\tab\tN": "known_features",

@@ -36,7 +36,7 @@ def test_the_default_number_of_epochs_gives_the_minimum_of_updates():
     assert FEWEST_UPDATES <= plan.updates < FEWEST_UPDATES + 13
 
 
-def test_without_max_epochs_a_training_ends_and_records_the_planned_epochs(tiny_config, tmp_path, capsys, monkeypatch):
+def test_without_max_epochs_the_planned_epochs_are_printed_and_recorded(tiny_config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("recipes.plan.FEWEST_UPDATES", 12)
     monkeypatch.setattr("recipes.plan.FEWEST_EPOCHS", 1)
     train(tiny_config("trainer.max_epochs=null"))
@@ -59,7 +59,7 @@ def test_notes_report_a_long_warm_up_and_unseen_symbols(tiny_config, tmp_path, c
 
 
 @pytest.mark.parametrize("schedule", ["inverse_sqrt", "noam", "cosine"])
-def test_a_training_runs_with_every_schedule_but_the_default(tiny_config, tmp_path, schedule):
+def test_a_training_uses_the_chosen_schedule(tiny_config, tmp_path, schedule):
     train(tiny_config(f"schedule={schedule}", "trainer.max_epochs=1"))
     assert load_run(tmp_path / "run").task.hparams["schedule"] == schedule
 

@@ -1,4 +1,4 @@
-"""Several processes: their shares add up to the batch; torchrun, or the environment variables of srun, connect them."""
+"""Several processes: shares of a batch, process numbers, and training with torchrun or with the variables of srun."""
 
 import os
 import socket
@@ -57,7 +57,7 @@ def test_the_number_of_a_process(monkeypatch, environment, expected):
         ({}, False),
         ({"WORLD_SIZE": "1"}, False),
         ({"WORLD_SIZE": "2", "RANK": "0"}, True),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, False),  # a shell in an allocation
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, False),  # a shell in a Slurm allocation, without srun
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, True),
         ({"RANK": "1"}, True),
     ],

@@ -197,7 +197,7 @@ def test_percentages_have_at_most_four_characters(share: float, text: str) -> No
 
 
 def draw(figure: Figure, file: Path) -> tuple[int, int]:
-    """Save, and read width and height from the PNG header."""
+    """Saves a figure; returns its width and height, read from the PNG header."""
     file.write_bytes(drawn(figure))
     header = file.read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
@@ -262,7 +262,7 @@ def test_characters_missing_in_the_font_are_drawn_without_a_warning(tmp_path: Pa
     ).eval()
     for word in words:
         sample = word_maps(task, word)
-        # 5 heads: a second row with one panel
+        # Five heads need a second row, with one panel.
         draw(attention_figure(sample, alpha_per_head(task.model), {}), tmp_path / "map.png")
         draw(rollout_figure(read_batch(task, [word])), tmp_path / "rollout.png")
 
@@ -321,7 +321,7 @@ def test_the_report_of_a_run_is_one_file(run_folder: Path) -> None:
     assert len(loaded) == 4 and all(source.startswith("data:image/png") for source in loaded)
     assert f"sparse-attn run {run_folder.parent.name}/finished" in text
     assert "<td>validation</td><td>12.50</td><td>30.25</td>" in text
-    assert text.count("<td>100%</td>") >= 18 + 6  # softmax beside every head, and the softmax heads themselves
+    assert text.count("<td>100%</td>") >= 18 + 6  # softmax compared with every head, and the softmax heads
     assert "encoder_attention: adaptive" in text
 
 

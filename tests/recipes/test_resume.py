@@ -145,7 +145,7 @@ def test_error_for_an_incomplete_checkpoint_has_its_name(tiny_config, tmp_path, 
 
 @pytest.mark.parametrize("arguments", [["--cfg", "job"], ["+trainer.min_epochs=1", "~logger.csv", "data.test=x"]])
 def test_arguments_that_resume_accepts(run_folder, arguments):
-    own_folder = f'hydra.run.dir="{run_folder}"'  # as Lightning passes it to the processes that it starts
+    own_folder = f'hydra.run.dir="{run_folder}"'  # Lightning passes this to the processes that it starts
     composed, _ = resume_arguments([f"resume={run_folder}", *arguments, own_folder])
     assert composed[: len(arguments) + 1] == [*arguments, own_folder]
 

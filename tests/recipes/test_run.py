@@ -113,7 +113,7 @@ def test_rows_after_a_step_are_removed(tmp_path):
     assert read_rows(file) == [{"step": "1", "b": "", "a": "0.5"}, {"step": "3", "b": "", "a": "0.5"}]
 
 
-def test_a_run_stopped_before_its_first_last_checkpoint_is_replaced_with_all_its_files(tmp_path):
+def test_a_new_run_replaces_the_files_of_a_run_without_a_last_checkpoint(tmp_path):
     start_record(tmp_path, OmegaConf.create({"seed": 5}), ["seed=5"])
     stale = ["checkpoints/best.ckpt", "checkpoints/epoch_0001.ckpt", "bpe_source.json", ".config.yaml.0123abcd.tmp"]
     for name in stale:

@@ -14,7 +14,7 @@ from recipes.sweep import SWEEP, objective, read_outcomes
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys, tiny_arguments):
-    """Runs ``sparse-attn train`` with the arguments of the tiny training, unless `alone`, and then the given ones."""
+    """Runs ``sparse-attn train`` with the tiny arguments (unless `alone`), followed by the given arguments."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.chdir(tmp_path)
 

@@ -227,7 +227,7 @@ def test_damaged_files_are_refused(tiny_config, tmp_path, content, message):
         train(tiny_config(f"data.val={tmp_path / 'bad.tsv'}"))
 
 
-def test_a_folder_is_used_once(tiny_config, tmp_path):
+def test_a_folder_that_holds_a_run_is_refused(tiny_config, tmp_path):
     train(tiny_config("trainer.max_epochs=1"))
     before = (tmp_path / "run/results.json").read_text()
     with pytest.raises(FileExistsError, match="already holds a run; continue it with resume="):
@@ -268,7 +268,7 @@ def test_data_files_are_recorded_as_absolute_paths(tiny_config, tmp_path, monkey
     assert (data.train, data.test) == (str(tmp_path / "train.tsv"), str(tmp_path / "test.tsv"))
 
 
-def test_three_files_need_no_folder(tiny_config, tmp_path):
+def test_without_data_path_all_three_files_must_be_given(tiny_config, tmp_path):
     files = [f"data.{split}={tmp_path / split}.tsv" for split in ("train", "val", "test")]
     train(tiny_config("data.path=???", *files, "trainer.max_epochs=1"))
     assert "path" not in load_run(tmp_path / "run").config.data
@@ -277,7 +277,7 @@ def test_three_files_need_no_folder(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
-def test_mixed_and_full_precision_train(tiny_config, precision):
+def test_a_training_runs_in_mixed_and_in_full_precision(tiny_config, precision):
     train(tiny_config(f"trainer.precision={precision}", "trainer.max_epochs=1"))
 
 
@@ -295,7 +295,7 @@ def test_log_every_n_steps_zero_logs_only_at_epochs(tiny_config, tmp_path):
 def test_the_learning_rate_of_an_epoch_with_few_updates_is_recorded(tiny_config, tmp_path):
     train(tiny_config("trainer.log_every_n_steps=50", "optimizer.warmup_steps=0"))
     rates = {row["step"]: float(row["train/learning_rate"]) for row in read_rows(tmp_path / "run/metrics.csv")}
-    # The linear schedule at the fifth and at the last of ten updates.
+    # The rates of the linear schedule at updates 5 and 10 of 10.
     assert rates == pytest.approx({"5": 2e-3 * 6 / 9, "10": 2e-3 * 1 / 9}, rel=1e-6)
 
 

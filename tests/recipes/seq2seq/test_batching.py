@@ -113,14 +113,14 @@ def test_a_batch_size_of_zero_is_refused():
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("batch_size", [None, 11])
 def test_batches_by_tokens_contain_every_example_once_within_the_limit(shuffle, batch_size):
-    lengths = [*random_lengths(1009), (211, 3)]  # the last is longer than the limit
+    lengths = [*random_lengths(1009), (211, 3)]  # the last example is longer than the limit
     batches = BatchByLength(lengths, batch_size, batch_tokens=113, shuffle=shuffle, seed=3)
     got = list(batches)
     assert sorted(itertools.chain(*got)) == list(range(1010))
     sizes = [len(batch) * max(max(lengths[index]) for index in batch) for batch in got]
     assert all(size <= 113 or batch == [1009] for size, batch in zip(sizes, got, strict=True))
     assert batch_size is None or max(map(len, got)) == 11
-    # Without another limit, shuffled batches are more than three quarters full on average.
+    # Without a limit of examples, shuffled batches are more than three quarters full on average.
     assert shuffle is False or batch_size or sum(sizes) / len(sizes) > 0.75 * 113
 
 

@@ -33,7 +33,7 @@ def test_a_damaged_cache_file_is_written_again(tmp_path, damage):
 def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # as a full disk: no file may be longer
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # no file can be longer, as on a full disk
     try:
         with pytest.raises(OSError, match=r"^\[Errno \d+\] File too large: '.*\.pt'$"):
             cached_ids(tmp_path, ["a"], lambda: IDS)

@@ -223,7 +223,7 @@ def test_invalid_arguments_raise_an_error_before_files_are_read(arguments, error
 
 @pytest.fixture
 def inflection(tmp_path):
-    """Three columns, in the order of SIGMORPHON 2023, of two languages."""
+    """Files in two languages, whose three columns have the order of SIGMORPHON 2023."""
     for language, ending in (("xx", "a"), ("yy", "b")):
         for split in ("train", "val", "test"):
             lines = [

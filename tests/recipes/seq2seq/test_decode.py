@@ -17,7 +17,7 @@ N, S, SOURCE, TARGET, MAX_LENGTH = 7, 5, 11, 13, 9
 
 
 def model_of(kind: str = "adaptive", *, end_bias: float = 0.0) -> Seq2SeqTransformer:
-    """An untrained model with large weights, so that words differ; with a larger ``end_bias``, words are shorter."""
+    """An untrained model with large weights, so that outputs differ; a larger ``end_bias`` makes outputs shorter."""
     kinds = dict.fromkeys(("encoder_attention", "decoder_attention", "cross_attention"), kind)
     sizes = {"dim": 22, "num_heads": 2, "ff_dim": 19, "alpha": 1.25, "k": 2}
     model = Seq2SeqTransformer(SOURCE, TARGET, dropout=0.5, **sizes, **kinds).double()
@@ -49,13 +49,13 @@ def naive(model: Seq2SeqTransformer, source: Tensor, max_length: int) -> list[in
 
 
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-def test_batched_decoding_with_a_cache_equals_single_words_without(kind: str) -> None:
+def test_batched_decoding_with_a_cache_equals_single_words_without_a_cache(kind: str) -> None:
     torch.manual_seed(1)  # with this seed, the outputs have many lengths
     model, source = model_of(kind), words()
     lengths = set()
     for _ in range(5):
         with torch.no_grad():
-            model.output.bias[EOS] += 0.7  # each time, words become shorter
+            model.output.bias[EOS] += 0.7  # each time, outputs become shorter
             output = greedy_decode(model, source, max_length=MAX_LENGTH)
             assert output == [naive(model, row, MAX_LENGTH) for row in source]
         assert output == [greedy_decode(model, row[None], max_length=MAX_LENGTH)[0] for row in source]

@@ -123,7 +123,7 @@ def test_a_row_of_padding_only_has_finite_outputs_and_gradients() -> None:
 
 
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-def test_logits_do_not_depend_on_later_target_tokens_but_on_the_last_source_token(kind: str) -> None:
+def test_logits_depend_on_the_last_source_token_and_not_on_later_target_tokens(kind: str) -> None:
     model = model_of(kind)
     source, target = ids()
     expected = model(source, target)
@@ -179,7 +179,7 @@ def test_decoding_by_steps_with_a_cache_equals_the_full_pass(kind: str, sizes: l
     model = model_of(kind)
     source, target = ids()
     real = target != 0
-    # Positions are sines in float32. Their last bit may depend on the number of positions that one call computes.
+    # Position encodings are computed in float32. Their last bit can depend on how many positions one call computes.
     torch.testing.assert_close(
         by_steps(model, source, target, sizes)[real], model(source, target)[real], rtol=0, atol=1e-6
     )

@@ -21,7 +21,7 @@ def test_the_kinds_have_their_alpha() -> None:
 
 
 @pytest.mark.parametrize("alpha", ALPHAS.values())
-def test_probabilities_are_the_mapping_over_the_possible_tokens(alpha: float) -> None:
+def test_probabilities_are_softmax_or_entmax_of_the_logits_of_possible_tokens(alpha: float) -> None:
     logits = 2 * torch.randn(3, N, V, dtype=torch.float64)
     before = logits.clone()
     probabilities = next_token_log_probabilities(logits, alpha).exp()
@@ -38,7 +38,7 @@ def test_probabilities_are_the_mapping_over_the_possible_tokens(alpha: float) ->
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 @pytest.mark.parametrize("alpha", [1.0, 1.0 + 1e-9, 1.25, 1.5, 2.0])
-def test_the_loss_is_the_fenchel_young_loss_with_smoothing_as_in_the_paper(alpha: float, smoothing: float) -> None:
+def test_the_loss_is_the_fenchel_young_loss_with_label_smoothing(alpha: float, smoothing: float) -> None:
     logits = 2 * torch.randn(N, V, dtype=torch.float64)
     target = torch.tensor([4, PAD, 5, 2, 10, 3, PAD])
     if alpha < 1.1:

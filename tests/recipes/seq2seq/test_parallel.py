@@ -40,7 +40,7 @@ def test_error_for_a_missing_side_contains_the_file_name(write, tmp_path):
         read_parallel(write("a\n", "A\n"), ["en", "fr"])
 
 
-def test_the_three_splits(write):
+def test_three_path_patterns_give_the_three_splits(write):
     patterns = [write(split, "X", split) for split in ("train", "val", "test")]
     splits = load_parallel(*patterns, sides=["en", "de"])
     assert [part[0].source for part in (splits.train, splits.val, splits.test)] == ["train", "val", "test"]

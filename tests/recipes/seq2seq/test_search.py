@@ -152,7 +152,7 @@ def test_a_beam_of_size_one_equals_greedy_decoding(output: str) -> None:
         for row, [hypothesis] in zip(source, found, strict=True):
             tokens = [*hypothesis.tokens, *([EOS] if hypothesis.finished else [])]
             assert hypothesis.log_probability == pytest.approx(total_of(steps_of([model], row), tokens), abs=1e-6)
-    # Some models with sparse output give probability zero to the end.
+    # Some models with sparse output give probability zero to the end of the output.
     assert finished == ({True} if output == "softmax" else {True, False})
 
 

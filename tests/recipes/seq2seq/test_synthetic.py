@@ -6,12 +6,12 @@ SIZES = {"length": 7, "factors": [1, 3], "symbols": 5, "train": 211, "val": 13, 
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_lengths_and_groups(task):
+def test_the_splits_have_the_given_sizes_lengths_and_groups(task):
     splits = make_sequences(task, **SIZES)
     assert (len(splits.train), len(splits.val), len(splits.test)) == (211, 13, 22)
     assert [example.group for example in splits.test] == ["x1"] * 11 + ["x3"] * 11
     lengths = {group: {len(e.source.split()) for e in splits.test if e.group == group} for group in ("x1", "x3")}
-    # Retrieval has complete pairs, followed by the requested key.
+    # A retrieval sequence has complete pairs of key and value, followed by the requested key.
     assert lengths == ({"x1": {7}, "x3": {21}})
     seen = {len(example.source.split()) for example in splits.train}
     assert seen == ({3, 5, 7} if task == "retrieval" else set(range(1, 8)))

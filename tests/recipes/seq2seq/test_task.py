@@ -41,7 +41,7 @@ def test_training_loss_is_the_mean_over_real_tokens(smoothing, monkeypatch):
     torch.testing.assert_close(loss, each[BATCH["target_out"] != 0].mean())
 
 
-def test_alpha_has_its_own_rate_and_only_matrices_decay():
+def test_alpha_has_its_own_learning_rate_and_only_matrices_have_weight_decay():
     task = make_task(alpha_learning_rate=0.5, weight_decay=0.25)
     names = {id(parameter): name for name, parameter in task.named_parameters()}
     groups = task.parameter_groups()
@@ -56,7 +56,7 @@ def test_alpha_has_its_own_rate_and_only_matrices_decay():
     assert groups[2]["lr"] == 0.5
 
 
-def test_a_model_without_alpha_has_no_group_for_it():
+def test_a_model_without_a_learnt_alpha_has_no_parameter_group_for_alpha():
     kinds = dict.fromkeys(("encoder_attention", "decoder_attention", "cross_attention"), "softmax")
     assert len(make_task(model={**MODEL, **kinds}).parameter_groups()) == 2
 
@@ -103,7 +103,7 @@ def test_score_computes_loss_support_and_error_rates(monkeypatch):
     assert scores.sources == ["ab", "cde"]
 
 
-def test_loss_and_support_are_those_of_the_output_mapping():
+def test_loss_and_support_of_a_sparsemax_output_are_computed_with_sparsemax():
     task = make_task(model={**MODEL, "output": "sparsemax"}).eval()
     with torch.no_grad():
         task.model.output.weight.mul_(0.5)
@@ -186,7 +186,7 @@ def test_the_warm_up_is_a_share_of_the_training_unless_warmup_steps_is_given():
     assert make_task(warmup_steps=7).warmup_steps(65) == 7
 
 
-def test_noam_depends_on_the_size_of_the_model():
+def test_the_learning_rates_of_noam_follow_its_formula():
     task = make_task(learning_rate=2.0, schedule="noam", warmup_steps=4, max_steps=9)
     configured = task.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]

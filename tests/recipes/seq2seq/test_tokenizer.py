@@ -85,7 +85,7 @@ def test_text_that_looks_like_a_special_token_is_unknown():
     assert tokenizer.encode("<pad> a <eos>") == [UNK, 4, UNK, EOS]
 
 
-def test_state_is_plain_and_restores():
+def test_a_tokenizer_is_restored_from_its_state_in_json():
     tokenizer = Tokenizer.fit(["한글 b"], split="characters", normalization="NFD")
     state = json.loads(json.dumps(tokenizer.state()))
     restored = Tokenizer(**state)
@@ -142,7 +142,7 @@ def test_a_character_without_a_subword_is_an_unknown_token_of_its_own():
     assert tokenizer.words(tokenizer.tokenize("low ☃")) == ["▁low", "▁☃"]
 
 
-def test_learning_subwords_is_deterministic_and_they_can_be_restored():
+def test_learnt_subwords_are_deterministic_and_can_be_restored():
     first, second = (Tokenizer.fit(SENTENCES, split="bpe", normalization="NFC", bpe_size=29) for _ in range(2))
     assert first.state() == second.state()
     restored = Tokenizer(**json.loads(json.dumps(first.state())))
@@ -180,7 +180,7 @@ def test_the_state_for_plain_text_has_the_keys_of_earlier_versions():
     ("split", "bpe", "got"),
     [("bpe", None, "got no bpe and split 'bpe'"), ("spaces", "{}", "got bpe and split 'spaces'")],
 )
-def test_subwords_must_be_given_with_split_bpe_and_with_no_other(split, bpe, got):
+def test_subwords_must_be_given_with_split_bpe_and_with_no_other_split(split, bpe, got):
     with pytest.raises(ValueError, match=rf"^bpe must be given if split is 'bpe', and only then, {got}$"):
         Tokenizer([], split=split, bpe=bpe)
 
