@@ -1,4 +1,4 @@
-"""Sparse attention for PyTorch: mappings from scores to sparse probabilities, and layers with a learnt sparsity.
+"""Sparse attention for PyTorch: mappings from scores to sparse probabilities, and layers with learnt sparsity.
 
 The package exports the names of ``sparse_attn.public``. Further modules are:
 

@@ -64,9 +64,9 @@ def calibrate(
     """Find α of every attention head of a dense model, without training it and without changing it.
 
     Give one of two targets. With ``density``, every head (or every layer) gives weight to this share of the keys that
-    its queries see. With ``loss_increase``, the function finds the lowest target density, at least 0.01 and the same
-    for every head (or every layer), at which the loss exceeds that of the dense model by at most this amount. All heads
-    are made sparse at the same time, since a sparse layer changes the scores of later layers.
+    its queries see. With ``loss_increase``, the function searches for the lowest density, at least 0.01, at which the
+    loss exceeds the loss of the dense model by at most this amount. The density is the same for every head (or every
+    layer). All heads are made sparse at the same time, because a sparse layer changes the scores of later layers.
 
     The function makes 8 passes over the batches for ``density``, and for ``loss_increase`` one pass plus 4 for each of
     up to 7 densities. Memory does not grow with the number of batches. A head that would need a larger α than
@@ -75,17 +75,17 @@ def calibrate(
     Args:
         model: A ``transformers.PreTrainedModel``, or any module with ``nn.MultiheadAttention`` layers. It computes in
             evaluation mode; afterwards the model is as before, also after an error or an interruption.
-        batches: Batches for ``loss``, which are read several times: a list or a ``DataLoader``. For a model of
-            transformers, each is a dict of keyword arguments of its ``forward``, with ``labels``.
+        batches: Batches for ``loss``: a list or a ``DataLoader``. They are read several times. For a model of
+            transformers, each batch is a dict of keyword arguments of ``forward``, with ``labels``.
         density: The target density, in (0, 1].
         loss_increase: The largest allowed increase of the mean loss, at least 0.
-        per: ``"head"``: each head has its own α; ``"layer"``: all heads of a layer have the same, and the density is
-            that of the layer.
+        per: ``"head"``: each head has its own α; ``"layer"``: all heads of a layer have the same α, and the density is
+            the mean over the heads of the layer.
         loss: ``loss(model, batch)``, a scalar. By default ``model(**batch).loss``.
         alpha_max: The largest α, above 1. If it is above 2, ``add_alpha`` and ``replace_attention`` need
             ``alpha_range=(1.0, alpha_max)``.
-        state: A file in which finished passes are recorded, so that an interrupted call continues after the last one.
-            The file is kept; the same call reads its result from the file.
+        state: A file in which finished passes are recorded, so that an interrupted call can continue. The file is kept:
+            a repeated call with the same arguments reads its result from the file.
         progress: Whether to write a line for each pass to standard error.
 
     Returns:
@@ -94,9 +94,9 @@ def calibrate(
 
     Raises:
         TypeError: An argument has a wrong type, or ``batches`` can be read only once.
-        ValueError: Both or neither of ``density`` and ``loss_increase`` are given, or one is out of range; there are no
-            batches; the model has no attention or no loss; a loss is not finite; or ``state`` is a folder, is in a
-            folder that does not exist, was not written by this function or belongs to another call.
+        ValueError: Both or neither of ``density`` and ``loss_increase`` are given; an argument has a value that is not
+            allowed; there are no batches; the model has no attention or no loss; a loss is not finite; or ``state`` is
+            a folder, is in a folder that does not exist, was not written by this function or belongs to another call.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(16, nhead=2, batch_first=True)

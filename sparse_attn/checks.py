@@ -1,4 +1,4 @@
-"""Checks of arguments; the dtypes of computation and result; a view of row parameters. Used by several modules."""
+"""Checks of arguments; the dtypes of computation and result; a view of tensors with one value per row."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def check_flag(value: object, name: str) -> None:
     """Raise if a flag of torch's own layer is a string or a tensor with more than one entry.
 
     Torch takes the truth of any object. So ``"False"`` from a configuration would count as True, and a mask in the
-    place of a flag would raise an error that names neither of the two.
+    place of a flag would raise an error that names neither the mask nor the flag.
     """
     if isinstance(value, str):
         raise TypeError(f"{name} must be True or False, got {value!r}")
@@ -195,7 +195,7 @@ def result_dtype(x: Tensor) -> torch.dtype:
 
 
 def rows_last(value: Tensor, x: Tensor, dim: int) -> Tensor:
-    """A view of a row parameter of ``x`` (size 1 along ``dim``) that broadcasts against ``x.movedim(dim, -1)``."""
+    """A tensor with size 1 along ``dim`` of ``x``, as a view that broadcasts against ``x.movedim(dim, -1)``."""
     if not x.dim() or (value.dim() and dim in (-1, x.dim() - 1)):  # broadcasting adds leading dimensions
         return value
     return value.view([1] * (x.dim() - value.dim()) + list(value.shape)).movedim(dim % x.dim(), x.dim() - 1)

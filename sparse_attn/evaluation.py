@@ -1,4 +1,4 @@
-"""Evaluation mode; and passes over batches, which measure a model's loss and the density of each head for given α."""
+"""Evaluation mode, and passes over batches that measure a model's loss and the density of each head for given α."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class SavedPasses:
 
 
 def _read_passes(file: Path, call: dict[str, Any]) -> tuple[dict[str, Any], list[Result]]:
-    """The arguments of the call that wrote a file (they have the keys of ``call``), and the results of its passes."""
+    """The arguments (with the keys of ``call``) of the call that wrote a file, and the results of the passes."""
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
         earlier, passes = dict(saved["call"]), [Result(**one) for one in saved["passes"]]

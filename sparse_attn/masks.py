@@ -30,7 +30,7 @@ class ScoreShape(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """The keys that a query sees by position: query ``i`` those from ``i - left`` to ``i + right``; None: no limit.
+    """Limits by position: query ``i`` sees the keys from ``i - left`` to ``i + right``; None means no limit.
 
     Bounds replace a mask of (L, S) entries if they are the same for all heads and batch entries.
     """
@@ -204,7 +204,7 @@ def described_causal(attn_mask: Tensor | None) -> tuple[int, int, int] | None:
 def check_mask(attn_mask: Tensor, shape: Sequence[int], name: str = "attn_mask") -> None:
     """Raise unless a mask is boolean or floating and broadcasts to scores of shape ``shape``."""
     check_mask_dtype(attn_mask, name)
-    # Lists of equal length: Dynamo before torch 2.9 traces neither ``any`` of a generator nor ``zip`` of two lengths.
+    # Dynamo before torch 2.9 traces neither ``any`` of a generator nor ``zip`` of sequences with different lengths.
     last = list(shape)[max(len(shape) - attn_mask.dim(), 0) :]
     if attn_mask.dim() > len(shape) or False in [a in (1, b) for a, b in zip(attn_mask.shape, last, strict=True)]:
         raise ValueError(f"{name} must broadcast to the scores {tuple(shape)}, got shape {tuple(attn_mask.shape)}")
@@ -261,7 +261,7 @@ def multihead_mask(
 def merge_multihead_masks(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, shape: ScoreShape
 ) -> Tensor | None:
-    """``nn.MultiheadAttention``'s two masks (``True`` = masked, float = added) as one in the internal form.
+    """``nn.MultiheadAttention``'s two masks (``True`` = masked, float = added) as one internal-form mask.
 
     Args:
         attn_mask: (L, S) or (N * H, L, S).

@@ -65,7 +65,7 @@ def report_weights(
 
     Args:
         module: The module that attends.
-        weights: (N, H, L, S), before or after dropout as the module multiplies them with its values.
+        weights: (N, H, L, S): the weights by which the module multiplies its values (after dropout, if it has any).
         visible: True where a query may see a key; broadcasts against ``weights``. None: every query sees every key.
         alpha: The α with which the weights were computed, a number or one per head. If None, a record takes
             ``module.alpha``, if the module has this attribute; other observers receive None.
@@ -77,7 +77,7 @@ def report_weights(
 def register_reporter(reports: Callable[[nn.Module], bool]) -> RemovableHandle:
     """Register a function that recognises modules which call :func:`report_weights`.
 
-    Without it, :func:`sparse_attn.record_attention` refuses a model that contains no other attention modules.
+    Without a registered function, :func:`sparse_attn.record_attention` refuses a model without other attention modules.
 
     Args:
         reports: Returns True for a module that reports its weights. If the same function is registered again, only the

@@ -225,7 +225,7 @@ def linear_alpha(step: float, start: float, end: float, *, first_step: float = 0
     check_alpha(start, "start")
     check_alpha(end, "end")
     share = min(max((step - first_step) / (last_step - first_step), 0.0), 1.0)
-    # From the nearer end: rounding of (1 - share) * start + share * end can leave the interval from start to end.
+    # Computed from the nearer end, because rounding of (1 - share) * start + share * end can leave the interval.
     return start + share * (end - start) if share < 0.5 else end - (1 - share) * (end - start)
 
 

@@ -11,7 +11,7 @@ from sparse_attn.nn import *
 from sparse_attn.ops import *
 from sparse_attn.swap import replace_attention, restore_attention
 
-# Type checkers read this list, but not a list computed from those of `nn` and `ops`.
+# Type checkers read this list, but not a list computed from the lists of `nn` and `ops`.
 __all__ = [
     "NAPE",
     "ALiBi",

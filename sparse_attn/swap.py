@@ -145,8 +145,8 @@ def restore_attention(model: nn.Module, *, filter_fn: FilterFn | None = None) ->
         TypeError: ``model`` is not a module, or ``filter_fn`` not a function.
         ValueError: No layer matches; the model itself is an attention layer, or is wrapped for distributed training; a
             layer has a feature that torch's layer lacks (grouped heads, a window, norms, positions or length scaling)
-            or an out-projection that is not linear; or is pruned, parametrised, quantised, sharded, spread over devices
-            or has its own ``forward``, modules or buffers.
+            or an out-projection that is not linear; or a layer is pruned, parametrised, quantised, sharded, spread over
+            devices or has its own ``forward``, modules or buffers.
 
     Example:
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), num_layers=2)
@@ -182,7 +182,7 @@ def restore_attention(model: nn.Module, *, filter_fn: FilterFn | None = None) ->
 def replaced_for_a_while(
     model: nn.Module, filter_fn: FilterFn | None
 ) -> Iterator[dict[str, AdaptiveSparseMultiheadAttention]]:
-    """Within the context, dense layers are adaptive ones with α = 1; afterwards the model has its own layers again.
+    """Within the context, adaptive layers with α = 1 replace the dense layers; afterwards the dense layers are back.
 
     Yields:
         ``{name: layer}`` of the adaptive layers, including those that the model had before.

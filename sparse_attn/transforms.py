@@ -71,7 +71,7 @@ def values_known(*tensors: Tensor) -> bool:
 
 
 def readable(x: Tensor) -> Tensor | None:
-    """A tensor whose entries a check can read, or None: ``x`` itself or, in ``torch.func``, the tensor it wraps."""
+    """``x`` or, in ``torch.func``, the tensor that ``x`` wraps; None if a check cannot read the entries."""
     if torch.compiler.is_compiling() or is_traced():
         return None
     while is_functorch_wrapped_tensor(x):
@@ -83,10 +83,12 @@ def readable(x: Tensor) -> Tensor | None:
 def needs_plain_operations() -> bool:
     """Whether to call only torch's own operations, neither autograd functions nor custom operators of this library.
 
-    True in four cases: in a trace, whose graph should run without this library; for ``torch.func`` inside a compiled
-    function, where custom operators have no forward mode; for forward mode over forward mode, where an autograd
-    function that saves its inputs loses the outer tangent; and in ``functionalize``, which has no rule for autograd
-    functions and custom operators.
+    True in four cases:
+
+    - in a trace or an export, whose graph should run without this library;
+    - in ``torch.func`` inside a compiled function, where custom operators have no forward mode;
+    - in forward mode over forward mode, where an autograd function that saves its inputs loses the outer tangent;
+    - in ``functionalize``, which has no rule for autograd functions and custom operators.
     """
     if is_exporting():
         return True

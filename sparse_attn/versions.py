@@ -75,7 +75,7 @@ if triton_version() and triton_problem() and (TORCH >= (2, 8) or torch.cuda.devi
 def check_transformers() -> None:
     """Raise if transformers is older than 5.16.
 
-    In 5.15, modules of ViT have other names; before, T5 has no attention interface.
+    In 5.15, modules of ViT have other names; in older versions, T5 has no attention interface.
     """
     found = metadata.version("transformers")
     if _numbers(found) < (5, 16):
@@ -144,7 +144,7 @@ def tf32_allowed() -> bool:
 
 @functools.cache
 def mend_interpreter() -> None:
-    """Repair loops in Triton's interpreter: before 3.7 it converts arrays to ints, which numpy 2.5 refuses."""
+    """Repair loops in the interpreter of Triton before 3.7, which converts arrays to ints: numpy 2.5 refuses this."""
     if not triton_before(3, 7):
         return
     from triton.runtime import interpreter  # type: ignore[import-untyped, unused-ignore]

@@ -33,7 +33,7 @@ encoder = partial(sparse_encoder, E, H, F)
 def test_a_compiled_training_step_never_recompiles_while_alpha_moves(kind: str) -> None:
     learnt = kind.startswith("learnt")
     model = encoder(layers=1, learn_alpha=learnt, alpha_init=1.0).double()
-    set_alpha(model, 1.0)  # before the first trace: a fixed number becomes a buffer
+    set_alpha(model, 1.0)  # a fixed α becomes a buffer, before the model is traced
     twin = copy.deepcopy(model)
     counter = CompileCounterWithBackend("aot_eager")
 

@@ -155,7 +155,8 @@ def test_an_interrupted_call_continues(tmp_path, capsys):
 
     with pytest.raises(KeyboardInterrupt):
         calibrate(encoder(), BATCHES, density=0.3, loss=counted, state=state)
-    # Three passes of three batches, one more batch, and the call that raises; one line for each finished pass.
+    # The calls are three passes of three batches, one more batch, and the call that raises. Each finished pass has
+    # printed one line.
     assert calls == 11 and capsys.readouterr().err.count("\n") == 3
     calls, allowed = 0, 10**6
     found = calibrate(encoder(), BATCHES, density=0.3, loss=counted, state=state, progress=False)
@@ -200,7 +201,7 @@ class CausalModel(nn.Module):
         return self.attention(x, x, x, is_causal=True, need_weights=False)[0]
 
 
-def test_causal_layers_count_visible_keys_alone():
+def test_only_visible_keys_count_in_causal_layers():
     torch.manual_seed(1)
     found = calibrate(
         CausalModel(), [4 * batch for batch in BATCHES], density=0.5, loss=lambda m, x: m(x).sum(), progress=False

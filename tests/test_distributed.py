@@ -262,7 +262,7 @@ def test_two_processes_take_the_same_steps_as_one(results: dict[str, list[Any]],
 
 
 def test_gradients_of_a_head_at_its_bound_differ_in_sign_between_the_processes() -> None:
-    """Otherwise the test above could not detect a projection of gradients before their sum."""
+    """Without this, the test above could not detect that gradients are projected before they are summed."""
     signs = []
     for rows in (slice(0, N // 2), slice(N // 2, None)):
         grads = trained(make(), rows)["grads"]

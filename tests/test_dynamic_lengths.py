@@ -1,4 +1,4 @@
-"""Exported and compiled attention accepts other lengths than that of the first input."""
+"""Exported and compiled attention accepts lengths other than the length of the first input."""
 
 from __future__ import annotations
 

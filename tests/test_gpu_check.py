@@ -32,7 +32,7 @@ def test_the_table_shows_missed_targets_and_reasons_for_missing_figures(gpu_chec
     names = {}
     for kind in gpu_check.gpu_timing.PHASES:
         for task in gpu_check.tasks(kind):
-            assert names.setdefault((kind, gpu_check.name_of(task)), task) is task  # a name is a key of the results
+            assert names.setdefault((kind, gpu_check.name_of(task)), task) is task  # names are unique
     timings = [task.named() for task in names.values()]
     for line in timings:
         key = line["group"], line["length"], line["who"]
@@ -101,7 +101,7 @@ def test_an_interrupted_run_continues_after_the_task_that_was_running(gpu_check,
     record = gpu_check.Record(path, WHERE)
     record.begin("check", names[0])
     with path.open("a") as file:
-        file.write('{"kind": "check", "na')  # killed while it wrote
+        file.write('{"kind": "check", "na')  # the process was killed while it wrote this line
     again = gpu_check.Record(path, WHERE)
     gpu_check.run(three, again, 1e6)
     found = {entry["name"]: entry.get("result") for line in path.read_text().splitlines() if line.endswith("}")

@@ -1,4 +1,4 @@
-"""Imports go one way: the contracts are in pyproject.toml."""
+"""Packages import only packages below them; the contracts of import-linter in pyproject.toml define the order."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def arguments(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
 
 
 class Contract:
-    """A method for each public name whose signature is promised, with this signature."""
+    """Each method has the signature that is promised for the public name."""
 
     def sparsemax(self, x, dim=-1): ...
     def entmax15(self, x, dim=-1): ...
@@ -162,7 +162,7 @@ def test_our_transformer_layers_take_torchs_arguments_by_name(name: str) -> None
     ours, torchs = getattr(sparse_attn, name), getattr(nn, name)
     assert {argument for argument, _, _ in arguments(torchs.__init__)} <= {name for name, _, _ in arguments(ours)}
     assert [argument for argument, kind, _ in arguments(ours) if kind is Parameter.POSITIONAL_OR_KEYWORD] == [
-        *("d_model", "nhead")  # some of the others have other defaults than in torch
+        *("d_model", "nhead")  # some other arguments have other defaults than in torch
     ]
     tensors = [(name, Parameter.KEYWORD_ONLY, None) for name in ("cache", "rotary", "position_bias")]
     assert arguments(ours.forward) == arguments(torchs.forward) + tensors

@@ -80,7 +80,7 @@ def trained(model: nn.Module) -> nn.Module:
 def everything(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
     """Attributes of every module: parameters, buffers and submodules by identity, other values by value.
 
-    An attention layer is exchanged: the layer and the modules in it are compared by name.
+    Attention layers are exchanged, so these layers and the modules in them are compared by name.
     """
     for name, module in model.named_modules():
         attention = isinstance(module, nn.MultiheadAttention)
@@ -154,7 +154,7 @@ def test_the_fused_kernel_and_nested_tensors_are_used_again(
     assert model.use_nested_tensor
     padding = torch.arange(S).expand(N, S) >= torch.tensor([[S], [4], [2]])
     x = torch.randn(N, S, E)
-    expected = model.eval()(x, src_key_padding_mask=padding)  # with gradients: the slow path
+    expected = model.eval()(x, src_key_padding_mask=padding)  # with gradients, torch takes the slow path
     monkeypatch.setattr(nn.MultiheadAttention, "forward", None)  # never called
     with torch.no_grad():
         output = model(x, src_key_padding_mask=padding)

@@ -238,7 +238,7 @@ def test_modes_and_requires_grad_are_kept() -> None:
     assert [(name, module.training) for name, module in model.named_modules()] == modes
     found = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     assert {name: found[name] for name in grads} == grads
-    assert all(found[name] for name in found.keys() - grads.keys())  # α
+    assert all(found[name] for name in found.keys() - grads.keys())  # the new parameters are α
 
 
 def test_the_random_state_is_not_touched() -> None:

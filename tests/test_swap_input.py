@@ -22,7 +22,7 @@ BACK_AND_FORTH = {"replace": replace_attention, "restore": restore_attention}
 
 
 def layer_for(way: str, **kwargs: Any) -> nn.MultiheadAttention:
-    """A layer that the tested function would exchange."""
+    """A layer that the tested function exchanges."""
     return (nn.MultiheadAttention if way == "replace" else AdaptiveSparseMultiheadAttention)(E, H, **kwargs)
 
 

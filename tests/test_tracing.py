@@ -1,4 +1,4 @@
-"""Graphs from jit, ONNX, make_fx, functorch and symbolic tracing compute the values of eager code for other input."""
+"""Graphs from jit, ONNX, make_fx, functorch and symbolic tracing compute the values of eager code for other inputs."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_a_traced_layer_accepts_other_batches_and_lengths(kwargs: dict[str, Any]
         torch.testing.assert_close(traced(x), model(x), rtol=1e-5, atol=1e-6)
 
 
-def test_packed_sequences_are_not_traced_with_constant_lengths() -> None:
+def test_tracing_packed_sequences_raises_an_error() -> None:
     starts = torch.tensor([0, 2, 5])
     model = Calls(lambda x, starts: entmax_attention_varlen(x, x, x, starts, starts))
     with pytest.raises(RuntimeError, match="lengths would become constants"):

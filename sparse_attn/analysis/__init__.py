@@ -1,4 +1,4 @@
-"""Statistics of attention heads: density, entropy, roles, diversity, alignments, rollout and worth."""
+"""Statistics of attention heads: density, entropy, roles, diversity, alignments, subword pieces, rollout and worth."""
 
 from sparse_attn.analysis.alignment import AlignmentRule, align
 from sparse_attn.analysis.density import density, support_counts

@@ -23,7 +23,8 @@ def align(weights: Tensor, rule: AlignmentRule = "most") -> Tensor:
     Args:
         weights: (..., H, L, S), without keys that are not words, such as the end of the sequence.
         rule: "any": at least one head gives the pair weight; "most": more than half of the heads; "all": every head;
-            "best": the key has the query's largest mean weight over heads (one key per query that has any weight).
+            "best": the key has the query's largest mean weight over heads. Only one key of a query is aligned, and no
+            key if all weights of the query are zero.
 
     Returns:
         (..., L, S) bool.

@@ -21,7 +21,7 @@ def head_diversity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
         visible: True where a query may see a key; broadcasts against `weights`. None: everywhere.
 
     Returns:
-        (N, L) or (L,), in nats; NaN for a query to which some head gives no weight.
+        (N, L) or (L,), in nats; NaN for a query with a head that gives no weight to any visible key.
 
     Raises:
         TypeError: if `weights` is not floating point or `visible` is not bool.
@@ -36,7 +36,7 @@ def head_diversity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
     """
     pairs = full_visible(weights, visible)
     used = weights.masked_fill(~pairs, 0.0)
-    # In float32: the difference of two entropies is small beside their rounding errors in half precision.
+    # In half precision, the difference of two entropies would be small beside their rounding errors.
     used = used.to(torch.promote_types(weights.dtype, torch.float32))
     entropy_of_mean = torch.special.entr(used.mean(-3)).sum(-1)
     mean_of_entropies = torch.special.entr(used).sum(-1).mean(-2)

@@ -20,8 +20,8 @@ def word_groups(tokens: Sequence[str]) -> list[int]:
 
     Supported marks: ``##`` before a piece that continues a word (WordPiece), ``@@`` after a piece whose word continues
     (subword-nmt), ``</w>`` after the last piece of a word (CLIP, GPT-1), and ``▁``, ``Ġ`` or ``Ċ`` before the first
-    piece of a word (SentencePiece, byte-level BPE). With these three, a special token such as ``<s>`` or ``[CLS]`` is a
-    word.
+    piece of a word (SentencePiece, byte-level BPE). With ``▁``, ``Ġ`` or ``Ċ``, a special token such as ``<s>`` or
+    ``[CLS]`` is a word.
 
     Args:
         tokens: the tokens of one text. The most frequent kind of mark is used for all tokens.

@@ -41,7 +41,7 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractCont
     which layers run again without being counted.
 
     The model computes the same function as without a record. Layers of this library compute weights even where a
-    fused kernel would not, so that outputs and gradients may differ by rounding. Other layers run unchanged, and then
+    fused kernel would not, so outputs and gradients can differ by rounding. Other layers run unchanged, and then
     again to obtain their weights: without gradient or hooks, with new dropout, and with the random state restored
     afterwards. Weights take (N, H, L, S) numbers during a call. The record skips with a warning: a user's class whose
     `forward` has no arguments `need_weights` and `average_attn_weights`, a call that fails to return weights, and
@@ -93,8 +93,9 @@ def record_attention(model: nn.Module, *, weights: bool = False) -> AbstractCont
     )
     if not asked and not ours:
         raise ValueError(
-            "model must have nn.MultiheadAttention or SparseAttention layers that give weights, or be a Hugging Face "
-            "model whose attention calls an attn_implementation of this library, such as 'entmax'; "
+            "model must have nn.MultiheadAttention or SparseAttention layers that give weights, have modules known to "
+            "sparse_attn.observe.register_reporter, or be a Hugging Face model whose attention calls an "
+            "attn_implementation of this library, such as 'entmax'; "
             f"got {type(model).__name__}, which has no such layer"
         )
     for layer in others:

@@ -64,8 +64,8 @@ def entropy(weights: Tensor, visible: Tensor | None = None, *, relative: bool = 
         relative: divide by log S, the entropy of equal weights on all S visible keys of the query.
 
     Returns:
-        (N, H, L) or (H, L), from 0 (one key) to log S (equal weights), or to 1 if relative; NaN for a query
-        with no visible key, and with only one if relative.
+        (N, H, L) or (H, L), from 0 (one key) to log S (equal weights), or to 1 if relative. NaN for a query
+        with no visible key; if relative, also for a query with only one visible key.
 
     Raises:
         TypeError: if `weights` is not floating point or `visible` is not bool.
@@ -130,7 +130,7 @@ def strongest_at_offset(weights: Tensor, offset: int, visible: Tensor | None = N
         visible: True where a query may see a key; broadcasts against `weights`. None: everywhere.
 
     Returns:
-        (N, H, L) or (H, L); a tie for the largest weight counts; NaN for a query that does not see that
+        (N, H, L) or (H, L); a tie for the largest weight gives 1; NaN for a query that does not see that
         position.
 
     Raises:
@@ -164,7 +164,7 @@ def monotonicity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
 
     Returns:
         (N, H, 1) or (H, 1), one value per sequence, -1 to 1; 0 if the mean position never moves; NaN with fewer
-        than two queries that see a key.
+        than two queries that give weight to a visible key.
 
     Raises:
         TypeError: if `weights` is not floating point or `visible` is not bool.
@@ -189,7 +189,7 @@ def monotonicity(weights: Tensor, visible: Tensor | None = None) -> Tensor:
         return (x - mean) * real
 
     dx, dy = deviation(query_positions.expand_as(centre)), deviation(centre)
-    # Smaller changes of the mean position are rounding errors and count as no movement.
+    # Deviations of up to 1e-4 can be rounding errors, and count as no movement.
     moves: Tensor = (dy.abs() > 1e-4).any(dim=-1, keepdim=True)
     spread = (dx.norm(dim=-1, keepdim=True) * dy.norm(dim=-1, keepdim=True)).where(moves, 1.0)
     correlation: Tensor = ((dx * dy).sum(dim=-1, keepdim=True) / spread).where(moves, 0.0)
@@ -209,8 +209,8 @@ def name_roles(shares: Mapping[str, Tensor], thresholds: Mapping[str, float] = R
         thresholds: the smallest share of each role.
 
     Returns:
-        A name for every head. If several shares reach their thresholds, the role that exceeds its threshold by
-        the largest factor; if none does, "mixed".
+        A name for every head: the role whose share is the largest multiple of its threshold, or "mixed" if no
+        share reaches its threshold.
 
     Raises:
         TypeError: if a share is not a tensor.

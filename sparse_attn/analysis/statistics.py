@@ -22,7 +22,7 @@ class HeadStatistics:
 
     Attributes:
         alpha: (H,) α at the last call; None if the layer has no α.
-        density: (H,) share of the visible pairs of a query and a key with a non-zero weight.
+        density: (H,) share of the visible pairs of a query and a key that have a non-zero weight.
         entropy: (H,) mean over the queries of - Σ p log p, in nats.
         support_size: (H,) mean number of keys with a non-zero weight.
         max_weight: (H,) mean of a query's largest weight.

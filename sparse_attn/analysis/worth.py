@@ -21,7 +21,7 @@ _ALPHAS = {"dense": 1.0, "sparse": 2.0}
 
 
 def count_head_changes(model: nn.Module, changes: Sequence[HeadChange] = get_args(HeadChange)) -> int:
-    """How often :func:`head_worth` evaluates the model, including once unchanged."""
+    """How often :func:`head_worth` evaluates the model, including the evaluation of the unchanged model."""
     return 1 + sum(layer.num_heads for change in changes for layer in _layers(model, change).values())
 
 
@@ -34,7 +34,7 @@ def head_worth(
 ) -> dict[HeadChange, dict[str, Tensor]]:
     """Change one head at a time, and measure the change of the loss.
 
-    "off" sets the head's columns of the output projection to zero; "dense" sets α = 1 and "sparse" α = 2, both within
+    "off" sets the head's columns of the output projection to zero; "dense" sets α = 1 and "sparse" α = 2, clamped to
     the layer's range of α. Only one head is changed at a time, so the values of two heads do not add up to the effect
     of changing both. The model is as before when the function returns or raises.
 

@@ -1,7 +1,8 @@
 """The sparse mappings of ``zeta.ops``, as its documentation describes them.
 
-Both project each row, along the last dimension, on the simplex with at most ``k`` non-zero entries. The package's own
-code differs from its documentation: one function ignores ``k``, and the other is a softmax over the first dimension.
+Both functions project each row, along the last dimension, on the simplex with at most ``k`` non-zero entries. The
+package's own code differs from its documentation: one function ignores ``k``, and the other is a softmax over the first
+dimension.
 """
 
 from __future__ import annotations

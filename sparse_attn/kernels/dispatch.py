@@ -1,6 +1,6 @@
 """Chooses the backend that computes rows and attention: a kernel if there is one for the tensor, else plain torch.
 
-Modules outside the backends reach a backend through this module and import none themselves.
+Modules outside the backends reach a backend through this module, and import no backend themselves.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _status() -> dict[str, tuple[bool, str]]:
 def entmax_forward(
     scores: Tensor, a: float | Tensor, lowest: float, k: int | None = None, *, in_place: bool = False
 ) -> Tensor:
-    """As :func:`kernels.reference.entmax.entmax_forward`, over the ``k`` largest scores of each row if ``k`` is given.
+    """:func:`kernels.reference.entmax.entmax_forward`, over the ``k`` largest scores of each row if ``k`` is given.
 
     A row of ``k`` scores or fewer keeps all of them. ``in_place`` allows the scores to be overwritten.
     """
@@ -122,7 +122,7 @@ def entmax_forward(
 def entmax_backward(
     p: Tensor, a: float | Tensor, grad: Tensor, *, with_alpha: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`kernels.reference.entmax.entmax_backward`, but not differentiable."""
+    """The same as :func:`kernels.reference.entmax.entmax_backward`, without being differentiable."""
     if by_triton(p):
         with kernels_may_fail():
             return _triton_rows().entmax_backward(p, a, grad, with_alpha)
@@ -199,5 +199,5 @@ def by_c(device: torch.device) -> bool:
 
 @constant_in_compiled_code
 def c_computes(device: str) -> bool:
-    """As :func:`by_c`, for the type of a device, such as "cpu"."""
+    """The same as :func:`by_c`, for the type of a device, such as "cpu"."""
     return device == "cpu" and _forced.get() in (None, "compiled") and rows.available()

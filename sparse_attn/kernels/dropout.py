@@ -1,7 +1,7 @@
 """Dropout whose mask is drawn four entries at a time on a CPU.
 
 ``torch.nn.functional.dropout`` draws its mask on a CPU by ``bernoulli_``, one entry after the other, which takes nine
-tenths of the function's time. Here every 64-bit number of the same generator gives four entries of 16 bits.
+tenths of the function's time. Here each 64-bit random number decides about four entries, with 16 bits for each.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class Padded(NamedTuple):
 
     query: Tensor  # (..., H, L, D + 1), multiplied by the factor of the scores
     key: Tensor  # (..., Hk, S + 1, D + 1); for packed sequences, S + the number of sequences
-    value: Tensor  # (..., Hk, S + 1, Dv); likewise
+    value: Tensor  # (..., Hk, S + 1, Dv); S + 1 as in the key
     mask: Tensor | None
     offset: int | None
 

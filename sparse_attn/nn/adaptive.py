@@ -56,8 +56,8 @@ class AdaptiveSparseMultiheadAttention(WideAlpha, SparseMultiheadAttention):
     Attributes:
         alpha: (H,) the current α per head, differentiable when learnt.
         raw_alpha: (H,) the parameter behind ``alpha``. A state dict without this parameter (a dense checkpoint) loads
-            and keeps the current α. Give it no weight decay, which pulls the parameter towards 0, below its range:
-            unless the gradient of the loss is larger, α decreases to its lower bound and stays there.
+            and keeps the current α. Give the parameter no weight decay. Weight decay pulls it towards 0, below its
+            range: α decreases to its lower bound and stays there, unless the gradient of the loss is larger.
             :func:`sparse_attn.optim.alpha_param_groups` makes parameter groups without weight decay. If α is not
             learnt: None, or a buffer after a call of :func:`sparse_attn.optim.set_alpha`.
 

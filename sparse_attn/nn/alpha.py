@@ -37,7 +37,7 @@ def value_for(name: str, value: Any, argument: str) -> Any:
 def initial_alpha(
     alpha_init: float | Sequence[float] | Tensor, alpha_range: tuple[float, float] | None, num_heads: int
 ) -> Tensor:
-    """``(num_heads,)`` initial values in float64, checked against the range, or ``(0, inf)`` without one."""
+    """``(num_heads,)`` initial values in float64, checked against ``(0, inf)`` and against the range, if any."""
     alpha = one_or_per_head(alpha_init, "alpha_init")
     if tuple(alpha.shape) not in ((), (num_heads,)):
         raise ValueError(f"alpha_init must be a number or one per head ({num_heads},), got shape {tuple(alpha.shape)}")
@@ -89,7 +89,7 @@ class WideAlpha(nn.Module):
 
     Attributes:
         alpha_range: The closed interval of a learnt α.
-        raw_alpha: A parameter if α is learnt, a buffer if it is a fixed tensor, None if it is a number. A number
+        raw_alpha: A parameter if α is learnt, a buffer if α is a fixed tensor, None if α is a number. A number
             becomes a buffer, and part of the state dict, when another α is set or loaded.
     """
 
@@ -165,7 +165,7 @@ class WideAlpha(nn.Module):
             self.raw_alpha = None  # a refused load adds no buffer
 
     def _alpha_without_checkpoint(self) -> Tensor | None:
-        """The α to use if a state dict has none; None: the key counts as missing if α is a tensor."""
+        """The α to use if a state dict has none. If this is None and α is a tensor, the key counts as missing."""
         return None
 
     def _misfit(self, key: str, loaded: Tensor, saved_range: tuple[float, float] | None) -> str | None:

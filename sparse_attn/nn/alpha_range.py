@@ -26,8 +26,8 @@ from torch import Tensor
 
 from sparse_attn.transforms import needs_plain_operations
 
-# The margin as a share of the range: several optimizer steps, so that noise does not cross it, but narrow, so that α
-# returns soon.
+# The margin is a share of the range. It is several optimizer steps wide, so that noise does not cross it, but
+# narrow, so that α returns soon.
 MARGIN = 0.02
 
 
@@ -60,8 +60,8 @@ class _Bounded(_BoundedInGraphs):
 def bounded_alpha(raw: Tensor, alpha_range: tuple[float, float]) -> Tensor:
     """``raw`` clamped to the range, with the gradient of the identity up to 2 % of the range past a bound.
 
-    Beyond that margin, a gradient whose descent step would go further out becomes zero; but not in an export or another
-    graph of plain operations. In forward mode the tangent is never changed.
+    Beyond that margin, a gradient whose descent step would go further out becomes zero. An export, or another graph of
+    plain operations, never changes the gradient. In forward mode the tangent is never changed.
 
     Example:
         >>> raw = torch.tensor([0.5, 1.0, 1.0, 1.5], requires_grad=True)

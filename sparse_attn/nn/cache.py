@@ -148,7 +148,7 @@ class DecoderCache:
 
 
 def contents(cache: KVCache | None) -> list[tuple[KVCache, Tensor | None, Tensor | None]]:
-    """A cache with the keys and values that it holds now; the attention checks the type."""
+    """The cache with the keys and values that it holds now; an empty list if ``cache`` is not a ``KVCache``."""
     return [(cache, cache.key, cache.value)] if isinstance(cache, KVCache) else []
 
 

@@ -9,7 +9,7 @@ from sparse_attn.transforms import leaf
 
 
 class Dropout(nn.Dropout):
-    """A drop-in for ``torch.nn.Dropout`` that draws its mask on a CPU in a quarter of the time.
+    """A drop-in for ``torch.nn.Dropout`` that draws its mask on a CPU in a quarter of torch's time.
 
     Example:
         >>> Dropout(0.1)
@@ -18,7 +18,7 @@ class Dropout(nn.Dropout):
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` with a share ``p`` of zeros and the rest scaled in training; ``input`` itself otherwise."""
+        """In training, ``input`` with random zeros (probability ``p``) and the rest scaled; otherwise ``input``."""
         if self.inplace or not self.training:
             return super().forward(input)
         return dropout(input, self.p)

@@ -27,7 +27,7 @@ def alpha_per_head(model: nn.Module) -> dict[str, Tensor]:
         copies. The dict is empty if no layer has an α. A ``SparseAttention`` is included if its α has the shape (H,).
         An attention module of another library is included if it has a learnt α, also while another
         ``attn_implementation`` ignores this α. For a model that is sharded over processes (FSDP2), tensors are
-        complete, and every process must call this.
+        complete, and every process must call this function.
 
     Raises:
         TypeError: ``model`` is not a module.

@@ -120,7 +120,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             device,
             dtype,
         )
-        # With False, nn.TransformerEncoderLayer calls this class's forward in eval mode, not its own fused softmax
+        # With False, nn.TransformerEncoderLayer in eval mode calls the forward of this class, not torch's fused softmax
         # kernel. The attribute therefore does not say which projections exist: this class tests `in_proj_weight`.
         self._qkv_same_embed_dim = False
         factory: Any = {"device": device, "dtype": dtype}
@@ -180,7 +180,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         rotary: Rotary | None = None,
         position_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend; every argument up to ``is_causal`` as in ``nn.MultiheadAttention.forward``.
+        """Attend. The arguments up to ``is_causal`` are those of ``nn.MultiheadAttention.forward``.
 
         Args:
             query: (L, N, E), (N, L, E) with ``batch_first``, or unbatched (L, E).
@@ -189,9 +189,9 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             key_padding_mask: (N, S) or (S): True = ignore this key, or a float added to its scores.
             need_weights: Also return the weights.
             attn_mask: (L, S) or (N * num_heads, L, S): True = masked, or a float added to the scores.
-            average_attn_weights: Weights averaged over the heads, or one map per head.
+            average_attn_weights: Whether the returned weights are averaged over the heads.
             is_causal: Without ``attn_mask``, query ``i`` sees keys up to ``i``; with a cache, up to its own position.
-            cache: Keys and values of earlier calls, to which this call appends its own; a static cache is filled by its
+            cache: Keys and values of earlier calls, to which this call appends its own; a static cache is filled by the
                 first call only. Masks cover all S keys, including those of earlier calls.
             rotary: Cosines and sines that rotate the queries and keys of this call, each (L, D / 2) or (N, L, D / 2),
                 as ``RotaryPositions.rotary`` returns them. The last size may also be D, with both halves equal, as in

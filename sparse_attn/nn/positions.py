@@ -1,7 +1,7 @@
 """Positions of queries and keys: a rotation of both, or a bias of their scores.
 
 The classes below are relative: shifting all queries and keys by the same number of places does not change the scores.
-They are computed when they are needed, not read from tables, so there is no largest length.
+Angles and biases are computed when they are needed, not read from tables, so there is no largest length.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Queries or keys (N, H, L, D) rotated by angles whose cosines and sines are (L, D / 2) or (N, L, D / 2).
 
     With ``z = x[..., : D / 2] + 1j * x[..., D / 2 :]`` this is ``z * exp(1j * angle)``. The computation uses the wider
-    of both dtypes; the result has the dtype of ``x``.
+    of the dtypes of ``x`` and the angles; the result has the dtype of ``x``.
     """
     cos, sin = (part[:, None] if part.dim() == 3 else part for part in rotary)
     first, second = x.chunk(2, -1)

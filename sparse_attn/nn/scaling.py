@@ -13,10 +13,10 @@ from sparse_attn.checks import check_int
 
 
 class LengthScaling(nn.Module):
-    """A factor for queries: ``1 + β (log n) ** γ``, where n is the number of keys that a query sees.
+    """A factor for queries: ``1 + β (log n) ** γ``, where n is the number of keys that a query sees, at least 2.
 
-    ``β = softplus(w_β · x + b_β)`` and ``γ = 2 tanh(w_γ · x + b_γ)`` are learnt per head from the layer's input x. Both
-    weights and b_γ start at zero, and b_β starts at the value that gives β = 0.05: the factor of a scaled head starts
+    ``β = softplus(w_β · x + b_β)`` and ``γ = 2 tanh(w_γ · x + b_γ)`` are learnt per head from the layer's input x.
+    w_β, w_γ and b_γ start at zero, and b_β starts at the value that gives β = 0.05: the factor of a scaled head starts
     at 1.05. A random start gives factors of up to 20, from which training often does not recover.
 
     Args:

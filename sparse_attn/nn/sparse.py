@@ -13,7 +13,7 @@ from sparse_attn.transforms import leaf
 
 
 class SparseAttention(HoldsAlpha):
-    """Attention by softmax or α-entmax to the ``k`` keys with the largest scores, or by α-entmax to all keys.
+    """α-entmax attention to all keys, or to the ``k`` keys with the largest scores.
 
     Args:
         k: How many keys a query keeps, or None for all. Ties go to the lowest index.

@@ -30,8 +30,8 @@ from sparse_attn.transforms import leaf
 class TransformerEncoderLayer(ResidualLayer):
     """Self-attention and a feed-forward block. With ``is_causal=True`` and a cache: a layer of a language model.
 
-    Keyword arguments of ``attention``, such as ``alpha_init=1.0``, ``num_kv_heads=2`` or
-    ``positions=RotaryPositions(64)``, are passed on to it. To stack layers, use
+    Further keyword arguments, such as ``alpha_init=1.0``, ``num_kv_heads=2`` or ``positions=RotaryPositions(64)``, are
+    passed on to ``attention``. To stack layers, use
     ``nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)``. A state dict of
     ``nn.TransformerEncoderLayer`` loads.
 
@@ -142,10 +142,10 @@ class TransformerEncoderLayer(ResidualLayer):
 class TransformerDecoderLayer(ResidualLayer):
     """Self-attention, attention to an encoder's output, and a feed-forward block.
 
-    Keyword arguments of ``attention`` are passed on to both attention layers, except ``positions`` and ``window``,
-    which only the self-attention gets: a position in the target does not correspond to a position in the source. To
-    stack layers, use ``nn.TransformerDecoder(layer, num_layers)``. A state dict of ``nn.TransformerDecoderLayer``
-    loads.
+    Further keyword arguments are passed on to both attention layers, or only to the self-attention if
+    ``cross_attention`` is given. Only the self-attention gets ``positions`` and ``window``: a position in the target
+    does not correspond to a position in the source. To stack layers, use ``nn.TransformerDecoder(layer, num_layers)``.
+    A state dict of ``nn.TransformerDecoderLayer`` loads.
 
     Args:
         d_model: Embedding size E.

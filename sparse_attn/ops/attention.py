@@ -96,7 +96,7 @@ def entmax_attention(
         is_causal: Query ``i`` sees the keys up to ``i`` (aligned top-left). Not together with ``attn_mask``.
         scale: Factor of the scores, a finite number; ``1 / sqrt(D)`` by default. For a learnt factor, multiply the
             query by it and pass 1.
-        enable_gqa: Key and value may have fewer heads than the query; the number must divide that of the query.
+        enable_gqa: Key and value may have fewer heads than the query, if their number of heads divides the query's.
         softcap: Scores become ``softcap * tanh(score / softcap)`` before the mask, as in Gemma 2. Above 0.
         sinks: (H,), one more score for every query of a head, as in GPT-OSS. The sink takes part in the mapping, takes
             weight and gives no value. Neither ``softcap`` nor a mask applies to it.
@@ -172,7 +172,7 @@ def topk_attention(
 
     Raises:
         TypeError: An argument has a wrong type or dtype, or ``k`` is not an int.
-        ValueError: Shapes do not fit, ``k``, ``dropout_p``, ``softcap`` or ``scale`` is outside its range, or
+        ValueError: Shapes do not fit; ``k``, ``dropout_p``, ``softcap`` or ``scale`` is outside its range; or
             ``normalizer`` is unknown.
 
     Example:
@@ -208,7 +208,7 @@ def topk_mapping(k: int, alpha: float | Tensor = 1.0, heads: int = 1) -> ScoreMa
     """α-entmax over the ``k`` keys with the largest scores, or over all keys if there are fewer."""
     check_k(k)
     if isinstance(k, Tensor) and values_known(k):
-        k = int(k)  # plans of the C kernel are kept by k; a tensor could change in place
+        k = int(k)  # the C kernel stores its plans by k, and a tensor could change in place
     return entmax_mapping(alpha, heads, k)
 
 
@@ -329,7 +329,7 @@ def _by_one_matrix(
 
 def check_options(is_causal: bool, scale: float | None, enable_gqa: bool) -> None:
     """Raise unless both flags are bools, and the factor of the scores is a finite number or None."""
-    if type(is_causal) is not bool:  # a comparison first, since the call takes longer
+    if type(is_causal) is not bool:  # this comparison is faster than the call
         check_bool(is_causal, "is_causal")
     if type(enable_gqa) is not bool:
         check_bool(enable_gqa, "enable_gqa")

@@ -79,7 +79,7 @@ def spend(x: Tensor, budget: float | Tensor, dim: int = -1) -> Tensor:
         tau = _threshold(z.detach(), masked, budget.detach())
     one, zero = ~masked & (z - tau >= 1), masked | (z <= tau)
     between = ~(one | zero)
-    # The threshold again, as a differentiable function of the entries strictly between 0 and 1.
+    # This computes the threshold again, as a differentiable function of the entries strictly between 0 and 1.
     tau = (torch.where(between, z, 0.0).sum(-1, keepdim=True) + one.sum(-1, keepdim=True) - budget) / between.sum(
         -1, keepdim=True
     ).clamp(min=1)

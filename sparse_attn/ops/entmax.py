@@ -105,7 +105,7 @@ def entmax_along(x: Tensor, alpha: float | Tensor, dim: int, k: int | None = Non
     else:
         check_alpha(alpha)
     if x.numel() == 0:
-        # Keeps x and α in the graph: over an empty batch their gradients, of every order, are zero, not None.
+        # This keeps x and α in the graph: over an empty batch their gradients, of every order, are zero, not None.
         p = torch.softmax(x, dim)
         return p * (1 + 0 * alpha.sum().to(x.dtype)) if isinstance(alpha, Tensor) else p
     scores = widened(x, alpha)

@@ -7,9 +7,9 @@ Which loss to use:
 - **The 1.5-entmax loss** for decisions among many classes, such as the words of a vocabulary. Almost all classes get
   exactly zero, so a search can enumerate the others. An example whose target leads by 2 (its score is at least 2 above
   all others) has loss zero and no gradient.
-- **The sparsemax loss** (α = 2) when the support is the answer: which labels apply, which few continuations are
-  possible. A lead of 1 is enough for loss zero, and wrong classes outside the support get no gradient. For sequences,
-  published results are better with 1.5.
+- **The sparsemax loss** (α = 2) when the support (the classes with non-zero probability) is the wanted result: which
+  labels apply, which few continuations are possible. A lead of 1 is enough for loss zero, and wrong classes outside the
+  support get no gradient. For sequences, published results are better with 1.5.
 - **A learnt α** only if another term of the objective depends on α. The entropy ``H_α(p)`` decreases in α for every
   ``p`` that is not one-hot, and so does the loss: trained by the loss alone, α grows on any data, until it reaches the
   upper end of its range or the ``p`` of every example is one-hot. For the same reason losses at different α cannot be
@@ -60,7 +60,7 @@ def entmax_loss(
     contains too: the loss has its minimum at ``p = y``, and the minimum is ``H_α(y)``.
 
     Use α = 1 for probabilities (likelihood, calibration, sampling), 1.5 for decisions among many classes, 2 where the
-    support is the answer. Do not learn α by this loss alone: on any data, the loss never grows with α.
+    support is the wanted result. Do not learn α by this loss alone: on any data, the loss never grows with α.
 
     Args:
         x: Scores of any floating dtype. ``-inf`` is masked, as in cross-entropy. With class indices and without
@@ -72,7 +72,8 @@ def entmax_loss(
             Differentiable.
         weight: One weight per class.
         ignore_index: Examples with this class index have loss zero and do not count in the mean.
-        reduction: ``"mean"``, weighted by the weights of target classes given as indices; ``"sum"``; ``"none"``.
+        reduction: ``"mean"`` (for class indices, weighted by the weights of the target classes), ``"sum"`` or
+            ``"none"``.
         label_smoothing: How much of the target, in ``[0, 1]``, is spread evenly over the classes.
 
     Returns:
@@ -116,7 +117,7 @@ def entmax_loss(
     scores = x.to(compute_dtype(x)).movedim(dim, -1)
     weight = None if weight is None else weight.to(torch.promote_types(weight.dtype, scores.dtype))
     if x.numel() == 0:  # `not` would make an exported program of torch 2.6 keep this size
-        # Keeps x and α in the graph: over an empty batch their gradients, of every order, are zero, not None.
+        # This keeps x and α in the graph: over an empty batch their gradients, of every order, are zero, not None.
         total: float | Tensor = 0.0
         losses = torch.softmax(scores, -1).sum(-1) * (1 + 0 * alpha.sum() if isinstance(alpha, Tensor) else 1.0)
     elif target.shape == x.shape:

@@ -56,7 +56,7 @@ def entmax_attention_varlen(
         is_causal: Query ``i`` of a sequence sees the keys of the sequence up to ``i`` (aligned top-left).
         scale: As in :func:`entmax_attention`.
         dropout_p: Probability that a weight is dropped; applied whenever it is above 0.
-        enable_gqa: Key and value may have fewer heads than the query; the number must divide that of the query.
+        enable_gqa: Key and value may have fewer heads than the query, if their number of heads divides the query's.
         softcap: As in :func:`entmax_attention`.
         sinks: As in :func:`entmax_attention`, for every query of every sequence.
 
@@ -112,7 +112,7 @@ def attend_varlen(
 ) -> Tensor:
     """The output (1, H, L, Dv) of packed sequences; the tensors have a batch dimension of 1 and fit each other.
 
-    A query sees no key more than ``left`` positions before its own.
+    A query sees no key more than ``left`` positions before its own position; None means no limit.
     """
     check_softcap_and_sinks(options["softcap"], options["sinks"], query, query.shape[1])
     scale = default_scale(query) if options["scale"] is None else options["scale"]

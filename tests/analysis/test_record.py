@@ -232,7 +232,7 @@ def test_other_dtypes_are_summed_in_float32_or_wider(dtype: torch.dtype) -> None
     x = torch.randn(101, 3, E, dtype=dtype)
     with record_attention(layer) as record:
         layer(x, x, x)
-    tolerance = 1e-6 if dtype == torch.float64 else 5e-3  # the error of a weight
+    tolerance = 1e-6 if dtype == torch.float64 else 5e-3  # the rounding error of a weight
     torch.testing.assert_close(record[""].entropy, torch.full((H,), math.log(101)), rtol=tolerance, atol=0)
     assert record[""].support_size.tolist() == [101.0] * H
 

@@ -1,4 +1,4 @@
-"""Recording of Hugging Face models: with an attention implementation of this library; others are refused."""
+"""Hugging Face models with an attention implementation of this library are recorded; other models are refused."""
 
 from __future__ import annotations
 

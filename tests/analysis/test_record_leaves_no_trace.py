@@ -21,7 +21,7 @@ N, L, S, E, H = 2, 5, 7, 12, 4
 
 
 def traces(model: nn.Module) -> list[list[str]]:
-    """The names of the attributes of every module; for a dictionary, such as that of the hooks, also its size."""
+    """The names of the attributes of every module, and the sizes of the dictionaries among them (such as hooks)."""
     return [
         sorted(f"{name} {len(value)}" if isinstance(value, dict) else name for name, value in vars(module).items())
         for module in model.modules()
@@ -79,7 +79,7 @@ def test_a_layer_of_torch_gives_the_same_output_with_a_record(
 ) -> None:
     layer = nn.MultiheadAttention(E, H, dropout=0.3, batch_first=True).train(training)
     x, padding = torch.randn(N, L, E), torch.zeros(N, L, dtype=torch.bool)
-    # torch returns NaN for a query without visible keys if it returns weights.
+    # torch's layer returns NaN for a query without visible keys if the caller needs weights.
     padding[0], padding[1, 3:] = not need_weights, True
 
     def run() -> list[Tensor]:

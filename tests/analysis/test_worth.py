@@ -95,7 +95,7 @@ def test_invalid_input_raises_an_error(model: nn.Module) -> None:
 
 
 def test_a_weight_that_is_computed_anew_in_each_call_cannot_be_switched_off(model: nn.Module) -> None:
-    # A change of such a weight has no effect: every head would seem to be worth nothing.
+    # A change of such a weight has no effect. Without an error, every head would seem to be worth nothing.
     nn.utils.parametrizations.weight_norm(model.layers[1].self_attn.out_proj)
     with pytest.raises(ValueError, match=r"out_proj of .layers\.1\.self_attn. must be a linear layer"):
         head_worth(model, lambda: 0.0, ["off"])

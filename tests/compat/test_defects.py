@@ -1,6 +1,7 @@
-"""Known defects of the entmax package (1.3), which neither our functions nor those of compat have.
+"""Known defects of the entmax package (1.3). The functions of sparse_attn and of its module `compat` do not have them.
 
-A comment in each test describes the behaviour of the package. Numbers with a # are its issues and pull requests.
+A comment in each test describes the behaviour of the package. Numbers with a # are issues and pull requests of
+the package.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ LOSSES = {
 }
 each_mapping = pytest.mark.parametrize("mapping", MAPPINGS.values(), ids=MAPPINGS)
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-# α-entmax in compat and in the package itself.
+# α-entmax in compat and in sparse_attn.
 each_entmax = pytest.mark.parametrize("entmax", [compat.entmax_bisect, sparse_attn.entmax], ids=["compat", "native"])
 
 
@@ -276,7 +277,7 @@ def test_ignore_index_and_mean_of_losses(module, ignore_index, reduction):
 
 @pytest.mark.parametrize("loss", [compat.entmax_bisect_loss, compat.normmax_bisect_loss])
 def test_alpha_of_losses(loss):
-    # α gets no gradient, and one α per row returns an (n, n) loss.
+    # α gets no gradient, and with one α per row, n rows give an (n, n) loss.
     x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     alpha = torch.tensor([[1.2], [1.4], [1.5], [2.0], [2.5]], dtype=torch.float64, requires_grad=True)
     losses = loss(x, torch.arange(5), alpha)
@@ -308,7 +309,7 @@ def test_other_arguments_of_a_loss():
 
 @pytest.mark.parametrize("budgeted", [compat.budget_bisect, sparse_attn.budget_sparsemax], ids=["compat", "native"])
 def test_budget(budgeted):
-    # The budget gets no gradient; an entry of -inf gives NaN; a budget above d returns all ones without an error. #35
+    # The budget gets no gradient; an entry of -inf gives NaN; a budget above the row size gives all ones. #35
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     budget = torch.tensor([[0.7], [2.0], [4.2]], dtype=torch.float64, requires_grad=True)
     assert gradcheck(budgeted, (x, budget))

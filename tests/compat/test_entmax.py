@@ -188,7 +188,7 @@ def test_support_size_is_returned_with_the_probabilities(dim):
 
 
 def test_private_functions_return_threshold_and_support():
-    # The package's tests call these functions. `x` is the argument from its mappings: half the scores for 1.5-entmax.
+    # The package's tests call these functions. `x` holds the scores, or half the scores for 1.5-entmax.
     x = torch.randn(5, 7, dtype=torch.float64)
     for name in ("_sparsemax_threshold_and_support", "_entmax_threshold_and_support"):
         there, here = (getattr(package.activations, name)(x, dim=0) for package in (peer, ours))

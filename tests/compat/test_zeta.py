@@ -75,6 +75,6 @@ def test_sparse_softmax_inside_a_layer():
 
 
 def test_sparse_softmax_of_large_scores():
-    # The package returns NaN.
+    # zeta returns NaN.
     assert sparse_softmax(torch.tensor([100.0, 99.0, 0.0]), k=2).tolist() == [1, 0, 0]
     assert sparse_softmax(torch.tensor([100.0, 99.5, 0.0]), k=2).tolist() == [0.75, 0.25, 0]

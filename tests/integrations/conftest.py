@@ -95,8 +95,8 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "suppress_tokens": None}
         | {"begin_suppress_tokens": None},
     ),
-    # The next three models do not support transformers' "sdpa". Their modules have no `is_causal`, or one that is False
-    # in a causal decoder too, so only the mask shows whether attention is causal.
+    # The next three models do not support transformers' "sdpa". Their modules have no `is_causal`, or `is_causal` is
+    # False even in a causal decoder. So only the mask shows whether attention is causal.
     "pegasus_x": ("PegasusXForConditionalGeneration", "PegasusXConfig", {**ENCODER_DECODER, "block_size": 8}),
     "nllb_moe": (
         "NllbMoeForConditionalGeneration",

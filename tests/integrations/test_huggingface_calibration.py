@@ -1,4 +1,4 @@
-"""`calibrate` with models of transformers: its α give the requested density or loss; `calibrate` changes no model."""
+"""The α that `calibrate` finds for models of transformers give the requested density or loss."""
 
 from __future__ import annotations
 

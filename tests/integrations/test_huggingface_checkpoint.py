@@ -44,7 +44,7 @@ def test_alpha_loads_into_a_model_with_another_task_head(name, build, tmp_path, 
 
 def test_a_module_in_two_places_has_one_alpha(build, tmp_path, with_alpha):
     class Tied(transformers.LlamaForCausalLM):
-        # transformers keeps only the second name.
+        # A checkpoint then holds only the names of layer 1.
         _tied_weights_keys = {r"model\.layers\.0\.(.*)": r"model.layers.1.\1"}  # noqa: RUF012
 
         def __init__(self, config):
@@ -59,7 +59,7 @@ def test_a_module_in_two_places_has_one_alpha(build, tmp_path, with_alpha):
     assert torch.equal(alpha.raw_alpha, model.model.layers[0].self_attn.sparse_alpha.raw_alpha)
 
 
-def test_dense_checkpoint_gets_alpha(build, batch, tmp_path):
+def test_a_dense_checkpoint_gets_alpha_from_add_alpha_only(build, batch, tmp_path):
     build("bert", "eager").save_pretrained(tmp_path)
     model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path, attn_implementation="entmax")
     with pytest.raises(ValueError, match=r"path must be a checkpoint with learnt α, got '.*' without α; add_alpha"):

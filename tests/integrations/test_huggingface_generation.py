@@ -1,6 +1,6 @@
 """Generation: caches, padding, drafts and compilation do not change the tokens.
 
-A quantized cache may change them; with such a cache, they are the tokens that eager attention gives with it.
+A quantized cache can change the tokens. At α = 1, the tokens then equal those of eager attention with this cache.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ transformers = pytest.importorskip("transformers")
 
 FAMILIES = ["gpt2", "llama", "mistral", "gemma2", "gemma3", "gpt_oss", "mixtral", "qwen3_5", "mllama", "t5", "bart"]
 ENCODED = ["t5", "bart"]
-# Drafts: the linear attention of a hybrid model keeps a state, which cannot be restored if a draft is rejected. For
-# mllama, transformers makes a mask that does not fit the number of keys, also for its own attention.
+# Two models cannot use drafts. The linear attention of qwen3_5 keeps a state, which cannot be restored if a draft is
+# rejected. For mllama, transformers makes a mask that does not fit the number of keys, even for its own attention.
 DRAFTED = [name for name in FAMILIES if name not in ("qwen3_5", "mllama")]
 DECODERS = [name for name in FAMILIES if name not in (*ENCODED, "mllama")]
 QUANTIZED = ["gpt2", "llama", "qwen3", "mixtral", "opt"]  # transformers quantizes the cache of full attention only
@@ -150,7 +150,7 @@ def test_text_attends_to_the_image_with_the_mapping(build):
 
 
 def test_continuous_batching_is_refused_before_it_begins(build):
-    # Here transformers accepts only its own attention. The model must be unchanged afterwards.
+    # For continuous batching, transformers accepts only its own attention. The error must leave the model unchanged.
     model, ids = build("llama", "entmax"), prompts("llama")[0]["input_ids"]
     before, changed = model(ids).logits, ids.clone()
     changed[:, 5:] = 7
@@ -175,7 +175,7 @@ def test_a_paged_cache_is_refused(build):
 @since_torch(
     2, 9, "a model of transformers is compiled again after eager calls (torch 2.8), or is refused (older ones)"
 )
-@pytest.mark.parametrize("name", ["llama", "qwen3"])  # no sliding cache: for such a cache, each length is compiled
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # no sliding cache; with one, each length is compiled
 def test_compiled_generation_is_compiled_once(name, build):
     model = build(name, "entmax")
     alphas = add_alpha(model, alpha_init=1.3)
@@ -195,7 +195,7 @@ def test_compiled_generation_is_compiled_once(name, build):
             expected = written(model, {key: x[:, -length:] for key, x in both.items()}, max_new_tokens=12 - length)
         assert torch.equal(compiled(length), expected)
         assert counters["stats"]["unique_graphs"] == 1, length
-        with torch.no_grad():  # as an optimizer changes α
+        with torch.no_grad():  # α changes, as in training
             for alpha in alphas.values():
                 alpha.raw_alpha += 0.1
     torch.compiler.reset()

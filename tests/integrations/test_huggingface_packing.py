@@ -154,7 +154,7 @@ def test_models_can_use_a_lazy_mask_as_an_ordinary_mask(name, build, masks_compu
     embedded = torch.randn(2, 11, 24)
     for create in (create_causal_mask, create_sliding_window_causal_mask):
         for positions in (None, torch.cat([torch.arange(4), torch.arange(7)])[None]):
-            # By position, since transformers 5.24 has other names for these arguments.
+            # Arguments are passed by position, because transformers 5.24 renamed them.
             arguments = (model.config, embedded, None, None, positions)
             mask = create(*arguments)
             model.config._attn_implementation = "eager"

@@ -27,7 +27,7 @@ def results(attend: Callable[[], Tensor], inputs: list[Tensor]) -> list[Tensor]:
 
 @pytest.fixture
 def taken(monkeypatch) -> list[bool]:
-    """For each call of attention, whether it went directly to the C kernel."""
+    """A list that gets True for each call of attention that went directly to the C kernel, and False for others."""
     seen: list[bool] = []
     attend_directly = attention.attend_directly
 

@@ -41,7 +41,7 @@ def test_a_forced_backend_is_used(monkeypatch):
     assert len(calls) == 1
     torch.testing.assert_close(by_kernel, by_torch)
     sparsemax(x)
-    assert len(calls) == 2  # the forced backend is no longer used
+    assert len(calls) == 2  # outside the contexts, the C kernel is the default
 
 
 @compiled
@@ -91,7 +91,7 @@ def in_the_context_of_another_backend(backward: Callable[[], object], other: str
 @pytest.mark.parametrize("operation", [by_rows, by_attention, by_blocks])
 @pytest.mark.parametrize("name", ["compiled", "torch"])
 def test_a_backward_uses_the_backend_of_its_forward(name, operation, twice, monkeypatch):
-    """Autograd computes a backward on a GPU in a thread of its own; a backward may be called after the context."""
+    """A backward can run outside the context of its forward: in a thread of autograd, or after the context ends."""
     monkeypatch.setattr(choose_attention, "_LARGE", 1)
     used = set()
 
@@ -115,7 +115,8 @@ def test_a_backward_uses_the_backend_of_its_forward(name, operation, twice, monk
     in_another_thread(lambda: backward(first))
     in_the_context_of_another_backend(lambda: backward(second), other)
     assert used <= {name}
-    assert used or (name, operation, twice) == ("compiled", by_attention, False)  # only the attention kernel is used
+    # `used` has no entry for the attention kernel.
+    assert used or (name, operation, twice) == ("compiled", by_attention, False)
 
 
 def test_without_the_c_library_plain_torch_is_used(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Dropout whose mask is cheaper than torch's: rate, mean, independence, gradients, and use like torch's dropout."""
+"""`dropout`, which makes a mask faster than torch: rate, mean, independence and gradients; and the layer `Dropout`."""
 
 import copy
 import math
@@ -109,7 +109,7 @@ def test_vmap_of_dropout_needs_a_randomness_mode_as_in_torch():
     assert not torch.equal(rows[0], rows[1])
 
 
-def test_the_module_is_torchs_dropout_also_in_eval_mode_and_in_place():
+def test_the_layer_is_a_subclass_of_torchs_and_supports_eval_mode_and_in_place():
     layer = Dropout(0.25)
     x = torch.ones(11)
     assert isinstance(layer, torch.nn.Dropout)

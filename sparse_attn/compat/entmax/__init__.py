@@ -1,9 +1,9 @@
 """The names of the entmax package (1.3), computed by our operators.
 
 Replace ``entmax`` by ``sparse_attn.compat.entmax`` in the imports. The package's modules ``activations``,
-``root_finding`` and ``losses`` exist here too. The results differ only where those of the package are inexact or wrong,
-for example: masked rows, half precision, large scores, α = 1. The arguments ``k``, ``n_iter`` and ``ensure_sum_one``,
-which tune the package's algorithms, are accepted and have no effect.
+``root_finding`` and ``losses`` exist here too. The results differ only where the package's results are inexact or
+wrong, for example: masked rows, half precision, large scores, α = 1. The arguments ``k``, ``n_iter`` and
+``ensure_sum_one``, which tune the package's algorithms, are accepted and have no effect.
 """
 
 from sparse_attn.compat.entmax.activations import Entmax15, Sparsemax, entmax15, sparsemax

@@ -50,7 +50,7 @@ def entmax15(X: Tensor, dim: int = -1, k: int | None = None, return_support_size
         return_support_size: Return the number of non-zero entries as well.
 
     Returns:
-        The same form as :func:`sparsemax`.
+        As :func:`sparsemax`.
 
     Raises:
         TypeError: ``X`` is not floating or ``k`` is not an int.

@@ -114,7 +114,7 @@ def normmax_bisect_loss(X: Tensor, target: Tensor, alpha: float | Tensor = 2, n_
 
     .. math:: L(x, y) = \max_{p \in \triangle} \langle p, x \rangle - \lVert p \rVert_\alpha - (x_y - 1)
 
-    Its gradient in the scores is ``p - e_y``. The loss is computed in float64.
+    Its gradient in the scores is ``p - e_y``, where ``e_y`` is the one-hot target. The loss is computed in float64.
 
     Args:
         X: Scores (n, C).
@@ -231,7 +231,7 @@ class Entmax15Loss(_Loss):
 
 
 class SparsemaxBisectLoss(_Loss):
-    """:func:`sparsemax_bisect_loss` as a module; arguments of :class:`SparsemaxLoss`, ``n_iter`` for ``k``."""
+    """:func:`sparsemax_bisect_loss` as a module; arguments of :class:`SparsemaxLoss`, with ``n_iter`` for ``k``."""
 
     def __init__(self, n_iter: int | None = 50, ignore_index: int = -100, reduction: str = "elementwise_mean") -> None:
         super().__init__(ignore_index, reduction)

@@ -32,15 +32,15 @@ def add_alpha(
     """Add a learnt α per head to every attention module of a transformers model.
 
     Call this function after loading the model and before building the optimizer. Give the new parameters no weight
-    decay, which would pull them towards their lower bound. They are float32 for every dtype of the model, and on the
-    device of their module. ``save_pretrained`` saves them; :func:`load_alpha` loads them. After
+    decay, which would pull them towards their lower bound. The parameters are float32 for every dtype of the model, and
+    on the device of their module. ``save_pretrained`` saves them; :func:`load_alpha` loads them. After
     ``model.set_attn_implementation("sdpa")`` the model is dense: the α modules remain, without effect, and
     :func:`sparse_attn.alpha_per_head` still lists them.
 
     Args:
         model: Built or loaded with ``attn_implementation="entmax"``.
         alpha_init: The initial α: a number, or one per head. 1 keeps the function of a dense model. A dict
-            ``{module name: α}``, such as the result of :func:`sparse_attn.calibrate`, gives each module its own.
+            ``{module name: α}``, such as the result of :func:`sparse_attn.calibrate`, gives each module its own α.
         alpha_range: The closed interval that α stays in.
         filter_fn: Called with the name and module of each attention module; α is added only if the result is True.
 
@@ -99,7 +99,7 @@ def attach(
     alpha_init: AlphaInit | Mapping[str, AlphaInit],
     alpha_range: tuple[float, float],
 ) -> dict[str, HeadAlpha]:
-    """The α of each module, new if the module has none. All are built and checked before the model is changed."""
+    """The α of each module, new if the module has none. All α are built and checked before the model is changed."""
     ranges = {alpha.alpha_range for alpha in map(head_alpha, model.modules()) if alpha is not None}
     if ranges - {alpha_range}:
         raise ValueError(f"alpha_range must be the one that the model has, {ranges.pop()}, got {alpha_range}")

@@ -225,7 +225,7 @@ def _attend_packed(
 def mask_function(*, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:
     """The boolean mask of transformers, as a :class:`LazyMask` if it is causal without padding.
 
-    None for a causal mask if the modules apply ``is_causal`` themselves.
+    The result is None for a causal mask if the modules apply ``is_causal`` themselves.
     """
     from transformers.masking_utils import sdpa_mask
 

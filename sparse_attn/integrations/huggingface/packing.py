@@ -59,7 +59,7 @@ class LazyMask(Tensor):
 
 
 class Packing(NamedTuple):
-    """Starts of the sequences among the flattened queries and keys, and the window of :class:`LazyMask`."""
+    """Starts of the sequences among the flattened queries and keys, and ``left`` as in :class:`LazyMask`."""
 
     query_starts: Tensor
     key_starts: Tensor

@@ -1,4 +1,4 @@
-/* Whether this process can use the variant avx512_amx. Linux only, on processors that run avx512_bf16. */
+/* Tests whether this process can use the variant avx512_amx. This file is compiled for Linux only. */
 #include "amx.h"
 
 #include <cpuid.h>
@@ -26,7 +26,7 @@ static int processor_has_tiles(void) {
     return has(low, tile_shapes_and_data);
 }
 
-/* Asks Linux, from 5.16 on, to let this process and its children use tiles: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA). The
+/* Asks Linux to permit tiles: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA), for Linux 5.16 or newer. The
  * system call is written in assembler because a strict C11 compilation has no declaration of syscall(). */
 static int system_permits_tiles(void) {
     const long arch_prctl = 158, request = 0x1023, tile_data = 18;
@@ -35,7 +35,7 @@ static int system_permits_tiles(void) {
     return result == 0;
 }
 
-/* True if a product by tiles equals the exact result. */
+/* True if a product by tiles, of small integers, equals the exact result. */
 EXPORT int amx_product_is_exact(void) {
     enum { ROWS = 37, KEYS = 45, SIZE = 61, PAIRS = 32, COLUMNS = 64 };
     uint16_t numbers[ROWS + KEYS][SIZE];

@@ -1,11 +1,11 @@
 /* Products of bfloat16 by tiles (AMX), for the attention kernels of the variant avx512_amx.
  *
- * A tile has up to 16 rows of 64 bytes. One instruction adds A B to a tile of C: A has pairs of bfloat16 along its rows, B
- * has them along its columns, as a panel of matmul.h has. Pairs mean the same as in pairs.h, and the sums differ from those
- * of pairs.h by their order only.
+ * A tile has up to 16 rows of 64 bytes. One instruction adds A B to a tile of C: A has pairs of bfloat16 along its rows;
+ * B, a panel of matmul.h, has pairs along its columns. Pairs are explained in pairs.h. The instructions of pairs.h add the
+ * same products in another order.
  *
  * The instructions are written in assembler, because compilers' functions for them do not always state which memory they
- * read (GCC bug 114098). Tiles are in use only inside one function, which calls no other function meanwhile.
+ * read (GCC bug 114098). Tiles are in use only in tile_panel_product, and all functions that it calls meanwhile are inlined.
  */
 #ifndef SPARSE_ATTN_AMX_H
 #define SPARSE_ATTN_AMX_H
@@ -15,7 +15,7 @@
 
 #if defined(WITH_TILES) && !defined(REAL_DOUBLE)
 
-/* The operand of LDTILECFG. It sets the number of rows, and of bytes in a row, of tiles 0 to 7; other entries must be 0. */
+/* The operand of LDTILECFG: the number of rows, and of bytes in each row, of tiles 0 to 7. Entries 8 to 15 must be 0. */
 typedef struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
@@ -27,10 +27,10 @@ _Static_assert(LANE_BYTES == 64, "a row of a tile is a vector");
 
 enum { TILE_ROWS = 16, ROW_BYTES = 64 };
 
-/* The use of each tile: a block of C has up to two tiles of rows and two of columns. */
+/* The use of each tile. A block of C has one or two rows of tiles, and two columns of tiles. */
 enum { C_00, C_01, C_10, C_11, A_0, A_1, B_0, B_1, TILES };
 
-/* Strides are in bytes. Each statement is `volatile`, so that all of them stay in order. */
+/* Strides are in bytes. Each statement is `volatile`, so that the compiler keeps their order. */
 #define SET_TILE_SHAPES(shapes) __asm__ volatile("ldtilecfg %0" : : "m"(shapes) : "memory")
 #define RELEASE_TILES() __asm__ volatile("tilerelease" : : : "memory")
 #define ZERO_TILE(tile) __asm__ volatile("tilezero %%tmm%c0" : : "i"(tile) : "memory")
@@ -41,7 +41,8 @@ enum { C_00, C_01, C_10, C_11, A_0, A_1, B_0, B_1, TILES };
 #define ADD_TILE_PRODUCT(c, a, b) \
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b) : "memory")
 
-/* The rows c and, if there is a second tile of rows, second_c of C from rows of A and a panel of BLOCK_COLUMNS columns. */
+/* Computes a row of tiles of C at `c` from the rows of A at `a` and a panel of B with BLOCK_COLUMNS columns. If `second_a`
+ * is not NULL, also computes the tiles at `second_c` from the rows at `second_a`. */
 INLINE void tile_block_product(const real *a, const real *second_a, int64_t a_row, const real *panel, int64_t depth, real *c,
                                real *second_c, int64_t c_row) {
     const int64_t a_stride = a_row * (int64_t)sizeof(real), c_stride = c_row * (int64_t)sizeof(real);
@@ -72,8 +73,8 @@ INLINE void tile_block_product(const real *a, const real *second_a, int64_t a_ro
     }
 }
 
-/* Computes what pair_panel_product computes. All tiles of A and C have `height` rows, so the last of them may begin earlier and compute
- * some rows once more, to the same numbers. */
+/* Computes what pair_panel_product computes. All tiles of A and C have `height` rows. The last tile may overlap the tile
+ * before it; rows in both tiles are computed twice, with the same result. */
 static void tile_panel_product(const real *a, int64_t a_row, const real *panels, int64_t depth, int64_t rows, int64_t begin,
                                int64_t end, real *c, int64_t c_row, real scale) {
     if (rows < 1) return;
@@ -107,7 +108,7 @@ static void tile_panel_product(const real *a, int64_t a_row, const real *panels,
 
 #endif
 
-/* C = scale A B' of pairs of bfloat16, by tiles where the variant has them; see pair_panel_product. */
+/* C = scale A B' from A and B of pairs of bfloat16, by tiles if the variant has tiles; arguments as in any_panel_product. */
 static void pair_product(const real *a, int64_t a_row, const real *panels, int64_t depth, int64_t rows, int64_t begin,
                          int64_t end, real *c, int64_t c_row, real scale) {
 #if defined(WITH_TILES) && !defined(REAL_DOUBLE)

@@ -32,8 +32,8 @@ FOR_EACH_VARIANT(DECLARE)
 
 static const kernels variants[][2] = {FOR_EACH_VARIANT(KERNELS)};
 
-/* Enough parts for the threads of a laptop. The number of parts depends only on the shapes and on the gradient of the mask,
- * so results do not depend on the number of threads. */
+/* Enough parts for the threads of a laptop. The number of parts does not depend on the number of threads, so results do not
+ * depend on that number either. */
 enum { PARTS = 8, ENTRIES_PER_PART = 1 << 16 };
 
 /* Sets the sequences of a call, and the numbers of tiles and keys. */
@@ -120,7 +120,7 @@ static int run_backward(attention_task *t, const kernels *use, size_t bytes, int
     return 0;
 }
 
-/* Sets the pointers in the tensors, and those into the memory for kept weights. */
+/* Sets the pointers in the tensors, and the pointers into the memory for kept weights. */
 static void set_pointers(attention_task *t, size_t bytes) {
     attention *c = &t->call;
     const attention_data *d = &t->data;
@@ -146,7 +146,7 @@ static int set_alpha(attention_task *t) {
 
 enum { NO_MEMORY = 1, WRONG_ALPHA = 2 };
 
-/* The forward or the backward of one call. Returns 0, NO_MEMORY, or WRONG_ALPHA if an α is not in (0, inf). */
+/* Runs the forward or the backward of one call. Returns 0, NO_MEMORY, or WRONG_ALPHA if an α is not in (0, inf). */
 EXPORT int attention_run(int variant, int threads, int backward, const attention *call, const attention_data *data) {
     attention_task t = {.call = *call, .data = *data, .backward = backward};
     const int wide = call->query.type == FLOAT64;

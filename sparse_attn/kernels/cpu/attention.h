@@ -1,5 +1,5 @@
-/* The parts of an attention call, for attention.c, for the kernels attention_forward.c and attention_backward.c, and for
- * attention.py.
+/* The structs of an attention call, for attention.c, attention_forward.c and attention_backward.c. attention.py writes two
+ * of the structs as bytes.
  *
  * Scores are z = scale q k' + mask, weights p = entmax(z) (see rows.h for the letters), the output is Σ p v. Queries are
  * taken in tiles of `tile_rows`. A query at place i sees the keys i - left .. i + right.
@@ -18,14 +18,14 @@ typedef struct {
 
 enum { BOOLEAN = 4 };
 
-/* Sizes, strides and numbers of a call, the same for all calls with tensors of these layouts. attention.c sets the
- * pointers in the tensors. Every member of this struct and of the next has 8 bytes, so that other languages can pass both
- * as arrays of numbers. */
+/* Sizes, strides and numbers of a call. They are the same for all calls with tensors of these layouts. attention.c sets the
+ * pointers in the tensors. Every member of `attention` and of `attention_data` has 8 bytes, so that other languages can pass
+ * these structs as arrays of numbers. */
 typedef struct {
     int64_t batch, heads, kv_heads, queries, keys, depth, width; /* width: entries of a value */
     int64_t tile_rows;
     int64_t capacity;  /* how many weights are kept per row, on average over a tile, for the backward; may be 0 */
-    int64_t kept_rows; /* the rows of all tiles, for which `kept` has room */
+    int64_t kept_rows; /* the number of rows of all tiles, for which `kept` has memory */
     int64_t k;         /* only the k keys with the largest scores take part; 0: all keys */
     int64_t left, right;
     double scale, dropout_p;
@@ -60,14 +60,14 @@ typedef struct {
     attention_data data;
     int backward;
     double *a_heads; /* α - 1 of each head, or NULL */
-    /* Non-zero weights of each tile, kept for the backward: their number per row (-1 in the first row: not kept), their
-     * keys, and the weights. All are NULL if no weights are kept. */
+    /* The non-zero weights of each tile, kept for the backward. `counts` is the number of weights per row, or -1 in the
+     * first row of a tile whose weights are not kept; `places` are their keys. Without kept weights, all three are NULL. */
     int32_t *counts, *places;
     void *weights;
     sequence *sequences;
     int64_t tiles, longest, all_keys; /* numbers of all tiles, of the keys of the longest sequence, and of all keys */
-    /* An item of the backward is a part of the queries, for one batch entry and one head of keys. Where all batch entries
-     * or all heads share a mask that needs a gradient, an item covers all of them: they add to the same entries. */
+    /* An item of the backward is a part of the queries, for one batch entry and one head of keys. If all batch entries
+     * or all heads share a mask that needs a gradient, an item covers all of them: they add to the same gradients. */
     int64_t batch_units, head_units, parts;
     void *sums;         /* with more than one part: the gradients of keys and values by part, before they are added */
     double *alpha_sums; /* the gradient of α by item and head */
@@ -81,7 +81,8 @@ static inline double a_of(const attention_task *t, int64_t head) {
 typedef size_t attention_scratch(const attention_task *t);
 typedef void attention_open(const void *task, void *scratch);
 
-/* Computes the tiles, items, or pairs of batch entry and head of keys, from `begin` to `end` - 1. */
+/* Computes a range of tiles (forward), items (backward), or pairs of a batch entry and a head of keys (reduce): `begin` to
+ * `end` - 1. */
 typedef void attention_part(const void *task, int64_t begin, int64_t end, void *scratch);
 
 #endif

@@ -169,7 +169,7 @@ def forward(tensors: Tensors, plan: Plan, kept: Tensor | None, *, variant: str |
         tensors: The tensors of the call.
         plan: The plan of the call.
         kept: Memory in which the weights are kept for the backward; None if no backward follows.
-        variant: One of :func:`rows.variants`; None for the widest.
+        variant: One of :func:`rows.variants`; None for the last of these.
     """
     output = _empty(plan.output, tensors[0], plan.layouts[0])
     _run(False, tensors, plan.forward, output.data_ptr(), kept, (0, 0, 0, 0, 0, 0), variant)

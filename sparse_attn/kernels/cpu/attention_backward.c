@@ -21,8 +21,8 @@ static void use_kept_lists(workspace *w, int64_t tile) {
     }
 }
 
-/* Replaces the gradient of the weights of row r in `grad` by the gradient of its scores, and adds this to the gradient of
- * the mask. Returns the gradient for α, or 0 if it is not needed. */
+/* On entry, `grad` is the gradient for the weights of row r; on return, it is the gradient for the scores, which is also
+ * added to the gradient of the mask, if the mask needs one. Returns the gradient for α, or 0 if it is not needed. */
 static double grad_scores(workspace *w, int64_t r, real *grad) {
     const attention *c = &w->task->call;
     const double a = a_of(w->task, w->head);

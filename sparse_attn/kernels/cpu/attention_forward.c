@@ -25,7 +25,8 @@ static void keep(const workspace *w, int64_t tile) {
     }
 }
 
-/* The output of one of few queries. A value that must be copied goes to the memory for panels, which is not in use here. */
+/* Computes one row of the output for few queries. If a value must be copied, the copy is in the memory for panels, not in
+ * use here. */
 static void gather_in_place(const workspace *w, int64_t r, real *out) {
     const attention *c = &w->task->call;
     memset(out, 0, (size_t)w->width * sizeof *out);

@@ -1,4 +1,6 @@
-"""Compiles the kernels in C into one shared library. Standard library only: the build of the package runs this file.
+"""Compiles the kernels in C into one shared library.
+
+The build of the package runs this file, so the file needs only the standard library.
 
 For development: ``python sparse_attn/kernels/cpu/build.py`` puts the library beside this file.
 """
@@ -24,11 +26,12 @@ _X86_VARIANTS = {
     "avx2": ["-mavx2", "-mfma", "-mpopcnt"],
     "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mpopcnt", "-mprefer-vector-width=512"],
 }
-# Flags for AVX512-BF16. Only attention in C's type float, which also computes bfloat16, is compiled with them; all
-# other kernels of this variant are those of avx512. Compilers before 2020 do not know these instructions.
+# Flags for the variant avx512_bf16. Only attention in C's type float, which also computes bfloat16, is compiled with
+# these flags. The other kernels of this variant are the kernels of avx512. Compilers before 2020 do not know these
+# instructions.
 _BFLOAT16 = [*_X86_VARIANTS["avx512"], "-mavx512bf16"]
-# Attention in float32 with tiles (AMX), on Linux only. No flag allows AMX: its instructions are in assembler, since the
-# compiler itself must not use tiles.
+# Attention in float32 with tiles (AMX), on Linux only. No flag allows AMX: its instructions are in assembler, because
+# the compiler itself must not use tiles.
 _TILES = [*_BFLOAT16, "-DWITH_TILES"]
 
 
@@ -107,7 +110,7 @@ def _targets_x86_64(compiler: list[str]) -> bool:
 
 
 def _knows_bfloat16(compiler: list[str]) -> bool:
-    """Whether the compiler knows the flag ``-mavx512bf16`` and this name in ``__builtin_cpu_supports``."""
+    """Whether the compiler knows the flag ``-mavx512bf16``, and ``avx512bf16`` in ``__builtin_cpu_supports``."""
     program = 'int supported(void) { return __builtin_cpu_supports("avx512bf16"); }'
     command = [*compiler, "-mavx512bf16", "-S", "-x", "c", "-", "-o", os.devnull]
     return subprocess.run(command, input=program, capture_output=True, text=True).returncode == 0

@@ -36,7 +36,7 @@ INLINE float from_float16(uint16_t x) {
 }
 
 INLINE uint16_t to_float16(float x) {
-    const uint32_t rebias = (127 - 15) << 23, half = 126 << 23; /* near 0.5, floats are as dense as subnormals */
+    const uint32_t rebias = (127 - 15) << 23, half = 126 << 23; /* near 0.5, floats are as dense as subnormal float16 */
     uint32_t bits = float_bits(x) & 0x7fffffff, sign = float_bits(x) >> 16 & 0x8000;
     uint32_t normal = (bits - rebias + 0xfff + (bits >> 13 & 1)) >> 13;
     uint32_t subnormal = float_bits(float_of(bits) + float_of(half)) - half;
@@ -73,7 +73,7 @@ static real *target(void *out, element type, real *buffer) {
     return type == REAL_TYPE ? out : buffer;
 }
 
-/* Writes numbers from the memory that `target` returned to `out`, converted to its type. */
+/* Converts numbers to `type` and writes them to `out`. Does nothing for REAL_TYPE: `target` then returned `out`. */
 static void deliver(const real *from, int64_t size, void *out, element type) {
 #define SCATTER(type, convert)             \
     do {                                   \

@@ -9,7 +9,7 @@
 #define BIAS 1023
 #define ROUNDER 0x1.8p52 /* x + ROUNDER has round(x) in its lowest bits */
 #define SQRT_HALF_BITS 0x3fe6a09e667f3bcdu
-#define LN2_HIGH 0x1.62e42feep-1 /* few enough bits for n LN2_HIGH to be exact */
+#define LN2_HIGH 0x1.62e42feep-1 /* so few bits that n LN2_HIGH is exact */
 #define LN2_LOW 0x1.a39ef35793c76p-33
 #define EXP_LOWEST -708.0
 #else
@@ -147,7 +147,7 @@ INLINE lanes power_of_sum(lanes w, lanes t, real power) {
 #endif
 }
 
-/* w^power for w >= 0, as above. */
+/* w^power for w >= 0; see power_of_sum. */
 INLINE lanes power_lanes(lanes w, real power) {
     return power_of_sum(w, w - (real)1, power);
 }

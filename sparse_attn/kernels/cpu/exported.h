@@ -1,5 +1,5 @@
-/* Makes the names of functions that are compiled for float and for double in each variant, such as forward_float_avx2, for
- * row.c and the attention kernels. */
+/* Makes the names of functions with their type and variant, such as forward_float_avx2, for row.c and the attention
+ * kernels. */
 #ifndef SPARSE_ATTN_EXPORTED_H
 #define SPARSE_ATTN_EXPORTED_H
 
@@ -11,7 +11,7 @@
 #define EXPORTED(name) JOIN(name, float, VARIANT)
 #endif
 
-/* The kernels of row.c, for the attention kernels; a variant may use the row kernels of another variant. */
+/* The names of the functions of row.c, for the attention kernels. A variant may use these functions of another variant. */
 #ifndef ROW_VARIANT
 #define ROW_VARIANT VARIANT
 #endif

@@ -3,7 +3,7 @@
 #ifndef SPARSE_ATTN_FAMILY_H
 #define SPARSE_ATTN_FAMILY_H
 
-/* α = 2, 1.5 and 1, of which the first two need neither exp nor log; any other α below 1.5; any other α above 1.5. */
+/* In order: α = 2, α = 1.5, α = 1, any other α below 1.5, any other α above 1.5. The first two need neither exp nor log. */
 typedef enum { SPARSEMAX, ENTMAX15, SOFTMAX, GENTLE, STEEP } family;
 
 static family family_of(double a) {

@@ -14,7 +14,7 @@ typedef struct {
     double u, u_g; /* Σ u and Σ u g */
 } weighted;
 
-/* u of packed p, 0 for padding. */
+/* u of packed p; 0 where p is 0. */
 INLINE lanes slope_of(lanes p, const family of, real a) {
     const lanes zero = splat(0);
     if (of == SPARSEMAX) return select_equal(p, zero, zero, (real)0 * p + (real)1); /* NaN where p is NaN */
@@ -31,7 +31,7 @@ INLINE weighted slopes_family(const real *p, const real *g, int64_t size, const 
         const lanes slope = slope_of(load(p + i), of, a);
         store(u + i, slope);
         add(&sum_u, slope);
-        add(&sum_ug, select_equal(slope, zero, zero, slope * load(g + i))); /* where p is 0, g has no effect, not even NaN */
+        add(&sum_ug, select_equal(slope, zero, zero, slope * load(g + i))); /* where p is 0, g has no effect, even if NaN */
     }
     return (weighted){total_of(sum_u), total_of(sum_ug)};
 }
@@ -45,9 +45,9 @@ static weighted slopes(const real *p, const real *g, int64_t size, double a, rea
     }
 }
 
-/* δ = Σ u g / Σ u. If Σ u is close to 1, u of one entry may be almost 1 (a nearly one-hot row); the rounding error of its u g
- * is then as large as the gradient. Rows with Σ u < 1.1, which include all softmax rows, are computed a second time, from g
- * minus the first result. */
+/* δ = Σ u g / Σ u. In a nearly one-hot row, Σ u and the largest u are close to 1, and the rounding error of the largest
+ * term u g can be as large as the gradient. So if Σ u < 1.1, as in all softmax rows, δ is computed a second time, from g
+ * minus the first δ. */
 static origin centre_of(const real *u, const real *g, int64_t size, weighted sums) {
     const double delta = sums.u_g / sums.u;
     if (!(sums.u < 1.1)) return origin_at(0, delta);
@@ -60,11 +60,10 @@ static origin centre_of(const real *u, const real *g, int64_t size, weighted sum
     return origin_at((real)delta, sum_of(rest) / sums.u);
 }
 
-/* The mean of g, which is subtracted from g before the gradient for α is computed, and the largest p, which shows whether
- * float has enough digits for this gradient. */
+/* Two numbers for the gradient for α. */
 typedef struct {
-    real most; /* max p */
-    double mean; /* Σ p g */
+    real most; /* max p, which shows whether float has enough digits */
+    double mean; /* Σ p g, which is subtracted from g */
 } overview;
 
 static overview survey(const real *p, const real *g, int64_t size) {
@@ -141,7 +140,7 @@ static void centre(real *u, const real *g, int64_t size, origin delta) {
 /* The gradients of rows side by side. Except in gradient_rows, there is one row per lane: entry j of all rows is the vector at
  * j * LANES. */
 
-/* δ = Σ u g / Σ u in two parts, from compensated sums. */
+/* δ = Σ u g / Σ u as the sum of two numbers. */
 typedef struct {
     lanes high, low;
 } origins;
@@ -188,7 +187,7 @@ INLINE void gradient_lanes_family(const real *p, const real *g, int64_t size, co
     centre_lanes(u, g, size, delta);
 }
 
-/* The gradient for the scores of packed p or of all p, in u. */
+/* Writes the gradient for the scores into `u`; `p` may be packed or not. */
 static void gradient_lanes(const real *p, const real *g, int64_t size, double a, real *u) {
     switch (family_of(a)) {
     case SPARSEMAX: gradient_lanes_family(p, g, size, SPARSEMAX, (real)a, u); break;
@@ -198,7 +197,7 @@ static void gradient_lanes(const real *p, const real *g, int64_t size, double a,
     }
 }
 
-/* The gradients of up to LANES rows, for the families whose u is cheap. A vector holds entries of one row. At the end, the
+/* The gradients of up to LANES rows, for α = 1, 1.5 and 2. A vector holds entries of one row. At the end, the
  * lanes of each row's sums are added, and δ is computed for all rows at once. Sizes are multiples of LANES. */
 INLINE void gradient_rows_family(const real *const *p, const real *const *g, int64_t rows, int64_t size, const family of,
                                  real *const *u) {
@@ -239,8 +238,8 @@ static void gradient_rows(const real *const *p, const real *const *g, int64_t ro
     }
 }
 
-/* Like gradient_lanes, and writes the gradients for α of the first `rows` rows. Returns a vector: 1
- * in the lane of each row whose gradient for α needs double, else 0. */
+/* Does the same as gradient_lanes, and writes the gradients for α of the first `rows` rows. A lane of the returned vector
+ * is 1 if the gradient for α of its row needs double, else 0. */
 static lanes alpha_gradient_lanes(const real *p, const real *g, int64_t size, int64_t row_size, real a, int64_t rows,
                                   real *u, double *grad_alpha) {
     enum { U, UC, P, D, H, A, Y, B, SUMS, PART = 16 }; /* as in alpha_gradient */

@@ -107,7 +107,8 @@ INLINE int any_beyond(lanes x, lanes y) {
 #endif
 }
 
-/* The larger of x and `floor`, or the smaller of x and `ceiling`. The order of the operands keeps NaN in x. */
+/* The larger of x and `floor`, or the smaller of x and `ceiling`. If x is NaN, the result is NaN: the order of
+ * the operands ensures this. */
 #if defined(__SSE2__)
 INLINE lanes at_least(lanes floor, lanes x) {
     return OP(max)(floor, x);
@@ -135,7 +136,7 @@ INLINE lanes square_root(lanes x) {
 }
 #endif
 
-/* x, with 0 in place of negative numbers and -0, whose powers cannot be computed from their bits; NaN stays. */
+/* x, with 0 in place of negative numbers and of -0, because powers are computed from the bits of x; NaN stays NaN. */
 INLINE lanes not_negative(lanes x) {
     return at_least(splat(0), x) + (real)0;
 }
@@ -224,7 +225,8 @@ INLINE void gather_lanes(const real *const *x, int64_t size, int64_t step, real 
         for (int i = 0; i < LANES; i++) out[j * step + i] = x[i][j];
 }
 
-/* The inverse for the first `rows` rows, times `scale`: entry j of the rows is read from the vector at x + j * LANES. */
+/* The inverse of gather_lanes for the first `rows` rows, times `scale`: entry j of the rows is read from the vector at
+ * x + j * LANES. */
 INLINE void scatter_lanes(const real *x, int64_t size, lanes scale, int64_t rows, real *const *out) {
     int64_t j = 0;
 #ifdef HAS_TRANSPOSE

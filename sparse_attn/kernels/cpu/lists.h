@@ -1,5 +1,5 @@
 /* Products with the rows of a matrix that a list selects, for the attention kernels. A list holds the places of the
- * non-zero weights of one query. Widths are whole vectors.
+ * non-zero weights of one query. Widths are multiples of LANES.
  */
 #ifndef SPARSE_ATTN_LISTS_H
 #define SPARSE_ATTN_LISTS_H

@@ -1,7 +1,9 @@
-/* Packs the entries of a row that take part side by side, and puts results back in their places, for row.c and select.h.
+/* Copies the entries of a row that take part into a buffer without gaps, and writes results back to the places of these
+ * entries, for row.c and select.h.
  *
  * An entry takes part if its number in `key` is not <= threshold, so that NaN always takes part. `pack` and `unpack` read
- * the same keys and so need no indices. Both touch up to one vector past the last packed entry.
+ * the same keys and so need no indices. In the packed buffer, they write or read up to one vector past
+ * the last entry.
  */
 #ifndef SPARSE_ATTN_PACK_H
 #define SPARSE_ATTN_PACK_H
@@ -12,7 +14,7 @@
 #if defined(__AVX512F__)
 #define PACKED_AT_ONCE LANES
 
-/* Packs one vector and returns the number of entries that it kept. A masked store would be many times slower. */
+/* Packs one vector and returns the number of packed entries. A masked store would be many times slower. */
 INLINE int pack_lanes(const real *key, real threshold, const real *beside, real *out, real *beside_out) {
     const lanes x = load(key);
     const lane_mask kept = COMPARE(x, splat(threshold), _CMP_NLE_UQ);
@@ -30,7 +32,7 @@ INLINE int unpack_lanes(const real *key, real threshold, const real *packed, rea
 #elif defined(__AVX2__) && !defined(REAL_DOUBLE)
 #define PACKED_AT_ONCE 4
 
-/* For each mask of four lanes: the source lane of each packed lane, and the inverse. */
+/* PACKED: for each mask of four lanes, the source lane of each packed lane. UNPACKED: the inverse. */
 static const int32_t PACKED[16][4] = {
     {0, 0, 0, 0}, {0, 0, 0, 0}, {1, 0, 0, 0}, {0, 1, 0, 0}, {2, 0, 0, 0}, {0, 2, 0, 0}, {1, 2, 0, 0}, {0, 1, 2, 0},
     {3, 0, 0, 0}, {0, 3, 0, 0}, {1, 3, 0, 0}, {0, 1, 3, 0}, {2, 3, 0, 0}, {0, 2, 3, 0}, {1, 2, 3, 0}, {0, 1, 2, 3},
@@ -63,7 +65,7 @@ INLINE int unpack_lanes(const real *key, real threshold, const real *packed, rea
 #else
 #define PACKED_AT_ONCE PADDING
 
-/* In most blocks no entry takes part; the entries of other blocks are packed one by one. */
+/* True if no entry of a block takes part, as in most blocks. The entries of other blocks are packed one by one. */
 INLINE int none_above(const real *key, real threshold) {
     words below = (words)(load(key) <= threshold);
     for (int j = LANES; j < PACKED_AT_ONCE; j += LANES) below &= (words)(load(key + j) <= threshold);
@@ -98,7 +100,7 @@ INLINE int unpack_lanes(const real *key, real threshold, const real *packed, rea
 }
 #endif
 
-/* Packs the keys that take part into `out`, in order, and if `beside` is given, its entries at the same places into
+/* Copies the keys that take part to `out`, in order. If `beside` is given, copies its entries at the same places to
  * `beside_out`. Returns the number of packed keys. `out` may be `key` itself. */
 INLINE int64_t pack_both(const real *key, real threshold, const real *beside, int64_t size, real *out,
                          real *beside_out) {
@@ -167,7 +169,7 @@ static int64_t keep_nonzero(const real *p, real scale, int64_t size, int32_t *pl
     return count;
 }
 
-/* Fills the row with `value` up to a multiple of PADDING or beyond; returns the padded size. */
+/* Appends `value` PADDING times; returns the size rounded up to a multiple of PADDING. */
 static int64_t pad(real *x, int64_t size, real value) {
     for (int i = 0; i < PADDING; i++) x[size + i] = value;
     return (size + PADDING - 1) & -PADDING;

@@ -1,7 +1,8 @@
 /* Products of bfloat16 numbers by special instructions (AVX512-BF16), or of reals, for the attention kernels.
  *
- * Such an instruction multiplies two numbers in each 32 bits, so a row of bfloat16 is read as a row of pairs, each in the
- * place of a real. The products are exact and their sums are float32; numbers of a size below 1e-38 count as zero.
+ * The instruction takes two numbers from each 32 bits of both operands, and adds their two products. So a row of bfloat16
+ * is read as a row of pairs, each in the place of a float. The products are exact and the sums are float32; subnormal
+ * numbers count as zero.
  */
 #ifndef SPARSE_ATTN_PAIRS_H
 #define SPARSE_ATTN_PAIRS_H
@@ -15,7 +16,7 @@ enum { HAS_PAIRS = 1 };
 enum { HAS_PAIRS = 0 };
 #endif
 
-/* sum + x y, or with `pairs` the sum of both products of each pair. */
+/* sum + x y. With `pairs`, each lane of x and y is a pair, and the products of its two numbers are added. */
 INLINE lanes add_products(lanes sum, lanes x, lanes y, const int pairs) {
 #if defined(__AVX512BF16__) && !defined(REAL_DOUBLE)
     if (pairs) return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y);
@@ -32,12 +33,13 @@ INLINE lanes broadcast(const real *x, const int pairs) {
     return (lanes)(bits - (words){0});
 }
 
-/* True if a strided vector of bfloat16 can be read in place as pairs: contiguous, aligned to a pair, in whole registers. */
+/* True if a vector of bfloat16 can be read in place as pairs: its entries are contiguous, its start is aligned to a pair,
+ * and its size is a multiple of 2 LANES. */
 static int lies_in_pairs(vector x, int64_t size) {
     return x.stride == 1 && size % (2 * LANES) == 0 && (uintptr_t)x.data % sizeof(real) == 0;
 }
 
-/* Copies a vector of bfloat16 as `padded` pairs; zeros follow its last entry. */
+/* Copies a vector of bfloat16 into `padded` pairs, with zeros after the last entry. */
 static void copy_pairs(vector from, int64_t size, int64_t padded, real *out) {
     const uint16_t *x = from.data;
     char *to = (char *)out;

@@ -1,8 +1,8 @@
 /* Computes one row, or several short rows side by side: the probabilities, their non-zero entries for the attention kernels,
- * and the gradients. Compiled for float and for double in each variant.
+ * and the gradients. Compiled for float and for double at every vector width.
  *
- * In the forward, a row is read for its maximum, the entries that can have weight are packed together, Newton's or Halley's
- * method runs on those, and the result is unpacked. The notation is defined in rows.h.
+ * The forward of a row finds the maximum, packs the entries that can have weight, solves for σ (see solve.h), and unpacks
+ * the result. The notation is defined in rows.h.
  */
 #include "convert.h"
 #include "exported.h"
@@ -30,15 +30,15 @@ static int has_nan(const real *x, int64_t size) {
     return found;
 }
 
-/* The larger of `lowest` and a number just below top - 1 / a + σ, the edge of the support. Scores up to this number have no
- * weight if `sigma` is at or below σ. */
+/* Returns a number just below top - 1 / a + sigma, or `lowest` if that is larger. Scores up to the returned number have no
+ * weight if `sigma` is at or below the root. */
 static real weightless(real top, double a, double sigma, real lowest) {
     double reach = 1 / a - sigma;
     real threshold = (real)(top - reach - 2 * REAL_EPS * (fabs((double)top) + reach));
     return threshold > lowest ? threshold : lowest;
 }
 
-/* The state of a row. If SOLVED, p is `scale` times the packed numbers, and their scores lie above `threshold`. */
+/* The state of a row. If SOLVED, p is `scale` times the packed numbers, and the packed scores lie above `threshold`. */
 typedef struct {
     enum { MASKED, UNDEFINED, SOLVED } state; /* all scores are masked; a score is NaN or +inf; neither */
     int64_t count;
@@ -85,7 +85,7 @@ void EXPORTED(forward)(vector scores, int64_t size, int64_t k, double a, double 
     deliver(y, size, out, scores.type);
 }
 
-/* Up to this size, sweeps over all entries cost less than packing, if a power needs no exp and log. */
+/* Rows up to this size are not packed if p needs neither exp nor log: then computing all entries takes less time. */
 enum { PACK_FROM = 64 };
 
 /* Computes p of up to LANES rows side by side. */
@@ -100,7 +100,7 @@ static void forward_lanes(const vector *scores, void *const *out, int64_t rows, 
     gather_lanes(x, size, LANES, z);
 
     const lanes zero = splat(0), one = splat(1), nothing = splat(-INFINITY), floor = splat((real)lowest);
-    /* `alone` is 1 for rows with NaN or +inf (rare) or with ties at the k-th place. These rows are solved one by one. */
+    /* `alone` is 1 for rows that are solved one by one: with NaN or +inf, or without a cut from cut_lanes. */
     lanes top = nothing, alone = zero;
     for (int64_t j = 0; j < size; j++) {
         const lanes score = load(z + j * LANES), seen = select_below(floor, score, score, nothing);
@@ -125,7 +125,7 @@ static void forward_lanes(const vector *scores, void *const *out, int64_t rows, 
         real *buffer = buffers + i * stride;
         y[i] = alone[i] > 0 ? buffer : target(out[i], type, buffer);
     }
-    if (needs_power(a) || (a > 0 && size > PACK_FROM)) { /* often, most entries have no weight: only the others are packed */
+    if (needs_power(a) || (a > 0 && size > PACK_FROM)) { /* pack the entries that can have weight: often they are few */
         const lanes sigma = start_lanes(&all, (real)a, top, needs_power(a) ? START_SWEEPS : 2);
         lanes threshold = at_least(cut, floor);
         for (int i = 0; i < LANES; i++) threshold[i] = weightless(top[i], a, sigma[i], threshold[i]);
@@ -187,7 +187,7 @@ double EXPORTED(backward)(vector p, vector grad, int64_t size, double a, int wit
     origin delta;
 
     const family of = family_of(a);
-    if (!with_alpha && of != GENTLE && of != STEEP && size % PADDING == 0) { /* u is cheaper than packing */
+    if (!with_alpha && of != GENTLE && of != STEEP && size % PADDING == 0) { /* u of all entries is faster than packing */
         const weighted sums = slopes(all, all_grad, size, a, result);
         centre(result, all_grad, size, centre_of(result, all_grad, size, sums));
         deliver(result, size, out, p.type);
@@ -200,7 +200,8 @@ double EXPORTED(backward)(vector p, vector grad, int64_t size, double a, int wit
     if (with_alpha) {
         const overview seen = survey(weights, g, padded);
 #ifndef REAL_DOUBLE
-        /* In a nearly flat or nearly one-hot row, the gradient for α is a small difference of logarithms. */
+        /* In a nearly flat or nearly one-hot row, the gradient for α is a small difference of logarithms, and
+         * float has too few digits. */
         if (seen.most * (float)size < 2 || seen.most > 0.99f)
             return ROW_KERNEL_IN_DOUBLE(backward)(p, grad, size, a, with_alpha, out, scratch);
 #endif

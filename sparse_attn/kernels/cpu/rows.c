@@ -39,7 +39,7 @@ EXPORT int rows_interface(void) {
     return INTERFACE;
 }
 
-/* The name of a variant; wider variants come last. NULL after the last, and for a variant that the processor cannot run. */
+/* The name of a variant; NULL after the last variant, and for a variant that the processor cannot run. */
 EXPORT const char *rows_variant(int index) {
     if (index < 0 || index >= VARIANTS) return NULL;
 #ifdef WITH_X86_VARIANTS

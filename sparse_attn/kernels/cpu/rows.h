@@ -1,4 +1,5 @@
-/* The functions of row.c, which rows.c and the attention kernels call: compiled for float and for double in each variant.
+/* The functions of row.c, which rows.c and the attention kernels call. Compiled for float and for double at every vector
+ * width.
  *
  * Notation: z scores, p probabilities, a = α - 1, p_i = [1 + a (z_i - σ)]_+^(1/a), u = p^(1 - a). The root is the σ with
  * Σ p = 1.

@@ -1,4 +1,4 @@
-"""The compiled row kernels, called through ctypes: the contract of ``kernels.reference.entmax`` on CPU tensors.
+"""The compiled row kernels, called through ctypes: ``kernels.reference.entmax`` for CPU tensors.
 
 Scores are float32, float64, float16 or bfloat16 with any strides, and are mapped along the last dimension. Half
 precision is computed in float32 and rounded once; for α > 2 every dtype is computed in float64. ``a = α - 1`` is a
@@ -28,7 +28,7 @@ class _Library(NamedTuple):
     backward: Any
     attention: Any
     multipliers: Any
-    variants: dict[str | None, int]  # None stands for the widest
+    variants: dict[str | None, int]  # None stands for the last variant
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def _load() -> _Library | str:
     """The library, or the reason why it cannot be loaded."""
     path = Path(__file__).with_name(LIBRARY)
     if not path.exists():
-        return f"no compiled library at {path}: it is built by the installation where a C compiler is found"
+        return f"no compiled library at {path}: the installation builds it if it finds a C compiler"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -69,7 +69,7 @@ def library() -> _Library:
 
 
 def variants() -> list[str]:
-    """The vector widths in the library that this processor supports, the widest last; empty if there is no library."""
+    """The variants in the library that this processor can run, the default last; empty if there is no library."""
     library = _load()
     return [] if isinstance(library, str) else [name for name in library.variants if name]
 
@@ -80,7 +80,7 @@ def available() -> bool:
 
 
 def status() -> tuple[bool, str]:
-    """Whether the compiled kernels are available, and a text that says how they run, or why they are not."""
+    """Whether the compiled kernels are available, and a text that says how they run, or why they are not available."""
     library = _load()
     if isinstance(library, str):
         return False, library

@@ -1,4 +1,4 @@
-/* The k largest scores of a row, for row.c: first a threshold below them, then an exact choice. */
+/* Finds the k largest scores of a row, for row.c: first a threshold below these scores, then an exact choice. */
 #ifndef SPARSE_ATTN_SELECT_H
 #define SPARSE_ATTN_SELECT_H
 
@@ -16,7 +16,7 @@ static int64_t count_above(const real *x, int64_t size, real cut) {
 }
 
 /* Raises `*low` towards the k-th largest of the padded x; at least k of them stay above `*low`. Returns 1 when
- * exactly k are above, else 0 after `steps` steps: with equal scores at the k-th place, no `*low` has exactly k above. */
+ * exactly k are above, or 0 after `steps` steps. With equal scores at the k-th place, no `*low` has exactly k above. */
 static int cut_off(const real *x, int64_t size, int64_t k, real *low, real high, int steps) {
     for (int step = 0; step < steps; step++) {
         const real middle = *low / 2 + high / 2;
@@ -62,9 +62,9 @@ INLINE real just_below(real x) {
 
 enum { ROUGH_CUTS = 6, EXACT_CUTS = 24 };
 
-/* Packs the k largest of the scores above `lowest`, or all where there are fewer, and returns how many entries lie
- * above `*threshold`, with which `unpack` compares the scores. Of equal scores at the k-th place, the first are taken and the
- * others are packed as -inf. `maxima` holds the largest score of each strand, and `top` the largest of the row. */
+/* Packs the k largest of the scores above `lowest`, or all of these scores if they are fewer. Returns the number of packed
+ * entries: all scores above `*threshold`, which `unpack` needs. Of equal scores at the k-th place, the first are taken and
+ * the others are packed as -inf. `maxima` holds the largest score of each strand, and `top` the largest of the row. */
 static int64_t pack_largest(const real *x, int64_t size, int64_t k, real lowest, const real *maxima, int strands,
                             real top, real *packed, real *threshold) {
     *threshold = lowest;
@@ -89,7 +89,7 @@ static int64_t pack_largest(const real *x, int64_t size, int64_t k, real lowest,
     }
     const real smallest = kth_largest(packed, count, k);
     int64_t ties = k;
-    for (int64_t i = 0; i < k; i++) ties -= packed[i] > smallest; /* the selection has put the largest first */
+    for (int64_t i = 0; i < k; i++) ties -= packed[i] > smallest; /* the selection has put the k largest first */
     *threshold = just_below(smallest);
     count = pack(x, *threshold, size, packed);
     for (int64_t i = 0; i < count; i++)

@@ -1,5 +1,4 @@
-/* Solves Σ p = 1 in as many short rows at once as a vector has lanes, one row per lane, for row.c and
- * the attention kernels.
+/* Solves Σ p = 1 for LANES short rows at once, one row per lane, for row.c and the attention kernels.
  *
  * Sums over a row are then sums of vectors, without the delay of a sum across lanes. The notation is defined in rows.h.
  * `reach` is 1/a - σ, with σ counted from the largest score: an entry has weight if its distance from the largest score is
@@ -24,7 +23,7 @@ typedef struct {
 } short_rows;
 
 typedef struct {
-    /* Σ p, Σ u and Σ u²/p, the last only for α <= 1.5 except 1. For α < 1.5 except 1, p / max p takes the place of p. */
+    /* Σ p, Σ u and Σ u²/p; `curve` only for α <= 1.5 except 1. For α < 1.5 except 1, p / max p takes the place of p. */
     lanes total, slope, curve;
 } lane_sums;
 
@@ -88,7 +87,7 @@ INLINE lanes lane_step(lane_sums at, const family of, real a, lanes newton_only,
     return select_below(newton_only, splat(1), select_below(step, end, step, newton), newton);
 }
 
-/* Up to this exponent, a power by multiplications is much cheaper than by exp and log. */
+/* Up to the exponent MOST_FACTORS, a power takes much less time by multiplications than by exp and log. */
 enum { MOST_FACTORS = 16, START_SWEEPS = 6 };
 
 /* See start_lanes; `n` is the exponent. */
@@ -124,7 +123,7 @@ static lanes start_lanes(const short_rows *x, real a, lanes top, int sweeps) {
     const lanes masked = select_below(top, splat(-REAL_MAX), splat(1), splat(0));
     top = select_below(splat(0), masked, splat(0), top);
     lanes sigma;
-    switch ((int)n) { /* up to 4, n is a compile-time constant in a copy of the function */
+    switch ((int)n) { /* for n up to 4, the compiler inlines the function with a constant n */
     case 1: sigma = start_lanes_power(x, 1, a, top, sweeps); break;
     case 2: sigma = start_lanes_power(x, 2, a, top, sweeps); break;
     case 3: sigma = start_lanes_power(x, 3, a, top, sweeps); break;
@@ -134,8 +133,8 @@ static lanes start_lanes(const short_rows *x, real a, lanes top, int sweeps) {
     return select_below(splat(0), masked, splat(0), sigma);
 }
 
-/* Writes numbers in proportion to p of all rows, and returns 1 / their sum for each row, or 0 for a masked row. `top` holds
- * the largest scores, finite or -inf; `sigma` is the start value, below the root or near it. */
+/* Writes numbers in proportion to p of all rows. Returns for each row 1 / the sum of its numbers, or 0 for a masked row.
+ * `top` holds the largest scores, finite or -inf; `sigma` is the start value, below the root or near it. */
 INLINE lanes solve_lanes_family(const short_rows *x, const family of, real a, lanes top, lanes sigma) {
     const lanes zero = splat(0), one = splat(1), error = splat(REAL_EPS / 2), close = splat((real)1e-3);
     const lanes landing = splat(6 * REAL_EPS);
@@ -177,9 +176,9 @@ INLINE lanes solve_lanes_family(const short_rows *x, const family of, real a, la
 
 enum { SHORT_CUTS = 24 };
 
-/* For each of the first `rows` rows, a number above which lie its k largest scores and no others, found by bisection;
- * -inf if at most k scores are above -inf. `open` is 1 if no such number was found, in particular if the k-th largest
- * score and the next are equal, else 0. */
+/* Returns for each of the first `rows` rows a number with exactly k scores above it, found by bisection, or -inf if at most
+ * k scores are above -inf. A lane of `open` is 1 if no such number was found, else 0. If the k-th largest score and the next
+ * are equal, no such number exists. */
 static lanes cut_lanes(const short_rows *x, int64_t k, lanes top, int64_t rows, lanes *open) {
     const lanes zero = splat(0), one = splat(1), nothing = splat(-INFINITY), wanted = splat((real)k);
     lanes low = top, seen = zero, high = top;

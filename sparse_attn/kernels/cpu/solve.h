@@ -20,7 +20,7 @@ enum { MAX_SWEEPS = 100 };
 static const real NOWHERE = -REAL_MAX / 2;
 
 typedef struct {
-    double total, slope, curve; /* Σ p, Σ u and Σ u²/p, the last only for α <= 1.5 except 1 */
+    double total, slope, curve; /* Σ p, Σ u and Σ u²/p; `curve` only for α <= 1.5 except 1 */
     double unit;                /* the p that is stored as 1 */
 } norms;
 
@@ -98,7 +98,7 @@ INLINE double newton_step(norms at, const family of, double a) {
 
 /* Halley's step for α <= 1.5, where the second derivative of Σ p is finite: it comes nearer to the root than Newton's and may
  * pass it. If many entries leave the support at once, Halley's step may go beyond `end`, close to which the support is empty;
- * then Newton's step is returned. The steps may also oscillate, for which climb_family tests. */
+ * then Newton's step is returned. The steps may also oscillate; climb_family detects this. */
 INLINE double halley_step(norms at, const family of, double a, double newton, double end) {
     if (of != GENTLE && of != ENTMAX15) return newton;
     const double bend = (1 - a) / 2 * newton * (at.curve / at.slope - at.slope / at.total);
@@ -141,8 +141,8 @@ INLINE double refine(const real *scores, int64_t size, real a, real top, double 
 }
 
 /* Moves σ to the root, for α <= 2, from a value below or near it, until Σ p is within `error` of 1 or comes no closer. With
- * `below`, a σ below the root stays there. Returns the sum of the stored p. If `refine` ends the search, these p belong to a σ
- * one step after `*sigma`. */
+ * `below`, a σ below the root stays below it. Returns the sum of the stored p. If `refine` ends the search, these p belong
+ * to a σ one step after `*sigma`. */
 INLINE double climb_family(const real *x, int64_t size, const family of, real a, real top, double *sigma, double error,
                            int below, real *p) {
     const double rounding = 12 * error;
@@ -168,8 +168,8 @@ INLINE double climb_family(const real *x, int64_t size, const family of, real a,
     }
 }
 
-/* Returns σ after one step for a long row, computed from every eighth block instead of all blocks. The result may be above the
- * root. It is `sigma` itself if these blocks have no weight or too little. */
+/* Returns σ after one step for a long row, computed from every eighth block instead of all blocks. The result may be above
+ * the root. It is `sigma` itself if the step would not increase σ. */
 static double sampled_step(const real *x, int64_t size, double a, real top, double sigma, real *p) {
     enum { EVERY = 8 };
     int64_t count = 0;

@@ -1,5 +1,6 @@
 /* Maxima of the strands of a row, for row.c and select.h. With n strands, a strand is every n-th entry of the row. From
- * the maxima, found in one pass, row.c computes a lower bound of the root, and select.h one of the k-th largest score. */
+ * the maxima, found in one pass, row.c computes a lower bound of the root, and select.h a lower bound of the k-th largest
+ * score. */
 #ifndef SPARSE_ATTN_STRANDS_H
 #define SPARSE_ATTN_STRANDS_H
 

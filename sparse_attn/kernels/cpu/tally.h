@@ -4,8 +4,8 @@
 
 #include "lanes.h"
 
-/* A sum whose error hardly grows with the number of terms, since the rounding errors of the additions are summed too. The
- * error of an addition is found exactly where the term is not larger in size than the sum before it. */
+/* A sum whose error hardly grows with the number of terms, because the rounding errors of the additions are summed in
+ * `lost`. A rounding error is found exactly if the absolute value of the term is not larger than that of the sum before. */
 typedef struct {
     lanes sum, lost;
 } tally;

@@ -18,8 +18,8 @@ support_row ROW_KERNEL(support), ROW_KERNEL_IN_DOUBLE(support);
 /* With a larger share of non-zero weights, products with whole matrices are faster than with lists. */
 #define DENSE_FROM 0.3
 
-/* Rows of up to SHORT keys are solved side by side. Two cases have these lower limits: a mapping with exp and log, since
- * all keys may have weight there, and the k largest scores, since a search for them reads a row many times. */
+/* Rows of up to SHORT keys may be solved side by side. Two cases have lower limits: mappings that need exp or log, and the k
+ * largest scores, because the search for them reads a row many times. */
 enum { SHORT_WITH_EXP = 128, SHORT_WITH_K = 64 };
 
 /* Narrows a range of keys to those that query i sees by position, apart from masks. */
@@ -33,7 +33,7 @@ static double lowest_of(int64_t type) {
     return type == FLOAT32 ? -FLT_MAX : type == FLOAT64 ? -DBL_MAX : type == FLOAT16 ? -65504.0 : -0x1.fep127;
 }
 
-/* The mask of one row as numbers to add: -inf for hidden keys, else 0 for a boolean mask or the value of a floating one. */
+/* The mask of one row as numbers to add: -inf for hidden keys; for other keys, the value of a floating mask, or 0. */
 static const real *mask_row(const workspace *w, int64_t i, int64_t begin, int64_t end, real *out) {
     const tensor *mask = &w->task->call.mask;
     vector from = entries_of(mask, w->batch, w->head, i);
@@ -90,7 +90,7 @@ static void pack_keys(workspace *w) {
     w->have_key_panels = 1;
 }
 
-/* The products of `count` rows with the rows in panels: of queries with keys, or of keys with queries; see panel_product. */
+/* Computes scores: the products of `count` rows of queries or keys with the rows of keys or queries in `panels`. */
 static void score_product(workspace *w, rows a, const real *panels, int64_t count, int64_t begin, int64_t end, int64_t row) {
     const int64_t depth = w->scored_depth;
     if (w->in_pairs)
@@ -99,7 +99,7 @@ static void score_product(workspace *w, rows a, const real *panels, int64_t coun
         panel_product(a.data, a.row, panels, depth, count, begin, end, w->scores, row);
 }
 
-/* Scores of few queries. A key that must be copied goes to the memory for panels, which is not in use here. */
+/* Computes the scores of few queries. If a key must be copied, the copy is in the memory for panels, not in use here. */
 static void few_scores(workspace *w) {
     const attention *c = &w->task->call;
     const rows queries = w->scored_queries;
@@ -118,7 +118,7 @@ static void few_scores(workspace *w) {
     }
 }
 
-/* Solves one row after the other; `added` is the mask if all rows share one, else NULL. */
+/* Solves one row after the other; `added` is a mask that all rows share, or NULL. */
 static void solve_rows(workspace *w, int masked, const real *added) {
     if (w->few) {
         few_scores(w);
@@ -172,7 +172,7 @@ static void hide_masked(const workspace *w, const real *added, real *scores, int
 INLINE uint32_t nonzero_bits(lanes x) {
 #if defined(__AVX512F__)
     uint32_t bits = COMPARE(x, splat(0), _CMP_NEQ_UQ);
-    __asm__("" : "+r"(bits)); /* GCC 12 may store 16 bits of the mask and load 32; in a register, the others are 0 */
+    __asm__("" : "+r"(bits)); /* GCC 12 may store 16 bits of the mask and load 32; in a register, the other bits are 0 */
     return bits;
 #elif defined(__SSE2__)
     return (uint32_t)OP(movemask)((lanes)(x != 0));
@@ -245,7 +245,7 @@ static void solve_short_rows(workspace *w, const real *added) {
             top = at_least(x, top);
             defined &= !any_beyond(x, splat(INFINITY));
         }
-        lanes alone = splat(!defined); /* 1: to be solved alone, as all rows if one has NaN or +inf, which is rare */
+        lanes alone = splat(!defined); /* 1: solve this row alone; all rows if a score is NaN or +inf */
         if (defined) {
             const short_rows rows = {scores + w->begin * step, w->solved, step, w->end - w->begin};
             if (c->k > 0 && c->k < rows.size) {
@@ -265,8 +265,8 @@ static void solve_short_rows(workspace *w, const real *added) {
     }
 }
 
-/* The mask that all rows of a tile share, as numbers to add to the scores of the keys. Narrows the range of keys to begin
- * and end with a visible key. Returns NULL if the mask adds 0 to all keys of this range. */
+/* Returns the mask that all rows of a tile share, as numbers to add to the scores, or NULL if all these numbers are 0. First
+ * narrows the range of keys: the mask hides neither the first nor the last key of the new range. */
 static const real *shared_mask(workspace *w) {
     const real *added = mask_row(w, 0, w->begin, w->end, w->buffer) - w->begin;
     while (w->begin < w->end && added[w->end - 1] == -INFINITY) w->end--;

@@ -1,4 +1,5 @@
-/* The variants that the library has, widest last, and the mark of exported functions, for rows.c and attention.c. */
+/* The variants of the library, and the mark of exported functions, for rows.c and attention.c. The default is the last
+ * variant that the processor can run. */
 #ifndef SPARSE_ATTN_VARIANTS_H
 #define SPARSE_ATTN_VARIANTS_H
 

@@ -24,7 +24,7 @@ typedef struct {
     int64_t batch, kv_head;
     rows keys, values;
     real *key_buffer, *value_buffer, *key_panels, *value_panels;
-    int few; /* true: there are at most FEW queries, and no copies of keys and values */
+    int few; /* true: a forward of at most FEW queries, which reads keys and values one by one */
     /* Queries and keys as scores are computed from them: reals, with the scale in the queries, or pairs (see pairs.h). */
     int in_pairs;
     int64_t scored_depth; /* reals or pairs of a row, in whole vectors */
@@ -45,7 +45,8 @@ typedef struct {
     real *solved; /* p of short rows */
     real *buffer; /* room for one row */
     void *row_scratch;
-    /* The output of a tile, or in the backward the gradients of its queries. All others are for the backward only. */
+    /* `output` is the output of a tile, or in the backward the gradient for its queries. The members after `output` are for
+     * the backward only. */
     real *output, *grads, *second, *slopes, *dropped, *key_sums, *value_sums;
 } workspace;
 
@@ -93,7 +94,7 @@ static void lay_out(workspace *w, const attention_task *t, memory *m) {
         w->key_pairs = take_reals(m, t->longest * w->scored_depth);
     }
     w->queries = take_reals(m, rows_of_tile * w->depth), w->packed = take_reals(m, in_panels(rows_of_tile) * w->depth);
-    const int64_t listed = in_vectors(rows_of_tile); /* lists of lanes without a query have room, too */
+    const int64_t listed = in_vectors(rows_of_tile); /* lanes without a query need memory for lists, too */
     const int64_t shortest = t->longest < SHORT ? t->longest : SHORT;
     /* Scores with one row per query, or with one row per key. */
     const int64_t lying = rows_of_tile * w->row, standing = shortest * in_panels(rows_of_tile);
@@ -142,7 +143,7 @@ static void copy_row(vector from, int64_t size, int64_t padded, real scale, real
     for (int64_t i = size; i < padded; i++) out[i] = 0;
 }
 
-/* Writes one row to contiguous entries, in their type. */
+/* Writes one row to contiguous entries, converted to the type of these entries. */
 static void deliver_row(const real *from, int64_t size, vector to) {
     if (to.type == REAL_TYPE) memcpy((void *)to.data, from, (size_t)size * sizeof *from);
     else deliver(from, size, (void *)to.data, to.type);

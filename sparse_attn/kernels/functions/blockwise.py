@@ -165,7 +165,7 @@ class _Blockwise(torch.autograd.Function):
     ) -> Tensor:
         ctx.setting, ctx.softcap, ctx.backend = setting, softcap, dispatch.forced_backend()
         ctx.seed = int(torch.randint(2**62, ())) if setting.dropout_p > 0 else 0
-        ctx.save_for_backward(query, key, value, alpha, mask)  # a mask that changed in between raises an error
+        ctx.save_for_backward(query, key, value, alpha, mask)  # a mask that is changed later raises an error
         output = value.new_empty(*query.shape[:2], value.shape[-1])
         blocks = _blocks(query, key, setting)
         parts = _attend(query, key, value, alpha, mask, setting, softcap, ctx.seed)

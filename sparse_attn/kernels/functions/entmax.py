@@ -1,4 +1,4 @@
-"""α-entmax of the last dimension as one differentiable function, under every transform of PyTorch.
+"""α-entmax of the last dimension as one differentiable function, for autograd, torch.func, torch.compile and export.
 
 Eager code calls an autograd function, which supports reverse mode, forward mode and ``vmap``. ``torch.compile`` calls a
 custom operator, which it does not trace, since the solver's number of iterations depends on the data. Export traces a
@@ -119,7 +119,7 @@ class _Entmax(torch.autograd.Function):
 
 
 class _EntmaxInTransforms(_Entmax):
-    """The form that ``torch.func`` needs, used only there, since it doubles the time of a small call."""
+    """The form that ``torch.func`` needs. Elsewhere :class:`_Entmax` takes half the time for a small call."""
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:

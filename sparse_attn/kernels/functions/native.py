@@ -34,7 +34,7 @@ def native_attention(
         mask: (N or 1, H or 1, L or 1, S or 1), boolean, ``True`` = visible, or floating, added to the scores.
         setting: The other arguments.
         query_starts: Starts of packed sequences along L, followed by L: integers; N must be 1 then.
-        key_starts: Likewise along S.
+        key_starts: Starts of packed sequences along S, followed by S.
 
     Returns:
         (N, H, L, Dv). A query with no visible key gets zeros and zero gradients.
@@ -192,7 +192,7 @@ def _attention(
 
 
 def _room(tensors: Tensors, training: bool) -> Tensor:
-    """Memory for the kept weights, set to zero: the kernel leaves gaps, but two calls must return the same."""
+    """Memory for the kept weights, set to zero: the kernel writes only a part, but two calls must return the same."""
     if training:
         return dispatch.native_kernels().room_for_kept(tensors).zero_()
     return tensors.query.new_empty(0, dtype=torch.int32)

@@ -8,7 +8,7 @@ if the largest score of each row is far above ``lowest``.
 
 The notation is that of ``kernels.reference.entmax``.
 
-Not differentiable. α is between 1 and 2. Any other α, and a few other cases, are passed on to the reference.
+Not differentiable. For α below 1 or above 2, and in a few other cases, these functions call the reference.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _BUFFERED = 2**17  # entries of all buffers together, so that they stay in the c
 
 
 def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
-    """As :func:`sparse_attn.kernels.reference.entmax.entmax_forward`."""
+    """The same as :func:`sparse_attn.kernels.reference.entmax.entmax_forward`."""
     if scores.numel() == 0 or not _between_one_and_two(a) or (isinstance(a, float) and a == 0.0):
         return reference.entmax_forward(scores, a, lowest)
     if isinstance(a, Tensor):
@@ -44,7 +44,7 @@ def entmax_forward(scores: Tensor, a: float | Tensor, lowest: float) -> Tensor:
 
 
 def topk_entmax_forward(scores: Tensor, k: int, a: float | Tensor, lowest: float) -> Tensor:
-    """As :func:`sparse_attn.kernels.reference.entmax.topk_entmax_forward`, which sorts all scores."""
+    """The same as :func:`sparse_attn.kernels.reference.entmax.topk_entmax_forward`; sorts all scores only for ties."""
     largest, index = scores.topk(k, -1)
     last = largest[..., -1:]
     p = torch.ge(scores, last, out=torch.empty_like(scores))  # as numbers: booleans take five times as long
@@ -183,7 +183,7 @@ def _plain_sums(
         total = torch.linalg.vector_norm(w, dim=-1, keepdim=True).square_()
         return total.mul_(0.25), w.sum(-1, keepdim=True).mul_(0.5)
     torch.sub(scores, top, out=p).sub_(at).mul_(a).clamp_(min=-1.0)
-    torch.add(p, 1.0, out=w).clamp_(min=1e-8)  # smaller than the distance of two float32 near 1
+    torch.add(p, 1.0, out=w).clamp_(min=1e-8)  # smaller than the distance between two float32 numbers near 1
     p.log1p_().mul_(1 / a / math.log(2)).clamp_(min=-120.0).exp2_()  # subnormal results are slow
     return p.sum(-1, keepdim=True), p.div_(w).sum(-1, keepdim=True)
 
@@ -255,7 +255,7 @@ def _exact(
 def entmax_backward(
     p: Tensor, a: float | Tensor, grad: Tensor, *, with_alpha: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`sparse_attn.kernels.reference.entmax.entmax_backward`."""
+    """The same as :func:`sparse_attn.kernels.reference.entmax.entmax_backward`."""
     if p.numel() == 0 or not _between_one_and_two(a) or (with_alpha and p.dtype == torch.float64):
         return reference.entmax_backward(p, a, grad, with_alpha=with_alpha)
     size = p.shape[-1]
@@ -280,7 +280,7 @@ def _gradient(p: Tensor, a: float | Tensor, grad: Tensor, out: Tensor, c: Tensor
 
 
 def _gradients(p: Tensor, a: Tensor, grad: Tensor, out: Tensor, c: Tensor, s: Tensor) -> Tensor:
-    """As :func:`_gradient`; returns the gradient for α.
+    """The same as :func:`_gradient`; also returns the gradient for α.
 
     The formula of the reference (with ``ℓ = log p`` and φ₂ of ``kernels.reference.series``) can be written with
     ``λ = log(p / max p) = ℓ - m``, ``m = log max p``. In float32, λ distinguishes nearly equal large entries:

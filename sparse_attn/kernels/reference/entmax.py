@@ -55,7 +55,7 @@ def without_masked(scores: Tensor, lowest: float) -> tuple[Tensor, Tensor, Tenso
 
 
 def away_from_zero(a: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a``, with 0 and numbers near 0 replaced by one so small that log1p(a x) / a equals x to the last bit."""
+    """``a``, with 0 and numbers near 0 replaced by a number so small that log1p(a x) / a equals x to the last bit."""
     tiny = torch.finfo(dtype).eps * 1e-3
     return torch.where(a.abs() < tiny, tiny, a)
 
@@ -171,7 +171,7 @@ def _power(scores: Tensor, top: Tensor, sigma: Tensor, a: float | Tensor) -> tup
 
 
 def _exp(x: Tensor) -> Tensor:
-    """``exp_``, with 0 set directly where it would underflow: underflow is thirty times slower."""
+    """``exp_``, with 0 where the result would underflow, because underflow is thirty times slower."""
     lowest = math.log(torch.finfo(x.dtype).tiny) + 1
     return x.clamp_(min=lowest).exp_().sub_(1.0001 * math.exp(lowest)).clamp_(min=0.0)
 
@@ -185,7 +185,7 @@ def _count_from(scores: Tensor, top: Tensor, below: Tensor) -> Tensor:
 
 
 def row_sums(x: Tensor) -> Tensor:
-    """Sums ``(..., 1)`` in float64. In long rows of float32, four terms are added first, which is faster."""
+    """Sums ``(..., 1)`` in float64. In long rows of float32, groups of four are first added in float32: faster."""
     whole = x.shape[-1] // 4 * 4
     if x.dtype == torch.float64 or x.shape[-1] < 256:
         return x.sum(-1, keepdim=True, dtype=torch.float64)
@@ -196,7 +196,7 @@ def row_sums(x: Tensor) -> Tensor:
 
 
 def norm_step(total: Tensor, slope: Tensor, a: float | Tensor) -> Tensor:
-    """The Newton step ``(S - S^(1-a)) / (a U)``, exact as ``a -> 0``; 0 for rows without support or with NaN."""
+    """The Newton step ``(S - S^(1-a)) / (a U)``, accurate for small ``a``; 0 for rows without support or with NaN."""
     if isinstance(a, float) and a == 1.0:
         step = (total - 1) / slope
     elif isinstance(a, float) and a == 0.5:

@@ -1,4 +1,4 @@
-"""``φ₁`` and ``φ₂``: the exponential series without its first terms, exact also near 0."""
+"""``φ₁`` and ``φ₂``: the exponential series without its first terms, accurate also near 0."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ ALPHAS = [0.5, 0.9, 1.0, 1.0001, 1.001, 1.01, 1.1, 1.25, 1.5, 1.75, 1.99, 2.0, 2
 def test_probabilities_equal_the_reference(alpha, variant):
     a = alpha - 1
     bound, double_bound = (4e-7 if alpha < 1 else 2e-7), 1e-13
-    if alpha > 2:  # near the edge of the support, p = w^(1/a), and w has the rounding error of a number near 1
+    if alpha > 2:  # p = w^(1/a) is steep for w near 0, and w has the rounding error of a number near 1
         double_bound = 2 * torch.finfo(torch.float64).eps ** (1 / a)
         bound += double_bound
     for size, scale in itertools.product(SIZES, [0.01, 1.0, 10.0, 100.0]):
@@ -43,7 +43,7 @@ def test_long_rows(alpha, variant):
 
 @pytest.mark.parametrize("alpha", [1.05, 1.1, 1.3, 1.49, 1.5, 1.75, 2.0])
 def test_rows_with_few_distinct_scores(alpha, variant):
-    # Many entries leave the support at once. Some are exactly 1 / (α - 1) below the largest entry.
+    # Many scores are equal, so they leave the support together. Some are exactly 1 / (α - 1) below the largest score.
     counts = torch.tensor(list(itertools.product([1, 2], range(0, 120, 3), [0, 1, 5, 30, 60, 100])))
     top, second, _ = starts = counts.cumsum(-1).split(1, -1)
     place = torch.arange(255)
@@ -66,7 +66,8 @@ def test_a_score_of_minus_zero_on_the_edge_of_the_support(alpha, variant):
 
 @pytest.mark.parametrize("alpha", [1.3, 1.5, 1.75])
 def test_entries_below_the_first_bound_have_no_weight(alpha):
-    # A bound from a part of the row selects the entries. A bound that is too high in 1 of 2,500 rows is detected here.
+    # The kernel leaves out entries below a bound, which it computes from a part of the row. With so many rows, the
+    # test detects a bound that is too high in 1 of 2,500 rows.
     x = torch.randn(15_000, 512)
     expected = exact(x, alpha - 1)
     assert (forward(x, alpha - 1) - expected).abs().max() <= 2e-7
@@ -107,7 +108,8 @@ def test_small_probabilities_keep_their_digits(alpha, variant):
     for size in (7, 64, 515, 4099):
         x = torch.randn(5, size)
         p, expected = forward(x, a, variant=variant), exact(x, a)
-        # A rounding error e of a score z changes p = w^(1/a), with w = 1 + a (z - σ), by a relative error of e / w.
+        # Here p = w^(1/a) with w = 1 + a (z - σ), where z is a score and σ a constant of the row. A rounding error e of
+        # z causes a relative error e / w of p.
         w, shown = expected.pow(a), expected > 1e-30
         roundings = x.abs().amax() / w + expected.clamp(min=1e-30).log().abs() + 1
         error = (p - expected).abs() / expected

@@ -32,10 +32,10 @@ def test_half_precision_is_the_float32_result_rounded_once(dtype, alpha, variant
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_half_precision_number_is_converted(dtype, variant):
+def test_every_finite_half_precision_number_is_converted(dtype, variant):
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     every = every[every.isfinite()]
-    # At α = 2 and p = (1/2, 1/2) the gradient is (g - g') / 2: only the two conversions round.
+    # At α = 2 and p = (1/2, 1/2), the gradient of the first score is half of the number: only the conversions round.
     grad = torch.stack([every, torch.zeros_like(every)], -1)
     half = torch.full_like(grad, 0.5)
     grad_scores, _ = rows.entmax_backward(half, 1.0, grad, variant=variant)

@@ -1,4 +1,4 @@
-"""The compiled library in a process: threads, fork, variants; errors for little memory and without the library."""
+"""The compiled library: threads, fork and variants, and the errors if memory or the library is missing."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_an_entry_just_inside_the_support_keeps_its_weight(size, alpha, variant)
     x = torch.full((160, size), -30.0)
     x[:, 0] = 0.0
     x[:, 1] = -torch.rand(160, generator=generator) * 0.9 / a
-    # The edge of the support if only the first two entries are in it, relative to the largest score: -p^a / a.
+    # With only the first two entries, the edge of the support is at -p^a / a, where p is the first probability.
     two = rows.entmax_forward(x[:, :2].double(), a, LOWEST, variant=variant)
     edge = -(two[:, 0] ** a) / a
     x[:, 2] = edge + torch.rand(160, generator=generator) * 1e-4

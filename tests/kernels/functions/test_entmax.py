@@ -15,7 +15,7 @@ LOWEST = torch.finfo(torch.float32).min
 ALPHAS = torch.tensor([[0.7], [1.0], [1.0001], [1.5], [2.0], [2.7]])
 
 
-@pytest.mark.filterwarnings("ignore")  # warnings of torch's check itself
+@pytest.mark.filterwarnings("ignore")  # warnings of `opcheck`
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("grad", [False, True])

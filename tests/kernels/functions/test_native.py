@@ -26,7 +26,7 @@ def plain_attention(*qkv: Tensor, setting: Setting, seed: Tensor | None = None) 
 
 @pytest.fixture
 def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The calls of attention in C, which then also computes dropout of few scores; by default, torch draws it."""
+    """A list with an entry for each call of attention in C. This fixture lets small calls with dropout use C, too."""
     calls: list[int] = []
     forward = attention.forward
     monkeypatch.setattr(choose, "_LARGE", 1)
@@ -82,7 +82,7 @@ def test_alpha_outside_1_to_2_or_close_to_a_bound(alpha, monkeypatch):
 
 
 def test_weights_beyond_the_kept_memory_are_recomputed(monkeypatch):
-    # Flat rows: far more keys have weight than the 64 per query for which the forward keeps memory.
+    # The scores are nearly equal, so far more keys have weight than the 64 per query that the forward keeps on average.
     inputs, causal = [x / 10 for x in tensors(torch.float32, 53, 401)], causal_lower_right(53, 401)
     for attend in (entmax_attention, lambda *qkv: entmax_attention(*qkv, 2.0, attn_mask=causal)):
         compare(attend, inputs, monkeypatch)

@@ -1,4 +1,4 @@
-"""The variant with AMX equals the one with AVX512-BF16, and float64. Without AMX its instructions are emulated."""
+"""Attention with AMX equals attention with AVX512-BF16 and in float64. An emulator replaces AMX if it is missing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def emulator_path(tmp_path_factory):
 
 @pytest.fixture
 def emulator(emulator_path):
-    """Executes AMX instructions that the processor refuses, and checks that tiles are released whenever configured."""
+    """Executes AMX instructions that the processor refuses. Checks that tiles are released as often as configured."""
     is_known = amx.VARIANT in rows.variants()
     emulator = amx.load_emulator(emulator_path)
     emulator.amx_emulate(1)
@@ -74,7 +74,7 @@ def test_several_head_sizes(size, is_causal, emulator, monkeypatch):
     )
 
 
-# The numbers of queries fill tiles of 16 rows exactly, partly, and with rows that are computed twice.
+# Tiles have at most 16 rows. For some of these numbers of queries, two tiles overlap and compute some rows twice.
 @pytest.mark.parametrize("queries", [5, 15, 16, 17, 31, 32, 33, 47, 48, 49, 97])
 @pytest.mark.parametrize("keys", [1, 16, 31, 33, 131, 257])
 def test_several_lengths(queries, keys, emulator, monkeypatch):
@@ -179,7 +179,7 @@ def test_the_check_at_loading_finds_wrong_products(emulator):
     emulator.amx_set_fault(0)
 
 
-def test_a_fork_uses_tiles(emulator_path):
+def test_attention_with_tiles_works_after_a_fork(emulator_path):
     script = f"""
         import os, sys, torch
         from pathlib import Path

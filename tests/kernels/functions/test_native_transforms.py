@@ -49,12 +49,12 @@ def test_compiles_as_one_graph():
             torch.testing.assert_close(got, wanted)
 
 
-@since_torch(2, 8, "the smaller of two symbolic lengths limits a graph")
+@since_torch(2, 8, "taking the minimum of two symbolic lengths limits a graph to some of the lengths")
 def test_one_graph_trains_with_several_lengths():
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(entmax_attention, fullgraph=True, backend=graphs, dynamic=True)
     first = None
-    # The numbers of keys limit a tile to 48, 36 or 12 queries.
+    # With these numbers of keys, a tile has at most 48, 36 or 12 queries.
     for queries, keys in ((17, 19), (2, 61), (53, 5), (3, 2503), (5, 5003)):
         inputs = [x.requires_grad_() for x in tensors(torch.float64, queries, keys)]
         for got, wanted in zip(run(compiled, inputs), run(entmax_attention, inputs), strict=True):

@@ -30,7 +30,7 @@ def device() -> torch.device:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The interpreter computes both branches of a choice; the branch that is not used can cause a warning of NumPy.
+    # The interpreter computes both values of `tl.where`; the value that is not used can cause a warning of NumPy.
     for item in items:
         if "kernels/triton" in item.path.as_posix():
             item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"))

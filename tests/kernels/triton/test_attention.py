@@ -85,7 +85,8 @@ def test_the_gradient_of_alpha_keeps_its_digits_in_half_precision(length, device
     (wanted,) = torch.autograd.grad(
         expected(query.double(), key.double(), value.double(), wide), wide, upstream.double()
     )
-    # Errors are relative to the gradient of the head, or absolute if this is below 1: the derivatives of rows cancel.
+    # Errors are relative to the gradient of the head, or absolute if this gradient is below 1: it is then a sum of
+    # larger terms that cancel.
     size = torch.stack([x.abs().max() for x in wanted.split(1)]).clamp(min=1.0)
     # For α above 2 the weights rise infinitely steeply at the edge of the support: rounding the scores to float32
     # changes this gradient by up to 2e-4, depending on the data.

@@ -1,4 +1,4 @@
-"""Neither a new α nor, with a few exceptions, a new length compiles the kernels of fused attention again."""
+"""A new α does not compile the kernels of fused attention again; a new length does so only in a few cases."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from sparse_attn.versions import triton_before
 def compiled(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
     """Collects a tuple per kernel that would be compiled.
 
-    The tuple holds the constants, the types, and for each integer that Triton specialises on whether the integer is 1
-    and whether 16 divides it.
+    The tuple holds the constants and the types. For each integer on which Triton specialises, the tuple says whether
+    the integer is 1 and whether 16 divides the integer.
     """
     found: set[Any] = set()
 
@@ -64,7 +64,7 @@ def test_new_values_of_alpha_compile_nothing(device, compiled):
     ]
     assert count(learnt[0]) == count(*learnt) == 5  # forward, two lists of tiles, two backward kernels
     assert count(1.2) == count(1.2, 1.3, 1.0001) == 5
-    assert count(1.2, 1.5, 2.0) == 11  # the kernel that lists tiles is shared by all
+    assert count(1.2, 1.5, 2.0) == 11  # three kernels for each α; the two lists of tiles are shared
     compiled.clear()
     for scale in (1, 2, 0.3):
         fused_attention(*inputs, 1.5, scale=scale)
@@ -83,7 +83,7 @@ def test_new_lengths_compile_only_if_16_divides_the_number_of_keys(device, compi
 
     lengths = [(97, 97), (101, 125), (112, 127), (128, 113), (111, 111)]
     assert count(lengths[0]) == count(*lengths) == 5
-    assert count(*lengths, (96, 96), (97, 112), (112, 128)) == 8  # the lists of tiles are the same
+    assert count(*lengths, (96, 96), (97, 112), (112, 128)) == 8  # three more kernels; the lists of tiles are shared
     compiled.clear()
     key = torch.zeros(1, 2, 4111, 16, device=device)
     for keys in (4097, 4098, 4099, 4111):  # a cache that grows

@@ -21,7 +21,7 @@ def test_tiles_without_weight_are_skipped(device):
     with torch.no_grad():
         query[..., 0] = 20.0
         key[..., 0] = -1.0
-        key[:, :, 40:50, 0] = 1.0  # the only keys with weight lie in one of ten tiles
+        key[:, :, 40:50, 0] = 1.0  # the only keys with weight
     compare((query, key, value), 1.5)
     sizes = plan.Plan.of(query, value)
     setting = Setting(0.5, 0.3, 0.0, None)
@@ -80,7 +80,7 @@ def test_rows_at_offsets_beyond_32_bits_are_read_correctly(device, tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-@since_torch(2, 9, "there is only one setting")
+@since_torch(2, 9, "torch has only one setting for TF32")
 def test_both_settings_of_torch_allow_tf32(device):
     inputs = tensors(device)
     setting = Setting(0.5, 0.3, 0.0, None)

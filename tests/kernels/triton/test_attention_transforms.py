@@ -12,7 +12,7 @@ from sparse_attn.kernels.functions import fused as operator
 from sparse_attn.kernels.functions.fused import fused_attention
 
 
-@pytest.mark.filterwarnings("ignore")  # warnings of torch's check itself
+@pytest.mark.filterwarnings("ignore")  # warnings of `opcheck`
 def test_the_custom_operator_passes_opcheck(device):
     inputs = tensors(device, queries=5, keys=7)
     alpha = torch.tensor([1.3, 2.0], device=device, requires_grad=True)
@@ -67,7 +67,7 @@ def test_compiled_attention_takes_new_lengths_and_drops_weights(device):
     torch.testing.assert_close(grad.sum(), output.sum())
 
 
-def test_second_derivatives_are_those_of_the_same_function(device):
+def test_second_derivatives_equal_float64_and_both_backwards_drop_the_same_weights(device):
     inputs = tensors(device, queries=5, keys=7)
     alpha = torch.tensor([1.3, 1.6], device=device, requires_grad=True)
 
@@ -79,7 +79,7 @@ def test_second_derivatives_are_those_of_the_same_function(device):
     wide = [x.detach().double().requires_grad_() for x in (*inputs, alpha)]
     for actual, wanted in zip(got, second(expected, wide), strict=True):
         assert (actual - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    torch.manual_seed(3)  # plain and fused backward drop the same weights
+    torch.manual_seed(3)  # `create_graph` selects the plain backward
     output = fused_attention(*inputs, alpha, dropout_p=0.5, scale=0.3)
     plain, fused = (
         torch.autograd.grad(output, inputs, torch.ones_like(output), create_graph=graph, retain_graph=True)

@@ -27,7 +27,7 @@ def assert_close(got: Tensor, expected: Tensor, bound: float = 2e-6, floor: floa
 
 
 def rows_of(size: int, device: torch.device) -> Tensor:
-    """A row for each α: masked entries, large scores, nearly flat, far from zero, a score above equal ones, others."""
+    """A row for each α. Some have masked entries, large or nearly equal scores, scores far from 0, or one peak."""
     x = torch.randn(9, size, device=device) * 2
     x[1, ::3] = -math.inf
     x[2, 1::2] = LOWEST
@@ -78,7 +78,7 @@ def test_gradients_of_equal_scores_do_not_overflow_at_large_alpha(size, alpha, d
     upstream = torch.randn_like(p) * 1e-3
     got = rows.entmax_backward(p, alpha - 1, upstream, True)
     wanted = reference.entmax_backward(p.double(), alpha - 1, upstream.double(), with_alpha=True)
-    if alpha < 40:  # then p^(2-α) is within the range of float32, but its sum is not
+    if alpha < 40:  # below 40, p^(2-α) is within the range of float32, but its sum is not
         assert_close(got[0], wanted[0], 3e-6)
     assert not got[0][1, 1::2].any()
     assert got[1].abs().max() <= 1e-6 * float(upstream.abs().max())
