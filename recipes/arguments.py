@@ -30,7 +30,7 @@ _TEXTS = [
 ]
 # Keys of _TEXTS that also take a list.
 _LISTED = ("run", "words")
-# Keys with another name in the config: `model` is also a config group, and Hydra would look for one of its files.
+# Keys that have another name in the config: `model` is also a config group, so Hydra would look for one of its files.
 _OTHER_NAMES = {"inspect": {"model": "hf_model"}, "calibrate": {"model": "hf_model"}}
 _QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 _SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)")
@@ -78,7 +78,7 @@ def quoted(text: str) -> str:
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Flags, each followed by its value if it takes one, and overrides."""
+    """The flags and the overrides. The value of a flag, if there is one, comes after the flag."""
     flags: list[str] = []
     overrides: list[str] = []
     rest = iter(arguments)
@@ -127,7 +127,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 
 def with_config_names(command: str, overrides: Sequence[str]) -> list[str]:
-    """Overrides with the keys of the configuration instead of those that a user types.
+    """The overrides, with the names that keys have in the configuration instead of the names that a user types.
 
     Example:
         >>> with_config_names("inspect", ["model=a=b", "run=c"])
@@ -144,7 +144,7 @@ def read_as_text(override: str, *, sweep: bool) -> str:
     if not equals or key.lstrip("+") not in _TEXTS or (sweep and _SWEEP_FUNCTION.fullmatch(value)):
         return override
     listed = re.fullmatch(r"\[(.*)\]", value) if key in _LISTED else None
-    if listed:  # one value, a list
+    if listed:  # the list is one value
         items = _separated(listed[1]) if listed[1].strip() else []
         return f"{key}=[{','.join(_literal(item.strip()) for item in items)}]"
     values = _separated(value) if sweep else [value]

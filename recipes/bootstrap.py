@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .predictions import Prediction
 
 Array: TypeAlias = NDArray[np.float64]
-# An array (inputs, numbers), with some numbers for each input, and the function from sums (..., numbers) to the score.
+# An array (inputs, numbers), and the function from sums over inputs (..., numbers) to scores (...).
 Statistics: TypeAlias = tuple[Array, Callable[[Array], Array]]
 _CHUNK = 500  # samples that are drawn at a time
 
@@ -23,8 +23,8 @@ class Difference(NamedTuple):
         mean: The difference on the test inputs.
         low: Lower end of the interval that contains 95 % of the differences on resampled inputs.
         high: Upper end of that interval.
-        p: Twice the share of resamplings with a difference of at least 0 or of at most 0, whichever is smaller; at most
-            1. This is a two-sided p-value.
+        p: The two-sided p-value, at most 1. It is twice the smaller of two shares: the share of samples with a
+            difference of at least 0, and the share with a difference of at most 0.
     """
 
     mean: float
@@ -34,7 +34,7 @@ class Difference(NamedTuple):
 
 
 def statistics(metric: str, predictions: Sequence[Prediction], bleu_tokenize: str = "13a") -> Statistics | None:
-    """Statistics of each input, and the function from their sums to the metric; None if there is no such function."""
+    """Statistics of each input, and the function from their sums to the metric; None for chrF."""
     if metric == "bleu":
         return _bleu(predictions, bleu_tokenize)
     parts: dict[str, Callable[[Prediction], tuple[float, float]]] = {
@@ -85,7 +85,7 @@ def paired_bootstrap(
 
     Args:
         baseline: The statistics of every run of the baseline, for the same inputs in the same order.
-        system: The same for the system.
+        system: The statistics of every run of the system, in the same form.
         groups: The group of every input.
         samples: Number of resampled sets of inputs.
         seed: Seed of the random numbers.
@@ -116,8 +116,8 @@ def paired_bootstrap(
         return np.asarray(total)
 
     mean = float(difference(lambda size: np.ones((1, size)))[0])
-    # A row of `drawn` counts how often each input was drawn. Samples are drawn in chunks: all at once, they would need
-    # gigabytes.
+    # A row of weights counts how often a sample draws each input. Samples are drawn in chunks, since all at once would
+    # need gigabytes.
     chunks = [min(_CHUNK, samples - done) for done in range(0, samples, _CHUNK)]
     drawn = np.concatenate(
         [

@@ -48,7 +48,7 @@ SECTIONS = (
     "monitor",
 )
 _PLAIN = ("seed", "resume", "threads", "monitor", "keep_checkpoints")
-# Keys that may be missing, as in runs of older versions.
+# Keys that may be missing, because runs of older versions do not have them.
 _NEW = ("callbacks", "decoding", "keep_checkpoints", "monitor", "schedule")
 _INSTANTIATED = ("callbacks", "logger")
 # The sections whose keys are arguments of Seq2SeqTask.
@@ -60,8 +60,8 @@ _TASK_KEYS = {
 _SHORTHANDS = {"data": ("path", "language", "tokens"), "model": ("attention",)}
 _LOGGER_NEEDS = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
 _FILES = ("path", "train", "val", "test", "cache")
-# Numbers that Lightning does not check, or on which it fails during a training: the lower bound, whether the bound is
-# excluded, and whether null is allowed. An endless training (max_epochs=-1 in Lightning) is not allowed: schedules need
+# Numbers that Lightning does not check before a training: the lower bound, whether the bound itself is excluded, and
+# whether null is allowed. An endless training (max_epochs=-1 in Lightning) is not allowed: schedules need
 # the number of steps, and the final scores come after the last step.
 _TRAINER_RANGES = {
     "max_epochs": (0, True, True),
@@ -134,7 +134,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def recorded(cfg: DictConfig) -> DictConfig:
-    """The configuration as the run folder keeps it, with absolute paths of the data."""
+    """The configuration that is written to the run folder, with absolute paths of the data."""
     kept = _without_unused(cfg)
     for key in _FILES:
         if isinstance(file := kept.data.get(key), str):
@@ -143,7 +143,7 @@ def recorded(cfg: DictConfig) -> DictConfig:
 
 
 def _without_unused(cfg: DictConfig) -> DictConfig:
-    """A copy without the shorthands of ``data`` that have no value.
+    """A copy of the configuration without the shorthands of ``data`` that have no value.
 
     Raises:
         InterpolationToMissingValueError: If another key of ``data`` refers to such a shorthand.
@@ -160,7 +160,7 @@ def _without_unused(cfg: DictConfig) -> DictConfig:
 
 
 def build_data(section: dict[str, Any]) -> Seq2SeqData:
-    """The data of a config section; their files are read, and their tokenizers made."""
+    """Reads the data of a config section, and makes the tokenizers."""
     for key in ("path", "language"):
         if key in section and section[key] in (None, ""):
             raise ValueError(f"data.{key} has no value; give it as data.{key}={MANDATORY[f'data.{key}']}")
@@ -219,7 +219,7 @@ def build_task(settings: dict[str, Any], data: Seq2SeqData) -> Seq2SeqTask:
 
 
 def build_decoding(section: dict[str, Any] | None) -> Decoding:
-    """The decoding of a config section; greedy if there is none, as in a run of an earlier version."""
+    """The decoding of a config section. Without a section, as in runs of earlier versions, decoding is greedy."""
     check_arguments(Decoding, "decoding", section or {})
     return Decoding(**(section or {}))
 
@@ -228,7 +228,7 @@ def check_size(model: dict[str, Any], source_size: int, target_size: int) -> Non
     """Refuses a model that needs more memory than this machine has, before torch allocates it.
 
     Args:
-        model: Arguments of ``Seq2SeqTransformer`` besides the sizes of the vocabularies.
+        model: Arguments of ``Seq2SeqTransformer``, without the sizes of the vocabularies.
         source_size: Size of the source vocabulary.
         target_size: Size of the target vocabulary.
 
@@ -261,7 +261,7 @@ def _sizes(model: dict[str, Any]) -> str:
 
 
 def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Logger]:
-    """The loggers of the config. One with ``purge_step`` hides curves after ``step``: a resumed run logs them again."""
+    """The loggers of the config. ``purge_step`` hides the curves after ``step``, which a resumed run logs again."""
     loggers = []
     for node in (cfg.logger or {}).values():
         purge = {"purge_step": step} if step and "purge_step" in node else {}
@@ -318,7 +318,7 @@ def build_callbacks(
 
 
 def located(target: str) -> str:
-    """The import path of a ``_target_``: ``recipes.`` stands for this package, ``sparse_attn.recipes`` in a wheel."""
+    """The import path of a ``_target_``: ``recipes`` is this package, called ``sparse_attn.recipes`` in a wheel."""
     package, _, rest = target.partition(".")
     return f"{__package__}.{rest}" if package == "recipes" else target
 
@@ -343,7 +343,7 @@ def build_trainer(
     higher_is_better: bool = False,
     keep_checkpoints: int = 0,
 ) -> L.Trainer:
-    """The trainer of a config section. It writes into the run folder."""
+    """The trainer of a config section, which writes into the run folder."""
     check_trainer(section)
     shown = progress()
     defaults = {
@@ -356,7 +356,8 @@ def build_trainer(
         LearningRate(),
         AlphaCourse(folder),
         BestAndLast(folder, monitor, higher_is_better=higher_is_better, keep=keep_checkpoints),
-    ]  # after the other callbacks, since these write values that the others may have changed
+    ]
+    # These callbacks come last, since they write values that the other callbacks may have changed.
     try:
         return L.Trainer(
             **{**defaults, **section}, default_root_dir=folder, logger=loggers, callbacks=[shown, *callbacks, *own]
@@ -367,7 +368,7 @@ def build_trainer(
 
 
 def _is_about(message: str, key: str, value: Any) -> bool:
-    """Whether a message of Lightning names a setting, or a value that is text."""
+    """Whether a message of Lightning contains the key of a setting, or its value if the value is text."""
     return key in message or (isinstance(value, str) and value in message)
 
 

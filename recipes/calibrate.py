@@ -19,15 +19,17 @@ from .report import alpha_table
 from .report.huggingface import load_model, longest_input, model_folder, quiet
 from .run import short_path
 
-_CHARACTERS_PER_TOKEN = 12  # more than in nearly all texts; doubled until at least one part has enough
-_MASKED = 0.15  # share of the tokens that are masked for a masked language model, as in BERT
+# Characters that are tokenised for each token of a block; nearly all texts need fewer. If no part of the text gives
+# enough tokens, the number is doubled.
+_CHARACTERS_PER_TOKEN = 12
+_MASKED = 0.15  # share of the tokens that are hidden from a masked language model, as in BERT
 
 
 def calibrate(cfg: DictConfig) -> dict[str, list[float]]:
     """Finds α of every head for a density or a bounded loss; prints α, density, and the loss before and after.
 
     Args:
-        cfg: ``configs/calibrate.yaml`` as composed by Hydra.
+        cfg: ``configs/calibrate.yaml``, composed by Hydra.
 
     Returns:
         Layer name -> α of each head.
@@ -82,7 +84,7 @@ def _read(file: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"text must be a file in UTF-8, got {file!r}: {error}") from None
     if not text.strip():
-        raise ValueError(f"text must be a file with text, got {file!r} with white space at most")
+        raise ValueError(f"text must be a file with text, got no text in {file!r}")
     return text
 
 
@@ -97,7 +99,7 @@ def _batches(
     if not masked and kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise ValueError(f"model must be a causal or a masked language model, got {kind}")
     if masked and tokenizer.mask_token_id is None:
-        raise ValueError(f"model must have a mask token in its tokenizer, got {kind} without one")
+        raise ValueError(f"model must have a mask token in its tokenizer, got {kind} without a mask token")
     longest = longest_input(model)
     length = tokens if longest is None else min(tokens, longest)
     blocks = read_blocks(tokenizer, text, length, batches * batch_size)

@@ -44,7 +44,7 @@ class Setting:
     Attributes:
         values: The keys in which this setting differs from the others, with their values.
         runs: The runs.
-        differences: Metric -> the difference from the baseline, if there is one.
+        differences: Metric -> the difference from the baseline; empty if this setting was not compared.
     """
 
     values: dict[str, str]
@@ -53,7 +53,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The keys and values as a user types them."""
+        """The keys and values as a user types them, or ``all runs`` if there is only one setting."""
         return " ".join(f"{key}={value}" for key, value in self.values.items()) or "all runs"
 
     def scores(self, metric: str) -> list[float]:
@@ -70,10 +70,10 @@ class Setting:
 
 
 def compare(cfg: DictConfig) -> list[Setting]:
-    """Prints or writes a line for each setting of the runs under some folders: mean and standard deviation over seeds.
+    """Prints or writes a table of the runs in some folders: a line for each setting, with mean and standard deviation.
 
     Args:
-        cfg: ``configs/compare.yaml`` as composed by Hydra.
+        cfg: ``configs/compare.yaml``, composed by Hydra.
 
     Returns:
         The settings, in the order of the table.
@@ -102,7 +102,7 @@ def compare(cfg: DictConfig) -> list[Setting]:
 
 
 def find_runs(folders: Sequence[str]) -> tuple[list[FinishedRun], int]:
-    """The finished runs under some folders, and the number of unfinished ones.
+    """The finished runs in some folders and their subfolders, and the number of unfinished runs.
 
     Raises:
         FileNotFoundError: If a folder is missing, or no finished run is found.
@@ -112,7 +112,7 @@ def find_runs(folders: Sequence[str]) -> tuple[list[FinishedRun], int]:
     for folder in folders:
         path = Path(folder).expanduser()
         if not path.is_dir():
-            raise FileNotFoundError(f"no folder {folder!r}; give a run folder, or one that holds run folders")
+            raise FileNotFoundError(f"no folder {folder!r}; give a run folder, or a folder that holds run folders")
         for config in sorted(path.rglob(CONFIG), key=_natural):
             if (config.parent / RESULTS).is_file():
                 runs.append(_read_run(config.parent))
@@ -126,7 +126,7 @@ def find_runs(folders: Sequence[str]) -> tuple[list[FinishedRun], int]:
 
 
 def _natural(path: Path) -> list[Any]:
-    """A key for sorting in which run 10 comes after run 9."""
+    """The sort key of a path; it puts run 10 after run 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.parts]
 
 
@@ -136,7 +136,7 @@ def _read_run(folder: Path) -> FinishedRun:
         given: Any = OmegaConf.load(folder / OVERRIDES) if (folder / OVERRIDES).is_file() else []
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         overrides = dict(str(override).lstrip("+").partition("=")[::2] for override in given)
-    except Exception as error:  # each kind of damage raises another exception
+    except Exception as error:  # the exception depends on the kind of damage
         raise ValueError(f"{folder} must be a run folder, got one that cannot be read: {error}") from error
     if not isinstance(config, DictConfig) or not isinstance(results, dict):
         raise ValueError(f"{folder} must be a run folder, got one with other content in {CONFIG} or {RESULTS}")
@@ -185,7 +185,7 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[Setting]:
 
 
 def _value(run: FinishedRun, key: str) -> str:
-    """The value of a key in a run, from its config, or from its overrides if the key is the choice of a group."""
+    """The value of a key in the config of a run; if the key chooses a config group, the value in the overrides."""
     value = OmegaConf.select(run.config, key) if "/" not in key else None
     if value is None or isinstance(value, DictConfig):
         return run.overrides.get(key, "null" if value is None else "-")
@@ -193,7 +193,7 @@ def _value(run: FinishedRun, key: str) -> str:
 
 
 def add_differences(settings: Sequence[Setting], baseline: str, metrics: Sequence[str], *, samples: int) -> list[str]:
-    """Compares every setting with the setting that differs from it only in the values of the baseline.
+    """Compares every setting with its baseline: the setting with the values of ``baseline`` and otherwise equal values.
 
     Args:
         settings: The settings; each gets its ``differences``.
@@ -202,10 +202,10 @@ def add_differences(settings: Sequence[Setting], baseline: str, metrics: Sequenc
         samples: Number of resampled test sets.
 
     Returns:
-        Notes on settings that could not be compared.
+        Notes on settings whose predictions could not be compared. A setting without a baseline gets no note.
 
     Raises:
-        ValueError: If a key or a value of ``baseline`` is not that of any setting.
+        ValueError: If no setting has a key or a value of ``baseline``.
     """
     wanted = dict(part.partition("=")[::2] for part in re.split(r",(?=[^,=\]]+=)", baseline))
     known = {key: list(dict.fromkeys(one.values[key] for one in settings)) for key in settings[0].values}

@@ -1,4 +1,4 @@
-"""CSV files: any table is written; a table with a column ``step`` is read, or cut after a step."""
+"""Writes tables as CSV files; reads tables with a column ``step``, and removes their rows after a step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .folders import write_text
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
-    """The complete rows of a CSV file with a column ``step``; none if there is no file.
+    """The complete rows of a CSV file with a column ``step``; none if the file is missing.
 
-    A kill or a full disk may have cut the last row.
+    A kill or a full disk may have cut the last row. Such a row is left out.
     """
     if not file.exists():
         return []
@@ -25,7 +25,7 @@ def read_rows(file: Path) -> list[dict[str, str]]:
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Writes rows, with empty cells for missing values; an interruption leaves the complete old or new file."""
+    """Writes rows, with empty cells for missing values. An error or a kill leaves the complete old or new file."""
     lines = io.StringIO(newline="")
     writer = csv.DictWriter(lines, columns, lineterminator="\n")
     writer.writeheader()

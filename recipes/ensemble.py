@@ -50,7 +50,8 @@ def load_ensemble(
     Args:
         run: The folder, or a list of folders.
         checkpoint: ``"best"`` or ``"last"``.
-        average: If given, use the mean of this number of last checkpoints of each run instead.
+        average: If given, ``checkpoint`` has no effect: the weights of each run are the mean of its last ``average``
+            checkpoints.
 
     Raises:
         FileNotFoundError: If there is no such folder or checkpoint.

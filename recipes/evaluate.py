@@ -28,9 +28,9 @@ from .seq2seq.task import Seq2SeqTask
 
 EVALUATION, ENSEMBLE = "evaluation.json", "ensemble.json"
 SPLITS = {"val": ("val",), "test": ("test",), "both": ("val", "test")}
-# This value in the config means "as the run was trained". null cannot mean this: it means "no limit".
+# This value in the config means "as in the training of the run". null already has another meaning: "no limit".
 AS_TRAINED = "as_trained"
-# The keys that choose the texts to score. How texts become tokens is stored in the checkpoint.
+# The keys of a data section that an evaluation uses. The checkpoint stores how texts become tokens.
 DATA_KEYS = (
     "name",
     "title",
@@ -50,17 +50,19 @@ FROM_FILES = ("tsv", "parallel")
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
-    """Scores a checkpoint of a run, prints the metrics of the data and writes them to a JSON file.
+    """Scores a run or an ensemble of runs, prints the metrics of the data and writes them to a JSON file.
 
     Args:
-        cfg: ``configs/evaluate.yaml`` as composed by Hydra.
+        cfg: ``configs/evaluate.yaml``, composed by Hydra.
 
     Returns:
-        ``val/loss``, ``val/support``, the metrics of the data, such as ``val/per`` and ``val/wer``, ``val/words`` and
-        the same for ``test``, if ``split`` includes them. An ensemble has no loss and no support. With
-        ``decoding=exact``, the values of ``SearchSpace.summary`` are added. If the data have features and the
-        training file of the run exists, ``val/known_both/accuracy`` and ``val/known_both/words``, and the same for the
-        other parts of `recipes.report.overlap`, are added.
+        The following values for validation, test or both, as ``split`` says; names of test values begin with ``test/``.
+
+        - The metrics of the data, such as ``val/per``, and the number of inputs, ``val/words``.
+        - ``val/loss`` and ``val/support``, which an ensemble does not have.
+        - With ``decoding=exact``, the values of ``SearchSpace.summary``.
+        - If the data have features and the training file of the run exists, the accuracy and the number of inputs of
+          each part in `recipes.report.overlap`, such as ``val/known_both/accuracy`` and ``val/known_both/words``.
 
     Raises:
         FileNotFoundError: If a run, its checkpoint or a data file is missing.
@@ -122,7 +124,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
 
 def chosen_decoding(cfg: DictConfig) -> Decoding:
-    """The decoding that a command chooses.
+    """The decoding in the configuration of a command.
 
     Raises:
         TypeError: If a setting has the wrong type.
@@ -148,10 +150,10 @@ def given_data(cfg: DictConfig) -> dict[str, Any]:
 
 
 def data_section(run: Run, given: dict[str, Any], splits: tuple[str, ...]) -> dict[str, Any]:
-    """The data section to evaluate with: that of the run, with the given keys replaced.
+    """The ``data`` section for an evaluation: the section of the run, with the given keys replaced.
 
-    A given file is read completely unless a limit is given too; the limit of the training does not apply. Without
-    a limit, only files of requested splits must exist.
+    If a file is given, the limit of the training does not apply. Without a limit, only the files of the evaluated
+    splits must exist.
 
     Args:
         run: The run.
@@ -205,7 +207,7 @@ def evaluation_data(section: dict[str, Any], task: Seq2SeqTask) -> Seq2SeqData:
 
 
 def training_sources(run: Run) -> list[str]:
-    """The inputs that a run was trained on; none if they have no features, or a training file is missing."""
+    """The training inputs of a run; none if the inputs have no features, or a training file is missing."""
     if "features" not in run.task.source_tokenizer.fields:
         return []
     own: Any = OmegaConf.to_container(run.config.data, resolve=True)

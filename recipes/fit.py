@@ -56,11 +56,11 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             for message in (
-                r".*does not have many workers",  # the data is in memory
+                r".*does not have many workers",  # the data are in memory, so one process is enough
                 r".*available but not used",  # trainer.accelerator=cpu was a choice
                 r".*smaller than the logging interval",
                 r".*recommended to use `self.log.*sync_dist=True",  # every process scores all words
-                r".*LeafSpec.* is deprecated",  # a call of torch by Lightning
+                r".*LeafSpec.* is deprecated",  # Lightning, not the user, makes this call
             ):
                 warnings.filterwarnings("ignore", message=message)
             yield

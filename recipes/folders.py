@@ -1,4 +1,4 @@
-"""New and locked folders, files that are replaced by complete new files or not at all, and checks of output paths."""
+"""Makes and locks folders, replaces files by complete new files or not at all, and checks output paths."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def claimed(folder: Path, *, fixed: bool = True) -> Iterator[Path]:
 
     Args:
         folder: The requested folder.
-        fixed: Whether only this folder may be used. Otherwise the first free one of ``folder``, ``folder_2``, ... is
-            used: one that is empty and not locked.
+        fixed: Whether only this folder may be used. Otherwise, the first of ``folder``, ``folder_2``, ... that is empty
+            and not locked is used.
 
     Yields:
         The folder, which is removed at the end if it is empty.
@@ -86,11 +86,11 @@ def remove_if_empty(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A path to write to in a ``with`` block; at its end, the complete new file replaces ``file``.
+    """A path to write to in a ``with`` block; at the end of the block, the complete new file replaces ``file``.
 
-    After an error or a kill, ``file`` is either the complete old file or the complete new one; a kill may leave the
-    temporary file, whose name is that of ``file`` between a dot and ``.XXXXXXXX.tmp``. A link stays, and the file that
-    the link names is replaced. A pipe or a device, such as ``/dev/stdout``, is written to directly.
+    After an error or a kill, ``file`` is either the complete old file or the complete new file. A kill may leave the
+    temporary file ``.NAME.XXXXXXXX.tmp``. If ``file`` is a link, the link stays, and its target is replaced. A pipe or
+    a device, such as ``/dev/stdout``, is written to directly.
 
     Raises:
         OSError: If the file cannot be written. The error names ``file``, unless ``file`` is a pipe or a device.
@@ -99,7 +99,7 @@ def replacing(file: Path) -> Iterator[Path]:
         yield file
         return
     place = file.resolve()
-    # Not a fixed name: this could be a file of the user, or another process could be writing the same file.
+    # The name is random: a file with a fixed name could belong to the user, or to another process.
     unfinished = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield unfinished
@@ -119,7 +119,7 @@ def remove_unfinished(folder: Path) -> None:
 
     No other process may be writing into the folder.
     """
-    for file in folder.glob(f".*.{'[0-9a-f]' * 8}.tmp"):  # the names of `replacing`; other files may be the user's
+    for file in folder.glob(f".*.{'[0-9a-f]' * 8}.tmp"):  # only names of `replacing`: others may be the user's
         file.unlink(missing_ok=True)
 
 
@@ -130,7 +130,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def check_output(key: str, given: str) -> Path:
-    """The path of a file that a command writes at its end, checked before its work begins.
+    """Checks the path of an output file before a command starts its work, and returns the path.
 
     Args:
         key: The key of the command, for the message.
@@ -151,7 +151,7 @@ def check_output(key: str, given: str) -> Path:
 
 
 def check_output_folder(key: str, given: str) -> Path:
-    """As :func:`check_output`, for a folder, which is made if it does not exist.
+    """Like :func:`check_output`, but for a folder, which need not exist yet.
 
     Raises:
         OSError: If a file has the name of the folder or of a folder above it, or the folder cannot be written to.

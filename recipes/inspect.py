@@ -23,7 +23,7 @@ from .report.worth import measure_worth, worth_table
 from .report.write import ENTMAX15, FIGURES, FOLDER, SOFTMAX, Report, read_course, write_report
 from .run import ALPHA, load_run, short_path
 
-# A page with more words opens slowly; alignments are written for all words.
+# The largest number of words on the page, since a longer page opens slowly. Alignments are written for all words.
 MOST_SHOWN = 64
 SHOWN_BY_DEFAULT = 6
 
@@ -32,7 +32,7 @@ def inspect(cfg: DictConfig) -> dict[str, list[float]]:
     """Prints α, attention density and role of every head, and writes pictures, numbers and a page.
 
     Args:
-        cfg: ``configs/inspect.yaml`` as composed by Hydra.
+        cfg: ``configs/inspect.yaml``, composed by Hydra.
 
     Returns:
         Layer name -> density of each head on the validation words, or on the text.
@@ -159,7 +159,7 @@ def _write_alignments(cfg: DictConfig, task: Any, words: list[str], longest: int
 
 
 def _names(folder: Path, other: Path) -> tuple[str, str]:
-    """The shortest ends of two paths that differ: the runs of all sweeps are called 0, 1, 2, ..."""
+    """The shortest different ends of two paths. Names alone may be equal: every sweep calls its runs 0, 1, 2, ..."""
     for count in range(1, len(folder.parts)):
         names = ("/".join(path.parts[-count:]) for path in (folder, other))
         if (ours := next(names)) != (theirs := next(names)):
@@ -168,7 +168,7 @@ def _names(folder: Path, other: Path) -> tuple[str, str]:
 
 
 def _some(words: list[str]) -> list[str]:
-    """The word to draw, and others at equal distances in the data."""
+    """The word for the picture, and other words at equal distances in the data."""
     step = max(1, len(words) // SHOWN_BY_DEFAULT)
     return list(dict.fromkeys([choose_word(words), *words[::step]]))[:SHOWN_BY_DEFAULT]
 

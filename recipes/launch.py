@@ -1,8 +1,12 @@
 """The start of every command: Hydra composes the configuration, and a wrong input is reported in one line.
 
 Hydra's own report of an error has several lines, with internals of the program. ``run_hydra`` obtains the exception
-from Hydra instead. For an error that a user can correct, it prints one line on standard error (exit status 2); for an
-interruption, a message on how to continue (130); for an unexpected error, which is a bug, Python's traceback.
+from Hydra instead, and prints on standard error:
+
+- for an error that a user can correct, one line (exit status 2);
+- for an interruption, one line (exit status 130), which also says how to continue a training;
+- for any other error, which is a bug, Python's traceback.
+
 ``SPARSE_ATTN_TRACEBACK=1`` shows the traceback of every error.
 """
 
@@ -48,14 +52,14 @@ _NO_EXPERIMENT = ("experiment", "null")
 # Descriptions of values without a default, for the message that a value is missing.
 MANDATORY = {
     "data.path": "DIR, the folder of the data files",
-    "data.language": "CODE, the language of the data files such as hun",
+    "data.language": "CODE, the language of the data files, such as hun",
     "run": "DIR, the run folder of a training",
     "sweep": "DIR, a folder that holds run folders",
 }
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with a message that says what has been saved and how to continue."""
+    """Ctrl-C or SIGTERM, with a message that says what has been saved and how to continue."""
 
 
 def config_dir() -> Path:
@@ -82,16 +86,17 @@ def run_hydra(
     arguments: Sequence[str] | None = None,
     config: Path | None = None,
 ) -> None:
-    """Composes the configuration of a command and calls ``task`` with it; with ``-m``, for every combination.
+    """Composes the configuration of a command and calls ``task`` with it; with ``-m``, for every combination of values.
 
     Args:
         name: The command; ``configs/{name}.yaml`` is its configuration.
         task: The function that is called with the composed configuration.
         arguments: The command line after the command; by default the command line of this process.
-        config: Another YAML file to compose from, such as the one in a run folder.
+        config: A YAML file to use instead, such as the ``config.yaml`` of a run folder.
 
     Raises:
-        SystemExit: 2 after a wrong input, 130 after an interruption, each with a one-line message on standard error.
+        SystemExit: With status 2 after a wrong input or 130 after an interruption, each with a one-line message on
+            standard error; with status 1 if the reader of standard output has closed the pipe.
     """
     # A relative config path does not work for a console script.
     folder, config_name = (config.parent, config.stem) if config else (config_dir(), name)
@@ -111,7 +116,7 @@ def run_hydra(
         program, typed = _program(name), sys.argv[1:]
         main = hydra.main(config_path=str(folder.resolve()), config_name=config_name, version_base="1.3")
         try:
-            # Hydra's parser accepts no override after a flag that follows an override.
+            # The flags come last: Hydra's parser does not accept override, flag, override in this order.
             with _arguments([f"sparse-attn {name}", *overrides, *flags]), _unchecked_help_texts():
                 main(_through_hydra(task, program, typed))()
         except _TaskError as carrier:
@@ -125,7 +130,7 @@ def run_hydra(
 
 
 def check_groups(command: str, overrides: Sequence[str], *, sweep: bool = False) -> None:
-    """Raises for an option that no group has, such as ``GROUP=null`` or a number: Hydra itself fails on these.
+    """Refuses options that no group has, such as ``GROUP=null`` or a number: Hydra itself would fail on these options.
 
     Args:
         command: The command, whose configuration says which groups are chosen as a whole.
@@ -160,7 +165,7 @@ def reported(name: str) -> Any:
         SystemExit: In place of such an error or of an interruption.
     """
     _open_standard_streams()
-    # Hydra then raises its errors instead of printing them.
+    # With this variable, Hydra raises its errors instead of printing them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
@@ -178,7 +183,7 @@ def reported(name: str) -> Any:
 
 
 def _open_standard_streams() -> None:
-    """Replaces closed standard streams, as after ``>&-``, by the null device."""
+    """Replaces standard output and standard error by the null device if they are closed, as after ``>&-``."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 until the process ends
@@ -200,13 +205,13 @@ class _TaskError(BaseException):
 
 
 def _through_hydra(task: Callable[[DictConfig], Any], program: list[str], typed: list[str]) -> Callable[..., Any]:
-    """The task as Hydra calls it. During the task, ``sys.argv`` is the command line that starts further processes."""
+    """The function that Hydra calls. During the task, ``sys.argv`` is the command line for processes of Lightning."""
 
     @functools.wraps(task)
     def carried(cfg: DictConfig) -> Any:
         hydra = HydraConfig.get()
         folder = Path(hydra.runtime.output_dir)
-        # In a multirun, further processes take part in a single run.
+        # In a multirun, the processes that Lightning starts take part in one run only.
         arguments = list(hydra.overrides.task) if hydra.mode == RunMode.MULTIRUN else typed
         try:
             with _arguments([*program, *arguments]):

@@ -1,10 +1,10 @@
 """Outputs of a trained model: ``sparse-attn predict run=DIR [input=FILE]`` or ``python -m recipes.predict``.
 
 The input has one word per line, from a file or standard input. For a model that also reads features or a language, a
-line has these in tab-separated columns too. The output has one line per input line: the input, a tab, and the
-prediction. With ``n_best``, it has a line for each of the best predictions, best first. A blank line gives an empty
-line.
-``scores=true`` adds the log-probability in a further column.
+line has these in tab-separated columns too. A blank line gives an empty line.
+
+The output has one line per input line: the input, a tab, and the prediction. With ``n_best``, the output has a line for
+each of the best predictions, best first. ``scores=true`` adds the log-probability in a further column.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def predict(cfg: DictConfig) -> dict[str, int]:
     """Reads words, writes their predictions, and warns on standard error about tokens not seen in training.
 
     Args:
-        cfg: ``configs/predict.yaml`` as composed by Hydra.
+        cfg: ``configs/predict.yaml``, composed by Hydra.
 
     Returns:
         ``lines``: number of lines read; ``unknown``: number of lines with a token that was not seen in training.
@@ -89,7 +89,7 @@ def read_words(source: Iterable[bytes], name: str, fields: Sequence[str] = ("sou
     Args:
         source: Lines of UTF-8 text.
         name: The name of the source in messages.
-        fields: The fields that the model reads; a line must have one column for each.
+        fields: The fields that the model reads; a line must have one column for each field.
 
     Raises:
         ValueError: If there is no line, a line is not UTF-8, or a line has another number of columns.

@@ -24,7 +24,7 @@ class Prediction:
         reference: The closest reference.
         distance: Edit distance between prediction and reference, in tokens.
         length: Tokens of the reference.
-        group: The part of the data to which the input belongs, such as a language; empty without parts.
+        group: The part of the data to which the input belongs, such as a language; empty if the data have no parts.
     """
 
     source: str
@@ -60,7 +60,7 @@ def read_predictions(file: Path) -> list[Prediction]:
 
     Raises:
         FileNotFoundError: If the file is missing.
-        ValueError: If a line cannot be read, or there is none.
+        ValueError: If the file is not UTF-8 text, has other columns or no prediction, or a line cannot be read.
     """
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
@@ -86,6 +86,6 @@ def read_predictions(file: Path) -> list[Prediction]:
         found.append(Prediction("\t".join(source), prediction, reference, int(distance), int(length), group))
     if not found:
         raise ValueError(f"{file} must hold at least one prediction, got only the names of the columns")
-    # The reference comes last: for one input, runs may have different closest references. The group comes before it,
-    # since several groups may have the same input.
+    # The reference comes last: for one input, runs may have different closest references. The group comes before
+    # the reference, since several groups may have the same input.
     return sorted(found, key=lambda one: (one.source, one.group, one.reference))

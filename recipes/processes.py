@@ -1,8 +1,9 @@
 """Training by several processes: the number of this process, its share of a batch, and the environment variables.
 
 ``data.batch_size`` counts the examples of all processes together. Each of ``n`` processes takes every ``n``-th row of
-the same batch and weights its loss by its number of tokens, so that the mean gradient is that of the whole batch.
-Results depend on the number of processes only by rounding and by dropout, which each process draws independently.
+the same batch and weights its loss by its number of tokens, so that the mean of the gradients is the gradient
+of the whole batch. Results depend on the number of processes only by rounding and by dropout, which each process draws
+independently.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def share_of_batch(batch: dict[str, Any], rank: int, count: int, padding: int) -
         padding: The id in ``target_out`` that is not counted.
 
     Returns:
-        The rows ``rank``, ``rank + count``, ..., and a weight. The mean over the processes of the weight times the mean
+        The rows ``rank``, ``rank + count``, ..., and a weight. Averaged over the processes, the weight times the mean
         loss of the rows is the mean loss of the whole batch. A process without a row gets the first row, with weight 0.
     """
     tensors = {name: batch[name] for name in ("source", "target_in", "target_out")}

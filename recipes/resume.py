@@ -10,31 +10,30 @@ from .arguments import is_multirun, quoted
 from .launch import config_groups
 from .sweep import SWEEP, resumed_sweep
 
-# Only the keys in these three lists may change: the content of the checkpoint may depend on any other key.
+# Only the keys in these three lists may change, since the content of the checkpoint may depend on the other keys.
 _ALLOWED = ("trainer.", "logger.", "hydra.", "decoding.")
 _FILES = ("data.train", "data.val", "data.test")
 _MACHINE = ("threads",)
-# The entries of a checkpoint that Lightning reads.
+# The entries of a checkpoint that Lightning needs in addition to the weights.
 _TRAINING_STATE = ("epoch", "global_step", "callbacks", "optimizer_states", "lr_schedulers", "loops")
 
 
 def resume_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
-    """The command line to compose from, and the config file of the run that is continued.
+    """The command line for Hydra, and the config file of the run that is continued, if there is one.
 
-    Without ``resume=DIR`` nothing changes. With ``resume=DIR``, the run's own ``config.yaml`` replaces the
-    configuration of the command, and the other arguments override the values with which the run was started. If
+    Without ``resume=DIR``, the command line is unchanged. With ``resume=DIR``, the run's own ``config.yaml`` replaces
+    the configuration of the command, and the other arguments override the values with which the run was started. If
     ``DIR`` is the folder of a sweep, the result is the command line of the sweep.
 
     Raises:
         FileNotFoundError: If ``DIR`` is not a run folder or has no last checkpoint.
-        ValueError: If several runs are requested, a group is chosen, a key is changed that is not one of the trainer,
-            the loggers, the decoding, Hydra, the data files or the threads, another run folder is requested, or the
-            checkpoint is damaged.
+        ValueError: If a single run gets ``-m``, another run folder, a config group or a key that must not change; if a
+            sweep gets other arguments; or if the configuration or the checkpoint is damaged.
     """
     runs = [argument.partition("=")[2] for argument in arguments if argument.startswith("resume=")]
     if not runs or runs[-1] in ("", "null"):
         return list(arguments), None
-    # Imported here, since this module loads torch: a new run should not wait for that before its arguments are checked.
+    # `.run` loads torch, which takes seconds. A new training checks its arguments before it loads torch.
     from .run import CONFIG, check_config, checkpoint_file, read_checkpoint, run_folder
 
     others = [argument for argument in arguments if not argument.startswith("resume=")]

@@ -76,7 +76,7 @@ def load_run(run: str | Path, checkpoint: str = "best") -> Run:
 
     Raises:
         FileNotFoundError: If there is no such folder, it is not a run folder, or it has no such checkpoint.
-        ValueError: If the checkpoint or the configuration is incomplete or damaged.
+        ValueError: If the checkpoint or the configuration is damaged, or the checkpoint is of another version.
     """
     folder = run_folder(run)
     state = read_checkpoint(checkpoint_file(folder, checkpoint))
@@ -139,7 +139,7 @@ def checkpoint_file(folder: Path, name: str) -> Path:
 
 def epoch_checkpoints(folder: Path) -> list[Path]:
     """The files with the weights after the last epochs of a run, in order."""
-    # By length first: from epoch 10,000 on, the number has more digits.
+    # Shorter names come first: from epoch 10,000 on, the number has more digits.
     return sorted((folder / CHECKPOINTS).glob("epoch_*.ckpt"), key=lambda file: (len(file.name), file.name))
 
 
@@ -152,7 +152,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     with file.open("rb") as content:
         try:
             state = torch.load(content, map_location="cpu", weights_only=True)
-        except Exception as error:  # each kind of damage raises another exception
+        except Exception as error:  # the exception depends on the kind of damage
             size = file.stat().st_size
             raise ValueError(f"checkpoint {file} ({size} bytes) cannot be read: it is cut short or damaged") from error
     if not isinstance(state, dict) or not {"state_dict", "hyper_parameters"} <= state.keys():
@@ -175,7 +175,8 @@ def start_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> Non
     files that a training writes are removed.
 
     Raises:
-        FileExistsError: If the folder already has a run with a checkpoint, or a ``config.yaml`` that is not of a run.
+        FileExistsError: If the folder already has a run with a checkpoint, a finished run, or a ``config.yaml`` that no
+            run has written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     refuse_taken(folder)
@@ -194,7 +195,8 @@ def refuse_taken(folder: Path) -> None:
     """Raises if a new run would overwrite an existing one.
 
     Raises:
-        FileExistsError: If the folder has a run with a checkpoint, or a ``config.yaml`` that is not of a run.
+        FileExistsError: If the folder has a run with a checkpoint, a finished run, or a ``config.yaml`` that no run
+            has written.
     """
     ours = (folder / VERSIONS).is_file()
     if run := (folder / CHECKPOINTS / "last.ckpt").exists() or (ours and (folder / RESULTS).exists()):
@@ -271,7 +273,10 @@ def versions() -> dict[str, Any]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit of the checkout with this program, plus ``+changes`` if files differ; ``None`` without a checkout."""
+    """The commit of the checkout with this program, or ``None`` without a checkout.
+
+    ``+changes`` is appended if a tracked file has been changed.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

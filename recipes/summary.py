@@ -47,7 +47,7 @@ def headline(folder: Path, data: Seq2SeqData, task: Seq2SeqTask, trainer: L.Trai
 
 
 def early_stop(trainer: L.Trainer) -> str | None:
-    """A message on why an ``EarlyStopping`` callback ended a training early; None if none did."""
+    """A message on why an ``EarlyStopping`` callback ended a training early; None if no callback did."""
     if not trainer.should_stop:  # a resumed callback still has the reason of its earlier stop
         return None
     for callback in trainer.early_stopping_callbacks:
@@ -84,9 +84,9 @@ def conclude(
     Args:
         folder: The run folder.
         task: The model, whose weights become those of the best checkpoint.
-        data: Its data.
+        data: The data.
         decoding: The decoding of the words.
-        device: The device of the computation.
+        device: The device on which the model runs.
         begin: ``time.monotonic()`` at the start of this session, minus the duration of earlier sessions of the run.
     """
     console = Console(highlight=False)
@@ -116,7 +116,7 @@ def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float] | s
     """Prints one row per run.
 
     Args:
-        runs: The overrides of each run, with its results or a text with the reason why there are none.
+        runs: The overrides of each run, with its results, or a text that says why there are no results.
     """
     if not runs:
         return
@@ -138,7 +138,7 @@ def print_comparison(runs: Sequence[tuple[Sequence[str], Mapping[str, float] | s
         else:
             rates = (f"{results[key]:.2f}" if key in results else "-" for key in columns.values())
             table.add_row(name, *rates, f"{results['seconds']:.0f}")
-    # Long overrides extend beyond the edge of the terminal, so that they are not cut.
+    # The table may be wider than the terminal, so that long overrides are not cut.
     needed = Console(width=1000).measure(table).maximum
     console = Console(highlight=False, width=max(Console().width, needed))
     console.print()
@@ -151,7 +151,7 @@ def _signatures(scores: Scores) -> dict[str, dict[str, str]]:
 
 
 def _short(text: str) -> str:
-    """The beginning of a text if it is long: ten whole sentences would fill several screens."""
+    """The text, or only its beginning if it is long: ten whole sentences would fill several screens."""
     return text if len(text) <= LONGEST_EXAMPLE else text[: LONGEST_EXAMPLE - 1] + "…"
 
 
@@ -160,7 +160,7 @@ def _examples(scores: Scores, task: Seq2SeqTask) -> Table:
     for column in ("word", "prediction", "reference"):
         table.add_column(column, justify="left", overflow="fold")
     join = task.target_tokenizer.join
-    # The words are in order of length.
+    # A random choice: the words are sorted by length, so the first words are all short.
     chosen = random.Random(0).sample(range(len(scores.sources)), min(EXAMPLES, len(scores.sources)))
     for index in sorted(chosen):
         prediction, references = scores.predictions[index], scores.references[index]

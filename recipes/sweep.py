@@ -2,7 +2,7 @@
 
 A sweep folder contains sweep.json with the command line, and a run folder for each run: 0, 1, 2, ... A failed run
 writes failure.json into its run folder. If a sweep is started again in the same folder, finished runs are kept. Any
-other run continues from its last checkpoint, or starts anew if it has none.
+other run continues from its last checkpoint, or starts anew if there is no checkpoint.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _recorded(folder: Path) -> list[str]:
 
 
 def read_outcomes(folder: Path) -> list[tuple[list[str], dict[str, float] | str]]:
-    """The overrides of every started run in a sweep, with its results or a text with the reason for their absence."""
+    """The overrides of every started run in a sweep, with its results or a text that says why there are none."""
     from .run import OVERRIDES, RESULTS
 
     runs = (run for run in folder.iterdir() if run.name.isdecimal()) if folder.is_dir() else ()

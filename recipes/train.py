@@ -1,8 +1,8 @@
 """Train a model: ``sparse-attn train`` or ``python -m recipes.train``.
 
-The steps: data, model and trainer are built from the configuration and checked before a file of the run is written; the
-model is trained from the start, or from the last checkpoint of a run; the best checkpoint is scored on all validation
-and test words.
+1. Build data, model and trainer from the configuration, and check them before any file of the run is written.
+2. Train the model from the start, or from the last checkpoint of a run.
+3. Score the best checkpoint on all validation and test words.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """Trains, writes all results to the run folder, and prints the scores.
 
     Args:
-        cfg: ``configs/train.yaml`` as composed by Hydra, with ``paths.output_dir`` as the run folder; a folder whose
+        cfg: ``configs/train.yaml``, composed by Hydra, with ``paths.output_dir`` as the run folder; a folder whose
             name is the time gets a number if it is taken. If ``resume`` names a run folder, its training is continued.
 
     Returns:
@@ -42,15 +42,15 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Raises:
         FileNotFoundError: If a file or checkpoint is missing.
         FileExistsError: If the folder contains another run, or another process uses it.
-        Interrupted: After Ctrl-C once the run has been recorded, or SIGTERM during the epochs; the message says how to
-            continue.
+        Interrupted: After Ctrl-C if the record of the run has been written, or after SIGTERM during the epochs; the
+            message says how to continue.
         omegaconf.errors.MissingMandatoryValue: If a value without a default is not given.
         OSError: If a file cannot be written; if the disk is full, the message says how to continue.
         TypeError: If a value has the wrong type.
         ValueError: If a value or the content of a file is not allowed.
     """
     begin = time.monotonic()
-    # Imported here: torch and Lightning load for seconds, and help texts or errors in a key should not wait for them.
+    # Imported here, since these modules take seconds: help texts or errors about a key should not wait for them.
     import lightning as L
     import torch
 
@@ -153,7 +153,7 @@ def _held(settings: dict[str, Any], *, named_by_time: bool) -> Iterator[Path]:
 
 
 def _is_named_by_time(folder: str) -> bool:
-    """Whether Hydra chose the name of a run folder, so that another name may be used instead."""
+    """Whether Hydra made the name of a run folder from the time, so that another name may be used instead."""
     if not HydraConfig.initialized():
         return False
     hydra = HydraConfig.get()

@@ -22,7 +22,7 @@ COLUMNS = ("step", "layer", "head", "alpha")
 
 
 class AlphaCourse(L.Callback):
-    """Writes α of every head to ``alpha.csv`` and to each logger but ``MetricsCsv``.
+    """Writes α of every head to ``alpha.csv`` and to each logger except ``MetricsCsv``.
 
     α is written at the start of a new run, every ``log_every_n_steps`` steps, and at the end of every epoch. A logger
     gets one number for each head, ``alpha/LAYER/headN``; TensorBoard also gets a histogram of each layer.
@@ -46,7 +46,8 @@ class AlphaCourse(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Writes the values after an update that is logged or is the last of an epoch."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        # Batches whose gradients are accumulated share a step; with log_every_n_steps=0, only the last is logged.
+        # Batches whose gradients are accumulated share a step. With log_every_n_steps=0, only the last step of an epoch
+        # is logged.
         if trainer.global_step != self._written and (
             trainer.is_last_batch or (every and trainer.global_step % every == 0)
         ):

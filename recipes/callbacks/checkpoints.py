@@ -68,12 +68,12 @@ class BestAndLast(Checkpoint):
         self._save(trainer, "last.ckpt")
 
     def _save(self, trainer: L.Trainer, name: str, *, weights_only: bool = False) -> None:
-        """Saves to another name and renames, so that an interruption leaves the old or the new checkpoint complete."""
+        """Saves a checkpoint. An interruption leaves the complete old checkpoint or the complete new checkpoint."""
         if trainer.is_global_zero:
             with replacing(self.folder / name) as unfinished:
                 trainer.save_checkpoint(unfinished, weights_only)
         else:
-            trainer.save_checkpoint(self.folder / name, weights_only)  # all processes must call; the first one writes
+            trainer.save_checkpoint(self.folder / name, weights_only)  # all must make this call; only the first writes
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far, and how long the training took over all its sessions."""
@@ -88,7 +88,8 @@ class BestAndLast(Checkpoint):
 def write_curves(trainer: L.Trainer) -> None:
     """Writes the training loss of the epoch to ``metrics.csv``.
 
-    Lightning logs this loss after all callbacks: a run that is killed after the checkpoint and resumed would lack it.
+    Lightning logs this loss after all callbacks: without this function, a run that is killed after its checkpoint and
+    resumed would not have the loss of that epoch.
     """
     loss = trainer.callback_metrics.get("train/loss_epoch")
     for logger in trainer.loggers:

@@ -1,4 +1,4 @@
-"""Logs the learning rate, and adapts that of a resumed training to its new length."""
+"""Logs the learning rate, and corrects it when a resumed training has another schedule than before."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ KEY = "train/learning_rate"
 
 
 class LearningRate(L.Callback):
-    """Logs ``train/learning_rate``: the rate of the weights (first group of the optimizer) with which a step is taken.
+    """Logs ``train/learning_rate``: the learning rate of each update, for the first group of parameters (the weights).
 
-    A training that is resumed with another length has another schedule. Its first step uses the rate of the new
-    schedule, and a message reports the change.
+    A training that is resumed with another length has another schedule. The first step then uses the rate of the
+    new schedule, and a message reports the change.
     """
 
     _rate = 0.0
@@ -40,7 +40,7 @@ class LearningRate(L.Callback):
                     )
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Logs the rate of the next update, if the update is one of those that are logged."""
+        """Logs the rate of the next update, if Lightning logs this update."""
         self._rate = trainer.optimizers[0].param_groups[0]["lr"]
         pl_module.log(KEY, self._rate, on_step=True, on_epoch=False)
 

@@ -1,4 +1,4 @@
-"""The curves of a run as one table that survives an interruption."""
+"""The curves of a run as one table, which stays complete after an interruption."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ..run import METRICS
 class MetricsCsv(Logger):
     """Writes ``metrics.csv``: one row per step, one column per metric, empty where a step has no value.
 
-    Lightning's own logger deletes an existing file; this logger keeps its rows. ``step`` counts finished updates.
+    Lightning's own logger deletes an existing file; this logger keeps the rows of the file. ``step`` counts finished
+    updates.
 
     Args:
         save_dir: The run folder.

@@ -48,7 +48,7 @@ class EpochBar(RichProgressBar):
         super().__init__(theme=RichProgressBarTheme(metrics_format=".2f"))
 
     def configure_columns(self, trainer: L.Trainer) -> list[Any]:
-        """Epoch, bar, batches and time; the speed is left out: the remaining time already shows it."""
+        """Epoch, bar, batches and time, without the speed."""
         columns = super().configure_columns(trainer)[:-1]
         for column in columns:
             if isinstance(column, BarColumn):

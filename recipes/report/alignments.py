@@ -66,7 +66,7 @@ def _lines(batch: ReadWords, rule: AlignmentRule, layer: int | str) -> list[str]
 
 
 def write_lines(lines: Iterable[str], file: Path) -> None:
-    """Write a text file in one step.
+    """Write lines to a text file.
 
     Raises:
         FileNotFoundError: if the file cannot be written.

@@ -39,7 +39,7 @@ def render(settings: Sequence[Setting], metrics: Sequence[str], form: str, notes
             difference, with the interval that contains 95 % of the resampled differences, and the p-value. In CSV every
             metric has six columns: mean, standard deviation, difference, both ends of the interval, and p-value.
         form: The format.
-        notes: Lines under the table; in LaTeX comments above it, in CSV left out.
+        notes: Lines under the table. In LaTeX, they are comments above the table; in CSV, they are left out.
     """
     if form == "csv":
         return _csv(settings, metrics)
@@ -78,7 +78,7 @@ def _text(header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
-    # A table that is wider than the terminal is not cut.
+    # The table may be wider than the terminal, so that it is not cut.
     console = Console(width=max(80, Console(width=1000).measure(table).maximum), color_system=None)
     with console.capture() as captured:
         console.print(table)

@@ -28,7 +28,7 @@ ATTENTION = ("entmax", "entmax15", "sparsemax", "topk", "softmax")
 LONGEST_OUTPUT = 64
 _SOFTMAX = "sparse_attn_softmax"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-# Without any of these files, transformers would still build a tokenizer for some models, without a warning.
+# If all of these files are missing, transformers still builds a tokenizer for some models, and does not warn.
 _TOKENIZER = ("tokenizer*", "vocab*", "*.model")
 
 
@@ -36,7 +36,7 @@ def inspect_model(cfg: DictConfig) -> dict[str, list[float]]:
     """Prints α, density and role of every head for one text, and writes a page, numbers and a picture.
 
     Args:
-        cfg: ``configs/inspect.yaml`` as composed by Hydra, with ``model`` and ``text``.
+        cfg: ``configs/inspect.yaml``, composed by Hydra, with ``model`` and ``text``.
 
     Returns:
         Layer name -> density of each head.
@@ -96,7 +96,7 @@ def model_folder(given: str) -> Path:
         raise ValueError("model=DIR needs transformers: pip install 'sparse-attn[hf]'")
     folder = Path(given).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"no model folder {str(given)!r}; give one that save_pretrained has written")
+        raise FileNotFoundError(f"no model folder {str(given)!r}; give a folder that save_pretrained has written")
     if not (folder / "config.json").is_file():
         raise ValueError(f"model must be a folder with config.json, got {str(given)!r} without this file")
     if not any(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
@@ -125,7 +125,7 @@ def load_model(folder: Path, attention: str | None) -> tuple[Any, Any]:
     if attention is not None and attention not in ATTENTION:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
     register()
-    # Our attention at α = 1 is softmax, and reports its weights.
+    # With α = 1, the attention of this library is softmax, and its weights can be recorded.
     register(_SOFTMAX, alpha=1.0)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -168,7 +168,7 @@ def longest_input(model: Any) -> int | None:
 def _run(
     model: Any, tokenizer: Any, text: str, target: str | None
 ) -> tuple[AttentionRecord, list[str], list[str] | None]:
-    """One pass over a text: the record, the tokens of the queries, and those of the encoder if there is a decoder."""
+    """Runs a model on a text. Returns the attention, the tokens of the queries, and the encoder tokens or None."""
     inputs = tokenizer(text, return_tensors="pt")
     read = inputs["input_ids"]
     longest = longest_input(model)
@@ -217,7 +217,8 @@ def _alignment(view: AttentionView, cfg: DictConfig, special: set[str]) -> str:
     cross = [layer.maps[view.first] for layer in view.layers if layer.kind == "cross"]
     chosen = cross if cfg.align.layer == "all" else [cross[int(cfg.align.layer)]]
     weights = torch.cat([shown.weights for shown in chosen])
-    # Each step generates the token that the next step reads; the token of the last step is not read.
+    # Each step generates the token that the next step reads; the token that the last step generates is
+    # not read.
     written = [place for place, token in enumerate(chosen[0].queries[1:]) if token not in special]
     read = [place for place, token in enumerate(chosen[0].keys) if token not in special]
     pairs = align(weights[:, written][:, :, read], cfg.align.heads).mT.nonzero().tolist()

@@ -1,4 +1,4 @@
-"""Pictures of the attention of one word, head by head or as rollout, in which zeros differ from small weights."""
+"""Pictures of the attention for one word, head by head or as attention rollout; zeros are white."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .tables import setting
 from .words import ReadWords, read_batch
 
 NEVER_VISIBLE = "#bdbdbd"
-# The smallest non-zero weight is already blue; exactly zero is left white.
+# Even the smallest non-zero weight is blue; an exact zero is white.
 NON_ZERO = LinearSegmentedColormap.from_list("non-zero", matplotlib.colormaps["Blues"](np.linspace(0.3, 1.0, 256)))
 LONGEST_NICE_WORD = 8
 HEADS_PER_ROW = 4

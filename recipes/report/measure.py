@@ -78,7 +78,7 @@ def layer_kind(name: str) -> Kind:
 
 
 def top_k_per_layer(model: nn.Module) -> dict[str, int]:
-    """Layer name -> k of every top-k layer."""
+    """Layer name -> ``k`` of every top-k layer."""
     return {name: module.k for name, module in model.named_modules() if isinstance(module, TopKMultiheadAttention)}
 
 
@@ -216,7 +216,7 @@ def _statistics(layer: RecordedLayer) -> dict[str, tuple[Tensor, Tensor]]:
     if layer.kind == "cross":
         values["monotone"] = monotonicity(weights, visible)
     for position, offset in OFFSETS.items():
-        # A decoder never sees its next position, and in cross-attention positions of two texts do not match.
+        # A decoder never sees its next position, and in cross-attention, positions of the two texts do not correspond.
         if layer.kind == "encoder" or (layer.kind == "decoder" and offset <= 0):
             values[f"weight {position}"] = offset_weight(weights, offset, visible)
             values[f"strongest {position}"] = strongest_at_offset(weights, offset, visible)
@@ -242,7 +242,7 @@ def _layer_heads(kind: Kind, recorded: HeadStatistics, means: dict[str, Tensor])
 
 
 def measure_at(task: Any, loader: Iterable[dict[str, Any]], alpha: float) -> dict[str, LayerHeads]:
-    """:func:`measure_heads` with the same α in every head with a learnt α; afterwards the model is as before.
+    """:func:`measure_heads` with the given α in every head that learns α. Afterwards, the model is as before.
 
     Returns:
         As in :func:`measure_heads`; an empty dict if no head has a learnt α, or ``alpha`` is outside a range of α.
@@ -250,7 +250,7 @@ def measure_at(task: Any, loader: Iterable[dict[str, Any]], alpha: float) -> dic
     learnt = {name: module for name, module in task.model.named_modules() if _learns(module)}
     if not learnt or not all(low <= alpha <= high for low, high in (module.alpha_range for module in learnt.values())):
         return {}
-    # A parameter may lie past the bound at which its α is clamped; `module.alpha` would lose this.
+    # The raw parameter may lie outside the range to which α is clamped, so `module.alpha` could not restore it.
     before = {module: module.raw_alpha.detach().clone() for module in learnt.values()}
     try:
         set_alpha(task.model, dict.fromkeys(learnt, alpha))

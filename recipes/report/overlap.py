@@ -1,4 +1,4 @@
-"""The accuracy of inputs with features, by what the training data contain: the source text, the features, or both."""
+"""The accuracy of inputs with features, by what the training data contain of them: source, features, both, neither."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Part(NamedTuple):
 def overlap(scores: Scores, fields: Sequence[str], training: Iterable[str]) -> dict[str, Part]:
     r"""The accuracy of four parts of the inputs; a part without inputs is left out.
 
-    A source text, or a combination of features, is known if a training input has the same one. With several languages,
-    it must be a training input of the same language.
+    A source text, or a combination of features, is known if it occurs in a training input. With several languages, only
+    training inputs of the same language count.
 
     Args:
         scores: The inputs, with their predictions and references.
@@ -82,6 +82,6 @@ def overlap_table(found: Mapping[str, Mapping[str, Part]]) -> Table:
 
 
 def _named(text: str, fields: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """The source and the features of an input, each with the language, which is empty if there is only one."""
+    """The source and the features of an input, each with the language, which is empty if inputs do not name it."""
     field = dict(zip(fields, text.split("\t"), strict=True))
     return {name: (field.get("language", ""), field[name]) for name in ("source", "features")}

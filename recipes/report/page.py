@@ -57,6 +57,6 @@ def _measured(
 
 
 def _with_outputs(layer: Layer, written: Sequence[Sequence[str]]) -> Layer:
-    """The layer with generated tokens as names of cross-attention queries, instead of the tokens that they read."""
+    """The layer with the tokens that the decoder generates as names of queries, not the tokens that it reads."""
     maps = [replace(shown, queries=tuple(tokens)) for shown, tokens in zip(layer.maps, written, strict=True)]
     return replace(layer, maps=maps)

@@ -52,7 +52,7 @@ def alpha_table(
     top_k: Mapping[str, int] | None = None,
     compared: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Table:
-    """α and attention density of every head: a line each for up to ``HEADS_PER_LINE`` heads of a layer.
+    """α and attention density of every head. One line of each has at most ``HEADS_PER_LINE`` heads of a layer.
 
     Args:
         alpha: layer name -> (H,), learnt or fixed.
@@ -120,8 +120,8 @@ def rates_table(
     """Metrics, loss and mean support of each split.
 
     Args:
-        rates: "val" or "test" -> the metrics by name, with "loss" (per token, of the output mapping) and "support" (the
-            mean number of possible next tokens), which an ensemble does not have.
+        rates: "val" or "test" -> the metrics by name. "loss" is the mean loss per token, and "support" the mean number
+            of possible next tokens; an ensemble has neither.
         words: number of words in each split.
         metrics: the metrics to show.
     """

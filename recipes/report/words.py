@@ -1,4 +1,4 @@
-"""The outputs of a model for some words, and the attention that produced them."""
+"""The outputs of a model for some words, and the attention with which the model reads words and outputs."""
 
 from __future__ import annotations
 

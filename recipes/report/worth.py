@@ -1,4 +1,4 @@
-"""The effect of every head of a trained model on the loss, with an estimate of the measuring time."""
+"""Measures the effect of every head of a trained model on the loss, and estimates the time of the measurement."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHANGES: dict[HeadChange, str] = {
 def measure_worth(
     task: Any, batches: Iterable[Mapping[str, Any]], console: Console
 ) -> dict[HeadChange, dict[str, Tensor]]:
-    """The change of the loss per token for every head and every change; the loss is that of the output mapping.
+    """The change of the mean loss per token, without label smoothing, for every head and every kind of change.
 
     Args:
         task: a `Seq2SeqTask` in evaluation mode.

@@ -75,7 +75,7 @@ class Report:
 
 
 def write_report(report: Report, folder: Path, figures: str = "png") -> list[Path]:
-    """Write the report into a folder, over an earlier one.
+    """Write the report into a folder. The files of an earlier report are replaced.
 
     Args:
         report: the content.
@@ -155,8 +155,8 @@ def _diversities(heads: Mapping[str, LayerHeads]) -> dict[str, float]:
 def read_course(file: Path) -> list[tuple[int, str, int, float]]:
     """The rows (step, layer, head, α) of a run's alpha.csv; none if there is no such file.
 
-    Rows that cannot be read are left out: a training that was killed may have cut one short. So are rows without a
-    finite α: a training may diverge after its best checkpoint.
+    Rows that cannot be read are left out: a training that was killed may have cut one short. Rows without a
+    finite α are left out too: a training may diverge after its best checkpoint.
     """
     rows = []
     for row in read_rows(file):
@@ -237,7 +237,7 @@ def _diversity_explained(report: Report) -> str:
 
 
 def _diversity_rows(report: Report) -> list[dict[str, str]]:
-    # Without other columns, nothing is compared with the learnt α; the α may also be fixed.
+    # Without baselines, the only column is not called "learnt", since α may be fixed.
     columns = _by_alpha(report) if report.baselines else {"diversity": report.heads}
     found = {name: _diversities(measured) for name, measured in columns.items()}
     return [

@@ -1,4 +1,4 @@
-"""The kinds of attention a recipe can choose from, by name."""
+"""The kinds of attention that a recipe can choose, by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparse_attn.nn import SparseMultiheadAttention
 
 ATTENTION_KINDS = ("softmax", "entmax15", "sparsemax", "entmax", "adaptive", "topk")
 
-#: α of the kinds of attention or output that have a name of their own.
+#: α of the kinds of attention and output whose name fixes α.
 NAMED_ALPHA = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0}
 
 

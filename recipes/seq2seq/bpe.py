@@ -41,7 +41,7 @@ def load_bpe(state: str) -> Tokenizer:
     library = _library()
     try:
         return library.Tokenizer.from_str(state)
-    except Exception as error:  # the library raises nothing more specific
+    except Exception as error:  # the library raises no more specific exception
         raise ValueError(f"bpe must be the JSON of a tokenizer, got something else: {error}") from None
 
 

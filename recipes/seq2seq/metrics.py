@@ -170,7 +170,7 @@ def text_scores(
             f"{len(references)}"
         )
     most = max(map(len, references))
-    # Stream i contains the i-th reference of every input, or None if the input has fewer.
+    # Stream `rank` contains the reference with this index of every input, or None if the input has fewer references.
     streams: list[Any] = [[texts[rank] if rank < len(texts) else None for texts in references] for rank in range(most)]
     scorers = {"bleu": BLEU(tokenize=bleu_tokenize, force=True), "chrf": CHRF()}
     scores = {name: float(scorer.corpus_score(list(predictions), streams).score) for name, scorer in scorers.items()}
@@ -188,7 +188,7 @@ def by_group(
 
     Returns:
         The scores of all inputs (with several parts, the means over the parts), and the scores of each part (empty if
-        there is only one).
+        there is only one part).
 
     Example:
         >>> by_group(lambda chosen: {"size": float(len(chosen))}, ["hun", "jpn", "hun"])

@@ -1,4 +1,4 @@
-"""A pre-norm encoder-decoder transformer of ``sparse_attn`` layers, with a separate kind for each type of attention."""
+"""A pre-norm encoder-decoder transformer. Encoder, decoder and cross-attention can use different attention kinds."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Seq2SeqTransformer(nn.Module):
         alpha: The fixed α of "entmax", or the initial α of "adaptive".
         k: Number of keys that "topk" keeps.
         feature_ids: The source token ids of features.
-        language_dim: How many of the ``dim`` entries of every source embedding embed the language, which is the first
-            token; 0: none.
+        language_dim: Number of entries of every source embedding, out of ``dim``, that embed the language. The language
+            is the first token. 0: none.
         feature_positions: With False, feature tokens have position 0, and the positions of all other source tokens are
             counted from 1 without the features (Wu et al. 2021). Only for sinusoidal positions.
         positions: Position encoding: "sinusoidal" (added to the embeddings), or only in self-attention "rotary",
@@ -200,11 +200,11 @@ class Seq2SeqTransformer(nn.Module):
         """Logits for target ids, given the encoder's output.
 
         Args:
-            target: (N, T) ids; with caches, only those after the cached positions.
+            target: (N, T) ids; with caches, only the ids after the cached positions.
             memory: (N, S, dim), the result of :meth:`encode`.
             source_padding: (N, S), True = padding.
             caches: The result of :meth:`new_caches`. Each call appends keys and values of ``target``; the first call
-                adds those of ``memory``. None: attend only to ``target``.
+                also adds keys and values of ``memory``. None: nothing is cached, and ``target`` is complete.
 
         Returns:
             (N, T, target_size) logits.
@@ -222,8 +222,8 @@ class Embedding(nn.Module):
     """Token embeddings, with sinusoidal positions of any length unless attention encodes positions.
 
     The last ``language_dim`` entries at every position embed the first token, which is the language (Peters & Martins
-    2020, "One-Size-Fits-All Multilingual Models"). Tokens in ``unplaced`` have position 0; if there are any, the
-    positions of the others are counted from 1.
+    2020, "One-Size-Fits-All Multilingual Models"). If there are tokens in ``unplaced``, they have position 0, and
+    the positions of the other tokens are counted from 1.
     """
 
     unplaced: Tensor

@@ -42,7 +42,7 @@ def next_token_log_probabilities(logits: Tensor, alpha: float) -> Tensor:
 
     Args:
         logits: (..., target_size), the output of the model.
-        alpha: 1 for softmax; above 1, a token other than these three can have the log-probability ``-inf`` too.
+        alpha: 1 for softmax; above 1, other tokens than these three can have the log-probability ``-inf`` too.
 
     Returns:
         (..., target_size), in the dtype of ``logits`` or at least float32.
@@ -61,7 +61,8 @@ def output_loss(
 ) -> Tensor:
     r"""The Fenchel-Young loss of α-entmax over all tokens; cross-entropy at α = 1. Padding as a target is ignored.
 
-    With label smoothing ε the loss is :math:`L(z, y) + ε (z_y - \bar z)`, which is that of cross-entropy at α = 1.
+    With label smoothing ε the loss is :math:`L(z, y) + ε (z_y - \bar z)`; at α = 1, this is cross-entropy with label
+    smoothing.
 
     Args:
         logits: (N, target_size).

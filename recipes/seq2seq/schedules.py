@@ -23,9 +23,9 @@ def check_schedule(name: str, warmup: float) -> None:
 def rate_factor(step: int, warmup: int, total: int, *, schedule: str = "linear", dim: int = 1) -> float:
     r"""The factor of the learning rate at a step, counted from 0.
 
-    With :math:`s = \text{step} + 1`, all schedules rise linearly for :math:`w` steps, at least one; all but ``noam``
-    rise to 1. Afterwards ``linear`` decreases linearly to zero at ``total``, ``cosine`` decreases to zero at
-    ``total`` as half a cosine wave, and ``inverse_sqrt`` decreases as :math:`\sqrt{w / s}`. ``noam`` is
+    With :math:`s = \text{step} + 1`, all schedules rise linearly for :math:`w` steps, at least one. The schedules other
+    than ``noam`` rise to 1. Afterwards, ``linear`` decreases linearly to zero at ``total``, ``cosine`` decreases to
+    zero at ``total`` as half a cosine wave, and ``inverse_sqrt`` decreases as :math:`\sqrt{w / s}`. ``noam`` is
 
     .. math:: d^{-1/2} \min(s^{-1/2}, s \, w^{-3/2})
 

@@ -43,13 +43,21 @@ class SearchSpace:
         """Shares in percent of the inputs, and means or medians over them.
 
         Returns:
-            ``proved``: inputs whose best hypothesis is proved; ``greedy_errors`` and ``beam_errors``: of these, inputs
-            for which greedy decoding or beam search found a less probable hypothesis, or none that ends; ``single``:
-            inputs with one possible hypothesis; ``expansions`` and ``mass``: means of the exact search. For the empty
-            hypothesis: ``empty_impossible``, inputs for which its probability is zero; ``empty_best``, inputs for which
-            it is the best that was found; ``empty_log_probability`` and ``empty_rank``, medians over the inputs for
-            which it is possible, or missing if there are none. A rank counts only the hypotheses that were seen, so the
-            true rank may be larger.
+            Values of the three searches:
+
+            - ``proved``: inputs whose best hypothesis is proved.
+            - ``greedy_errors`` and ``beam_errors``: of these inputs, those for which greedy decoding or beam search
+              found a less probable hypothesis, or no finished hypothesis.
+            - ``single``: inputs with one possible hypothesis.
+            - ``expansions`` and ``mass``: means of these attributes of ``ExactHypothesis``.
+
+            Values of the empty hypothesis:
+
+            - ``empty_impossible``: inputs for which its probability is zero.
+            - ``empty_best``: inputs for which it is the best hypothesis that was found.
+            - ``empty_log_probability`` and ``empty_rank``: medians over the inputs for which it is possible; missing if
+              there are no such inputs. A rank counts only the hypotheses that were seen, so the true rank may be
+              larger.
         """
         proved = [index for index, one in enumerate(self.exact) if one.proved]
         possible = [one for one in self.exact if one.empty_log_probability > -math.inf]

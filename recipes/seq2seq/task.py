@@ -36,8 +36,8 @@ class Seq2SeqTask(L.LightningModule):
 
     Args:
         source_tokenizer: Arguments of the source ``Tokenizer``, as its ``state()`` gives them.
-        target_tokenizer: The same for the target.
-        model: Arguments of ``Seq2SeqTransformer`` besides the sizes of the vocabularies.
+        target_tokenizer: Arguments of the target ``Tokenizer``, in the same form.
+        model: Arguments of ``Seq2SeqTransformer``, without the sizes of the vocabularies and ``feature_ids``.
         learning_rate: Highest learning rate of the weights, reached after the warm-up.
         alpha_learning_rate: Highest learning rate of α.
         weight_decay: Decay of the weight matrices; biases, norms and α have none.
@@ -115,11 +115,11 @@ class Seq2SeqTask(L.LightningModule):
         checkpoint["layout"] = LAYOUT
 
     def on_train_epoch_start(self) -> None:
-        """Makes dropout a function of seed and epoch, so that a resumed run equals an uninterrupted one."""
+        """Makes dropout a function of seed and epoch, so that a resumed run equals an uninterrupted run."""
         torch.manual_seed((self.global_rank << 52) + (self.hparams["seed"] << 20) + self.current_epoch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The loss of the output's mapping at the target tokens, without padding.
+        """The loss at the target tokens, without padding.
 
         Raises:
             ValueError: If the loss is not finite, since the training has diverged.

@@ -31,8 +31,8 @@ class Tokenizer:
     Text is normalised first: with ``split="characters"`` and ``normalization="NFD"``, the letters of a Korean syllable
     and the accent of an accented letter are separate tokens. With ``"characters"``, a space in the text is a token too.
 
-    Several fields of a text are separated by tabs. A ``language`` becomes one token, ``<hun>``; ``features`` become one
-    token each, ``[PST]``, at the end of the sequence.
+    If a text has several fields, tabs separate them. A ``language`` becomes one token, ``<hun>``; ``features`` become
+    one token each, ``[PST]``, at the end of the sequence.
 
     Args:
         symbols: The tokens seen in training, sorted and distinct; ids 0 to 3 belong to ``SPECIALS``.
@@ -44,7 +44,7 @@ class Tokenizer:
 
     Raises:
         ValueError: If ``split`` or ``normalization`` is unknown, or ``symbols`` is unsorted, repeats a symbol
-            or holds a special one, or ``bpe`` is missing, does not fit ``split`` or cannot be read.
+            or holds a special token, or ``bpe`` is missing, does not fit ``split`` or cannot be read.
 
     Example:
         >>> tokenizer = Tokenizer.fit(["bad", "cab"], split="characters", normalization="NFC")
@@ -97,7 +97,7 @@ class Tokenizer:
     ) -> Tokenizer:
         """Learns the symbols of ``texts``: all tokens that occur, or at most ``bpe_size`` subwords.
 
-        A token that looks like a special one (``<unk>``) is not a symbol: it is encoded as unknown.
+        A token that looks like a special token, such as ``<unk>``, is not a symbol: it is encoded as unknown.
         """
         options: dict[str, Any] = {"normalization": normalization, "fields": fields, "feature_split": feature_split}
         check_choice("split", split, SPLITS)
@@ -108,7 +108,7 @@ class Tokenizer:
         empty = cls([], split=split, **options)
         seen = {token for text in texts for token in empty.tokenize(text)}
         if empty._subwords is not None:
-            # Keep subwords that occur here only as parts of larger ones: they may occur in other texts.
+            # Keep subwords that occur here only as parts of larger subwords: they may occur in other texts.
             seen |= set(empty._subwords.get_vocab())
         return cls(sorted(seen - set(SPECIALS)), split=split, **options)
 
@@ -143,7 +143,7 @@ class Tokenizer:
             return list(text) if self.split == "characters" else text.split()
         text = WORD_START + " ".join(text.split()).replace(" ", WORD_START)
         found = self._subwords.encode(text)
-        # A character without a subword is a token of its own, as with the other two splits.
+        # A character without a subword stays as a token, since `<unk>` would not show the character.
         return [
             text[begin:end] if token == UNKNOWN else token
             for token, (begin, end) in zip(found.tokens, found.offsets, strict=True)
@@ -206,7 +206,7 @@ class Tokenizer:
             "split": self.split,
             "normalization": self.normalization,
         }
-        # Without these settings, the state is the same as in earlier versions.
+        # Newer settings are added only if they are used. Otherwise, the state is the same as in earlier versions.
         if self.fields != ["source"]:
             state.update(fields=list(self.fields), feature_split=self.feature_split)
         if self.bpe is not None:

@@ -37,8 +37,8 @@ class Row(NamedTuple):
 class BatchByLength(Sampler[list[int]]):
     """Batches of indices whose examples are about equally long.
 
-    With ``shuffle`` the examples are shuffled, sorted by length within pools of ``POOL`` batches, cut into
-    batches, and all batches are shuffled, so that the first part of an epoch is a fair sample. Without ``shuffle``
+    With ``shuffle``, the examples are shuffled, sorted by length within pools of ``POOL`` batches, and cut into
+    batches. Then all batches are shuffled, so that the first part of an epoch is a fair sample. Without ``shuffle``,
     the examples are sorted by length. Every example occurs exactly once per epoch; the order depends only on ``seed``
     and the epoch, and the number of batches is the same in every epoch.
 
@@ -102,7 +102,7 @@ class BatchByLength(Sampler[list[int]]):
             order = [*left, *members]
             rng.shuffle(order)
             size = self._size(longest)
-            # The remaining examples join the next longer ones, so that at most one batch of a pass is smaller.
+            # The remaining examples join the next bin, so that at most one batch of a pass is smaller than its limit.
             whole = len(order) - len(order) % size
             order, left = order[:whole], order[whole:]
             for start in range(0, whole, POOL * size):
@@ -143,7 +143,7 @@ class BatchByLength(Sampler[list[int]]):
 
 
 def cut(ids: list[int], most: int) -> list[int]:
-    """The ids of a text, which end in ``EOS``; if more than ``most`` others precede it, the first ``most`` and ``EOS``.
+    """The ids of a text, which end in ``EOS``, with at most the first ``most`` ids before ``EOS``.
 
     Example:
         >>> cut([5, 6, 7, 2], 3), cut([5, 6, 7, 8, 2], 3)

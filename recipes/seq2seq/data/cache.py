@@ -1,4 +1,4 @@
-"""Encoded data on disk, in files named after a hash of texts and tokenizer: changed text has another file."""
+"""Encoded data on disk. The name of a file is a hash of texts and tokenizer, so changed data have another file."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def cached_ids(folder: str | Path | None, parts: Sequence[str], encode: Callable
     try:
         flat, lengths = torch.load(file, weights_only=True)
         return [part.tolist() for part in flat.split(lengths.tolist())]
-    except Exception:  # the file is missing or damaged; each kind of damage raises another exception
+    except Exception:  # a missing or damaged file; the exception depends on the damage
         ids = encode()
     file.parent.mkdir(parents=True, exist_ok=True)
     lengths = torch.tensor([len(row) for row in ids])
-    # torch.save writes to memory: on a full disk, its own error would not name the cause.
+    # torch.save writes to memory: if it wrote to a full disk, its error would not name the cause.
     content = io.BytesIO()
     torch.save((torch.tensor([token for row in ids for token in row], dtype=torch.int32), lengths), content)
     with replacing(file) as unfinished:

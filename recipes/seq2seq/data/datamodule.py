@@ -44,7 +44,7 @@ class Seq2SeqData(L.LightningDataModule):
     Args:
         name: Kind of the data: ``"cmudict"``, ``"tsv"``, ``"parallel"`` or ``"synthetic"``.
         title: Name of the data in messages and tables; ``name`` if not given.
-        train: Training file, with ``name="tsv"``; with ``name="parallel"`` its path contains ``{side}``.
+        train: Training file, for ``"tsv"`` and ``"parallel"``. For ``"parallel"``, the path contains ``{side}``.
         val: Validation file, in the same form.
         test: Test file, in the same form.
         columns: Columns of a tab-separated file, in order: ``source``, ``target`` and optionally ``features``.
@@ -53,7 +53,7 @@ class Seq2SeqData(L.LightningDataModule):
         sides: The texts that replace ``{side}`` in the path of a source file, and of a target file.
         generate: Arguments of ``make_sequences``, with ``name="synthetic"``.
         source_split: How a source becomes tokens: ``"characters"``, ``"spaces"`` or ``"bpe"``.
-        target_split: ``"characters"``, ``"spaces"`` or ``"bpe"``, for the target.
+        target_split: How a target becomes tokens, with the same choices.
         normalization: ``"NFC"``, ``"NFD"`` (for Korean) or ``"none"``, for both sides.
         bpe_size: Largest number of subwords of a side that is split by ``"bpe"``.
         bpe_joint: Whether both sides share their subwords.
@@ -315,7 +315,7 @@ class Seq2SeqData(L.LightningDataModule):
                 lengths, batch_size, batch_tokens=batch_tokens, shuffle=shuffle, seed=self.seed
             ),
             collate_fn=collate,
-            # Without its own generator, every pass would draw from the global one and change dropout.
+            # Without its own generator, the loader would use the global generator in every pass and change dropout.
             generator=torch.Generator(),
         )
 

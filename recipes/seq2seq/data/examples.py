@@ -19,7 +19,7 @@ class Example:
     Attributes:
         source: The fields that a model reads, with tabs between them if there are several: ``hun<TAB>szép``.
         references: The targets. A task that uses only one target uses the first.
-        group: The part of the data with separate scores, such as a language or a length. Empty without parts.
+        group: The part of the data with separate scores, such as a language or a length; empty if there are no parts.
     """
 
     source: str
@@ -55,13 +55,13 @@ def check_count(name: str, value: int) -> None:
 
 
 def check_optional_count(name: str, value: int | None) -> None:
-    """Raises as :func:`check_count`, but allows ``None``, which means no limit."""
+    """Like :func:`check_count`, but ``None`` is allowed and means no limit."""
     if value is not None:
         check_count(name, value)
 
 
 def subset(examples: list[Item], count: int | None) -> list[Item]:
-    """``count`` examples drawn with a fixed seed, in their original order; all of them for ``None``.
+    """``count`` examples drawn with a fixed seed, in their original order; for ``None``, all examples.
 
     A smaller subset is contained in every larger one. A count above the number of examples keeps all examples.
 

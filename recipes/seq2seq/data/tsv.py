@@ -97,10 +97,10 @@ def load_tsv(
         val: The validation file, in the same form.
         test: The test file, in the same form.
         columns: The names of the columns; see :func:`read_examples`.
-        languages: Languages to read, with one file per split each; ``"all"``: those with a training file.
+        languages: Languages to read, with one file per split each; ``"all"``: all languages with a training file.
 
     Raises:
-        FileNotFoundError: If a file is missing, a language has none, or ``"all"`` finds no training file.
+        FileNotFoundError: If the file of a split or of a language is missing, or ``"all"`` finds no training file.
         ValueError: If a file is empty, malformed or not UTF-8. For a malformed line, the message begins with
             ``file:line``.
     """
@@ -117,7 +117,7 @@ def read_split(path: str | Path, columns: Sequence[str], languages: Sequence[str
     Args:
         path: The file; with ``languages``, the path contains ``{language}``.
         columns: The names of the columns; see :func:`read_examples`.
-        languages: The languages; ``"all"``: those with a file of this name.
+        languages: The languages; ``"all"``: all languages with a file of this name.
 
     Raises:
         FileNotFoundError: If a file is missing.

@@ -32,8 +32,8 @@ def beam_search(
     .. math:: \frac{\log p}{\left((5 + \ell) / 6\right)^{\lambda}}, \qquad \lambda = \text{length\_penalty}
 
     A step keeps the ``beam_size`` most probable extensions of a row's prefixes, if their probability is not zero;
-    extensions that end leave the beam. The search of a row stops when no prefix can become one of its ``n_best``
-    hypotheses. ``beam_size=1`` is greedy decoding. The result of a row does not depend on the other rows.
+    extensions that end leave the beam. The search of a row stops when no prefix can become one of the
+    ``n_best`` hypotheses. ``beam_size=1`` is greedy decoding. The result of a row does not depend on the other rows.
 
     Args:
         model: One model, or several whose probabilities are averaged. The mode of each module is not changed.
@@ -44,8 +44,8 @@ def beam_search(
         n_best: Maximum number of hypotheses returned per row, from 1 to ``beam_size``.
 
     Returns:
-        The hypotheses of each row, best first: at least one, and fewer than ``n_best`` if the others have probability
-        zero or left the beam. A row gets unfinished hypotheses only if none has ended after ``max_length`` tokens.
+        The hypotheses of each row, best first: at least one, and fewer than ``n_best`` if the search found fewer. A row
+        gets unfinished hypotheses only if no hypothesis has ended after ``max_length`` tokens.
 
     Raises:
         TypeError: An argument has a wrong type.
@@ -125,7 +125,7 @@ def _search(
 def _best_extensions(
     word: Tensor, total: Tensor, after: Tensor, words: int, beam_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, token and log-probability of the best extensions of every word, at most ``beam_size``, none impossible."""
+    """Row, token and log-probability of the best possible extensions of every word, at most ``beam_size``."""
     best, token = after.topk(min(beam_size, after.shape[1]), -1)
     candidates = total[:, None] + best
     # Rows of a word are consecutive. The position of a row within its word is its column in a table with words as rows.

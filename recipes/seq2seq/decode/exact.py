@@ -18,8 +18,8 @@ from .prefixes import Hypothesis, Models, Sources, as_models, check_counts, chec
 
 # Limits of memory: words that are searched at the same time, and positions (prefixes × tokens) of one model call.
 WORDS, POSITIONS = 64, 8192
-# The number of prefixes that a word expands at once grows by one after every GROWTH expansions, up to WIDEST. Some of
-# these expansions may not be needed by a search that expands one prefix at a time.
+# The number of prefixes that a word expands at once grows by one after every GROWTH expansions, up to WIDEST. A search
+# that expands one prefix at a time may need fewer expansions.
 GROWTH, WIDEST = 16, 64
 
 
@@ -28,8 +28,8 @@ class ExactHypothesis(Hypothesis):
     """The best hypothesis that an exact search has seen.
 
     Attributes:
-        proved: Whether no hypothesis of at most ``max_length`` tokens is more probable. False if the
-            budget was reached, or no hypothesis can end within ``max_length`` tokens.
+        proved: Whether the search has shown that no hypothesis of at most ``max_length`` tokens is more probable. False
+            if the budget was reached first, or no hypothesis can end within ``max_length`` tokens.
         expansions: Prefixes whose next tokens were computed.
         mass: Probability of all finished hypotheses that were seen.
         single: Whether no other hypothesis is possible.
@@ -48,10 +48,10 @@ class ExactHypothesis(Hypothesis):
 def exact_search(model: Models, source: Tensor, *, budget: int, max_length: int) -> list[ExactHypothesis]:
     """The most probable hypothesis of every row.
 
-    Greedy decoding gives a first hypothesis; then the search always expands the most probable open prefix. A prefix is
-    not expanded if it is not more probable than the best finished hypothesis, since no continuation can be more
-    probable than its prefix (Stahlberg & Byrne 2019, with depth-first search). The search ends when no such prefix is
-    left, and the hypothesis is then proved; or when the budget is reached.
+    Greedy decoding gives a first hypothesis; then the search expands the most probable open prefixes. It expands only
+    prefixes that are more probable than the best finished hypothesis, since no continuation can be more probable than
+    its prefix (Stahlberg & Byrne 2019, with depth-first search). If no such prefix is left, the hypothesis is proved,
+    and the search ends. The search also ends when the budget is reached.
 
     Args:
         model: One model, or several whose probabilities are averaged. The mode of each module is not changed.

@@ -28,7 +28,7 @@ class Hypothesis:
         tokens: Target ids without special tokens.
         log_probability: Natural logarithm of the probability of the tokens and the end-of-sequence token.
         finished: False if the hypothesis was cut at ``max_length`` and cannot end there, or if the budget of an exact
-            search was reached first. The probability then includes only the tokens.
+            search was reached first. The probability is then that of the tokens alone.
     """
 
     tokens: list[int]
