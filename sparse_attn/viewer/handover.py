@@ -18,8 +18,8 @@ def bertviz_arguments(view: AttentionView) -> dict[str, Any]:
 
     Returns:
         ``attention`` and ``tokens``, or with cross-attention ``encoder_attention``, ``decoder_attention``,
-        ``cross_attention``, ``encoder_tokens`` and ``decoder_tokens``. Attention is a list with a tensor
-            (1, H, L, S) for each layer.
+        ``cross_attention``, ``encoder_tokens`` and ``decoder_tokens``. Each attention
+        is a list with a tensor (1, H, L, S) for each layer.
 
     Raises:
         ValueError: if layers of one kind differ in length or number of heads, or if there is self-attention outside
