@@ -73,7 +73,7 @@ def patched(layer: nn.MultiheadAttention) -> None:
 def one_weight_less(layer: nn.MultiheadAttention) -> None:
     weight = layer.in_proj_weight.detach()
     del layer.in_proj_weight
-    layer.in_proj_weight = weight  # merging an adapter leaves such a tensor
+    layer.in_proj_weight = weight  # a tensor instead of a parameter, as after merging an adapter
 
 
 def with_a_buffer(layer: nn.MultiheadAttention) -> None:
@@ -204,7 +204,7 @@ def test_layers_that_torch_cannot_express_are_not_restored(
     assert everything(model) == before
 
 
-def test_an_adapter_that_torchs_layer_would_not_call_is_not_restored() -> None:
+def test_a_layer_whose_adapter_torchs_layer_would_not_call_is_not_restored() -> None:
     model = nn.ModuleList([AdaptiveSparseMultiheadAttention(E, H)])
     model[0].out_proj = nn.Sequential(model[0].out_proj, nn.Linear(E, E))
     before = everything(model)

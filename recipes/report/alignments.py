@@ -18,7 +18,7 @@ RULES = {
     "any": "some head gives weight",
     "most": "more than half of the heads give weight",
     "all": "every head gives weight",
-    "best": "the heads together give the most weight, one source token for each output token",
+    "best": "for each output token, the one source token with the largest mean weight over the heads",
 }
 
 

@@ -1,1 +1,1 @@
-"""Names and signatures of other packages, computed by our operators: only the import must be changed."""
+"""Functions with the names and signatures of other packages, computed by our operators: change only the import."""

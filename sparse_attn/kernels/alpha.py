@@ -10,7 +10,8 @@ from sparse_attn.checks import compute_dtype
 def split_alpha(alpha: float | Tensor) -> tuple[Tensor | None, float]:
     """The pair (tensor of α, 0.0) if α is a tensor, or (None, ``α - 1``) if α is a number.
 
-    The tensor is the caller's own, not a copy: autograd then detects a change in place before the backward.
+    The tensor is the caller's own, not a copy, so that autograd detects if the caller changes the tensor in place
+    between forward and backward.
     """
     return (alpha, 0.0) if isinstance(alpha, Tensor) else (None, float(alpha) - 1)
 

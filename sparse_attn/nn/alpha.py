@@ -148,8 +148,8 @@ class WideAlpha(nn.Module):
         elif isinstance(state_dict[key], Tensor):
             current, saved_range = self.alpha_as_tensor().detach(), local_metadata.get("alpha_range")
             if saved_range not in (None, _ANY) and not self._has_range(saved_range):
-                # A parameter past a bound stands for α on the bound. In a module with another range, or with a fixed
-                # α, the number itself would be a different α, so it is clamped to the saved range.
+                # A parameter past a bound stands for α on the bound. A module with another range, or with a fixed α,
+                # would use the parameter's own value as α, so this value is clamped to the saved range.
                 raw = state_dict[key].detach()
                 state_dict[key] = torch.where(raw.isfinite(), raw.clamp(*saved_range), raw)
             error = self._misfit(key, state_dict[key], saved_range)
@@ -165,7 +165,7 @@ class WideAlpha(nn.Module):
             self.raw_alpha = None  # a refused load adds no buffer
 
     def _alpha_without_checkpoint(self) -> Tensor | None:
-        """The α to use if a state dict has none. If this is None and α is a tensor, the key counts as missing."""
+        """The α to use if a state dict has none. If the result is None, the key of a tensor α counts as missing."""
         return None
 
     def _misfit(self, key: str, loaded: Tensor, saved_range: tuple[float, float] | None) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-# The seed of the selection by a limit. The seed of a run has no effect here, so that all runs use the same words.
+# The seed for drawing a subset when a `limit` is given. It is not the seed of the run: all runs draw the same words.
 SUBSET_SEED = 2020
 Item = TypeVar("Item")
 

@@ -27,8 +27,9 @@ class Hypothesis:
     Attributes:
         tokens: Target ids without special tokens.
         log_probability: Natural logarithm of the probability of the tokens and the end-of-sequence token.
-        finished: False if the hypothesis was cut at ``max_length`` and cannot end there, or if the budget of an exact
-            search was reached first. The probability is then that of the tokens alone.
+        finished: False if the hypothesis has ``max_length`` tokens and the end of the sequence has probability 0 there,
+            or if an exact search used up its budget before a hypothesis ended. Then ``log_probability`` is that of the
+            tokens alone.
     """
 
     tokens: list[int]

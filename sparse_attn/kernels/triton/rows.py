@@ -28,8 +28,8 @@ _OF_A_WARP = 2**10  # entries: 32 for each thread
 class Tile(NamedTuple):
     """The shape in which a program holds rows: entry ``e`` of a row is at ``(e // lanes, row, e % lanes)``.
 
-    Few threads share a row, because each of them repeats the computations per row. The entries of a lane belong to one
-    thread.
+    Few threads share a row, because every thread of a row repeats the computations that are needed once per row. The
+    entries of a lane belong to one thread.
     """
 
     entries: int  # number of entries of a lane
@@ -76,7 +76,9 @@ def entmax_forward(
 def entmax_backward(
     p: Tensor, a: float | Tensor, grad: Tensor, with_alpha: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient for the scores, in the dtype of ``p``, and if wanted, for α per row ``(..., 1)``, in float32.
+    """The gradient for the scores in the dtype of ``p``; and the gradient for α in float32, one per row ``(..., 1)``.
+
+    The second is None without ``with_alpha``.
 
     Where ``p`` is 0 the gradient is 0 for any ``grad``, so the function serves the top-k mapping too.
     """
