@@ -15,12 +15,10 @@ from sparse_attn.ops.attention import (
     Options,
     ScoreMapping,
     attend,
-    check_options,
-    check_shapes,
-    check_softcap_and_sinks,
     default_scale,
     entmax_mapping,
 )
+from sparse_attn.ops.attention_checks import check_options, check_shapes, check_softcap_and_sinks
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
